@@ -1,0 +1,342 @@
+"""The recipe: everything a run is asked to do, as frozen dataclasses, one per YAML section.
+
+This file only declares. Reading YAML and overrides is `load`, checking values against each other is `check`.
+Derived numbers (tokens per view, layers per stage, ...) are functions in `planning`, never fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Variant(StrEnum):
+    """Which member of the DeepStack family is trained (arXiv 2406.04334, section 3)."""
+
+    DEEPSTACK_L = "deepstack_l"
+    DEEPSTACK_V = "deepstack_v"
+    DEEPSTACK_HD = "deepstack_hd"
+    LLAVA = "llava"
+    LLAVA_ANYRES = "llava_anyres"
+    IN_SEQUENCE = "in_sequence"
+
+
+class Sampler(StrEnum):
+    """How the mosaic of crops is cut into stacks."""
+
+    DILATED_2D = "2d"
+    SEQUENTIAL_1D = "1d"
+    GRID = "grid"
+
+
+class GridRule(StrEnum):
+    """How many crops an image gets."""
+
+    BEST_FIT = "best_fit"
+    FIXED_2X2 = "fixed_2x2"
+
+
+class Activation(StrEnum):
+    """Activation of the vision tower's MLP."""
+
+    QUICK_GELU = "quick_gelu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+
+
+class EncoderPlacement(StrEnum):
+    """Where ViT and projector run: over all ranks of a replica, or inside the first stage's forward."""
+
+    SPREAD = "spread"
+    INLINE = "inline"
+
+
+class Recompute(StrEnum):
+    """Activation recomputation in the decoder."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class RecomputeMethod(StrEnum):
+    """How full recomputation groups layers (Megatron-Core's `recompute_method`)."""
+
+    UNIFORM = "uniform"
+    BLOCK = "block"
+
+
+class Precision(StrEnum):
+    """Dtype of parameters and activations; gradients and optimizer states are always float32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Part(StrEnum):
+    """A part of the model that can be trained or frozen as a whole."""
+
+    VISION = "vision"
+    PROJECTOR = "projector"
+    LANGUAGE = "language"
+
+
+class LrSchedule(StrEnum):
+    """Learning rate after warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class ImageResize(StrEnum):
+    """Resizing kernel of the preprocessing."""
+
+    PILLOW = "pillow"
+    TORCH = "torch"
+
+
+class Layers(StrEnum):
+    """Which Megatron layer implementations are built."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    TRANSFORMER_ENGINE = "transformer_engine"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """The vision tower, a CLIP-type ViT."""
+
+    image_size: int = 336
+    """Side of a view in pixels; also the crop size of the preprocessing."""
+    patch_size: int = 14
+    """Side of a patch in pixels; must divide `image_size`."""
+    hidden_size: int = 1024
+    """Width of the tower."""
+    ffn_hidden_size: int = 4096
+    """Width of its MLP."""
+    num_layers: int = 24
+    """Number of its transformer layers."""
+    num_heads: int = 16
+    """Number of attention heads."""
+    activation: Activation = Activation.QUICK_GELU
+    """Activation of its MLP."""
+    select_layer: int = -2
+    """Hidden state used as feature, as in Hugging Face's `hidden_states`: -1 is the last layer's output, -2 its input."""
+    class_token: bool = True
+    """A learned class token precedes the patches (CLIP yes, SigLIP no). It is dropped from the features."""
+    layernorm_epsilon: float = 1e-5
+    """Epsilon of its LayerNorms."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Per-channel mean (RGB, range 0..1) subtracted from pixels."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Per-channel standard deviation (RGB, range 0..1) pixels are divided by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageConfig:
+    """The decoder, a LLaMA-type transformer."""
+
+    vocab_size: int = 32000
+    """Number of token ids; must cover the tokenizer's."""
+    hidden_size: int = 4096
+    """Width of the decoder."""
+    ffn_hidden_size: int = 11008
+    """Width of the SwiGLU MLP."""
+    num_layers: int = 32
+    """Number of decoder layers."""
+    num_heads: int = 32
+    """Number of query heads."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads (grouped-query attention); equal to `num_heads` if absent."""
+    head_dim: int | None = None
+    """Width of a head; `hidden_size / num_heads` if absent."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of the RMSNorms."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    qkv_bias: bool = False
+    """Query, key and value projections have a bias (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head (Qwen3)."""
+    tied_embeddings: bool = False
+    """Input embedding and output layer share their weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackConfig:
+    """How high-resolution crops become stacks, and before which layers they are added (paper section 3)."""
+
+    num_crops: int = 4
+    """Most crops an image may have; also the number of stacks of DeepStack-L."""
+    grid: GridRule = GridRule.BEST_FIT
+    """Rule that picks the grid of crops."""
+    sampler: Sampler = Sampler.DILATED_2D
+    """How stacks are sampled from the mosaic."""
+    start: int = 1
+    """0-based global layer (decoder layer; ViT layer for DeepStack-V) before which stack 0 is added."""
+    interval: int = 1
+    """Distance in layers between successive stacks."""
+    slots: tuple[int, ...] | None = None
+    """Explicit layer of each stack; replaces `start` and `interval`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The multimodal model."""
+
+    variant: Variant = Variant.DEEPSTACK_L
+    """Member of the family."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Vision tower."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    """Decoder."""
+    stacks: StackConfig = field(default_factory=StackConfig)
+    """Stacks and their slots."""
+    layers: Layers = Layers.AUTO
+    """Layer implementations: Transformer Engine where it can run, else Megatron's local layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What is read: raw data for `preprocess`, the finished store for `train`."""
+
+    records: str | None = None
+    """LLaVA-style JSON file for `preprocess`."""
+    images: str | None = None
+    """Folder that the records' image paths are relative to."""
+    tokenizer: str | None = None
+    """SentencePiece model file."""
+    template: str = "v1"
+    """Conversation template: `plain` or `v1`."""
+    store: str | None = None
+    """zarr store written by `preprocess`, read by `train`."""
+    validation_store: str | None = None
+    """Held-out zarr store."""
+    resize: ImageResize = ImageResize.PILLOW
+    """Resizing kernel; `pillow` is bit-equal to the published preprocessing."""
+    max_image_pixels: int = 178_956_970
+    """Images with more pixels are quarantined before they are decoded."""
+    max_quarantined: float = 0.05
+    """Share of images that may be quarantined before the job stops."""
+    images_per_part: int = 64
+    """Images per part, the unit of work and of resuming."""
+    verify_checksums: bool = True
+    """Check each view's crc32c when it is read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is laid out over ranks."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks (tp)."""
+    pipeline: int = 1
+    """Pipeline stages (pp)."""
+    virtual_pipeline: int = 1
+    """Model chunks per stage (vpp); above 1 the interleaved schedule runs."""
+    context: int = 1
+    """Context-parallel ranks (cp)."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Decoder layers of each stage in order, chunk by chunk under vpp; an even split if absent. 0 is allowed."""
+    encoder_placement: EncoderPlacement = EncoderPlacement.SPREAD
+    """Where ViT and projector run."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
+    recompute: Recompute = Recompute.NONE
+    """Activation recomputation."""
+    recompute_method: RecomputeMethod = RecomputeMethod.UNIFORM
+    """Grouping of layers under full recomputation."""
+    recompute_num_layers: int = 1
+    """Layers per recomputed group (uniform) or recomputed layers per chunk (block)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    vision_lr: float | None = None
+    """Peak learning rate of the vision tower; `lr` if absent (published: 2e-6)."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector; `lr` if absent."""
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    schedule: LrSchedule = LrSchedule.COSINE
+    """Shape after warm-up."""
+    warmup_fraction: float = 0.03
+    """Share of all steps in which the rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (norms and biases have none)."""
+    beta1: float = 0.9
+    """Adam's first moment decay."""
+    beta2: float = 0.999
+    """Adam's second moment decay."""
+    epsilon: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 128
+    """Samples per step over all data-parallel ranks."""
+    micro_batch_size: int = 1
+    """Samples per micro-batch and replica."""
+    seq_length: int = 2048
+    """Longest sequence in tokens, visual tokens included; a longer sample is an error unless `truncate`."""
+    truncate: bool = False
+    """Cut samples longer than `seq_length` instead of refusing them."""
+    seed: int = 1234
+    """Seed of initialisation and sample order."""
+    precision: Precision = Precision.BF16
+    """Dtype of parameters and activations."""
+    trainable: tuple[Part, ...] = (Part.PROJECTOR, Part.LANGUAGE)
+    """Parts that learn; the others are frozen."""
+    init_from: str | None = None
+    """Hugging Face folder or safetensors file with published names to start from; random initialisation if absent."""
+    log_interval: int = 1
+    """Steps between log lines."""
+    validation_interval: int = 0
+    """Steps between evaluations on `data.validation_store`; 0 for never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Saving."""
+
+    interval: int = 500
+    """Steps between checkpoints; the last step is always saved. 0 saves only the last."""
+    keep: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = "run"
+    """Name in logs and reports."""
+    run_dir: str = "runs/run"
+    """Folder of the run: resolved recipe, metrics, TensorBoard, checkpoints, report."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it learns from."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over ranks."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""

@@ -1,0 +1,64 @@
+"""What can go wrong by a user's hand, and what to do about it.
+
+Every class here is an expected failure: the command line prints its message without a traceback and leaves
+with `exit_code`. A message says what was found, what was expected, where, and what to do. Broken invariants of
+our own are assertions instead and keep their traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DeepStackError(Exception):
+    """Base of all expected failures."""
+
+    exit_code = 1
+
+
+class ConfigError(DeepStackError):
+    """The recipe or an override is wrong. Carries every problem found, not just the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class LayoutError(ConfigError):
+    """The parallel layout cannot work with this model, batch or number of ranks."""
+
+
+class SlotError(ConfigError):
+    """A stack is assigned to a layer that does not exist, or to no layer at all."""
+
+
+class DataError(DeepStackError):
+    """Images, records or tokenizer given by the user cannot be used."""
+
+    exit_code = 3
+
+
+class StoreError(DeepStackError):
+    """A zarr store is missing, unfinished, damaged, or made for something else."""
+
+    exit_code = 4
+
+
+class CheckpointError(DeepStackError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+    exit_code = 5
+
+
+class ParityError(DeepStackError):
+    """A comparison with reference data exceeded its tolerance."""
+
+    exit_code = 6
+
+
+class RankError(DeepStackError):
+    """A worker process died, hung or raised; the message carries what it said."""
+
+    exit_code = 7
