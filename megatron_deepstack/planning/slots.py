@@ -1,0 +1,148 @@
+"""Which chunk of the pipeline owns which decoder layer, and therefore which stack.
+
+A *slot* is the 0-based global decoder layer before whose input a stack is added. The base visual tokens have the
+slot `EMBEDDING`: they take the placeholders' place in the output of the word embedding. Everything here is pure
+arithmetic that every rank repeats with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig, Variant
+from megatron_deepstack.errors import LayoutError, SlotError
+
+EMBEDDING = -1
+"""Slot of the base visual tokens."""
+
+VARIANTS_WITH_DECODER_STACKS = (Variant.DEEPSTACK_L, Variant.DEEPSTACK_HD)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The part of the decoder that one rank holds under one virtual stage."""
+
+    pp: int
+    """Pipeline stage."""
+    vpp: int
+    """Virtual stage within it; 0 without interleaving."""
+    first: int
+    """First decoder layer."""
+    stop: int
+    """One past the last decoder layer; equal to `first` if the chunk holds none."""
+    has_embedding: bool
+    """The word embedding is here, and with it the slot `EMBEDDING`."""
+    has_head: bool
+    """Final norm, output layer and loss are here."""
+
+    def owns(self, slot: int) -> bool:
+        """Whether rows of this slot are added here."""
+        return self.has_embedding if slot == EMBEDDING else self.first <= slot < self.stop
+
+
+def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None = None) -> tuple[int, ...]:
+    """Layer of each stack, in stack order (paper, algorithm 1; published default 1, 2, 3, 4).
+
+    `num_stacks` defaults to `stacks.num_crops`, one stack per crop. Raises SlotError if a slot lies outside a
+    decoder of `num_layers` layers, or if `stacks.slots` is not of that length: a stack is never dropped silently.
+    """
+    wanted = stacks.num_crops if num_stacks is None else num_stacks
+    slots = stacks.slots
+    if slots is None:
+        slots = tuple(stacks.start + k * stacks.interval for k in range(wanted))
+    problems = []
+    if len(slots) != wanted:
+        problems.append(
+            f"model.stacks.slots: {len(slots)} slots {list(slots)} for {wanted} stacks; give one layer per stack "
+            f"({wanted}), or change model.stacks.num_crops"
+        )
+    for stack, slot in enumerate(slots):
+        if not 0 <= slot < num_layers:
+            problems.append(
+                f"model.stacks: stack {stack} has slot {slot}, outside the model of {num_layers} layers "
+                f"(0 to {num_layers - 1}); lower model.stacks.start or interval, or name the layers in model.stacks.slots"
+            )
+    if problems:
+        raise SlotError(problems)
+    return slots
+
+
+def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
+    """Slots of the decoder's stacks; empty for variants that inject nothing into the decoder."""
+    if model.variant not in VARIANTS_WITH_DECODER_STACKS:
+        return ()
+    return stack_slots(model.stacks, model.language.num_layers, num_stacks=num_decoder_stacks(model))
+
+
+def num_decoder_stacks(model: ModelConfig) -> int:
+    """Stacks per context row: one per crop for L; the 2x2 high-res crops of each context view for HD."""
+    if model.variant is Variant.DEEPSTACK_HD:
+        return int(model.stacks.num_crops**0.5) ** 2
+    return model.stacks.num_crops if model.variant is Variant.DEEPSTACK_L else 0
+
+
+def layers_per_chunk(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Decoder layers of each chunk in model order (chunk `v * pipeline + p`), even unless the recipe says otherwise."""
+    num_chunks = parallel.pipeline * parallel.virtual_pipeline
+    if parallel.layers_per_stage is not None:
+        given = parallel.layers_per_stage
+        if len(given) != num_chunks or sum(given) != num_layers or min(given, default=0) < 0:
+            raise LayoutError(
+                [
+                    f"parallel.layers_per_stage: {list(given)} must be {num_chunks} counts (pipeline "
+                    f"{parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline}) that sum to the decoder's "
+                    f"{num_layers} layers; they are {len(given)} and sum to {sum(given)}"
+                ]
+            )
+        return given
+    if num_layers % num_chunks:
+        raise LayoutError(
+            [
+                f"parallel: {num_layers} decoder layers do not split evenly over {num_chunks} chunks (pipeline "
+                f"{parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline}); choose a divisor of "
+                f"{num_layers}, or name the counts in parallel.layers_per_stage, for example "
+                f"{_nearly_even(num_layers, num_chunks)}"
+            ]
+        )
+    return (num_layers // num_chunks,) * num_chunks
+
+
+def _nearly_even(num_layers: int, num_chunks: int) -> list[int]:
+    """Counts that differ by at most one, the larger ones away from the first chunk."""
+    small, rest = divmod(num_layers, num_chunks)
+    return [small + (index >= num_chunks - rest) for index in range(num_chunks)]
+
+
+def stage_chunks(num_layers: int, parallel: ParallelConfig) -> tuple[Chunk, ...]:
+    """All chunks in model order; chunk `v * pipeline + p` lives on stage p as virtual stage v."""
+    counts = layers_per_chunk(num_layers, parallel)
+    chunks, first = [], 0
+    for index, count in enumerate(counts):
+        vpp, pp = divmod(index, parallel.pipeline)
+        chunks.append(
+            Chunk(
+                pp=pp,
+                vpp=vpp,
+                first=first,
+                stop=first + count,
+                has_embedding=index == 0,
+                has_head=index == len(counts) - 1,
+            )
+        )
+        first += count
+    return tuple(chunks)
+
+
+def chunk_slots(chunk: Chunk, slots: Sequence[int]) -> tuple[int, ...]:
+    """The distinct decoder slots that lie in this chunk, ascending; `EMBEDDING` is not among them."""
+    return tuple(sorted({slot for slot in slots if slot != EMBEDDING and chunk.owns(slot)}))
+
+
+def owner(slot: int, chunks: Sequence[Chunk]) -> int:
+    """Index into `chunks` of the one that adds this slot's rows."""
+    for index, chunk in enumerate(chunks):
+        if chunk.owns(slot):
+            return index
+    last = max(chunk.stop for chunk in chunks)
+    raise SlotError([f"slot {slot} lies in no chunk of a model of {last} layers (0 to {last - 1})"])
