@@ -1,0 +1,81 @@
+"""LLaMA-type decoder with stacks added before chosen layers (paper equation 8, algorithm 1).
+
+Shapes: B batch, T sequence, H width, A query heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_deepstack.config.schema import LanguageConfig
+
+Weights = Mapping[str, Tensor]
+
+
+def embed_tokens(weights: Weights, tokens: Tensor) -> Tensor:
+    """Token ids to rows (..., H)."""
+    return F.embedding(tokens, weights["model.embed_tokens.weight"])
+
+
+def decode(
+    language: LanguageConfig, weights: Weights, hidden_BTH: Tensor, additions_by_layer: Mapping[int, Tensor]
+) -> Tensor:
+    """Logits (B, T, vocabulary). `additions_by_layer[i]` (B, T, H) is added to the input of layer i."""
+    outside = [layer for layer in additions_by_layer if not 0 <= layer < language.num_layers]
+    assert not outside, f"stacks before layers {outside}, but the decoder has layers 0..{language.num_layers - 1}"
+    for layer in range(language.num_layers):
+        if layer in additions_by_layer:
+            hidden_BTH = hidden_BTH + additions_by_layer[layer]
+        hidden_BTH = _layer(language, weights, f"model.layers.{layer}.", hidden_BTH)
+    hidden_BTH = _rms_norm(language, weights["model.norm.weight"], hidden_BTH)
+    head = "model.embed_tokens.weight" if language.tied_embeddings else "lm_head.weight"
+    return hidden_BTH @ weights[head].T
+
+
+def _layer(language: LanguageConfig, weights: Weights, name: str, x_BTH: Tensor) -> Tensor:
+    normed_BTH = _rms_norm(language, weights[name + "input_layernorm.weight"], x_BTH)
+    x_BTH = x_BTH + _attention(language, weights, name + "self_attn.", normed_BTH)
+    normed_BTH = _rms_norm(language, weights[name + "post_attention_layernorm.weight"], x_BTH)
+    gate = F.silu(normed_BTH @ weights[name + "mlp.gate_proj.weight"].T)
+    up = normed_BTH @ weights[name + "mlp.up_proj.weight"].T
+    return x_BTH + (gate * up) @ weights[name + "mlp.down_proj.weight"].T
+
+
+def _attention(language: LanguageConfig, weights: Weights, name: str, x_BTH: Tensor) -> Tensor:
+    """Causal attention; with fewer key/value heads, each serves A / K consecutive query heads."""
+    num_kv_heads = language.num_kv_heads or language.num_heads
+
+    def heads(projection: str, num_heads: int) -> Tensor:
+        bias = weights[f"{name}{projection}_proj.bias"] if language.qkv_bias else None
+        x = F.linear(x_BTH, weights[f"{name}{projection}_proj.weight"], bias).unflatten(-1, (num_heads, -1))
+        if language.qk_norm and projection != "v":
+            x = _rms_norm(language, weights[f"{name}{projection}_norm.weight"], x)
+        return x.transpose(1, 2)
+
+    query_BATD = _rotate(language, heads("q", language.num_heads))
+    key_BKTD, value_BKTD = _rotate(language, heads("k", num_kv_heads)), heads("v", num_kv_heads)
+    key_BATD = key_BKTD.repeat_interleave(language.num_heads // num_kv_heads, dim=1)
+    value_BATD = value_BKTD.repeat_interleave(language.num_heads // num_kv_heads, dim=1)
+    scores_BATT = query_BATD @ key_BATD.transpose(-1, -2) / math.sqrt(query_BATD.shape[-1])
+    future_TT = torch.ones(scores_BATT.shape[-2:], dtype=torch.bool, device=x_BTH.device).triu(1)
+    probabilities_BATT = scores_BATT.masked_fill(future_TT, -math.inf).softmax(-1)
+    return (probabilities_BATT @ value_BATD).transpose(1, 2).flatten(2) @ weights[name + "o_proj.weight"].T
+
+
+def _rotate(language: LanguageConfig, x_BATD: Tensor) -> Tensor:
+    """Rotary positions 0..T-1; channel c turns together with channel c + D/2."""
+    length, width = x_BATD.shape[-2:]
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=x_BATD.device) / width
+    angles = torch.arange(length, dtype=torch.float64, device=x_BATD.device)[:, None] / language.rope_theta**exponents
+    cos, sin = angles.cos().to(x_BATD.dtype), angles.sin().to(x_BATD.dtype)
+    first, second = x_BATD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _rms_norm(language: LanguageConfig, weight: Tensor, x: Tensor) -> Tensor:
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + language.norm_epsilon)

@@ -1,0 +1,62 @@
+"""From the tokens of crops to stacks: mosaic, sampling, and the layout of any-resolution contexts (paper section 3.2).
+
+Shapes: S patch side of a view, gw and gh columns and rows of the grid, W channels (vision or decoder width).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_deepstack.config.schema import Sampler, StackConfig, Variant
+
+Grid = tuple[int, int]
+
+
+def slot_of_stack(stacks: StackConfig, k: int) -> int:
+    """0-based layer before whose input stack k is added."""
+    return stacks.slots[k] if stacks.slots is not None else stacks.start + k * stacks.interval
+
+
+def num_views_of_image(variant: Variant, grid: Grid, num_crops: int) -> int:
+    """Views that an image brings: global view, crops, and for DeepStack-HD the crops of each of those."""
+    num_context = 1 + grid[0] * grid[1]
+    if variant is Variant.LLAVA:
+        return 1
+    return num_context * (1 + high_res_side(num_crops) ** 2) if variant is Variant.DEEPSTACK_HD else num_context
+
+
+def high_res_side(num_crops: int) -> int:
+    """DeepStack-HD cuts every context view into side x side high-resolution crops."""
+    return math.isqrt(num_crops)
+
+
+def mosaic(crops: Tensor, grid: Grid) -> Tensor:
+    """Crops in raster order (gh*gw, S*S, W) to the feature map of the whole picture (gh*S, gw*S, W)."""
+    gw, gh = grid
+    side = math.isqrt(crops.shape[1])
+    tiles = crops.reshape(gh, gw, side, side, -1)
+    return torch.cat([torch.cat(list(tiles[i]), dim=1) for i in range(gh)], dim=0)
+
+
+def sample_stacks(crops: Tensor, grid: Grid, sampler: Sampler) -> list[Tensor]:
+    """Crops in raster order (gh*gw, S*S, W) to gw*gh stacks of (S*S, W); together they hold every token once."""
+    gw, gh = grid
+    if sampler is Sampler.GRID:
+        return list(crops)
+    picture = mosaic(crops, grid)
+    if sampler is Sampler.SEQUENTIAL_1D:
+        return [picture.flatten(0, 1)[k :: gw * gh] for k in range(gw * gh)]
+    return [picture[i::gh, j::gw].flatten(0, 1) for i in range(gh) for j in range(gw)]
+
+
+def any_resolution_layout(views: Tensor, grid: Grid, newline: Tensor) -> Tensor:
+    """Context views (1 + gh*gw, S*S, W), global first, to S*S + gh*S*(gw*S + 1) rows.
+
+    The global tokens come first, then the mosaic of the crops row by row, each row followed by the learned newline.
+    """
+    picture = mosaic(views[1:], grid)
+    newlines = newline.expand(picture.shape[0], 1, -1)
+    return torch.cat([views[0], torch.cat([picture, newlines], dim=1).flatten(0, 1)])

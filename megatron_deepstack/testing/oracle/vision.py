@@ -1,0 +1,114 @@
+"""CLIP-type ViT and projector, and DeepStack-V's stacking inside the ViT (paper section 3.3).
+
+Shapes: N views, S patch side of a view (image_size / patch_size), T tokens of a view (S*S, plus 1 with a class token),
+C vision width, H decoder width, A heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_deepstack.config.schema import Activation, VisionConfig
+
+Weights = Mapping[str, Tensor]
+PREFIX = "model.vision_tower.vision_tower.vision_model."
+
+
+def num_patches_per_side(vision: VisionConfig) -> int:
+    """S, the side of a view in patches."""
+    return vision.image_size // vision.patch_size
+
+
+def num_layers_run(vision: VisionConfig) -> int:
+    """Layers whose output can reach the selected hidden state: all but one for `select_layer` -2."""
+    return vision.select_layer if vision.select_layer >= 0 else vision.num_layers + 1 + vision.select_layer
+
+
+def embed_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) -> Tensor:
+    """Patches, class token and positions through the first LayerNorm: (N, T, C)."""
+    kernel = weights[PREFIX + "embeddings.patch_embedding.weight"]
+    hidden_NTC = F.conv2d(pixels_N3HW.to(kernel.dtype), kernel, stride=vision.patch_size).flatten(2).transpose(1, 2)
+    if vision.class_token:
+        class_N1C = weights[PREFIX + "embeddings.class_embedding"].expand(hidden_NTC.shape[0], 1, -1)
+        hidden_NTC = torch.cat([class_N1C, hidden_NTC], dim=1)
+    hidden_NTC = hidden_NTC + weights[PREFIX + "embeddings.position_embedding.weight"]
+    return _layer_norm(vision, weights, "pre_layrnorm", hidden_NTC)  # the published name lacks the e
+
+
+def run_layers(vision: VisionConfig, weights: Weights, layers: range, hidden_NTC: Tensor) -> Tensor:
+    """The given transformer layers, pre-norm, full attention within a view."""
+    for layer in layers:
+        name = f"encoder.layers.{layer}."
+        normed_NTC = _layer_norm(vision, weights, name + "layer_norm1", hidden_NTC)
+        hidden_NTC = hidden_NTC + _attention(vision, weights, name + "self_attn.", normed_NTC)
+        normed_NTC = _layer_norm(vision, weights, name + "layer_norm2", hidden_NTC)
+        wide = _activate(vision.activation, _linear(weights, PREFIX + name + "mlp.fc1", normed_NTC))
+        hidden_NTC = hidden_NTC + _linear(weights, PREFIX + name + "mlp.fc2", wide)
+    return hidden_NTC
+
+
+def encode_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) -> Tensor:
+    """Features of the selected hidden state, class token dropped: (N, S*S, C)."""
+    hidden_NTC = embed_views(vision, weights, pixels_N3HW)
+    hidden_NTC = run_layers(vision, weights, range(num_layers_run(vision)), hidden_NTC)
+    return hidden_NTC[:, num_leading_tokens(vision) :]
+
+
+def add_stacks_in_vit(
+    vision: VisionConfig, weights: Weights, global_1TC: Tensor, stacks: Sequence[Tensor], slots: Sequence[int]
+) -> Tensor:
+    """Finish the global view alone from its state before layer `slots[0]`, adding stack k before layer `slots[k]`.
+
+    A stack before the layer that the selected hidden state enters still counts; later ones have no effect and are
+    dropped, as published. Returns features (1, S*S, C).
+    """
+    last = num_layers_run(vision)
+    hidden_1TC, done = global_1TC, slots[0]
+    for stack_TC, slot in zip(stacks, slots, strict=True):
+        if slot > last or slot >= vision.num_layers:
+            break
+        hidden_1TC = run_layers(vision, weights, range(done, slot), hidden_1TC)
+        hidden_1TC = hidden_1TC + F.pad(stack_TC, (0, 0, num_leading_tokens(vision), 0))  # class token untouched
+        done = slot
+    hidden_1TC = run_layers(vision, weights, range(done, last), hidden_1TC)
+    return hidden_1TC[:, num_leading_tokens(vision) :]
+
+
+def project(weights: Weights, features_C: Tensor) -> Tensor:
+    """The projector, Linear-GELU-Linear with biases: (..., C) to (..., H)."""
+    return _linear(weights, "model.mm_projector.2", F.gelu(_linear(weights, "model.mm_projector.0", features_C)))
+
+
+def num_leading_tokens(vision: VisionConfig) -> int:
+    """Tokens before the patches: the class token, or none."""
+    return int(vision.class_token)
+
+
+def _attention(vision: VisionConfig, weights: Weights, name: str, x_NTC: Tensor) -> Tensor:
+    def heads(projection: str) -> Tensor:
+        return _linear(weights, PREFIX + name + projection, x_NTC).unflatten(-1, (vision.num_heads, -1)).transpose(1, 2)
+
+    query_NATD, key_NATD, value_NATD = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    scores_NATT = query_NATD @ key_NATD.transpose(-1, -2) / math.sqrt(query_NATD.shape[-1])
+    mixed_NTC = (scores_NATT.softmax(-1) @ value_NATD).transpose(1, 2).flatten(2)
+    return _linear(weights, PREFIX + name + "out_proj", mixed_NTC)
+
+
+def _activate(activation: Activation, x: Tensor) -> Tensor:
+    if activation is Activation.QUICK_GELU:
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if activation is Activation.GELU_TANH else "none")
+
+
+def _layer_norm(vision: VisionConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    weight, bias = weights[PREFIX + name + ".weight"], weights[PREFIX + name + ".bias"]
+    return F.layer_norm(x, weight.shape, weight, bias, vision.layernorm_epsilon)
+
+
+def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, weights[name + ".weight"], weights[name + ".bias"])
