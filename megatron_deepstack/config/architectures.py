@@ -1,0 +1,73 @@
+"""Named model sizes: what `architecture: NAME` in a recipe's vision or language section stands for.
+
+A name is a base that the section's other keys override, so `architecture: vicuna_7b` with `num_layers: 4` is a
+Vicuna of four layers. The resolved recipe holds the numbers, not the name. Values are those of the published
+Hugging Face configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_deepstack.config.schema import Activation, LanguageConfig, VisionConfig
+
+_HALF = (0.5, 0.5, 0.5)
+_LLAMA_7B = LanguageConfig()
+_LLAMA_13B = LanguageConfig(hidden_size=5120, ffn_hidden_size=13824, num_layers=40, num_heads=40)
+
+VISION: Mapping[str, VisionConfig] = {
+    "clip_vit_l14_224": VisionConfig(image_size=224),
+    "clip_vit_l14_336": VisionConfig(),
+    "siglip_so400m_14_384": VisionConfig(
+        image_size=378,
+        hidden_size=1152,
+        ffn_hidden_size=4304,
+        num_layers=27,
+        activation=Activation.GELU_TANH,
+        class_token=False,
+        layernorm_epsilon=1e-6,
+        mean=_HALF,
+        std=_HALF,
+    ),
+}
+"""Vision towers. SigLIP's 384 pixels hold 27 whole patches of 14, which are 378 pixels; the rest it never sees."""
+
+LANGUAGE: Mapping[str, LanguageConfig] = {
+    "llama2_7b": _LLAMA_7B,
+    "llama2_13b": _LLAMA_13B,
+    "llama2_70b": LanguageConfig(hidden_size=8192, ffn_hidden_size=28672, num_layers=80, num_heads=64, num_kv_heads=8),
+    "vicuna_7b": _LLAMA_7B,
+    "vicuna_13b": _LLAMA_13B,
+    "yi_34b": LanguageConfig(
+        vocab_size=64000,
+        hidden_size=7168,
+        ffn_hidden_size=20480,
+        num_layers=60,
+        num_heads=56,
+        num_kv_heads=8,
+        rope_theta=5_000_000.0,
+    ),
+    "mistral_7b_v0_2": LanguageConfig(ffn_hidden_size=14336, num_kv_heads=8, rope_theta=1_000_000.0),
+    "qwen2_7b": LanguageConfig(
+        vocab_size=152064,
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        norm_epsilon=1e-6,
+        rope_theta=1_000_000.0,
+        qkv_bias=True,
+    ),
+    "qwen3_8b": LanguageConfig(
+        vocab_size=151936,
+        ffn_hidden_size=12288,
+        num_layers=36,
+        num_kv_heads=8,
+        head_dim=128,
+        norm_epsilon=1e-6,
+        rope_theta=1_000_000.0,
+        qk_norm=True,
+    ),
+}
+"""Decoders."""

@@ -1,0 +1,317 @@
+"""What the values of a recipe must be, alone and together, as far as the recipe itself can tell.
+
+Pure, and complete: every rule is tried and every violation reported. Rules that need the stage plan or the number
+of ranks are in `planning.check`; what files contain is checked where they are opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+
+from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems
+from megatron_deepstack.config.schema import (
+    EncoderPlacement,
+    GridRule,
+    LanguageConfig,
+    ParallelConfig,
+    Recipe,
+    Variant,
+)
+from megatron_deepstack.errors import ConfigError, LayoutError
+
+TEMPLATES = ("plain", "v1")
+"""Names of the conversation templates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A test of one number and how to say it."""
+
+    expected: str
+    holds: Callable[[float], bool]
+
+
+_POSITIVE = Range("a number above 0", lambda value: value > 0)
+_NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+_SHARE = Range("a share from 0 to 1", lambda value: 0 <= value <= 1)
+_BELOW_ONE = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
+_SEED = Range("a seed from 0 to 2147483647", lambda value: 0 <= value < 2**31)
+
+_RANGES: dict[str, Range] = {
+    **dict.fromkeys(
+        (
+            "model.vision.image_size",
+            "model.vision.patch_size",
+            "model.vision.hidden_size",
+            "model.vision.ffn_hidden_size",
+            "model.vision.num_layers",
+            "model.vision.num_heads",
+            "model.vision.layernorm_epsilon",
+            "model.vision.std",
+            "model.language.vocab_size",
+            "model.language.hidden_size",
+            "model.language.ffn_hidden_size",
+            "model.language.num_layers",
+            "model.language.num_heads",
+            "model.language.num_kv_heads",
+            "model.language.head_dim",
+            "model.language.norm_epsilon",
+            "model.language.rope_theta",
+            "model.stacks.num_crops",
+            "data.max_image_pixels",
+            "data.images_per_part",
+            "parallel.tensor",
+            "parallel.pipeline",
+            "parallel.virtual_pipeline",
+            "parallel.context",
+            "parallel.recompute_num_layers",
+            "optimizer.lr",
+            "optimizer.epsilon",
+            "train.steps",
+            "train.global_batch_size",
+            "train.micro_batch_size",
+            "train.seq_length",
+            "train.log_interval",
+        ),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(
+        (
+            "model.stacks.start",
+            "model.stacks.interval",
+            "parallel.layers_per_stage",
+            "optimizer.vision_lr",
+            "optimizer.projector_lr",
+            "optimizer.min_lr",
+            "optimizer.weight_decay",
+            "optimizer.clip_grad",
+            "train.validation_interval",
+            "checkpoint.interval",
+            "checkpoint.keep",
+        ),
+        _NOT_NEGATIVE,
+    ),
+    "data.max_quarantined": _SHARE,
+    "optimizer.warmup_fraction": _SHARE,
+    "optimizer.beta1": _BELOW_ONE,
+    "optimizer.beta2": _BELOW_ONE,
+    "train.seed": _SEED,
+}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ConfigError (LayoutError if only the layout is at fault) with every problem of the recipe."""
+    raise_problems(find_problems(recipe))
+
+
+def find_problems(recipe: Recipe) -> list[Problem]:
+    """All problems; rules between fields are tried only where each field's own range holds."""
+    found = list(_out_of_range(recipe))
+    bad = [problem.paths[0] for problem in found]
+    for rule in _RULES:
+        found += [problem for problem in rule(recipe) if not any(problem.concerns(path) for path in bad)]
+    return found
+
+
+def require(recipe: Recipe, paths: tuple[str, ...], verb: str) -> None:
+    """Raise ConfigError if a field that `verb` cannot do without is absent."""
+    absent = [path for path in paths if value_at(recipe, path) in (None, "")]
+    raise_problems(
+        [
+            Problem(paths=(path,), text=f"is not set, and `{verb}` needs it; set it in the recipe or add {path}=...")
+            for path in absent
+        ]
+    )
+
+
+def value_at(recipe: Recipe, path: str) -> object:
+    """The value of a field by its dotted path."""
+    return reduce(getattr, path.split("."), recipe)  # type: ignore[arg-type]
+
+
+def _out_of_range(recipe: Recipe) -> Iterator[Problem]:
+    for path, allowed in _RANGES.items():
+        value = value_at(recipe, path)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(allowed.holds(item) for item in values):
+            shown = list(value) if isinstance(value, tuple) else value
+            yield Problem(paths=(path,), text=f"found {shown}, expected {allowed.expected}")
+
+
+def _problem(paths: str, text: str, kind: type[ConfigError] = ConfigError) -> Problem:
+    return Problem(paths=tuple(paths.split()), text=text, kind=kind)
+
+
+def _vision(recipe: Recipe) -> Iterator[Problem]:
+    vision = recipe.model.vision
+    if vision.patch_size and vision.image_size % vision.patch_size:
+        lower = vision.image_size // vision.patch_size * vision.patch_size
+        yield _problem(
+            "model.vision.image_size model.vision.patch_size",
+            f"{vision.image_size} pixels are not a whole number of patches of {vision.patch_size}; "
+            f"use {lower or vision.patch_size} or {lower + vision.patch_size}",
+        )
+    if vision.num_heads and vision.hidden_size % vision.num_heads:
+        yield _problem(
+            "model.vision.num_heads model.vision.hidden_size",
+            f"{vision.num_heads} heads do not divide model.vision.hidden_size {vision.hidden_size}",
+        )
+    if not -vision.num_layers <= vision.select_layer <= -1:
+        yield _problem(
+            "model.vision.select_layer model.vision.num_layers",
+            f"found {vision.select_layer}, expected -1 (the last layer's output) to -{vision.num_layers} "
+            f"(the first layer's output) in a tower of {vision.num_layers} layers",
+        )
+
+
+def _language(recipe: Recipe) -> Iterator[Problem]:
+    language = recipe.model.language
+    heads, width, kv_heads = language.num_heads, language.hidden_size, language.num_kv_heads
+    if language.head_dim is None and heads and width % heads:
+        yield _problem(
+            "model.language.num_heads model.language.hidden_size model.language.head_dim",
+            f"{heads} heads do not divide model.language.hidden_size {width}; change one, or set head_dim",
+        )
+    elif heads and head_width(language) % 2:
+        yield _problem(
+            "model.language.head_dim model.language.num_heads model.language.hidden_size",
+            f"a head is {head_width(language)} wide; the rotary embedding turns pairs, so it must be even",
+        )
+    if kv_heads and heads % kv_heads:
+        yield _problem(
+            "model.language.num_kv_heads model.language.num_heads",
+            f"{kv_heads} key/value heads do not divide model.language.num_heads {heads}",
+        )
+
+
+def head_width(language: LanguageConfig) -> int:
+    """Width of one attention head of the decoder."""
+    return language.head_dim if language.head_dim is not None else language.hidden_size // language.num_heads
+
+
+def _stacks(recipe: Recipe) -> Iterator[Problem]:
+    stacks, variant = recipe.model.stacks, recipe.model.variant
+    least = 4 if stacks.grid is GridRule.FIXED_2X2 else 2
+    if variant is not Variant.LLAVA and stacks.num_crops < least:
+        yield _problem(
+            "model.stacks.num_crops model.stacks.grid model.variant",
+            f"{stacks.num_crops} leaves no grid of crops under grid rule {stacks.grid}, which needs at least {least}; "
+            f"for a model without crops use model.variant=llava",
+        )
+
+
+def _layout(recipe: Recipe) -> Iterator[Problem]:
+    parallel = recipe.parallel
+    for name, size in _split_by_tensor(recipe.model.language).items():
+        if parallel.tensor and size % parallel.tensor:
+            yield _problem(
+                f"parallel.tensor {name}",
+                f"{parallel.tensor} tensor-parallel ranks do not divide {name} {size}; "
+                f"use {nearest_divisor(size, parallel.tensor)}",
+                LayoutError,
+            )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield _problem(
+            "parallel.virtual_pipeline parallel.pipeline",
+            f"{parallel.virtual_pipeline} chunks per stage need at least 2 pipeline stages; "
+            f"set parallel.pipeline, or virtual_pipeline=1",
+            LayoutError,
+        )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        yield _problem(
+            "parallel.sequence_parallel parallel.tensor",
+            "splits activations over tensor-parallel ranks, of which there is 1; set parallel.tensor, or false",
+            LayoutError,
+        )
+    if parallel.encoder_placement is EncoderPlacement.INLINE and parallel.context > 1:
+        yield _problem(
+            "parallel.encoder_placement parallel.context",
+            f"inline runs the tower inside the first stage, which is split over {parallel.context} context-parallel "
+            f"ranks here; use spread",
+            LayoutError,
+        )
+    yield from _sequence_split(recipe.train.seq_length, parallel)
+
+
+def _split_by_tensor(language: LanguageConfig) -> dict[str, int]:
+    """Sizes that tensor parallelism cuts evenly, by field."""
+    kv_heads = {} if language.num_kv_heads is None else {"model.language.num_kv_heads": language.num_kv_heads}
+    return {
+        "model.language.num_heads": language.num_heads,
+        **kv_heads,
+        "model.language.ffn_hidden_size": language.ffn_hidden_size,
+        "model.language.vocab_size": language.vocab_size,
+    }
+
+
+def _sequence_split(seq_length: int, parallel: ParallelConfig) -> Iterator[Problem]:
+    shards = sequence_multiple(parallel)
+    if shards and seq_length % shards:
+        lower = seq_length // shards * shards
+        yield _problem(
+            "train.seq_length parallel.context parallel.sequence_parallel parallel.tensor",
+            f"{seq_length} tokens do not split into {shards} equal shards (tensor {parallel.tensor} if "
+            f"sequence_parallel, times 2 x context {parallel.context} if above 1); use {lower or shards} "
+            f"or {lower + shards}",
+            LayoutError,
+        )
+
+
+def sequence_multiple(parallel: ParallelConfig) -> int:
+    """What a padded sequence's length must be a multiple of."""
+    over_tensor = parallel.tensor if parallel.sequence_parallel else 1
+    return prod((over_tensor, 2 * parallel.context if parallel.context > 1 else 1))
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of `size` nearest to `wanted`."""
+    candidates = [divisor for divisor in range(1, min(size, 2 * wanted) + 1) if size % divisor == 0]
+    return min(candidates, key=lambda divisor: abs(divisor - wanted))
+
+
+def _training(recipe: Recipe) -> Iterator[Problem]:
+    train, vision, optimizer = recipe.train, recipe.model.vision, recipe.optimizer
+    if train.micro_batch_size and train.global_batch_size % train.micro_batch_size:
+        yield _problem(
+            "train.global_batch_size train.micro_batch_size",
+            f"{train.global_batch_size} is not a multiple of train.micro_batch_size {train.micro_batch_size}",
+        )
+    tokens = (vision.image_size // vision.patch_size) ** 2 if vision.patch_size else 0
+    if tokens >= train.seq_length:
+        yield _problem(
+            "train.seq_length model.vision.image_size model.vision.patch_size",
+            f"{train.seq_length} tokens cannot hold one image of {tokens} visual tokens "
+            f"({vision.image_size} / {vision.patch_size} squared) and any text",
+        )
+    if not train.trainable or len(set(train.trainable)) < len(train.trainable):
+        yield _problem(
+            "train.trainable",
+            f"found [{', '.join(train.trainable)}], expected at least one of vision, projector, language, each once",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        yield _problem(
+            "optimizer.min_lr optimizer.lr", f"{optimizer.min_lr} is above the peak optimizer.lr {optimizer.lr}"
+        )
+    if train.validation_interval and recipe.data.validation_store is None:
+        yield _problem(
+            "train.validation_interval data.validation_store",
+            f"evaluates every {train.validation_interval} steps on data.validation_store, which is not set",
+        )
+
+
+def _names(recipe: Recipe) -> Iterator[Problem]:
+    template = recipe.data.template
+    if template not in TEMPLATES:
+        yield _problem(
+            "data.template",
+            f"found '{template}', expected one of {', '.join(TEMPLATES)}{did_you_mean(template, TEMPLATES)}",
+        )
+    for path in ("name", "run_dir"):
+        if not str(value_at(recipe, path)).strip():
+            yield _problem(path, "is empty, expected text")
+
+
+_RULES = (_vision, _language, _stacks, _layout, _training, _names)

@@ -1,0 +1,215 @@
+"""Recipes from YAML files and `section.field=value` overrides, and back to YAML.
+
+OmegaConf reads the YAML, merges and resolves `${...}`; the strict part is ours (`build`). Precedence, lowest
+first: schema defaults, a section's `architecture`, the file named by `base:`, the file itself, the overrides. One
+file is one run, and the resolved recipe written beside a run reads back as exactly the same Recipe.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_deepstack.config import architectures
+from megatron_deepstack.config.build import build_recipe, defaults, plain
+from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems, without_echoes
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import ConfigError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+"""Folder of the recipes that come with the package."""
+_ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "vision": architectures.VISION,
+    "language": architectures.LANGUAGE,
+}
+_MAX_RECIPE_BYTES = 1 << 20
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, or one of the package's by its bare name (`demo`), with overrides applied.
+
+    Raises ConfigError with every problem of the file, the overrides and the checks of `config.check`.
+    """
+    recipe, problems = read_recipe(path, overrides)
+    raise_problems(problems)
+    return recipe
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Problem]]:
+    """As `load_recipe`, but problems are returned, so that a caller can add its own before raising.
+
+    Fields with a problem hold their default. A file that cannot be read at all raises ConfigError.
+    """
+    problems: list[Problem] = []
+    given = _read(find_recipe(path), ())
+    for override in overrides:
+        given = _apply(given, override, problems)
+    recipe = build_recipe(_resolved(given, problems), problems)
+    problems += without_echoes(find_problems(recipe), problems)
+    return recipe, problems
+
+
+def recipe_from_mapping(mapping: Mapping[str, Any]) -> Recipe:
+    """A checked recipe from nested dicts, as a YAML file would hold them."""
+    problems: list[Problem] = []
+    recipe = build_recipe(_resolved(_copied(mapping), problems), problems)
+    raise_problems(problems + without_echoes(find_problems(recipe), problems))
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML, every field written out; `load_recipe` reads back an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(plain(recipe))))
+
+
+def _copied(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A copy down to the last section, which may then be changed."""
+    return {key: _copied(item) if isinstance(item, Mapping) else item for key, item in mapping.items()}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file behind a path, or behind the bare name of a recipe of the package."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    names = sorted(known.stem for known in RECIPES.glob("*.yaml"))
+    if str(path) in names:
+        return RECIPES / f"{path}.yaml"
+    found = "is a folder" if file.is_dir() else "no such file"
+    raise ConfigError(
+        [f"recipe '{path}': {found}; give a YAML file or one of {', '.join(names)}{did_you_mean(str(path), names)}"]
+    )
+
+
+def _read(file: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
+    """One file over its `base`, which is a path relative to the file or the name of a recipe."""
+    if file.resolve() in seen:
+        chain = " -> ".join(str(step) for step in (*seen, file.resolve()))
+        raise ConfigError([f"{file}: `base` leads back to the same file: {chain}"])
+    given = _parse(file)
+    if "base" not in given:
+        return given
+    base = given.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError([f"{file}: base: found {base!r}, expected the path of another recipe"])
+    beside = file.parent / base
+    return _over(_read(beside if beside.is_file() else find_recipe(base), (*seen, file.resolve())), given)
+
+
+def _parse(file: Path) -> dict[Any, Any]:
+    """The YAML of one file, interpolations unresolved."""
+    try:
+        if file.stat().st_size > _MAX_RECIPE_BYTES:
+            raise ConfigError([f"{file}: {file.stat().st_size} bytes is no recipe; expected YAML of at most 1 MiB"])
+        given = OmegaConf.load(io.StringIO(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError([f"{file}: cannot be read: {_one_line(error)}"]) from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{file}: is not valid YAML: {_one_line(error)}"]) from error
+    if not isinstance(given, DictConfig) or given._is_interpolation():
+        raise ConfigError([f"{file}: found a list or a bare value, expected sections such as `model:` and `train:`"])
+    return _container(given)
+
+
+def _container(given: DictConfig | ListConfig) -> dict[Any, Any]:
+    values = OmegaConf.to_container(given)
+    assert isinstance(values, dict)
+    return values
+
+
+def _apply(given: dict[Any, Any], override: str, problems: list[Problem]) -> dict[Any, Any]:
+    """`given` with one `section.field=value`."""
+    key, equals, _ = override.partition("=")
+    if not equals or any(not part or part != part.strip() for part in key.split(".")):
+        problems.append(Problem(paths=("",), text=f"override '{override}': expected section.field=value"))
+        return given
+    try:
+        return _over(given, _container(OmegaConf.from_dotlist([override])))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        problems.append(Problem(paths=(key,), text=f"override '{override}' cannot be read: {_one_line(error)}"))
+        return given
+
+
+def _over(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`above` merged over `below`: sections key by key, everything else (lists too) replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _resolved(given: dict[Any, Any], problems: list[Problem]) -> dict[Any, Any]:
+    """What was given over what it stands on, with every interpolation resolved."""
+    base = defaults(Recipe)
+    for section, known in _ARCHITECTURES.items():
+        shape = _architecture(given, section, known, problems)
+        if shape is not None:
+            base["model"][section] = plain(shape)
+    values = _resolve(OmegaConf.create(_over(base, given)), "", problems)
+    assert isinstance(values, dict)
+    return values
+
+
+def _architecture(given: dict[Any, Any], section: str, known: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """The shape that `model.SECTION.architecture` names, if it is there; the key is taken out."""
+    model = given.get("model")
+    keys = model.get(section) if isinstance(model, dict) else None
+    if not isinstance(keys, dict) or "architecture" not in keys:
+        return None
+    name = keys.pop("architecture")
+    if isinstance(name, str) and name in known:
+        return known[name]
+    near = did_you_mean(str(name), list(known))
+    path = f"model.{section}.architecture"
+    problems.append(Problem(paths=(path,), text=f"found {name!r}, expected one of {', '.join(known)}{near}"))
+    return None
+
+
+def _resolve(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> dict[Any, Any] | list[Any]:
+    """Plain dicts and lists; a value whose interpolation fails becomes a problem and is left out."""
+    if isinstance(node, ListConfig):
+        pairs = [(str(index), item) for index, item in _items(node, range(len(node)), path, problems)]
+        return [_resolve(item, f"{path}.{key}", problems) if _nested(item) else item for key, item in pairs]
+    return {
+        key: _resolve(item, f"{path}.{key}".lstrip("."), problems) if _nested(item) else item
+        for key, item in _items(node, list(node.keys()), path, problems)
+    }
+
+
+def _nested(item: object) -> bool:
+    return isinstance(item, (DictConfig, ListConfig))
+
+
+def _items(node: DictConfig | ListConfig, keys: Sequence[Any], path: str, problems: list[Problem]) -> list[Any]:
+    pairs = []
+    for key in keys:
+        try:
+            pairs.append((key, node[key]))
+        except (OmegaConfBaseException, ValueError) as error:
+            place = f"{path}.{key}".lstrip(".")
+            problems.append(Problem(paths=(place,), text=f"cannot be resolved: {_one_line(error)}"))
+    return pairs
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if not line.strip().startswith("object_type"))
+
+
+def _escaped(value: Any) -> Any:
+    """Strings with `${` protected, so that they are not taken for interpolations when read back."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value

@@ -1,0 +1,168 @@
+"""What the stage plan and the number of ranks demand of a recipe; before any process starts.
+
+`config.check` knows a recipe's fields; this file adds the rules that need the plan made from them: every slot in
+the model, every layer in one stage, the encoder beside its slots if it runs inline, and ranks and batches that come
+out even. Pure arithmetic, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from math import log2
+from pathlib import Path
+
+from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.load import read_recipe
+from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
+from megatron_deepstack.config.schema import EncoderPlacement, ParallelConfig, Recipe, Variant
+from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.planning.slots import decoder_slots, stack_slots, stage_chunks
+
+
+def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, with the plan's problems reported in the same go."""
+    recipe, problems = read_recipe(path, overrides)
+    raise_problems(problems + without_echoes(find_plan_problems(recipe), problems))
+    return recipe
+
+
+def check_plan(recipe: Recipe) -> None:
+    """Raise SlotError, LayoutError, or ConfigError for both, unless every stack reaches a layer in the layout."""
+    raise_problems(find_plan_problems(recipe))
+
+
+def find_plan_problems(recipe: Recipe) -> list[Problem]:
+    """All problems of slots and stages."""
+    found = list(_slots(recipe))
+    found += _stages(recipe)
+    if not found:
+        found += _inline(recipe)
+    return found
+
+
+def _problems_of(error: ConfigError, *paths: str) -> Iterator[Problem]:
+    """The messages of an error of `planning.slots`, which begin with a path, as problems of these fields."""
+    for message in error.problems:
+        yield Problem(paths=paths, text=message.partition(": ")[2], kind=type(error))
+
+
+def _slots(recipe: Recipe) -> Iterator[Problem]:
+    model = recipe.model
+    try:
+        decoder_slots(model)
+        if model.variant is Variant.DEEPSTACK_V:
+            stack_slots(model.stacks, model.vision.num_layers)
+    except ConfigError as error:
+        yield from _problems_of(
+            error, "model.stacks", "model.variant", "model.language.num_layers", "model.vision.num_layers"
+        )
+
+
+def _stages(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.parallel.pipeline < 1 or recipe.parallel.virtual_pipeline < 1:
+        return
+    try:
+        stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+    except ConfigError as error:
+        given = "layers_per_stage" if recipe.parallel.layers_per_stage is not None else "pipeline"
+        others = ("parallel.pipeline", "parallel.virtual_pipeline", "model.language.num_layers")
+        yield from _problems_of(error, f"parallel.{given}", *others)
+
+
+def _inline(recipe: Recipe) -> Iterator[Problem]:
+    parallel = recipe.parallel
+    if parallel.encoder_placement is not EncoderPlacement.INLINE:
+        return
+    first = stage_chunks(recipe.model.language.num_layers, parallel)[0]
+    outside = [slot for slot in decoder_slots(recipe.model) if not first.owns(slot)]
+    if outside:
+        yield Problem(
+            paths=("parallel.encoder_placement", "model.stacks", "parallel.layers_per_stage"),
+            text=f"inline keeps stacks on the first stage's first chunk (layers {first.first} to {first.stop - 1}), "
+            f"but slots {outside} lie behind it; use parallel.encoder_placement=spread",
+            kind=LayoutError,
+        )
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """Raise LayoutError unless `world_size` ranks hold whole replicas of the model with even batches."""
+    raise_problems(list(_world(recipe, world_size)))
+
+
+def model_ranks(parallel: ParallelConfig) -> int:
+    """Ranks of one replica of the model."""
+    return parallel.tensor * parallel.pipeline * parallel.context
+
+
+def _world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
+    parallel = recipe.parallel
+    ranks = model_ranks(parallel)
+    if world_size < 1 or world_size % ranks:
+        yield Problem(
+            paths=("parallel",),
+            text=f"a replica takes {ranks} ranks (tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context}) and there are {world_size}, not a multiple of it; start "
+            f"{max(world_size // ranks, 1) * ranks} ranks{_other_layout(recipe, world_size)}",
+            kind=LayoutError,
+        )
+        return
+    yield from _batches(recipe, world_size // ranks)
+
+
+def _batches(recipe: Recipe, num_replicas: int) -> Iterator[Problem]:
+    """Micro-batches per replica and step must be a whole number, of rounds too if chunks interleave."""
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    interleaved = recipe.parallel.virtual_pipeline > 1
+    unit = micro * num_replicas * (recipe.parallel.pipeline if interleaved else 1)
+    if batch % unit == 0:
+        return
+    rounds = f" x {recipe.parallel.pipeline} stages, which take turns under virtual_pipeline" if interleaved else ""
+    lower = batch // unit * unit
+    nearest = f"{lower} or {lower + unit}" if lower else str(unit)
+    yield Problem(
+        paths=("train.global_batch_size",),
+        text=f"{batch} samples do not divide into {unit} (micro_batch_size {micro} x {num_replicas} replicas{rounds}); "
+        f"use {nearest}",
+        kind=LayoutError,
+    )
+
+
+def _other_layout(recipe: Recipe, world_size: int) -> str:
+    """The layout nearest to the recipe's that fits `world_size` ranks, in words; empty if there is none."""
+    candidates = [layout for layout in _layouts(recipe.parallel, world_size) if _fits(recipe, layout, world_size)]
+    if not candidates:
+        return ""
+    best = min(candidates, key=lambda layout: _distance(recipe.parallel, layout))
+    return f", or use parallel.tensor={best.tensor} parallel.pipeline={best.pipeline} parallel.context={best.context}"
+
+
+def _layouts(parallel: ParallelConfig, world_size: int) -> Iterator[ParallelConfig]:
+    divisors = [size for size in range(1, min(world_size, 512) + 1) if world_size % size == 0]
+    for tensor, pipeline, context in product(divisors, repeat=3):
+        if world_size % (tensor * pipeline * context) == 0:
+            yield replace(
+                parallel,
+                tensor=tensor,
+                pipeline=pipeline,
+                context=context,
+                virtual_pipeline=parallel.virtual_pipeline if pipeline > 1 else 1,
+                sequence_parallel=parallel.sequence_parallel and tensor > 1,
+                layers_per_stage=parallel.layers_per_stage if pipeline == parallel.pipeline else None,
+            )
+
+
+def _fits(recipe: Recipe, layout: ParallelConfig, world_size: int) -> bool:
+    other = replace(recipe, parallel=layout)
+    replicas = world_size // model_ranks(layout)
+    return not (find_problems(other) or find_plan_problems(other) or list(_batches(other, replicas)))
+
+
+def _distance(wanted: ParallelConfig, other: ParallelConfig) -> float:
+    """How far apart two layouts are, in doublings; changing context costs most, as it changes memory least."""
+    return (
+        abs(log2(wanted.tensor / other.tensor))
+        + abs(log2(wanted.pipeline / other.pipeline))
+        + 2 * abs(log2(wanted.context / other.context))
+    )
