@@ -30,7 +30,7 @@ VISION: Mapping[str, VisionConfig] = {
         std=_HALF,
     ),
 }
-"""Vision towers. SigLIP's 384 pixels hold 27 whole patches of 14, which are 378 pixels; the rest it never sees."""
+"""Vision towers. SigLIP's 384 pixels hold 27 whole patches of 14; the model resizes to 378 here and never sees a rest."""
 
 LANGUAGE: Mapping[str, LanguageConfig] = {
     "llama2_7b": _LLAMA_7B,

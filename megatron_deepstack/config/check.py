@@ -159,11 +159,11 @@ def _vision(recipe: Recipe) -> Iterator[Problem]:
             "model.vision.num_heads model.vision.hidden_size",
             f"{vision.num_heads} heads do not divide model.vision.hidden_size {vision.hidden_size}",
         )
-    if not -vision.num_layers <= vision.select_layer <= -1:
+    if not (-vision.num_layers <= vision.select_layer <= -1 or 1 <= vision.select_layer <= vision.num_layers):
         yield _problem(
             "model.vision.select_layer model.vision.num_layers",
             f"found {vision.select_layer}, expected -1 (the last layer's output) to -{vision.num_layers} "
-            f"(the first layer's output) in a tower of {vision.num_layers} layers",
+            f"(the first layer's output), or 1 to {vision.num_layers} counted from there, in {vision.num_layers} layers",
         )
 
 

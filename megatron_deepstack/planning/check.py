@@ -18,7 +18,8 @@ from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
 from megatron_deepstack.config.schema import EncoderPlacement, ParallelConfig, Recipe, Variant
 from megatron_deepstack.errors import ConfigError, LayoutError
-from megatron_deepstack.planning.slots import decoder_slots, stack_slots, stage_chunks
+from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
+from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -53,7 +54,7 @@ def _slots(recipe: Recipe) -> Iterator[Problem]:
     try:
         decoder_slots(model)
         if model.variant is Variant.DEEPSTACK_V:
-            stack_slots(model.stacks, model.vision.num_layers)
+            plan_vit_stacks(model)
     except ConfigError as error:
         yield from _problems_of(
             error, "model.stacks", "model.variant", "model.language.num_layers", "model.vision.num_layers"
