@@ -30,7 +30,7 @@ VISION: Mapping[str, VisionConfig] = {
         std=_HALF,
     ),
 }
-"""Vision towers. SigLIP's 384 pixels hold 27 whole patches of 14; the model resizes to 378 here and never sees a rest."""
+"""Vision towers. SigLIP takes 384 pixels but sees 27 whole patches of 14: 378, to which a view is resized here."""
 
 LANGUAGE: Mapping[str, LanguageConfig] = {
     "llama2_7b": _LLAMA_7B,

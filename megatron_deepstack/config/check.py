@@ -163,7 +163,7 @@ def _vision(recipe: Recipe) -> Iterator[Problem]:
         yield _problem(
             "model.vision.select_layer model.vision.num_layers",
             f"found {vision.select_layer}, expected -1 (the last layer's output) to -{vision.num_layers} "
-            f"(the first layer's output), or 1 to {vision.num_layers} counted from there, in {vision.num_layers} layers",
+            f"(the first layer's output), or 1 to {vision.num_layers} counted up from there",
         )
 
 

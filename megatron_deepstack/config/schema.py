@@ -20,6 +20,11 @@ class Variant(StrEnum):
     LLAVA_ANYRES = "llava_anyres"
     IN_SEQUENCE = "in_sequence"
 
+    @property
+    def stacks_in_vit(self) -> bool:
+        """Stacks are added inside the ViT, so that an image's views are encoded together."""
+        return self is Variant.DEEPSTACK_V
+
 
 class Sampler(StrEnum):
     """How the mosaic of crops is cut into stacks."""
@@ -244,6 +249,8 @@ class ParallelConfig:
     """Decoder layers of each stage in order, chunk by chunk under vpp; an even split if absent. 0 is allowed."""
     encoder_placement: EncoderPlacement = EncoderPlacement.SPREAD
     """Where ViT and projector run."""
+    encoder_chunk_views: int = 0
+    """Views whose ViT activations are kept at once when the ViT is trained; 0 keeps all, else the rest is re-run."""
     distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
     recompute: Recompute = Recompute.NONE

@@ -1,0 +1,56 @@
+# make demo     set up, then the whole main job on a drawn data set (no GPU needed)
+# make test     set up with the test extra, then lint, types and every test
+# make setup    only the set-up; nothing is installed twice
+# make lint     ruff and mypy
+#
+# PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+# The stamp's name holds a hash of what it installed, so only a change of these files installs again.
+KEY := $(shell cat setup.py constraints.txt | sha256sum | cut -c 1-16)
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed-$(KEY)
+TESTABLE := $(VENV)/.testable-$(KEY)
+
+export OMP_NUM_THREADS ?= 1
+RUN := $(BIN)/megatron-deepstack
+DEMO := demo-run
+
+.PHONY: setup demo test lint
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+$(CREATED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@touch $@
+
+$(INSTALLED): $(CREATED)
+	$(PIP) --editable .
+	@touch $@
+
+$(TESTABLE): $(INSTALLED)
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+demo: $(INSTALLED)
+	rm -rf $(DEMO)
+	$(RUN) draw $(DEMO)/data
+	$(RUN) preprocess demo
+	$(RUN) preprocess demo data.records=$(DEMO)/data/heldout.json data.store=$(DEMO)/heldout.zarr
+	$(RUN) train demo --stop-after 200
+	$(RUN) train demo
+	$(RUN) generate $(DEMO)
+	$(RUN) report $(DEMO)
+
+lint: $(TESTABLE)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest

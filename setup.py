@@ -1,0 +1,52 @@
+"""Installation: the packages, what they need, and the command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("megatron_deepstack/__init__.py").read_text()).group(1)
+
+setup(
+    name="megatron-deepstack",
+    version=VERSION,
+    description="Distributed, pipeline-parallel training of DeepStack multimodal language models",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_deepstack*", "orchestration*"]),
+    package_data={"megatron_deepstack": ["recipes/*.yaml", "report/*.css"]},
+    entry_points={"console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"]},
+    install_requires=[
+        "Pillow>=11",
+        "PyYAML>=6",
+        "google-crc32c>=1.5",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy>=2",
+        "omegaconf>=2.4",
+        "psutil>=5.9",
+        "ray[default,train]>=2.60",
+        "rich>=13",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "simplejpeg>=1.8",
+        "tensorboard>=2.18",
+        "torch>=2.6",
+        "transformers>=5",
+        "typer>=0.20",
+        "zarr>=3.1",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6",
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+            "scikit-image>=0.25",
+            "types-PyYAML",
+        ],
+        "gpu": ["transformer-engine[pytorch]"],
+        "wandb": ["wandb"],
+        "s3": ["s3fs"],
+    },
+)
