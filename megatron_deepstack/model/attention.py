@@ -1,0 +1,77 @@
+"""Core attention on torch's fused `scaled_dot_product_attention`, for machines without Transformer Engine.
+
+Causal for the decoder, full for the ViT; no mask tensor is ever made. Right padding needs none under a causal mask.
+With context parallelism keys and values are gathered over cp and queries keep their global positions, a reference
+implementation: Transformer Engine's ring attention is what runs on GPUs.
+
+Legend: S local sequence, B micro-batch, A query heads of this tp rank, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_deepstack.parallel.context import gather_sequence, local_positions
+
+
+class FusedCoreAttention(torch.nn.Module):
+    """Drop-in for Megatron's `DotProductAttention` in a layer spec."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert pg_collection is not None, "the layer spec passes process groups"
+        self.causal = attn_mask_type is AttnMaskType.causal
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or config.hidden_size // config.num_attention_heads)
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """`query` (S, B, A, D), `key` and `value` (S, B, G, D); returns (S, B, A * D)."""
+        mask = None
+        if self.cp_group is not None:
+            key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
+            mask = self._causal_mask(query.shape[0], key)
+        q_BASD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out_BASD = F.scaled_dot_product_attention(
+            q_BASD,
+            k_BGSD,
+            v_BGSD,
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
+            scale=self.scale,
+            enable_gqa=q_BASD.shape[1] != k_BGSD.shape[1],
+        )
+        return out_BASD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _causal_mask(self, length: int, key: torch.Tensor) -> torch.Tensor:
+        """(S, S * cp) boolean: this rank's query positions against all keys in global order."""
+        assert self.cp_group is not None
+        positions = local_positions(length, self.cp_group, key.device)
+        return positions[:, None] >= torch.arange(key.shape[0], device=key.device)[None, :]

@@ -1,0 +1,79 @@
+"""Building what one rank holds: the encoder, and its decoder chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Part, Precision
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model.encoder import VisualEncoder
+from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.model.megatron_config import decoder_config
+from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill
+from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
+from megatron_deepstack.platform.device import local_device
+
+
+@dataclass(frozen=True, slots=True)
+class RankModel:
+    """Everything this rank holds. The encoder is the same on every rank."""
+
+    config: TransformerConfig
+    """The decoder's, shared with the schedule."""
+    encoder: VisualEncoder
+    chunks: list[LanguageChunk]
+    """Decoder chunks by virtual stage."""
+    encoder_rules: Rules
+    chunk_rules: list[Rules]
+
+
+def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precision, groups: Groups) -> RankModel:
+    """Build this rank's modules, uninitialised. Collective over tp, pp and the embedding group."""
+    config = decoder_config(model.language, parallel, precision)
+    device = local_device()
+    slots = decoder_slots(model)
+    chunks = [
+        LanguageChunk(config, model.language, model.layers, chunk, slots, groups.decoder).to(device)
+        for chunk in stage_chunks(model.language.num_layers, parallel)
+        if chunk.pp == groups.place.pp
+    ]
+    encoder = VisualEncoder(model, precision, groups.encoder).to(device)
+    return RankModel(
+        config=config,
+        encoder=encoder,
+        chunks=chunks,
+        encoder_rules=encoder_rules(encoder, model),
+        chunk_rules=[decoder_rules(chunk, model) for chunk in chunks],
+    )
+
+
+def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distributed.ProcessGroup) -> None:
+    """Set all parameters from full published tensors."""
+    fill(rank_model.encoder, rank_model.encoder_rules, source, 0, 1)
+    for chunk, rules in zip(rank_model.chunks, rank_model.chunk_rules, strict=True):
+        fill(chunk, rules, source, tp_group.rank(), tp_group.size())
+
+
+def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
+    """Let only the named parts learn; ViT layers behind the selected feature never do.
+
+    Raises ConfigError if nothing is left to train.
+    """
+    if not trainable:
+        raise ConfigError(["train.trainable: empty; name at least one of vision, projector, language"])
+    vit = rank_model.encoder.vit
+    for parameter in vit.parameters():
+        parameter.requires_grad_(Part.VISION in trainable)
+    for layer in vit.decoder.layers[vit.num_used_layers :]:
+        layer.requires_grad_(False)
+    rank_model.encoder.projector.requires_grad_(Part.PROJECTOR in trainable)
+    if rank_model.encoder.newline is not None:
+        rank_model.encoder.newline.requires_grad_(Part.PROJECTOR in trainable)
+    for chunk in rank_model.chunks:
+        chunk.requires_grad_(Part.LANGUAGE in trainable)
+
+

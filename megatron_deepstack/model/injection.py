@@ -1,0 +1,57 @@
+"""The injection: a transformer layer that adds its rows to the hidden states before it runs.
+
+Megatron's TransformerBlock hands `context` and `context_mask` unchanged to every layer and passes both through
+activation recomputation as explicit arguments; decoder-only layers do not use them. A chunk's rows travel there: the
+sum is then part of what recomputation repeats, gradients reach the rows, and nothing is looked up in state that
+another micro-batch may have changed meanwhile (1F1B recomputes m while m + k is current).
+
+Legend: S local sequence, B micro-batch, H hidden, N slots of the chunk, R rows of the fullest slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+
+def add_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+    """Hidden states with `rows_RH[r]` added at flat position `positions_R[r]` = s * B + b; out of place."""
+    flat = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+    return flat.index_add(0, positions_R, rows_RH.to(flat.dtype)).view_as(hidden_SBH)
+
+
+def put_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+    """Hidden states with `rows_RH[r]` in place of what was at flat position `positions_R[r]`; out of place.
+
+    The base visual tokens take the placeholders' place, and no gradient reaches the embedding of the placeholder.
+    """
+    flat = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+    return flat.index_copy(0, positions_R, rows_RH.to(flat.dtype)).view_as(hidden_SBH)
+
+
+class InjectionLayer(TransformerLayer):
+    """TransformerLayer whose input receives the chunk's rows of number `slot_index`.
+
+    `context` is (N, R, H), or None where the micro-batch adds nothing in this chunk; `context_mask` holds the rows'
+    flat positions, (N, R) int64. Shorter slots are filled with zero rows at position 0.
+    """
+
+    def __init__(self, *args: Any, slot_index: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.slot_index = slot_index
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        context: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As TransformerLayer's, after the addition; returns (hidden states, context)."""
+        if context is not None:
+            assert context_mask is not None
+            hidden_states = add_rows(hidden_states, context[self.slot_index], context_mask[self.slot_index])
+        return super().forward(hidden_states, *args, context=context, context_mask=context_mask, **kwargs)

@@ -1,0 +1,165 @@
+"""The decoder's part of one pipeline chunk: word embedding, transformer layers with injection, output layer, loss.
+
+Built from Megatron-Core's embedding, TransformerBlock and output layer, without GPTModel, which later versions
+deprecate. Base visual rows replace placeholders right after the embedding; stacks enter through `context`.
+
+Legend: S sequence (this rank's shard), B micro-batch, H hidden, V padded vocabulary, N slots of the chunk, R rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_deepstack.config.schema import LanguageConfig, Layers
+from megatron_deepstack.model.injection import put_rows
+from megatron_deepstack.model.specs import decoder_block
+from megatron_deepstack.planning.slots import Chunk, chunk_slots
+
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class VisualInputs:
+    """The rows one chunk adds in one micro-batch."""
+
+    base_rows: torch.Tensor | None = None
+    """(R0, H) base visual rows, on the chunk with the embedding."""
+    base_positions: torch.Tensor | None = None
+    """(R0,) int64 flat positions s * B + b."""
+    slot_rows: torch.Tensor | None = None
+    """(N, R, H) rows of the chunk's slots."""
+    slot_positions: torch.Tensor | None = None
+    """(N, R) int64 flat positions."""
+
+
+NO_VISUAL_INPUTS = VisualInputs()
+
+
+def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
+    """V: vocabulary rounded up so that tensor cores and `tensor_ranks` divide it; equal for all usual layouts."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_ranks)
+    return -(-vocab_size // multiple) * multiple
+
+
+class LanguageChunk(LanguageModule):
+    """One rank's decoder layers of one virtual stage, with embedding or output layer where the chunk has them."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language: LanguageConfig,
+        layers: Layers,
+        chunk: Chunk,
+        slots: tuple[int, ...],
+        groups: ProcessGroupCollection,
+    ) -> None:
+        """`slots` are all of the decoder's; the chunk takes its own. Collective over tp and the embedding group."""
+        super().__init__(config=config, pg_collection=groups)
+        self.model_type = ModelType.encoder_or_decoder  # the schedule asks for it
+        self.vp_stage = chunk.vpp if config.virtual_pipeline_model_parallel_size else None
+        self.chunk = chunk
+        self.slots = chunk_slots(chunk, slots)
+        self.pre_process, self.post_process = chunk.has_embedding, chunk.has_head
+        self.share_embeddings_and_output_weights = language.tied_embeddings
+        self.vocab_size = language.vocab_size
+        self.padded_vocabulary = padded_vocabulary(language.vocab_size, config.tensor_model_parallel_size)
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=self.padded_vocabulary,
+                max_sequence_length=0,
+                position_embedding_type="rope",
+                scatter_to_sequence_parallel=True,
+                tp_group=groups.tp,
+            )
+        self.rotary = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=language.rope_theta,
+            cp_group=groups.cp,
+        )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=decoder_block(language, layers, chunk.first, chunk.stop, self.slots),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+            vp_stage=self.vp_stage,
+        )
+        if self.post_process:
+            self.output_layer = self._build_output_layer(config, groups)
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def _build_output_layer(self, config: TransformerConfig, groups: ProcessGroupCollection) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            config.hidden_size,
+            self.padded_vocabulary,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_bias_add=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            tp_group=groups.tp,
+        )
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Called by the schedule with the previous stage's hidden states, (S, B, H), possibly in a list of one."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor | None,
+        visual: VisualInputs = NO_VISUAL_INPUTS,
+    ) -> torch.Tensor:
+        """Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
+        logits (S, B, V / tp).
+
+        `tokens_BS` and `labels_BS` are this rank's cp shard in zigzag order, int64; ignored labels may hold any id
+        that is not negative. Collective over tp and cp.
+        """
+        hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
+        rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size)
+        hidden_SBH = self.decoder(
+            hidden_states=hidden_SBH,
+            attention_mask=None,
+            context=visual.slot_rows,
+            context_mask=visual.slot_positions,
+            rotary_pos_emb=rotary,
+        )
+        if not self.post_process:
+            return hidden_SBH
+        logits_SBV = self._logits(hidden_SBH)
+        return logits_SBV if labels_BS is None else self.compute_language_model_loss(labels_BS, logits_SBV)
+
+    def _embed(self, tokens_BS: torch.Tensor, visual: VisualInputs) -> torch.Tensor:
+        hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
+        if torch.is_grad_enabled() and not hidden_SBH.requires_grad:
+            hidden_SBH = hidden_SBH.detach().requires_grad_()  # frozen decoder: the schedule needs a graph even of text
+        if visual.base_rows is None:
+            return hidden_SBH
+        assert visual.base_positions is not None
+        return put_rows(hidden_SBH, visual.base_rows, visual.base_positions)
+
+    def _logits(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """Logits with the vocabulary's padding out of reach: a padded column must not take part in the softmax."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight)
+        width = logits_SBV.shape[-1]
+        first_padded = max(self.vocab_size - self.tp_group.rank() * width, 0)
+        if first_padded < width:
+            logits_SBV[..., first_padded:] = torch.finfo(logits_SBV.dtype).min
+        return logits_SBV

@@ -1,0 +1,91 @@
+"""Layer specs: which classes Megatron builds a decoder or ViT layer from.
+
+Transformer Engine's layers where they can run, else Megatron's local layers with torch's fused attention. Layers that
+own a slot are `InjectionLayer`s; everything else in them is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_deepstack.config.schema import LanguageConfig, Layers
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model.attention import FusedCoreAttention
+from megatron_deepstack.model.injection import InjectionLayer
+from megatron_deepstack.model.norm import Norm
+from megatron_deepstack.platform.device import has_gpu
+
+
+def uses_transformer_engine(layers: Layers) -> bool:
+    """Whether Transformer Engine's layers are built; raises ConfigError if they are demanded and cannot run."""
+    available = has_gpu() and find_spec("transformer_engine") is not None
+    if layers is Layers.TRANSFORMER_ENGINE and not available:
+        raise ConfigError(
+            ["model.layers: transformer_engine needs a GPU and the package transformer_engine; use `auto` or `local`"]
+        )
+    return available and layers is not Layers.LOCAL
+
+
+def decoder_block(
+    language: LanguageConfig, layers: Layers, first: int, stop: int, slots: Sequence[int]
+) -> TransformerBlockSubmodules:
+    """Specs of decoder layers `first` to `stop - 1`; `slots` are the chunk's own, ascending."""
+    engine = uses_transformer_engine(layers)
+    submodules = _engine_submodules(language) if engine else _local_submodules(AttnMaskType.causal, language.qk_norm)
+    specs = [
+        ModuleSpec(module=InjectionLayer, params={"slot_index": slots.index(layer)}, submodules=submodules)
+        if layer in slots
+        else ModuleSpec(module=TransformerLayer, submodules=submodules)
+        for layer in range(first, stop)
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_final_norm() if engine else Norm)
+
+
+def vit_layer() -> ModuleSpec:
+    """Spec of a ViT layer: bidirectional attention, LayerNorm, biases."""
+    return ModuleSpec(module=TransformerLayer, submodules=_local_submodules(AttnMaskType.no_mask, qk_norm=False))
+
+
+def _local_submodules(mask: AttnMaskType, qk_norm: bool) -> TransformerLayerSubmodules:
+    head_norm = Norm if qk_norm else IdentityOp
+    return TransformerLayerSubmodules(
+        input_layernorm=Norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": mask},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=FusedCoreAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=Norm,
+        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        mlp_bda=get_bias_dropout_add,
+    )
+
+
+def _engine_submodules(language: LanguageConfig) -> TransformerLayerSubmodules:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=language.qk_norm).submodules
+
+
+def _final_norm() -> type:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm  # type: ignore[no-any-return]

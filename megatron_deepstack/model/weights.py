@@ -1,0 +1,205 @@
+"""How our parameters correspond to the published checkpoint's tensors.
+
+Megatron fuses query, key and value, and gate and up projections, pads the vocabulary and splits over tp. A `Rule` says
+for one of our parameters which published tensors (name and shape) it is made of, and how it is split. Initialisation,
+loading, export and comparison with reference data all go through these rules, so that a layout cannot change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.model.encoder import VisualEncoder
+from megatron_deepstack.model.language import LanguageChunk
+
+VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
+PROJECTOR_PREFIX = "model.mm_projector."
+
+Shape = tuple[int, ...]
+Source = Callable[[str, Shape], torch.Tensor]
+"""Published name and shape to the full tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One of our parameters in terms of published tensors."""
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    groups: int = 1
+    """The published tensors are interleaved in this many groups along dim 0: group 0 of each, group 1 of each, ..."""
+    tp_dim: int | None = None
+    """Dimension of the fused tensor that is split over tp."""
+    concatenated: bool = False
+    """Each published tensor is split over tp by itself and the parts are concatenated (gate and up)."""
+    padded_rows: int | None = None
+    """Rows after padding with zeros (vocabulary)."""
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, num_ranks: int) -> torch.Tensor:
+        """Our parameter on tp rank `rank`, from the full published tensors in the order of `names`."""
+        if self.concatenated:
+            return torch.cat([t.chunk(num_ranks, dim=0)[rank] for t in tensors])
+        full = self._fuse(tensors)
+        return full if self.tp_dim is None else full.chunk(num_ranks, dim=self.tp_dim)[rank]
+
+    def published(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The published tensors, in the order of `names`, from our parameter on every tp rank."""
+        if self.concatenated:
+            parts = [shard.chunk(len(self.names), dim=0) for shard in shards]
+            return [torch.cat([part[k] for part in parts]) for k in range(len(self.names))]
+        full = shards[0] if self.tp_dim is None else torch.cat(list(shards), dim=self.tp_dim)
+        return self._take_apart(full)
+
+    def _fuse(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.padded_rows is not None:
+            (only,) = tensors
+            padding = only.new_zeros(self.padded_rows - len(only), *only.shape[1:])
+            return torch.cat([only, padding])
+        if len(tensors) == 1:
+            return tensors[0]
+        grouped = torch.cat([t.unflatten(0, (self.groups, -1)) for t in tensors], dim=1)
+        return grouped.flatten(0, 1)
+
+    def _take_apart(self, full: torch.Tensor) -> list[torch.Tensor]:
+        if len(self.names) == 1:
+            return [full[: self.shapes[0][0]]]
+        sizes = [shape[0] // self.groups for shape in self.shapes]
+        parts = full.unflatten(0, (self.groups, -1)).split(sizes, dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+
+Rules = dict[str, Rule]
+
+
+def decoder_rules(chunk: LanguageChunk, model: ModelConfig) -> Rules:
+    """Rules of a decoder chunk's parameters, by our local parameter name."""
+    language = model.language
+    vocabulary = (language.vocab_size, language.hidden_size)
+    known = {
+        "embedding.word_embeddings.weight": _vocabulary("model.embed_tokens.weight", vocabulary, chunk),
+        "output_layer.weight": _vocabulary(
+            "model.embed_tokens.weight" if language.tied_embeddings else "lm_head.weight", vocabulary, chunk
+        ),
+        "decoder.final_layernorm.weight": _plain("model.norm.weight", (language.hidden_size,)),
+    }
+    for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
+        for name, rule in _decoder_layer(f"model.layers.{layer}.", model).items():
+            known[f"decoder.layers.{local}.{name}"] = rule
+    return _select(chunk, known)
+
+
+def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
+    language = model.language
+    h, f = language.hidden_size, language.ffn_hidden_size
+    d = language.head_dim or h // language.num_heads
+    groups = language.num_kv_heads or language.num_heads
+    q, kv = language.num_heads * d, groups * d
+    attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
+    input_norm = _plain(f"{prefix}input_layernorm.weight", (h,))
+    mlp_norm = _plain(f"{prefix}post_attention_layernorm.weight", (h,))
+    return {
+        "input_layernorm.weight": input_norm,
+        "self_attention.linear_qkv.layer_norm_weight": input_norm,
+        "self_attention.linear_qkv.weight": _fused(attention, "weight", [(q, h), (kv, h), (kv, h)], groups, tp_dim=0),
+        "self_attention.linear_qkv.bias": _fused(attention, "bias", [(q,), (kv,), (kv,)], groups, tp_dim=0),
+        "self_attention.q_layernorm.weight": _plain(f"{prefix}self_attn.q_norm.weight", (d,)),
+        "self_attention.k_layernorm.weight": _plain(f"{prefix}self_attn.k_norm.weight", (d,)),
+        "self_attention.linear_proj.weight": _plain(f"{prefix}self_attn.o_proj.weight", (h, q), tp_dim=1),
+        "pre_mlp_layernorm.weight": mlp_norm,
+        "mlp.linear_fc1.layer_norm_weight": mlp_norm,
+        "mlp.linear_fc1.weight": Rule(
+            names=(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"),
+            shapes=((f, h), (f, h)),
+            tp_dim=0,
+            concatenated=True,
+        ),
+        "mlp.linear_fc2.weight": _plain(f"{prefix}mlp.down_proj.weight", (h, f), tp_dim=1),
+    }
+
+
+def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
+    """Rules of the encoder's parameters, by our local parameter name; nothing is split."""
+    vision, hidden = model.vision, model.language.hidden_size
+    c, p = vision.hidden_size, vision.patch_size
+    embeddings = f"{VISION_PREFIX}embeddings."
+    known = {
+        "vit.patch_embedding.weight": _plain(f"{embeddings}patch_embedding.weight", (c, 3, p, p)),
+        "vit.patch_embedding.bias": _plain(f"{embeddings}patch_embedding.bias", (c,)),
+        "vit.class_embedding": _plain(f"{embeddings}class_embedding", (c,)),
+        "vit.position_embedding": _plain(
+            f"{embeddings}position_embedding.weight", tuple(encoder.vit.position_embedding.shape)
+        ),
+        "vit.pre_norm.weight": _plain(f"{VISION_PREFIX}pre_layrnorm.weight", (c,)),
+        "vit.pre_norm.bias": _plain(f"{VISION_PREFIX}pre_layrnorm.bias", (c,)),
+        "projector.fc1.weight": _plain(f"{PROJECTOR_PREFIX}0.weight", (hidden, c)),
+        "projector.fc1.bias": _plain(f"{PROJECTOR_PREFIX}0.bias", (hidden,)),
+        "projector.fc2.weight": _plain(f"{PROJECTOR_PREFIX}2.weight", (hidden, hidden)),
+        "projector.fc2.bias": _plain(f"{PROJECTOR_PREFIX}2.bias", (hidden,)),
+        "newline": _plain("model.image_newline", (hidden,)),
+    }
+    for layer in range(vision.num_layers):
+        for name, rule in _vit_layer(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
+            known[f"vit.decoder.layers.{layer}.{name}"] = rule
+    return _select(encoder, known)
+
+
+def _vit_layer(prefix: str, model: ModelConfig) -> Rules:
+    c, f, heads = model.vision.hidden_size, model.vision.ffn_hidden_size, model.vision.num_heads
+    attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
+    rules = {
+        "self_attention.linear_qkv.weight": _fused(attention, "weight", [(c, c)] * 3, heads),
+        "self_attention.linear_qkv.bias": _fused(attention, "bias", [(c,)] * 3, heads),
+        "self_attention.linear_proj.weight": _plain(f"{prefix}self_attn.out_proj.weight", (c, c)),
+        "self_attention.linear_proj.bias": _plain(f"{prefix}self_attn.out_proj.bias", (c,)),
+        "mlp.linear_fc1.weight": _plain(f"{prefix}mlp.fc1.weight", (f, c)),
+        "mlp.linear_fc1.bias": _plain(f"{prefix}mlp.fc1.bias", (f,)),
+        "mlp.linear_fc2.weight": _plain(f"{prefix}mlp.fc2.weight", (c, f)),
+        "mlp.linear_fc2.bias": _plain(f"{prefix}mlp.fc2.bias", (c,)),
+    }
+    for kind in ("weight", "bias"):
+        rules[f"input_layernorm.{kind}"] = _plain(f"{prefix}layer_norm1.{kind}", (c,))
+        rules[f"pre_mlp_layernorm.{kind}"] = _plain(f"{prefix}layer_norm2.{kind}", (c,))
+    return rules
+
+
+def _plain(name: str, shape: Shape, tp_dim: int | None = None) -> Rule:
+    return Rule(names=(name,), shapes=(shape,), tp_dim=tp_dim)
+
+
+def _fused(
+    modules: Sequence[str], kind: str, shapes: Sequence[Shape], groups: int, tp_dim: int | None = None
+) -> Rule:
+    return Rule(names=tuple(f"{m}.{kind}" for m in modules), shapes=tuple(shapes), groups=groups, tp_dim=tp_dim)
+
+
+def _vocabulary(name: str, shape: Shape, chunk: LanguageChunk) -> Rule:
+    return Rule(names=(name,), shapes=(shape,), tp_dim=0, padded_rows=chunk.padded_vocabulary)
+
+
+def _select(module: torch.nn.Module, known: Rules) -> Rules:
+    """The rules of the parameters that exist; a parameter without a rule is a mistake of ours."""
+    names = [name for name, _ in module.named_parameters()]
+    missing = [name for name in names if name not in known]
+    assert not missing, f"no rule for the parameters {missing}"
+    return {name: known[name] for name in names}
+
+
+def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_ranks: int) -> None:
+    """Set every parameter of `module` from full published tensors; `rank` of `num_ranks` is the tp shard."""
+    for name, parameter in module.named_parameters():
+        rule = rules[name]
+        tensors = [source(n, shape) for n, shape in zip(rule.names, rule.shapes, strict=True)]
+        shard = rule.shard(tensors, rank, num_ranks)
+        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
+        with torch.no_grad():
+            parameter.copy_(shard)
+
+
+def published_names(rules: Rules) -> Iterator[tuple[str, Shape]]:
+    """Every published tensor the rules mention, with its shape."""
+    for rule in rules.values():
+        yield from zip(rule.names, rule.shapes, strict=True)

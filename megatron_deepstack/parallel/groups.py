@@ -1,0 +1,169 @@
+"""Megatron's process groups, and the two of our own: a replica's ranks, and the encoder's.
+
+Axes in rank order, fastest first: tp, cp, dp, pp (Megatron-Core's default `tp-cp-ep-dp-pp`). A *replica* is the
+cp x pp x tp ranks with one dp index: they work on the same samples, and the stacks' rows travel among them. The
+encoder is replicated on all ranks of all replicas, so its gradients are reduced over the whole world.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.errors import LayoutError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands on each axis."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Sizes of the parallel axes; arithmetic between ranks, places and replicas."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def replica_size(self) -> int:
+        """Number of ranks of one replica."""
+        return self.tp * self.cp * self.pp
+
+    def place(self, rank: int) -> Place:
+        """Place of a global rank."""
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return Place(tp=tp, cp=cp, dp=dp, pp=pp)
+
+    def rank(self, place: Place) -> int:
+        """Global rank of a place."""
+        return place.tp + self.tp * (place.cp + self.cp * (place.dp + self.dp * place.pp))
+
+    def replica_rank(self, *, tp: int, cp: int, pp: int) -> int:
+        """Rank within a replica: ascending global ranks of one dp index."""
+        return tp + self.tp * (cp + self.cp * pp)
+
+    def replica_ranks(self, dp: int) -> list[int]:
+        """Global ranks of replica `dp`, in replica order."""
+        return [
+            self.rank(Place(tp=tp, cp=cp, dp=dp, pp=pp))
+            for pp in range(self.pp)
+            for cp in range(self.cp)
+            for tp in range(self.tp)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """All process groups of a run, as this rank sees them."""
+
+    axes: Axes
+    place: Place
+    replica: dist.ProcessGroup
+    """Ranks of this rank's replica, in replica order; the exchange of rows runs here and nothing else does."""
+    encoder: ProcessGroupCollection
+    """The encoder's view of the world: data-parallel over all ranks, nothing else parallel."""
+    decoder: ProcessGroupCollection
+    """Megatron's groups."""
+
+    @property
+    def replica_rank(self) -> int:
+        """Rank within the replica."""
+        return self.axes.replica_rank(tp=self.place.tp, cp=self.place.cp, pp=self.place.pp)
+
+
+def axes_for(parallel: ParallelConfig, world_size: int) -> Axes:
+    """Axes of `world_size` ranks under a layout; raises LayoutError if the ranks do not divide into replicas."""
+    replica = parallel.tensor * parallel.context * parallel.pipeline
+    if world_size % replica:
+        raise LayoutError(
+            [
+                f"parallel: {world_size} ranks do not divide into replicas of {replica} (tensor {parallel.tensor} x "
+                f"context {parallel.context} x pipeline {parallel.pipeline}); start {replica} ranks or a multiple"
+            ]
+        )
+    return Axes(tp=parallel.tensor, cp=parallel.context, dp=world_size // replica, pp=parallel.pipeline)
+
+
+def create_groups(parallel: ParallelConfig, seed: int) -> Groups:
+    """Create every group. Collective over all ranks, in the same order on each; Megatron's state becomes global.
+
+    Replaces the groups of an earlier call, so that one set of ranks can try several layouts.
+    """
+    axes = axes_for(parallel, dist.get_world_size())
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=True,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    place = axes.place(dist.get_rank())
+    return Groups(
+        axes=axes,
+        place=place,
+        replica=_replica_group(axes, place),
+        encoder=_encoder_groups(),
+        decoder=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _replica_group(axes: Axes, place: Place) -> dist.ProcessGroup:
+    mine = None
+    for dp in range(axes.dp):
+        group = dist.new_group(axes.replica_ranks(dp))
+        if dp == place.dp:
+            mine = group
+    assert mine is not None
+    return mine
+
+
+def _encoder_groups() -> ProcessGroupCollection:
+    """Every rank in one data-parallel group; a group of one for every other axis."""
+    world_size = dist.get_world_size()
+    world = dist.new_group(range(world_size))
+    alone = None
+    for rank in range(world_size):
+        group = dist.new_group([rank])
+        if rank == dist.get_rank():
+            alone = group
+    return ProcessGroupCollection(
+        tp=alone,
+        pp=alone,
+        cp=alone,
+        ep=alone,
+        mp=alone,
+        tp_cp=alone,
+        tp_ep_pp=alone,
+        expt_tp=alone,
+        expt_dp=world,
+        intra_expt_dp=world,
+        dp=world,
+        dp_cp=world,
+        intra_dp_cp=world,
+        intra_dist_opt=world,
+        embd=None,
+        pos_embd=None,
+    )

@@ -1,0 +1,36 @@
+"""Sums over ranks: the step's loss and token count, which exist on last stages only."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.platform.device import local_device
+
+
+def sum_over_run(value: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Sum over pp, cp and dp of a tensor that is zero except on last stages; the same on every rank afterwards.
+
+    Tensor-parallel ranks hold copies, so they are not summed. Collective over all ranks; in place, returns `value`.
+    """
+    dist.all_reduce(value, group=groups.decoder.pp)
+    dist.all_reduce(value, group=groups.decoder.dp_cp)
+    return value
+
+
+def loss_and_tokens(losses: list[torch.Tensor], num_tokens: int, groups: Groups) -> tuple[float, int]:
+    """Sum of token losses and number of targets of the whole step, float64. Collective over all ranks."""
+    both = torch.zeros(2, dtype=torch.float64, device=local_device())
+    for loss in losses:
+        both[0] += loss.double()
+    both[1] = num_tokens
+    total, count = sum_over_run(both, groups).tolist()
+    return total, int(count)
+
+
+def agree(flag: bool) -> bool:
+    """Whether `flag` is true on any rank. Collective over all ranks."""
+    value = torch.tensor([int(flag)], device=local_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

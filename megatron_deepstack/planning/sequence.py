@@ -1,0 +1,100 @@
+"""From a stored sample to its place in a micro-batch: placeholders opened up, next-token labels, padded length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.rows import Grid
+from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where an image lies in its expanded sequence."""
+
+    image: int
+    """Number of the image within the sample."""
+    start: int
+    """First position."""
+    length: int
+    """Positions, before any truncation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandedSample:
+    """An expanded sample."""
+
+    tokens: Tokens
+    """Token ids (T,); 0 where an image's base tokens will be."""
+    labels: Tokens
+    """Next token at each position (T,), IGNORE_INDEX where there is no target."""
+    spans: tuple[Span, ...]
+    """Images in order of appearance."""
+
+    @property
+    def length(self) -> int:
+        """T, visual tokens included."""
+        return len(self.tokens)
+
+
+def expand(
+    sample_id: str,
+    tokens: npt.NDArray[np.integer],
+    loss_mask: npt.NDArray[np.integer],
+    context_lengths: Sequence[int],
+    *,
+    seq_length: int,
+    truncate: bool,
+) -> ExpandedSample:
+    """Open each placeholder into its image's context and shift targets to the position that predicts them.
+
+    `tokens` (T0,) holds IMAGE_TOKEN_ID once per image, `loss_mask` (T0,) is 1 where the token itself is a target.
+    Raises DataError if placeholders and images differ in number, or the result exceeds `seq_length` and may not
+    be cut.
+    """
+    places = np.flatnonzero(tokens == IMAGE_TOKEN_ID)
+    if len(places) != len(context_lengths):
+        raise DataError(
+            f"sample {sample_id}: {len(places)} image placeholders but {len(context_lengths)} images; "
+            "run preprocess again on corrected records"
+        )
+    repeats = np.ones(len(tokens), dtype=np.int64)
+    repeats[places] = context_lengths
+    visual = np.repeat(tokens == IMAGE_TOKEN_ID, repeats)
+    opened = np.where(visual, 0, np.repeat(tokens, repeats)).astype(np.int64)
+    target = np.repeat(loss_mask.astype(bool), repeats) & ~visual
+    if len(opened) > seq_length:
+        if not truncate:
+            raise DataError(
+                f"sample {sample_id}: {len(opened)} tokens, {int(visual.sum())} of them visual, exceed "
+                f"train.seq_length {seq_length}; raise it, shorten the answer, or set train.truncate=true"
+            )
+        opened, target = opened[:seq_length], target[:seq_length]
+    labels = np.full_like(opened, IGNORE_INDEX)
+    labels[:-1] = np.where(target[1:], opened[1:], IGNORE_INDEX)
+    starts = np.cumsum(repeats) - repeats
+    spans = tuple(
+        Span(image=k, start=int(starts[place]), length=int(repeats[place])) for k, place in enumerate(places)
+    )
+    return ExpandedSample(tokens=opened, labels=labels, spans=spans)
+
+
+def padded_length(lengths: Sequence[int], parallel: ParallelConfig) -> int:
+    """Common length of a step's micro-batches: the longest sample, rounded up to what the sequence splits need."""
+    longest = max(lengths, default=1)
+    multiple = length_multiple(parallel)
+    return -(-longest // multiple) * multiple
+
+
+def length_multiple(parallel: ParallelConfig) -> int:
+    """Sequence lengths must divide by this: 2 cp zigzag chunks, times tp shards under sequence parallelism."""
+    multiple = 2 * parallel.context if parallel.context > 1 else 1
+    return multiple * (parallel.tensor if parallel.sequence_parallel else 1)

@@ -1,0 +1,59 @@
+"""One training step of a replica, as one rank carries it out: padded micro-batches, and its side of the exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, plan_routes, rank_routes
+from megatron_deepstack.planning.sequence import Tokens, padded_length
+from megatron_deepstack.planning.tokens import IGNORE_INDEX
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a rank needs to know of a step before it touches a device."""
+
+    seq_length: int
+    """S: common padded length of all micro-batches, the whole sequence before any split."""
+    tokens: tuple[Tokens, ...]
+    """Per micro-batch (B, S) token ids; 0 at visual positions and in the padding."""
+    labels: tuple[Tokens, ...]
+    """Per micro-batch (B, S) next tokens, IGNORE_INDEX where there is no target."""
+    routes: RankRoutes
+
+    @property
+    def num_micro_batches(self) -> int:
+        """M."""
+        return len(self.tokens)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """B."""
+        return int(self.tokens[0].shape[0])
+
+
+def plan_step(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    micro_batches: Sequence[Sequence[PlannedSample]],
+    replica_rank: int,
+) -> StepPlan:
+    """Plan a step of one replica for one of its ranks; pure, so all ranks agree without a word."""
+    seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel)
+    return StepPlan(
+        seq_length=seq_length,
+        tokens=tuple(_pad([s.sequence.tokens for s in batch], seq_length, 0) for batch in micro_batches),
+        labels=tuple(_pad([s.sequence.labels for s in batch], seq_length, IGNORE_INDEX) for batch in micro_batches),
+        routes=rank_routes(plan_routes(model, parallel, micro_batches, seq_length), replica_rank),
+    )
+
+
+def _pad(rows: Sequence[Tokens], length: int, value: int) -> Tokens:
+    padded = np.full((len(rows), length), value, np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded

@@ -1,0 +1,47 @@
+"""DeepStack-V's plan: which stacks enter the ViT before which layer, and which find none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.errors import SlotError
+
+STACKS_IN_VIT = 4
+"""Stacks of the fixed 2x2 grid."""
+
+
+@dataclass(frozen=True, slots=True)
+class VitStackPlan:
+    """Where the stacks go in the ViT."""
+
+    slots: tuple[int, ...]
+    """0-based ViT layer of each stack that is added."""
+    last_unprocessed: bool
+    """The last of them is added to the selected feature itself, after which no layer runs."""
+    dropped: tuple[int, ...]
+    """Stacks whose layer lies after the selected feature: computed by nothing, added nowhere, as published."""
+
+
+def plan_vit_stacks(model: ModelConfig) -> VitStackPlan:
+    """Slots of DeepStack-V. Stacks run from `stacks.start` on; those beyond the selected feature are reported.
+
+    Raises SlotError if not even the first stack has a place.
+    """
+    vision, stacks = model.vision, model.stacks
+    feature = vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
+    wanted = stacks.slots or tuple(stacks.start + k * stacks.interval for k in range(STACKS_IN_VIT))
+    last = min(feature, vision.num_layers - 1)
+    slots = tuple(slot for slot in wanted if slot <= last)
+    if not slots or min(wanted) < 0 or list(wanted) != sorted(set(wanted)):
+        raise SlotError(
+            [
+                f"model.stacks: ViT layers {list(wanted)} for DeepStack-V's stacks must rise and begin within 0 to "
+                f"{last} (the feature is what enters layer {feature} of {vision.num_layers}); lower model.stacks.start"
+            ]
+        )
+    return VitStackPlan(
+        slots=slots,
+        last_unprocessed=slots[-1] == feature,
+        dropped=tuple(range(len(slots), len(wanted))),
+    )

@@ -1,0 +1,1 @@
+"""One optimisation step: encode, route, schedule, route back."""

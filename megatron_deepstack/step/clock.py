@@ -1,0 +1,36 @@
+"""Where a step's time goes: data, encode, route, schedule, route back, encoder backward, finalise, optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_deepstack.platform.device import synchronize
+
+
+class StepClock:
+    """Seconds by part of the current step. Synchronises the device only while `exact` is set."""
+
+    def __init__(self, *, exact: bool = False) -> None:
+        self.exact = exact
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the duration of the block to `name`."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - begin
+
+    def take(self) -> dict[str, float]:
+        """The step's seconds; the clock starts anew."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def _now(self) -> float:
+        if self.exact:
+            synchronize()
+        return time.perf_counter()

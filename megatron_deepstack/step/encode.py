@@ -1,0 +1,74 @@
+"""Encoding a rank's views before the schedule, and the encoder's backward after it.
+
+Between the two lies the whole pipeline, so the encoder's graph is cut at its output rows: `EncoderPass` keeps what its
+backward needs. Three cases: nothing to train (no graph), a frozen ViT under a trained projector (features kept, the
+projector's graph only), and a trained ViT, whose graph is kept, or dropped and rebuilt chunk by chunk where its
+activations would not fit (`parallel.encoder_chunk_views`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_deepstack.model.encoder import VisualEncoder
+
+
+class EncoderPass:
+    """One forward and, if anything is trained, one backward of the encoder over this rank's views."""
+
+    def __init__(self, encoder: VisualEncoder, pixels: torch.Tensor, chunk_views: int = 0) -> None:
+        """Encode `pixels`: uint8 (N, image, image, 3), or normalised float (N, 3, image, image). N may be 0.
+
+        `chunk_views` bounds the views whose ViT activations are alive at once; 0 sets no bound. Not collective.
+        """
+        self.encoder, self.pixels = encoder, pixels
+        self.trains_vit = any(p.requires_grad for p in encoder.vit.parameters())
+        self.trains = any(p.requires_grad for p in encoder.parameters())
+        self.rerun = self.trains_vit and 0 < chunk_views < len(pixels)
+        self.chunk_views = self._whole_images(chunk_views) or max(len(pixels), 1)
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and self.trains_vit and not self.rerun):
+            features = [self._features(chunk) for chunk in self._chunks()]
+        self.features = torch.cat(features)
+        if self.rerun:
+            self.features.requires_grad_()
+        with torch.set_grad_enabled(grad and self.trains):
+            self.live_rows = encoder(self.features)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(N * tokens per view + 1, H): rows of all views in order, then the newline; detached."""
+        return self.live_rows.detach()
+
+    def backward(self, grad_rows: torch.Tensor) -> None:
+        """Accumulate the parameters' gradients from those of `rows`. Does nothing where nothing is trained."""
+        if not self.live_rows.requires_grad:
+            return
+        torch.autograd.backward(self.live_rows, grad_rows)
+        if self.rerun and self.features.grad is not None:
+            grads = self.features.grad.split([self._num_outputs(len(chunk)) for chunk in self._chunks()])
+            for chunk, grad in zip(self._chunks(), grads, strict=True):
+                torch.autograd.backward(self._features(chunk), grad)
+
+    def _whole_images(self, chunk_views: int) -> int:
+        """Views per chunk, rounded down to whole images where an image's views meet inside the ViT."""
+        if self.encoder.vit.stacks is None:
+            return chunk_views
+        per_image = self.encoder.vit.stacks.views_per_image
+        return max(chunk_views // per_image, 1) * per_image if chunk_views else 0
+
+    def _num_outputs(self, num_views: int) -> int:
+        stacks = self.encoder.vit.stacks
+        return num_views if stacks is None else num_views // stacks.views_per_image
+
+    def _chunks(self) -> tuple[torch.Tensor, ...]:
+        return self.pixels.split(self.chunk_views)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        vit = self.encoder.vit
+        if not len(pixels):
+            return torch.zeros(
+                0, self.encoder.view_tokens, vit.vision.hidden_size, dtype=vit.config.params_dtype, device=vit.mean.device
+            )
+        images = vit.normalise(pixels) if pixels.dtype is torch.uint8 else pixels.to(vit.mean.device)
+        return vit(images.to(vit.config.params_dtype))

@@ -1,0 +1,63 @@
+"""A rank's model as it trains: modules, gradient buffers, and where the rank stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.parallel.groups import Groups
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a training step works on."""
+
+    model: RankModel
+    decoder_ddp: list[DistributedDataParallel]
+    """Wrapped chunks, data-parallel over dp x cp; empty while the decoder is frozen."""
+    encoder_ddp: DistributedDataParallel | None
+    """The wrapped encoder, data-parallel over all ranks of the run; None while it is frozen."""
+    groups: Groups
+    parallel: ParallelConfig
+
+    @property
+    def chunks(self) -> list[torch.nn.Module]:
+        """What the schedule runs."""
+        return list(self.decoder_ddp) or list(self.model.chunks)
+
+    @property
+    def wrapped(self) -> list[DistributedDataParallel]:
+        """Everything with gradient buffers."""
+        return [*self.decoder_ddp, *([] if self.encoder_ddp is None else [self.encoder_ddp])]
+
+
+def build_engine(model: RankModel, parallel: ParallelConfig, groups: Groups) -> Engine:
+    """Give trainable parts their gradient buffers. Call after freezing. Collective over all ranks.
+
+    The encoder has buffers of its own: its shards under the distributed optimizer are cut over the whole world, the
+    decoder's over dp x cp. Neither overlaps its reduction with the backward, since a rank may hold no view in a step.
+    """
+    decoder_ddp = []
+    if any(p.requires_grad for chunk in model.chunks for p in chunk.parameters()):
+        decoder_ddp = [_wrap(model.config, chunk, parallel, groups.decoder) for chunk in model.chunks]
+    encoder_ddp = None
+    if any(p.requires_grad for p in model.encoder.parameters()):
+        encoder_ddp = _wrap(model.encoder.config, model.encoder, parallel, groups.encoder)
+    return Engine(model=model, decoder_ddp=decoder_ddp, encoder_ddp=encoder_ddp, groups=groups, parallel=parallel)
+
+
+def _wrap(
+    config: TransformerConfig, module: torch.nn.Module, parallel: ParallelConfig, groups: ProcessGroupCollection
+) -> DistributedDataParallel:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return DistributedDataParallel(config, ddp_config, module, pg_collection=groups)

@@ -1,0 +1,50 @@
+"""The baseline placement: ViT and projector inside the first stage's forward step, as today's systems run them.
+
+Nothing is exchanged; rows join the stage's graph, and the schedule's own backward reaches the encoder.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_deepstack.model.encoder import VisualEncoder
+from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
+from megatron_deepstack.planning.routes import RankRoutes
+from megatron_deepstack.step.encode import EncoderPass
+from megatron_deepstack.step.visual import take_rows, visual_inputs
+
+
+class InlineEncoder:
+    """Encodes a micro-batch's views when the schedule asks for its rows."""
+
+    def __init__(self, encoder: VisualEncoder, pixels: torch.Tensor, routes: RankRoutes) -> None:
+        """`pixels` are all views of the rank's units, in order; see EncoderPass."""
+        self.encoder, self.pixels, self.routes = encoder, pixels, routes
+        views = np.array([len(unit.views) for unit in routes.units], np.int64)
+        self.first_view = np.concatenate([[0], np.cumsum(views)]).astype(np.int64)
+        self.micro_batch = np.array([unit.micro_batch for unit in routes.units], np.int64)
+        self.answers_gradients = bool(len(routes.return_rows))
+        """Without sequence parallelism all tp ranks encode alike, and one of them has the gradient."""
+
+    def of(self, micro_batch: int, vpp: int) -> VisualInputs:
+        """Rows of one micro-batch, with a graph to the encoder on the rank that answers for their gradient."""
+        chunk = self.routes.chunks.get((micro_batch, vpp))
+        if chunk is None:
+            return NO_VISUAL_INPUTS
+        units = np.flatnonzero(self.micro_batch == micro_batch)
+        pixels = self.pixels[self.first_view[units[0]] : self.first_view[units[-1] + 1]]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.answers_gradients):
+            rows = EncoderPass(self.encoder, pixels).live_rows
+            table = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+            index = self._table_index(units, len(rows))
+            base = take_rows(table, index[chunk.base_rows])
+            slots = take_rows(table, index[chunk.slot_rows])
+        return visual_inputs(base, slots, chunk)
+
+    def _table_index(self, units: np.ndarray, num_rows: int) -> np.ndarray:
+        """For each received row of the step, and the zero row after them, its row in this micro-batch's table."""
+        first = int(units[0]) * self.encoder.view_tokens
+        newline = self.routes.num_local_rows - 1
+        index = np.where(self.routes.send_rows == newline, num_rows - 1, self.routes.send_rows - first)
+        return np.append(index, num_rows)

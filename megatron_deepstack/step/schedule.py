@@ -1,0 +1,124 @@
+"""Megatron-Core's own pipeline schedules, driven with a step's micro-batches; nothing of them is changed.
+
+The schedule ends by finalising gradients. Ours must wait for the encoder's backward, so the schedule's call is left
+empty here and `train_step` finalises afterwards.
+
+Legend: B micro-batch, S sequence of this cp rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_deepstack.model.language import LanguageChunk, VisualInputs
+from megatron_deepstack.parallel.context import zigzag
+from megatron_deepstack.planning.step_plan import StepPlan
+from megatron_deepstack.planning.tokens import IGNORE_INDEX
+from megatron_deepstack.platform.device import local_device
+
+VisualOf = Callable[[int, int], VisualInputs]
+"""(micro-batch, virtual stage) to what the chunk adds."""
+
+
+@dataclass(slots=True)
+class ScheduleResult:
+    """What a schedule leaves on this rank; empty and zero but on the last stage."""
+
+    num_tokens: int
+    """Targets of this rank's micro-batches."""
+    losses: list[torch.Tensor]
+    """Per micro-batch the sum of token losses."""
+    logits: list[torch.Tensor]
+    """Per micro-batch (B, S, V / tp), where asked for."""
+
+
+def run_schedule(
+    config: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    plan: StepPlan,
+    visual: VisualOf,
+    *,
+    cp_rank: int,
+    forward_only: bool = False,
+    keep_logits: bool = False,
+) -> ScheduleResult:
+    """Run all micro-batches through this rank's chunks (wrapped or not). Collective over pp, tp and cp.
+
+    `visual` is asked once per forward; rows that require grad receive it. With `keep_logits`, forward only, the last
+    stage returns logits instead of losses.
+    """
+    config.finalize_model_grads_func = _leave_to_train_step
+    data = [
+        _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits) for _ in range(len(chunks))
+    ]
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, visual),
+        data_iterator=data if len(chunks) > 1 else data[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=plan.num_micro_batches,
+        seq_length=plan.seq_length,
+        micro_batch_size=plan.micro_batch_size,
+        forward_only=forward_only,
+        collect_non_loss_data=keep_logits,
+    )
+    if keep_logits:
+        return ScheduleResult(num_tokens=0, losses=[], logits=outputs)
+    return ScheduleResult(
+        num_tokens=sum(int(count) for _, count in outputs), losses=[total for total, _ in outputs], logits=[]
+    )
+
+
+def _leave_to_train_step(*_: object, **__: object) -> None:
+    """In place of Megatron's finalisation, which must come after the encoder's backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatch:
+    number: int
+    tokens: torch.Tensor
+    labels: torch.Tensor | None
+    targets: torch.Tensor
+
+
+def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> Iterator[_MicroBatch]:
+    device = local_device()
+    positions = zigzag(plan.seq_length, cp_ranks, cp_rank)
+    for number, (tokens, labels) in enumerate(zip(plan.tokens, plan.labels, strict=True)):
+        tokens_BS = torch.from_numpy(tokens)[:, positions].to(device, non_blocking=True)
+        labels_BS = torch.from_numpy(labels)[:, positions].to(device, non_blocking=True)
+        targets = labels_BS != IGNORE_INDEX
+        yield _MicroBatch(
+            number=number,
+            tokens=tokens_BS,
+            labels=None if keep_logits else labels_BS.clamp(min=0),
+            targets=targets,
+        )
+
+
+def _forward_step(visual: VisualOf, data: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    chunk = _unwrap(model)
+    output = model(batch.tokens, batch.labels, visual(batch.number, chunk.chunk.vpp))
+    return output, partial(_loss, batch.targets)
+
+
+def _unwrap(model: torch.nn.Module) -> LanguageChunk:
+    while not isinstance(model, LanguageChunk):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def _loss(targets_BS: torch.Tensor, output: torch.Tensor, non_loss_data: bool = False) -> Any:
+    """Sum of token losses, number of targets, and the same for the log; or the logits as they are."""
+    if non_loss_data:
+        return output.transpose(0, 1)
+    total = (output.float() * targets_BS).sum()
+    count = targets_BS.sum().to(torch.int)
+    return total, count, (total.detach(), count)

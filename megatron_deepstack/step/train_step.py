@@ -1,0 +1,113 @@
+"""One training step of a rank: encode -> route -> schedule -> route back -> encoder backward -> finalise.
+
+The loss is the sum of token losses over the global number of targets, so it depends on neither layout nor packing.
+Gradients of decoder and encoder are sums over a replica's ranks and over replicas, divided by that same number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+
+from megatron_deepstack.config.schema import EncoderPlacement
+from megatron_deepstack.parallel.reduce import loss_and_tokens
+from megatron_deepstack.planning.step_plan import StepPlan
+from megatron_deepstack.routing.exchange import return_gradients, send_rows
+from megatron_deepstack.step.clock import StepClock
+from megatron_deepstack.step.encode import EncoderPass
+from megatron_deepstack.step.engine import Engine
+from megatron_deepstack.step.inline import InlineEncoder
+from megatron_deepstack.step.schedule import ScheduleResult, run_schedule
+from megatron_deepstack.step.visual import ReceivedRows
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """Sum of token losses and number of targets of the whole global batch."""
+
+    total: float
+    num_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Mean loss per target; 0 where there is none."""
+        return self.total / self.num_tokens if self.num_tokens else 0.0
+
+
+def forward_backward(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> StepLoss:
+    """Run a step up to final gradients in the main-grad buffers. Collective over all ranks.
+
+    `pixels` are the views of `plan.routes.units`, in order: uint8 (N, image, image, 3) or normalised float.
+    """
+    for ddp in engine.wrapped:
+        ddp.zero_grad_buffer()
+    if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
+        result = _inline(engine, plan, pixels, clock)
+    else:
+        result = _spread(engine, plan, pixels, clock)
+    with clock.part("finalise"):
+        total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, engine.groups)
+        _finalise(engine, num_tokens)
+    return StepLoss(total=total, num_tokens=num_tokens)
+
+
+def evaluate(
+    engine: Engine, plan: StepPlan, pixels: torch.Tensor, *, keep_logits: bool = False
+) -> tuple[StepLoss, list[torch.Tensor]]:
+    """Forward only. Returns the loss, or with `keep_logits` the last stage's logits (B, S, V / tp) per micro-batch.
+
+    Collective over all ranks.
+    """
+    with torch.no_grad():
+        if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
+            visual = InlineEncoder(engine.model.encoder, pixels, plan.routes).of
+        else:
+            rows = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views).rows
+            received = send_rows(rows, plan.routes, engine.groups.replica)
+            visual = ReceivedRows(received, plan.routes, requires_grad=False).of
+        result = run_schedule(
+            engine.model.config,
+            engine.chunks,
+            plan,
+            visual,
+            cp_rank=engine.groups.place.cp,
+            forward_only=True,
+            keep_logits=keep_logits,
+        )
+        total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, engine.groups)
+    return StepLoss(total=total, num_tokens=num_tokens), result.logits
+
+
+def _spread(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> ScheduleResult:
+    with clock.part("encode"):
+        encoded = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views)
+    with clock.part("route"):
+        received = send_rows(encoded.rows, plan.routes, engine.groups.replica)
+        rows = ReceivedRows(received, plan.routes, requires_grad=encoded.trains)
+    with clock.part("schedule"):
+        result = run_schedule(engine.model.config, engine.chunks, plan, rows.of, cp_rank=engine.groups.place.cp)
+    if encoded.trains:
+        with clock.part("route back"):
+            table = return_gradients(rows.gradients(), plan.routes, engine.groups.replica)
+        with clock.part("encoder backward"):
+            encoded.backward(table)
+    return result
+
+
+def _inline(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> ScheduleResult:
+    encoder = InlineEncoder(engine.model.encoder, pixels, plan.routes)
+    with clock.part("schedule"):
+        return run_schedule(engine.model.config, engine.chunks, plan, encoder.of, cp_rank=engine.groups.place.cp)
+
+
+def _finalise(engine: Engine, num_tokens: int) -> None:
+    """Reduce both gradients and divide by the same token count; a step without targets leaves zeros."""
+    scaling = 1.0 / num_tokens if num_tokens else 0.0
+    if engine.decoder_ddp:
+        finalize_model_grads(engine.decoder_ddp, None)
+    if engine.encoder_ddp is not None:
+        engine.encoder_ddp.finish_grad_sync()
+    for ddp in engine.wrapped:
+        ddp.scale_gradients(scaling)

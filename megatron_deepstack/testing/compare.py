@@ -1,0 +1,73 @@
+"""Published tensors gathered from all ranks, and how far two sets of them are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+
+from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.parallel.groups import Groups
+
+Pick = Callable[[torch.nn.Parameter], torch.Tensor | None]
+
+
+def gather_published(model: RankModel, groups: Groups, pick: Pick) -> dict[str, torch.Tensor]:
+    """`pick(parameter)` of every parameter (its gradient, its value) under published names, on every rank.
+
+    For tests: everything meets on every rank as float32. Collective over all ranks.
+    """
+    mine: dict[str, torch.Tensor] = {}
+    modules = [(model.encoder, model.encoder_rules, groups.encoder.tp)]
+    modules += [
+        (chunk, rules, groups.decoder.tp) for chunk, rules in zip(model.chunks, model.chunk_rules, strict=True)
+    ]
+    for module, rules, tp_group in modules:
+        for name, parameter in module.named_parameters():
+            tensor = pick(parameter)
+            if tensor is None:
+                continue
+            shards = gather_shards(tensor.detach().float().contiguous(), tp_group)
+            for published, value in zip(rules[name].names, rules[name].published(shards), strict=True):
+                mine.setdefault(published, value.cpu())
+    everything: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size(groups.decoder.pp)
+    dist.all_gather_object(everything, mine, group=groups.decoder.pp)
+    return {name: value for part in everything if part for name, value in part.items()}
+
+
+def gather_shards(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """The tensor of every rank of `group`, in rank order. Collective over it."""
+    shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, tensor, group=group)
+    return shards
+
+
+def main_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """A parameter's final gradient in Megatron's buffer; None while it is frozen."""
+    return getattr(parameter, "main_grad", None) if parameter.requires_grad else None
+
+
+NOISE_FLOOR = 2e-3
+"""Share of the largest entry of all gradients below which a tensor's own largest entry is no scale.
+
+A ViT's key biases have no gradient in exact arithmetic (softmax ignores a shift), so both sides hold rounding noise: at
+most 2.5e-8 in the published numbers, where every other tensor's largest entry exceeds 0.009 of a model's 0.4 to 0.7.
+"""
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
+    """Largest absolute difference over the largest entry of `expected`, or `floor`; infinite where NaN appears."""
+    difference = (actual - expected).abs().max()
+    scale = max(float(expected.abs().max()), floor, torch.finfo(torch.float32).tiny)
+    return float("inf") if torch.isnan(difference) else float(difference) / scale
+
+
+def worst(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest `relative_error` over all names of `expected` and the name it belongs to; missing names are infinite."""
+    floor = NOISE_FLOOR * max((float(value.abs().max()) for value in expected.values()), default=0.0)
+    errors = [
+        (relative_error(actual[name], value, floor) if name in actual else float("inf"), name)
+        for name, value in expected.items()
+    ]
+    return max(errors, default=(0.0, ""))

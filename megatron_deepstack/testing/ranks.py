@@ -1,0 +1,177 @@
+"""A pool of real gloo ranks on this machine, started once and reused: importing torch and Megatron costs seconds.
+
+`RankPool(n).run(function, *args)` calls `function(rank, *args)` in every rank and returns the results in rank order.
+A rank that raises, dies or stays silent past the deadline ends the pool with a RankError that carries the traceback, or
+the stacks of the silent ranks. Functions and arguments are pickled, so functions are module-level.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_deepstack.errors import RankError
+
+_GRACE_SECONDS = 5.0
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+class RankPool:
+    """`num_ranks` worker processes joined in one process group. A context manager; also closed when collected."""
+
+    def __init__(self, num_ranks: int, deadline_seconds: float = 240.0) -> None:
+        """`deadline_seconds` bounds each `run`, the start of the processes included in the first."""
+        self.num_ranks, self.deadline_seconds = num_ranks, deadline_seconds
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        saved = {key: os.environ.get(key) for key in _ENVIRONMENT}
+        os.environ.update(_ENVIRONMENT)
+        try:
+            for rank in range(num_ranks):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(rank, num_ranks, self._folder.name, theirs), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+        finally:
+            _restore(saved)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the pool can still run something."""
+        return bool(self._processes)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results of `function(rank, *args)` by rank. Raises RankError on the first failure, and ends the pool."""
+        if not self.alive:
+            raise RankError("this pool of ranks has ended after a failure; start another")
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + self.deadline_seconds
+        while len(results) < self.num_ranks:
+            ready = wait([p for r, p in enumerate(self._pipes) if r not in results], timeout=deadline - time.monotonic())
+            if not ready:
+                self._fail(self._hang_message(set(range(self.num_ranks)) - set(results)))
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                results[rank] = self._receive(rank)
+        return [results[rank] for rank in range(self.num_ranks)]
+
+    def close(self) -> None:
+        """End the processes; a second call does nothing."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=_GRACE_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+        self._folder.cleanup()
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def pids(self) -> list[int]:
+        """Process ids by rank, for tests that kill."""
+        return [process.pid or 0 for process in self._processes]
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            error, result = self._pipes[rank].recv()
+        except (EOFError, ConnectionResetError):
+            process = self._processes[rank]
+            process.join(timeout=_GRACE_SECONDS)
+            self._fail(f"rank {rank} of {self.num_ranks} died with exit code {process.exitcode}")
+        if error is not None:
+            self._fail(f"rank {rank} of {self.num_ranks} raised:\n{error}", cause=result)
+        return result
+
+    def _fail(self, message: str, cause: BaseException | None = None) -> None:
+        for process in self._processes:
+            process.kill()
+        self.close()
+        raise RankError(message) from cause
+
+    def _hang_message(self, silent: set[int]) -> str:
+        for rank in silent:
+            os.kill(self._processes[rank].pid or 0, signal.SIGUSR1)
+        time.sleep(1.0)
+        stacks = [f"rank {r}:\n{_stack_file(self._folder.name, r).read_text()}" for r in sorted(silent)]
+        return "\n".join(
+            [f"ranks {sorted(silent)} of {self.num_ranks} silent for {self.deadline_seconds:.0f} s; their stacks:", *stacks]
+        )
+
+
+def _restore(saved: dict[str, str | None]) -> None:
+    for key, value in saved.items():
+        if value is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = value
+
+
+def _stack_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"stacks-{rank}"
+
+
+def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
+    """A rank's life: join, then answer calls until the pipe closes."""
+    stacks = _stack_file(folder, rank).open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from megatron_deepstack.platform.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.process_group import join_by_file, leave
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    adapt_megatron()
+    join_by_file(Path(folder) / "rendezvous", rank, num_ranks)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except (EOFError, OSError):
+            break
+        try:
+            pipe.send((None, function(rank, *args)))
+        except Exception as error:
+            pipe.send((traceback.format_exc(), _picklable(error)))
+            return
+    leave()
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error itself where it survives the pipe, for callers that tell users' mistakes from crashes."""
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(str(error))
+    return error
+
+
+def run_once(num_ranks: int, function: Callable[..., Any], *args: Any, deadline_seconds: float = 240.0) -> Sequence[Any]:
+    """Start ranks, run one function, end them."""
+    with RankPool(num_ranks, deadline_seconds) as pool:
+        return pool.run(function, *args)
