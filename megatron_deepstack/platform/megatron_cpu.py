@@ -46,10 +46,11 @@ def _is_cuda(device: object) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with a `device` of CUDA replaced by the CPU, whether given by name or by position."""
+    """`function` with a `device` of CUDA replaced by the CPU, by name or by position, and no pinned memory."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         return function(*(_CPU if _is_cuda(arg) else arg for arg in args), **kwargs)

@@ -48,7 +48,7 @@ def main_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return getattr(parameter, "main_grad", None) if parameter.requires_grad else None
 
 
-NOISE_FLOOR = 2e-3
+NOISE_FLOOR = 1e-2
 """Share of the largest entry of all gradients below which a tensor's own largest entry is no scale.
 
 A ViT's key biases have no gradient in exact arithmetic (softmax ignores a shift), so both sides hold rounding noise: at
