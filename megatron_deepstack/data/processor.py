@@ -84,7 +84,7 @@ def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = 
     if faults:
         listed = "\n  ".join(faults)
         raise StoreError(
-            f"{store.root} was made for something else:\n  {listed}\nChange the recipe, or preprocess into a new folder."
+            f"{store.root} was made for something else:\n  {listed}\nChange the recipe, or preprocess again."
         )
 
 

@@ -60,9 +60,9 @@ IMAGE_ARRAYS: Final = (
 SAMPLE_ARRAYS: Final = (
     IndexArray("samples/tokens", "<i4"),
     IndexArray("samples/loss_mask", "|u1"),
-    IndexArray("samples/token_offsets", "<i8"),
+    IndexArray("samples/tokens_offsets", "<i8"),
     IndexArray("samples/images", "<i8"),
-    IndexArray("samples/image_offsets", "<i8"),
+    IndexArray("samples/images_offsets", "<i8"),
     IndexArray("samples/id", "|u1"),
     IndexArray("samples/id_offsets", "<i8"),
 )

@@ -139,7 +139,7 @@ class Store:
     @property
     def num_samples(self) -> int:
         """Number of samples."""
-        return len(self._index["samples/token_offsets"]) - 1
+        return len(self._index["samples/tokens_offsets"]) - 1
 
     @property
     def num_images(self) -> int:
@@ -154,7 +154,7 @@ class Store:
     def sample(self, index: int) -> Sample:
         """Sample `index`; raises IndexError outside 0..num_samples-1."""
         self._check_number("sample", index, self.num_samples)
-        first, last = self._index["samples/token_offsets"][index : index + 2]
+        first, last = self._index["samples/tokens_offsets"][index : index + 2]
         return Sample(
             id=self._text("samples/id", index),
             tokens=self._index["samples/tokens"][int(first) : int(last)],
@@ -165,7 +165,7 @@ class Store:
     def sample_images(self, index: int) -> tuple[int, ...]:
         """Images of sample `index`, without touching its tokens."""
         self._check_number("sample", index, self.num_samples)
-        first, last = self._index["samples/image_offsets"][index : index + 2]
+        first, last = self._index["samples/images_offsets"][index : index + 2]
         return tuple(self._index["samples/images"][int(first) : int(last)].tolist())
 
     def lengths(self) -> np.ndarray:
@@ -174,7 +174,7 @@ class Store:
 
     @cached_property
     def _lengths(self) -> np.ndarray:
-        lengths = np.diff(self._index["samples/token_offsets"][:])
+        lengths = np.diff(self._index["samples/tokens_offsets"][:])
         lengths.flags.writeable = False
         return lengths
 
@@ -213,7 +213,7 @@ class Store:
 
     def _check_views(self, image: int, start: int, views: Sequence[int], out: np.ndarray) -> None:
         for view, pixels in zip(views, out, strict=True):
-            found = google_crc32c.value(pixels.reshape(-1).data)
+            found = google_crc32c.value(pixels)
             stored = int(self._index["images/crc32c"][start + view])
             if found != stored:
                 shard = self.root / shard_path((start + view) // self.pixels.slots_per_part)
@@ -239,8 +239,8 @@ class Store:
         images, samples = self.num_images, self.num_samples
         pairs = [(f"images/{name}", images) for name in ("count", "grid", "size", "status", "sha256")]
         pairs += [("images/start", self.attributes.counts["images"]), ("images/path_offsets", images + 1)]
-        pairs += [("samples/token_offsets", self.attributes.counts["samples"] + 1)]
-        pairs += [("samples/image_offsets", samples + 1), ("samples/id_offsets", samples + 1)]
+        pairs += [("samples/tokens_offsets", self.attributes.counts["samples"] + 1)]
+        pairs += [("samples/images_offsets", samples + 1), ("samples/id_offsets", samples + 1)]
         pairs += [("samples/loss_mask", lengths["samples/tokens"]), ("images/crc32c", self.pixels.num_slots)]
         for offsets, flat in _OFFSETS:
             pairs += [(flat, int(self._index[offsets][lengths[offsets] - 1]))]
@@ -250,8 +250,8 @@ class Store:
 
 
 _OFFSETS: Final = (
-    ("samples/token_offsets", "samples/tokens"),
-    ("samples/image_offsets", "samples/images"),
+    ("samples/tokens_offsets", "samples/tokens"),
+    ("samples/images_offsets", "samples/images"),
     ("samples/id_offsets", "samples/id"),
     ("images/path_offsets", "images/path"),
 )

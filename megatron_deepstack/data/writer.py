@@ -66,6 +66,11 @@ def json_bytes(document: Any) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def json_line(document: Any) -> bytes:
+    """One line of a JSON-lines file."""
+    return (json.dumps(document, ensure_ascii=False) + "\n").encode()
+
+
 def write_error(path: Path, error: OSError) -> StoreError:
     """The StoreError for an `error` met while writing `path`."""
     return StoreError(
@@ -111,7 +116,7 @@ class ShardWriter:
         views = np.ascontiguousarray(views)
         self._file.write(views.data)
         self._used += len(views)
-        return [google_crc32c.value(view.reshape(-1).data) for view in views]
+        return [google_crc32c.value(view) for view in views]
 
     def finish(self) -> None:
         """Write the shard index and its checksum."""

@@ -1,0 +1,218 @@
+"""The end of a job: from commit records to index arrays, in plan order; `complete` last.
+
+Samples that use a quarantined image are left out and listed. Whatever the order in which parts were done, the bytes
+are the same; killed half-way, it starts over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from megatron_deepstack.data.records import Record
+from megatron_deepstack.data.schema import FORMAT, VERSION, ImageStatus
+from megatron_deepstack.data.writer import (
+    IndexWriters,
+    atomic_file,
+    json_line,
+    open_index,
+    write_attributes,
+    write_skeleton,
+)
+from orchestration.preprocess.ledger import text_path
+from orchestration.preprocess.parts import ImagePart, Part, Plan, TextPart, image_key
+
+QUARANTINE_FILE: Final = "quarantine.jsonl"
+
+ReadRecord = Callable[[Part], Mapping[str, Any]]
+"""The commit record of a part; all parts are done."""
+
+
+def begin_store(root: Path, plan: Plan) -> None:
+    """Write what a store holds before its first part: metadata and attributes that say it is not complete."""
+    write_skeleton(root, plan.pixels, _attributes(plan, counts={}, complete=False))
+
+
+def finish_store(root: Path, plan: Plan, read: ReadRecord) -> dict[str, int]:
+    """Write index arrays and quarantine list, mark the store complete; returns the counts."""
+    with open_index(root) as index, atomic_file(root / QUARANTINE_FILE) as listing:
+        images = _write_images(plan, read, index)
+        for line in images.listed:
+            listing.write(json_line(line))
+        samples = _write_samples(root, plan, read, index, images.status)
+        for line in samples.dropped:
+            listing.write(json_line(line))
+    counts = {**images.counts(), **samples.counts()}
+    write_attributes(root, _attributes(plan, counts=counts, complete=True))
+    clear_leftovers(root, plan)
+    return counts
+
+
+def clear_leftovers(root: Path, plan: Plan) -> None:
+    """Remove what a finished store no longer needs: tokens of parts, and files that a kill left half-written."""
+    for part in plan.text_parts:
+        text_path(root, part.name).unlink(missing_ok=True)
+    for path in root.rglob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def _attributes(plan: Plan, *, counts: dict[str, int], complete: bool) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan_hash": plan.hash,
+        "processor": plan.processor.describe(),
+        "tokenizer": {**plan.description["tokenizer"], "template": plan.template},
+        "counts": counts,
+        "complete": complete,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """What was written about images."""
+
+    status: np.ndarray
+    """uint8 (images,): ImageStatus of each."""
+    num_views: int
+    listed: list[dict[str, Any]]
+    """Lines of the quarantine list: quarantined and flagged images."""
+
+    def counts(self) -> dict[str, int]:
+        flagged, quarantined = (int((self.status == s).sum()) for s in (ImageStatus.FLAGGED, ImageStatus.QUARANTINED))
+        return {
+            "images": len(self.status),
+            "flagged": flagged,
+            "quarantined": quarantined,
+            "views": self.num_views,
+        }
+
+
+@dataclass(slots=True)
+class _Samples:
+    """What was written about samples."""
+
+    dropped: list[dict[str, Any]]
+    """Lines of the quarantine list: samples that use a quarantined image."""
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "samples": self.num_samples,
+            "dropped": len(self.dropped),
+            "tokens": self.num_tokens,
+            "target_tokens": self.num_targets,
+        }
+
+
+def _write_images(plan: Plan, read: ReadRecord, index: IndexWriters) -> _Images:
+    status: list[int] = []
+    listed: list[dict[str, Any]] = []
+    num_views = 0
+    paths = _Texts(index, "images/path")
+    for part in plan.image_parts:
+        images = read(part)["images"]
+        num_views += _write_image_part(part, images, plan.pixels.slots_per_part, index)
+        paths.append([image["path"] for image in images])
+        status += [image["status"] for image in images]
+        listed += [_image_line(image) for image in images if image["status"] != ImageStatus.STORED]
+    return _Images(np.array(status, dtype=np.uint8), num_views, listed)
+
+
+def _write_image_part(part: ImagePart, images: list[dict[str, Any]], slots: int, index: IndexWriters) -> int:
+    """Rows of one part's images; returns its number of views."""
+    checksums = [image.get("crc32c", []) for image in images]
+    counts = [len(sums) for sums in checksums]
+    starts = part.number * slots + np.cumsum([0, *counts[:-1]])
+    row_sums = np.zeros(slots, dtype=np.uint32)
+    row_sums[: sum(counts)] = [value for sums in checksums for value in sums]
+    index.append("images/start", starts)
+    index.append("images/count", counts)
+    index.append("images/grid", [image.get("grid", [0, 0]) for image in images])
+    index.append("images/size", [image.get("size", [0, 0]) for image in images])
+    index.append("images/status", [image["status"] for image in images])
+    index.append("images/sha256", np.array([_digest(image) for image in images], dtype=np.uint8))
+    index.append("images/crc32c", row_sums)
+    return sum(counts)
+
+
+def _write_samples(root: Path, plan: Plan, read: ReadRecord, index: IndexWriters, status: np.ndarray) -> _Samples:
+    numbers = {path: number for number, path in enumerate(plan.images)}
+    bad = {path for path, number in numbers.items() if status[number] == ImageStatus.QUARANTINED}
+    samples = _Samples(dropped=[])
+    ids, images, tokens = (
+        _Texts(index, "samples/id"),
+        _Offsets(index, "samples/images"),
+        _Offsets(index, "samples/tokens"),
+    )
+    for part in plan.text_parts:
+        for record, record_tokens, mask in _read_text(root, part, read(part)["lengths"]):
+            paths = [image_key(path) for path in record.images]
+            missing = sorted(bad.intersection(paths))
+            if missing:
+                samples.dropped.append({"kind": "sample dropped", "id": record.id, "images": missing})
+                continue
+            ids.append([record.id])
+            images.append([len(paths)])
+            tokens.append([len(record_tokens)])
+            index.append("samples/images", [numbers[path] for path in paths])
+            index.append("samples/tokens", record_tokens)
+            index.append("samples/loss_mask", mask)
+            samples.num_samples += 1
+            samples.num_tokens += len(record_tokens)
+            samples.num_targets += int(mask.sum())
+    return samples
+
+
+def _read_text(root: Path, part: TextPart, lengths: list[int]) -> Iterator[tuple[Record, np.ndarray, np.ndarray]]:
+    """Record, tokens and loss mask of each record of a part."""
+    data = text_path(root, part.name).read_bytes()
+    total = sum(lengths)
+    tokens = np.frombuffer(data, dtype="<i4", count=total)
+    masks = np.frombuffer(data, dtype=np.uint8, offset=tokens.nbytes)
+    assert len(masks) == total, (part.name, len(masks), total)
+    first = 0
+    for record, length in zip(part.records, lengths, strict=True):
+        yield record, tokens[first : first + length], masks[first : first + length]
+        first += length
+
+
+class _Offsets:
+    """An offsets array, fed with lengths."""
+
+    def __init__(self, index: IndexWriters, name: str) -> None:
+        self._index, self._name, self._end = index, f"{name}_offsets", 0
+        index.append(self._name, [0])
+
+    def append(self, lengths: list[int]) -> None:
+        ends = self._end + np.cumsum(lengths, dtype=np.int64)
+        self._index.append(self._name, ends)
+        self._end = int(ends[-1]) if len(ends) else self._end
+
+
+class _Texts:
+    """An array of texts: UTF-8 bytes and their offsets."""
+
+    def __init__(self, index: IndexWriters, name: str) -> None:
+        self._index, self._name, self._offsets = index, name, _Offsets(index, name)
+
+    def append(self, texts: list[str]) -> None:
+        encoded = [text.encode() for text in texts]
+        self._index.append(self._name, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+        self._offsets.append([len(data) for data in encoded])
+
+
+def _digest(image: Mapping[str, Any]) -> list[int]:
+    return list(bytes.fromhex(image.get("sha256", hashlib.sha256().digest_size * "00")))
+
+
+def _image_line(image: Mapping[str, Any]) -> dict[str, Any]:
+    kind = "image quarantined" if image["status"] == ImageStatus.QUARANTINED else "image flagged"
+    return {"kind": kind, "path": image["path"], "reason": image["reason"]}

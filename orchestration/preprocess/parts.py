@@ -1,0 +1,124 @@
+"""The plan of a preprocessing job, as a pure function of recipe, records and tokenizer.
+
+A *part* is the unit of work and of resuming: 64 images (one shard), or 1024 records to tokenise. Everything that
+decides the store's bytes is in the plan's description, and the description's hash names the plan: parts made under
+another hash are never mixed in. Images are stored once, in the order in which the records first name them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, TypeVar
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.processor import Processor
+from megatron_deepstack.data.records import Record, RecordFile
+from megatron_deepstack.data.schema import FORMAT, VERSION, PixelsShape
+from megatron_deepstack.data.tokenizer import Tokenizer
+
+_Item = TypeVar("_Item")
+
+RECORDS_PER_PART: Final = 1024
+"""Records tokenised by one task, about 0.3 s of work."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """Images that become one shard."""
+
+    number: int
+    paths: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the part's commit record."""
+        return f"images-{self.number:06d}"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Records that are tokenised together."""
+
+    number: int
+    records: tuple[Record, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the part's commit record."""
+        return f"text-{self.number:06d}"
+
+
+Part = ImagePart | TextPart
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, and in which order it is written down."""
+
+    description: dict[str, Any]
+    """Everything that decides the store's bytes, as plain JSON values."""
+    processor: Processor
+    template: str
+    records: Sequence[Record]
+    images: tuple[str, ...]
+    """Unique image paths, in the order in which the records first name them."""
+    images_per_part: int
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the description."""
+        return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def image_parts(self) -> tuple[ImagePart, ...]:
+        """Parts of images, in store order."""
+        groups = _groups(self.images, self.images_per_part)
+        return tuple(ImagePart(number, tuple(paths)) for number, paths in enumerate(groups))
+
+    @cached_property
+    def text_parts(self) -> tuple[TextPart, ...]:
+        """Parts of records, in store order."""
+        groups = _groups(self.records, RECORDS_PER_PART)
+        return tuple(TextPart(number, tuple(records)) for number, records in enumerate(groups))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts; images first, since they take longest."""
+        return (*self.image_parts, *self.text_parts)
+
+    @property
+    def pixels(self) -> PixelsShape:
+        """Shape of `images/pixels`."""
+        slots_per_part = self.images_per_part * self.processor.most_views
+        return PixelsShape(len(self.image_parts), slots_per_part, self.processor.crop_size)
+
+
+def make_plan(recipe: Recipe, file: RecordFile, tokenizer: Tokenizer) -> Plan:
+    """The plan of preprocessing `file` as `recipe` says."""
+    processor = Processor.of(recipe)
+    images = tuple(dict.fromkeys(image_key(path) for record in file.records for path in record.images))
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "records": {"sha256": file.sha256, "count": len(file.records)},
+        "images": len(images),
+        "processor": processor.describe(),
+        "tokenizer": tokenizer.describe(),
+        "template": recipe.data.template,
+        "images_per_part": recipe.data.images_per_part,
+    }
+    return Plan(description, processor, recipe.data.template, file.records, images, recipe.data.images_per_part)
+
+
+def image_key(path: str) -> str:
+    """One spelling per image: `a//b.jpg` and `./a/b.jpg` are `a/b.jpg`."""
+    return posixpath.normpath(path)
+
+
+def _groups(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]

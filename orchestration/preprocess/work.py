@@ -1,0 +1,120 @@
+"""One part, from its inputs to its commit record, in whatever process calls it. Knows nothing of Ray.
+
+Bytes depend only on plan and inputs, so that a part done twice, or by two workers at once, does no harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_deepstack.data.conversation import encode_conversation
+from megatron_deepstack.data.images import QuarantineError, read_image_file
+from megatron_deepstack.data.processor import Processor
+from megatron_deepstack.data.schema import ImageStatus, PixelsShape
+from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.writer import ShardWriter, atomic_file, open_shard, shard_bytes
+from orchestration.preprocess.ledger import Ledger, text_path
+from orchestration.preprocess.parts import ImagePart, Part
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every part of a job needs; handed to each worker once."""
+
+    root: Path
+    """The store."""
+    image_folder: Path
+    plan_hash: str
+    processor: Processor
+    pixels: PixelsShape
+    template: str
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone:
+    """What a worker reports; about 1 KB."""
+
+    name: str
+    images: int = 0
+    records: int = 0
+    flagged: int = 0
+    quarantined: tuple[str, ...] = ()
+    """Lines `path: reason`."""
+    written_bytes: int = 0
+    seconds: float = 0.0
+
+
+def do_part(job: Job, part: Part) -> PartDone:
+    """Write a part's data, then its commit record.
+
+    Raises StoreError when the store cannot be written, DataError when the machine fails to read an input. A broken
+    image is no error: it is named in the record.
+    """
+    started = time.monotonic()
+    if isinstance(part, ImagePart):
+        record, written = _do_images(job, part)
+    else:
+        record, written = _do_text(job, part.name, part.records)
+    Ledger(job.root, job.plan_hash).commit(part.name, record)
+    return summarise(part.name, record, written, time.monotonic() - started)
+
+
+def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds: float = 0.0) -> PartDone:
+    """The report that goes with a commit record."""
+    images = record.get("images", [])
+    bad = [image for image in images if image["status"] == ImageStatus.QUARANTINED]
+    return PartDone(
+        name=name,
+        images=len(images),
+        records=len(record.get("lengths", [])),
+        flagged=sum(image["status"] == ImageStatus.FLAGGED for image in images),
+        quarantined=tuple(f"{image['path']}: {image['reason']}" for image in bad),
+        written_bytes=written_bytes,
+        seconds=seconds,
+    )
+
+
+def _do_images(job: Job, part: ImagePart) -> tuple[dict[str, Any], int]:
+    with open_shard(job.root, part.number, job.pixels) as shard:
+        images = [_do_image(job, path, shard) for path in part.paths]
+        size = shard_bytes(job.pixels, shard.used)
+    return {"shard_bytes": size, "images": images}, size
+
+
+def _do_image(job: Job, path: str, shard: ShardWriter) -> dict[str, Any]:
+    """Append an image's views to the shard; its entry in the commit record."""
+    try:
+        data = read_image_file(os.path.join(job.image_folder, path), job.processor.max_image_pixels)
+        image = job.processor.process(data)
+    except QuarantineError as error:
+        return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(error)}
+    return {
+        "path": path,
+        "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,
+        **({} if image.damage is None else {"reason": image.damage}),
+        "grid": list(image.grid),
+        "size": list(image.size),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "crc32c": shard.append(image.views),
+    }
+
+
+def _do_text(job: Job, name: str, records: tuple[Any, ...]) -> tuple[dict[str, Any], int]:
+    """Tokens of all records back to back, then their loss masks; lengths go into the commit record."""
+    encoded = [encode_conversation(record.turns, job.template, job.tokenizer) for record in records]
+    with atomic_file(text_path(job.root, name)) as file:
+        for tokens, _ in encoded:
+            file.write(tokens.astype("<i4").tobytes())
+        for _, mask in encoded:
+            file.write(mask.tobytes())
+    lengths = [len(tokens) for tokens, _ in encoded]
+    size = sum(lengths) * (np.dtype("<i4").itemsize + 1)
+    return {"text_bytes": size, "lengths": lengths}, size
