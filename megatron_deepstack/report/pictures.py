@@ -1,0 +1,69 @@
+"""Views of held-out images as they lie in the store, embedded in the page: the global view, and the crops as a grid."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.report.svg import Markup, element
+
+_MAX_SIDE = 336
+"""Pixels; larger views are scaled down to this, to keep the page small."""
+
+_GRID_SIDE = 260
+"""Pixels on the page along the longer side of a grid of crops; a global view is half as wide (style.css)."""
+
+
+class Pictures:
+    """Opens each store once."""
+
+    def __init__(self) -> None:
+        self._open = cache(Store.open)
+
+    def views(self, store: str, image: int) -> Markup:
+        """The global view beside the grid of crops. Raises StoreError if the store is gone or damaged."""
+        opened = self._open(store)
+        gw, gh = opened.image(image).grid
+        views = opened.read_views(image, range(1 + gw * gh))
+        crops = [_img(view, f"crop {index}") for index, view in enumerate(views[1:])]
+        return element(
+            "div",
+            element("figure", _img(views[0], "global view"), element("figcaption", "global view")),
+            element(
+                "figure",
+                element("div", *crops, class_="grid", style=_grid_style(gw, gh)),
+                element("figcaption", f"{gw} x {gh} crops"),
+            ),
+            class_="views",
+        )
+
+
+def _grid_style(gw: int, gh: int) -> str:
+    """Columns as wide as let the longer side of the grid be as long for every grid."""
+    side = _GRID_SIDE / max(gw, gh)
+    return f"grid-template-columns: repeat({gw}, {side:.0f}px)"
+
+
+def _img(view: np.ndarray, alt: str) -> Markup:
+    """uint8 (S, S, 3) as an `<img>` with its bytes inside."""
+    picture = Image.fromarray(view)
+    picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    return element("img", src=_data_uri(picture), alt=alt, width=picture.width, height=picture.height)
+
+
+def _data_uri(picture: Image.Image) -> str:
+    """PNG for what compresses well (drawings), else JPEG."""
+    candidates: Sequence[tuple[str, dict[str, object]]] = (("png", {"optimize": True}), ("jpeg", {"quality": 85}))
+    encoded = []
+    for kind, options in candidates:
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
+    _, kind, data = min(encoded)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,74 @@
+"""Markup from Python values: elements whose text and attributes are always escaped."""
+
+from __future__ import annotations
+
+from html import escape
+
+
+class Markup(str):
+    """Text that is markup already, made by `element` from escaped parts."""
+
+    __slots__ = ()
+
+
+def element(name: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
+    """`<name attribute="...">children</name>`.
+
+    Plain strings among the children are escaped, Markup is not. In attribute names `_` stands for `-`, and a trailing
+    `_` keeps a name clear of Python's keywords; a number is written with at most two decimals; None is left out.
+    """
+    shown = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_value(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup(f"<{name}{shown}>{joined(*children)}</{name}>")
+
+
+def joined(*children: str | Markup) -> Markup:
+    """Children one after the other, plain strings escaped."""
+    return Markup("".join(child if isinstance(child, Markup) else escape(child) for child in children))
+
+
+def drawing(width: float, height: float, title: str, *children: Markup) -> Markup:
+    """An `<svg>` that scales to its container, with a title for those who cannot see it."""
+    return element(
+        "svg",
+        element("title", title),
+        *children,
+        viewBox=f"0 0 {_value(width)} {_value(height)}",
+        role="img",
+        xmlns="http://www.w3.org/2000/svg",
+        font_family="system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
+    )
+
+
+def text(x: float, y: float, content: str, *, size: float = 12, **attributes: str | float | None) -> Markup:
+    """One line of text; `x` is its middle unless `text_anchor` says otherwise."""
+    return element("text", content, x=x, y=y, font_size=size, **{"text_anchor": "middle", "fill": INK} | attributes)
+
+
+def rect(x: float, y: float, width: float, height: float, **attributes: str | float | None) -> Markup:
+    """A rectangle."""
+    return element("rect", x=x, y=y, width=width, height=height, **attributes)
+
+
+def _value(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+INK = "#1f2933"
+"""Colour of text and lines."""
+FAINT = "#7b8794"
+"""Colour of secondary text."""
+LINE = "#cbd2d9"
+"""Colour of rules and borders."""
+PAPER = "#ffffff"
+"""Background."""
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#7a5c3e")
+"""Colours of the stacks, told apart by colour-blind readers (after Okabe and Ito)."""
+
+
+def stack_colour(stack: int) -> str:
+    """Colour of a stack; repeats after the palette's end."""
+    return PALETTE[stack % len(PALETTE)]
