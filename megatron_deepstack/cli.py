@@ -8,6 +8,7 @@ the traceback as well.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from megatron_deepstack import __version__
+from megatron_deepstack.config.schema import EncoderPlacement, ParallelConfig, Recompute
 from megatron_deepstack.errors import ConfigError, DeepStackError
 
 
@@ -88,6 +90,9 @@ def draw(
 def preprocess(
     recipe: RecipeArgument,
     overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes; all CPUs by default, 0 for none and no Ray.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="Address of a running Ray cluster, or `auto`; by default Ray starts here.")
     ] = None,
@@ -97,10 +102,25 @@ def preprocess(
     from megatron_deepstack.config.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    require(loaded, ("data.records", "data.images", "data.tokenizer", "data.store"), "preprocess")
+    require(loaded, ("data.records", "data.tokenizer", "data.store"), "preprocess")
+    assert loaded.data.store is not None
     from orchestration.preprocess.run import preprocess as run
 
-    run(loaded, address=address)
+    _say(_summary(run(loaded, loaded.data.store, workers=workers, address=address)))
+
+
+def _summary(done: Any) -> str:
+    """What preprocessing did, in two lines."""
+    faults = f", {done.quarantined} quarantined and {done.dropped} samples with them" if done.quarantined else ""
+    return (
+        f"{done.store}: {done.samples} samples, {done.images} images, {done.views} views{faults}\n"
+        f"{done.tokens} tokens, {done.target_tokens} of them learned; {done.written_bytes / 1e6:.0f} MB in "
+        f"{done.seconds:.1f} s, {done.images_per_second:.0f} images/s"
+    )
+
+
+def _say(line: object) -> None:
+    Console().print(Text(str(line)), soft_wrap=True)
 
 
 @app.command()
@@ -158,7 +178,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a 
     """Write RUN/report.html: one page with losses, recipe, stage plan and held-out answers."""
     from megatron_deepstack.report.page import write_report
 
-    Console().print(Text(f"report: {write_report(run)}"), soft_wrap=True)
+    _say(f"report: {write_report(run)}")
 
 
 @app.command()
@@ -176,8 +196,74 @@ def plan(
     Console().print(plan_table(loaded))
 
 
+@app.command(name="check-reference")
+def check_reference(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Cases, NAME.safetensors.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    vpp: Annotated[int, typer.Option(min=1, help="Chunks per stage.")] = 1,
+    cp: Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Replicas.")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="With --tp above 1.")] = False,
+    recompute: Annotated[Recompute, typer.Option(help="Activation recomputation.")] = Recompute.NONE,
+    encoder_placement: Annotated[
+        EncoderPlacement, typer.Option(help="Where ViT and projector run.")
+    ] = EncoderPlacement.SPREAD,
+    crops: Annotated[Path | None, typer.Option(help="Folder with crops.npz; compares the cut of --photos.")] = None,
+    photos: Annotated[Path | None, typer.Option(help="Folder of the photos that --crops was made from.")] = None,
+    conversations: Annotated[Path | None, typer.Option(help="conversations.json; needs --tokenizer.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model that --conversations used.")] = None,
+) -> None:
+    """Compare with numbers of the published implementation; fails beyond the tolerances. Starts its own ranks."""
+    _together(crops=crops, photos=photos)
+    _together(conversations=conversations, tokenizer=tokenizer)
+    if not (files or crops or conversations):
+        raise typer.BadParameter("nothing to compare: give FILE..., --crops and --photos, or --conversations")
+    if files:
+        from megatron_deepstack.testing.reference import check_cases
+
+        layout = ParallelConfig(
+            tensor=tp,
+            pipeline=pp,
+            virtual_pipeline=vpp,
+            context=cp,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            encoder_placement=encoder_placement,
+        )
+        _say_all(check_cases(files, layout, data_parallel=dp))
+    if crops and photos:
+        from megatron_deepstack.testing.reference_data import check_crops
+
+        _say_all(check_crops(crops, photos))
+    if conversations and tokenizer:
+        from megatron_deepstack.testing.reference_data import check_conversations
+
+        _say_all(check_conversations(conversations, tokenizer))
+
+
+def _together(**options: Path | None) -> None:
+    """Two options of which one makes no sense without the other."""
+    absent = [f"--{name}" for name, value in options.items() if value is None]
+    if len(absent) == 1:
+        raise typer.BadParameter(
+            f"{absent[0]} is needed too: {' and '.join(f'--{name}' for name in options)} go together"
+        )
+
+
+def _say_all(results: Iterable[object]) -> None:
+    for result in results:
+        _say(result)
+
+
+_KNOWN_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
+"""Megatron-Core says these in every process without a GPU; the README says what they mean."""
+
+
 def main() -> None:
     """Entry point of the console script."""
+    filters = ",".join(f"ignore:{message}" for message in _KNOWN_WARNINGS)
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (filters, os.environ.get("PYTHONWARNINGS"))))
     app()
 
 
