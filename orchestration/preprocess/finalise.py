@@ -7,7 +7,7 @@ are the same; killed half-way, it starts over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -116,11 +116,11 @@ def _write_images(plan: Plan, read: ReadRecord, index: IndexWriters) -> _Images:
     status: list[int] = []
     listed: list[dict[str, Any]] = []
     num_views = 0
-    paths = _Texts(index, "images/path")
+    paths = _Offsets(index, "images/path")
     for part in plan.image_parts:
         images = read(part)["images"]
         num_views += _write_image_part(part, images, plan.pixels.slots_per_part, index)
-        paths.append([image["path"] for image in images])
+        paths.append_texts([image["path"] for image in images])
         status += [image["status"] for image in images]
         listed += [_image_line(image) for image in images if image["status"] != ImageStatus.STORED]
     return _Images(np.array(status, dtype=np.uint8), num_views, listed)
@@ -144,35 +144,41 @@ def _write_image_part(part: ImagePart, images: list[dict[str, Any]], slots: int,
 
 
 def _write_samples(root: Path, plan: Plan, read: ReadRecord, index: IndexWriters, status: np.ndarray) -> _Samples:
+    """Rows of all samples, one part of records at a time."""
     numbers = {path: number for number, path in enumerate(plan.images)}
-    bad = {path for path, number in numbers.items() if status[number] == ImageStatus.QUARANTINED}
     samples = _Samples(dropped=[])
-    ids, images, tokens = (
-        _Texts(index, "samples/id"),
-        _Offsets(index, "samples/images"),
-        _Offsets(index, "samples/tokens"),
-    )
+    ids, images, tokens = (_Offsets(index, f"samples/{name}") for name in ("id", "images", "tokens"))
     for part in plan.text_parts:
-        for record, record_tokens, mask in _read_text(root, part, read(part)["lengths"]):
-            paths = [image_key(path) for path in record.images]
-            missing = sorted(bad.intersection(paths))
-            if missing:
-                samples.dropped.append({"kind": "sample dropped", "id": record.id, "images": missing})
-                continue
-            ids.append([record.id])
-            images.append([len(paths)])
-            tokens.append([len(record_tokens)])
-            index.append("samples/images", [numbers[path] for path in paths])
-            index.append("samples/tokens", record_tokens)
-            index.append("samples/loss_mask", mask)
-            samples.num_samples += 1
-            samples.num_tokens += len(record_tokens)
-            samples.num_targets += int(mask.sum())
+        kept = []
+        for text in _read_text(root, part, read(part)["lengths"]):
+            used = [numbers[image_key(path)] for path in text.record.images]
+            bad = [plan.images[number] for number in used if status[number] == ImageStatus.QUARANTINED]
+            if bad:
+                line = {"kind": "sample dropped", "id": text.record.id, "images": list(dict.fromkeys(bad))}
+                samples.dropped.append(line)
+            else:
+                kept.append((text, used))
+        ids.append_texts([text.record.id for text, _ in kept])
+        images.append([used for _, used in kept])
+        tokens.append([text.tokens for text, _ in kept])
+        masks = _join([text.mask for text, _ in kept], np.uint8)
+        index.append("samples/loss_mask", masks)
+        samples.num_samples += len(kept)
+        samples.num_tokens += len(masks)
+        samples.num_targets += int(masks.sum())
     return samples
 
 
-def _read_text(root: Path, part: TextPart, lengths: list[int]) -> Iterator[tuple[Record, np.ndarray, np.ndarray]]:
-    """Record, tokens and loss mask of each record of a part."""
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A record and what it was encoded to."""
+
+    record: Record
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+def _read_text(root: Path, part: TextPart, lengths: list[int]) -> Iterator[_Text]:
     data = text_path(root, part.name).read_bytes()
     total = sum(lengths)
     tokens = np.frombuffer(data, dtype="<i4", count=total)
@@ -180,33 +186,31 @@ def _read_text(root: Path, part: TextPart, lengths: list[int]) -> Iterator[tuple
     assert len(masks) == total, (part.name, len(masks), total)
     first = 0
     for record, length in zip(part.records, lengths, strict=True):
-        yield record, tokens[first : first + length], masks[first : first + length]
+        yield _Text(record, tokens[first : first + length], masks[first : first + length])
         first += length
 
 
 class _Offsets:
-    """An offsets array, fed with lengths."""
+    """A flat array of ragged rows and its array of offsets."""
 
     def __init__(self, index: IndexWriters, name: str) -> None:
-        self._index, self._name, self._end = index, f"{name}_offsets", 0
-        index.append(self._name, [0])
+        self._index, self._name, self._end = index, name, 0
+        index.append(f"{name}_offsets", [0])
 
-    def append(self, lengths: list[int]) -> None:
-        ends = self._end + np.cumsum(lengths, dtype=np.int64)
-        self._index.append(self._name, ends)
+    def append(self, rows: Sequence[np.ndarray | list[int]]) -> None:
+        """Append rows of the flat array's values."""
+        self._index.append(self._name, _join(rows, np.int64))
+        ends = self._end + np.cumsum([len(row) for row in rows], dtype=np.int64)
+        self._index.append(f"{self._name}_offsets", ends)
         self._end = int(ends[-1]) if len(ends) else self._end
 
+    def append_texts(self, texts: Sequence[str]) -> None:
+        """Append texts as UTF-8 bytes."""
+        self.append([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts])
 
-class _Texts:
-    """An array of texts: UTF-8 bytes and their offsets."""
 
-    def __init__(self, index: IndexWriters, name: str) -> None:
-        self._index, self._name, self._offsets = index, name, _Offsets(index, name)
-
-    def append(self, texts: list[str]) -> None:
-        encoded = [text.encode() for text in texts]
-        self._index.append(self._name, np.frombuffer(b"".join(encoded), dtype=np.uint8))
-        self._offsets.append([len(data) for data in encoded])
+def _join(rows: Sequence[np.ndarray | list[int]], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(np.asarray(row, dtype) for row in rows)])
 
 
 def _digest(image: Mapping[str, Any]) -> list[int]:

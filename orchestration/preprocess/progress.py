@@ -48,6 +48,10 @@ class JobProgress:
         """Since the job began."""
         return time.monotonic() - self._started
 
+    def restart_clock(self) -> None:
+        """Work begins now: what was needed to get there is not counted."""
+        self._started = time.monotonic()
+
     def say(self, text: str) -> None:
         """A line of text above the bar."""
         self._console.print(text, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""The driver of a preprocessing job: plan, hand out parts, count, finish. The only file here that knows Ray.
+"""The driver of a preprocessing job: plan, hand out parts, count, finish. The only file here that hands work to Ray.
 
 Parts are Ray tasks that write in place and return about 1 KB; a window of them is kept in flight. `workers=0` does the
 same parts in this process, without Ray. Killed at any moment, the same command goes on: parts in flight are done again.
@@ -7,11 +7,8 @@ same parts in this process, without Ray. Killed at any moment, the same command 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +20,7 @@ from megatron_deepstack.data.store import Store, read_attributes
 from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_deepstack.data.writer import write_json
 from megatron_deepstack.errors import ConfigError, DataError
+from orchestration.cluster import import_ray, ray_session
 from orchestration.preprocess.finalise import begin_store, clear_leftovers, finish_store
 from orchestration.preprocess.ledger import Ledger, claim_folder, lock_store
 from orchestration.preprocess.parts import ImagePart, Part, Plan, make_plan
@@ -36,15 +34,13 @@ _RETRIES: Final = 3
 """Times a part is done again after its worker died."""
 _PARTS_PER_WORKER: Final = 100
 """Parts after which a worker process is replaced, so that leaks of decoders stay bounded."""
-_WORKER_ENVIRONMENT: Final = {
+WORKER_ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     # Image buffers of 1 MB would be mapped and faulted in anew for each image: kept, a part is 1.3 to 1.5 times faster.
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "67108864",
 }
-_OBJECT_STORE_BYTES: Final = 128 * 2**20
-"""Ray's shared memory on a machine of our own: parts write in place, only records travel through it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,30 +117,33 @@ def _run(job: Job, plan: Plan, max_quarantined: float, *, workers: int | None, a
         if len(todo) < len(plan.parts):
             progress.say(f"preprocess: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are done already")
         executed = _do_here(job, todo) if workers == 0 else _do_with_ray(job, todo, workers, address, progress)
-        for done in executed:
-            progress.add(done)
-            tally.add(done)
+        with closing(executed):
+            for done in executed:
+                progress.add(done)
+                tally.add(done)
         counts = finish_store(job.root, plan, lambda part: _must_read(ledger, part))
         return _write_report(job.root, counts, progress, before)
 
 
-def _do_here(job: Job, parts: Sequence[Part]) -> Iterator[PartDone]:
+def _do_here(job: Job, parts: Sequence[Part]) -> Generator[PartDone, None, None]:
     for part in parts:
         yield do_part(job, part)
 
 
 def _do_with_ray(
     job: Job, parts: Sequence[Part], workers: int | None, address: str | None, progress: JobProgress
-) -> Iterator[PartDone]:
+) -> Generator[PartDone, None, None]:
     """Parts as Ray tasks, finished ones first. A window of two per worker keeps every worker busy."""
     if not parts:
         return
-    import ray
-
-    with _ray_session(workers, address, progress):
+    ray = import_ray(address)
+    with ray_session(workers, address, WORKER_ENVIRONMENT) as ours:
+        progress.say(f"preprocess: Ray is up after {progress.seconds:.1f} s")
+        progress.restart_clock()
         slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         task = ray.remote(num_cpus=1, max_retries=_RETRIES, max_calls=_PARTS_PER_WORKER)(do_part)
-        task = task.options(runtime_env={"env_vars": _WORKER_ENVIRONMENT})
+        if not ours:
+            task = task.options(runtime_env={"env_vars": WORKER_ENVIRONMENT})
         shared = ray.put(job)
         waiting = list(reversed(parts))
         running: dict[Any, Part] = {}
@@ -163,8 +162,7 @@ def _do_with_ray(
 
 def _result(reference: Any, part: Part) -> PartDone:
     """A task's result; its own errors as they were raised, a worker that keeps dying as a DataError."""
-    import ray
-
+    ray = import_ray(None)
     try:
         done: PartDone = ray.get(reference)
         return done
@@ -176,37 +174,6 @@ def _result(reference: Any, part: Part) -> PartDone:
             f"part {part.name} ({paths}): its worker died {_RETRIES + 1} times: {error}. Everything else that was done "
             "is kept. If one of these files kills the decoder, take it out; then run the same command again."
         ) from error
-
-
-@contextmanager
-def _ray_session(workers: int | None, address: str | None, progress: JobProgress) -> Iterator[None]:
-    """A running Ray: the one this process already uses, the cluster at `address`, or one started here on loopback."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    started = time.monotonic()
-    if address is not None:
-        ray.init(address=address, log_to_driver=False)
-    else:
-        ray.init(
-            num_cpus=workers or len(os.sched_getaffinity(0)),
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-        )
-    progress.say(f"preprocess: Ray is up after {time.monotonic() - started:.0f} s")
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class _Tally:

@@ -1,0 +1,74 @@
+"""Reaching a Ray cluster: an existing one, or one started on this machine for the length of a job."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+_OBJECT_STORE_BYTES: Final = 128 * 2**20
+"""Ray's shared memory on a machine of our own: workers write in place, little travels through it."""
+_LOOPBACK: Final = "127.0.0.2"
+"""Ray takes 127.0.0.1 for "this machine" and puts its public address in its place; this one it leaves alone."""
+
+
+@contextmanager
+def ray_session(workers: int | None, address: str | None, environment: Mapping[str, str]) -> Iterator[bool]:
+    """A running Ray: the one this process already uses, the cluster at `address`, or one started here on loopback.
+
+    Yields whether it was started here, with `environment` in all its processes; elsewhere a task has to ask for it by
+    a runtime environment, which takes 3 s to begin with. Ray is shut down at the end, unless this process had it before.
+    """
+    ray = import_ray(address)
+    if ray.is_initialized():
+        yield False
+        return
+    if address is not None:
+        ray.init(address=address, log_to_driver=False)
+    else:
+        with _environment(environment):
+            ray.init(
+                num_cpus=workers or len(os.sched_getaffinity(0)),
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address=_LOOPBACK,
+            )
+    try:
+        yield address is None
+    finally:
+        ray.shutdown()
+
+
+def import_ray(address: str | None) -> Any:
+    """Ray, with the settings it reads at import and keeps for the life of the process; the user's own come first.
+
+    Some servers of a local Ray listen on every interface whatever address it is given, so it is started with token
+    authentication. The token stays in the environment: left to itself Ray 2.60 writes one to `~/.ray`, which breaks
+    `ray start --address` of the same user.
+    """
+    if "ray" not in sys.modules and address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    return importlib.import_module("ray")
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the processes started in this block."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
