@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.platform.device import local_device
@@ -29,8 +30,8 @@ def loss_and_tokens(losses: list[torch.Tensor], num_tokens: int, groups: Groups)
     return total, int(count)
 
 
-def agree(flag: bool) -> bool:
-    """Whether `flag` is true on any rank. Collective over all ranks."""
-    value = torch.tensor([int(flag)], device=local_device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+def sum_over_replicas(values: list[int]) -> list[int]:
+    """Sum of numbers that every rank of a replica knows alike, over replicas. Collective over dp."""
+    totals = torch.tensor(values, dtype=torch.int64, device=local_device())
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    return [int(total) for total in totals]

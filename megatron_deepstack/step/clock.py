@@ -23,7 +23,11 @@ class StepClock:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - begin
+            self.add(name, self._now() - begin)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add a duration measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """The step's seconds; the clock starts anew."""

@@ -1,0 +1,1 @@
+"""Saving and resuming: Megatron's distributed checkpoints, committed atomically and checked on the way back."""

@@ -1,0 +1,1 @@
+"""Published and Hugging Face names to ours and back."""

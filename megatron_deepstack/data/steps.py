@@ -1,0 +1,141 @@
+"""From a store to what one rank needs of a step: the plan of its replica, and the pixels of the views it encodes.
+
+Tokens and counts of all the replica's samples are read by each of its ranks, since they are small and memory-mapped;
+pixels only by the rank that encodes them. One step is prepared ahead in a thread, so that training does not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from megatron_deepstack.data.sampler import Indices, global_batch, share_of_replica
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.routes import PlannedSample, RankRoutes
+from megatron_deepstack.planning.rows import context_length
+from megatron_deepstack.planning.sequence import expand
+from megatron_deepstack.planning.step_plan import StepPlan, plan_step
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which replica and which of its ranks reads."""
+
+    dp: int
+    num_replicas: int
+    replica_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStep:
+    """A step ready to run on one rank."""
+
+    step: int
+    plan: StepPlan
+    pixels: np.ndarray
+    """uint8 (views of this rank's units, image, image, 3)."""
+    samples: Indices
+    """Store indices of the replica's samples, (micro-batches, micro_batch_size)."""
+    num_tokens: int
+    """Tokens of the replica's samples, visual ones included, padding not."""
+    num_images: int
+    """Images of the replica's samples."""
+
+
+class StepReader:
+    """Reads steps of a store for one rank."""
+
+    def __init__(
+        self, store: Store, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, share: Share
+    ) -> None:
+        self.store, self.model, self.parallel, self.train, self.share = store, model, parallel, train, share
+        if len(store) == 0:
+            raise DataError(f"{store.root}: the store holds no samples; preprocess records whose images can be read")
+
+    def load(self, step: int) -> LoadedStep:
+        """Plan and pixels of 0-based step `step`. Raises StoreError where pixels are missing or damaged."""
+        batch = global_batch(self.train.seed, step, self.train.global_batch_size, len(self.store))
+        mine = share_of_replica(batch, self.share.dp, self.share.num_replicas, self.train.micro_batch_size)
+        return self.load_samples(step, mine)
+
+    def load_samples(self, step: int, samples: Indices) -> LoadedStep:
+        """The same for chosen samples, (micro-batches, micro_batch_size) store indices."""
+        planned = [[planned_sample(self.store, self.model, self.train, int(i)) for i in row] for row in samples]
+        plan = plan_step(self.model, self.parallel, planned, self.share.replica_rank)
+        return LoadedStep(
+            step=step,
+            plan=plan,
+            pixels=self._pixels(samples, plan.routes),
+            samples=samples,
+            num_tokens=sum(s.sequence.length for row in planned for s in row),
+            num_images=sum(len(s.grids) for row in planned for s in row),
+        )
+
+    def _pixels(self, samples: Indices, routes: RankRoutes) -> np.ndarray:
+        size = self.model.vision.image_size
+        parts = [np.empty((0, size, size, 3), np.uint8)]
+        for unit in routes.units:
+            image = self.store.sample_images(int(samples[unit.micro_batch, unit.sample]))[unit.image]
+            parts.append(self.store.read_views(image, unit.views))
+        return np.concatenate(parts)
+
+
+def planned_sample(store: Store, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
+    """A stored sample, expanded. Raises DataError if it does not fit `train.seq_length`."""
+    sample = store.sample(index)
+    grids = tuple(store.image(image).grid for image in sample.images)
+    sequence = expand(
+        sample.id,
+        sample.tokens,
+        sample.loss_mask,
+        [context_length(model, grid) for grid in grids],
+        seq_length=train.seq_length,
+        truncate=train.truncate,
+    )
+    return PlannedSample(sequence=sequence, grids=grids)
+
+
+def check_lengths(store: Store, model: ModelConfig, train: TrainConfig) -> None:
+    """Raise DataError, naming the first ten, if samples exceed `train.seq_length` and may not be cut."""
+    if train.truncate:
+        return
+    contexts: dict[int, int] = {}
+    too_long = []
+    lengths = store.lengths()
+    for index in range(len(store)):
+        length = int(lengths[index])
+        for image in store.sample_images(index):
+            if image not in contexts:
+                contexts[image] = context_length(model, store.image(image).grid)
+            length += contexts[image] - 1
+        if length > train.seq_length:
+            too_long.append((store.sample(index).id, length))
+    if too_long:
+        listed = "\n".join(f"  {name}: {length} tokens" for name, length in too_long[:10])
+        raise DataError(
+            f"{store.root}: {len(too_long)} of {len(store)} samples exceed train.seq_length {train.seq_length}, visual "
+            f"tokens included (longest {max(n for _, n in too_long)}); raise it, or set train.truncate=true:\n{listed}"
+        )
+
+
+class Prefetcher:
+    """Iterates over steps `first` to `stop - 1`, each prepared while the one before is trained."""
+
+    def __init__(self, reader: StepReader, first: int, stop: int) -> None:
+        self.reader, self.first, self.stop = reader, first, stop
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        if self.first >= self.stop:
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+            upcoming: Future[LoadedStep] = pool.submit(self.reader.load, self.first)
+            for step in range(self.first, self.stop):
+                ready = upcoming.result()
+                if step + 1 < self.stop:
+                    upcoming = pool.submit(self.reader.load, step + 1)
+                yield ready

@@ -1,0 +1,107 @@
+"""The loop: load a step, train it, record it, save now and then."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_deepstack.config.load import recipe_to_yaml
+from megatron_deepstack.config.schema import Part, Recipe
+from megatron_deepstack.data.steps import LoadedStep, Prefetcher
+from megatron_deepstack.parallel.reduce import sum_over_replicas
+from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
+from megatron_deepstack.step.clock import StepClock
+from megatron_deepstack.step.train_step import StepLoss, forward_backward
+from megatron_deepstack.training.lr import learning_rate
+from megatron_deepstack.training.metrics import MetricsLog, StepRecord
+from megatron_deepstack.training.optimizer import StepNorm, peak_lr
+from megatron_deepstack.training.session import Session, resume, start_session
+from megatron_deepstack.training.validation import Validation
+
+
+def run(recipe: Recipe, stop_after: int | None = None) -> None:
+    """Train on a rank that has joined. Collective over all ranks. See `training.main.train`."""
+    session = start_session(recipe)
+    resumption = resume(session)
+    run_dir = Path(recipe.run_dir)
+    writes = dist.get_rank() == 0
+    if writes:
+        _write_run_files(run_dir, recipe)
+    stop = min(recipe.train.steps, stop_after or recipe.train.steps)
+    with MetricsLog(
+        run_dir,
+        first_step=resumption.step,
+        num_steps=recipe.train.steps,
+        interval=recipe.train.log_interval,
+        writes=writes,
+    ) as log:
+        for fault in resumption.passed_over:
+            log.say(f"not whole, passed over: {fault}")
+        if resumption.path is not None:
+            log.say(f"resuming after step {resumption.step} from {resumption.path}")
+        _train(session, log, resumption.step, stop)
+
+
+def _train(session: Session, log: MetricsLog, first: int, stop: int) -> None:
+    recipe, clock = session.recipe, StepClock()
+    validation = Validation.of(session)
+    every = recipe.checkpoint.interval
+    begin = time.perf_counter()
+    for loaded in Prefetcher(session.reader, first, stop):
+        clock.add("data", time.perf_counter() - begin)
+        loss = forward_backward(session.engine, loaded.plan, torch.from_numpy(loaded.pixels), clock)
+        with clock.part("optimizer"):
+            norm = session.optimizer.step(loaded.step)
+        done = loaded.step + 1
+        seconds = time.perf_counter() - begin
+        held_out = validation.loss() if validation is not None and validation.due(done) else None
+        log.add(_record(recipe, loaded, loss, norm, seconds, clock.take(), held_out, resumed=loaded.step == first > 0))
+        if done == stop or (every and done % every == 0):
+            log.say(f"saved {session.save(done)}")
+        begin = time.perf_counter()
+
+
+def _record(
+    recipe: Recipe,
+    loaded: LoadedStep,
+    loss: StepLoss,
+    norm: StepNorm,
+    step_seconds: float,
+    parts: Mapping[str, float],
+    validation_loss: float | None,
+    *,
+    resumed: bool,
+) -> StepRecord:
+    tokens, images = sum_over_replicas([loaded.num_tokens, loaded.num_images])
+    return StepRecord(
+        step=loaded.step + 1,
+        loss=loss.mean,
+        gradient_norm=norm.gradient_norm,
+        lr=learning_rate(recipe.optimizer, loaded.step, recipe.train.steps, peak_lr(recipe.optimizer, Part.LANGUAGE)),
+        num_targets=loss.num_tokens,
+        num_tokens=tokens,
+        num_images=images,
+        step_seconds=step_seconds,
+        tokens_per_second=tokens / step_seconds,
+        images_per_second=images / step_seconds,
+        seconds=parts,
+        applied=norm.applied,
+        resumed=resumed,
+        validation_loss=validation_loss,
+    )
+
+
+def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
+    """The resolved recipe, and the stage plan that reports draw."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    slots = decoder_slots(recipe.model)
+    chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+    stages = [{**asdict(chunk), "slots": chunk_slots(chunk, slots)} for chunk in chunks]
+    (run_dir / "plan.json").write_text(json.dumps({"stages": stages}, indent=1), encoding="utf-8")

@@ -1,0 +1,110 @@
+"""A rank's part of a run, set up: groups, model, gradient buffers, optimizer, and what a checkpoint must agree with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_deepstack.checkpoint.folder import newest_whole
+from megatron_deepstack.checkpoint.identity import identity, require_same
+from megatron_deepstack.checkpoint.save_load import load, save
+from megatron_deepstack.config.load import recipe_to_yaml
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.convert.published import published_source
+from megatron_deepstack.data.processor import check_store
+from megatron_deepstack.data.steps import Share, StepReader, check_lengths
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.tokenizer import load_tokenizer
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model.build import build_model, fill_model, freeze
+from megatron_deepstack.model.init import random_source
+from megatron_deepstack.parallel.groups import Groups, create_groups
+from megatron_deepstack.step.engine import Engine, build_engine
+from megatron_deepstack.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything the loop works with on this rank."""
+
+    recipe: Recipe
+    groups: Groups
+    engine: Engine
+    optimizer: Optimizer
+    reader: StepReader
+    facts: dict[str, Any]
+    """Identity of the run, see `checkpoint.identity`."""
+
+    def save(self, step: int) -> Path:
+        """Checkpoint after `step` steps. Collective over all ranks."""
+        return save(
+            self.recipe.run_dir,
+            step,
+            self.engine.model,
+            self.optimizer.chained,
+            self.facts,
+            recipe_to_yaml(self.recipe),
+            self.recipe.checkpoint.keep,
+        )
+
+
+def open_reader(recipe: Recipe, path: str | None, groups: Groups) -> StepReader:
+    """Reader of a store for this rank, after checking that the store fits the recipe. Raises StoreError, DataError."""
+    if path is None:
+        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
+    store = Store.open(path, verify_checksums=recipe.data.verify_checksums)
+    check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
+    check_lengths(store, recipe.model, recipe.train)
+    share = Share(dp=groups.place.dp, num_replicas=groups.axes.dp, replica_rank=groups.replica_rank)
+    return StepReader(store, recipe.model, recipe.parallel, recipe.train, share)
+
+
+def start_session(recipe: Recipe) -> Session:
+    """Build a run on this rank, its weights initialised. Collective over all ranks, which have joined already.
+
+    Raises before anything is built where store and recipe do not fit.
+    """
+    groups = create_groups(recipe.parallel, recipe.train.seed)
+    reader = open_reader(recipe, recipe.data.store, groups)
+    model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
+    source = random_source(recipe.model, recipe.train.seed)
+    if recipe.train.init_from is not None:
+        source = published_source(recipe.train.init_from, fallback=source)
+    fill_model(model, source, groups.decoder.tp)
+    freeze(model, recipe.train.trainable)
+    engine = build_engine(model, recipe.parallel, groups)
+    attributes = reader.store.attributes
+    return Session(
+        recipe=recipe,
+        groups=groups,
+        engine=engine,
+        optimizer=Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps),
+        reader=reader,
+        facts=identity(recipe, plan_hash=attributes.plan_hash, tokenizer_sha256=attributes.tokenizer["sha256"]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """Where a run goes on."""
+
+    step: int
+    """Steps done."""
+    path: Path | None
+    """Checkpoint taken; None for a fresh start."""
+    passed_over: tuple[str, ...]
+    """A line on each newer checkpoint that was not whole."""
+
+
+def resume(session: Session) -> Resumption:
+    """Load the newest whole checkpoint of the run folder, if it has any. Collective over all ranks.
+
+    Raises CheckpointError if none is whole, or if the newest belongs to another model or other data.
+    """
+    checkpoint, faults = newest_whole(session.recipe.run_dir)
+    if checkpoint is None:
+        return Resumption(step=0, path=None, passed_over=())
+    require_same(checkpoint.path, checkpoint.manifest.facts, session.facts)
+    load(checkpoint, session.engine.model, session.optimizer.chained)
+    return Resumption(step=checkpoint.manifest.step, path=checkpoint.path, passed_over=tuple(faults))

@@ -1,0 +1,51 @@
+"""Loss on held-out samples, in the run's own layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_deepstack.data.steps import StepReader
+from megatron_deepstack.step.train_step import evaluate
+from megatron_deepstack.training.session import Session, open_reader
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Evaluates at intervals over the whole batches of the held-out store."""
+
+    session: Session
+    reader: StepReader
+    interval: int
+
+    @classmethod
+    def of(cls, session: Session) -> Validation | None:
+        """The recipe's validation, or None where it asks for none. Raises StoreError if the store does not fit."""
+        recipe = session.recipe
+        if not recipe.train.validation_interval or recipe.data.validation_store is None:
+            return None
+        reader = open_reader(recipe, recipe.data.validation_store, session.groups)
+        return cls(session, reader, recipe.train.validation_interval)
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` steps."""
+        return step % self.interval == 0 or step == self.session.recipe.train.steps
+
+    def loss(self) -> float:
+        """Mean loss per target over the held-out samples, in store order. Collective over all ranks.
+
+        Samples are dealt as in training; what does not fill a last batch is left out, but for a store smaller than one
+        batch, whose samples repeat.
+        """
+        train, share = self.session.recipe.train, self.reader.share
+        num_samples = len(self.reader.store)
+        total, num_tokens = 0.0, 0
+        for batch in range(max(num_samples // train.global_batch_size, 1)):
+            order = (batch * train.global_batch_size + np.arange(train.global_batch_size)) % num_samples
+            mine = order.reshape(-1, share.num_replicas, train.micro_batch_size)[:, share.dp]
+            loaded = self.reader.load_samples(batch, mine)
+            loss, _ = evaluate(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels))
+            total, num_tokens = total + loss.total, num_tokens + loss.num_tokens
+        return total / num_tokens if num_tokens else 0.0
