@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
+from megatron_deepstack.errors import ConfigError
+
 _OBJECT_STORE_BYTES: Final = 128 * 2**20
 """Ray's shared memory on a machine of our own: workers write in place, little travels through it."""
 _LOOPBACK: Final = "127.0.0.2"
@@ -22,17 +24,25 @@ def ray_session(workers: int | None, address: str | None, environment: Mapping[s
     """A running Ray: the one this process already uses, the cluster at `address`, or one started here on loopback.
 
     Yields whether it was started here, with `environment` in all its processes; elsewhere a task has to ask for it by
-    a runtime environment, which takes 3 s to begin with. Ray is shut down at the end, unless this process had it before.
+    a runtime environment, which takes 3 s to begin with. Ray is shut down at the end if it was started or joined
+    here.
+    Without an `address` the environment's RAY_ADDRESS counts, which `ray job submit` sets. Raises ConfigError if no
+    cluster answers there.
     """
+    address = address or os.environ.get("RAY_ADDRESS")
     ray = import_ray(address)
     if ray.is_initialized():
         yield False
         return
     if address is not None:
-        ray.init(address=address, log_to_driver=False)
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError([f"--address {address}: no Ray cluster answers there: {error}"]) from error
     else:
         with _environment(environment):
             ray.init(
+                address="local",
                 num_cpus=workers or len(os.sched_getaffinity(0)),
                 num_gpus=0,
                 include_dashboard=False,

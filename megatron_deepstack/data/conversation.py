@@ -50,6 +50,15 @@ _V1_QUESTION: Final = "USER: "
 _V1_ANSWER: Final = " ASSISTANT:"
 
 
+def known_template(name: Template | str) -> Template:
+    """The template of that name; raises ConfigError for an unknown one."""
+    try:
+        return Template(name)
+    except ValueError:
+        known = ", ".join(Template)
+        raise ConfigError([f"data.template is {str(name)!r}; known templates: {known}"]) from None
+
+
 def encode_conversation(
     turns: Sequence[Turn], template: Template | str, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +66,7 @@ def encode_conversation(
 
     Raises DataError for turns that the template cannot write, ConfigError for an unknown template.
     """
-    known = _template(template)
+    known = known_template(template)
     check_turns(turns, known)
     spans = _WRITERS[known](turns, tokenizer)
     tokens = np.fromiter((token for span in spans for token in span.tokens), dtype=np.int32)
@@ -79,7 +88,7 @@ def encode_prompt(
         question, count = f"{IMAGE_TOKEN}\n" * num_images + question, num_images
     if num_images is not None and count != num_images:
         raise DataError(f"the question {question!r} holds {count} {IMAGE_TOKEN}, but there are {num_images} images")
-    if _template(template) is Template.PLAIN:
+    if known_template(template) is Template.PLAIN:
         tokens = [tokenizer.bos_id, *[IMAGE_TOKEN_ID] * count]
     else:
         text = f"{_V1_SYSTEM} {_V1_QUESTION}{image_first(question)}{_V1_ANSWER}"
@@ -164,11 +173,3 @@ _WRITERS: Final[dict[Template, Callable[[Sequence[Turn], Tokenizer], list[_Span]
     Template.PLAIN: _write_plain,
     Template.V1: _write_v1,
 }
-
-
-def _template(name: Template | str) -> Template:
-    try:
-        return Template(name)
-    except ValueError:
-        known = ", ".join(Template)
-        raise ConfigError([f"data.template is {str(name)!r}; known templates: {known}"]) from None

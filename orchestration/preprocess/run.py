@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.conversation import Template
+from megatron_deepstack.data.conversation import known_template
 from megatron_deepstack.data.records import RecordFile, read_records
 from megatron_deepstack.data.store import Store, read_attributes
 from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
@@ -86,7 +86,7 @@ def preprocess(
     model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece .model file"))
     _check_vocabulary(recipe, model)
     source = _given(records or data.records, "records", "a LLaVA-style JSON file")
-    file = read_records(source, Template(data.template))
+    file = read_records(source, known_template(data.template))
     plan = make_plan(recipe, file, model)
     folder = _image_folder(images or data.images, file, plan)
     root = Path(output).absolute()
