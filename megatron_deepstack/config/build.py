@@ -175,8 +175,9 @@ def _show(value: object) -> str:
 def defaults(schema: type[Any]) -> dict[str, Any]:
     """The defaults of a schema as nested plain values, which interpolations may refer to."""
     values: dict[str, Any] = {}
+    hints = _hints(schema)
     for item in fields(schema):
-        hint = _hints(schema)[item.name]
+        hint = hints[item.name]
         if is_dataclass(hint):
             values[item.name] = defaults(_as_type(hint))
         else:

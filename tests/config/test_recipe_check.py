@@ -1,0 +1,136 @@
+"""Ranges and rules between fields: each is broken once, and named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_deepstack.config.check import _RANGES, check_recipe, find_problems, require, value_at
+from megatron_deepstack.config.load import recipe_from_mapping
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import ConfigError, LayoutError
+
+
+def nested(path: str, value: object) -> dict:
+    section, _, rest = path.partition(".")
+    return {section: nested(rest, value) if rest else value}
+
+
+def merged(*mappings: dict) -> dict:
+    result: dict = {}
+    for mapping in mappings:
+        for key, value in mapping.items():
+            below = result.get(key)
+            result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def found(**settings: object) -> tuple[str, ...]:
+    values = (nested(path.replace("__", "."), value) for path, value in settings.items())
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_mapping(merged(*values))
+    return caught.value.problems
+
+
+def test_the_defaults_are_sound():
+    check_recipe(Recipe())
+
+
+@pytest.mark.parametrize("path", _RANGES)
+def test_each_range_is_checked(path):
+    usual = value_at(Recipe(), path)
+    bad = [-1, -1, -1] if isinstance(usual, tuple) else [-1] if path == "parallel.layers_per_stage" else -1
+    (problem,) = found(**{path.replace(".", "__"): bad})
+    assert problem.startswith(f"{path}: found ")
+    assert "expected" in problem
+
+
+RULES = {
+    "patch does not divide": (
+        {"model.vision.image_size": 330},
+        "model.vision.image_size: 330 pixels are not a whole number of patches of 14; use 322 or 336",
+    ),
+    "ViT heads": ({"model.vision.num_heads": 15}, "model.vision.num_heads: 15 heads do not divide"),
+    "feature outside the tower": (
+        {"model.vision.select_layer": -25},
+        "model.vision.select_layer: found -25, expected -1 (the last layer's output) to -24",
+    ),
+    "decoder heads": ({"model.language.num_heads": 33}, "33 heads do not divide model.language.hidden_size 4096"),
+    "odd head": ({"model.language.head_dim": 3}, "model.language.head_dim: a head is 3 wide"),
+    "key/value heads": ({"model.language.num_kv_heads": 5}, "5 key/value heads do not divide model.language.num_heads"),
+    "no grid of crops": ({"model.stacks.num_crops": 1}, "1 leaves no grid of crops under grid rule best_fit"),
+    "few for 2x2": (
+        {"model.stacks.num_crops": 3, "model.stacks.grid": "fixed_2x2"},
+        "3 leaves no grid of crops under grid rule fixed_2x2, which needs at least 4",
+    ),
+    "batch": (
+        {"train.global_batch_size": 7, "train.micro_batch_size": 2},
+        "train.global_batch_size: 7 is not a multiple of train.micro_batch_size 2",
+    ),
+    "image longer than sequence": ({"train.seq_length": 576}, "576 tokens cannot hold one image of 576 visual tokens"),
+    "nothing learns": ({"train.trainable": []}, "train.trainable: found [], expected at least one of"),
+    "part twice": ({"train.trainable": ["vision", "vision"]}, "train.trainable: found [vision, vision]"),
+    "lowest above highest": ({"optimizer.min_lr": 1.0}, "optimizer.min_lr: 1.0 is above the peak optimizer.lr"),
+    "validation of nothing": ({"train.validation_interval": 5}, "data.validation_store, which is not set"),
+    "template": ({"data.template": "v11"}, "data.template: found 'v11', expected one of plain, v1"),
+    "no name": ({"name": "  "}, "name: is empty, expected text"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), RULES.values(), ids=RULES)
+def test_rules_between_fields(settings, message):
+    (problem,) = found(**{path.replace(".", "__"): value for path, value in settings.items()})
+    assert message in problem
+
+
+LAYOUTS = {
+    "heads": ({"tensor": 64}, "64 tensor-parallel ranks do not divide model.language.num_heads 32; use 32"),
+    "key/value heads": ({"tensor": 8}, "8 tensor-parallel ranks do not divide model.language.num_kv_heads 4; use 4"),
+    "chunks without stages": ({"virtual_pipeline": 2}, "2 chunks per stage need at least 2 pipeline stages"),
+    "sequence without tensor": ({"sequence_parallel": True}, "splits activations over tensor-parallel ranks"),
+    "inline under context": ({"context": 2, "encoder_placement": "inline"}, "split over 2 context-parallel"),
+    "sequence shards": ({"context": 3}, "train.seq_length: 2048 tokens do not split into 6 equal shards"),
+}
+
+
+@pytest.mark.parametrize(("parallel", "message"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(parallel, message):
+    with pytest.raises(LayoutError) as caught:
+        recipe_from_mapping({"parallel": parallel, "model": {"language": {"num_kv_heads": 4}}})
+    assert any(message in problem for problem in caught.value.problems)
+
+
+def test_a_layout_and_another_problem_are_a_config_error():
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_mapping({"parallel": {"virtual_pipeline": 2}, "optimizer": {"beta1": 1.0}})
+    assert type(caught.value) is ConfigError
+    assert len(caught.value.problems) == 2
+
+
+def test_a_rule_is_silent_where_a_range_is_broken():
+    problems = found(model__vision__patch_size=0, model__language__num_heads=0)
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "model.vision.patch_size",
+        "model.language.num_heads",
+    ]
+
+
+def test_problems_of_a_sound_recipe_are_none():
+    assert find_problems(Recipe()) == []
+
+
+def test_required_fields():
+    with pytest.raises(ConfigError, match=r"data\.store: is not set, and `train` needs it"):
+        require(Recipe(), ("data.store",), "train")
+    require(recipe_from_mapping({"data": {"store": "s"}}), ("data.store",), "train")
+
+
+def test_config_and_planning_import_no_torch():
+    code = (
+        "import sys, megatron_deepstack.config.load, megatron_deepstack.planning.check;"
+        "sys.exit(', '.join({'torch', 'numpy', 'ray', 'transformers', 'megatron'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
