@@ -1,0 +1,120 @@
+"""The command line as a user meets it: a process, its output, its exit code, and how long it took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_deepstack.cli import app
+
+ENVIRONMENT = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+MAX_SECONDS = 0.5
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_deepstack.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=60)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: trial\nmodel: {language: {num_layers: 8}, stacks: {slots: [0, 3, 5, 7]}}\n")
+    return str(file)
+
+
+QUICK = {
+    "help": (("--help",), 0, "check-reference"),
+    "nothing": ((), 2, "Commands"),
+    "version": (("--version",), 0, "0.1"),
+    "help of a verb": (("train", "--help"), 0, "--stop-after"),
+    "typo in a verb": (("trian",), 2, "Did you mean 'train'?"),
+    "typo in an option": (("train", "demo", "--rank", "2"), 2, "--ranks"),
+    "bad value of an option": (("train", "demo", "--ranks", "two"), 2, "--ranks"),
+    "recipe that is not there": (("train", "nowhere"), 2, "recipe 'nowhere': no such file"),
+    "typo in a key": (("train", "RECIPE", "train.stepz=3"), 2, "did you mean 'train.steps'?"),
+    "bad value of a key": (("train", "RECIPE", "parallel.recompute=ful"), 2, "did you mean 'full'?"),
+    "slot outside": (("train", "RECIPE", "model.stacks.slots=[0,3,5,8]"), 2, "stack 3 has slot 8, outside the model"),
+    "layout": (("train", "RECIPE", "parallel.pipeline=3"), 2, "8 decoder layers do not split evenly over 3 chunks"),
+    "ranks": (("train", "RECIPE", "data.store=s", "parallel.pipeline=2", "--ranks", "3"), 2, "there are 3"),
+    "no store": (("train", "RECIPE"), 2, "data.store: is not set, and `train` needs it"),
+    "no records": (("preprocess", "RECIPE"), 2, "data.records: is not set, and `preprocess` needs it"),
+    "no run": (("generate", "nowhere"), 2, "nowhere: holds no recipe.yaml"),
+    "nothing to compare": (("check-reference",), 2, "nothing to compare"),
+    "half a comparison": (("check-reference", "--crops", "x"), 2, "--photos is needed too"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), QUICK.values(), ids=QUICK)
+def test_answers(recipe, arguments, code, words):
+    arguments = tuple(recipe if argument == "RECIPE" else argument for argument in arguments)
+    done = run(*arguments)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == code, said
+    assert words in said.replace("│ ", "").replace(" │", "")
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("trian",), ("train", "RECIPE", "train.stepz=3"), ("plan", "RECIPE")]
+)
+def test_answers_within_half_a_second(recipe, arguments):
+    arguments = tuple(recipe if argument == "RECIPE" else argument for argument in arguments)
+    best = min(_cpu_seconds(arguments) for _ in range(3))
+    assert best < MAX_SECONDS, f"took {best:.2f} s at best of 3"
+
+
+def _cpu_seconds(arguments: tuple[str, ...]) -> float:
+    """Of the process, user and system: what it takes on an idle machine, however busy this one is."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(*arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def test_all_problems_at_once(recipe):
+    done = run("train", recipe, "train.stepz=3", "parallel.tensor=5", "optimizer.lr=fast", "model.stacks.start=-1")
+    for words in ("5 problems", "train.stepz", "parallel.tensor: 5 ", "optimizer.lr: found 'fast'", "start: found -1"):
+        assert words in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(recipe):
+    done = run("--debug", "train", recipe, "train.stepz=3")
+    assert "Traceback" in done.stderr
+    assert "ConfigError" in done.stderr
+
+
+def test_markup_in_a_message_is_text(tmp_path):
+    done = run("plan", "[/red][bold]x")
+    assert "recipe '[/red][bold]x': no such file" in done.stderr
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys, megatron_deepstack.cli;"
+        "heavy = {'torch', 'numpy', 'ray', 'transformers', 'zarr', 'PIL', 'omegaconf'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_shows_stages_and_stacks(recipe):
+    result = CliRunner().invoke(app, ["plan", recipe, "parallel.pipeline=2"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output
+    rows = [" ".join(line.replace("│", " ").split()) for line in result.output.splitlines()]
+    assert "0 0 to 3 0 at 0, 1 at 3 embedding E0··1" in rows
+    assert "1 4 to 7 2 at 5, 3 at 7 head ·2·3" in rows
+
+
+def test_plan_shows_what_falls_out_of_the_vit(recipe):
+    overrides = ["model.variant=deepstack_v", "model.stacks.slots=[21,22,23,24]"]
+    result = CliRunner().invoke(app, ["plan", recipe, *overrides], env={"COLUMNS": "200"})
+    assert "stacks enter before layers 21, 22, 23, stack 3 finds no layer" in result.output

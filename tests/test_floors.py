@@ -1,0 +1,166 @@
+"""The shape of the code: imports go down the floors, and what must sit in one room sits in one room."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = (
+    {"megatron_deepstack.errors", "megatron_deepstack"},
+    {"megatron_deepstack.config", "megatron_deepstack.platform"},
+    {"megatron_deepstack.planning", "megatron_deepstack.parallel"},
+    {"megatron_deepstack.data", "megatron_deepstack.routing"},
+    {"megatron_deepstack.model"},
+    {"megatron_deepstack.step"},
+    {"megatron_deepstack.checkpoint", "megatron_deepstack.convert"},
+    {"megatron_deepstack.training", "megatron_deepstack.inference", "megatron_deepstack.report"},
+    {"orchestration", "megatron_deepstack.testing", "megatron_deepstack.demo"},
+    {"tools", "megatron_deepstack.cli"},
+)
+"""Packages by floor, lowest first; those on one floor do not know each other."""
+
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def source_files() -> list[Path]:
+    folders = ("megatron_deepstack", "orchestration", "tools")
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+FILES = source_files()
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> tuple[int, str]:
+    """Floor number and package of a module of ours."""
+    parts = module.split(".")
+    for length in (2, 1):
+        package = ".".join(parts[:length])
+        for number, packages in enumerate(FLOORS):
+            if package in packages:
+                return number, package
+    raise AssertionError(f"{module} is on no floor; add its package to FLOORS")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Modules named by import statements, wherever they stand, with their line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def ours(module: str) -> str | None:
+    """The module of ours that an import statement reaches; None if it is another's."""
+    if module.split(".")[0] not in ("megatron_deepstack", "orchestration", "tools"):
+        return None
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:length])
+        if path.with_suffix(".py").is_file() or path.is_dir():
+            return ".".join(parts[:length])
+    raise AssertionError(f"{module} does not exist")
+
+
+def by_name(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("file", FILES, ids=by_name)
+def test_imports_go_down(file: Path) -> None:
+    floor, package = floor_of(name_of(file))
+    for module, line in imported(ast.parse(file.read_text())):
+        target = ours(module)
+        if target is None or target == "megatron_deepstack":
+            continue
+        below, other = floor_of(target)
+        assert other == package or below < floor, (
+            f"{by_name(file)}:{line} imports {target}: floor {below} from floor {floor}; imports go strictly down"
+        )
+
+
+def test_no_import_cycles() -> None:
+    graph: dict[str, set[str]] = {}
+    for file in FILES:
+        targets = {ours(module) for module, _ in imported(ast.parse(file.read_text()))}
+        graph[name_of(file)] = {target for target in targets if target} - {name_of(file)}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"import cycle: {' -> '.join((*path, module))}"
+        if module not in done:
+            for target in graph.get(module, ()):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+ROOMS = {
+    "torch.cuda": ("megatron_deepstack/platform/",),
+    "all_to_all": ("megatron_deepstack/routing/",),
+    "batch_isend_irecv": ("megatron_deepstack/routing/",),
+    "all_reduce": ("megatron_deepstack/parallel/", "megatron_deepstack/testing/"),
+    "import ray": ("orchestration/",),
+    "TYPE_CHECKING": (),
+}
+"""Words of code and the only folders that may use them."""
+
+
+def code_only(file: Path) -> str:
+    """The file's code without comments and docstrings."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [
+                item for item in body if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))
+            ] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("word", ROOMS)
+def test_one_room_for_each(word: str) -> None:
+    strangers = [by_name(file) for file in FILES if word in code_only(file)]
+    strangers = [name for name in strangers if not name.startswith(ROOMS[word] or "-")]
+    assert not strangers, f"{word} belongs in {ROOMS[word] or 'no file'}; found in {strangers}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=by_name)
+def test_sizes(file: Path) -> None:
+    text = file.read_text()
+    assert text.count("\n") <= MAX_LINES, f"{by_name(file)} has {text.count(chr(10))} lines; split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{by_name(file)}:{node.lineno} {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("file", FILES, ids=by_name)
+def test_every_module_says_what_it_is(file: Path) -> None:
+    text = file.read_text()
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{by_name(file)} opens without a paragraph"
+
+
+def test_no_drawer_for_leftovers() -> None:
+    forbidden = {"utils.py", "helpers.py", "common.py", "inspect.py"}
+    assert not [by_name(file) for file in FILES if file.name in forbidden]
+
+
+def test_config_and_planning_know_no_torch() -> None:
+    for file in FILES:
+        if by_name(file).startswith(("megatron_deepstack/config/", "megatron_deepstack/planning/")):
+            roots = {module.split(".")[0] for module, _ in imported(ast.parse(file.read_text()))}
+            assert not roots & {"torch", "megatron", "ray"}, by_name(file)
