@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from megatron_deepstack import __version__
 from megatron_deepstack.config.schema import EncoderPlacement, ParallelConfig, Recompute
-from megatron_deepstack.errors import ConfigError, DeepStackError
+from megatron_deepstack.errors import ConfigError, DataError, DeepStackError
 
 
 class Verbs(TyperGroup):
@@ -186,6 +186,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Check the layout for this many processes.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the plan as a drawing to this file too.")] = None,
 ) -> None:
     """Show which stage holds which layers and stacks. Starts nothing."""
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
@@ -194,6 +195,13 @@ def plan(
     loaded = load_checked_recipe(recipe, overrides or ())
     check_world(loaded, ranks or model_ranks(loaded.parallel))
     Console().print(plan_table(loaded))
+    if svg is not None:
+        from megatron_deepstack.report.stages import stage_drawing
+
+        try:
+            svg.write_text(stage_drawing(loaded) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error
 
 
 @app.command(name="check-reference")

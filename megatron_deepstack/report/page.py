@@ -88,7 +88,7 @@ def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Marku
     speeds = sorted(value for _, value in metrics.series("tokens_per_second"))
     if speeds:
         facts.append((f"{speeds[len(speeds) // 2]:,.0f}", "tokens per second, median"))
-    seconds = sum(value for _, value in metrics.series("seconds"))
+    seconds = sum(value for _, value in metrics.series("step_seconds"))
     if seconds:
         facts.append((_duration(seconds), "in training steps"))
     if answers:

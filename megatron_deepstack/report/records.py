@@ -22,7 +22,7 @@ class Metrics:
 
     records: tuple[Mapping[str, Any], ...]
     resumed_at: tuple[int, ...]
-    """First step after each resumption that went back to a checkpoint."""
+    """First step after each resumption."""
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(step, value) where the value was recorded and is finite."""

@@ -46,7 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = Recipe(name=HOSTILE, model=model, parallel=ParallelConfig(pipeline=2))
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     steps = [1, 2, 3, 4, 3, 4, 5]
-    records = [{"step": step, "loss": 4.0 / step, "lr": 1e-3, "tokens_per_second": 1e3, "seconds": 2} for step in steps]
+    records = [{"step": step, "loss": 4.0 / step, "lr": 1e-3, "tokens_per_second": 1e3, "step_seconds": 2} for step in steps]
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps(record) + "\n" for record in records) + '{"step": 6, "lo'
     )

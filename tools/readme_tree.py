@@ -1,0 +1,72 @@
+"""Write the README's layout: every source file with the first line of its docstring. `--check` only compares."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- layout, written by tools/readme_tree.py -->\n```\n", "```\n<!-- end of layout -->"
+_OTHERS = {
+    "Makefile": "setup, demo, test, lint",
+    "constraints.txt": "exact versions that are tested together",
+    "pyproject.toml": "settings of ruff, mypy and pytest",
+    "setup.py": "what is installed, and what it needs",
+    "recipes/*.yaml": "whole runs",
+    "tests/": "mirrors the code; real processes, no network",
+}
+_COLUMN = 34
+
+
+def tree() -> str:
+    """The layout as the README shows it, without its frame."""
+    lines = []
+    for top in ("megatron_deepstack", "orchestration", "tools"):
+        lines += _folder(ROOT / top, 0)
+    lines.append(_line("tests/", _OTHERS["tests/"]))
+    lines += [_line(name, _OTHERS[name]) for name in ("Makefile", "setup.py", "constraints.txt", "pyproject.toml")]
+    return "\n".join(lines) + "\n"
+
+
+def _folder(folder: Path, depth: int) -> list[str]:
+    init = folder / "__init__.py"
+    lines = [_line("  " * depth + f"{folder.name}/", _says(init) if init.is_file() else "")]
+    for entry in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if entry.is_dir() and any(entry.rglob("*.py")):
+            lines += _folder(entry, depth + 1)
+        elif entry.suffix == ".py" and entry.name != "__init__.py":
+            lines.append(_line("  " * (depth + 1) + entry.name, _says(entry)))
+        elif entry.name == "recipes":
+            lines.append(_line("  " * (depth + 1) + "recipes/*.yaml", _OTHERS["recipes/*.yaml"]))
+    return lines
+
+
+def _says(file: Path) -> str:
+    """The first sentence or line of a file's docstring, whichever is shorter."""
+    first = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    return first.split(". ")[0].rstrip(".")
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<{_COLUMN}}{text}".rstrip()
+
+
+def written(readme: str) -> str:
+    """The README with the current layout in its frame."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{tree()}{END}{after}"
+
+
+def main() -> None:
+    """Compare or write; the exit code is 1 if `--check` finds a difference."""
+    readme = README.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        sys.exit(readme != written(readme) and "README.md: the layout is not current; run python tools/readme_tree.py")
+    README.write_text(written(readme), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
