@@ -137,7 +137,7 @@ def _parse_turns(value: Any) -> Iterator[Turn]:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise _FaultError(f"turn {number} is not an object with a text as `value`")
         role = turn.get("from")
-        if role not in set(Role):
+        if not isinstance(role, str) or role not in set(Role):
             raise _FaultError(f"turn {number} has the unknown role {role!r}; known: {', '.join(Role)}")
         yield Turn(Role(role), _text(turn["value"], f"turn {number}"))
 
