@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.encoder import VisualEncoder
@@ -27,10 +30,38 @@ def sharded_state(model: RankModel, optimizer: ChainedOptimizer | None, *, loadi
     weights["encoder"] = _encoder_state(model.encoder)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
+        if loading:
+            _prepare_torch_adam(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             weights, is_loading=loading, metadata=dict(OPTIMIZER_METADATA)
         )
     return state
+
+
+def _prepare_torch_adam(optimizer: ChainedOptimizer) -> None:
+    """Make torch's Adam, which runs where neither Apex nor Transformer Engine is, loadable by Megatron.
+
+    Its states appear in its first step, but the distributed optimizer loads into existing ones; and its `step` is a
+    state per parameter, which the distributed optimizer saves in the groups, restores from there, and then looks for
+    among the parameter's tensors (0.16 and 0.19 alike), so it is handed the one just restored.
+    """
+    for single in optimizer.chained_optimizers:
+        inner = single.optimizer
+        if not isinstance(inner, torch.optim.Adam):
+            continue
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter] = {"step": torch.zeros(()), **zeros}
+        if isinstance(single, DistributedOptimizer):
+            single._set_main_param_and_optimizer_states = partial(_set_with_step, single)
+
+
+def _set_with_step(single: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    group, place = single.model_param_group_index_map[model_param]
+    main_param = single.optimizer.param_groups[group]["params"][place]
+    step = single.optimizer.state[main_param]["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(single, model_param, {"step": step, **tensors})
 
 
 def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:

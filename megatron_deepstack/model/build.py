@@ -12,7 +12,7 @@ from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.megatron_config import decoder_config
-from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill
+from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill, mark_split
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import local_device
@@ -42,12 +42,15 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
         if chunk.pp == groups.place.pp
     ]
     encoder = VisualEncoder(model, precision, groups.encoder).to(device)
+    chunk_rules = [decoder_rules(chunk, model) for chunk in chunks]
+    for chunk, rules in zip(chunks, chunk_rules, strict=True):
+        mark_split(chunk, rules)
     return RankModel(
         config=config,
         encoder=encoder,
         chunks=chunks,
         encoder_rules=encoder_rules(encoder, model),
-        chunk_rules=[decoder_rules(chunk, model) for chunk in chunks],
+        chunk_rules=chunk_rules,
     )
 
 

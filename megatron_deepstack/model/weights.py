@@ -199,6 +199,15 @@ def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_r
             parameter.copy_(shard)
 
 
+def mark_split(module: torch.nn.Module, rules: Rules) -> None:
+    """Tell Megatron which parameters are split over tp: the others count once in a gradient norm.
+
+    Its layers do so themselves only while they initialise, which ours do not.
+    """
+    for name, parameter in module.named_parameters():
+        parameter.tensor_model_parallel = rules[name].tp_dim is not None  # type: ignore[attr-defined]
+
+
 def published_names(rules: Rules) -> Iterator[tuple[str, Shape]]:
     """Every published tensor the rules mention, with its shape."""
     for rule in rules.values():

@@ -2,7 +2,8 @@
 
 The decoder's states belong to dp x cp, the encoder's to the whole world, since every rank holds the encoder. Each
 trainable parameter is in exactly one group, which is checked. Groups differ in part (peak learning rate) and in weight
-decay, which norms, biases and other vectors do not get.
+decay, which norms, biases and other vectors do not get. Rates and decay come from the recipe in every step, never from a
+checkpoint, whose groups Megatron tells apart by less than ours differ in.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ class Optimizer:
             )
         self.chained = ChainedOptimizer([single for part in parts for single in part.chained_optimizers])
         _check_cover(engine, self.chained)
+        self._groups = [(group["max_lr"], group["wd_mult"]) for group in self.chained.param_groups]
 
     def step(self, step: int) -> StepNorm:
         """Apply the gradients of 0-based step `step`. Collective over all ranks."""
-        for group in self.chained.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.num_steps, group["max_lr"])
-            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+        for group, (peak, decay) in zip(self.chained.param_groups, self._groups, strict=True):
+            group["lr"] = learning_rate(self.config, step, self.num_steps, peak)
+            group["weight_decay"] = self.config.weight_decay * decay
         applied, norm, _ = self.chained.step()
+        self.chained.zero_grad()  # Megatron leaves `grad` an alias of the buffer; the next backward would double it
         return StepNorm(gradient_norm=float(norm or 0.0), applied=bool(applied))
 
 
