@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ _OBJECT_STORE_BYTES: Final = 128 * 2**20
 """Ray's shared memory on a machine of our own: workers write in place, little travels through it."""
 _LOOPBACK: Final = "127.0.0.2"
 """Ray takes 127.0.0.1 for "this machine" and puts its public address in its place; this one it leaves alone."""
+_KNOCK_SECONDS: Final = 10.0
+"""Longest wait for a cluster's port."""
 
 
 @contextmanager
@@ -35,10 +38,7 @@ def ray_session(workers: int | None, address: str | None, environment: Mapping[s
         yield False
         return
     if address is not None:
-        try:
-            ray.init(address=address, log_to_driver=False)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError([f"--address {address}: no Ray cluster answers there: {error}"]) from error
+        _join(ray, address)
     else:
         with _environment(environment):
             ray.init(
@@ -55,6 +55,18 @@ def ray_session(workers: int | None, address: str | None, environment: Mapping[s
         yield address is None
     finally:
         ray.shutdown()
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connect to a running cluster. Ray itself tries for minutes, so we knock first."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if separator and port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+        ray.init(address=address, log_to_driver=False)
+    except (OSError, ValueError) as error:
+        advice = "`ray status` on its head node shows the address"
+        raise ConfigError([f"--address {address}: no Ray cluster answers there: {error}. {advice}"]) from error
 
 
 def import_ray(address: str | None) -> Any:

@@ -7,7 +7,7 @@ are the same; killed half-way, it starts over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,13 +40,10 @@ def begin_store(root: Path, plan: Plan) -> None:
 
 def finish_store(root: Path, plan: Plan, read: ReadRecord) -> dict[str, int]:
     """Write index arrays and quarantine list, mark the store complete; returns the counts."""
-    with open_index(root) as index, atomic_file(root / QUARANTINE_FILE) as listing:
+    with open_index(root) as index:
         images = _write_images(plan, read, index)
-        for line in images.listed:
-            listing.write(json_line(line))
         samples = _write_samples(root, plan, read, index, images.status)
-        for line in samples.dropped:
-            listing.write(json_line(line))
+    write_quarantine(root, [*images.listed, *samples.dropped])
     counts = {**images.counts(), **samples.counts()}
     write_attributes(root, _attributes(plan, counts=counts, complete=True))
     clear_leftovers(root, plan)
@@ -59,6 +56,19 @@ def clear_leftovers(root: Path, plan: Plan) -> None:
         text_path(root, part.name).unlink(missing_ok=True)
     for path in root.rglob(".*.partial"):
         path.unlink(missing_ok=True)
+
+
+def write_quarantine(root: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write the list of what was left out or is damaged."""
+    with atomic_file(root / QUARANTINE_FILE) as file:
+        for line in lines:
+            file.write(json_line(line))
+
+
+def image_line(status: int, path: str, reason: str) -> dict[str, Any]:
+    """The line of that list that names an image."""
+    kind = "image quarantined" if status == ImageStatus.QUARANTINED else "image flagged"
+    return {"kind": kind, "path": path, "reason": reason}
 
 
 def _attributes(plan: Plan, *, counts: dict[str, int], complete: bool) -> dict[str, Any]:
@@ -122,7 +132,8 @@ def _write_images(plan: Plan, read: ReadRecord, index: IndexWriters) -> _Images:
         num_views += _write_image_part(part, images, plan.pixels.slots_per_part, index)
         paths.append_texts([image["path"] for image in images])
         status += [image["status"] for image in images]
-        listed += [_image_line(image) for image in images if image["status"] != ImageStatus.STORED]
+        bad = (image for image in images if image["status"] != ImageStatus.STORED)
+        listed += [image_line(image["status"], image["path"], image["reason"]) for image in bad]
     return _Images(np.array(status, dtype=np.uint8), num_views, listed)
 
 
@@ -215,8 +226,3 @@ def _join(rows: Sequence[np.ndarray | list[int]], dtype: type[np.generic]) -> np
 
 def _digest(image: Mapping[str, Any]) -> list[int]:
     return list(bytes.fromhex(image.get("sha256", hashlib.sha256().digest_size * "00")))
-
-
-def _image_line(image: Mapping[str, Any]) -> dict[str, Any]:
-    kind = "image quarantined" if image["status"] == ImageStatus.QUARANTINED else "image flagged"
-    return {"kind": kind, "path": image["path"], "reason": image["reason"]}

@@ -16,12 +16,20 @@ from typing import Any, Final
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.conversation import known_template
 from megatron_deepstack.data.records import RecordFile, read_records
+from megatron_deepstack.data.schema import ImageStatus
 from megatron_deepstack.data.store import Store, read_attributes
 from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_deepstack.data.writer import write_json
 from megatron_deepstack.errors import ConfigError, DataError
 from orchestration.cluster import import_ray, ray_session
-from orchestration.preprocess.finalise import begin_store, clear_leftovers, finish_store
+from orchestration.preprocess.finalise import (
+    QUARANTINE_FILE,
+    begin_store,
+    clear_leftovers,
+    finish_store,
+    image_line,
+    write_quarantine,
+)
 from orchestration.preprocess.ledger import Ledger, claim_folder, lock_store
 from orchestration.preprocess.parts import ImagePart, Part, Plan, make_plan
 from orchestration.preprocess.progress import JobProgress
@@ -183,19 +191,20 @@ class _Tally:
         self._root = root
         self._num_images = num_images
         self._limit = max_quarantined
-        self._lines: list[str] = []
+        self._found: list[tuple[str, str]] = []
 
     def add(self, done: PartDone) -> None:
         """Count a part; raises DataError, with the list, once the limit of the whole job is passed."""
-        self._lines += done.quarantined
-        if len(self._lines) <= self._limit * self._num_images:
+        self._found += done.quarantined
+        if len(self._found) <= self._limit * self._num_images:
             return
-        listed = "\n  ".join([*self._lines[:_SHOWN], *(["..."] if len(self._lines) > _SHOWN else [])])
+        found = sorted(self._found)
+        write_quarantine(self._root, (image_line(ImageStatus.QUARANTINED, path, reason) for path, reason in found))
+        listed = "\n  ".join([f"{path}: {reason}" for path, reason in found[:_SHOWN]])
         raise DataError(
-            f"{len(self._lines)} of {self._num_images} images are quarantined, more than data.max_quarantined allows "
-            f"({self._limit:g}):\n  {listed}\n"
-            f"Mend the images and preprocess into a new folder, or raise data.max_quarantined and run again: what is "
-            f"done in {self._root} is kept."
+            f"{len(found)} of {self._num_images} images are quarantined, more than data.max_quarantined allows "
+            f"({self._limit:g}):\n  {listed}\nThe whole list so far is {self._root / QUARANTINE_FILE}. Mend the images "
+            "and preprocess into a new folder, or raise data.max_quarantined and run again: what is done is kept."
         )
 
 

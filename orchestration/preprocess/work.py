@@ -46,8 +46,8 @@ class PartDone:
     images: int = 0
     records: int = 0
     flagged: int = 0
-    quarantined: tuple[str, ...] = ()
-    """Lines `path: reason`."""
+    quarantined: tuple[tuple[str, str], ...] = ()
+    """Path and reason of each quarantined image."""
     written_bytes: int = 0
     seconds: float = 0.0
 
@@ -76,7 +76,7 @@ def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds
         images=len(images),
         records=len(record.get("lengths", [])),
         flagged=sum(image["status"] == ImageStatus.FLAGGED for image in images),
-        quarantined=tuple(f"{image['path']}: {image['reason']}" for image in bad),
+        quarantined=tuple((image["path"], image["reason"]) for image in bad),
         written_bytes=written_bytes,
         seconds=seconds,
     )
