@@ -35,6 +35,9 @@ class Verbs(TyperGroup):
 
 
 def _fail(error: DeepStackError) -> NoReturn:
+    """Say what is wrong, once: under torchrun every rank comes here."""
+    if os.environ.get("RANK", "0") != "0":
+        raise typer.Exit(error.exit_code)
     console = Console(stderr=True)
     lines = error.problems if isinstance(error, ConfigError) else (str(error),)
     title = f"{len(lines)} problems" if len(lines) > 1 else "error"
@@ -104,6 +107,7 @@ def preprocess(
     loaded = load_recipe(recipe, overrides or ())
     require(loaded, ("data.records", "data.tokenizer", "data.store"), "preprocess")
     assert loaded.data.store is not None
+    _say(f"preprocess: {loaded.data.records} -> {loaded.data.store}")
     from orchestration.preprocess.run import preprocess as run
 
     _say(_summary(run(loaded, loaded.data.store, workers=workers, address=address)))
@@ -144,6 +148,10 @@ def train(
 
         run_rank(loaded, stop_after=stop_after)
         return
+    from megatron_deepstack.report.plan_text import plan_table
+
+    Console().print(plan_table(loaded))
+    _say(f"train: starting {num_ranks} {'process' if num_ranks == 1 else 'processes'}, run folder {loaded.run_dir}")
     from megatron_deepstack.training.launch import launch
 
     launch(loaded, num_ranks=num_ranks, stop_after=stop_after)
