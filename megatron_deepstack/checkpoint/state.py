@@ -41,9 +41,10 @@ def sharded_state(model: RankModel, optimizer: ChainedOptimizer | None, *, loadi
 def _prepare_torch_adam(optimizer: ChainedOptimizer) -> None:
     """Make torch's Adam, which runs where neither Apex nor Transformer Engine is, loadable by Megatron.
 
-    Its states appear in its first step, but the distributed optimizer loads into existing ones; and its `step` is a
-    state per parameter, which the distributed optimizer saves in the groups, restores from there, and then looks for
-    among the parameter's tensors (0.16 and 0.19 alike), so it is handed the one just restored.
+    Its states appear in its first step, but the distributed optimizer loads into existing ones. And its `step` is a
+    state per parameter: the distributed optimizer saves one in the groups, restores it as one tensor that all
+    parameters share, so that each would count it up for all, and then looks for it among the parameter's own tensors
+    (0.16 and 0.19 alike). So each parameter gets its own copy, and is handed it.
     """
     for single in optimizer.chained_optimizers:
         inner = single.optimizer
@@ -60,8 +61,9 @@ def _prepare_torch_adam(optimizer: ChainedOptimizer) -> None:
 def _set_with_step(single: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
     group, place = single.model_param_group_index_map[model_param]
     main_param = single.optimizer.param_groups[group]["params"][place]
-    step = single.optimizer.state[main_param]["step"]
-    DistributedOptimizer._set_main_param_and_optimizer_states(single, model_param, {"step": step, **tensors})
+    state = single.optimizer.state[main_param]
+    state["step"] = state["step"].clone()
+    DistributedOptimizer._set_main_param_and_optimizer_states(single, model_param, {"step": state["step"], **tensors})
 
 
 def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:

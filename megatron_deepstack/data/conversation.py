@@ -96,6 +96,12 @@ def encode_prompt(
     return np.array(tokens, dtype=np.int32)
 
 
+def question_of(prompt: str) -> str:
+    """The question in a decoded prompt: what the last human turn says; empty for a caption, which none is asked for."""
+    _, _, turn = prompt.rpartition(_V1_QUESTION.strip())
+    return turn.rpartition(_V1_ANSWER.strip())[0].strip() if _V1_ANSWER.strip() in turn else ""
+
+
 def image_first(text: str) -> str:
     """A turn's text with its image in front, as the published data has it; several images stay where they are."""
     if text.count(IMAGE_TOKEN) != 1:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.data.processor import check_store
 from megatron_deepstack.data.sampler import Indices, global_batch, share_of_replica
 from megatron_deepstack.data.store import Store
-from megatron_deepstack.errors import DataError
+from megatron_deepstack.data.tokenizer import load_tokenizer
+from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.routes import PlannedSample, RankRoutes
 from megatron_deepstack.planning.rows import context_length
 from megatron_deepstack.planning.sequence import expand
@@ -83,6 +85,20 @@ class StepReader:
             image = self.store.sample_images(int(samples[unit.micro_batch, unit.sample]))[unit.image]
             parts.append(self.store.read_views(image, unit.views))
         return np.concatenate(parts)
+
+
+def open_reader(recipe: Recipe, path: str | None, share: Share) -> StepReader:
+    """Reader of the store at `path` for one rank, after checking that it fits the recipe.
+
+    Raises ConfigError without a path, StoreError where the store is unusable or made for something else, DataError
+    where it is empty or a sample is too long.
+    """
+    if path is None:
+        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
+    store = Store.open(path, verify_checksums=recipe.data.verify_checksums)
+    check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
+    check_lengths(store, recipe.model, recipe.train)
+    return StepReader(store, recipe.model, recipe.parallel, recipe.train, share)
 
 
 def planned_sample(store: Store, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.parallel.groups import Groups
 
@@ -19,6 +19,7 @@ class Engine:
     """What a training step works on."""
 
     model: RankModel
+    model_config: ModelConfig
     decoder_ddp: list[DistributedDataParallel]
     """Wrapped chunks, data-parallel over dp x cp; empty while the decoder is frozen."""
     encoder_ddp: DistributedDataParallel | None
@@ -37,7 +38,7 @@ class Engine:
         return [*self.decoder_ddp, *([] if self.encoder_ddp is None else [self.encoder_ddp])]
 
 
-def build_engine(model: RankModel, parallel: ParallelConfig, groups: Groups) -> Engine:
+def build_engine(model: RankModel, model_config: ModelConfig, parallel: ParallelConfig, groups: Groups) -> Engine:
     """Give trainable parts their gradient buffers. Call after freezing. Collective over all ranks.
 
     The encoder has buffers of its own: its shards under the distributed optimizer are cut over the whole world, the
@@ -49,7 +50,14 @@ def build_engine(model: RankModel, parallel: ParallelConfig, groups: Groups) -> 
     encoder_ddp = None
     if any(p.requires_grad for p in model.encoder.parameters()):
         encoder_ddp = _wrap(model.encoder.config, model.encoder, parallel, groups.encoder)
-    return Engine(model=model, decoder_ddp=decoder_ddp, encoder_ddp=encoder_ddp, groups=groups, parallel=parallel)
+    return Engine(
+        model=model,
+        model_config=model_config,
+        decoder_ddp=decoder_ddp,
+        encoder_ddp=encoder_ddp,
+        groups=groups,
+        parallel=parallel,
+    )
 
 
 def _wrap(

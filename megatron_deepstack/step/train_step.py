@@ -53,31 +53,41 @@ def forward_backward(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock
     return StepLoss(total=total, num_tokens=num_tokens)
 
 
-def evaluate(
-    engine: Engine, plan: StepPlan, pixels: torch.Tensor, *, keep_logits: bool = False
-) -> tuple[StepLoss, list[torch.Tensor]]:
-    """Forward only. Returns the loss, or with `keep_logits` the last stage's logits (B, S, V / tp) per micro-batch.
+class VisualPass:
+    """A forward-only pass whose rows are encoded and routed once and used by any number of schedules."""
 
-    Collective over all ranks.
-    """
-    with torch.no_grad():
-        if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
-            visual = InlineEncoder(engine.model.encoder, pixels, plan.routes).of
-        else:
+    def __init__(self, engine: Engine, plan: StepPlan, pixels: torch.Tensor) -> None:
+        """`pixels` as for `forward_backward`. Collective over the replica."""
+        self.engine = engine
+        with torch.no_grad():
+            if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
+                self.visual = InlineEncoder(engine.model.encoder, pixels, plan.routes).of
+                return
             rows = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views).rows
             received = send_rows(rows, plan.routes, engine.groups.replica)
-            visual = ReceivedRows(received, plan.routes, requires_grad=False).of
-        result = run_schedule(
-            engine.model.config,
-            engine.chunks,
-            plan,
-            visual,
-            cp_rank=engine.groups.place.cp,
-            forward_only=True,
-            keep_logits=keep_logits,
-        )
-        total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, engine.groups)
-    return StepLoss(total=total, num_tokens=num_tokens), result.logits
+            self.visual = ReceivedRows(received, plan.routes, requires_grad=False).of
+
+    def losses(self, plan: StepPlan) -> StepLoss:
+        """Loss of the global batch. Collective over all ranks."""
+        result = self._run(plan, keep_logits=False)
+        total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, self.engine.groups)
+        return StepLoss(total=total, num_tokens=num_tokens)
+
+    def logits(self, plan: StepPlan) -> list[torch.Tensor]:
+        """On the last stage, logits (B, S, V / tp) of each micro-batch. Collective over the replica."""
+        return self._run(plan, keep_logits=True).logits
+
+    def _run(self, plan: StepPlan, *, keep_logits: bool) -> ScheduleResult:
+        with torch.no_grad():
+            return run_schedule(
+                self.engine.model.config,
+                self.engine.chunks,
+                plan,
+                self.visual,
+                cp_rank=self.engine.groups.place.cp,
+                forward_only=True,
+                keep_logits=keep_logits,
+            )
 
 
 def _spread(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> ScheduleResult:

@@ -102,7 +102,7 @@ def _check_on_rank(rank: int, case: ReferenceCase, parallel: ParallelConfig, mic
     model = build_model(case.model, parallel, Precision.FP32, groups)
     fill_model(model, lambda name, shape: case.weights[name].reshape(shape), groups.decoder.tp)
     freeze(model, tuple(Part))
-    engine = build_engine(model, parallel, groups)
+    engine = build_engine(model, case.model, parallel, groups)
     order = _deal(len(case.samples), groups.axes.dp, parallel, micro_batch_size)
     mine = order[groups.place.dp]
     batches = [[_planned(case, index) for index in batch] for batch in mine]
@@ -167,11 +167,11 @@ def _logits_error(engine: object, plan: StepPlan, pixels: torch.Tensor, case: Re
 
     from megatron_deepstack.parallel.context import gather_sequence
     from megatron_deepstack.step.engine import Engine
-    from megatron_deepstack.step.train_step import evaluate
+    from megatron_deepstack.step.train_step import VisualPass
     from megatron_deepstack.testing.compare import gather_shards
 
     assert isinstance(engine, Engine)
-    _, logits = evaluate(engine, plan, pixels, keep_logits=True)
+    logits = VisualPass(engine, plan, pixels).logits(plan)
     error = torch.zeros(1)
     for batch, local_BSV in zip(mine, logits, strict=False):
         full_BSV = torch.cat(gather_shards(local_BSV.contiguous(), engine.groups.decoder.tp), dim=-1)

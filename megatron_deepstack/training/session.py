@@ -12,11 +12,7 @@ from megatron_deepstack.checkpoint.save_load import load, save
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.data.processor import check_store
-from megatron_deepstack.data.steps import Share, StepReader, check_lengths
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import load_tokenizer
-from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.data.steps import Share, StepReader, open_reader
 from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.parallel.groups import Groups, create_groups
@@ -49,31 +45,20 @@ class Session:
         )
 
 
-def open_reader(recipe: Recipe, path: str | None, groups: Groups) -> StepReader:
-    """Reader of a store for this rank, after checking that the store fits the recipe. Raises StoreError, DataError."""
-    if path is None:
-        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
-    store = Store.open(path, verify_checksums=recipe.data.verify_checksums)
-    check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
-    check_lengths(store, recipe.model, recipe.train)
-    share = Share(dp=groups.place.dp, num_replicas=groups.axes.dp, replica_rank=groups.replica_rank)
-    return StepReader(store, recipe.model, recipe.parallel, recipe.train, share)
-
-
 def start_session(recipe: Recipe) -> Session:
     """Build a run on this rank, its weights initialised. Collective over all ranks, which have joined already.
 
     Raises before anything is built where store and recipe do not fit.
     """
     groups = create_groups(recipe.parallel, recipe.train.seed)
-    reader = open_reader(recipe, recipe.data.store, groups)
+    reader = open_reader(recipe, recipe.data.store, share_of(groups))
     model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
     source = random_source(recipe.model, recipe.train.seed)
     if recipe.train.init_from is not None:
         source = published_source(recipe.train.init_from, fallback=source)
     fill_model(model, source, groups.decoder.tp)
     freeze(model, recipe.train.trainable)
-    engine = build_engine(model, recipe.parallel, groups)
+    engine = build_engine(model, recipe.model, recipe.parallel, groups)
     attributes = reader.store.attributes
     return Session(
         recipe=recipe,
@@ -83,6 +68,11 @@ def start_session(recipe: Recipe) -> Session:
         reader=reader,
         facts=identity(recipe, plan_hash=attributes.plan_hash, tokenizer_sha256=attributes.tokenizer["sha256"]),
     )
+
+
+def share_of(groups: Groups) -> Share:
+    """What this rank reads."""
+    return Share(dp=groups.place.dp, num_replicas=groups.axes.dp, replica_rank=groups.replica_rank)
 
 
 @dataclass(frozen=True, slots=True)

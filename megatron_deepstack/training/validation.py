@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_deepstack.data.steps import StepReader
-from megatron_deepstack.step.train_step import evaluate
-from megatron_deepstack.training.session import Session, open_reader
+from megatron_deepstack.data.steps import StepReader, open_reader
+from megatron_deepstack.step.train_step import VisualPass
+from megatron_deepstack.training.session import Session, share_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Validation:
         recipe = session.recipe
         if not recipe.train.validation_interval or recipe.data.validation_store is None:
             return None
-        reader = open_reader(recipe, recipe.data.validation_store, session.groups)
+        reader = open_reader(recipe, recipe.data.validation_store, share_of(session.groups))
         return cls(session, reader, recipe.train.validation_interval)
 
     def due(self, step: int) -> bool:
@@ -46,6 +46,7 @@ class Validation:
             order = (batch * train.global_batch_size + np.arange(train.global_batch_size)) % num_samples
             mine = order.reshape(-1, share.num_replicas, train.micro_batch_size)[:, share.dp]
             loaded = self.reader.load_samples(batch, mine)
-            loss, _ = evaluate(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels))
+            rows = VisualPass(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels))
+            loss = rows.losses(loaded.plan)
             total, num_tokens = total + loss.total, num_tokens + loss.num_tokens
         return total / num_tokens if num_tokens else 0.0

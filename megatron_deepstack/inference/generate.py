@@ -1,0 +1,79 @@
+"""Greedy answers in any layout: pipeline, tensor and context parallel, by the training's own forward pass.
+
+Questions form micro-batches whose sequences have room for the answer from the start. Views are encoded and rows routed
+once; then each forward-only schedule adds one token to every answer. Right padding is invisible under a causal mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.inference.questions import Question, plan_question
+from megatron_deepstack.parallel.context import gather_sequence
+from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.planning.step_plan import StepPlan, plan_step
+from megatron_deepstack.platform.device import local_device
+from megatron_deepstack.step.engine import Engine
+from megatron_deepstack.step.train_step import VisualPass
+
+
+def generate_answers(
+    engine: Engine, store: Store, questions: Sequence[Sequence[Question]], eos_id: int, max_new_tokens: int
+) -> list[list[list[int]]]:
+    """Token ids of each answer, end of sequence left out, by micro-batch and place.
+
+    `questions` are one replica's micro-batches, all of one size. Collective over the replica; every rank gets the
+    answers.
+    """
+    model, place = engine.model_config, engine.groups
+    planned = [[plan_question(q, store, model, max_new_tokens) for q in batch] for batch in questions]
+    plan = plan_step(model, engine.parallel, planned, place.replica_rank)
+    lengths = np.array([[s.sequence.length - max_new_tokens for s in batch] for batch in planned])
+    tokens = [batch.copy() for batch in plan.tokens]
+    answers = np.full((*lengths.shape, max_new_tokens), eos_id, np.int64)
+    running = np.ones(lengths.shape, bool)
+    with torch.no_grad():
+        visual = VisualPass(engine, plan, torch.from_numpy(_pixels(store, questions, plan)))
+        for step in range(max_new_tokens):
+            logits = visual.logits(replace(plan, tokens=tuple(tokens)))
+            chosen = _choose(logits, lengths + step - 1, engine.groups)
+            answers[..., step] = np.where(running, chosen, eos_id)
+            running &= chosen != eos_id
+            if not running.any():
+                break
+            for m, b in np.ndindex(*lengths.shape):
+                tokens[m][b, lengths[m, b] + step] = chosen[m, b]
+    return [[_until(row, eos_id) for row in batch] for batch in answers]
+
+
+def _until(row: np.ndarray, eos_id: int) -> list[int]:
+    ends = np.flatnonzero(row == eos_id)
+    return row[: ends[0] if len(ends) else len(row)].tolist()  # type: ignore[no-any-return]
+
+
+def _choose(logits: list[torch.Tensor], positions: np.ndarray, groups: Groups) -> np.ndarray:
+    """Most likely token at `positions` (M, B), the same on every rank of the replica; logits are the last stage's."""
+    chosen = torch.zeros(positions.shape, dtype=torch.int64, device=local_device())
+    for m, local_BSV in enumerate(logits):
+        full_BSV = gather_sequence(local_BSV.transpose(0, 1), groups.decoder.cp).transpose(0, 1)
+        rows = torch.arange(full_BSV.shape[0])
+        local_BV = full_BSV[rows, torch.from_numpy(positions[m])].contiguous()
+        shards = [torch.empty_like(local_BV) for _ in range(groups.axes.tp)]
+        dist.all_gather(shards, local_BV, group=groups.decoder.tp)
+        chosen[m] = torch.cat(shards, dim=-1).float().argmax(dim=-1)
+    dist.all_reduce(chosen, group=groups.decoder.pp)
+    return chosen.cpu().numpy()
+
+
+def _pixels(store: Store, questions: Sequence[Sequence[Question]], plan: StepPlan) -> np.ndarray:
+    parts = [np.empty((0, store.crop_size, store.crop_size, 3), np.uint8)]
+    for unit in plan.routes.units:
+        image = questions[unit.micro_batch][unit.sample].images[unit.image]
+        parts.append(store.read_views(image, unit.views))
+    return np.concatenate(parts)

@@ -1,0 +1,137 @@
+"""`generate` on one rank: load a run's newest checkpoint, answer a store's questions, score them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_deepstack.checkpoint.folder import newest_whole
+from megatron_deepstack.checkpoint.identity import model_identity, require_same
+from megatron_deepstack.checkpoint.save_load import load
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.data.processor import check_store
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.inference.generate import generate_answers
+from megatron_deepstack.inference.questions import Question, read_question
+from megatron_deepstack.model.build import build_model
+from megatron_deepstack.parallel.groups import create_groups
+from megatron_deepstack.step.engine import Engine
+
+MICRO_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question with the model's answer."""
+
+    id: str
+    question: str
+    answer: str
+    expected: str
+    correct: bool
+    """The answer equals the expected one, surrounding white space aside."""
+    store: str
+    image: int | None
+    """First image in the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Exact matches, and what guessing would give."""
+
+    correct: int
+    total: int
+    chance: float
+    """Share of the commonest expected answer: the most that one fixed answer can reach."""
+
+    @classmethod
+    def of(cls, answers: list[Answer]) -> Score:
+        """Score of a list of answers."""
+        commonest = Counter(answer.expected for answer in answers).most_common(1)
+        chance = commonest[0][1] / len(answers) if answers else 0.0
+        return cls(correct=sum(answer.correct for answer in answers), total=len(answers), chance=chance)
+
+
+def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tokens: int) -> list[Answer]:
+    """Answer a store's questions with the newest whole checkpoint of `recipe.run_dir`. Collective over all ranks.
+
+    One replica only: the number of ranks is tensor x context x pipeline. Raises StoreError, CheckpointError, DataError.
+    """
+    from megatron_deepstack.platform.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.process_group import join, leave
+
+    adapt_megatron()
+    join()
+    store, tokenizer = _open(recipe, store_path)
+    engine = _load_engine(recipe)
+    count = min(limit or len(store), len(store))
+    questions = [read_question(store, index, tokenizer) for index in range(count)]
+    tokens: list[list[int]] = []
+    for first in range(0, count, MICRO_BATCH_SIZE * recipe.parallel.pipeline):
+        group = questions[first : first + MICRO_BATCH_SIZE * recipe.parallel.pipeline]
+        batches = _micro_batches(group, recipe.parallel)
+        answered = generate_answers(engine, store, batches, tokenizer.eos_id, max_new_tokens)
+        tokens += [row for batch in answered for row in batch][: len(group)]
+    answers = [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]
+    if engine.groups.replica_rank == 0:
+        _write(Path(recipe.run_dir) / "answers.jsonl", answers)
+    leave()
+    return answers
+
+
+def _open(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
+    if recipe.data.tokenizer is None:
+        raise ConfigError(["data.tokenizer: not set; `generate` needs the SentencePiece model to write its answers"])
+    store, tokenizer = Store.open(store_path), load_tokenizer(recipe.data.tokenizer)
+    check_store(store, recipe.model, tokenizer)
+    return store, tokenizer
+
+
+def _load_engine(recipe: Recipe) -> Engine:
+    checkpoint, _ = newest_whole(recipe.run_dir)
+    if checkpoint is None:
+        raise CheckpointError(f"{recipe.run_dir}: holds no checkpoint; run `train` first, or name another run")
+    require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
+    groups = create_groups(recipe.parallel, recipe.train.seed)
+    model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
+    for module in (model.encoder, *model.chunks):
+        module.requires_grad_(False)
+        module.eval()
+    load(checkpoint, model, None)
+    return Engine(
+        model=model, model_config=recipe.model, decoder_ddp=[], encoder_ddp=None, groups=groups, parallel=recipe.parallel
+    )
+
+
+def _micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[list[Question]]:
+    """Equal micro-batches; the last question is repeated to fill them, and to a multiple of pp when interleaved."""
+    size = min(MICRO_BATCH_SIZE, len(questions))
+    number = -(-len(questions) // size)
+    if parallel.virtual_pipeline > 1:
+        number = -(-number // parallel.pipeline) * parallel.pipeline
+    filled = questions + [questions[-1]] * (number * size - len(questions))
+    return [filled[m * size : (m + 1) * size] for m in range(number)]
+
+
+def _answer(question: Question, ids: list[int], tokenizer: Tokenizer, store: str) -> Answer:
+    text = tokenizer.decode(ids).strip()
+    return Answer(
+        id=question.id,
+        question=question.text,
+        answer=text,
+        expected=question.expected,
+        correct=text == question.expected,
+        store=str(Path(store).resolve()),
+        image=question.images[0] if question.images else None,
+    )
+
+
+def _write(file: Path, answers: list[Answer]) -> None:
+    lines = [json.dumps({name: getattr(answer, name) for name in Answer.__slots__}) + "\n" for answer in answers]
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.rename(file)

@@ -1,0 +1,66 @@
+"""Questions in a store: a sample up to its first learned token, and the answer expected there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.data.conversation import question_of
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.planning.routes import PlannedSample
+from megatron_deepstack.planning.rows import context_length
+from megatron_deepstack.planning.sequence import expand
+from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question of a store."""
+
+    index: int
+    """Sample index in the store."""
+    id: str
+    text: str
+    expected: str
+    prompt: np.ndarray
+    """int32 (T,) tokens up to the answer, placeholders unopened."""
+    images: tuple[int, ...]
+    """Images in the store."""
+
+
+def read_question(store: Store, index: int, tokenizer: Tokenizer) -> Question:
+    """The first question of a sample; what follows its answer is left out."""
+    sample = store.sample(index)
+    learned = np.flatnonzero(sample.loss_mask)
+    begin = int(learned[0]) if len(learned) else len(sample.tokens)
+    end = begin
+    while end < len(sample.tokens) and sample.loss_mask[end]:
+        end += 1
+    prompt = sample.tokens[:begin]
+    num_images = int((prompt == IMAGE_TOKEN_ID).sum())
+    return Question(
+        index=index,
+        id=sample.id,
+        text=question_of(tokenizer.decode(prompt.tolist())),
+        expected=tokenizer.decode(sample.tokens[begin:end].tolist()).strip(),
+        prompt=prompt,
+        images=sample.images[:num_images],
+    )
+
+
+def plan_question(question: Question, store: Store, model: ModelConfig, max_new_tokens: int) -> PlannedSample:
+    """The prompt, opened, with room for the answer after it."""
+    grids = tuple(store.image(image).grid for image in question.images)
+    room = np.zeros(max_new_tokens, np.int64)
+    sequence = expand(
+        question.id,
+        np.concatenate([question.prompt.astype(np.int64), room]),
+        np.zeros(len(question.prompt) + max_new_tokens, np.int64),
+        [context_length(model, grid) for grid in grids],
+        seq_length=1 << 30,
+        truncate=False,
+    )
+    return PlannedSample(sequence=sequence, grids=grids)
