@@ -8,12 +8,13 @@ file is one run, and the resolved recipe written beside a run reads back as exac
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -78,12 +79,13 @@ def _copied(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
 def find_recipe(path: str | Path) -> Path:
     """The file behind a path, or behind the bare name of a recipe of the package."""
     file = Path(path)
-    if file.is_file():
-        return file
+    with suppress(OSError):  # a name too long for the file system is no file either
+        if file.is_file():
+            return file
     names = sorted(known.stem for known in RECIPES.glob("*.yaml"))
     if str(path) in names:
         return RECIPES / f"{path}.yaml"
-    found = "is a folder" if file.is_dir() else "no such file"
+    found = "is a folder" if os.path.isdir(path) else "no such file"
     raise ConfigError(
         [f"recipe '{path}': {found}; give a YAML file or one of {', '.join(names)}{did_you_mean(str(path), names)}"]
     )
@@ -107,12 +109,16 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
 def _parse(file: Path) -> dict[Any, Any]:
     """The YAML of one file, interpolations unresolved."""
     try:
-        if file.stat().st_size > _MAX_RECIPE_BYTES:
-            raise ConfigError([f"{file}: {file.stat().st_size} bytes is no recipe; expected YAML of at most 1 MiB"])
-        given = OmegaConf.load(io.StringIO(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        with file.open("rb") as opened:
+            content = opened.read(_MAX_RECIPE_BYTES + 1)
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: cannot be read: {_one_line(error)}"]) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    if len(content) > _MAX_RECIPE_BYTES:
+        raise ConfigError([f"{file}: more than 1 MiB is no recipe; expected a page of YAML"])
+    try:
+        given = OmegaConf.load(io.StringIO(text))
+    except Exception as error:  # PyYAML lets IndexError and others through for odd tags
         raise ConfigError([f"{file}: is not valid YAML: {_one_line(error)}"]) from error
     if not isinstance(given, DictConfig) or given._is_interpolation():
         raise ConfigError([f"{file}: found a list or a bare value, expected sections such as `model:` and `train:`"])
@@ -133,7 +139,7 @@ def _apply(given: dict[Any, Any], override: str, problems: list[Problem]) -> dic
         return given
     try:
         return _over(given, _container(OmegaConf.from_dotlist([override])))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except Exception as error:  # as in _parse
         problems.append(Problem(paths=(key,), text=f"override '{override}' cannot be read: {_one_line(error)}"))
         return given
 

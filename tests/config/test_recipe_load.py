@@ -37,7 +37,7 @@ def write(tmp_path: Path):
     return write_recipe
 
 
-def problems_of(file: Path, *overrides: str) -> tuple[str, ...]:
+def problems_of(file: Path | str, *overrides: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         load_recipe(file, overrides)
     return caught.value.problems
@@ -149,7 +149,9 @@ UNREADABLE = {
     "not YAML": ("a: [", "is not valid YAML"),
     "key twice": ("name: a\nname: b\n", "found duplicate key name"),
     "list": ("- 1", "found a list or a bare value"),
-    "bare value": ("42", "cannot be read"),
+    "bare value": ("42", "is not valid YAML"),
+    "empty number": ("train: {steps: !!int }", "is not valid YAML"),
+    "nested without end": ("[" * 5000, "is not valid YAML"),
     "control character": ("\0", "is not valid YAML"),
     "object": ("a: !!python/object:os.system {}", "is not valid YAML"),
     "itself as its base": ("base: recipe.yaml", "`base` leads back to the same file"),
@@ -170,10 +172,11 @@ def test_files_that_are_no_recipes(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00\x81")
     assert "cannot be read" in problems_of(binary)[0]
     assert "is a folder" in problems_of(tmp_path)[0]
+    assert "no such file" in problems_of("x" * 5000)[0]
     assert "no such file; give a YAML file or one of" in problems_of(tmp_path / "none.yaml")[0]
     large = tmp_path / "large.yaml"
     large.write_bytes(b"#" * (1 << 20) + b"\n")
-    assert "is no recipe" in problems_of(large)[0]
+    assert "more than 1 MiB is no recipe" in problems_of(large)[0]
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", " train.steps=3", "train.steps =3", ""])
@@ -181,8 +184,9 @@ def test_override_without_a_proper_key(write, override):
     assert problems_of(write(""), override) == (f"override '{override}': expected section.field=value",)
 
 
-def test_override_with_a_broken_value(write):
-    assert "override 'train.trainable=[vision' cannot be read" in problems_of(write(""), "train.trainable=[vision")[0]
+@pytest.mark.parametrize("override", ["train.trainable=[vision", "train.steps=!!int ", "name=${", "a." * 3000 + "b=1"])
+def test_override_with_a_broken_value(write, override):
+    assert "cannot be read" in problems_of(write(""), override)[0]
 
 
 def test_all_problems_at_once_in_file_and_overrides(write):
