@@ -8,8 +8,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,16 +111,30 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_lines_for_own_data_run_on_real_photographs(workplace):
+def run(words: list[str], folder: Path) -> str:
+    """What a command prints; it must succeed, and nothing that it started outlives it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    said = {}
-    for words in commands("megatron-deepstack", section("On your own data")):
-        command = [sys.executable, "-m", "megatron_deepstack.cli", *words]
-        done = subprocess.run(
-            command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=240
-        )
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
-        said[words[0]] = done.stdout
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_deepstack.cli", *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=240)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"{' '.join(words)}\n{said}"
+    return said
+
+
+@pytest.mark.timeout(600)
+def test_the_lines_for_own_data_run_on_real_photographs(workplace):
+    said = {words[0]: run(words, workplace) for words in commands("megatron-deepstack", section("On your own data"))}
     assert "4 samples, 4 images" in said["preprocess"]
     assert "step 20/20" in said["train"]
     assert "What is in the picture?" in said["generate"]

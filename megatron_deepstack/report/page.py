@@ -6,6 +6,7 @@ page's own security policy forbids it to load anything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -93,7 +94,9 @@ def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Marku
         facts.append((_duration(seconds), "in training steps"))
     if answers:
         right = sum(answer.correct for answer in answers)
-        facts.append((f"{right} / {len(answers)}", f"answers exactly right ({right / len(answers):.1%})"))
+        commonest = Counter(answer.expected for answer in answers).most_common(1)[0][1]
+        chance = f"the commonest answer every time: {commonest / len(answers):.1%}"
+        facts.append((f"{right} / {len(answers)}", f"answers exactly right ({right / len(answers):.1%}; {chance})"))
     return element(
         "div",
         *(element("div", element("b", value), element("span", name), class_="fact") for value, name in facts),
