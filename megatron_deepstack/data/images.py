@@ -41,6 +41,8 @@ _MAX_BYTES_PER_PIXEL: Final = 8
 """16-bit RGBA, the largest uncompressed pixel; a file with more bytes than that per allowed pixel is not read."""
 _JPEG_COLORS: Final = {"YCbCr", "Gray"}
 """JPEG colour spaces that simplejpeg turns into Pillow's RGB bit for bit (CMYK differs)."""
+_RUNNING_PROGRAMS: Final = {"EPS"}
+"""Formats that Pillow hands to an outside program (Ghostscript): a data set must not start any."""
 
 
 class QuarantineError(Exception):
@@ -85,7 +87,7 @@ def read_image_file(path: str, max_pixels: int) -> bytes:
 
 
 def decode_image(data: bytes, max_pixels: int) -> DecodedImage:
-    """Decode any format Pillow knows to RGB (the first frame of several).
+    """Decode any format Pillow knows, but for EPS, to RGB (the first frame of several).
 
     Raises QuarantineError for data that is no image, cannot be decoded, or has more than `max_pixels` pixels.
     """
@@ -112,7 +114,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
 def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     with _pillow_limit(max_pixels):
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
                 _check_pixels(*image.size, max_pixels)
                 return np.array(image.convert("RGB"))
         except QuarantineError:
@@ -120,10 +122,15 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise QuarantineError(f"more pixels than data.max_image_pixels allows ({max_pixels}): {error}") from error
         except Image.UnidentifiedImageError as error:
-            raise QuarantineError("not an image that Pillow knows") from error
+            raise QuarantineError("not an image of a known format") from error
         except Exception as error:
             # Damaged files make Pillow's parsers raise almost anything: OSError, SyntaxError, struct.error, KeyError...
             raise QuarantineError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in _RUNNING_PROGRAMS]
 
 
 @contextmanager

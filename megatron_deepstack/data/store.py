@@ -9,10 +9,11 @@ and no descriptors that a fork or a pickle could break: a copy in another proces
 from __future__ import annotations
 
 import json
+import operator
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -235,26 +236,33 @@ class Store:
 
     def _check_counts(self) -> None:
         """Lengths of arrays that must agree do; a damaged index is found at once and not at sample 400,000."""
-        lengths = {name: len(array) for name, array in self._index.items()}
-        images, samples = self.num_images, self.num_samples
-        pairs = [(f"images/{name}", images) for name in ("count", "grid", "size", "status", "sha256")]
-        pairs += [("images/start", self.attributes.counts["images"]), ("images/path_offsets", images + 1)]
-        pairs += [("samples/tokens_offsets", self.attributes.counts["samples"] + 1)]
-        pairs += [("samples/images_offsets", samples + 1), ("samples/id_offsets", samples + 1)]
-        pairs += [("samples/loss_mask", lengths["samples/tokens"]), ("images/crc32c", self.pixels.num_slots)]
-        for offsets, flat in _OFFSETS:
-            pairs += [(flat, int(self._index[offsets][lengths[offsets] - 1]))]
-        wrong = [f"{name} has {lengths[name]} rows, {rows} expected" for name, rows in pairs if lengths[name] != rows]
+        images, samples, counts = self.num_images, self.num_samples, self.attributes.counts
+        self._check_rows(
+            {
+                "images/start": counts.get("images", -1),
+                **dict.fromkeys((f"images/{name}" for name in ("count", "grid", "size", "status", "sha256")), images),
+                "images/path_offsets": images + 1,
+                "images/crc32c": self.pixels.num_slots,
+                "samples/tokens_offsets": counts.get("samples", -2) + 1,
+                "samples/images_offsets": samples + 1,
+                "samples/id_offsets": samples + 1,
+                "samples/loss_mask": len(self._index["samples/tokens"]),
+            }
+        )
+        ends = {name: self._index[f"{name}_offsets"] for name in _RAGGED}
+        self._check_rows({name: int(offsets[len(offsets) - 1]) for name, offsets in ends.items()})
+
+    def _check_rows(self, expected: Mapping[str, int]) -> None:
+        found = {name: len(self._index[name]) for name in expected}
+        wrong = [
+            f"{name} has {found[name]} rows, {rows} expected" for name, rows in expected.items() if found[name] != rows
+        ]
         if wrong:
             raise StoreError(f"{self.root}: the store contradicts itself: {'; '.join(wrong)}. Preprocess it again.")
 
 
-_OFFSETS: Final = (
-    ("samples/tokens_offsets", "samples/tokens"),
-    ("samples/images_offsets", "samples/images"),
-    ("samples/id_offsets", "samples/id"),
-    ("images/path_offsets", "images/path"),
-)
+_RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
+"""Flat arrays whose rows an array of offsets delimits."""
 
 
 class IndexReader:
@@ -280,8 +288,9 @@ class IndexReader:
         return self._rows
 
     def __getitem__(self, rows: int | slice) -> np.ndarray:
-        if isinstance(rows, int):
-            return self._chunks[rows // self._chunk_rows][rows % self._chunk_rows]
+        if not isinstance(rows, slice):
+            chunk, row = divmod(operator.index(rows), self._chunk_rows)
+            return self._chunks[chunk][row]
         first, last, _ = rows.indices(self._rows)
         pieces = list(self._pieces(first, last))
         if len(pieces) == 1:

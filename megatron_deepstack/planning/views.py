@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from functools import lru_cache
 
-from megatron_deepstack.config.schema import GridRule, ModelConfig, Variant
+from megatron_deepstack.config.schema import GridRule, Variant
 from megatron_deepstack.errors import ConfigError
 
 Grid = tuple[int, int]
@@ -65,14 +65,6 @@ def pick_grid(rule: GridRule, width: int, height: int, crop_size: int, num_crops
     if rule is GridRule.FIXED_2X2:
         return (2, 2)
     return best_grid(width, height, crop_size, num_crops)
-
-
-def image_grid(model: ModelConfig, width: int, height: int) -> Grid:
-    """Grid that `model` gives a `width` x `height` image; 1x1 for a variant that has no crops."""
-    if layout_of(model.variant) is ViewLayout.GLOBAL:
-        return (1, 1)
-    stacks = model.stacks
-    return pick_grid(stacks.grid, width, height, model.vision.image_size, stacks.num_crops)
 
 
 def layout_views(layout: ViewLayout, grid: Grid) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_deepstack.config.schema import GridRule, ImageResize
 from megatron_deepstack.data.conversation import Role, Turn, encode_conversation
 from megatron_deepstack.data.images import QuarantineError, decode_image, make_views
-from megatron_deepstack.data.tokenizer import load_tokenizer
+from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_deepstack.errors import DataError, DeepStackError, ParityError
 from megatron_deepstack.planning.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.views import ViewLayout, pick_grid
@@ -59,8 +59,8 @@ def check_crops(folder: str | Path, photos: str | Path) -> list[Line]:
     try:
         with np.load(path) as views:
             lines = [_check_views(case, settings[case], views, Path(photos)) for case in settings]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the views cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not in the expected format: {type(error).__name__}: {error}") from error
     return _all_equal(lines, f"cases of {folder}")
 
 
@@ -74,19 +74,23 @@ def check_conversations(file: str | Path, tokenizer: str | Path) -> list[Line]:
     if not samples:
         raise DataError(f"{file}: holds no `samples`; a list of conversations with input_ids and labels was expected")
     model = load_tokenizer(tokenizer)
-    lines = []
-    for sample in samples:
-        case, turns = str(sample["id"]), [Turn(Role(turn["from"]), turn["value"]) for turn in sample["conversations"]]
-        try:
-            tokens, mask = encode_conversation(turns, sample["version"], model)
-        except DeepStackError as error:
-            lines.append(Line(case, str(error), ""))
-            continue
-        labels = np.where(mask == 1, tokens, IGNORE_INDEX)
-        problem = _first_difference("token", tokens.tolist(), sample["input_ids"])
-        problem = problem or _first_difference("label", labels.tolist(), sample["labels"])
-        lines.append(Line(case, problem, f"{len(tokens)} tokens, {int(mask.sum())} of them learned"))
+    try:
+        lines = [_check_conversation(sample, model) for sample in samples]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: a sample is not in the expected format: {type(error).__name__}: {error}") from error
     return _all_equal(lines, f"conversations of {file}")
+
+
+def _check_conversation(sample: Mapping[str, Any], tokenizer: Tokenizer) -> Line:
+    case, turns = str(sample["id"]), [Turn(Role(turn["from"]), turn["value"]) for turn in sample["conversations"]]
+    try:
+        tokens, mask = encode_conversation(turns, sample["version"], tokenizer)
+    except DeepStackError as error:
+        return Line(case, str(error), "")
+    labels = np.where(mask == 1, tokens, IGNORE_INDEX)
+    problem = _first_difference("token", tokens.tolist(), sample["input_ids"])
+    problem = problem or _first_difference("label", labels.tolist(), sample["labels"])
+    return Line(case, problem, f"{len(tokens)} tokens, {int(mask.sum())} of them learned")
 
 
 def _check_views(case: str, settings: Mapping[str, Any], views: Mapping[str, np.ndarray], photos: Path) -> Line:

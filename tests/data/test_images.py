@@ -96,7 +96,7 @@ def test_damage_in_mid_file_is_flagged() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("text named .jpg", b"this is not an image", "not an image that Pillow knows"),
+        ("text named .jpg", b"this is not an image", "not an image of a known format"),
         ("a jpeg's first bytes", b"\xff\xd8\xff\xe0", "."),
         ("cut png", encoded(PHOTO, "PNG")[:2000], "."),
         ("cut jpeg", jpeg_bytes(90, 61, 0)[:900], "cannot be decoded: OSError: .*truncated"),
@@ -106,7 +106,8 @@ def test_damage_in_mid_file_is_flagged() -> None:
             r"more pixels than data.max_image_pixels allows \(1000000\): .*25000000 pixels",
         ),
         ("jpeg bomb", encoded(Image.new("L", (2000, 2000)), "JPEG"), "4000000 pixels, more than data.max_image_pixels"),
-        ("svg", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "not an image that Pillow knows"),
+        ("program for ghostscript", encoded(PHOTO, "EPS"), "not an image of a known format"),
+        ("svg", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "not an image of a known format"),
     ],
 )
 def test_bad_images_are_quarantined(name: str, data: bytes, reason: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError, ParityError
 from megatron_deepstack.testing.reference_data import check_conversations, check_crops
 
@@ -47,9 +48,17 @@ def test_one_changed_token_is_found(reference: Path, tmp_path: Path, key: str, n
         check_conversations(path, reference / "tokenizer" / "llama2.model")
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"crops.json: cannot be read"):
         check_crops(tmp_path, tmp_path)
     (tmp_path / "conversations.json").write_text("[]")
     with pytest.raises(DataError, match="holds no `samples`"):
         check_conversations(tmp_path / "conversations.json", tmp_path)
+    (tmp_path / "conversations.json").write_text('{"samples": [{"id": "x", "conversations": [{"from": "me"}]}]}')
+    (tmp_path / "tiny.model").write_bytes(tokenizer.model)
+    with pytest.raises(DataError, match="a sample is not in the expected format: ValueError: 'me' is not a valid Role"):
+        check_conversations(tmp_path / "conversations.json", tmp_path / "tiny.model")
+    (tmp_path / "crops.json").write_text('{"a.bestgrid": {}}')
+    np.savez(tmp_path / "crops.npz", **{"a.bestgrid": np.zeros((5, 3, 8, 8), np.uint8)})
+    with pytest.raises(DataError, match=r"crops.npz: not in the expected format: KeyError: 'crop_size'"):
+        check_crops(tmp_path, tmp_path)

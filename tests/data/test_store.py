@@ -104,6 +104,7 @@ def test_samples_and_images(finished: Path) -> None:
     assert [list(opened.sample_images(n)) for n in range(3)] == IMAGES
     assert opened.sample(1).id == "ü"
     assert opened.sample(2).images == (2,)
+    assert opened.image(np.int64(1)) == opened.image(1)  # type: ignore[arg-type]
     assert opened.sample(2).loss_mask.dtype == np.uint8
     assert opened.lengths().tolist() == [3, 0, 5]
     image = opened.image(1)
@@ -220,6 +221,11 @@ def change_metadata(root: Path, name: str, **changes: object) -> None:
         (
             lambda root: change_metadata(root, "images/count", data_type="int64"),
             "data_type is 'int64', expected 'uint16'",
+        ),
+        (lambda root: change_attributes(root, counts={}), "images/start has 6 rows, -1 expected"),
+        (
+            lambda root: change_metadata(root, "samples/tokens_offsets", shape=[0]),
+            "codecs|chunk_grid|contradicts itself",
         ),
         (lambda root: change_metadata(root, "images/count", shape="x"), "its shape is 'x'"),
         (lambda root: change_metadata(root, "images/pixels", shape=[]), "metadata lacks shape or shards"),

@@ -65,7 +65,7 @@ def test_broken_images_and_their_samples_are_listed(serial: Path) -> None:
     flagged = [line for line in lines if line["kind"] == "image flagged"]
     assert [(line["path"], line["reason"][:12]) for line in flagged] == [("photo005.jpg", "damaged JPEG")]
     assert [line for line in lines if line not in flagged] == [
-        {"kind": "image quarantined", "path": "photo003.jpg", "reason": "not an image that Pillow knows"},
+        {"kind": "image quarantined", "path": "photo003.jpg", "reason": "not an image of a known format"},
         {"kind": "image quarantined", "path": "photo009.jpg", "reason": "no such file"},
         {"kind": "sample dropped", "id": "r3", "images": ["photo003.jpg"]},
         {"kind": "sample dropped", "id": "r9", "images": ["photo009.jpg"]},
@@ -275,7 +275,7 @@ def test_too_many_quarantined_images_stop_the_job(corpus: Any, local_ray: None, 
         corpus.preprocess(tmp_path / "store", recipe=strict, workers=workers)
     message = str(caught.value)
     assert "2 of 14 images are quarantined, more than data.max_quarantined allows (0.1)" in message
-    assert "photo003.jpg: not an image that Pillow knows\n  photo009.jpg: no such file" in message
+    assert "photo003.jpg: not an image of a known format\n  photo009.jpg: no such file" in message
     assert len((tmp_path / "store" / "quarantine.jsonl").read_text().splitlines()) == 2
     with pytest.raises(StoreError, match="has not finished"):
         Store.open(tmp_path / "store")

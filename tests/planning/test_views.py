@@ -2,13 +2,12 @@
 
 import pytest
 
-from megatron_deepstack.config.schema import GridRule, ModelConfig, StackConfig, Variant, VisionConfig
+from megatron_deepstack.config.schema import GridRule, Variant
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.planning.views import (
     ViewLayout,
     best_grid,
     candidate_grids,
-    image_grid,
     layout_of,
     most_views,
     num_views,
@@ -70,9 +69,3 @@ def test_most_views_covers_every_candidate() -> None:
 
 def test_fixed_grid_ignores_the_image() -> None:
     assert pick_grid(GridRule.FIXED_2X2, 5000, 10, 336, 4) == (2, 2)
-
-
-@pytest.mark.parametrize(("variant", "grid"), [(Variant.LLAVA, (1, 1)), (Variant.DEEPSTACK_L, (3, 1))])
-def test_grid_of_a_model(variant: Variant, grid: tuple[int, int]) -> None:
-    model = ModelConfig(variant=variant, vision=VisionConfig(image_size=336), stacks=StackConfig(num_crops=4))
-    assert image_grid(model, 1000, 300) == grid
