@@ -1,0 +1,46 @@
+"""A small SentencePiece tokenizer of LLaMA's kind, trained on the demo's own conversations.
+
+Byte fallback makes any text encodable, digits stay single, <unk>, <s> and </s> are 0, 1 and 2, and padding has no id
+of its own, all as in LLaMA's. The words that the conversation template adds are learned as well: spelled out, the
+system line alone would cost a hundred tokens a sample.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import sentencepiece
+
+from megatron_deepstack.data.conversation import Template, encode_prompt
+from megatron_deepstack.data.tokenizer import Tokenizer
+
+VOCABULARY_SIZE = 480
+"""Ids of the trained model; 259 of them are bytes and control tokens."""
+
+
+def train_vocabulary(questions: Sequence[str], answers: Sequence[str]) -> bytes:
+    """Content of tokenizer.model. The same texts give the same bytes: no path or time enters the model."""
+    spelling = Tokenizer(_train([*questions, *answers], "char", None), "the demo's characters")
+    prompts = [spelling.decode(encode_prompt(question, Template.V1, spelling).tolist()) for question in questions]
+    return _train([*prompts, *answers], "bpe", VOCABULARY_SIZE)
+
+
+def _train(sentences: Sequence[str], model_type: str, vocabulary_size: int | None) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type=model_type,
+        vocab_size=vocabulary_size or 8000,
+        use_all_vocab=vocabulary_size is None,
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
