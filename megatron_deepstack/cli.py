@@ -8,6 +8,7 @@ the traceback as well.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -278,8 +279,10 @@ _KNOWN_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not
 
 def main() -> None:
     """Entry point of the console script."""
-    filters = ",".join(f"ignore:{message}" for message in _KNOWN_WARNINGS)
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (filters, os.environ.get("PYTHONWARNINGS"))))
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    ranks_too = (f"ignore:{message}" for message in _KNOWN_WARNINGS)
+    os.environ["PYTHONWARNINGS"] = ",".join((*ranks_too, *filter(None, [os.environ.get("PYTHONWARNINGS")])))
     app()
 
 
