@@ -8,22 +8,17 @@ and no descriptors that a fork or a pickle could break: a copy in another proces
 
 from __future__ import annotations
 
-import json
-import operator
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 
+from megatron_deepstack.data.index import IndexReader, check_metadata, read_metadata
 from megatron_deepstack.data.schema import (
-    EMPTY_CHUNK,
     FORMAT,
     INDEX_ARRAYS,
     METADATA_FILE,
@@ -31,17 +26,13 @@ from megatron_deepstack.data.schema import (
     VERSION,
     ImageStatus,
     PixelsShape,
-    index_chunk_path,
-    index_chunk_rows,
-    index_metadata,
     pixels_metadata,
     shard_path,
 )
+from megatron_deepstack.data.shards import ShardCache, ShardError
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.views import Grid
 
-_OPEN_SHARDS: Final = 128
-"""Shards kept open, with their indices: 5 KB each for DeepStack-L, 26 KB for DeepStack-HD."""
 _RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folder."
 
 
@@ -265,115 +256,6 @@ _RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path
 """Flat arrays whose rows an array of offsets delimits."""
 
 
-class IndexReader:
-    """One index array, memory-mapped chunk by chunk; a slice within one chunk copies nothing."""
-
-    def __init__(self, root: Path, name: str) -> None:
-        array = INDEX_ARRAYS[name]
-        metadata = read_metadata(root, name)
-        shape = metadata.get("shape")
-        if not isinstance(shape, list) or not shape or not isinstance(shape[0], int) or shape[0] < 0:
-            raise StoreError(f"{root / name / METADATA_FILE}: its shape is {shape!r}. The store is damaged.")
-        self._rows = shape[0]
-        _check_metadata(root / name, metadata, index_metadata(array, self._rows))
-        self._chunk_rows = index_chunk_rows(self._rows)
-        chunk_shape = (self._chunk_rows, *array.row_shape)
-        num_chunks = -(-self._rows // self._chunk_rows)
-        self._chunks = [
-            _map_chunk(root / index_chunk_path(array, k), array.dtype, chunk_shape) for k in range(num_chunks)
-        ]
-        self._empty = np.empty((0, *array.row_shape), dtype=array.dtype)
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def __getitem__(self, rows: int | slice) -> np.ndarray:
-        if not isinstance(rows, slice):
-            chunk, row = divmod(operator.index(rows), self._chunk_rows)
-            return self._chunks[chunk][row]
-        first, last, _ = rows.indices(self._rows)
-        pieces = list(self._pieces(first, last))
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else self._empty
-
-    def _pieces(self, first: int, last: int) -> Iterator[np.ndarray]:
-        while first < last:
-            chunk, row = divmod(first, self._chunk_rows)
-            piece = self._chunks[chunk][row : row + last - first]
-            yield piece
-            first += len(piece)
-
-
-class ShardError(Exception):
-    """A shard is missing, short or without the view asked for; the message ends in a full stop."""
-
-
-class ShardCache:
-    """Open shards and their indices, the most recently used ones."""
-
-    def __init__(self, root: Path, pixels: PixelsShape) -> None:
-        self._root = root
-        self._pixels = pixels
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, tuple[BinaryIO, np.ndarray]] = OrderedDict()
-
-    def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read the views in `slots`, rows of `images/pixels`, into `out`; neighbours in one call."""
-        offsets: list[int] = []
-        for part, slot in (divmod(slot, self._pixels.slots_per_part) for slot in slots):
-            offset, size = self._shard(part)[1][slot].tolist()
-            if offset == EMPTY_CHUNK or size != self._pixels.view_bytes:
-                raise ShardError(f"{self._root / shard_path(part)}: slot {slot} was never written.")
-            offsets.append(offset)
-        first = 0
-        for last in range(1, len(slots) + 1):
-            part = slots[first] // self._pixels.slots_per_part
-            together = last < len(slots) and slots[last] // self._pixels.slots_per_part == part
-            if not together or offsets[last] != offsets[last - 1] + self._pixels.view_bytes:
-                self._read_bytes(part, offsets[first], out[first:last])
-                first = last
-
-    def _read_bytes(self, part: int, offset: int, out: np.ndarray) -> None:
-        """Fill `out` from `offset` of a shard; the system may hand over fewer bytes than asked for."""
-        file = self._shard(part)[0]
-        rest = out.reshape(-1).data
-        while rest:
-            count = os.preadv(file.fileno(), [rest], offset)
-            if count == 0:
-                raise ShardError(f"{self._root / shard_path(part)}: the shard ends before byte {offset + len(rest)}.")
-            rest, offset = rest[count:], offset + count
-
-    def _shard(self, part: int) -> tuple[BinaryIO, np.ndarray]:
-        """Open file and index (uint64 (slots, 2): offset and length) of a shard.
-
-        An evicted file is closed by its last user's reference going away, so no thread reads through a recycled
-        descriptor.
-        """
-        with self._lock:
-            shard = self._open.get(part)
-            if shard is None:
-                shard = self._open[part] = self._open_shard(part)
-                if len(self._open) > _OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(part)
-            return shard
-
-    def _open_shard(self, part: int) -> tuple[BinaryIO, np.ndarray]:
-        path = self._root / shard_path(part)
-        try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115 - stays open in the cache
-        except OSError as error:
-            raise ShardError(f"{path}: the shard cannot be opened: {error.strerror or error}.") from error
-        index_bytes = self._pixels.slots_per_part * 16
-        position = os.fstat(file.fileno()).st_size - index_bytes - 4
-        raw = os.pread(file.fileno(), index_bytes + 4, position) if position >= 0 else b""
-        if len(raw) != index_bytes + 4 or google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
-            file.close()
-            raise ShardError(f"{path}: the shard's index is damaged or cut off.")
-        return file, np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
-
-
 def read_attributes(root: Path) -> StoreAttributes:
     """Attributes of the store in `root`, finished or not; raises StoreError where there is none we can read."""
     if not root.is_dir():
@@ -396,20 +278,6 @@ def read_attributes(root: Path) -> StoreAttributes:
     return StoreAttributes(**{name: raw[name] for name in names})
 
 
-def read_metadata(root: Path, name: str) -> dict[str, Any]:
-    """zarr metadata of an array or group below `root`."""
-    path = root / name / METADATA_FILE
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror or error}. The store is damaged.") from error
-    except ValueError as error:
-        raise StoreError(f"{path}: not JSON: {error}. The store is damaged.") from error
-    if not isinstance(document, dict):
-        raise StoreError(f"{path}: holds a {type(document).__name__}, a JSON object was expected.")
-    return document
-
-
 def _read_pixels_shape(root: Path) -> PixelsShape:
     metadata = read_metadata(root, PIXELS)
     try:
@@ -418,27 +286,8 @@ def _read_pixels_shape(root: Path) -> PixelsShape:
         shape = PixelsShape(num_parts=slots // slots_per_part, slots_per_part=slots_per_part, crop_size=crop_size)
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise StoreError(f"{root / PIXELS}: metadata lacks shape or shards. The store is damaged.") from error
-    _check_metadata(root / PIXELS, metadata, pixels_metadata(shape))
+    check_metadata(root / PIXELS, metadata, pixels_metadata(shape))
     return shape
-
-
-def _check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    keys = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")
-    differing = [key for key in keys if found.get(key) != expected[key]]
-    wrong = [f"{key} is {found.get(key)!r}, expected {expected[key]!r}" for key in differing]
-    if wrong:
-        raise StoreError(f"{path / METADATA_FILE}: {'; '.join(wrong)}. The store was changed or is damaged.")
-
-
-def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    try:
-        found = path.stat().st_size
-        if found != expected:
-            raise StoreError(f"{path}: has {found} bytes, expected {expected}. The store is damaged: preprocess again.")
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=shape))
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror or error}. The store is damaged.") from error
 
 
 def _reopen(path: str, verify_checksums: bool) -> Store:

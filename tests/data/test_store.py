@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import zarr
 
-from megatron_deepstack.data import schema, store, writer
+from megatron_deepstack.data import schema, shards, writer
+from megatron_deepstack.data.index import IndexReader
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.errors import StoreError
@@ -92,7 +93,7 @@ def test_every_index_array_equals_zarr_pythons(finished: Path) -> None:
     theirs = zarr.open_group(finished, mode="r")
     for name in schema.INDEX_ARRAYS:
         array = theirs[name][:]
-        np.testing.assert_array_equal(store.IndexReader(finished, name)[:], array)
+        np.testing.assert_array_equal(IndexReader(finished, name)[:], array)
     assert theirs.attrs["format"] == schema.FORMAT
     assert sorted(theirs["samples"].array_keys()) == sorted(a.name.split("/")[1] for a in schema.SAMPLE_ARRAYS)
 
@@ -134,7 +135,7 @@ def test_a_view_the_image_lacks(finished: Path) -> None:
 
 
 def test_copies_in_other_processes_and_threads(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", 1)
     opened = pickle.loads(pickle.dumps(Store.open(finished, verify_checksums=True)))
     expected = {number: opened.read_views(number, [0]) for number in (0, 2, 5)}
     numbers = [(0, 2, 5)[n % 3] for n in range(300)]
@@ -149,7 +150,7 @@ def test_index_arrays_of_several_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     opened, theirs = Store.open(tmp_path), zarr.open_group(tmp_path, mode="r")
     assert theirs["samples/tokens"].chunks == (4,)
     for name in schema.INDEX_ARRAYS:
-        np.testing.assert_array_equal(store.IndexReader(tmp_path, name)[:], theirs[name][:])
+        np.testing.assert_array_equal(IndexReader(tmp_path, name)[:], theirs[name][:])
     assert [opened.sample(n).tokens.tolist() for n in range(3)] == TOKENS
 
 
