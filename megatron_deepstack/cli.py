@@ -80,11 +80,12 @@ def _options(
 @app.command()
 def draw(
     output: Annotated[Path, typer.Argument(help="Folder to create.")],
-    num_train: Annotated[int, typer.Option(min=1, help="Training pictures.")] = 0,
-    num_heldout: Annotated[int, typer.Option(min=1, help="Held-out pictures.")] = 0,
+    num_train: Annotated[int, typer.Option(min=1, help="Training pictures.")] = 4000,
+    num_heldout: Annotated[int, typer.Option(min=1, help="Held-out pictures.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of pictures and texts.")] = 1,
 ) -> None:
     """Draw the demo's data set: document pictures, questions, a held-out split and a tokenizer."""
+    _say(f"draw: {num_train} training and {num_heldout} held-out pictures in {output}")
     from megatron_deepstack.demo.draw import draw as draw_data
 
     draw_data(output, num_train=num_train, num_heldout=num_heldout, seed=seed)

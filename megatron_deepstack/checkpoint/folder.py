@@ -58,7 +58,8 @@ def partial_path(final: Path) -> Path:
 def commit(final: Path, step: int, facts: Mapping[str, Any]) -> None:
     """Record checksums of the partial folder's files, then give it its name. One rank calls it, after all wrote."""
     partial = partial_path(final)
-    files = {str(file.relative_to(partial)): _fingerprint(file) for file in sorted(partial.rglob("*")) if file.is_file()}
+    written = sorted(file for file in partial.rglob("*") if file.is_file())
+    files = {str(file.relative_to(partial)): _fingerprint(file) for file in written}
     text = json.dumps({"version": FORMAT_VERSION, "step": step, "facts": dict(facts), "files": files}, indent=1)
     with (partial / MANIFEST).open("w", encoding="utf-8") as out:
         out.write(text)
@@ -119,7 +120,8 @@ def _read_manifest(path: Path) -> Manifest:
         raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if raw["version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: format version {raw['version']}, this program reads {FORMAT_VERSION}; use the version that wrote it"
+                f"{path}: format version {raw['version']}, this program reads {FORMAT_VERSION}; use the version that "
+                "wrote it"
             )
         files = {str(name): (int(size), int(crc)) for name, (size, crc) in raw["files"].items()}
         return Manifest(step=int(raw["step"]), facts=dict(raw["facts"]), files=files)

@@ -45,8 +45,8 @@ def require_same(path: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) 
     if differences:
         listed = "\n  ".join(differences)
         raise CheckpointError(
-            f"{path}: this checkpoint belongs to another run:\n  {listed}\nUse the recipe it was made with (recipe.yaml in "
-            "its folder), or another run_dir."
+            f"{path}: this checkpoint belongs to another run:\n  {listed}\nUse the recipe it was made with "
+            "(recipe.yaml in its folder), or another run_dir."
         )
 
 

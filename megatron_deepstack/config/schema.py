@@ -128,7 +128,7 @@ class VisionConfig:
     activation: Activation = Activation.QUICK_GELU
     """Activation of its MLP."""
     select_layer: int = -2
-    """Hidden state used as feature, as in Hugging Face's `hidden_states`: -1 is the last layer's output, -2 its input."""
+    """Hidden state used as feature, numbered as by Hugging Face: -1 is the last layer's output, -2 its input."""
     class_token: bool = True
     """A learned class token precedes the patches (CLIP yes, SigLIP no). It is dropped from the features."""
     layernorm_epsilon: float = 1e-5

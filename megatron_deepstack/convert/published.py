@@ -38,8 +38,8 @@ def published_source(path: str | Path, fallback: Source | None = None) -> Source
             tensor = opened.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the model the "
-                "checkpoint was made with"
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the model "
+                "the checkpoint was made with"
             )
         return tensor.float()
 
@@ -48,7 +48,9 @@ def published_source(path: str | Path, fallback: Source | None = None) -> Source
 
 def _files_by_name(path: Path) -> dict[str, Path]:
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder; train.init_from takes safetensors or a folder with them")
+        raise CheckpointError(
+            f"{path}: no such file or folder; train.init_from takes a safetensors file or folder"
+        )
     try:
         if path.is_dir() and (path / INDEX).is_file():
             weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]

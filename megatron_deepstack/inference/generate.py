@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.inference.questions import Question, plan_question
 from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.parallel.reduce import gather_last_dim, share_from_last_stage
 from megatron_deepstack.planning.step_plan import StepPlan, plan_step
 from megatron_deepstack.platform.device import local_device
 from megatron_deepstack.step.engine import Engine
@@ -63,12 +63,9 @@ def _choose(logits: list[torch.Tensor], positions: np.ndarray, groups: Groups) -
     for m, local_BSV in enumerate(logits):
         full_BSV = gather_sequence(local_BSV.transpose(0, 1), groups.decoder.cp).transpose(0, 1)
         rows = torch.arange(full_BSV.shape[0])
-        local_BV = full_BSV[rows, torch.from_numpy(positions[m])].contiguous()
-        shards = [torch.empty_like(local_BV) for _ in range(groups.axes.tp)]
-        dist.all_gather(shards, local_BV, group=groups.decoder.tp)
-        chosen[m] = torch.cat(shards, dim=-1).float().argmax(dim=-1)
-    dist.all_reduce(chosen, group=groups.decoder.pp)
-    return chosen.cpu().numpy()
+        local_BV = full_BSV[rows, torch.from_numpy(positions[m])]
+        chosen[m] = gather_last_dim(local_BV, groups.decoder.tp).float().argmax(dim=-1)
+    return share_from_last_stage(chosen, groups).cpu().numpy()
 
 
 def _pixels(store: Store, questions: Sequence[Sequence[Question]], plan: StepPlan) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_deepstack.checkpoint.folder import newest_whole
 from megatron_deepstack.checkpoint.identity import model_identity, require_same
 from megatron_deepstack.checkpoint.save_load import load
@@ -98,12 +100,18 @@ def _load_engine(recipe: Recipe) -> Engine:
     require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
     groups = create_groups(recipe.parallel, recipe.train.seed)
     model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
-    for module in (model.encoder, *model.chunks):
+    modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
+    for module in modules:
         module.requires_grad_(False)
         module.eval()
     load(checkpoint, model, None)
     return Engine(
-        model=model, model_config=recipe.model, decoder_ddp=[], encoder_ddp=None, groups=groups, parallel=recipe.parallel
+        model=model,
+        model_config=recipe.model,
+        decoder_ddp=[],
+        encoder_ddp=None,
+        groups=groups,
+        parallel=recipe.parallel,
     )
 
 

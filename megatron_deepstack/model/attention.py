@@ -39,7 +39,9 @@ class FusedCoreAttention(torch.nn.Module):
         super().__init__()
         assert pg_collection is not None, "the layer spec passes process groups"
         self.causal = attn_mask_type is AttnMaskType.causal
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or config.hidden_size // config.num_attention_heads)
+        self.scale = softmax_scale or 1.0 / math.sqrt(
+            config.kv_channels or config.hidden_size // config.num_attention_heads
+        )
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(

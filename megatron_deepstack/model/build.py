@@ -78,5 +78,3 @@ def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
         rank_model.encoder.newline.requires_grad_(Part.PROJECTOR in trainable)
     for chunk in rank_model.chunks:
         chunk.requires_grad_(Part.LANGUAGE in trainable)
-
-

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import LanguageConfig, Layers
 from megatron_deepstack.model.injection import put_rows
-from megatron_deepstack.model.specs import decoder_block
+from megatron_deepstack.model.specs import decoder_block, respect_no_grad
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
 VOCABULARY_MULTIPLE = 128
@@ -97,6 +97,7 @@ class LanguageChunk(LanguageModule):
             pg_collection=groups,
             vp_stage=self.vp_stage,
         )
+        respect_no_grad(self.decoder)
         if self.post_process:
             self.output_layer = self._build_output_layer(config, groups)
         if self.pre_process or self.post_process:

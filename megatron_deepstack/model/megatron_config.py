@@ -6,9 +6,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.schema import Activation, LanguageConfig, ParallelConfig, Precision, Recompute, VisionConfig
+from megatron_deepstack.config.schema import (
+    Activation,
+    LanguageConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    VisionConfig,
+)
 from megatron_deepstack.planning.slots import layers_per_chunk
-from megatron_deepstack.platform.device import has_gpu, torch_dtype
+from megatron_deepstack.platform.device import has_gpu
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -19,6 +26,7 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 ACTIVATIONS = {Activation.QUICK_GELU: _quick_gelu, Activation.GELU: F.gelu, Activation.GELU_TANH: _gelu_tanh}
 
 
@@ -71,7 +79,7 @@ def vision_config(vision: VisionConfig, precision: Precision) -> TransformerConf
 
 
 def _common(precision: Precision) -> dict[str, object]:
-    dtype = torch_dtype(precision)
+    dtype = DTYPES[precision]
     return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

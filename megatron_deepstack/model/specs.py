@@ -7,6 +7,8 @@ own a slot are `InjectionLayer`s; everything else in them is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -16,7 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_deepstack.config.schema import LanguageConfig, Layers
@@ -57,6 +59,12 @@ def vit_layer() -> ModuleSpec:
     return ModuleSpec(module=TransformerLayer, submodules=_local_submodules(AttnMaskType.no_mask, qk_norm=False))
 
 
+def respect_no_grad(block: TransformerBlock) -> None:
+    """Keep a block's layers from switching gradients on inside `torch.no_grad()`, which costs a graph in inference."""
+    for layer in block.layers:
+        layer.bias_dropout_add_exec_handler = nullcontext
+
+
 def _local_submodules(mask: AttnMaskType, qk_norm: bool) -> TransformerLayerSubmodules:
     head_norm = Norm if qk_norm else IdentityOp
     return TransformerLayerSubmodules(
@@ -74,9 +82,16 @@ def _local_submodules(mask: AttnMaskType, qk_norm: bool) -> TransformerLayerSubm
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        mlp=_mlp(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
         mlp_bda=get_bias_dropout_add,
     )
+
+
+def _mlp(submodules: MLPSubmodules) -> object:
+    """The MLP's place in a layer spec: a builder since megatron-core 0.17, a ModuleSpec before."""
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def _engine_submodules(language: LanguageConfig) -> TransformerLayerSubmodules:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.model.specs import vit_layer
+from megatron_deepstack.model.specs import respect_no_grad, vit_layer
 from megatron_deepstack.planning.rows import sample_mosaic, tokens_per_side
 
 
@@ -67,6 +67,7 @@ class VisionTransformer(MegatronModule):
         self.decoder = TransformerBlock(
             config=config, spec=vit_layer(), pre_process=True, post_process=False, pg_collection=groups
         )
+        respect_no_grad(self.decoder)
         if stacks is not None:
             self.register_buffer("stack_index", self._stack_index(model, stacks), persistent=False)
         self.register_buffer("mean", torch.tensor(vision.mean)[:, None, None] * 255.0, persistent=False)

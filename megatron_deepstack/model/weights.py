@@ -170,9 +170,7 @@ def _plain(name: str, shape: Shape, tp_dim: int | None = None) -> Rule:
     return Rule(names=(name,), shapes=(shape,), tp_dim=tp_dim)
 
 
-def _fused(
-    modules: Sequence[str], kind: str, shapes: Sequence[Shape], groups: int, tp_dim: int | None = None
-) -> Rule:
+def _fused(modules: Sequence[str], kind: str, shapes: Sequence[Shape], groups: int, tp_dim: int | None = None) -> Rule:
     return Rule(names=tuple(f"{m}.{kind}" for m in modules), shapes=tuple(shapes), groups=groups, tp_dim=tp_dim)
 
 

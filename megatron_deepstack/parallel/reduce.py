@@ -30,6 +30,19 @@ def loss_and_tokens(losses: list[torch.Tensor], num_tokens: int, groups: Groups)
     return total, int(count)
 
 
+def share_from_last_stage(value: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Give every stage what the last one has; `value` is zero elsewhere. Collective over pp; in place."""
+    dist.all_reduce(value, group=groups.decoder.pp)
+    return value
+
+
+def gather_last_dim(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(..., n) of each rank to (..., n * ranks), in rank order; no gradient. Collective over `group`."""
+    shards = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, local.contiguous(), group=group)
+    return torch.cat(shards, dim=-1)
+
+
 def sum_over_replicas(values: list[int]) -> list[int]:
     """Sum of numbers that every rank of a replica knows alike, over replicas. Collective over dp."""
     totals = torch.tensor(values, dtype=torch.int64, device=local_device())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +125,7 @@ def plan_units(
                 for views in _unit_views(model, sample.grids[span.image], np.unique(rows.view[kept])):
                     units.append(EncodeUnit(micro_batch=m, sample=b, image=span.image, views=views))
     bounds = [len(units) * rank // num_ranks for rank in range(num_ranks + 1)]
-    return tuple(tuple(units[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(tuple(units[a:b]) for a, b in pairwise(bounds))
 
 
 def _unit_views(model: ModelConfig, grid: Grid, needed: Index) -> list[tuple[int, ...]]:
@@ -281,9 +282,7 @@ def _chunk_rows(step: StepRoutes, received: np.ndarray, stage: int) -> dict[tupl
     keys = np.unique(received[["micro_batch", "vpp"]]) if len(received) else ()
     for m, vpp in keys:
         here = np.flatnonzero((received["micro_batch"] == m) & (received["vpp"] == vpp))
-        by_slot = [
-            here[received["slot"][here] == slot] for slot in (EMBEDDING, *step.slots_by_chunk[stage, int(vpp)])
-        ]
+        by_slot = [here[received["slot"][here] == slot] for slot in (EMBEDDING, *step.slots_by_chunk[stage, int(vpp)])]
         base, stacked = by_slot[0], by_slot[1:]
         assert sum(map(len, by_slot)) == len(here), "a row arrived at a stage that does not own its slot"
         longest = max(map(len, stacked), default=0)

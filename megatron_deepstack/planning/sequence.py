@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.rows import Grid
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 Tokens = npt.NDArray[np.int64]
@@ -81,9 +80,7 @@ def expand(
     labels = np.full_like(opened, IGNORE_INDEX)
     labels[:-1] = np.where(target[1:], opened[1:], IGNORE_INDEX)
     starts = np.cumsum(repeats) - repeats
-    spans = tuple(
-        Span(image=k, start=int(starts[place]), length=int(repeats[place])) for k, place in enumerate(places)
-    )
+    spans = tuple(Span(image=k, start=int(starts[place]), length=int(repeats[place])) for k, place in enumerate(places))
     return ExpandedSample(tokens=opened, labels=labels, spans=spans)
 
 

@@ -61,7 +61,7 @@ def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None 
         if not 0 <= slot < num_layers:
             problems.append(
                 f"model.stacks: stack {stack} has slot {slot}, outside the model of {num_layers} layers "
-                f"(0 to {num_layers - 1}); lower model.stacks.start or interval, or name the layers in model.stacks.slots"
+                f"(0 to {num_layers - 1}); lower model.stacks.start or interval, or name layers in model.stacks.slots"
             )
     if problems:
         raise SlotError(problems)

@@ -1,14 +1,10 @@
-"""Device, dtype and communication backend, chosen once; nothing else asks whether there is a GPU."""
+"""Device and communication backend, chosen once; nothing else asks whether there is a GPU."""
 
 from __future__ import annotations
 
 import os
 
 import torch
-
-from megatron_deepstack.config.schema import Precision
-
-_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
 
 def has_gpu() -> bool:
@@ -32,11 +28,6 @@ def select_device() -> torch.device:
 def backend() -> str:
     """`torch.distributed` backend that fits the device."""
     return "nccl" if has_gpu() else "gloo"
-
-
-def torch_dtype(precision: Precision) -> torch.dtype:
-    """Dtype of parameters and activations."""
-    return _DTYPES[precision]
 
 
 def synchronize() -> None:

@@ -68,7 +68,11 @@ class EncoderPass:
         vit = self.encoder.vit
         if not len(pixels):
             return torch.zeros(
-                0, self.encoder.view_tokens, vit.vision.hidden_size, dtype=vit.config.params_dtype, device=vit.mean.device
+                0,
+                self.encoder.view_tokens,
+                vit.vision.hidden_size,
+                dtype=vit.config.params_dtype,
+                device=vit.mean.device,
             )
         images = vit.normalise(pixels) if pixels.dtype is torch.uint8 else pixels.to(vit.mean.device)
         return vit(images.to(vit.config.params_dtype))

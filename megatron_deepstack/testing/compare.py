@@ -20,9 +20,7 @@ def gather_published(model: RankModel, groups: Groups, pick: Pick) -> dict[str, 
     """
     mine: dict[str, torch.Tensor] = {}
     modules = [(model.encoder, model.encoder_rules, groups.encoder.tp)]
-    modules += [
-        (chunk, rules, groups.decoder.tp) for chunk, rules in zip(model.chunks, model.chunk_rules, strict=True)
-    ]
+    modules += [(chunk, rules, groups.decoder.tp) for chunk, rules in zip(model.chunks, model.chunk_rules, strict=True)]
     for module, rules, tp_group in modules:
         for name, parameter in module.named_parameters():
             tensor = pick(parameter)

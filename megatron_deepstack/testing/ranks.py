@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.errors import RankError
 
 _GRACE_SECONDS = 5.0
@@ -41,9 +42,7 @@ class RankPool:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve, args=(rank, num_ranks, self._folder.name, theirs), daemon=True
-                )
+                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -65,11 +64,12 @@ class RankPool:
         results: dict[int, Any] = {}
         deadline = time.monotonic() + self.deadline_seconds
         while len(results) < self.num_ranks:
-            ready = wait([p for r, p in enumerate(self._pipes) if r not in results], timeout=deadline - time.monotonic())
+            ready = wait(
+                [p for r, p in enumerate(self._pipes) if r not in results], timeout=deadline - time.monotonic()
+            )
             if not ready:
                 self._fail(self._hang_message(set(range(self.num_ranks)) - set(results)))
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for rank in [r for r, pipe in enumerate(self._pipes) if pipe in ready]:
                 results[rank] = self._receive(rank)
         return [results[rank] for rank in range(self.num_ranks)]
 
@@ -120,7 +120,10 @@ class RankPool:
         time.sleep(1.0)
         stacks = [f"rank {r}:\n{_stack_file(self._folder.name, r).read_text()}" for r in sorted(silent)]
         return "\n".join(
-            [f"ranks {sorted(silent)} of {self.num_ranks} silent for {self.deadline_seconds:.0f} s; their stacks:", *stacks]
+            [
+                f"ranks {sorted(silent)} of {self.num_ranks} silent for {self.deadline_seconds:.0f} s; their stacks:",
+                *stacks,
+            ]
         )
 
 
@@ -146,7 +149,8 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
 
     os.environ["LOCAL_RANK"] = str(rank)
     adapt_megatron()
-    join_by_file(Path(folder) / "rendezvous", rank, num_ranks)
+    _worlds.update(folder=folder, rank=rank, num_ranks=num_ranks, number=0)
+    join_by_file(Path(folder) / "rendezvous-0", rank, num_ranks)
     while True:
         try:
             function, args = pipe.recv()
@@ -160,6 +164,29 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     leave()
 
 
+_worlds: dict[str, Any] = {}
+"""Of a worker process: where its ranks meet, how often they have, and the groups in force."""
+
+
+def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
+    """`parallel.groups.Groups` of a layout, inside a pool's worker. Collective over all ranks.
+
+    Those of the last call if the layout is the same. Otherwise the world is left and joined anew: gloo groups that are
+    merely forgotten keep their threads, and a suite of a hundred layouts ends with thousands of them.
+    """
+    from megatron_deepstack.parallel.groups import create_groups
+    from megatron_deepstack.platform.process_group import join_by_file, leave
+
+    layout = (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)
+    if _worlds.get("layout") != layout:
+        leave()
+        _worlds["number"] += 1
+        rendezvous = Path(_worlds["folder"]) / f"rendezvous-{_worlds['number']}"
+        join_by_file(rendezvous, _worlds["rank"], _worlds["num_ranks"])
+        _worlds.update(layout=layout, groups=create_groups(parallel, seed))
+    return _worlds["groups"]
+
+
 def _picklable(error: Exception) -> Exception:
     """The error itself where it survives the pipe, for callers that tell users' mistakes from crashes."""
     import pickle
@@ -171,7 +198,9 @@ def _picklable(error: Exception) -> Exception:
     return error
 
 
-def run_once(num_ranks: int, function: Callable[..., Any], *args: Any, deadline_seconds: float = 240.0) -> Sequence[Any]:
+def run_once(
+    num_ranks: int, function: Callable[..., Any], *args: Any, deadline_seconds: float = 240.0
+) -> Sequence[Any]:
     """Start ranks, run one function, end them."""
     with RankPool(num_ranks, deadline_seconds) as pool:
         return pool.run(function, *args)

@@ -17,7 +17,7 @@ from megatron_deepstack.planning.sequence import expand
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.planning.step_plan import StepPlan, plan_step
 from megatron_deepstack.planning.tokens import IGNORE_INDEX
-from megatron_deepstack.testing.ranks import RankPool
+from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.reference_case import ReferenceCase, load_case
 
 LOGITS_TOLERANCE = 2e-5
@@ -92,13 +92,12 @@ def check_case(pool: RankPool, case: ReferenceCase, parallel: ParallelConfig, mi
 
 def _check_on_rank(rank: int, case: ReferenceCase, parallel: ParallelConfig, micro_batch_size: int) -> CaseResult:
     from megatron_deepstack.model.build import build_model, fill_model, freeze
-    from megatron_deepstack.parallel.groups import create_groups
     from megatron_deepstack.step.clock import StepClock
     from megatron_deepstack.step.engine import build_engine
     from megatron_deepstack.step.train_step import forward_backward
     from megatron_deepstack.testing.compare import gather_published, main_gradient, worst
 
-    groups = create_groups(parallel, seed=0)
+    groups = groups_for(parallel)
     model = build_model(case.model, parallel, Precision.FP32, groups)
     fill_model(model, lambda name, shape: case.weights[name].reshape(shape), groups.decoder.tp)
     freeze(model, tuple(Part))
@@ -161,20 +160,22 @@ def _pixels(case: ReferenceCase, mine: list[list[int]], plan: StepPlan) -> torch
     return torch.cat(chosen)
 
 
-def _logits_error(engine: object, plan: StepPlan, pixels: torch.Tensor, case: ReferenceCase, mine: list[list[int]]) -> float:
+def _logits_error(
+    engine: object, plan: StepPlan, pixels: torch.Tensor, case: ReferenceCase, mine: list[list[int]]
+) -> float:
     """Largest absolute error of any logit at a sample's own positions, over all ranks."""
     import torch.distributed as dist
 
     from megatron_deepstack.parallel.context import gather_sequence
+    from megatron_deepstack.parallel.reduce import gather_last_dim
     from megatron_deepstack.step.engine import Engine
     from megatron_deepstack.step.train_step import VisualPass
-    from megatron_deepstack.testing.compare import gather_shards
 
     assert isinstance(engine, Engine)
     logits = VisualPass(engine, plan, pixels).logits(plan)
     error = torch.zeros(1)
     for batch, local_BSV in zip(mine, logits, strict=False):
-        full_BSV = torch.cat(gather_shards(local_BSV.contiguous(), engine.groups.decoder.tp), dim=-1)
+        full_BSV = gather_last_dim(local_BSV, engine.groups.decoder.tp)
         full_BSV = gather_sequence(full_BSV.transpose(0, 1), engine.groups.decoder.cp).transpose(0, 1)
         for index, ours in zip(batch, full_BSV, strict=True):
             if index != _FILLER:

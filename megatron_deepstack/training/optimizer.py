@@ -2,8 +2,8 @@
 
 The decoder's states belong to dp x cp, the encoder's to the whole world, since every rank holds the encoder. Each
 trainable parameter is in exactly one group, which is checked. Groups differ in part (peak learning rate) and in weight
-decay, which norms, biases and other vectors do not get. Rates and decay come from the recipe in every step, never from a
-checkpoint, whose groups Megatron tells apart by less than ours differ in.
+decay, which norms, biases and other vectors do not get. Rates and decay come from the recipe in every step,
+never from a checkpoint, whose groups Megatron tells apart by less than ours differ in.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Optimizer:
         parts = []
         if engine.decoder_ddp:
             parts.append(
-                get_megatron_optimizer(megatron_config, engine.decoder_ddp, _overrides(config), use_gloo_process_groups=False)
+                get_megatron_optimizer(
+                    megatron_config, engine.decoder_ddp, _overrides(config), use_gloo_process_groups=False
+                )
             )
         if engine.encoder_ddp is not None:
             parts.append(

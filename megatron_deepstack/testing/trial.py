@@ -1,0 +1,57 @@
+"""A few training steps of a tiny recipe on the ranks of a pool, and everything they lead to, for comparing layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.sampler import global_batch, share_of_replica
+from megatron_deepstack.planning.step_plan import plan_step
+from megatron_deepstack.testing.tiny import TinySample, tiny_samples, unit_pixels
+
+
+@dataclass(slots=True)
+class Trial:
+    """What a run of a tiny recipe leaves; tensors under published names."""
+
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    first_gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, truncate: bool = False) -> Trial | None:
+    """Train `recipe.train.steps` steps; rank 0 returns the trial. A module-level function for `RankPool.run`."""
+    from megatron_deepstack.model.build import build_model, fill_model, freeze
+    from megatron_deepstack.model.init import random_source
+    from megatron_deepstack.step.clock import StepClock
+    from megatron_deepstack.step.engine import build_engine
+    from megatron_deepstack.step.train_step import forward_backward
+    from megatron_deepstack.testing.compare import gather_published, main_gradient
+    from megatron_deepstack.testing.ranks import groups_for
+    from megatron_deepstack.training.optimizer import Optimizer
+
+    train = recipe.train
+    groups = groups_for(recipe.parallel)
+    model = build_model(recipe.model, recipe.parallel, train.precision, groups)
+    fill_model(model, random_source(recipe.model, train.seed), groups.decoder.tp)
+    freeze(model, train.trainable)
+    engine = build_engine(model, recipe.model, recipe.parallel, groups)
+    optimizer = Optimizer(engine, recipe.optimizer, train.precision, train.steps)
+    samples = tiny_samples(recipe.model, num_samples, seed)
+    trial = Trial()
+    for step in range(train.steps):
+        order = global_batch(train.seed, step, train.global_batch_size, num_samples)
+        mine = share_of_replica(order, groups.place.dp, groups.axes.dp, train.micro_batch_size)
+        batches: list[list[TinySample]] = [[samples[int(i)] for i in row] for row in mine]
+        planned = [[s.planned(recipe.model, train.seq_length, truncate) for s in row] for row in batches]
+        plan = plan_step(recipe.model, recipe.parallel, planned, groups.replica_rank)
+        loss = forward_backward(engine, plan, unit_pixels(recipe.model, batches, plan), StepClock())
+        if step == 0 and not recipe.parallel.distributed_optimizer:
+            trial.first_gradients = gather_published(model, groups, main_gradient)
+        trial.losses.append(loss.mean)
+        trial.gradient_norms.append(optimizer.step(step).gradient_norm)
+    trial.parameters = gather_published(model, groups, lambda parameter: parameter)
+    return trial if rank == 0 else None

@@ -1,0 +1,37 @@
+"""Fixtures shared by all rooms: pools of ranks started once per world size, and the reference data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_deepstack.testing.ranks import RankPool
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(n)`: a pool of n gloo ranks, started at its first use; another after one that failed."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(num_ranks: int) -> RankPool:
+        if num_ranks not in pools or not pools[num_ranks].alive:
+            pools[num_ranks] = RankPool(num_ranks)
+        return pools[num_ranks]
+
+    yield pool
+    for started in pools.values():
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The published numbers: $DEEPSTACK_REFERENCE, or shared/reference beside the repository."""
+    folder = Path(os.environ.get("DEEPSTACK_REFERENCE", REPOSITORY.parent / "shared" / "reference"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder}; set DEEPSTACK_REFERENCE to its folder")
+    return folder
