@@ -274,8 +274,13 @@ def _say_all(results: Iterable[object]) -> None:
         _say(result)
 
 
-_KNOWN_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
-"""Megatron-Core says these in every process without a GPU; the README says what they mean."""
+_KNOWN_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "Please use DTensor instead",
+)
+"""Megatron-Core and torch say these in every process without a GPU, or at every checkpoint; see the README's limits."""
 
 
 def main() -> None:
