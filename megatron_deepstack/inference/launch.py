@@ -9,17 +9,22 @@ from rich.table import Table
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.inference.main import Answer, Score, answer_store
+from megatron_deepstack.inference.main import Answer, Score, answer_store, newest_checkpoint, open_questions
 from megatron_deepstack.platform.local_ranks import launch_ranks
 
 SHOWN = 20
 
 
 def generate(recipe: Recipe, *, store: Path | None, limit: int | None, max_new_tokens: int) -> Score:
-    """Answer the questions of `store` (default: `data.validation_store`) and print a table. Raises RankError."""
+    """Answer the questions of `store` (default: `data.validation_store`) and print a table.
+
+    Raises CheckpointError and StoreError before any rank starts, RankError if one fails.
+    """
     path = str(store) if store is not None else recipe.data.validation_store
     if path is None:
         raise ConfigError(["data.validation_store: not set; name a store of questions with --store"])
+    newest_checkpoint(recipe)
+    open_questions(recipe, path)
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline
     answers: list[Answer] = launch_ranks(answer_store, num_ranks, recipe, path, limit, max_new_tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_deepstack.checkpoint.folder import newest_whole
+from megatron_deepstack.checkpoint.folder import Checkpoint, newest_whole
 from megatron_deepstack.checkpoint.identity import model_identity, require_same
 from megatron_deepstack.checkpoint.save_load import load
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
@@ -20,7 +20,7 @@ from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.inference.generate import generate_answers
 from megatron_deepstack.inference.questions import Question, read_question
 from megatron_deepstack.model.build import build_model
-from megatron_deepstack.parallel.groups import create_groups
+from megatron_deepstack.parallel.groups import Groups, create_groups
 from megatron_deepstack.step.engine import Engine
 
 MICRO_BATCH_SIZE = 8
@@ -68,8 +68,25 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
 
     adapt_megatron()
     join()
-    store, tokenizer = _open(recipe, store_path)
-    engine = _load_engine(recipe)
+    store, tokenizer = open_questions(recipe, store_path)
+    engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
+    answers = answer_questions(recipe, engine, store, tokenizer, store_path, limit, max_new_tokens)
+    if engine.groups.replica_rank == 0:
+        _write(Path(recipe.run_dir) / "answers.jsonl", answers)
+    leave()
+    return answers
+
+
+def answer_questions(
+    recipe: Recipe,
+    engine: Engine,
+    store: Store,
+    tokenizer: Tokenizer,
+    store_path: str,
+    limit: int | None,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answer the first `limit` questions of an open store. Collective over the replica; all ranks get the answers."""
     count = min(limit or len(store), len(store))
     questions = [read_question(store, index, tokenizer) for index in range(count)]
     tokens: list[list[int]] = []
@@ -78,14 +95,11 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
         batches = _micro_batches(group, recipe.parallel)
         answered = generate_answers(engine, store, batches, tokenizer.eos_id, max_new_tokens)
         tokens += [row for batch in answered for row in batch][: len(group)]
-    answers = [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]
-    if engine.groups.replica_rank == 0:
-        _write(Path(recipe.run_dir) / "answers.jsonl", answers)
-    leave()
-    return answers
+    return [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]
 
 
-def _open(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
+def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
+    """A store of questions with the run's tokenizer, checked against each other. Raises StoreError, ConfigError."""
     if recipe.data.tokenizer is None:
         raise ConfigError(["data.tokenizer: not set; `generate` needs the SentencePiece model to write its answers"])
     store, tokenizer = Store.open(store_path), load_tokenizer(recipe.data.tokenizer)
@@ -93,12 +107,18 @@ def _open(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
     return store, tokenizer
 
 
-def _load_engine(recipe: Recipe) -> Engine:
+def newest_checkpoint(recipe: Recipe) -> Checkpoint:
+    """The run's newest whole checkpoint. Raises CheckpointError if there is none, or it holds another model."""
     checkpoint, _ = newest_whole(recipe.run_dir)
     if checkpoint is None:
         raise CheckpointError(f"{recipe.run_dir}: holds no checkpoint; run `train` first, or name another run")
     require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
-    groups = create_groups(recipe.parallel, recipe.train.seed)
+    return checkpoint
+
+
+def load_engine(recipe: Recipe, groups: Groups) -> Engine:
+    """A run's newest whole checkpoint, ready for forward passes. Collective over all ranks. Raises CheckpointError."""
+    checkpoint = newest_checkpoint(recipe)
     model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
     modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
     for module in modules:

@@ -13,6 +13,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_deepstack.errors import DeepStackError, RankError
 from megatron_deepstack.platform.device import has_gpu
+from megatron_deepstack.platform.parent import die_with_parent
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 _USER_ERROR_EXIT = 64
@@ -52,7 +53,8 @@ def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> An
 
 
 def _guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A rank: users' mistakes are said once, by the first rank, without a traceback; anything else with one."""
+    """A rank, which ends with its launcher. Users' mistakes are said once and without a traceback, by the first rank."""
+    die_with_parent()
     try:
         return function(*args)
     except DeepStackError as error:

@@ -42,7 +42,7 @@ class RankPool:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs), daemon=True)
+                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs), daemon=False)
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -145,8 +145,10 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from megatron_deepstack.platform.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.parent import die_with_parent
     from megatron_deepstack.platform.process_group import join_by_file, leave
 
+    die_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
     adapt_megatron()
     _worlds.update(folder=folder, rank=rank, num_ranks=num_ranks, number=0)

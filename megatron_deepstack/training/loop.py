@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Part, Recipe
 from megatron_deepstack.data.steps import LoadedStep, Prefetcher
+from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import sum_over_replicas
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.step.clock import StepClock
@@ -25,9 +26,9 @@ from megatron_deepstack.training.session import Session, resume, start_session
 from megatron_deepstack.training.validation import Validation
 
 
-def run(recipe: Recipe, stop_after: int | None = None) -> None:
-    """Train on a rank that has joined. Collective over all ranks. See `training.main.train`."""
-    session = start_session(recipe)
+def run(recipe: Recipe, groups: Groups, stop_after: int | None = None) -> None:
+    """Train on a rank whose groups exist. Collective over all ranks. See `training.main.train`."""
+    session = start_session(recipe, groups)
     resumption = resume(session)
     run_dir = Path(recipe.run_dir)
     writes = dist.get_rank() == 0

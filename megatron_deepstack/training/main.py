@@ -23,7 +23,8 @@ def train(recipe: Recipe, stop_after: int | None = None) -> None:
     check_plan(recipe)
     check_world(recipe, dist.get_world_size())
 
+    from megatron_deepstack.parallel.groups import create_groups
     from megatron_deepstack.training.loop import run
 
-    run(recipe, stop_after)
+    run(recipe, create_groups(recipe.parallel, recipe.train.seed), stop_after)
     leave()

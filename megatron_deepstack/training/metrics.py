@@ -83,7 +83,9 @@ class MetricsLog:
             self._board.add_scalar("validation_loss", record.validation_loss, record.step)
         for part, seconds in record.seconds.items():
             self._board.add_scalar(f"seconds/{part}", seconds, record.step)
-        if record.step % self.interval == 0 or record.step == self.num_steps or record.validation_loss is not None:
+        first = record.step == self._first_step + 1
+        due = record.step % self.interval == 0 or record.step == self.num_steps
+        if first or due or record.validation_loss is not None:
             self.say(self._line(record))
 
     def _line(self, record: StepRecord) -> str:

@@ -100,14 +100,16 @@ def part_of(name: str) -> Part:
 
 
 def _overrides(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """Megatron's rules for groups: vectors have no decay, parts have peak rates of their own."""
+    """Megatron's rules for groups: vectors have no decay, parts have peak rates of their own.
+
+    `lr_mult` is there because Megatron recognises a checkpoint's groups by it and `wd_mult`, and not by `max_lr`.
+    """
     rules: dict[ParamKey, ParamGroupOverride] = {
         _key("vectors", lambda parameter, name: parameter.dim() == 1): ParamGroupOverride(wd_mult=0.0)
     }
     for part in Part:
-        rules[_key(part.value, partial(_belongs, part))] = ParamGroupOverride(
-            max_lr=peak_lr(config, part), min_lr=config.min_lr
-        )
+        peak = peak_lr(config, part)
+        rules[_key(part.value, partial(_belongs, part))] = ParamGroupOverride(max_lr=peak, lr_mult=peak)
     return rules
 
 

@@ -15,7 +15,7 @@ from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.data.steps import Share, StepReader, open_reader
 from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.model.init import random_source
-from megatron_deepstack.parallel.groups import Groups, create_groups
+from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.step.engine import Engine, build_engine
 from megatron_deepstack.training.optimizer import Optimizer
 
@@ -45,12 +45,11 @@ class Session:
         )
 
 
-def start_session(recipe: Recipe) -> Session:
-    """Build a run on this rank, its weights initialised. Collective over all ranks, which have joined already.
+def start_session(recipe: Recipe, groups: Groups) -> Session:
+    """Build a run on this rank, its weights initialised. Collective over all ranks.
 
     Raises before anything is built where store and recipe do not fit.
     """
-    groups = create_groups(recipe.parallel, recipe.train.seed)
     reader = open_reader(recipe, recipe.data.store, share_of(groups))
     model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
     source = random_source(recipe.model, recipe.train.seed)

@@ -1,0 +1,73 @@
+"""Slots and stages: who owns what, and the messages of what cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_deepstack.config.schema import ParallelConfig, StackConfig, Variant
+from megatron_deepstack.errors import LayoutError, SlotError
+from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stack_slots, stage_chunks
+from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
+from megatron_deepstack.testing.tiny import tiny_model
+
+
+def test_published_slots() -> None:
+    assert stack_slots(StackConfig(), 32) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("stacks", "words"),
+    [
+        (StackConfig(start=6), ("stack 2 has slot 8", "8 layers (0 to 7)")),
+        (StackConfig(slots=(1, 2, 3)), ("3 slots [1, 2, 3] for 4 stacks",)),
+        (StackConfig(slots=(1, 2, 3, -1)), ("stack 3 has slot -1",)),
+    ],
+    ids=["outside", "too few", "negative"],
+)
+def test_slots_that_cannot_be(stacks: StackConfig, words: tuple[str, ...]) -> None:
+    """A slot outside the model and more stacks than slots are errors with the numbers in them."""
+    with pytest.raises(SlotError) as caught:
+        stack_slots(stacks, 8)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_interleaved_chunks_follow_megatron() -> None:
+    """Chunk v * pp + p lives on stage p; the embedding is on the first, the head on the last."""
+    chunks = stage_chunks(8, ParallelConfig(pipeline=2, virtual_pipeline=2))
+    assert [(c.pp, c.vpp, c.first, c.stop) for c in chunks] == [(0, 0, 0, 2), (1, 0, 2, 4), (0, 1, 4, 6), (1, 1, 6, 8)]
+    assert [c.has_embedding for c in chunks] == [True, False, False, False]
+    assert [c.has_head for c in chunks] == [False, False, False, True]
+
+
+def test_every_layer_has_one_owner() -> None:
+    chunks = stage_chunks(8, ParallelConfig(pipeline=4, layers_per_stage=(0, 3, 3, 2)))
+    assert [owner(layer, chunks) for layer in range(8)] == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert owner(EMBEDDING, chunks) == 0
+    assert [chunk_slots(c, (7, 0, 3, 7)) for c in chunks] == [(), (0,), (3,), (7,)]
+    with pytest.raises(SlotError, match="slot 8"):
+        owner(8, chunks)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        (ParallelConfig(pipeline=3), "8 decoder layers do not split evenly over 3 chunks"),
+        (ParallelConfig(pipeline=2, layers_per_stage=(3, 4)), "sum to 7"),
+        (ParallelConfig(pipeline=2, layers_per_stage=(8,)), "must be 2 counts"),
+    ],
+    ids=["uneven", "wrong sum", "wrong number"],
+)
+def test_layers_that_do_not_fit(parallel: ParallelConfig, words: str) -> None:
+    with pytest.raises(LayoutError, match=words):
+        stage_chunks(8, parallel)
+
+
+def test_stacks_behind_the_feature_are_reported() -> None:
+    """DeepStack-V from layer 1 of 4, feature entering layer 3: the fourth stack finds no place, as published."""
+    model = tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(start=1))
+    plan = plan_vit_stacks(model)
+    assert (plan.slots, plan.last_unprocessed, plan.dropped) == ((1, 2), True, (2, 3))
+    assert decoder_slots(model) == ()
+    with pytest.raises(SlotError, match="must rise and begin within 0 to 2"):
+        plan_vit_stacks(tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(start=5)))
