@@ -1,69 +1,60 @@
-"""Reading and writing checkpoints under the published names, as safetensors.
+"""Weights to start from: a checkpoint on disk as the source of published tensors.
 
-The published DeepStack checkpoints carry LLaVA's names (`model.layers.0.self_attn.q_proj.weight`,
-`model.mm_projector.0.weight`, `model.vision_tower.vision_tower.vision_model...`), in one file or in several with
-`model.safetensors.index.json`.
+A checkpoint gives whole parts (vision tower, projector, decoder) or nothing of them. What part it lacks comes from
+somewhere else, as a fresh projector does; but a part with holes, or a model that its own config contradicts, would
+train silently wrong and is refused.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.convert.hf_config import read_config, require_same_model
+from megatron_deepstack.convert.hf_names import by_published_name, part_of
+from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import Shape, Source
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
+def published_source(path: str | Path, fallback: Source | None = None, model: ModelConfig | None = None) -> Source:
+    """Source of full float32 tensors in a Hugging Face folder or a file, under published or Hugging Face's names.
 
-def published_source(path: str | Path, fallback: Source | None = None) -> Source:
-    """Source of full tensors in a safetensors file, or a folder with one or with an index.
-
-    A tensor that the files lack comes from `fallback` (a fresh projector on pretrained towers); without one, and for a
-    tensor of another shape, CheckpointError names it.
+    Parts that the checkpoint lacks come from `fallback`. CheckpointError names a tensor that is missing from a part the
+    checkpoint holds, or from the checkpoint where there is no fallback, and one of another shape. With `model`, what
+    the folder's config.json says and shapes do not show (heads, norms, rotary base, ...) must agree too.
     """
-    files = _files_by_name(Path(path))
+    files = files_by_name(Path(path))
+    names = by_published_name(files, str(path))
+    if not names:
+        raise CheckpointError(
+            f"{path}: no tensor has a name of a LLaMA-type decoder, a CLIP-type vision tower or a LLaVA model; "
+            f"found {', '.join(sorted(files)[:3]) or 'none at all'}"
+        )
+    if model is not None:
+        require_same_model(read_config(Path(path)), model, str(path))
+    parts = {part_of(name) for name in names}
 
     def read(name: str, shape: Shape) -> torch.Tensor:
-        if name not in files:
-            if fallback is None:
-                raise CheckpointError(f"{path}: holds no tensor {name}; expected shape {shape}")
-            return fallback(name, shape)
-        with safe_open(files[name], framework="pt") as opened:
-            tensor = opened.get_tensor(name)
+        if name not in names:
+            if fallback is not None and (part_of(name) is None or part_of(name) not in parts):
+                return fallback(name, shape)
+            raise CheckpointError(_missing(path, name, shape))
+        tensor = read_tensor(files[names[name]], names[name])
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the model "
-                "the checkpoint was made with"
+                f"{path}: {names[name]} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the "
+                "model the checkpoint was made with"
             )
         return tensor.float()
 
     return read
 
 
-def _files_by_name(path: Path) -> dict[str, Path]:
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; train.init_from takes a safetensors file or folder"
-        )
-    try:
-        if path.is_dir() and (path / INDEX).is_file():
-            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {name: path / file for name, file in weight_map.items()}
-        file = path / SINGLE if path.is_dir() else path
-        with safe_open(file, framework="pt") as opened:
-            return dict.fromkeys(opened.keys(), file)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
-
-
-def write_published(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write full tensors under published names into one file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial))
-    partial.rename(path)
+def _missing(path: str | Path, name: str, shape: Shape) -> str:
+    hint = "complete it, or choose the model it was made with"
+    if name == "lm_head.weight":
+        hint = "if it ties output and input embeddings, set model.language.tied_embeddings=true"
+    return f"{path}: holds no tensor {name}; expected shape {shape}; {hint}"
