@@ -19,7 +19,7 @@ VISION: Mapping[str, VisionConfig] = {
     "clip_vit_l14_224": VisionConfig(image_size=224),
     "clip_vit_l14_336": VisionConfig(),
     "siglip_so400m_14_384": VisionConfig(
-        image_size=378,
+        image_size=384,
         hidden_size=1152,
         ffn_hidden_size=4304,
         num_layers=27,
@@ -30,7 +30,7 @@ VISION: Mapping[str, VisionConfig] = {
         std=_HALF,
     ),
 }
-"""Vision towers. SigLIP takes 384 pixels but sees 27 whole patches of 14: 378, to which a view is resized here."""
+"""Vision towers. SigLIP takes views of 384 pixels and sees the 27 x 27 whole patches of 14, as published."""
 
 LANGUAGE: Mapping[str, LanguageConfig] = {
     "llama2_7b": _LLAMA_7B,
@@ -48,6 +48,21 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
         rope_theta=5_000_000.0,
     ),
     "mistral_7b_v0_2": LanguageConfig(ffn_hidden_size=14336, num_kv_heads=8, rope_theta=1_000_000.0),
+    "mistral_7b_v0_3": LanguageConfig(
+        vocab_size=32768, ffn_hidden_size=14336, num_kv_heads=8, rope_theta=1_000_000.0
+    ),
+    "qwen2_1_5b": LanguageConfig(
+        vocab_size=151936,
+        hidden_size=1536,
+        ffn_hidden_size=8960,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        norm_epsilon=1e-6,
+        rope_theta=1_000_000.0,
+        qkv_bias=True,
+        tied_embeddings=True,
+    ),
     "qwen2_7b": LanguageConfig(
         vocab_size=152064,
         hidden_size=3584,
@@ -58,6 +73,19 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
         norm_epsilon=1e-6,
         rope_theta=1_000_000.0,
         qkv_bias=True,
+    ),
+    "qwen3_1_7b": LanguageConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        norm_epsilon=1e-6,
+        rope_theta=1_000_000.0,
+        qk_norm=True,
+        tied_embeddings=True,
     ),
     "qwen3_8b": LanguageConfig(
         vocab_size=151936,

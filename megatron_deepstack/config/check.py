@@ -13,6 +13,7 @@ from math import prod
 
 from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems
 from megatron_deepstack.config.schema import (
+    Batching,
     EncoderPlacement,
     GridRule,
     LanguageConfig,
@@ -147,12 +148,11 @@ def _problem(paths: str, text: str, kind: type[ConfigError] = ConfigError) -> Pr
 
 def _vision(recipe: Recipe) -> Iterator[Problem]:
     vision = recipe.model.vision
-    if vision.patch_size and vision.image_size % vision.patch_size:
-        lower = vision.image_size // vision.patch_size * vision.patch_size
+    if vision.patch_size > vision.image_size:
         yield _problem(
             "model.vision.image_size model.vision.patch_size",
-            f"{vision.image_size} pixels are not a whole number of patches of {vision.patch_size}; "
-            f"use {lower or vision.patch_size} or {lower + vision.patch_size}",
+            f"a view of {vision.image_size} pixels holds no patch of {vision.patch_size}; "
+            f"use {vision.patch_size} pixels or more",
         )
     if vision.num_heads and vision.hidden_size % vision.num_heads:
         yield _problem(
@@ -286,6 +286,18 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             f"{train.seq_length} tokens cannot hold one image of {tokens} visual tokens "
             f"({vision.image_size} / {vision.patch_size} squared) and any text",
         )
+    if train.batching is Batching.PACKED:
+        for path, value in (
+            ("train.micro_batch_size", train.micro_batch_size),
+            ("parallel.context", recipe.parallel.context),
+        ):
+            if value > 1:
+                yield _problem(
+                    f"{path} train.batching",
+                    f"{value} with train.batching=packed, where a row is a micro-batch and is not split over context "
+                    f"ranks; set {path}=1, or train.batching=padded",
+                    LayoutError,
+                )
     if not train.trainable or len(set(train.trainable)) < len(train.trainable):
         yield _problem(
             "train.trainable",

@@ -86,6 +86,13 @@ class Part(StrEnum):
     LANGUAGE = "language"
 
 
+class Batching(StrEnum):
+    """How samples become sequences: each padded to the step's longest, or several packed into one."""
+
+    PADDED = "padded"
+    PACKED = "packed"
+
+
 class LrSchedule(StrEnum):
     """Learning rate after warm-up."""
 
@@ -111,12 +118,12 @@ class Layers(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
-    """The vision tower, a CLIP-type ViT."""
+    """The vision tower, a ViT of CLIP's or SigLIP's type."""
 
     image_size: int = 336
     """Side of a view in pixels; also the crop size of the preprocessing."""
     patch_size: int = 14
-    """Side of a patch in pixels; must divide `image_size`."""
+    """Side of a patch in pixels. What is left of `image_size` beyond whole patches is not seen, as in 384 / 14."""
     hidden_size: int = 1024
     """Width of the tower."""
     ffn_hidden_size: int = 4096
@@ -130,7 +137,8 @@ class VisionConfig:
     select_layer: int = -2
     """Hidden state used as feature, numbered as by Hugging Face: -1 is the last layer's output, -2 its input."""
     class_token: bool = True
-    """A learned class token precedes the patches (CLIP yes, SigLIP no). It is dropped from the features."""
+    """CLIP's embedding: a class token before the patches (dropped from the features), a norm after, no bias; or SigLIP's:
+    no token, no norm, a bias."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of its LayerNorms."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -301,6 +309,9 @@ class TrainConfig:
     """Samples per micro-batch and replica."""
     seq_length: int = 2048
     """Longest sequence in tokens, visual tokens included; a longer sample is an error unless `truncate`."""
+    batching: Batching = Batching.PADDED
+    """`packed` fills rows of up to `seq_length` tokens with whole samples, which do not see each other; each row is a
+    micro-batch, so `micro_batch_size` is 1. The result is the same, with less padding."""
     truncate: bool = False
     """Cut samples longer than `seq_length` instead of refusing them."""
     seed: int = 1234

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.config.schema import Batching, ModelConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.data.processor import check_store
 from megatron_deepstack.data.sampler import Indices, global_batch, share_of_replica
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.tokenizer import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
+from megatron_deepstack.planning.packing import filler, merge, pack
 from megatron_deepstack.planning.routes import PlannedSample, RankRoutes
 from megatron_deepstack.planning.rows import context_length
 from megatron_deepstack.planning.sequence import expand
@@ -49,6 +50,14 @@ class LoadedStep:
     """Images of the replica's samples."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a micro-batch with its images' numbers in the store."""
+
+    planned: PlannedSample
+    images: tuple[int, ...]
+
+
 class StepReader:
     """Reads steps of a store for one rank."""
 
@@ -67,22 +76,42 @@ class StepReader:
 
     def load_samples(self, step: int, samples: Indices) -> LoadedStep:
         """The same for chosen samples, (micro-batches, micro_batch_size) store indices."""
-        planned = [[planned_sample(self.store, self.model, self.train, int(i)) for i in row] for row in samples]
-        plan = plan_step(self.model, self.parallel, planned, self.share.replica_rank)
+        read = [[self._read(int(i)) for i in row] for row in samples]
+        packed = self.train.batching is Batching.PACKED
+        rows = self._pack([one for row in read for one in row]) if packed else read
+        batches = [[row.planned for row in batch] for batch in rows]
+        plan = plan_step(self.model, self.parallel, batches, self.share.replica_rank, packed=packed)
         return LoadedStep(
             step=step,
             plan=plan,
-            pixels=self._pixels(samples, plan.routes),
+            pixels=self._pixels(rows, plan.routes),
             samples=samples,
-            num_tokens=sum(s.sequence.length for row in planned for s in row),
-            num_images=sum(len(s.grids) for row in planned for s in row),
+            num_tokens=sum(one.planned.sequence.length for row in read for one in row),
+            num_images=sum(len(one.images) for row in read for one in row),
         )
 
-    def _pixels(self, samples: Indices, routes: RankRoutes) -> np.ndarray:
+    def _read(self, index: int) -> _Row:
+        return _Row(planned_sample(self.store, self.model, self.train, index), self.store.sample_images(index))
+
+    def _pack(self, samples: list[_Row]) -> list[list[_Row]]:
+        """Packed rows, each a micro-batch of its own; fillers make up the number that interleaving asks for."""
+        packs = pack([one.planned.sequence.length for one in samples], self.train.seq_length)
+        rows = [
+            _Row(
+                merge([samples[i].planned for i in indices]),
+                tuple(image for i in indices for image in samples[i].images),
+            )
+            for indices in packs
+        ]
+        multiple = self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
+        wanted = -(-len(rows) // multiple) * multiple
+        return [[row] for row in (*rows, *[_Row(filler(), ())] * (wanted - len(rows)))]
+
+    def _pixels(self, rows: list[list[_Row]], routes: RankRoutes) -> np.ndarray:
         size = self.model.vision.image_size
         parts = [np.empty((0, size, size, 3), np.uint8)]
         for unit in routes.units:
-            image = self.store.sample_images(int(samples[unit.micro_batch, unit.sample]))[unit.image]
+            image = rows[unit.micro_batch][unit.sample].images[unit.image]
             parts.append(self.store.read_views(image, unit.views))
         return np.concatenate(parts)
 

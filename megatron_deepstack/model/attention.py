@@ -10,15 +10,39 @@ Legend: S local sequence, B micro-batch, A query heads of this tp rank, G key/va
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.parallel.context import gather_sequence, local_positions
+
+
+@dataclass
+class Packs(PackedSeqParams):
+    """Where the samples of a packed row end: Megatron's form, and the numbers for a loop without a device's answer."""
+
+    ends: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, ends: tuple[int, ...], device: torch.device) -> Packs:
+        """Packs of one row whose samples end at `ends`; the last end is the row's length."""
+        bounds = torch.tensor((0, *ends), dtype=torch.int32, device=device)
+        longest = max(end - begin for begin, end in pairwise((0, *ends)))
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            ends=ends,
+        )
 
 
 class FusedCoreAttention(torch.nn.Module):
@@ -55,7 +79,9 @@ class FusedCoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> torch.Tensor:
-        """`query` (S, B, A, D), `key` and `value` (S, B, G, D); returns (S, B, A * D)."""
+        """`query` (S, B, A, D), `key` and `value` (S, B, G, D) to (S, B, A * D); without B where rows are packed."""
+        if packed_seq_params is not None:
+            return self._attend_packs(query, key, value, packed_seq_params)
         mask = None
         if self.cp_group is not None:
             key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
@@ -71,6 +97,17 @@ class FusedCoreAttention(torch.nn.Module):
             enable_gqa=q_BASD.shape[1] != k_BGSD.shape[1],
         )
         return out_BASD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _attend_packs(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packs: Packs) -> torch.Tensor:
+        """Sample by sample, so that no mask is needed and nothing is computed that a mask would discard."""
+        parts = []
+        for begin, end in pairwise((0, *packs.ends)):
+            q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=self.causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            parts.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(parts)
 
     def _causal_mask(self, length: int, key: torch.Tensor) -> torch.Tensor:
         """(S, S * cp) boolean: this rank's query positions against all keys in global order."""

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import LanguageConfig, Layers
+from megatron_deepstack.model.attention import Packs
 from megatron_deepstack.model.injection import put_rows
 from megatron_deepstack.model.specs import decoder_block, respect_no_grad
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
@@ -125,21 +126,23 @@ class LanguageChunk(LanguageModule):
         tokens_BS: torch.Tensor,
         labels_BS: torch.Tensor | None,
         visual: VisualInputs = NO_VISUAL_INPUTS,
+        packs: Packs | None = None,
     ) -> torch.Tensor:
         """Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
         logits (S, B, V / tp).
 
         `tokens_BS` and `labels_BS` are this rank's cp shard in zigzag order, int64; ignored labels may hold any id
-        that is not negative. Collective over tp and cp.
+        that is not negative. `packs` says where the samples of a packed row (B = 1) end. Collective over tp and cp.
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
-        rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size)
+        rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=None,
             context=visual.slot_rows,
             context_mask=visual.slot_positions,
             rotary_pos_emb=rotary,
+            packed_seq_params=packs,
         )
         if not self.post_process:
             return hidden_SBH

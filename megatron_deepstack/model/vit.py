@@ -1,10 +1,10 @@
-"""A CLIP-type vision transformer on Megatron layers, with DeepStack-V's stacks before chosen layers.
+"""A vision transformer of CLIP's or SigLIP's type on Megatron layers, with DeepStack-V's stacks before chosen layers.
 
 Runs only the layers whose output is used (CLIP's feature is hidden state -2, so the last layer has no weight in the
 result). For DeepStack-V, global view and crops share the layers before the first slot; then the crops' patch tokens
 are sampled into stacks, and only the global view goes on (paper, section 3.3).
 
-Legend: N views, P patches per side, T tokens per view (P * P and the class token), C width, U images.
+Legend: N views, P patches per side, T tokens per view (P * P and any class token), C width, U images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def num_used_layers(num_layers: int, select_layer: int) -> int:
 
 
 class VisionTransformer(MegatronModule):
-    """Patch embedding, position embedding, pre-norm, transformer layers; every rank holds all of it."""
+    """Patch embedding, position embedding, transformer layers; every rank holds all of it.
+
+    CLIP puts a class token before the patches and a norm after the embedding; SigLIP has neither, but a patch bias.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class VisionTransformer(MegatronModule):
         dtype = config.params_dtype
         self.vision, self.stacks = vision, stacks
         self.num_used_layers = num_used_layers(vision.num_layers, vision.select_layer)
-        self.patch_embedding = torch.nn.Conv2d(
+        self.patch_embedding = torch.nn.Conv2d(  # without padding: pixels beyond whole patches are not seen
             3,
             vision.hidden_size,
             kernel_size=vision.patch_size,

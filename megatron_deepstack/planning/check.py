@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
-from megatron_deepstack.config.schema import EncoderPlacement, ParallelConfig, Recipe, Variant
+from megatron_deepstack.config.schema import EncoderPlacement, ParallelConfig, Recipe, Recompute, RecomputeMethod, Variant
 from megatron_deepstack.errors import ConfigError, LayoutError
-from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
+from megatron_deepstack.planning.slots import decoder_slots, layers_per_chunk, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 
@@ -40,6 +40,7 @@ def find_plan_problems(recipe: Recipe) -> list[Problem]:
     found += _stages(recipe)
     if not found:
         found += _inline(recipe)
+        found += _recompute(recipe)
     return found
 
 
@@ -70,6 +71,22 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
         given = "layers_per_stage" if recipe.parallel.layers_per_stage is not None else "pipeline"
         others = ("parallel.pipeline", "parallel.virtual_pipeline", "model.language.num_layers")
         yield from _problems_of(error, f"parallel.{given}", *others)
+
+
+def _recompute(recipe: Recipe) -> Iterator[Problem]:
+    """Uniform recomputation walks a chunk in groups; megatron-core 0.16 walks past the end of one that is not full."""
+    parallel = recipe.parallel
+    if parallel.recompute is not Recompute.FULL or parallel.recompute_method is not RecomputeMethod.UNIFORM:
+        return
+    counts = layers_per_chunk(recipe.model.language.num_layers, parallel)
+    uneven = sorted({count for count in counts if count % parallel.recompute_num_layers})
+    if uneven:
+        yield Problem(
+            paths=("parallel.recompute_num_layers", "parallel.recompute_method"),
+            text=f"groups of {parallel.recompute_num_layers} do not fill the chunks of {uneven} layers; use "
+            "recompute_num_layers=1, a divisor, or recompute_method=block",
+            kind=LayoutError,
+        )
 
 
 def _inline(recipe: Recipe) -> Iterator[Problem]:

@@ -121,7 +121,7 @@ def plan_units(
         for b, sample in enumerate(samples):
             for span in sample.sequence.spans:
                 rows = image_rows(model, sample.grids[span.image])
-                kept = (span.start + rows.cell < sample.sequence.length) & (rows.view != NEWLINE)
+                kept = (rows.cell < span.length) & (rows.view != NEWLINE)
                 for views in _unit_views(model, sample.grids[span.image], np.unique(rows.view[kept])):
                     units.append(EncodeUnit(micro_batch=m, sample=b, image=span.image, views=views))
     bounds = [len(units) * rank // num_ranks for rank in range(num_ranks + 1)]
@@ -199,7 +199,7 @@ def _sample_rows(
     parts = [np.empty(0, _ROW)]
     for span in sample.sequence.spans:
         rows = image_rows(model, sample.grids[span.image])
-        kept = span.start + rows.cell < sample.sequence.length
+        kept = rows.cell < span.length
         out = np.zeros(int(kept.sum()), _ROW)
         if not len(out):
             continue

@@ -24,7 +24,7 @@ class Span:
     start: int
     """First position."""
     length: int
-    """Positions, before any truncation."""
+    """Positions left after truncation, 0 if none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class ExpandedSample:
     """Next token at each position (T,), IGNORE_INDEX where there is no target."""
     spans: tuple[Span, ...]
     """Images in order of appearance."""
+    ends: tuple[int, ...]
+    """Where each sample ends: one number, or several in a pack."""
 
     @property
     def length(self) -> int:
@@ -80,8 +82,9 @@ def expand(
     labels = np.full_like(opened, IGNORE_INDEX)
     labels[:-1] = np.where(target[1:], opened[1:], IGNORE_INDEX)
     starts = np.cumsum(repeats) - repeats
-    spans = tuple(Span(image=k, start=int(starts[place]), length=int(repeats[place])) for k, place in enumerate(places))
-    return ExpandedSample(tokens=opened, labels=labels, spans=spans)
+    left = np.clip(len(opened) - starts, 0, repeats)
+    spans = tuple(Span(image=k, start=int(starts[place]), length=int(left[place])) for k, place in enumerate(places))
+    return ExpandedSample(tokens=opened, labels=labels, spans=spans, ends=(len(opened),))
 
 
 def padded_length(lengths: Sequence[int], parallel: ParallelConfig) -> int:

@@ -23,6 +23,8 @@ class StepPlan:
     """Per micro-batch (B, S) token ids; 0 at visual positions and in the padding."""
     labels: tuple[Tokens, ...]
     """Per micro-batch (B, S) next tokens, IGNORE_INDEX where there is no target."""
+    segments: tuple[tuple[int, ...], ...] | None
+    """Per micro-batch the ends of the pack's samples, the padding being a last one; None where rows are not packed."""
     routes: RankRoutes
 
     @property
@@ -41,15 +43,27 @@ def plan_step(
     parallel: ParallelConfig,
     micro_batches: Sequence[Sequence[PlannedSample]],
     replica_rank: int,
+    *,
+    packed: bool = False,
 ) -> StepPlan:
-    """Plan a step of one replica for one of its ranks; pure, so all ranks agree without a word."""
+    """Plan a step of one replica for one of its ranks; pure, so all ranks agree without a word.
+
+    `packed` says that rows hold several samples (`packing.merge`), and each row is a micro-batch.
+    """
     seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel)
     return StepPlan(
         seq_length=seq_length,
         tokens=tuple(_pad([s.sequence.tokens for s in batch], seq_length, 0) for batch in micro_batches),
         labels=tuple(_pad([s.sequence.labels for s in batch], seq_length, IGNORE_INDEX) for batch in micro_batches),
+        segments=tuple(_segments(batch, seq_length) for batch in micro_batches) if packed else None,
         routes=rank_routes(plan_routes(model, parallel, micro_batches, seq_length), replica_rank),
     )
+
+
+def _segments(batch: Sequence[PlannedSample], seq_length: int) -> tuple[int, ...]:
+    (row,) = batch
+    ends = row.sequence.ends
+    return ends if ends[-1] == seq_length else (*ends, seq_length)
 
 
 def _pad(rows: Sequence[Tokens], length: int, value: int) -> Tokens:

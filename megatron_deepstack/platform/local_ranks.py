@@ -53,7 +53,7 @@ def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> An
 
 
 def _guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A rank, which ends with its launcher. Users' mistakes are said once and without a traceback, by the first rank."""
+    """A rank, which ends with its launcher. The first one tells users' mistakes, once and without a traceback."""
     die_with_parent()
     try:
         return function(*args)

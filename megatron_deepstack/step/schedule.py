@@ -17,6 +17,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_deepstack.model.attention import Packs
 from megatron_deepstack.model.language import LanguageChunk, VisualInputs
 from megatron_deepstack.parallel.context import zigzag
 from megatron_deepstack.planning.step_plan import StepPlan
@@ -85,6 +86,7 @@ class _MicroBatch:
     tokens: torch.Tensor
     labels: torch.Tensor | None
     targets: torch.Tensor
+    packs: Packs | None
 
 
 def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> Iterator[_MicroBatch]:
@@ -99,13 +101,14 @@ def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: 
             tokens=tokens_BS,
             labels=None if keep_logits else labels_BS.clamp(min=0),
             targets=targets,
+            packs=None if plan.segments is None else Packs.of(plan.segments[number], device),
         )
 
 
 def _forward_step(visual: VisualOf, data: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(data)
     chunk = _unwrap(model)
-    output = model(batch.tokens, batch.labels, visual(batch.number, chunk.chunk.vpp))
+    output = model(batch.tokens, batch.labels, visual(batch.number, chunk.chunk.vpp), batch.packs)
     return output, partial(_loss, batch.targets)
 
 

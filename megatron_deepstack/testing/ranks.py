@@ -42,7 +42,7 @@ class RankPool:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs), daemon=False)
+                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs))
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_deepstack.config.schema import (
+    Batching,
     LanguageConfig,
     ModelConfig,
     OptimizerConfig,
@@ -22,6 +23,7 @@ from megatron_deepstack.config.schema import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_deepstack.planning.packing import filler, merge, pack
 from megatron_deepstack.planning.routes import PlannedSample
 from megatron_deepstack.planning.rows import Grid, context_length
 from megatron_deepstack.planning.sequence import expand
@@ -121,10 +123,33 @@ def _sample(model: ModelConfig, rng: np.random.Generator, num_images: int) -> Ti
     return TinySample(tokens=tokens, loss_mask=mask.astype(np.int64), grids=grids, pixels=pixels)
 
 
-def unit_pixels(model: ModelConfig, batches: list[list[TinySample]], plan: StepPlan) -> torch.Tensor:
+Images = tuple[np.ndarray, ...]
+"""Views of each image of a row."""
+
+
+def tiny_rows(
+    samples: list[list[TinySample]], recipe: Recipe, truncate: bool
+) -> tuple[list[list[PlannedSample]], list[list[Images]]]:
+    """Micro-batches as the planner takes them, and their rows' images; packed where the recipe says so."""
+    model, train = recipe.model, recipe.train
+    planned = [[s.planned(model, train.seq_length, truncate) for s in batch] for batch in samples]
+    images = [[s.pixels for s in batch] for batch in samples]
+    if train.batching is Batching.PADDED:
+        return planned, images
+    flat = [one for batch in planned for one in batch]
+    flat_images = [one for batch in images for one in batch]
+    packs = pack([one.sequence.length for one in flat], train.seq_length)
+    multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
+    fillers = -len(packs) % multiple
+    rows = [merge([flat[i] for i in indices]) for indices in packs] + [filler()] * fillers
+    row_images = [tuple(image for i in indices for image in flat_images[i]) for indices in packs] + [()] * fillers
+    return [[row] for row in rows], [[one] for one in row_images]
+
+
+def unit_pixels(model: ModelConfig, images: list[list[Images]], plan: StepPlan) -> torch.Tensor:
     """Views of a rank's units, uint8 (N, S, S, 3)."""
     size = model.vision.image_size
     parts = [np.empty((0, size, size, 3), np.uint8)]
     for unit in plan.routes.units:
-        parts.append(batches[unit.micro_batch][unit.sample].pixels[unit.image][list(unit.views)])
+        parts.append(images[unit.micro_batch][unit.sample][unit.image][list(unit.views)])
     return torch.from_numpy(np.concatenate(parts))

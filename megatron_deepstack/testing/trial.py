@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.schema import Batching, Recipe
 from megatron_deepstack.data.sampler import global_batch, share_of_replica
 from megatron_deepstack.planning.step_plan import plan_step
-from megatron_deepstack.testing.tiny import TinySample, tiny_samples, unit_pixels
+from megatron_deepstack.testing.tiny import TinySample, tiny_rows, tiny_samples, unit_pixels
 
 
 @dataclass(slots=True)
@@ -46,9 +46,10 @@ def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, tr
         order = global_batch(train.seed, step, train.global_batch_size, num_samples)
         mine = share_of_replica(order, groups.place.dp, groups.axes.dp, train.micro_batch_size)
         batches: list[list[TinySample]] = [[samples[int(i)] for i in row] for row in mine]
-        planned = [[s.planned(recipe.model, train.seq_length, truncate) for s in row] for row in batches]
-        plan = plan_step(recipe.model, recipe.parallel, planned, groups.replica_rank)
-        loss = forward_backward(engine, plan, unit_pixels(recipe.model, batches, plan), StepClock())
+        planned, images = tiny_rows(batches, recipe, truncate)
+        packed = train.batching is Batching.PACKED
+        plan = plan_step(recipe.model, recipe.parallel, planned, groups.replica_rank, packed=packed)
+        loss = forward_backward(engine, plan, unit_pixels(recipe.model, images, plan), StepClock())
         if step == 0 and not recipe.parallel.distributed_optimizer:
             trial.first_gradients = gather_published(model, groups, main_gradient)
         trial.losses.append(loss.mean)

@@ -12,6 +12,7 @@ from functools import lru_cache
 import pytest
 
 from megatron_deepstack.config.schema import (
+    Batching,
     EncoderPlacement,
     LanguageConfig,
     ModelConfig,
@@ -151,3 +152,29 @@ def test_truncated_images(ranks: Pools) -> None:
     assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
     error, name = worst(actual.first_gradients, expected.first_gradients)
     assert error <= GRADIENT_TOLERANCE, name
+
+
+PACKED_LAYOUTS = [
+    ("one", 1, ParallelConfig()),
+    ("pp2", 2, ParallelConfig(pipeline=2)),
+    ("pp2-vpp2", 2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    ("tp2-sp", 2, ParallelConfig(tensor=2, sequence_parallel=True)),
+    ("dp2", 2, ParallelConfig()),
+    ("pp2-recompute", 2, ParallelConfig(pipeline=2, recompute=Recompute.FULL, recompute_num_layers=2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), [row[1:] for row in PACKED_LAYOUTS], ids=[row[0] for row in PACKED_LAYOUTS]
+)
+def test_packs_equal_padded_rows(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
+    """Samples that share rows neither see each other nor shift each other's positions: the unpacked one-rank run."""
+    expected = _one_rank(ranks, tiny_model(), tuple(Part))
+    recipe = tiny_recipe(parallel=parallel)
+    recipe = replace(recipe, train=replace(recipe.train, batching=Batching.PACKED, seq_length=64))
+    actual: Trial = ranks(num_ranks).run(run_trial, recipe)[0]
+    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    error, name = worst(actual.first_gradients, expected.first_gradients)
+    assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
+    error, name = worst(actual.parameters, expected.parameters)
+    assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"

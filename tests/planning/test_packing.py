@@ -1,0 +1,35 @@
+"""Packs hold every sample once, whole, within the row; images keep their numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_deepstack.planning.packing import filler, merge, pack
+from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
+
+
+@given(st.lists(st.integers(1, 50), max_size=40))
+def test_every_sample_in_one_row(lengths: list[int]) -> None:
+    rows = pack(lengths, 50)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 50 for row in rows)
+    assert len(rows) <= max(11 * -(-sum(lengths) // 50) // 9 + 1, 2 * -(-sum(lengths) // 50))
+
+
+def test_merged_samples_lie_behind_each_other() -> None:
+    model = tiny_model()
+    samples = [s.planned(model, 1000) for s in tiny_samples(model, 4)]
+    row = merge(samples)
+    assert row.sequence.ends == tuple(np.cumsum([s.sequence.length for s in samples]))
+    assert row.grids == tuple(grid for s in samples for grid in s.grids)
+    assert [span.image for span in row.sequence.spans] == list(range(len(row.grids)))
+    third = samples[2].sequence
+    start = row.sequence.ends[1]
+    assert np.array_equal(row.sequence.tokens[start : start + third.length], third.tokens)
+    assert [s.start for s in row.sequence.spans][1:3] == [start + s.start for s in third.spans]
+
+
+def test_a_filler_has_no_target() -> None:
+    assert (filler().sequence.labels < 0).all()
