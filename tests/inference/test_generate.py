@@ -1,0 +1,91 @@
+"""Answers do not depend on the layout, and the score says what guessing gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.tokenizer import load_tokenizer
+from megatron_deepstack.errors import CheckpointError, StoreError
+from megatron_deepstack.inference.main import Answer, Score, newest_checkpoint, open_questions
+from megatron_deepstack.inference.questions import read_question
+from megatron_deepstack.testing.ranks import RankPool, groups_for
+from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
+from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
+from orchestration.preprocess.run import preprocess
+
+Pools = Callable[[int], RankPool]
+ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")
+
+
+def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig) -> list[Answer]:
+    """Train two steps in the recipe's layout if nothing is there yet, then answer in another."""
+    from megatron_deepstack.inference.main import answer_questions, load_engine
+    from megatron_deepstack.training.loop import run
+
+    if not (Path(recipe.run_dir) / "checkpoints").exists():
+        run(recipe, groups_for(recipe.parallel))
+    assert recipe.data.store is not None
+    other = replace(recipe, parallel=parallel)
+    store, tokenizer = open_questions(other, recipe.data.store)
+    engine = load_engine(other, groups_for(parallel))
+    return answer_questions(other, engine, store, tokenizer, recipe.data.store, None, 5)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("generate")
+    names = write_photos(folder / "images", 4)
+    records = [record(n, [names[n]] if n < 4 else [], answer=answer) for n, answer in enumerate(ANSWERS)]
+    data = DataConfig(
+        records=str(write_records(folder / "records.json", records)),
+        images=str(folder / "images"),
+        tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
+        store=str(folder / "store.zarr"),
+    )
+    language = LanguageConfig(vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4)
+    run = tiny_recipe(tiny_model(language=language), ParallelConfig(pipeline=2))
+    run = replace(run, data=data, train=replace(run.train, steps=2), run_dir=str(folder / "run"))
+    preprocess(run, str(data.store), workers=0)
+    return run
+
+
+def test_every_layout_gives_the_same_text(ranks: Pools, recipe: Recipe) -> None:
+    """Two stages, one rank, tensor and context parallel: token by token the same answers."""
+    expected = ranks(2).run(train_and_answer, recipe, ParallelConfig(pipeline=2))[0]
+    assert [answer.expected for answer in expected] == list(ANSWERS)
+    for num_ranks, parallel in (
+        (1, ParallelConfig()),
+        (2, ParallelConfig(tensor=2, sequence_parallel=True)),
+        (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+        (2, ParallelConfig(context=2)),
+    ):
+        assert ranks(num_ranks).run(train_and_answer, recipe, parallel)[0] == expected
+
+
+def test_questions_of_a_store(recipe: Recipe) -> None:
+    assert recipe.data.store is not None
+    assert recipe.data.tokenizer is not None
+    question = read_question(Store.open(recipe.data.store), 0, load_tokenizer(recipe.data.tokenizer))
+    assert (question.text, question.expected, question.images) == ("What is it?", "A photo.", (0,))
+
+
+def test_chance_is_the_commonest_answer() -> None:
+    answers = [Answer(str(n), "q", "A photo.", text, text == "A photo.", "s", None) for n, text in enumerate(ANSWERS)]
+    assert Score.of(answers) == Score(correct=2, total=5, chance=0.4)
+
+
+def test_what_is_missing_is_said_before_ranks_start(recipe: Recipe, tmp_path: Path) -> None:
+    """No checkpoint, and a store of another tokenizer."""
+    with pytest.raises(CheckpointError, match="holds no checkpoint; run `train` first"):
+        newest_checkpoint(replace(recipe, run_dir=str(tmp_path)))
+    other = tmp_path / "other.model"
+    other.write_bytes(Path(str(recipe.data.tokenizer)).read_bytes() + b"\x1a\x00")
+    assert recipe.data.store is not None
+    with pytest.raises(StoreError, match="its tokenizer had"):
+        open_questions(replace(recipe, data=replace(recipe.data, tokenizer=str(other))), recipe.data.store)

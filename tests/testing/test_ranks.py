@@ -1,0 +1,70 @@
+"""The pool of ranks: results in order, failures and hangs told with what is needed to find them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_deepstack.errors import RankError, SlotError
+from megatron_deepstack.testing.ranks import RankPool
+
+
+def _sum_of_ranks(rank: int, offset: int) -> int:
+    total = torch.tensor(rank + offset)
+    dist.all_reduce(total)
+    return int(total) * 10 + rank
+
+
+def _raise_on_one(rank: int) -> None:
+    if rank == 1:
+        raise SlotError(["slot 99 of a test"])
+    dist.barrier()
+
+
+def _die(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def _fall_silent(rank: int) -> None:
+    if rank == 1:
+        _a_function_to_be_found()
+
+
+def _a_function_to_be_found() -> None:
+    time.sleep(1000)
+
+
+def test_results_in_rank_order() -> None:
+    with RankPool(2) as pool:
+        assert pool.run(_sum_of_ranks, 3) == [70, 71]
+        assert pool.run(_sum_of_ranks, 0) == [10, 11]
+
+
+def test_an_error_carries_traceback_and_cause() -> None:
+    with RankPool(2) as pool:
+        with pytest.raises(RankError, match=r"rank 1 of 2 raised:(.|\n)*_raise_on_one(.|\n)*slot 99") as caught:
+            pool.run(_raise_on_one)
+        assert isinstance(caught.value.__cause__, SlotError)
+        assert not pool.alive
+        with pytest.raises(RankError, match="has ended after a failure"):
+            pool.run(_raise_on_one)
+
+
+def test_a_death_is_told() -> None:
+    with RankPool(2) as pool, pytest.raises(RankError, match="rank 1 of 2 died with exit code -9"):
+        pool.run(_die)
+
+
+def test_a_hang_is_told_with_stacks() -> None:
+    with RankPool(2) as pool:
+        pool.run(_sum_of_ranks, 0)
+        pool.deadline_seconds = 2.0
+        with pytest.raises(RankError, match=r"ranks \[1\] of 2 silent for 2 s(.|\n)*_a_function_to_be_found"):
+            pool.run(_fall_silent)
