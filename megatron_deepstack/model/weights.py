@@ -7,7 +7,7 @@ loading, export and comparison with reference data all go through these rules, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -204,9 +204,3 @@ def mark_split(module: torch.nn.Module, rules: Rules) -> None:
     """
     for name, parameter in module.named_parameters():
         parameter.tensor_model_parallel = rules[name].tp_dim is not None  # type: ignore[attr-defined]
-
-
-def published_names(rules: Rules) -> Iterator[tuple[str, Shape]]:
-    """Every published tensor the rules mention, with its shape."""
-    for rule in rules.values():
-        yield from zip(rule.names, rule.shapes, strict=True)

@@ -42,11 +42,6 @@ class Axes:
         """Number of ranks."""
         return self.tp * self.cp * self.dp * self.pp
 
-    @property
-    def replica_size(self) -> int:
-        """Number of ranks of one replica."""
-        return self.tp * self.cp * self.pp
-
     def place(self, rank: int) -> Place:
         """Place of a global rank."""
         rest, tp = divmod(rank, self.tp)

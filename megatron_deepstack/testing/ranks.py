@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -92,10 +92,6 @@ class RankPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def pids(self) -> list[int]:
-        """Process ids by rank, for tests that kill."""
-        return [process.pid or 0 for process in self._processes]
 
     def _receive(self, rank: int) -> Any:
         try:
@@ -198,11 +194,3 @@ def _picklable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(str(error))
     return error
-
-
-def run_once(
-    num_ranks: int, function: Callable[..., Any], *args: Any, deadline_seconds: float = 240.0
-) -> Sequence[Any]:
-    """Start ranks, run one function, end them."""
-    with RankPool(num_ranks, deadline_seconds) as pool:
-        return pool.run(function, *args)

@@ -17,6 +17,7 @@ from megatron_deepstack.data.steps import LoadedStep, Prefetcher
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import sum_over_replicas
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
+from megatron_deepstack.platform.device import max_memory_bytes
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.training.lr import learning_rate
@@ -91,6 +92,7 @@ def _record(
         step_seconds=step_seconds,
         tokens_per_second=tokens / step_seconds,
         images_per_second=images / step_seconds,
+        memory_bytes=max_memory_bytes(),
         seconds=parts,
         applied=norm.applied,
         resumed=resumed,

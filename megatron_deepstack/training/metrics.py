@@ -31,6 +31,8 @@ class StepRecord:
     step_seconds: float
     tokens_per_second: float
     images_per_second: float
+    memory_bytes: int
+    """Most device memory allocated on rank 0 so far; 0 on a CPU."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Time by part of the step on rank 0."""
     applied: bool = True
