@@ -1,6 +1,7 @@
 # make demo     set up, then the whole main job on a drawn data set (no GPU needed)
 # make test     set up with the test extra, then lint, types and every test
 # make setup    only the set-up; nothing is installed twice
+# make layouts  set up with the test extra, then only the suites that compare parallel layouts
 # make lint     ruff and mypy
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 RUN := $(BIN)/megatron-deepstack
 DEMO := demo-run
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test layouts lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -54,3 +55,6 @@ lint: $(TESTABLE)
 
 test: lint
 	$(BIN)/python -m pytest
+
+layouts: $(TESTABLE)
+	$(BIN)/python -m pytest tests/layouts tests/training
