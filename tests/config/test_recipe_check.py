@@ -48,9 +48,9 @@ def test_each_range_is_checked(path):
 
 
 RULES = {
-    "patch does not divide": (
-        {"model.vision.image_size": 330},
-        "model.vision.image_size: 330 pixels are not a whole number of patches of 14; use 322 or 336",
+    "no whole patch": (
+        {"model.vision.image_size": 13},
+        "model.vision.image_size: a view of 13 pixels holds no patch of 14; use 14 pixels or more",
     ),
     "ViT heads": ({"model.vision.num_heads": 15}, "model.vision.num_heads: 15 heads do not divide"),
     "feature outside the tower": (

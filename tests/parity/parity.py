@@ -9,28 +9,43 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig
 
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, StackConfig, Variant, VisionConfig
+from megatron_deepstack.config.schema import Activation, LanguageConfig, ModelConfig, StackConfig, Variant, VisionConfig
 from megatron_deepstack.convert.hf_names import to_published
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle.model import OracleSample
 from megatron_deepstack.testing.reference_case import ReferenceCase
 
+SIGLIP = VisionConfig(
+    image_size=18,  # 4 whole patches of 4 and 2 pixels more, as 384 is 27 patches of 14 and 6 pixels
+    patch_size=4,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_layers=3,
+    num_heads=2,
+    activation=Activation.GELU_TANH,
+    class_token=False,
+    layernorm_epsilon=1e-6,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
 CLIP = VisionConfig(image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=40, num_layers=3, num_heads=2)
 
 
-def hf_clip(vision: VisionConfig) -> CLIPVisionConfig:
-    """transformers' config of a CLIP tower."""
-    return CLIPVisionConfig(
+def hf_tower(vision: VisionConfig) -> CLIPVisionConfig | SiglipVisionConfig:
+    """transformers' config of a tower."""
+    kind = CLIPVisionConfig if vision.class_token else SiglipVisionConfig
+    return kind(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.ffn_hidden_size,
         num_hidden_layers=vision.num_layers,
         num_attention_heads=vision.num_heads,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
-        hidden_act="quick_gelu",
+        hidden_act="quick_gelu" if vision.class_token else "gelu_pytorch_tanh",
         layer_norm_eps=vision.layernorm_epsilon,
+        attn_implementation="eager",
     )
 
 
@@ -65,7 +80,7 @@ def published_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def draw_samples(
     language: LanguageConfig, images: Sequence[int], vision: VisionConfig = CLIP, seed: int = 1
 ) -> list[OracleSample]:
-    """One sample per entry of `images`, with none or one image somewhere in its text; about half the tokens are targets."""
+    """One sample per entry of `images`, with none or one image in its text; about half the tokens are targets."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for num_images in images:
@@ -110,7 +125,7 @@ def make_case(
 
 def spare_encoder_weights(language: LanguageConfig) -> dict[str, torch.Tensor]:
     """Weights of a vision tower and projector that text-only samples never touch."""
-    tower = CLIPVisionModel(hf_clip(CLIP))
+    tower = CLIPVisionModel(hf_tower(CLIP))
     randomise(tower)
     width, hidden = CLIP.hidden_size, language.hidden_size
     shapes = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}

@@ -1,0 +1,134 @@
+"""Writing a whole model for others to load: safetensors, config.json, and how pictures are prepared for it.
+
+Under published names every variant can be written, and `train.init_from` reads it back. Under Hugging Face's the
+result is a `LlavaForConditionalGeneration`, so only variant llava, which adds no stacks, can be.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_deepstack.config.schema import ModelConfig, Variant, VisionConfig
+from megatron_deepstack.convert.hf_config import CONFIG, llava_config, published_config
+from megatron_deepstack.convert.hf_names import Naming, to_naming
+from megatron_deepstack.convert.tensor_files import write_tensors
+from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.model.weights import VISION_PREFIX
+from megatron_deepstack.planning.rows import tokens_per_view
+
+PREPROCESSOR = "preprocessor_config.json"
+TOKENIZER = "tokenizer.model"
+VOCABULARY_MULTIPLE = 64
+"""Size that Hugging Face's LLaVA pads its vocabulary to, behind the image token."""
+_BICUBIC = 3
+
+
+def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None:
+    """Raise before anything is loaded: ConfigError for a variant without such names, CheckpointError for `output`."""
+    if naming is Naming.HUGGING_FACE:
+        if model.variant is not Variant.LLAVA:
+            raise ConfigError(
+                [
+                    f"model.variant: transformers has no model that computes {model.variant}; export with "
+                    f"{Naming.PUBLISHED} names, or train variant llava"
+                ]
+            )
+        llava_config(model, model.language.vocab_size, 0, 0)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: exists and is not an empty folder; name another, nothing is overwritten")
+
+
+def export_model(
+    rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Path | None = None
+) -> None:
+    """Write a model that this rank holds whole (no tp, one stage) into the new folder `output`, whole or not at all.
+
+    Tensors keep the model's dtype. A SentencePiece `tokenizer` is copied beside them.
+    """
+    require_exportable(model, output, naming)
+    tensors = published_tensors(rank_model)
+    if naming is Naming.PUBLISHED:
+        config = published_config(model)
+    else:
+        vocab_size, image_token = _with_image_token(tensors, model.language.vocab_size)
+        _add_final_norm(tensors, model.vision.hidden_size)
+        config = llava_config(model, vocab_size, image_token, tokens_per_view(model.vision))
+    some = next(iter(tensors.values()))
+    config["dtype"] = str(some.dtype).removeprefix("torch.")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_tensors(partial, {to_naming(name, naming): tensor for name, tensor in tensors.items()})
+    _write_json(partial / CONFIG, config)
+    _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, partial / TOKENIZER)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+
+
+def published_tensors(rank_model: RankModel) -> dict[str, torch.Tensor]:
+    """Every tensor of a model that this rank holds whole, under its published name, on the CPU."""
+    (chunk,) = rank_model.chunks
+    assert chunk.chunk.has_embedding
+    assert chunk.chunk.has_head
+    assert rank_model.config.tensor_model_parallel_size == 1
+    tensors: dict[str, torch.Tensor] = {}
+    modules: list[tuple[torch.nn.Module, Any]] = [(rank_model.encoder, rank_model.encoder_rules)]
+    modules += list(zip(rank_model.chunks, rank_model.chunk_rules, strict=True))
+    for module, rules in modules:
+        for name, parameter in module.named_parameters():
+            parts = rules[name].published([parameter.detach().cpu()])
+            tensors.update(zip(rules[name].names, parts, strict=True))
+    return tensors
+
+
+def _with_image_token(tensors: dict[str, torch.Tensor], vocab_size: int) -> tuple[int, int]:
+    """Lengthen the vocabulary by the image token, which Hugging Face's LLaVA looks up; returns its size and the id.
+
+    New rows are the mean of all: their logit is the mean logit, never the largest, so generation cannot choose them.
+    """
+    padded = (vocab_size // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            rows = tensors[name]
+            mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+            tensors[name] = torch.cat([rows, mean.expand(padded - vocab_size, -1)])
+    return padded, vocab_size
+
+
+def _add_final_norm(tensors: dict[str, torch.Tensor], width: int) -> None:
+    """transformers' towers end in a norm that no selected feature passes; ours have none, so it is the identity."""
+    like = tensors[f"{VISION_PREFIX}embeddings.patch_embedding.weight"]
+    tensors[f"{VISION_PREFIX}post_layernorm.weight"] = like.new_ones(width)
+    tensors[f"{VISION_PREFIX}post_layernorm.bias"] = like.new_zeros(width)
+
+
+def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
+    """How a global view is made, for transformers: a plain bicubic resize, without padding or cropping."""
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return {
+        "image_processor_type": "CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": _BICUBIC,
+        "do_center_crop": False,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.mean),
+        "image_std": list(vision.std),
+    }
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
