@@ -1,9 +1,10 @@
-"""One page of the demo: grey words, coloured rules, and the same tiny number in about a third of the word places.
+"""One page of the demo: grey words, coloured rules, and the same tiny number in about a quarter of the word places.
 
 A page is laid out on a lattice of patches of its high-res view, one word or number per patch, and painted larger, at a
-size and aspect ratio of its own; preprocessing brings it back to that lattice. At this size a digit is about 4 x 6
-pixels in the crops and legible, but in the global view it is less than 3 pixels wide or less than 3 pixels high, below
-the 3 x 5 pixels that the smallest digit fonts need: the global view shows where there is print, not what it says.
+size and aspect ratio of its own; preprocessing brings it back to that lattice. A digit is then about 4 x 5 pixels in
+the crops, just legible. The global view has half or less of that resolution in at least one direction: there a digit
+is less than 2 pixels wide or less than 2.5 high, and the smallest digit fonts need 3 x 5. So the global view shows
+where there is print, not what it says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ VIEW_PIXELS = 56
 """Side of the views that pages are drawn for."""
 CELL_PIXELS = 14
 """Side of a lattice cell in the high-res view; the demo's patch."""
-FONT_PIXELS = 8.0
+FONT_PIXELS = 6.5
 """Font size in pixels of the high-res view."""
 
 Grid = tuple[int, int]
@@ -25,9 +26,9 @@ Cell = tuple[int, int]
 Colour = tuple[int, int, int]
 
 GRID_SHARES: dict[Grid, float] = {
-    (2, 2): 0.6,
-    (1, 2): 0.06,
-    (2, 1): 0.06,
+    (2, 2): 0.58,
+    (1, 2): 0.07,
+    (2, 1): 0.07,
     (1, 3): 0.07,
     (3, 1): 0.07,
     (1, 4): 0.07,
@@ -35,7 +36,7 @@ GRID_SHARES: dict[Grid, float] = {
 }
 """Share of pages whose shape makes preprocessing (best fit, at most 4 crops) pick this grid."""
 
-_NUMBER_SHARE = 0.33
+_NUMBER_SHARE = 0.25
 _RULE_ROW_SHARE, _BLANK_ROW_SHARE = 0.15, 0.25
 _WORD_SHARE = 0.56
 _WORD_LINES = (0.15, 0.5)
@@ -118,8 +119,13 @@ def paint_page(page: Page) -> Image.Image:
 
 
 def _size(rng: random.Random, grid: Grid) -> tuple[int, int]:
-    scale, stretch = rng.uniform(2.5, 4.0), rng.uniform(0.95, 1.05)
-    return round(VIEW_PIXELS * grid[0] * scale * stretch), round(VIEW_PIXELS * grid[1] * scale)
+    """A shape for which `grid` is the best fit; 1:2 must be exact, since any other grid holds more of 1:1.99."""
+    short = round(VIEW_PIXELS * rng.uniform(2.5, 4.0))
+    if grid == (2, 2):
+        return 2 * short, round(2 * short * rng.uniform(0.93, 1.07))
+    num_crops = max(grid)
+    long = round(num_crops * short * (1.0 if num_crops == 2 else rng.uniform(0.93, 1.0)))
+    return (long, short) if grid[0] > 1 else (short, long)
 
 
 def _place(rng: random.Random, cell: Cell) -> tuple[float, float]:
