@@ -1,8 +1,9 @@
 """Spread against inline: step times at PP=2 on two CPU cores, what the encoder's balance gains, and what it could.
 
 Alternates both placements in one run, in the proportions of a 7B decoder (the ViT's forward about 20 % of the
-decoder's) and of a 2B one (about 60 %), with the ViT frozen and trained. Two ceilings are printed: what the FLOP count allows, and
-what the parts' own durations allow when both cores are busy, which is less, since busy cores slow each other down.
+decoder's) and of a 2B one (about 60 %), with the ViT frozen and trained. Two ceilings are printed: what the FLOP count
+allows, and what the parts' own durations allow when both cores are busy, which is less, since busy cores slow each
+other down.
 The last line is one JSON object. Run on an otherwise idle machine: python tools/bench_placement.py
 """
 

@@ -1,0 +1,68 @@
+"""What the injection costs: a decoder's step with four stacks against the same step without, ViT left out.
+
+Alternates both in one process and compares pair by pair. The last line is one JSON object with `overhead`, the median of
+(with - without) / without. Run on an otherwise idle machine: python tools/bench_injection.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Precision, StackConfig
+from megatron_deepstack.testing.ranks import RankPool, groups_for
+
+LANGUAGE = LanguageConfig(vocab_size=512, hidden_size=512, ffn_hidden_size=1408, num_layers=8, num_heads=8)
+VISUAL, LENGTH = 576, 704
+
+
+def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
+    """(with, without) seconds of forward and backward of one sequence, pair by pair."""
+    from megatron_deepstack.model.build import build_model, fill_model
+    from megatron_deepstack.model.init import random_source
+    from megatron_deepstack.model.language import VisualInputs
+
+    model = ModelConfig(language=LANGUAGE, stacks=StackConfig())
+    groups = groups_for(ParallelConfig())
+    built = build_model(model, ParallelConfig(), Precision.FP32, groups)
+    fill_model(built, random_source(model, 0), groups.decoder.tp)
+    (chunk,) = built.chunks
+    tokens = torch.randint(1, LANGUAGE.vocab_size, (1, LENGTH))
+    positions = torch.arange(VISUAL) + 35
+    base = torch.randn(VISUAL, LANGUAGE.hidden_size, requires_grad=True)
+    stacks = torch.randn(4, VISUAL, LANGUAGE.hidden_size, requires_grad=True)
+    inputs = (
+        VisualInputs(base, positions, stacks, positions.expand(4, -1).contiguous()),
+        VisualInputs(base, positions),
+    )
+
+    def seconds(visual: VisualInputs) -> float:
+        begin = time.perf_counter()
+        losses = chunk(tokens, tokens, visual)
+        torch.autograd.backward(losses, torch.ones_like(losses))
+        return time.perf_counter() - begin
+
+    for visual in inputs:
+        seconds(visual)
+    return [(seconds(inputs[0]), seconds(inputs[1])) for _ in range(repeats)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30, help="pairs of steps")
+    repeats = parser.parse_args().repeats
+    with RankPool(1) as pool:
+        pairs = pool.run(compare, repeats)[0]
+    overhead = statistics.median(with_stacks / without - 1 for with_stacks, without in pairs)
+    print(
+        f"with stacks {statistics.median(p[0] for p in pairs):.4f} s, without {statistics.median(p[1] for p in pairs):.4f} s"
+    )
+    print(json.dumps({"overhead": round(overhead, 5)}))
+
+
+if __name__ == "__main__":
+    main()
