@@ -1,7 +1,7 @@
 """What the injection costs: a decoder's step with four stacks against the same step without, ViT left out.
 
-Alternates both in one process and compares pair by pair. The last line is one JSON object with `overhead`, the median of
-(with - without) / without. Run on an otherwise idle machine: python tools/bench_injection.py
+Alternates both in one process and compares pair by pair. The last line is one JSON object with `overhead`, the median
+of (with - without) / without. Run on an otherwise idle machine: python tools/bench_injection.py
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def main() -> None:
     with RankPool(1) as pool:
         pairs = pool.run(compare, repeats)[0]
     overhead = statistics.median(with_stacks / without - 1 for with_stacks, without in pairs)
-    print(
-        f"with stacks {statistics.median(p[0] for p in pairs):.4f} s, without {statistics.median(p[1] for p in pairs):.4f} s"
-    )
+    medians = [statistics.median(pair[k] for pair in pairs) for k in range(2)]
+    print("with stacks {:.4f} s, without {:.4f} s".format(*medians))
     print(json.dumps({"overhead": round(overhead, 5)}))
 
 
