@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from parity import draw_samples, llava_model, make_case, published_weights, randomise, spare_encoder_weights
+from hf_models import draw_samples, llava_model, make_case, published_weights, randomise, spare_encoder_weights
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import (
+from hf_models import (
     CLIP,
     SIGLIP,
     draw_samples,

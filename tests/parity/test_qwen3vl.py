@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from parity import CLIP, published_gradients, published_weights, randomise
+from hf_models import CLIP, published_gradients, published_weights, randomise
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 

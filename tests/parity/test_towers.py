@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import CLIP, SIGLIP, hf_tower, llava_model, published_gradients, published_weights, randomise
+from hf_models import CLIP, SIGLIP, hf_tower, llava_model, published_gradients, published_weights, randomise
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Precision, VisionConfig

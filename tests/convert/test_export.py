@@ -1,0 +1,162 @@
+"""A run of two stages, exported: transformers loads it and computes the same logits; or it starts another run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, LlavaForConditionalGeneration
+
+from megatron_deepstack.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recipe,
+    Variant,
+    VisionConfig,
+)
+from megatron_deepstack.convert.export import export_model, require_exportable
+from megatron_deepstack.convert.hf_names import Naming
+from megatron_deepstack.convert.published import published_source
+from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.inference.export import export_on_rank, one_rank_recipe
+from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.testing.ranks import RankPool, groups_for
+from megatron_deepstack.testing.tiny import TinySample, tiny_model
+from megatron_deepstack.testing.tiny import tiny_recipe as tiny_run
+from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
+from orchestration.preprocess.run import preprocess
+
+Pools = Callable[[int], RankPool]
+VISION = VisionConfig(image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=48, num_layers=3, num_heads=2)
+LANGUAGE = LanguageConfig(vocab_size=500, hidden_size=32, ffn_hidden_size=48, num_layers=4, num_heads=4, num_kv_heads=2)
+LLAVA = ModelConfig(variant=Variant.LLAVA, vision=VISION, language=LANGUAGE)
+# Measured: logits 2.4e-7 apart where the largest is 0.3.
+TOLERANCE = 5e-6
+
+
+def train_on_rank(rank: int, recipe: Recipe) -> None:
+    from megatron_deepstack.training.loop import run
+
+    run(recipe, groups_for(recipe.parallel), None)
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps of LLaVA at pp=2."""
+    folder = tmp_path_factory.mktemp("export")
+    names = write_photos(folder / "images", 2)
+    data = DataConfig(
+        records=str(write_records(folder / "records.json", [record(n, [name]) for n, name in enumerate(names)])),
+        images=str(folder / "images"),
+        tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
+        store=str(folder / "store.zarr"),
+    )
+    run = tiny_run(LLAVA, ParallelConfig(pipeline=2), global_batch_size=2)
+    run = replace(run, data=data, train=replace(run.train, steps=2), run_dir=str(folder / "run"))
+    preprocess(run, str(data.store), workers=0)
+    ranks(2).run(train_on_rank, run)
+    return folder / "run"
+
+
+def sample() -> TinySample:
+    generator = np.random.default_rng(5)
+    tokens = generator.integers(1, LANGUAGE.vocab_size, 9)
+    tokens[3] = IMAGE_TOKEN_ID
+    pixels = generator.integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    return TinySample(tokens=tokens, loss_mask=np.ones(9, np.int64), grids=((1, 1),), pixels=(pixels,))
+
+
+def export_and_answer(rank: int, recipe: Recipe, output: str) -> torch.Tensor:
+    """Export on this rank, and our own logits (T, V) of `sample` from the same checkpoint."""
+    from megatron_deepstack.inference.main import load_engine
+    from megatron_deepstack.planning.step_plan import plan_step
+    from megatron_deepstack.step.train_step import VisualPass
+
+    groups = groups_for(recipe.parallel)
+    export_on_rank(recipe, output, Naming.HUGGING_FACE, groups)
+    engine = load_engine(recipe, groups)
+    plan = plan_step(recipe.model, recipe.parallel, [[sample().planned(recipe.model, 64)]], groups.replica_rank)
+    (logits_BSV,) = VisualPass(engine, plan, torch.from_numpy(sample().pixels[0])).logits(plan)
+    return logits_BSV[0, :, : LANGUAGE.vocab_size]
+
+
+def test_transformers_computes_the_same_logits(ranks: Pools, trained: Path, tmp_path: Path) -> None:
+    ours = ranks(1).run(export_and_answer, one_rank_recipe(trained), str(tmp_path / "hf"))[0]
+    model, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    given = sample()
+    pixels = processor(Image.fromarray(given.pixels[0][0]), return_tensors="pt")["pixel_values"]
+    tokens = torch.from_numpy(given.tokens)
+    image = tokens == IMAGE_TOKEN_ID
+    tokens = tokens.masked_fill(image, model.config.image_token_id).repeat_interleave(torch.where(image, 16, 1))
+    with torch.no_grad():
+        theirs = model(input_ids=tokens[None], pixel_values=pixels).logits[0]
+    assert theirs.shape[1] == 512
+    torch.testing.assert_close(theirs[:, : LANGUAGE.vocab_size], ours, atol=TOLERANCE, rtol=0)
+    added = theirs[:, LANGUAGE.vocab_size :]
+    assert bool((added < theirs[:, : LANGUAGE.vocab_size].max(dim=1, keepdim=True).values).all())
+
+
+def test_pictures_are_prepared_alike(ranks: Pools, trained: Path, tmp_path: Path) -> None:
+    """transformers' processor on a photo gives the global view of the store, normalised."""
+    ranks(1).run(export_and_answer, one_rank_recipe(trained), str(tmp_path / "hf"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    photo = Image.open(next((trained.parent / "images").glob("*.jpg"))).convert("RGB")
+    view = np.asarray(photo.resize((16, 16), Image.Resampling.BICUBIC), np.float64) / 255
+    expected = ((view - VISION.mean) / VISION.std).transpose(2, 0, 1)
+    theirs = processor(photo, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(theirs, expected, atol=1e-5)
+
+
+def export_built(rank: int, model: ModelConfig, output: str) -> None:
+    """Export a freshly initialised model, in bf16."""
+    from megatron_deepstack.model.build import build_model, fill_model
+    from megatron_deepstack.model.init import random_source
+
+    groups = groups_for(ParallelConfig())
+    built = build_model(model, ParallelConfig(), Precision.BF16, groups)
+    fill_model(built, random_source(model, 3), groups.decoder.tp)
+    export_model(built, model, Path(output), Naming.PUBLISHED)
+
+
+@pytest.mark.parametrize("variant", [Variant.DEEPSTACK_L, Variant.DEEPSTACK_HD])
+def test_published_names_start_another_run(ranks: Pools, tmp_path: Path, variant: Variant) -> None:
+    """Every variant, in the model's dtype, read back under the recipe it was made with and no other."""
+    from megatron_deepstack.model.init import random_source
+
+    model = tiny_model(variant=variant)
+    ranks(1).run(export_built, model, str(tmp_path / "out"))
+    read, drawn = published_source(tmp_path / "out", model=model), random_source(model, 3)
+    names = ["model.layers.7.self_attn.k_proj.weight", "lm_head.weight", "model.mm_projector.2.weight"]
+    names += ["model.image_newline"] if variant is Variant.DEEPSTACK_HD else []
+    shapes = {"lm_head.weight": (61, 32), "model.image_newline": (32,)}
+    for name in names:
+        shape = shapes.get(name, (32, 32))
+        assert torch.equal(read(name, shape), drawn(name, shape).bfloat16().float()), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(CheckpointError, match=r"model.language.num_heads: 4 in the checkpoint, 8 in the recipe"):
+        published_source(tmp_path / "out", model=replace(model, language=replace(model.language, num_heads=8)))
+
+
+def test_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="transformers has no model that computes deepstack_l"):
+        require_exportable(tiny_model(), tmp_path / "out", Naming.HUGGING_FACE)
+    odd = replace(LLAVA, language=replace(LANGUAGE, qk_norm=True, qkv_bias=True))
+    with pytest.raises(ConfigError, match="no decoder with both qk_norm and qkv_bias"):
+        require_exportable(odd, tmp_path / "out", Naming.HUGGING_FACE)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):
+        require_exportable(tiny_model(), tmp_path, Naming.PUBLISHED)
+    with pytest.raises(CheckpointError, match=r"holds no recipe.yaml"):
+        one_rank_recipe(tmp_path)
