@@ -107,6 +107,8 @@ def _convert(hint: Any, value: object) -> Any:
 
 
 def _tuple(items: Sequence[Any], value: object) -> tuple[Any, ...]:
+    if items == (str, Ellipsis) and isinstance(value, str):
+        return (_str(value),)  # one of what there may be several
     if not isinstance(value, (list, tuple)):
         raise _Refused(f"a list of {_plural(items[0])}")
     if items[-1] is Ellipsis:
@@ -120,6 +122,8 @@ def _plural(hint: Any) -> str:
     """What a list's items may be, in words."""
     if issubclass(hint, StrEnum):
         return f"names out of {', '.join(hint)}, such as [{next(iter(hint))}]"
+    if hint is str:
+        return "texts, or one text"
     return "numbers, such as [1, 2]"
 
 

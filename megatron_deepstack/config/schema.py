@@ -137,8 +137,8 @@ class VisionConfig:
     select_layer: int = -2
     """Hidden state used as feature, numbered as by Hugging Face: -1 is the last layer's output, -2 its input."""
     class_token: bool = True
-    """CLIP's embedding: a class token before the patches (dropped from the features), a norm after, no bias; or SigLIP's:
-    no token, no norm, a bias."""
+    """CLIP's embedding: class token before the patches (dropped from the features), norm after them, no bias.
+    Without it SigLIP's: no token, no norm, a bias."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of its LayerNorms."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -320,8 +320,9 @@ class TrainConfig:
     """Dtype of parameters and activations."""
     trainable: tuple[Part, ...] = (Part.PROJECTOR, Part.LANGUAGE)
     """Parts that learn; the others are frozen."""
-    init_from: str | None = None
-    """Hugging Face folder or safetensors file with published names to start from; random initialisation if absent."""
+    init_from: tuple[str, ...] | None = None
+    """Checkpoint to start from (Hugging Face folder or file), or several that hold different parts of the model, such
+    as a decoder's and a vision tower's; parts in none of them are initialised at random."""
     log_interval: int = 1
     """Steps between log lines."""
     validation_interval: int = 0

@@ -1,12 +1,14 @@
-"""Weights to start from: a checkpoint on disk as the source of published tensors.
+"""Weights to start from: checkpoints on disk as the source of published tensors.
 
-A checkpoint gives whole parts (vision tower, projector, decoder) or nothing of them. What part it lacks comes from
-somewhere else, as a fresh projector does; but a part with holes, or a model that its own config contradicts, would
-train silently wrong and is refused.
+A checkpoint gives whole parts (vision tower, projector, decoder) or nothing of them. Parts may come from different
+checkpoints, and what none has from somewhere else, as a fresh projector does; but a part with holes, a part that two
+checkpoints hold, or a model that a checkpoint's own config contradicts, would train silently wrong and is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,14 +21,60 @@ from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import Shape, Source
 
 
-def published_source(path: str | Path, fallback: Source | None = None, model: ModelConfig | None = None) -> Source:
-    """Source of full float32 tensors in a Hugging Face folder or a file, under published or Hugging Face's names.
+def published_source(
+    paths: str | Path | Sequence[str | Path], fallback: Source | None = None, model: ModelConfig | None = None
+) -> Source:
+    """Source of full float32 tensors in Hugging Face folders or files, under published or Hugging Face's names.
 
-    Parts that the checkpoint lacks come from `fallback`. CheckpointError names a tensor that is missing from a part the
-    checkpoint holds, or from the checkpoint where there is no fallback, and one of another shape. With `model`, what
-    the folder's config.json says and shapes do not show (heads, norms, rotary base, ...) must agree too.
+    Parts that no checkpoint holds come from `fallback`. CheckpointError names a tensor that is missing from a part a
+    checkpoint holds, or from all where there is no fallback, and one of another shape. With `model`, what a folder's
+    config.json says and shapes do not show (heads, norms, rotary base, ...) must agree too.
     """
-    files = files_by_name(Path(path))
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    checkpoints = [_open(Path(path), model) for path in paths]
+    _require_disjoint(checkpoints)
+    where = ", ".join(str(path) for path in paths)
+
+    def read(name: str, shape: Shape) -> torch.Tensor:
+        for checkpoint in checkpoints:
+            if checkpoint.answers_for(name):
+                return checkpoint.read(name, shape)
+        if fallback is None:
+            raise CheckpointError(_missing(where, name, shape))
+        return fallback(name, shape)
+
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    path: Path
+    files: dict[str, Path]
+    """Name in the checkpoint to its file."""
+    names: dict[str, str]
+    """Published name to name in the checkpoint."""
+    parts: frozenset[object]
+    """What it holds any tensor of; a newline comes with no part and answers for itself."""
+
+    def answers_for(self, name: str) -> bool:
+        """Whether the tensor comes from here, or is missing here."""
+        return name in self.names or (part_of(name) is not None and part_of(name) in self.parts)
+
+    def read(self, name: str, shape: Shape) -> torch.Tensor:
+        if name not in self.names:
+            raise CheckpointError(_missing(str(self.path), name, shape))
+        own = self.names[name]
+        tensor = read_tensor(self.files[own], own)
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{self.path}: {own} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the "
+                "model the checkpoint was made with"
+            )
+        return tensor.float()
+
+
+def _open(path: Path, model: ModelConfig | None) -> _Checkpoint:
+    files = files_by_name(path)
     names = by_published_name(files, str(path))
     if not names:
         raise CheckpointError(
@@ -34,26 +82,23 @@ def published_source(path: str | Path, fallback: Source | None = None, model: Mo
             f"found {', '.join(sorted(files)[:3]) or 'none at all'}"
         )
     if model is not None:
-        require_same_model(read_config(Path(path)), model, str(path))
-    parts = {part_of(name) for name in names}
-
-    def read(name: str, shape: Shape) -> torch.Tensor:
-        if name not in names:
-            if fallback is not None and (part_of(name) is None or part_of(name) not in parts):
-                return fallback(name, shape)
-            raise CheckpointError(_missing(path, name, shape))
-        tensor = read_tensor(files[names[name]], names[name])
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{path}: {names[name]} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the "
-                "model the checkpoint was made with"
-            )
-        return tensor.float()
-
-    return read
+        require_same_model(read_config(path), model, str(path))
+    return _Checkpoint(path=path, files=files, names=names, parts=frozenset(part_of(name) for name in names))
 
 
-def _missing(path: str | Path, name: str, shape: Shape) -> str:
+def _require_disjoint(checkpoints: Sequence[_Checkpoint]) -> None:
+    holders: dict[object, Path] = {}
+    for checkpoint in checkpoints:
+        for part in checkpoint.parts:
+            if part in holders:
+                raise CheckpointError(
+                    f"train.init_from: {holders[part]} and {checkpoint.path} both hold the {part or 'newline'}; "
+                    "name checkpoints of different parts"
+                )
+            holders[part] = checkpoint.path
+
+
+def _missing(path: str, name: str, shape: Shape) -> str:
     hint = "complete it, or choose the model it was made with"
     if name == "lm_head.weight":
         hint = "if it ties output and input embeddings, set model.language.tied_embeddings=true"

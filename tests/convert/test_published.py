@@ -132,6 +132,19 @@ def test_absent_parts_come_from_the_fallback(tmp_path: Path) -> None:
     assert read(NEWLINE, (2,)).tolist() == [7.0, 7.0]
 
 
+def test_parts_come_from_different_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "tower").mkdir()
+    text = saved(tmp_path / "text", model__norm__weight=torch.ones(12))
+    tower = saved(tmp_path / "tower", **{UP.removeprefix(VISION_PREFIX).replace(".", "__"): torch.zeros(12)})
+    read = published_source([str(text), str(tower)], fallback)
+    assert [read(name, (12,))[0].item() for name in ("model.norm.weight", UP, "model.mm_projector.0.bias")] == [1, 0, 7]
+    with pytest.raises(CheckpointError, match="both hold the language; name checkpoints of different parts"):
+        published_source([text, tower, text], fallback)
+    with pytest.raises(CheckpointError, match=r"text, .*tower: holds no tensor model.mm_projector.0.bias"):
+        published_source([text, tower])("model.mm_projector.0.bias", (12,))
+
+
 def test_a_part_with_holes_is_refused(tmp_path: Path) -> None:
     read = published_source(saved(tmp_path, model__norm__weight=torch.ones(12)), fallback)
     with pytest.raises(CheckpointError, match=f"holds no tensor {QUERY}"):
