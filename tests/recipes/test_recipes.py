@@ -1,0 +1,77 @@
+"""The recipes of the published stages: their resolved text, and what the paper fixes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_deepstack.config.check import check_recipe
+from megatron_deepstack.config.load import RECIPES, load_recipe, recipe_to_yaml
+from megatron_deepstack.config.schema import Part, Variant
+from megatron_deepstack.planning.check import check_plan, check_world
+from megatron_deepstack.planning.rows import context_length
+from megatron_deepstack.planning.slots import decoder_slots
+from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(file.stem for file in RECIPES.glob("deepstack_*.yaml"))
+NODE = 8
+SAMPLES = {"pretrain": 558_128, "finetune": 665_298}
+HD_SAMPLES = 748_000
+
+
+def test_every_variant_size_and_stage_has_one() -> None:
+    variants, sizes, stages = ("l", "v", "hd"), ("7b", "13b"), ("pretrain", "finetune")
+    assert sorted(f"deepstack_{v}_{s}_{t}" for v in variants for s in sizes for t in stages) == NAMES
+    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_resolved_text(name: str) -> None:
+    expected = (GOLDEN / f"{name}.yaml").read_text(encoding="utf-8")
+    assert recipe_to_yaml(load_recipe(name)) == expected, "if this is meant, run tools/golden_recipes.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_passes_all_checks_on_a_node(name: str) -> None:
+    recipe = load_recipe(name)
+    check_recipe(recipe)
+    check_plan(recipe)
+    check_world(recipe, NODE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_paper_fixes(name: str) -> None:
+    """Table 10 of the paper, slots included; HD's data and start are its own."""
+    recipe = load_recipe(name)
+    _, variant, size, stage = name.split("_")
+    train, optimizer, model = recipe.train, recipe.optimizer, recipe.model
+    assert (train.global_batch_size, optimizer.lr) == {"pretrain": (256, 1e-3), "finetune": (128, 2e-5)}[stage]
+    samples = HD_SAMPLES if (variant, stage) == ("hd", "finetune") else SAMPLES[stage]
+    assert train.steps == math.ceil(samples / train.global_batch_size)
+    tunes_vision = stage == "finetune" and variant != "l"
+    parts = {
+        Part.PROJECTOR,
+        *([Part.LANGUAGE] if stage == "finetune" else []),
+        *([Part.VISION] if tunes_vision else []),
+    }
+    assert set(train.trainable) == parts
+    assert optimizer.vision_lr == (2e-6 if tunes_vision else None)
+    assert (optimizer.warmup_fraction, optimizer.weight_decay, str(optimizer.schedule)) == (0.03, 0.0, "cosine")
+    assert (model.language.hidden_size, model.language.num_layers) == {"7b": (4096, 32), "13b": (5120, 40)}[size]
+    assert recipe.data.template == {"pretrain": "plain", "finetune": "v1"}[stage]
+    assert recipe.run_dir == f"runs/{name.replace('_', '-')}"
+    assert model.variant == {"l": Variant.DEEPSTACK_L, "v": Variant.DEEPSTACK_V, "hd": Variant.DEEPSTACK_HD}[variant]
+    if variant == "v":
+        assert plan_vit_stacks(model).slots == (20, 21, 22, 23)
+    else:
+        assert decoder_slots(model) == (1, 2, 3, 4)
+    assert context_length(model, (2, 2)) == (2928 if variant == "hd" else 576)
+    assert train.seq_length == (4096 if variant == "hd" else 2048)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("finetune") and "_hd_" not in name])
+def test_the_second_stage_starts_from_the_first(name: str) -> None:
+    assert load_recipe(name).train.init_from == (f"exports/{name.replace('_', '-').replace('finetune', 'pretrain')}",)

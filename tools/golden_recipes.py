@@ -1,0 +1,32 @@
+"""Write the resolved text of every published recipe to tests/recipes/golden. `--check` only compares."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_deepstack.config.load import RECIPES, load_recipe, recipe_to_yaml
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "recipes" / "golden"
+
+
+def published_recipes() -> list[str]:
+    """Names of the recipes that follow the paper."""
+    return sorted(file.stem for file in RECIPES.glob("deepstack_*.yaml"))
+
+
+def main() -> int:
+    """Number of files that differed."""
+    stale = []
+    for name in published_recipes():
+        file, text = GOLDEN / f"{name}.yaml", recipe_to_yaml(load_recipe(name))
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                file.write_text(text, encoding="utf-8")
+    sys.stdout.write(f"{len(stale)} of {len(published_recipes())} changed: {', '.join(stale) or 'none'}\n")
+    return len(stale) if "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
