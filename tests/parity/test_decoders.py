@@ -51,7 +51,7 @@ def hf_decoder(kind: type[PretrainedConfig], language: LanguageConfig, **more: o
         rms_norm_eps=language.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
         tie_word_embeddings=language.tied_embeddings,
-        attn_implementation="eager",
+        attn_implementation="sdpa",
         **more,
     )
 

@@ -59,7 +59,7 @@ def llava_case(
         image_token_index=0,
         vision_feature_select_strategy="default" if vision.class_token else "full",
         tie_word_embeddings=language.tied_embeddings,
-        attn_implementation="eager",
+        attn_implementation="sdpa",
     )
     module = LlavaForConditionalGeneration(config)
     randomise(module)

@@ -1,4 +1,4 @@
-"""CLIP-type ViT and projector, and DeepStack-V's stacking inside the ViT (paper section 3.3).
+"""ViT of CLIP's or SigLIP's type and projector, and DeepStack-V's stacking inside the ViT (paper section 3.3).
 
 Shapes: N views, S patch side of a view (image_size / patch_size), T tokens of a view (S*S, plus 1 with a class token),
 C vision width, H decoder width, A heads.
@@ -30,13 +30,16 @@ def num_layers_run(vision: VisionConfig) -> int:
 
 
 def embed_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) -> Tensor:
-    """Patches, class token and positions through the first LayerNorm: (N, T, C)."""
-    kernel = weights[PREFIX + "embeddings.patch_embedding.weight"]
-    hidden_NTC = F.conv2d(pixels_N3HW.to(kernel.dtype), kernel, stride=vision.patch_size).flatten(2).transpose(1, 2)
-    if vision.class_token:
-        class_N1C = weights[PREFIX + "embeddings.class_embedding"].expand(hidden_NTC.shape[0], 1, -1)
-        hidden_NTC = torch.cat([class_N1C, hidden_NTC], dim=1)
-    hidden_NTC = hidden_NTC + weights[PREFIX + "embeddings.position_embedding.weight"]
+    """Patches and positions: (N, T, C); CLIP's with class token and LayerNorm, SigLIP's with a bias instead."""
+    kernel, bias = (weights.get(f"{PREFIX}embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
+    assert kernel is not None
+    patches_NCSS = F.conv2d(pixels_N3HW.to(kernel.dtype), kernel, bias, stride=vision.patch_size)
+    hidden_NTC = patches_NCSS.flatten(2).transpose(1, 2)
+    positions_TC = weights[PREFIX + "embeddings.position_embedding.weight"]
+    if not vision.class_token:
+        return hidden_NTC + positions_TC
+    class_N1C = weights[PREFIX + "embeddings.class_embedding"].expand(hidden_NTC.shape[0], 1, -1)
+    hidden_NTC = torch.cat([class_N1C, hidden_NTC], dim=1) + positions_TC
     return _layer_norm(vision, weights, "pre_layrnorm", hidden_NTC)  # the published name lacks the e
 
 
