@@ -44,7 +44,7 @@ demo: $(INSTALLED)
 	$(RUN) draw $(DEMO)/data
 	$(RUN) preprocess demo
 	$(RUN) preprocess demo data.records=$(DEMO)/data/heldout.json data.store=$(DEMO)/heldout.zarr
-	$(RUN) train demo --stop-after 200
+	$(RUN) train demo --stop-after 240
 	$(RUN) train demo
 	$(RUN) generate $(DEMO)
 	$(RUN) report $(DEMO)

@@ -75,6 +75,7 @@ _RANGES: dict[str, Range] = {
             "train.global_batch_size",
             "train.micro_batch_size",
             "train.seq_length",
+            "train.init_std",
             "train.log_interval",
         ),
         _POSITIVE,

@@ -323,6 +323,8 @@ class TrainConfig:
     init_from: tuple[str, ...] | None = None
     """Checkpoint to start from (Hugging Face folder or file), or several that hold different parts of the model, such
     as a decoder's and a vision tower's; parts in none of them are initialised at random."""
+    init_std: float = 0.02
+    """Standard deviation of randomly initialised matrices; narrow models learn sooner from a larger one."""
     log_interval: int = 1
     """Steps between log lines."""
     validation_interval: int = 0

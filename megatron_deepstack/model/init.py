@@ -1,7 +1,7 @@
 """Random initialisation that no layout can change.
 
 Each published tensor is drawn whole from a generator seeded by (seed, its name) and then split, so one rank and any
-tp, pp or vpp start from the same numbers. Matrices and embeddings are normal with deviation 0.02, those that write to
+tp, pp or vpp start from the same numbers. Matrices and embeddings are normal with one deviation, those that write to
 the residual stream smaller by the square root of twice the depth; norms are 1, biases 0.
 """
 
@@ -15,12 +15,11 @@ import torch
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.model.weights import VISION_PREFIX, Shape, Source
 
-STANDARD_DEVIATION = 0.02
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
 
 
-def random_source(model: ModelConfig, seed: int) -> Source:
-    """Published name and shape to its initial value, float32 on the CPU."""
+def random_source(model: ModelConfig, seed: int, deviation: float = 0.02) -> Source:
+    """Published name and shape to its initial value, float32 on the CPU; `deviation` is that of matrices."""
 
     def draw(name: str, shape: Shape) -> torch.Tensor:
         if name.endswith(".bias"):
@@ -29,8 +28,8 @@ def random_source(model: ModelConfig, seed: int) -> Source:
             return torch.ones(shape)
         depth = model.vision.num_layers if name.startswith(VISION_PREFIX) else model.language.num_layers
         residual = name.endswith(_RESIDUAL_OUTPUTS)
-        deviation = STANDARD_DEVIATION / math.sqrt(2 * depth) if residual else STANDARD_DEVIATION
+        scale = deviation / math.sqrt(2 * depth) if residual else deviation
         generator = torch.Generator().manual_seed(seed * 0x1_0000_0000 + zlib.crc32(name.encode()))
-        return torch.randn(shape, generator=generator) * deviation
+        return torch.randn(shape, generator=generator) * scale
 
     return draw

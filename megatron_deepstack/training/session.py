@@ -52,7 +52,7 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
     """
     reader = open_reader(recipe, recipe.data.store, share_of(groups))
     model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
-    source = random_source(recipe.model, recipe.train.seed)
+    source = random_source(recipe.model, recipe.train.seed, recipe.train.init_std)
     if recipe.train.init_from is not None:
         source = published_source(recipe.train.init_from, fallback=source)
     fill_model(model, source, groups.decoder.tp)
