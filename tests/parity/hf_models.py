@@ -1,7 +1,7 @@
 """Tiny models of transformers with weights that leave nothing at its default, as cases for `check_case`.
 
-Weights are drawn in float32 and transformers computes with them in float64 (its RMSNorms in float32 all the same), so an
-error measured here is mostly ours.
+Weights are drawn in float32 and transformers computes with them in float64 (its RMSNorms in float32 all the same), so
+an error measured here is mostly ours.
 """
 
 from __future__ import annotations
