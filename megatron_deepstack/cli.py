@@ -184,6 +184,26 @@ def _recipe_of_run(run: Path, overrides: list[str]) -> Any:
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to create.")],
+    naming: Annotated[
+        str,
+        typer.Option(
+            help="`published`: DeepStack's own names. `hugging_face`: for variant llava, as transformers loads it."
+        ),
+    ] = "published",
+) -> None:
+    """Write a run's newest checkpoint as safetensors with config.json, for others to load and for train.init_from."""
+    if naming not in ("published", "hugging_face"):
+        raise ConfigError([f"--naming: found {naming!r}, expected published or hugging_face"])
+    from megatron_deepstack.convert.hf_names import Naming
+    from megatron_deepstack.inference.export import export_run
+
+    _say(f"export: {export_run(run, output, Naming(naming))}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
     """Write RUN/report.html: one page with losses, recipe, stage plan and held-out answers."""
     from megatron_deepstack.report.page import write_report

@@ -54,7 +54,7 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
     model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
     source = random_source(recipe.model, recipe.train.seed, recipe.train.init_std)
     if recipe.train.init_from is not None:
-        source = published_source(recipe.train.init_from, fallback=source)
+        source = published_source(recipe.train.init_from, fallback=source, model=recipe.model)
     fill_model(model, source, groups.decoder.tp)
     freeze(model, recipe.train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
