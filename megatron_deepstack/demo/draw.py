@@ -21,10 +21,7 @@ QUESTIONS = (
     "Read the number in the small print.",
     "What is the number on the page?",
 )
-"""Asked at random; the answer is the page's number, two digits."""
-CHANCE = 0.01
-"""Share of right answers of a guess: the numbers 00 to 99 are equally likely."""
-
+"""Asked at random; the answer is the page's number, 00 to 99 with equal chances."""
 _JPEG_QUALITY = 92
 
 

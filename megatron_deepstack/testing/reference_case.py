@@ -29,7 +29,8 @@ from megatron_deepstack.config.schema import (
     VisionConfig,
 )
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.testing.oracle.model import IGNORE_INDEX, IMAGE_TOKEN_ID, OracleSample, expand_labels
+from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.testing.oracle.model import OracleSample, expand_labels
 
 KNOWN_FLAGS = ("2xsample", "deepstack_vit", "lsvit_start_layer_N")
 SLOT_FLAG = "lsvit_start_layer_"

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_deepstack.config.schema import ModelConfig, Variant
+from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle import language, stacks, vision
 from megatron_deepstack.testing.oracle.stacks import Grid
-
-IMAGE_TOKEN_ID = -200
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
