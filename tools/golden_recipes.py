@@ -11,8 +11,8 @@ GOLDEN = Path(__file__).parent.parent / "tests" / "recipes" / "golden"
 
 
 def published_recipes() -> list[str]:
-    """Names of the recipes that follow the paper."""
-    return sorted(file.stem for file in RECIPES.glob("deepstack_*.yaml"))
+    """Names of the recipes that follow the paper, and of the baselines it compares with."""
+    return sorted(file.stem for kind in ("deepstack", "baseline") for file in RECIPES.glob(f"{kind}_*.yaml"))
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in RECIPES.glob("deepstack_*.yaml"))
+BASELINES = sorted(file.stem for file in RECIPES.glob("baseline_*.yaml"))
 NODE = 8
 SAMPLES = {"pretrain": 558_128, "finetune": 665_298}
 HD_SAMPLES = 748_000
@@ -25,16 +26,16 @@ HD_SAMPLES = 748_000
 def test_every_variant_size_and_stage_has_one() -> None:
     variants, sizes, stages = ("l", "v", "hd"), ("7b", "13b"), ("pretrain", "finetune")
     assert sorted(f"deepstack_{v}_{s}_{t}" for v in variants for s in sizes for t in stages) == NAMES
-    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == NAMES
+    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == sorted(NAMES + BASELINES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + BASELINES)
 def test_the_resolved_text(name: str) -> None:
     expected = (GOLDEN / f"{name}.yaml").read_text(encoding="utf-8")
     assert recipe_to_yaml(load_recipe(name)) == expected, "if this is meant, run tools/golden_recipes.py"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + BASELINES)
 def test_it_passes_all_checks_on_a_node(name: str) -> None:
     recipe = load_recipe(name)
     check_recipe(recipe)
@@ -75,3 +76,16 @@ def test_what_the_paper_fixes(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("finetune") and "_hd_" not in name])
 def test_the_second_stage_starts_from_the_first(name: str) -> None:
     assert load_recipe(name).train.init_from == (f"exports/{name.replace('_', '-').replace('finetune', 'pretrain')}",)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("baseline_llava", 576), ("baseline_anyres", 576 + 48 * 49), ("baseline_in_sequence", 2880)],
+)
+def test_baselines_differ_in_the_context_alone(name: str, tokens: int) -> None:
+    """The same training as DeepStack-L's, on the same store, without stacks."""
+    baseline, stacked = load_recipe(f"{name}_7b_finetune"), load_recipe("deepstack_l_7b_finetune")
+    assert context_length(baseline.model, (2, 2)) == tokens
+    assert decoder_slots(baseline.model) == ()
+    assert (baseline.data, baseline.optimizer) == (stacked.data, stacked.optimizer)
+    assert baseline.train.trainable == stacked.train.trainable
