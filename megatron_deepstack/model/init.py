@@ -29,7 +29,8 @@ def random_source(model: ModelConfig, seed: int, deviation: float = 0.02) -> Sou
         depth = model.vision.num_layers if name.startswith(VISION_PREFIX) else model.language.num_layers
         residual = name.endswith(_RESIDUAL_OUTPUTS)
         scale = deviation / math.sqrt(2 * depth) if residual else deviation
-        generator = torch.Generator().manual_seed(seed * 0x1_0000_0000 + zlib.crc32(name.encode()))
+        mixed = zlib.crc32(f"{seed}/{name}".encode())  # torch's CPU generator takes 32 bits of a seed, silently
+        generator = torch.Generator().manual_seed(mixed)
         return torch.randn(shape, generator=generator) * scale
 
     return draw
