@@ -299,6 +299,7 @@ _KNOWN_WARNINGS = (
     "Apex is not installed",
     "full scope is deprecated",
     "Please use DTensor instead",
+    "`load_state_dict` is deprecated",
 )
 """Megatron-Core and torch say these in every process without a GPU, or at every checkpoint; see the README's limits."""
 

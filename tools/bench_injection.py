@@ -16,7 +16,7 @@ import torch
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Precision, StackConfig
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 
-LANGUAGE = LanguageConfig(vocab_size=512, hidden_size=512, ffn_hidden_size=1408, num_layers=8, num_heads=8)
+LANGUAGE = LanguageConfig(vocab_size=512, hidden_size=1024, ffn_hidden_size=2816, num_layers=8, num_heads=16)
 VISUAL, LENGTH = 576, 704
 
 
@@ -53,7 +53,7 @@ def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=30, help="pairs of steps")
+    parser.add_argument("--repeats", type=int, default=12, help="pairs of steps")
     repeats = parser.parse_args().repeats
     with RankPool(1) as pool:
         pairs = pool.run(compare, repeats)[0]
