@@ -270,7 +270,7 @@ def test_round_trip_is_exact(tmp_path_factory, name, lr, slots, trainable, kv_he
 )
 def test_any_mapping_is_a_recipe_or_a_config_error(value):
     with suppress(ConfigError):
-        recipe_from_mapping(value if isinstance(value, dict) else {"model": value})
+        assert isinstance(recipe_from_mapping(value if isinstance(value, dict) else {"model": value}), Recipe)
 
 
 def test_every_field_can_be_set_by_its_path(write):

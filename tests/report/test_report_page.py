@@ -209,4 +209,5 @@ def test_running_mean_keeps_length_and_constants():
 
 
 def test_chart_of_one_point():
-    ElementTree.fromstring(line_chart([(1, 0.5)], title="one", colour="#000000"))
+    drawn = ElementTree.fromstring(line_chart([(1, 0.5)], title="one", colour="#000000"))
+    assert drawn.tag.endswith("svg")
