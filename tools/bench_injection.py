@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Precision, StackConfig
+from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 
 LANGUAGE = LanguageConfig(vocab_size=512, hidden_size=1024, ffn_hidden_size=2816, num_layers=8, num_heads=16)

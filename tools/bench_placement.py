@@ -20,15 +20,8 @@ from typing import Any
 
 import torch
 
-from megatron_deepstack.config.schema import (
-    EncoderPlacement,
-    LanguageConfig,
-    ModelConfig,
-    ParallelConfig,
-    Part,
-    StackConfig,
-    VisionConfig,
-)
+from megatron_deepstack.config.choices import EncoderPlacement, Part
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig, VisionConfig
 from megatron_deepstack.planning.cost import decoder_flops, projector_flops, view_flops
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import TinySample, tiny_recipe, unit_pixels

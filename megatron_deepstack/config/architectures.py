@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_deepstack.config.schema import Activation, LanguageConfig, VisionConfig
+from megatron_deepstack.config.choices import Activation
+from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
 
 _HALF = (0.5, 0.5, 0.5)
 _LLAMA_7B = LanguageConfig()
@@ -48,9 +49,7 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
         rope_theta=5_000_000.0,
     ),
     "mistral_7b_v0_2": LanguageConfig(ffn_hidden_size=14336, num_kv_heads=8, rope_theta=1_000_000.0),
-    "mistral_7b_v0_3": LanguageConfig(
-        vocab_size=32768, ffn_hidden_size=14336, num_kv_heads=8, rope_theta=1_000_000.0
-    ),
+    "mistral_7b_v0_3": LanguageConfig(vocab_size=32768, ffn_hidden_size=14336, num_kv_heads=8, rope_theta=1_000_000.0),
     "qwen2_1_5b": LanguageConfig(
         vocab_size=151936,
         hidden_size=1536,

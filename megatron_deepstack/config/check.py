@@ -11,19 +11,12 @@ from dataclasses import dataclass
 from functools import reduce
 from math import prod
 
+from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part, Variant
 from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems
-from megatron_deepstack.config.schema import (
-    Batching,
-    EncoderPlacement,
-    GridRule,
-    LanguageConfig,
-    ParallelConfig,
-    Recipe,
-    Variant,
-)
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
 
-TEMPLATES = ("plain", "v1")
+TEMPLATES = ("plain", "v1", "llama_3", "qwen")
 """Names of the conversation templates."""
 
 
@@ -77,6 +70,17 @@ _RANGES: dict[str, Range] = {
             "train.seq_length",
             "train.init_std",
             "train.log_interval",
+            "data.max_image_seconds",
+            "data.cache_gib",
+            "data.weights",
+            "lora.alpha",
+            "health.spike_window",
+            "logging.peak_tflops",
+            "logging.profile_steps",
+            "logging.timeline_steps",
+            "launch.ranks",
+            "launch.cpus_per_rank",
+            "launch.start_seconds",
         ),
         _POSITIVE,
     ),
@@ -93,6 +97,18 @@ _RANGES: dict[str, Range] = {
             "train.validation_interval",
             "checkpoint.interval",
             "checkpoint.keep",
+            "checkpoint.keep_every",
+            "optimizer.vision_weight_decay",
+            "optimizer.projector_weight_decay",
+            "lora.rank",
+            "health.max_skipped_steps",
+            "health.spike_factor",
+            "health.max_unreadable_samples",
+            "health.straggler_factor",
+            "health.straggler_window",
+            "health.hang_seconds",
+            "logging.profile_ranks",
+            "launch.max_failures",
         ),
         _NOT_NEGATIVE,
     ),
@@ -308,10 +324,25 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
         yield _problem(
             "optimizer.min_lr optimizer.lr", f"{optimizer.min_lr} is above the peak optimizer.lr {optimizer.lr}"
         )
+    if Part.LANGUAGE in train.trainable and recipe.lora.rank and not recipe.lora.targets:
+        yield _problem("lora.targets lora.rank", "is empty, and lora.rank is set; name layers, or set lora.rank=0")
     if train.validation_interval and recipe.data.validation_store is None:
         yield _problem(
             "train.validation_interval data.validation_store",
             f"evaluates every {train.validation_interval} steps on data.validation_store, which is not set",
+        )
+
+
+def _stores(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if data.store is not None and data.stores is not None:
+        yield _problem("data.stores data.store", "both are set; `stores` takes the place of `store`: set one to null")
+    if data.stores is not None and not data.stores:
+        yield _problem("data.stores", "is an empty list; name the stores, or use data.store")
+    if data.weights is not None and len(data.weights) != len(data.stores or ()):
+        yield _problem(
+            "data.weights data.stores",
+            f"{len(data.weights)} weights for {len(data.stores or ())} data.stores; give one for each, or none",
         )
 
 
@@ -327,4 +358,4 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
             yield _problem(path, "is empty, expected text")
 
 
-_RULES = (_vision, _language, _stacks, _layout, _training, _names)
+_RULES = (_vision, _language, _stacks, _layout, _training, _stores, _names)

@@ -7,113 +7,28 @@ Derived numbers (tokens per view, layers per stage, ...) are functions in `plann
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-
-class Variant(StrEnum):
-    """Which member of the DeepStack family is trained (arXiv 2406.04334, section 3)."""
-
-    DEEPSTACK_L = "deepstack_l"
-    DEEPSTACK_V = "deepstack_v"
-    DEEPSTACK_HD = "deepstack_hd"
-    LLAVA = "llava"
-    LLAVA_ANYRES = "llava_anyres"
-    IN_SEQUENCE = "in_sequence"
-
-    @property
-    def stacks_in_vit(self) -> bool:
-        """Stacks are added inside the ViT, so that an image's views are encoded together."""
-        return self is Variant.DEEPSTACK_V
-
-
-class Sampler(StrEnum):
-    """How the mosaic of crops is cut into stacks."""
-
-    DILATED_2D = "2d"
-    SEQUENTIAL_1D = "1d"
-    GRID = "grid"
-
-
-class GridRule(StrEnum):
-    """How many crops an image gets."""
-
-    BEST_FIT = "best_fit"
-    FIXED_2X2 = "fixed_2x2"
-
-
-class Activation(StrEnum):
-    """Activation of the vision tower's MLP."""
-
-    QUICK_GELU = "quick_gelu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-
-
-class EncoderPlacement(StrEnum):
-    """Where ViT and projector run: over all ranks of a replica, or inside the first stage's forward."""
-
-    SPREAD = "spread"
-    INLINE = "inline"
-
-
-class Recompute(StrEnum):
-    """Activation recomputation in the decoder."""
-
-    NONE = "none"
-    SELECTIVE = "selective"
-    FULL = "full"
-
-
-class RecomputeMethod(StrEnum):
-    """How full recomputation groups layers (Megatron-Core's `recompute_method`)."""
-
-    UNIFORM = "uniform"
-    BLOCK = "block"
-
-
-class Precision(StrEnum):
-    """Dtype of parameters and activations; gradients and optimizer states are always float32."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class Part(StrEnum):
-    """A part of the model that can be trained or frozen as a whole."""
-
-    VISION = "vision"
-    PROJECTOR = "projector"
-    LANGUAGE = "language"
-
-
-class Batching(StrEnum):
-    """How samples become sequences: each padded to the step's longest, or several packed into one."""
-
-    PADDED = "padded"
-    PACKED = "packed"
-
-
-class LrSchedule(StrEnum):
-    """Learning rate after warm-up."""
-
-    COSINE = "cosine"
-    LINEAR = "linear"
-    CONSTANT = "constant"
-
-
-class ImageResize(StrEnum):
-    """Resizing kernel of the preprocessing."""
-
-    PILLOW = "pillow"
-    TORCH = "torch"
-
-
-class Layers(StrEnum):
-    """Which Megatron layer implementations are built."""
-
-    AUTO = "auto"
-    LOCAL = "local"
-    TRANSFORMER_ENGINE = "transformer_engine"
+from megatron_deepstack.config.choices import (
+    Activation,
+    Batching,
+    Compression,
+    EncoderPlacement,
+    Fp8Scaling,
+    GridRule,
+    ImageResize,
+    Layers,
+    LoraTarget,
+    LrSchedule,
+    Orientation,
+    Part,
+    Precision,
+    Recompute,
+    RecomputeMethod,
+    Sampler,
+    SaveMode,
+    Unreadable,
+    Variant,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,28 +130,45 @@ class ModelConfig:
 class DataConfig:
     """What is read: raw data for `preprocess`, the finished store for `train`."""
 
-    records: str | None = None
-    """LLaVA-style JSON file for `preprocess`."""
+    records: tuple[str, ...] | None = None
+    """For `preprocess`: LLaVA-style JSON or JSON-lines files (also .gz), or WebDataset tar shards; one or several
+    paths, URLs or glob patterns."""
     images: str | None = None
-    """Folder that the records' image paths are relative to."""
+    """Folder or URL that the records' image paths are relative to; tar shards bring their own."""
     tokenizer: str | None = None
-    """SentencePiece model file."""
+    """SentencePiece model file, or a Hugging Face tokenizer: its tokenizer.json, or the folder that holds it."""
     template: str = "v1"
-    """Conversation template: `plain` or `v1`."""
+    """Conversation template: `plain`, `v1` (Vicuna), `llama_3` or `qwen` (ChatML)."""
     store: str | None = None
-    """zarr store written by `preprocess`, read by `train`."""
+    """zarr store written by `preprocess`, read by `train`: a folder, or a URL of an object store."""
+    stores: tuple[str, ...] | None = None
+    """Several stores to train on, in place of `store`."""
+    weights: tuple[float, ...] | None = None
+    """Share of the samples drawn from each of `stores`, in any unit; by their numbers of samples if absent."""
     validation_store: str | None = None
     """Held-out zarr store."""
     resize: ImageResize = ImageResize.PILLOW
     """Resizing kernel; `pillow` is bit-equal to the published preprocessing."""
+    orientation: Orientation = Orientation.AS_STORED
+    """Whether photos are turned as their EXIF tag says; the published preprocessing does not."""
+    compression: Compression = Compression.NONE
+    """Codec of the views; `zstd` takes about a quarter less space and reads slower."""
     max_image_pixels: int = 178_956_970
     """Images with more pixels are quarantined before they are decoded."""
     max_quarantined: float = 0.05
     """Share of images that may be quarantined before the job stops."""
+    max_image_seconds: float = 60.0
+    """An image that takes longer to read and decode is quarantined."""
     images_per_part: int = 64
     """Images per part, the unit of work and of resuming."""
     verify_checksums: bool = True
     """Check each view's crc32c when it is read."""
+    cache_dir: str | None = None
+    """Folder for local copies of shards of a store in an object store; a temporary one if absent."""
+    cache_gib: float = 64.0
+    """Most GiB of such copies kept on a node; the least recently used go first."""
+    unreadable: Unreadable = Unreadable.STOP
+    """A sample whose views cannot be read stops the run with its id, or is left out of the loss and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +219,10 @@ class OptimizerConfig:
     """Share of all steps in which the rate rises linearly."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices (norms and biases have none)."""
+    vision_weight_decay: float | None = None
+    """Weight decay of the vision tower; `weight_decay` if absent."""
+    projector_weight_decay: float | None = None
+    """Weight decay of the projector; `weight_decay` if absent."""
     beta1: float = 0.9
     """Adam's first moment decay."""
     beta2: float = 0.999
@@ -318,6 +254,8 @@ class TrainConfig:
     """Seed of initialisation and sample order."""
     precision: Precision = Precision.BF16
     """Dtype of parameters and activations."""
+    fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE
+    """Scaling of FP8 tensors under `precision: fp8`."""
     trainable: tuple[Part, ...] = (Part.PROJECTOR, Part.LANGUAGE)
     """Parts that learn; the others are frozen."""
     init_from: tuple[str, ...] | None = None
@@ -339,6 +277,74 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0 saves only the last."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good, besides the newest; 0 for none."""
+    mode: SaveMode = SaveMode.ASYNC
+    """`async`: training goes on while the files are written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters on the decoder's linear layers (LoRA, arXiv 2106.09685); their layers' weights are frozen."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 for none."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank."""
+    targets: tuple[LoraTarget, ...] = tuple(LoraTarget)
+    """Adapted linear layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthConfig:
+    """When a run is called sick, and what is done."""
+
+    max_skipped_steps: int = 10
+    """Steps with a loss or gradient that is not finite are skipped; the run stops at more than this many in a row."""
+    spike_factor: float = 2.0
+    """A loss above this many times the median of the last `spike_window` steps is flagged with its samples; 0 never."""
+    spike_window: int = 100
+    """Steps that the median of losses is taken over; nothing is flagged before half of them are done."""
+    max_unreadable_samples: int = 100
+    """Samples that may be left out under `data.unreadable: skip` before the run stops."""
+    straggler_factor: float = 1.5
+    """A rank whose own work took this many times the median rank's over `straggler_window` steps is named; 0: never."""
+    straggler_window: int = 20
+    """Steps between comparisons of the ranks' times; 0: never."""
+    hang_seconds: float = 600.0
+    """A longer step is a hang: every rank prints its stacks, silent ranks are named, the run ends. 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """Where metrics go besides console, JSON lines and TensorBoard, and what is measured for them."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the extra `wandb`."""
+    peak_tflops: float | None = None
+    """Peak dense TFLOP/s of one device, for MFU; known for common GPUs, and none on a CPU."""
+    profile_steps: tuple[int, ...] = ()
+    """1-based steps recorded with torch.profiler on `profile_ranks`, as Chrome traces in RUN/profile."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are profiled."""
+    timeline_steps: tuple[int, ...] = ()
+    """1-based steps whose pipeline timeline (which rank did what when) is recorded, for the report."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchConfig:
+    """How `launch` runs the job on a Ray cluster."""
+
+    ranks: int | None = None
+    """Worker processes, one per GPU (or per CPU slot where no node has a GPU); one replica of the model if absent."""
+    cpus_per_rank: int = 1
+    """CPUs set aside for each rank."""
+    max_failures: int = 3
+    """Restarts of the whole gang after a worker or node died."""
+    start_seconds: float = 600.0
+    """Longest wait for the ranks' resources."""
+    storage: str | None = None
+    """Folder shared by all nodes for Ray Train's own records; RUN/ray if absent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,3 +367,11 @@ class Recipe:
     """The loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """What counts as trouble."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """The job on a Ray cluster."""

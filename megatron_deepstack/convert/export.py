@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_deepstack.config.schema import ModelConfig, Variant, VisionConfig
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.convert.hf_config import CONFIG, llava_config, published_config
 from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.convert.tensor_files import write_tensors

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deepstack.config.build import plain
-from megatron_deepstack.config.schema import Activation, LanguageConfig, ModelConfig, VisionConfig
+from megatron_deepstack.config.choices import Activation
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from megatron_deepstack.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"

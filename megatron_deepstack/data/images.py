@@ -23,7 +23,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from megatron_deepstack.config.schema import ImageResize
+from megatron_deepstack.config.choices import ImageResize
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ViewLayout
 

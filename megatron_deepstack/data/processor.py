@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.config.schema import GridRule, ImageResize, ModelConfig, Recipe
+from megatron_deepstack.config.choices import GridRule, ImageResize
+from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.data.images import decode_image, make_views
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_deepstack.config.schema import Batching, ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.config.choices import Batching
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.data.processor import check_store
 from megatron_deepstack.data.sampler import Indices, global_batch, share_of_replica
 from megatron_deepstack.data.store import Store

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Part, Precision
+from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk

@@ -10,7 +10,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_deepstack.config.schema import ModelConfig, Precision, Variant
+from megatron_deepstack.config.choices import Precision, Variant
+from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.model.megatron_config import vision_config
 from megatron_deepstack.model.vit import VisionTransformer, VitStacks
 from megatron_deepstack.planning.rows import tokens_per_view

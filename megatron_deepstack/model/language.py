@@ -21,7 +21,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.schema import LanguageConfig, Layers
+from megatron_deepstack.config.choices import Layers
+from megatron_deepstack.config.schema import LanguageConfig
 from megatron_deepstack.model.attention import Packs
 from megatron_deepstack.model.injection import put_rows
 from megatron_deepstack.model.specs import decoder_block, respect_no_grad

@@ -6,14 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.schema import (
-    Activation,
-    LanguageConfig,
-    ParallelConfig,
-    Precision,
-    Recompute,
-    VisionConfig,
-)
+from megatron_deepstack.config.choices import Activation, Precision, Recompute
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.planning.slots import layers_per_chunk
 from megatron_deepstack.platform.device import has_gpu
 

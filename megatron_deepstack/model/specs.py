@@ -21,7 +21,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_deepstack.config.schema import LanguageConfig, Layers
+from megatron_deepstack.config.choices import Layers
+from megatron_deepstack.config.schema import LanguageConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.attention import FusedCoreAttention
 from megatron_deepstack.model.injection import InjectionLayer

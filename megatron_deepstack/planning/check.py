@@ -14,16 +14,10 @@ from math import log2
 from pathlib import Path
 
 from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.choices import EncoderPlacement, Recompute, RecomputeMethod, Variant
 from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
-from megatron_deepstack.config.schema import (
-    EncoderPlacement,
-    ParallelConfig,
-    Recipe,
-    Recompute,
-    RecomputeMethod,
-    Variant,
-)
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.slots import decoder_slots, layers_per_chunk, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks

@@ -15,7 +15,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megatron_deepstack.config.schema import EncoderPlacement, ModelConfig, ParallelConfig
+from megatron_deepstack.config.choices import EncoderPlacement
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.planning.rows import BASE, NEWLINE, Grid, image_rows, tokens_per_view
 from megatron_deepstack.planning.sequence import ExpandedSample
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stage_chunks

@@ -16,7 +16,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from megatron_deepstack.config.schema import ModelConfig, Sampler, Variant, VisionConfig
+from megatron_deepstack.config.choices import Sampler, Variant
+from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 
 BASE = -1
 """Stack number of the base visual tokens, which take the placeholders' place."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig, Variant
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.errors import LayoutError, SlotError
 
 EMBEDDING = -1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from functools import lru_cache
 
-from megatron_deepstack.config.schema import GridRule, Variant
+from megatron_deepstack.config.choices import GridRule, Variant
 from megatron_deepstack.errors import ConfigError
 
 Grid = tuple[int, int]

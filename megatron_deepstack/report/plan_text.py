@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_deepstack.config.schema import Recipe, Variant
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.slots import Chunk, decoder_slots, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_deepstack.config.schema import Recipe, Sampler, Variant
+from megatron_deepstack.config.choices import Sampler, Variant
+from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, decoder_slots, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 from megatron_deepstack.report.svg import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import finalize_model_grads
 
-from megatron_deepstack.config.schema import EncoderPlacement
+from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.parallel.reduce import loss_and_tokens
 from megatron_deepstack.planning.step_plan import StepPlan
 from megatron_deepstack.routing.exchange import return_gradients, send_rows

@@ -18,16 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_deepstack.config.schema import (
-    Activation,
-    GridRule,
-    LanguageConfig,
-    ModelConfig,
-    Sampler,
-    StackConfig,
-    Variant,
-    VisionConfig,
-)
+from megatron_deepstack.config.choices import Activation, GridRule, Sampler, Variant
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, StackConfig, VisionConfig
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle.model import OracleSample, expand_labels

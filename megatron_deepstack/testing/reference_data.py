@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from megatron_deepstack.config.schema import GridRule, ImageResize
+from megatron_deepstack.config.choices import GridRule, ImageResize
 from megatron_deepstack.data.conversation import Role, Turn, encode_conversation
 from megatron_deepstack.data.images import QuarantineError, decode_image, make_views
 from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer

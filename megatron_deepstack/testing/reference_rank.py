@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_deepstack.config.schema import ParallelConfig, Part, Precision
+from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.parallel.reduce import gather_last_dim

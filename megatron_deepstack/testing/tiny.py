@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_deepstack.config.choices import Batching, Part, Precision
 from megatron_deepstack.config.schema import (
-    Batching,
     LanguageConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    Part,
-    Precision,
     Recipe,
     StackConfig,
     TrainConfig,

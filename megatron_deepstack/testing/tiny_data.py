@@ -12,15 +12,8 @@ import numpy as np
 import sentencepiece
 from PIL import Image
 
-from megatron_deepstack.config.schema import (
-    DataConfig,
-    LanguageConfig,
-    ModelConfig,
-    Recipe,
-    StackConfig,
-    Variant,
-    VisionConfig,
-)
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ModelConfig, Recipe, StackConfig, VisionConfig
 
 
 def tiny_recipe(*, variant: Variant = Variant.DEEPSTACK_L, data: DataConfig | None = None) -> Recipe:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.load import recipe_to_yaml
-from megatron_deepstack.config.schema import Part, Recipe
+from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.steps import LoadedStep, Prefetcher
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import sum_over_replicas

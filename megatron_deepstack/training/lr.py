@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megatron_deepstack.config.schema import LrSchedule, OptimizerConfig
+from megatron_deepstack.config.choices import LrSchedule
+from megatron_deepstack.config.schema import OptimizerConfig
 
 
 def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:

@@ -17,7 +17,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from megatron_deepstack.config.schema import OptimizerConfig, Part, Precision
+from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.schema import OptimizerConfig
 from megatron_deepstack.step.engine import Engine
 from megatron_deepstack.training.lr import learning_rate
 

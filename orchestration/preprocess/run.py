@@ -93,7 +93,7 @@ def preprocess(
     data = recipe.data
     model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece .model file"))
     _check_vocabulary(recipe, model)
-    source = _given(records or data.records, "records", "a LLaVA-style JSON file")
+    source = _given(records or (data.records or ("",))[0], "records", "a LLaVA-style JSON file")
     file = read_records(source, known_template(data.template))
     plan = make_plan(recipe, file, model)
     folder = _image_folder(images or data.images, file, plan)

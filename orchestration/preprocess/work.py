@@ -18,8 +18,9 @@ from megatron_deepstack.data.conversation import encode_conversation
 from megatron_deepstack.data.images import QuarantineError, read_image_file
 from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
+from megatron_deepstack.data.shard_writer import ShardWriter, open_shard, shard_bytes
 from megatron_deepstack.data.tokenizer import Tokenizer
-from megatron_deepstack.data.writer import ShardWriter, atomic_file, open_shard, shard_bytes
+from megatron_deepstack.data.writer import atomic_file
 from orchestration.preprocess.ledger import Ledger, text_path
 from orchestration.preprocess.parts import ImagePart, Part
 

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from megatron_deepstack.config.architectures import LANGUAGE, VISION
 from megatron_deepstack.config.build import field_paths
 from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.choices import Part, Recompute
 from megatron_deepstack.config.load import RECIPES, load_recipe, read_recipe, recipe_from_mapping, recipe_to_yaml
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     ModelConfig,
     ParallelConfig,
-    Part,
     Recipe,
-    Recompute,
     TrainConfig,
     VisionConfig,
 )

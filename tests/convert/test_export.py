@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
+from megatron_deepstack.config.choices import Precision, Variant
 from megatron_deepstack.config.schema import (
     DataConfig,
     LanguageConfig,
     ModelConfig,
     ParallelConfig,
-    Precision,
     Recipe,
-    Variant,
     VisionConfig,
 )
 from megatron_deepstack.convert.export import export_model, require_exportable

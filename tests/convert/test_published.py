@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from megatron_deepstack.config.architectures import VISION
-from megatron_deepstack.config.schema import Activation, LanguageConfig, ModelConfig, VisionConfig
+from megatron_deepstack.config.choices import Activation
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from megatron_deepstack.convert.hf_names import Naming, by_published_name, to_naming, to_published
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.convert.tensor_files import files_by_name, write_tensors

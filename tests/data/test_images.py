@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_deepstack.config.schema import ImageResize
+from megatron_deepstack.config.choices import ImageResize
 from megatron_deepstack.data.images import QuarantineError, decode_image, make_views, read_image_file
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.testing.tiny_data import draw_photo, jpeg_bytes

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_deepstack.config.schema import GridRule, LanguageConfig, ModelConfig, Variant, VisionConfig
+from megatron_deepstack.config.choices import GridRule, Variant
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from megatron_deepstack.data.images import QuarantineError
 from megatron_deepstack.data.processor import Processor, check_store
 from megatron_deepstack.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
-from megatron_deepstack.data import schema, shards, writer
+from megatron_deepstack.data import schema, shard_writer, shards, writer
 from megatron_deepstack.data.index import IndexReader
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.store import Store
@@ -40,7 +40,7 @@ def write_store(root: Path) -> None:
     checksums = np.zeros((PIXELS.num_parts, PIXELS.slots_per_part), dtype=np.uint32)
     starts = []
     for part, part_counts in enumerate(COUNTS):
-        with writer.open_shard(root, part, PIXELS) as shard:
+        with shard_writer.open_shard(root, part, PIXELS) as shard:
             for count in part_counts:
                 used = shard.used
                 starts.append(part * PIXELS.slots_per_part + used)
@@ -188,7 +188,7 @@ def test_a_short_shard_is_noticed(copied: Path, length: int, message: str) -> No
 
 
 def test_a_chunk_that_was_never_written_is_noticed(copied: Path) -> None:
-    with writer.open_shard(copied, 1, PIXELS) as shard:
+    with shard_writer.open_shard(copied, 1, PIXELS) as shard:
         shard.append(np.ones((2, *PIXELS.view_shape), dtype=np.uint8))
     with pytest.raises(StoreError, match="slot 2 was never written"):
         Store.open(copied).read_views(2, [2])
@@ -242,7 +242,7 @@ def test_what_is_no_finished_store_is_refused(copied: Path, damage: Callable[[Pa
 
 def test_a_file_that_fails_half_way_never_appears(tmp_path: Path) -> None:
     def fail() -> None:
-        with writer.open_shard(tmp_path, 0, PIXELS) as shard:
+        with shard_writer.open_shard(tmp_path, 0, PIXELS) as shard:
             shard.append(np.ones((2, *PIXELS.view_shape), dtype=np.uint8))
             raise ZeroDivisionError
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_deepstack.config.schema import Batching, ModelConfig, Part, Recipe, StackConfig, Variant
+from megatron_deepstack.config.choices import Batching, Part, Variant
+from megatron_deepstack.config.schema import ModelConfig, Recipe, StackConfig
 from megatron_deepstack.data.sampler import global_batch
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.planning.tokens import IGNORE_INDEX

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.config.schema import EncoderPlacement, ParallelConfig, Recompute, RecomputeMethod
+from megatron_deepstack.config.choices import EncoderPlacement, Recompute, RecomputeMethod
+from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.reference import check_case
 from megatron_deepstack.testing.reference_case import load_case

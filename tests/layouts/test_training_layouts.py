@@ -11,19 +11,8 @@ from functools import lru_cache
 
 import pytest
 
-from megatron_deepstack.config.schema import (
-    Batching,
-    EncoderPlacement,
-    LanguageConfig,
-    ModelConfig,
-    ParallelConfig,
-    Part,
-    Precision,
-    Recompute,
-    Sampler,
-    StackConfig,
-    Variant,
-)
+from megatron_deepstack.config.choices import Batching, EncoderPlacement, Part, Precision, Recompute, Sampler, Variant
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.testing.compare import worst
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe

@@ -19,7 +19,8 @@ import pytest
 import zarr
 from PIL import Image
 
-from megatron_deepstack.config.schema import DataConfig, LanguageConfig, Variant
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig
 from megatron_deepstack.data.conversation import Role, Turn, encode_conversation
 from megatron_deepstack.data.schema import ImageStatus, shard_path
 from megatron_deepstack.data.store import Store

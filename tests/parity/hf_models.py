@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig
 
-from megatron_deepstack.config.schema import Activation, LanguageConfig, ModelConfig, StackConfig, Variant, VisionConfig
+from megatron_deepstack.config.choices import Activation, Variant
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, StackConfig, VisionConfig
 from megatron_deepstack.convert.hf_names import to_published
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle.model import OracleSample

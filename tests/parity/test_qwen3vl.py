@@ -15,7 +15,8 @@ from hf_models import CLIP, published_gradients, published_weights, randomise
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Precision, StackConfig
+from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.testing.compare import gather_published, relative_error, worst
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 

@@ -15,7 +15,8 @@ from hf_models import SIGLIP, hf_tower, published_weights, randomise
 from test_decoders import GROUPED, hf_decoder
 from transformers import AutoModelForCausalLM, Qwen2Config, SiglipVisionModel
 
-from megatron_deepstack.config.schema import GridRule, ModelConfig, ParallelConfig, StackConfig, Variant
+from megatron_deepstack.config.choices import GridRule, Variant
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import Grid, num_views
 from megatron_deepstack.testing.oracle import OracleSample, oracle_forward, oracle_loss

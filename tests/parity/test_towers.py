@@ -10,7 +10,8 @@ import torch
 from hf_models import CLIP, SIGLIP, hf_tower, llava_model, published_gradients, published_weights, randomise
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Precision, VisionConfig
+from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.testing.compare import relative_error, worst
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 

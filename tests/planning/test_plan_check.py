@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deepstack.config.choices import EncoderPlacement, Variant
 from megatron_deepstack.config.schema import (
-    EncoderPlacement,
     LanguageConfig,
     ModelConfig,
     ParallelConfig,
     Recipe,
     StackConfig,
     TrainConfig,
-    Variant,
     VisionConfig,
 )
 from megatron_deepstack.errors import ConfigError, LayoutError, SlotError

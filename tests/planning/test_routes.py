@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_deepstack.config.schema import (
-    EncoderPlacement,
-    ModelConfig,
-    ParallelConfig,
-    Sampler,
-    StackConfig,
-    Variant,
-)
+from megatron_deepstack.config.choices import EncoderPlacement, Sampler, Variant
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, StepRoutes, plan_routes, rank_routes
 from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows, tokens_per_view
 from megatron_deepstack.planning.sequence import padded_length

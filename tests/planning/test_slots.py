@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_deepstack.config.schema import ParallelConfig, StackConfig, Variant
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.schema import ParallelConfig, StackConfig
 from megatron_deepstack.errors import LayoutError, SlotError
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stack_slots, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_deepstack.config.schema import GridRule, Variant
+from megatron_deepstack.config.choices import GridRule, Variant
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.planning.views import (
     ViewLayout,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.config.check import check_recipe
+from megatron_deepstack.config.choices import Part, Variant
 from megatron_deepstack.config.load import RECIPES, load_recipe, recipe_to_yaml
-from megatron_deepstack.config.schema import Part, Variant
 from megatron_deepstack.planning.check import check_plan, check_world
 from megatron_deepstack.planning.rows import context_length
 from megatron_deepstack.planning.slots import decoder_slots

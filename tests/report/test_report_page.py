@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.load import recipe_to_yaml
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, StackConfig, Variant
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, StackConfig
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.report import pictures
 from megatron_deepstack.report.chart import line_chart, round_ticks, running_mean

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, Sampler, StackConfig, Variant, VisionConfig
+from megatron_deepstack.config.choices import Sampler, Variant
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, StackConfig, VisionConfig
 from megatron_deepstack.testing.oracle import OracleSample, oracle_forward, oracle_loss
 from megatron_deepstack.testing.oracle.stacks import mosaic, sample_stacks
 from megatron_deepstack.testing.reference_case import load_case

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_deepstack.config.schema import GridRule, Sampler, Variant
+from megatron_deepstack.config.choices import GridRule, Sampler, Variant
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.testing.reference_case import ReferenceCase, load_case
 

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_deepstack.config.schema import LrSchedule, OptimizerConfig, Part
+from megatron_deepstack.config.choices import LrSchedule, Part
+from megatron_deepstack.config.schema import OptimizerConfig
 from megatron_deepstack.training.lr import learning_rate
 from megatron_deepstack.training.optimizer import part_of, peak_lr
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, verify
-from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Part, Precision, Recipe
+from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import CheckpointError, DataError, RankError, StoreError
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model
@@ -36,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     names = write_photos(folder / "images", 6)
     records = [record(n, [name]) for n, name in enumerate(names)] + [record("text", []), record("two", names[:2])]
     data = DataConfig(
-        records=str(write_records(folder / "records.json", records)),
+        records=(str(write_records(folder / "records.json", records)),),
         images=str(folder / "images"),
         tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
         store=str(folder / "store.zarr"),

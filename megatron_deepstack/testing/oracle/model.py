@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_deepstack.config.schema import ModelConfig, Variant
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle import language, stacks, vision
 from megatron_deepstack.testing.oracle.stacks import Grid

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_deepstack.config.schema import Sampler, StackConfig, Variant
+from megatron_deepstack.config.choices import Sampler, Variant
+from megatron_deepstack.config.schema import StackConfig
 
 Grid = tuple[int, int]
 

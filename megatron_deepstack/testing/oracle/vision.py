@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_deepstack.config.schema import Activation, VisionConfig
+from megatron_deepstack.config.choices import Activation
+from megatron_deepstack.config.schema import VisionConfig
 
 Weights = Mapping[str, Tensor]
 PREFIX = "model.vision_tower.vision_tower.vision_model."

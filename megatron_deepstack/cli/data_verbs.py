@@ -1,0 +1,59 @@
+"""Verbs before training: draw the demo's data, preprocess."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
+
+
+@app.command()
+def draw(
+    output: Annotated[Path, typer.Argument(help="Folder to create.")],
+    num_train: Annotated[int, typer.Option(min=1, help="Training pictures.")] = 4000,
+    num_heldout: Annotated[int, typer.Option(min=1, help="Held-out pictures.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of pictures and texts.")] = 1,
+) -> None:
+    """Draw the demo's data set: document pictures, questions, a held-out split and a tokenizer."""
+    say(f"draw: {num_train} training and {num_heldout} held-out pictures in {output}")
+    from megatron_deepstack.demo.draw import draw as draw_data
+
+    draw_data(output, num_train=num_train, num_heldout=num_heldout, seed=seed)
+
+
+@app.command()
+def preprocess(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes; all CPUs by default, 0 for none and no Ray.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a running Ray cluster, or `auto`; by default Ray starts here.")
+    ] = None,
+) -> None:
+    """Turn data.records, data.images and data.tokenizer into the zarr store data.store, with Ray."""
+    from megatron_deepstack.config.check import require
+    from megatron_deepstack.config.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    require(loaded, ("data.records", "data.tokenizer", "data.store"), "preprocess")
+    assert loaded.data.records
+    assert loaded.data.store is not None
+    say(f"preprocess: {', '.join(loaded.data.records)} -> {loaded.data.store}")
+    from orchestration.preprocess.run import preprocess as run
+
+    say(_summary(run(loaded, loaded.data.store, workers=workers, address=address)))
+
+
+def _summary(done: Any) -> str:
+    """What preprocessing did, in two lines."""
+    faults = f", {done.quarantined} quarantined and {done.dropped} samples with them" if done.quarantined else ""
+    return (
+        f"{done.store}: {done.samples} samples, {done.images} images, {done.views} views{faults}\n"
+        f"{done.tokens} tokens, {done.target_tokens} of them learned; {done.written_bytes / 1e6:.0f} MB in "
+        f"{done.seconds:.1f} s, {done.images_per_second:.0f} images/s"
+    )

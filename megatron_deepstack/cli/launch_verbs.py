@@ -1,0 +1,1 @@
+"""Verbs of a job on a Ray cluster: launch, status, stop."""

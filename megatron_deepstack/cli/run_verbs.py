@@ -1,0 +1,118 @@
+"""Verbs of a run: plan, train, generate, export, report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
+from megatron_deepstack.errors import ConfigError, DataError
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; by default one replica of the model.")] = None,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step, to resume.")] = None,
+) -> None:
+    """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun."""
+    from megatron_deepstack.config.check import require
+    from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
+
+    loaded = load_checked_recipe(recipe, overrides or ())
+    require(loaded, ("data.store",), "train")
+    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    num_ranks = int(os.environ["WORLD_SIZE"]) if started else ranks or model_ranks(loaded.parallel)
+    check_world(loaded, num_ranks)
+    if started:
+        from megatron_deepstack.training.main import train as run_rank
+
+        run_rank(loaded, stop_after=stop_after)
+        return
+    from megatron_deepstack.report.plan_text import plan_table
+
+    Console().print(plan_table(loaded))
+    say(f"train: starting {num_ranks} {'process' if num_ranks == 1 else 'processes'}, run folder {loaded.run_dir}")
+    from megatron_deepstack.training.launch import launch
+
+    launch(loaded, num_ranks=num_ranks, stop_after=stop_after)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
+    overrides: Overrides = None,
+    store: Annotated[Path | None, typer.Option(help="Questions; by default the run's data.validation_store.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first questions.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
+) -> None:
+    """Answer the questions of a held-out store with a run's newest checkpoint, and score exact matches."""
+    loaded = _recipe_of_run(run, overrides or [])
+    from megatron_deepstack.inference.launch import generate as answer
+
+    answer(loaded, store=store, limit=limit, max_new_tokens=max_new_tokens)
+
+
+def _recipe_of_run(run: Path, overrides: list[str]) -> Any:
+    from megatron_deepstack.planning.check import load_checked_recipe
+
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise ConfigError([f"{run}: holds no recipe.yaml; expected the run_dir of a finished or stopped `train`"])
+    return load_checked_recipe(file, [*overrides, f"run_dir={run}"])
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to create.")],
+    naming: Annotated[
+        str,
+        typer.Option(
+            help="`published`: DeepStack's own names. `hugging_face`: for variant llava, as transformers loads it."
+        ),
+    ] = "published",
+) -> None:
+    """Write a run's newest checkpoint as safetensors with config.json, for others to load and for train.init_from."""
+    if naming not in ("published", "hugging_face"):
+        raise ConfigError([f"--naming: found {naming!r}, expected published or hugging_face"])
+    from megatron_deepstack.convert.hf_names import Naming
+    from megatron_deepstack.inference.export import export_run
+
+    say(f"export: {export_run(run, output, Naming(naming))}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
+    """Write RUN/report.html: one page with losses, recipe, stage plan and held-out answers."""
+    from megatron_deepstack.report.page import write_report
+
+    say(f"report: {write_report(run)}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Check the layout for this many processes.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the plan as a drawing to this file too.")] = None,
+) -> None:
+    """Show which stage holds which layers and stacks. Starts nothing."""
+    from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
+    from megatron_deepstack.report.plan_text import plan_table
+
+    loaded = load_checked_recipe(recipe, overrides or ())
+    check_world(loaded, ranks or model_ranks(loaded.parallel))
+    Console().print(plan_table(loaded))
+    if svg is not None:
+        from megatron_deepstack.report.stages import stage_drawing
+
+        try:
+            svg.write_text(stage_drawing(loaded) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""Verbs about a finished store: `store verify`, `show`, `stats`, `merge`, `split`."""

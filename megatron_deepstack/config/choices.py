@@ -1,0 +1,160 @@
+"""The choices a recipe offers: one enum per question that has named answers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Variant(StrEnum):
+    """Which member of the DeepStack family is trained (arXiv 2406.04334, section 3)."""
+
+    DEEPSTACK_L = "deepstack_l"
+    DEEPSTACK_V = "deepstack_v"
+    DEEPSTACK_HD = "deepstack_hd"
+    LLAVA = "llava"
+    LLAVA_ANYRES = "llava_anyres"
+    IN_SEQUENCE = "in_sequence"
+
+    @property
+    def stacks_in_vit(self) -> bool:
+        """Stacks are added inside the ViT, so that an image's views are encoded together."""
+        return self is Variant.DEEPSTACK_V
+
+
+class Sampler(StrEnum):
+    """How the mosaic of crops is cut into stacks."""
+
+    DILATED_2D = "2d"
+    SEQUENTIAL_1D = "1d"
+    GRID = "grid"
+
+
+class GridRule(StrEnum):
+    """How many crops an image gets."""
+
+    BEST_FIT = "best_fit"
+    FIXED_2X2 = "fixed_2x2"
+
+
+class Activation(StrEnum):
+    """Activation of the vision tower's MLP."""
+
+    QUICK_GELU = "quick_gelu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+
+
+class EncoderPlacement(StrEnum):
+    """Where ViT and projector run: over all ranks of a replica, or inside the first stage's forward."""
+
+    SPREAD = "spread"
+    INLINE = "inline"
+
+
+class Recompute(StrEnum):
+    """Activation recomputation in the decoder."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class RecomputeMethod(StrEnum):
+    """How full recomputation groups layers (Megatron-Core's `recompute_method`)."""
+
+    UNIFORM = "uniform"
+    BLOCK = "block"
+
+
+class Precision(StrEnum):
+    """Dtype of parameters and activations; gradients and optimizer states are always float32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    """bf16, with the decoder's matrix products in 8 bits by Transformer Engine; GPUs that have them only."""
+
+
+class Fp8Scaling(StrEnum):
+    """How FP8 tensors are scaled (Megatron-Core's `fp8_recipe`)."""
+
+    TENSORWISE = "tensorwise"
+    DELAYED = "delayed"
+    BLOCKWISE = "blockwise"
+    MXFP8 = "mxfp8"
+
+
+class Part(StrEnum):
+    """A part of the model that can be trained or frozen as a whole."""
+
+    VISION = "vision"
+    PROJECTOR = "projector"
+    LANGUAGE = "language"
+
+
+class Batching(StrEnum):
+    """How samples become sequences: each padded to the step's longest, or several packed into one."""
+
+    PADDED = "padded"
+    PACKED = "packed"
+
+
+class LrSchedule(StrEnum):
+    """Learning rate after warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class ImageResize(StrEnum):
+    """Resizing kernel of the preprocessing."""
+
+    PILLOW = "pillow"
+    TORCH = "torch"
+
+
+class Orientation(StrEnum):
+    """What is done about a photo's EXIF orientation."""
+
+    AS_STORED = "as_stored"
+    EXIF = "exif"
+
+
+class Compression(StrEnum):
+    """Codec of a store's views."""
+
+    NONE = "none"
+    ZSTD = "zstd"
+    """Blosc with zstd and bit shuffle."""
+
+
+class Unreadable(StrEnum):
+    """What training does about a sample whose views cannot be read."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class SaveMode(StrEnum):
+    """Whether training waits for a checkpoint's files."""
+
+    ASYNC = "async"
+    SYNC = "sync"
+
+
+class LoraTarget(StrEnum):
+    """Linear layers of the decoder that LoRA can adapt."""
+
+    QKV = "qkv"
+    ATTENTION_OUTPUT = "attention_output"
+    MLP_IN = "mlp_in"
+    MLP_OUT = "mlp_out"
+
+
+class Layers(StrEnum):
+    """Which Megatron layer implementations are built."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    TRANSFORMER_ENGINE = "transformer_engine"
