@@ -54,7 +54,7 @@ def trained(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     names = write_photos(folder / "images", 2)
     data = DataConfig(
-        records=str(write_records(folder / "records.json", [record(n, [name]) for n, name in enumerate(names)])),
+        records=(str(write_records(folder / "records.json", [record(n, [name]) for n, name in enumerate(names)])),),
         images=str(folder / "images"),
         tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
         store=str(folder / "store.zarr"),

@@ -43,7 +43,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     names = write_photos(folder / "images", 4)
     records = [record(n, [names[n]] if n < 4 else [], answer=answer) for n, answer in enumerate(ANSWERS)]
     data = DataConfig(
-        records=str(write_records(folder / "records.json", records)),
+        records=(str(write_records(folder / "records.json", records)),),
         images=str(folder / "images"),
         tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
         store=str(folder / "store.zarr"),
