@@ -41,6 +41,26 @@ class StepRecord:
     """First step after a resumption."""
     validation_loss: float | None = None
     """Mean loss per target on held-out samples, where it was measured after this step."""
+    skipped_steps: int = 0
+    """Steps left out one after another up to this one; 0 where this one was applied."""
+    spike: bool = False
+    """The loss stands out of the steps before it (`health.spike_factor`)."""
+    samples: tuple[str, ...] = ()
+    """Ids of the step's samples, where it was left out or its loss stands out."""
+    unreadable: int = 0
+    """Samples of this step that could not be read and are left out of its loss."""
+    slow_ranks: tuple[int, ...] = ()
+    """Ranks found slow at this step (`health.straggler_factor`)."""
+    stall_seconds: float = 0.0
+    """Time in which training stood still for a checkpoint since the record before."""
+    lr_by_part: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate of each part that learns."""
+    tokens_per_second_per_rank: float = 0.0
+    tflops_per_second: float = 0.0
+    """Model TFLOP/s of the whole run, as `planning.cost` counts them."""
+    tflops_per_second_per_rank: float = 0.0
+    mfu: float | None = None
+    """Model FLOP/s over the devices' peak; None where the peak is not known."""
 
 
 class MetricsLog:
