@@ -1,6 +1,7 @@
 # make demo     set up, then the whole main job on a drawn data set (no GPU needed)
 # make test     set up with the test extra, then lint, types and every test
 # make setup    only the set-up; nothing is installed twice
+# make faults   set up with the test extra, then only the suite that kills, stops and damages; prints its table
 # make layouts  set up with the test extra, then only the suites that compare parallel layouts
 # make lint     ruff and mypy
 #
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 RUN := $(BIN)/megatron-deepstack
 DEMO := demo-run
 
-.PHONY: setup demo test layouts lint
+.PHONY: setup demo test faults layouts lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -55,6 +56,9 @@ lint: $(TESTABLE)
 
 test: lint
 	$(BIN)/python -m pytest
+
+faults: $(TESTABLE)
+	$(BIN)/python -m pytest tests/faults
 
 layouts: $(TESTABLE)
 	$(BIN)/python -m pytest tests/layouts tests/training

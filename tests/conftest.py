@@ -35,3 +35,16 @@ def reference() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data at {folder}; set DEEPSTACK_REFERENCE to its folder")
     return folder
+
+
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """transformers without its chatter about every file it writes and every key it renames."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()

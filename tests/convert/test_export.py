@@ -34,6 +34,8 @@ from megatron_deepstack.testing.tiny import tiny_recipe as tiny_run
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
 from orchestration.preprocess.run import preprocess
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 Pools = Callable[[int], RankPool]
 VISION = VisionConfig(image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=48, num_layers=3, num_heads=2)
 LANGUAGE = LanguageConfig(vocab_size=500, hidden_size=32, ffn_hidden_size=48, num_layers=4, num_heads=4, num_kv_heads=2)

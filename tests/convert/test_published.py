@@ -33,6 +33,8 @@ from megatron_deepstack.convert.tensor_files import files_by_name, write_tensors
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import VISION_PREFIX
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 TOWER = {
     "hidden_size": 8,
     "intermediate_size": 12,

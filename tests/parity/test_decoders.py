@@ -21,6 +21,8 @@ from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.reference import check_case
 from megatron_deepstack.testing.reference_case import ReferenceCase
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 LLAMA = LanguageConfig(
     vocab_size=61, hidden_size=32, ffn_hidden_size=48, num_layers=4, num_heads=4, norm_epsilon=1e-5, rope_theta=1e4
 )

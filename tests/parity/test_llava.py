@@ -28,6 +28,8 @@ from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.reference import check_case
 from megatron_deepstack.testing.reference_case import ReferenceCase
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 # id, decoder of transformers, our decoder, our tower.
 MODELS = [
     ("clip-llama", LlamaConfig, LLAMA, CLIP),

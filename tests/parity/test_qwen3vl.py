@@ -20,6 +20,8 @@ from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, Parall
 from megatron_deepstack.testing.compare import gather_published, relative_error, worst
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 LANGUAGE = LanguageConfig(
     vocab_size=61,
     hidden_size=32,

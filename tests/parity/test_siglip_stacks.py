@@ -25,6 +25,8 @@ from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.reference import check_case
 from megatron_deepstack.testing.reference_case import ReferenceCase
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 LANGUAGE = replace(GROUPED, qkv_bias=True, num_layers=5)
 MODELS = {
     Variant.DEEPSTACK_L: (StackConfig(start=0), ((2, 2), (3, 1))),

@@ -15,6 +15,8 @@ from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, Parall
 from megatron_deepstack.testing.compare import relative_error, worst
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 LANGUAGE = LanguageConfig(vocab_size=61, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_heads=4)
 
 # Measured worst of all towers: features 2.8e-7, gradients 9.4e-6 (float64 transformers, float32 ours).
