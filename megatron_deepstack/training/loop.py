@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_deepstack.checkpoint.saver import Saved
 from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
@@ -66,8 +67,15 @@ def _train(session: Session, log: MetricsLog, first: int, stop: int) -> None:
         held_out = validation.loss() if validation is not None and validation.due(done) else None
         log.add(_record(recipe, loaded, loss, norm, seconds, clock.take(), held_out, resumed=loaded.step == first > 0))
         if done == stop or (every and done % every == 0):
-            log.say(f"saved {session.save(done)}")
+            session.saver.begin(done)
+        _say_saved(log, session.saver.poll())
         begin = time.perf_counter()
+    _say_saved(log, session.saver.finish())
+
+
+def _say_saved(log: MetricsLog, saved: Saved | None) -> None:
+    if saved is not None:
+        log.say(f"saved {saved.path}: training waited {saved.stall_seconds:.2f} s of {saved.write_seconds:.2f} s")
 
 
 def _record(

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_deepstack.checkpoint.folder import newest_whole
 from megatron_deepstack.checkpoint.identity import identity, require_same
-from megatron_deepstack.checkpoint.save_load import load, save
-from megatron_deepstack.config.load import recipe_to_yaml
+from megatron_deepstack.checkpoint.save_load import load
+from megatron_deepstack.checkpoint.saver import Saver
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.data.steps import Share, StepReader, open_reader
@@ -31,18 +31,8 @@ class Session:
     reader: StepReader
     facts: dict[str, Any]
     """Identity of the run, see `checkpoint.identity`."""
-
-    def save(self, step: int) -> Path:
-        """Checkpoint after `step` steps. Collective over all ranks."""
-        return save(
-            self.recipe.run_dir,
-            step,
-            self.engine.model,
-            self.optimizer.chained,
-            self.facts,
-            recipe_to_yaml(self.recipe),
-            self.recipe.checkpoint.keep,
-        )
+    saver: Saver
+    """Checkpoints of the run."""
 
 
 def start_session(recipe: Recipe, groups: Groups) -> Session:
@@ -59,13 +49,16 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
     freeze(model, recipe.train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
     attributes = reader.store.attributes
+    optimizer = Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
+    facts = identity(recipe, plan_hash=attributes.plan_hash, tokenizer_sha256=attributes.tokenizer["sha256"])
     return Session(
         recipe=recipe,
         groups=groups,
         engine=engine,
-        optimizer=Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps),
+        optimizer=optimizer,
         reader=reader,
-        facts=identity(recipe, plan_hash=attributes.plan_hash, tokenizer_sha256=attributes.tokenizer["sha256"]),
+        facts=facts,
+        saver=Saver(recipe, model, optimizer.chained, facts),
     )
 
 
