@@ -25,6 +25,10 @@ class ConfigError(DeepStackError):
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
+        """Errors travel from ranks to their launcher."""
+        return type(self), (self.problems,)
+
 
 class LayoutError(ConfigError):
     """The parallel layout cannot work with this model, batch or number of ranks."""
@@ -62,3 +66,27 @@ class RankError(DeepStackError):
     """A worker process died, hung or raised; the message carries what it said."""
 
     exit_code = 7
+
+
+class HealthError(DeepStackError):
+    """Training has gone wrong by itself: too many steps without a finite loss or gradient, too many lost samples."""
+
+    exit_code = 8
+
+
+class HangError(DeepStackError):
+    """A step did not end in time; the message names the silent ranks and where every rank's stack is."""
+
+    exit_code = 9
+
+
+class PreemptedError(DeepStackError):
+    """The run was asked to stop and has saved what it had; the same command goes on from there."""
+
+    exit_code = 75
+
+
+class ClusterError(DeepStackError):
+    """A Ray cluster cannot run the job: nodes, resources, versions, shared folders or links between nodes."""
+
+    exit_code = 8
