@@ -89,4 +89,4 @@ class PreemptedError(DeepStackError):
 class ClusterError(DeepStackError):
     """A Ray cluster cannot run the job: nodes, resources, versions, shared folders or links between nodes."""
 
-    exit_code = 8
+    exit_code = 10
