@@ -48,3 +48,10 @@ def sum_over_replicas(values: list[int]) -> list[int]:
     totals = torch.tensor(values, dtype=torch.int64, device=local_device())
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     return [int(total) for total in totals]
+
+
+def sum_over_model(values: list[int], groups: Groups) -> list[int]:
+    """Sum of numbers over the shards and stages of one model. Collective over tp and pp."""
+    totals = torch.tensor(values, dtype=torch.int64, device=local_device())
+    dist.all_reduce(totals, group=groups.decoder.mp)
+    return [int(total) for total in totals]

@@ -1,35 +1,129 @@
-"""Floating-point operations of a forward pass, counted from the recipe alone: two per multiply-add of every matrix.
+"""Floating-point operations of the model, counted from recipe and samples alone: two per multiply-add of every matrix.
 
-Norms, activations and the injection (a millionth of the rest) are left out. Causal attention counts half its square.
-A backward pass costs twice the forward, of what is trained and of what gradients pass through.
+These are *model* FLOPs: what the mathematics asks for, whatever the layout does to get it. Sequences count at their own
+length, without padding; causal attention counts half its square; recomputation does not count. Norms, activations and
+the injection (a millionth of the rest) are left out.
+
+A matrix costs its forward once, once more if it learns (its own gradient), and once more if the gradient of its input
+is wanted, because something before it learns. So a part that learns costs three forwards, a frozen decoder under a
+learning projector two, a frozen ViT one. Attention's two products have no weights and two inputs, so their backward
+costs two forwards wherever a gradient passes.
 """
 
 from __future__ import annotations
 
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from collections.abc import Collection, Sequence
+
+from megatron_deepstack.config.choices import LoraTarget, Part
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
 from megatron_deepstack.planning.rows import tokens_per_view
+from megatron_deepstack.planning.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
+
+
+def training_flops(
+    model: ModelConfig, trainable: Collection[Part], lora: LoraConfig, lengths: Sequence[int], num_units: int
+) -> float:
+    """Forward and backward of a step: decoder over samples of `lengths` tokens, encoder over `num_units` views.
+
+    A unit is what the plan deals to ranks: a view, or for DeepStack-V an image with all its views.
+    """
+    encoder = num_units * (_vision_training(model, trainable) + _projector_training(model, trainable))
+    return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
+
+
+def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
+    adapted = Part.LANGUAGE in trainable and lora.rank > 0
+    learned = Part.LANGUAGE in trainable and not adapted
+    matrices = 2 * length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    adapters = 2 * length * adapter_weights(language, lora) if adapted else 0
+    return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
+
+
+def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """A unit's views through the ViT."""
+    learned = Part.VISION in trainable
+    passes = 3 if learned else 1
+    vision = model.vision
+    if not model.variant.stacks_in_vit:
+        return passes * _layers_flops(vision, used_layers(vision)) + (1 + learned) * _patch_flops(vision)
+    shared = plan_vit_stacks(model).slots[0]
+    views = 1 + STACKS_IN_VIT
+    layers = views * _layers_flops(vision, shared) + _layers_flops(vision, used_layers(vision) - shared)
+    return passes * layers + (1 + learned) * views * _patch_flops(vision)
+
+
+def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """The rows of one view through both layers."""
+    learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    tokens, hidden = tokens_per_view(model.vision), model.language.hidden_size
+    first, second = 2 * tokens * model.vision.hidden_size * hidden, 2 * tokens * hidden * hidden
+    return (1 + learned + below) * first + (1 + learned + (learned or below)) * second
 
 
 def decoder_flops(language: LanguageConfig, seq_length: int) -> float:
     """Forward of one sequence of `seq_length` tokens, output layer included."""
-    h, heads = language.hidden_size, language.num_heads
-    width = heads * (language.head_dim or h // heads)
-    kv_width = width * (language.num_kv_heads or heads) // heads
-    weights = h * (2 * width + 2 * kv_width) + 3 * h * language.ffn_hidden_size
-    attention = 2 * seq_length * seq_length * width
-    return language.num_layers * (2 * seq_length * weights + attention) + 2 * seq_length * h * language.vocab_size
+    matrices = 2 * seq_length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    return matrices + language.num_layers * _causal_attention(language, seq_length)
 
 
 def view_flops(vision: VisionConfig) -> float:
     """Forward of one view through the ViT layers whose output is used."""
-    c, tokens = vision.hidden_size, tokens_per_view(vision) + int(vision.class_token)
-    layers = vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
-    weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
-    patches = 2 * tokens_per_view(vision) * 3 * vision.patch_size**2 * c
-    return layers * (2 * tokens * weights + 4 * tokens * tokens * c) + patches
+    return _layers_flops(vision, used_layers(vision)) + _patch_flops(vision)
 
 
 def projector_flops(model: ModelConfig) -> float:
     """Forward of one view's tokens through the projector."""
     hidden = model.language.hidden_size
     return 2.0 * tokens_per_view(model.vision) * hidden * (model.vision.hidden_size + hidden)
+
+
+def used_layers(vision: VisionConfig) -> int:
+    """ViT layers that must run for the selected feature."""
+    return vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
+
+
+def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
+    """Entries of all adapters' matrices: rank times (inputs + outputs) of each adapted linear."""
+    sizes = linear_sizes(language)
+    return language.num_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
+
+
+def linear_sizes(language: LanguageConfig) -> dict[LoraTarget, tuple[int, int]]:
+    """Inputs and outputs of a decoder layer's linears, as Megatron fuses them."""
+    h, f = language.hidden_size, language.ffn_hidden_size
+    width, kv_width = _attention_widths(language)
+    return {
+        LoraTarget.QKV: (h, width + 2 * kv_width),
+        LoraTarget.ATTENTION_OUTPUT: (width, h),
+        LoraTarget.MLP_IN: (h, 2 * f),
+        LoraTarget.MLP_OUT: (f, h),
+    }
+
+
+def _attention_widths(language: LanguageConfig) -> tuple[int, int]:
+    """All query heads, and all key (or value) heads, side by side."""
+    width = language.num_heads * (language.head_dim or language.hidden_size // language.num_heads)
+    return width, width * (language.num_kv_heads or language.num_heads) // language.num_heads
+
+
+def _layer_weights(language: LanguageConfig) -> int:
+    return sum(inputs * outputs for inputs, outputs in linear_sizes(language).values())
+
+
+def _head_weights(language: LanguageConfig) -> int:
+    return language.hidden_size * language.vocab_size
+
+
+def _causal_attention(language: LanguageConfig, length: int) -> float:
+    """Scores and weighted values of one layer, half of 4 x length^2 x width."""
+    return 2 * length * length * _attention_widths(language)[0]
+
+
+def _layers_flops(vision: VisionConfig, num_layers: int) -> float:
+    c, tokens = vision.hidden_size, tokens_per_view(vision) + int(vision.class_token)
+    weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
+    return num_layers * (2 * tokens * weights + 4 * tokens * tokens * c)
+
+
+def _patch_flops(vision: VisionConfig) -> float:
+    return 2 * tokens_per_view(vision) * 3 * vision.patch_size**2 * vision.hidden_size

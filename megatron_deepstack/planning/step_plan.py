@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,6 +27,10 @@ class StepPlan:
     segments: tuple[tuple[int, ...], ...] | None
     """Per micro-batch the ends of the pack's samples, the padding being a last one; None where rows are not packed."""
     routes: RankRoutes
+    lengths: tuple[int, ...]
+    """Tokens of each of the replica's samples, visual ones included, padding not."""
+    num_units: int
+    """Units that the replica encodes, each counted once."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -51,13 +56,21 @@ def plan_step(
     `packed` says that rows hold several samples (`packing.merge`), and each row is a micro-batch.
     """
     seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel)
+    routes = plan_routes(model, parallel, micro_batches, seq_length)
     return StepPlan(
         seq_length=seq_length,
         tokens=tuple(_pad([s.sequence.tokens for s in batch], seq_length, 0) for batch in micro_batches),
         labels=tuple(_pad([s.sequence.labels for s in batch], seq_length, IGNORE_INDEX) for batch in micro_batches),
         segments=tuple(_segments(batch, seq_length) for batch in micro_batches) if packed else None,
-        routes=rank_routes(plan_routes(model, parallel, micro_batches, seq_length), replica_rank),
+        routes=rank_routes(routes, replica_rank),
+        lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
+        num_units=len({unit for units in routes.units for unit in units}),
     )
+
+
+def _lengths(sample: PlannedSample) -> tuple[int, ...]:
+    """Of a row's samples."""
+    return tuple(end - begin for begin, end in pairwise((0, *sample.sequence.ends)))
 
 
 def _segments(batch: Sequence[PlannedSample], seq_length: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import torch
 
@@ -37,5 +38,17 @@ def synchronize() -> None:
 
 
 def max_memory_bytes() -> int:
-    """Most device memory allocated so far; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if has_gpu() else 0
+    """Most device memory allocated so far; without a GPU the most memory of this process that was resident."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name() -> str:
+    """What the device calls itself, `cpu` without a GPU."""
+    return torch.cuda.get_device_name() if has_gpu() else "cpu"
+
+
+def compute_capability() -> tuple[int, int]:
+    """CUDA's (major, minor) of this rank's GPU; (0, 0) without one."""
+    return torch.cuda.get_device_capability() if has_gpu() else (0, 0)

@@ -15,17 +15,17 @@ from megatron_deepstack.checkpoint.saver import Saved
 from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.steps import LoadedStep, Prefetcher
+from megatron_deepstack.data.steps import Prefetcher
 from megatron_deepstack.parallel.groups import Groups
-from megatron_deepstack.parallel.reduce import sum_over_replicas
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import max_memory_bytes
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
-from megatron_deepstack.training.lr import learning_rate
+from megatron_deepstack.training.groups import group_table
 from megatron_deepstack.training.metrics import MetricsLog, StepRecord
-from megatron_deepstack.training.optimizer import StepNorm, peak_lr
+from megatron_deepstack.training.optimizer import StepNorm
 from megatron_deepstack.training.session import Session, resume, start_session
+from megatron_deepstack.training.throughput import Speed, Throughput
 from megatron_deepstack.training.validation import Validation
 
 
@@ -45,6 +45,8 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None) -> None:
         interval=recipe.train.log_interval,
         writes=writes,
     ) as log:
+        for line in group_table(session.optimizer.groups):
+            log.say(line)
         for fault in resumption.passed_over:
             log.say(f"not whole, passed over: {fault}")
         if resumption.path is not None:
@@ -54,7 +56,7 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None) -> None:
 
 def _train(session: Session, log: MetricsLog, first: int, stop: int) -> None:
     recipe, clock = session.recipe, StepClock()
-    validation = Validation.of(session)
+    validation, throughput = Validation.of(session), Throughput(recipe, session.groups)
     every = recipe.checkpoint.interval
     begin = time.perf_counter()
     for loaded in Prefetcher(session.reader, first, stop):
@@ -65,7 +67,9 @@ def _train(session: Session, log: MetricsLog, first: int, stop: int) -> None:
         done = loaded.step + 1
         seconds = time.perf_counter() - begin
         held_out = validation.loss() if validation is not None and validation.due(done) else None
-        log.add(_record(recipe, loaded, loss, norm, seconds, clock.take(), held_out, resumed=loaded.step == first > 0))
+        speed = throughput.of(loaded.plan, loaded.num_tokens, loaded.num_images, seconds)
+        resumed = loaded.step == first > 0
+        log.add(_record(session, loaded.step, speed, loss, norm, seconds, clock.take(), held_out, resumed=resumed))
         if done == stop or (every and done % every == 0):
             session.saver.begin(done)
         _say_saved(log, session.saver.poll())
@@ -79,8 +83,9 @@ def _say_saved(log: MetricsLog, saved: Saved | None) -> None:
 
 
 def _record(
-    recipe: Recipe,
-    loaded: LoadedStep,
+    session: Session,
+    step: int,
+    speed: Speed,
     loss: StepLoss,
     norm: StepNorm,
     step_seconds: float,
@@ -89,18 +94,16 @@ def _record(
     *,
     resumed: bool,
 ) -> StepRecord:
-    tokens, images = sum_over_replicas([loaded.num_tokens, loaded.num_images])
+    lr = session.optimizer.lr
     return StepRecord(
-        step=loaded.step + 1,
+        step=step + 1,
         loss=loss.mean,
         gradient_norm=norm.gradient_norm,
-        lr=learning_rate(recipe.optimizer, loaded.step, recipe.train.steps, peak_lr(recipe.optimizer, Part.LANGUAGE)),
+        lr=lr(Part.LANGUAGE, step),
+        lr_by_part={str(part): lr(part, step) for part in session.recipe.train.trainable},
         num_targets=loss.num_tokens,
-        num_tokens=tokens,
-        num_images=images,
         step_seconds=step_seconds,
-        tokens_per_second=tokens / step_seconds,
-        images_per_second=images / step_seconds,
+        **asdict(speed),
         memory_bytes=max_memory_bytes(),
         seconds=parts,
         applied=norm.applied,
