@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.codec import BLOSC_METADATA
+
 FORMAT: Final = "megatron-deepstack-store"
 VERSION: Final = 1
 METADATA_FILE: Final = "zarr.json"
@@ -82,6 +85,7 @@ class PixelsShape:
     num_parts: int
     slots_per_part: int
     crop_size: int
+    compression: Compression = Compression.NONE
 
     @property
     def view_shape(self) -> tuple[int, int, int]:
@@ -97,6 +101,11 @@ class PixelsShape:
     def num_slots(self) -> int:
         """Rows of the array; a part uses the first ones of its shard and leaves the rest empty."""
         return self.num_parts * self.slots_per_part
+
+
+def shard_index_bytes(shape: PixelsShape) -> int:
+    """Bytes of a shard's index, which ends the file: offset and length of each slot, and a crc32c."""
+    return shape.slots_per_part * 16 + 4
 
 
 def shard_path(part: int) -> str:
@@ -115,10 +124,10 @@ def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def pixels_metadata(shape: PixelsShape) -> dict[str, Any]:
-    """zarr v3 metadata of `images/pixels`: sharded, uncompressed, its shard index at the end and checksummed."""
+    """zarr v3 metadata of `images/pixels`: sharded, its shard index at the end and checksummed."""
     sharding = {
         "chunk_shape": [1, *shape.view_shape],
-        "codecs": [_ONE_BYTE],
+        "codecs": [_ONE_BYTE] if shape.compression is Compression.NONE else [_ONE_BYTE, BLOSC_METADATA],
         "index_codecs": [_LITTLE_ENDIAN, {"name": "crc32c"}],
         "index_location": "end",
     }

@@ -10,7 +10,9 @@ from typing import IO
 import google_crc32c
 import numpy as np
 
-from megatron_deepstack.data.schema import EMPTY_CHUNK, PixelsShape, shard_path
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.codec import compress
+from megatron_deepstack.data.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
 from megatron_deepstack.data.writer import atomic_file
 
 
@@ -23,28 +25,44 @@ class ShardWriter:
     def __init__(self, file: IO[bytes], shape: PixelsShape) -> None:
         self._file = file
         self._shape = shape
-        self._used = 0
+        self._sizes: list[int] = []
 
     @property
     def used(self) -> int:
         """Slots filled so far."""
-        return self._used
+        return len(self._sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes of the shard if it were finished now."""
+        return sum(self._sizes) + shard_index_bytes(self._shape)
 
     def append(self, views: np.ndarray) -> list[int]:
-        """Append the views (uint8, N x S x S x 3) of one image; returns the crc32c of each."""
+        """Append the views (uint8, N x S x S x 3) of one image; returns the crc32c of each, before compression."""
         assert views.dtype == np.uint8, views.dtype
         assert views.shape[1:] == self._shape.view_shape, (views.shape, self._shape)
-        assert self._used + len(views) <= self._shape.slots_per_part, (self._used, len(views), self._shape)
         views = np.ascontiguousarray(views)
-        self._file.write(views.data)
-        self._used += len(views)
+        if self._shape.compression is Compression.NONE:
+            self._append(views.data, [self._shape.view_bytes] * len(views))
+        else:
+            for view in views:
+                self.append_chunk(compress(view))
         return [google_crc32c.value(view) for view in views]
+
+    def append_chunk(self, chunk: bytes | memoryview) -> None:
+        """Append one view as another shard of the same codec holds it."""
+        self._append(chunk, [len(chunk)])
+
+    def _append(self, data: bytes | memoryview, sizes: list[int]) -> None:
+        assert self.used + len(sizes) <= self._shape.slots_per_part, (self.used, len(sizes), self._shape)
+        self._file.write(data)
+        self._sizes += sizes
 
     def finish(self) -> None:
         """Write the shard index and its checksum."""
         index = np.full((self._shape.slots_per_part, 2), EMPTY_CHUNK, dtype="<u8")
-        index[: self._used, 0] = np.arange(self._used, dtype=np.uint64) * self._shape.view_bytes
-        index[: self._used, 1] = self._shape.view_bytes
+        index[: self.used, 0] = np.cumsum([0, *self._sizes])[:-1]
+        index[: self.used, 1] = self._sizes
         raw = index.tobytes()
         self._file.write(raw + google_crc32c.value(raw).to_bytes(4, "little"))
 
@@ -56,8 +74,3 @@ def open_shard(root: Path, part: int, shape: PixelsShape) -> Iterator[ShardWrite
         writer = ShardWriter(file, shape)
         yield writer
         writer.finish()
-
-
-def shard_bytes(shape: PixelsShape, used: int) -> int:
-    """Size in bytes of a shard with `used` views."""
-    return used * shape.view_bytes + shape.slots_per_part * 16 + 4

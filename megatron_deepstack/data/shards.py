@@ -5,83 +5,184 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 import google_crc32c
 import numpy as np
 
-from megatron_deepstack.data.schema import EMPTY_CHUNK, PixelsShape, shard_path
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.codec import CodecError, decompress
+from megatron_deepstack.data.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
 
 _OPEN_SHARDS: Final = 128
 """Shards kept open, with their indices: 5 KB each for DeepStack-L, 26 KB for DeepStack-HD."""
+_MOST_BUFFERS: Final = 1024
+"""Buffers that one `preadv` may fill (IOV_MAX)."""
 
 
 class ShardError(Exception):
-    """A shard is missing, short or without the view asked for; the message ends in a full stop."""
+    """A view that cannot be had; the message names the shard and ends in a full stop."""
+
+    def __init__(self, message: str, slot: int) -> None:
+        super().__init__(message)
+        self.slot = slot
+        """Row of `images/pixels`."""
 
 
-class ShardCache:
-    """Open shards and their indices, the most recently used ones."""
+class Shards(Protocol):
+    """Where a store's views come from."""
+
+    def read(self, slots: Sequence[int], out: np.ndarray) -> None:
+        """Read the views in `slots` into the rows of `out`, uint8 (len(slots), S, S, 3). Raises ShardError."""
+
+    def forget(self, slots: Sequence[int]) -> bool:
+        """Drop copies of these views, if any are kept; whether another read may give other bytes."""
+
+    def where(self, slot: int) -> str:
+        """The shard that holds a slot, for messages."""
+
+
+def runs(slots: Sequence[int], slots_per_part: int) -> Iterator[tuple[int, list[int]]]:
+    """Neighbours together: the first slot of each run within one shard, and the run's places in `slots`."""
+    order = sorted(range(len(slots)), key=slots.__getitem__)
+    first = 0
+    for last in range(1, len(order) + 1):
+        if last < len(order):
+            slot = slots[order[last]]
+            if slot == slots[order[last - 1]] + 1 and slot % slots_per_part:
+                continue
+        yield slots[order[first]], order[first:last]
+        first = last
+
+
+def parse_index(raw: bytes) -> np.ndarray | None:
+    """A shard's index, uint64 (slots, 2) of offset and length, from its bytes; None if its checksum is wrong."""
+    if google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        return None
+    return np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
+
+
+def unpack(packed: memoryview, out: np.ndarray, where: str, slot: int) -> None:
+    """Decompress a view into `out`; raises ShardError where that fails."""
+    try:
+        decompress(packed, out)
+    except CodecError as error:
+        raise ShardError(f"{where}: the compressed view in row {slot} is damaged: {error}.", slot) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    file: BinaryIO
+    index: np.ndarray
+
+
+class LocalShards:
+    """Shards in a folder, the most recently used ones open. Safe in threads, and after a fork."""
 
     def __init__(self, root: Path, pixels: PixelsShape) -> None:
         self._root = root
         self._pixels = pixels
+        self._start()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, tuple[BinaryIO, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def where(self, slot: int) -> str:
+        """Path of the shard that holds a slot."""
+        return str(self._root / shard_path(slot // self._pixels.slots_per_part))
+
+    def forget(self, slots: Sequence[int]) -> bool:
+        """Nothing is copied: reading again gives the same bytes."""
+        return False
 
     def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read the views in `slots`, rows of `images/pixels`, into `out`; neighbours in one call."""
-        offsets: list[int] = []
-        for part, slot in (divmod(slot, self._pixels.slots_per_part) for slot in slots):
-            offset, size = self._shard(part)[1][slot].tolist()
-            if offset == EMPTY_CHUNK or size != self._pixels.view_bytes:
-                raise ShardError(f"{self._root / shard_path(part)}: slot {slot} was never written.")
-            offsets.append(offset)
-        first = 0
-        for last in range(1, len(slots) + 1):
-            part = slots[first] // self._pixels.slots_per_part
-            together = last < len(slots) and slots[last] // self._pixels.slots_per_part == part
-            if not together or offsets[last] != offsets[last - 1] + self._pixels.view_bytes:
-                self._read_bytes(part, offsets[first], out[first:last])
-                first = last
+        """Read views into the rows of `out`; neighbours in one call, whatever the order asked for."""
+        for first, places in runs(slots, self._pixels.slots_per_part):
+            part, slot = divmod(first, self._pixels.slots_per_part)
+            shard = self._shard(part, first)
+            extents = shard.index[slot : slot + len(places)].tolist()
+            if self._pixels.compression is Compression.NONE:
+                self._read_raw(shard.file.fileno(), first, extents, places, out)
+            else:
+                self._read_packed(shard.file.fileno(), first, extents, places, out)
 
-    def _read_bytes(self, part: int, offset: int, out: np.ndarray) -> None:
-        """Fill `out` from `offset` of a shard; the system may hand over fewer bytes than asked for."""
-        file = self._shard(part)[0]
-        rest = out.reshape(-1).data
-        while rest:
-            count = os.preadv(file.fileno(), [rest], offset)
+    def _read_raw(self, file: int, first: int, extents: list[list[int]], places: list[int], out: np.ndarray) -> None:
+        """Uncompressed views: straight to their rows, as far as they lie back to back in the file."""
+        view_bytes, begin = self._pixels.view_bytes, 0
+        for k, (offset, size) in enumerate(extents):
+            if offset == EMPTY_CHUNK or size != view_bytes:
+                raise self._error(first + k, f"slot {self._slot(first + k)} was never written.")
+            if k + 1 < len(extents) and extents[k + 1][0] == offset + view_bytes and k + 1 - begin < _MOST_BUFFERS:
+                continue
+            self._fill(file, _rows(out, places[begin : k + 1]), extents[begin][0], first + begin)
+            begin = k + 1
+
+    def _read_packed(self, file: int, first: int, extents: list[list[int]], places: list[int], out: np.ndarray) -> None:
+        for k, (offset, size) in enumerate(extents):
+            if offset == EMPTY_CHUNK:
+                raise self._error(first + k, f"slot {self._slot(first + k)} was never written.")
+            packed = memoryview(bytearray(size))
+            self._fill(file, [packed], offset, first + k)
+            unpack(packed, out[places[k]], self.where(first + k), first + k)
+
+    def _fill(self, file: int, buffers: list[memoryview], offset: int, slot: int) -> None:
+        """Fill buffers from `offset` on; the system may hand over fewer bytes than asked for."""
+        while buffers:
+            count = os.preadv(file, buffers, offset)
             if count == 0:
-                raise ShardError(f"{self._root / shard_path(part)}: the shard ends before byte {offset + len(rest)}.")
-            rest, offset = rest[count:], offset + count
+                raise self._error(slot, f"the shard ends before byte {offset + sum(map(len, buffers))}.")
+            offset += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][count:]
 
-    def _shard(self, part: int) -> tuple[BinaryIO, np.ndarray]:
-        """Open file and index (uint64 (slots, 2): offset and length) of a shard.
+    def _shard(self, part: int, slot: int) -> _OpenShard:
+        """Open file and index of a shard.
 
         An evicted file is closed by its last user's reference going away, so no thread reads through a recycled
-        descriptor.
+        descriptor. In a forked child everything is opened anew: its lock may be held by a thread it does not have.
         """
+        if self._process != os.getpid():
+            self._start()
         with self._lock:
             shard = self._open.get(part)
             if shard is None:
-                shard = self._open[part] = self._open_shard(part)
+                shard = self._open[part] = self._open_shard(slot)
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(part)
             return shard
 
-    def _open_shard(self, part: int) -> tuple[BinaryIO, np.ndarray]:
-        path = self._root / shard_path(part)
+    def _open_shard(self, slot: int) -> _OpenShard:
         try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115 - stays open in the cache
+            file = open(self.where(slot), "rb", buffering=0)  # noqa: SIM115 - stays open in the cache
         except OSError as error:
-            raise ShardError(f"{path}: the shard cannot be opened: {error.strerror or error}.") from error
-        index_bytes = self._pixels.slots_per_part * 16
-        position = os.fstat(file.fileno()).st_size - index_bytes - 4
-        raw = os.pread(file.fileno(), index_bytes + 4, position) if position >= 0 else b""
-        if len(raw) != index_bytes + 4 or google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+            raise self._error(slot, f"the shard cannot be opened: {error.strerror or error}.") from error
+        length = shard_index_bytes(self._pixels)
+        position = os.fstat(file.fileno()).st_size - length
+        raw = os.pread(file.fileno(), length, position) if position >= 0 else b""
+        index = parse_index(raw) if len(raw) == length else None
+        if index is None:
             file.close()
-            raise ShardError(f"{path}: the shard's index is damaged or cut off.")
-        return file, np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
+            raise self._error(slot, "the shard's index is damaged or cut off.")
+        return _OpenShard(file, index)
+
+    def _slot(self, slot: int) -> int:
+        return slot % self._pixels.slots_per_part
+
+    def _error(self, slot: int, what: str) -> ShardError:
+        return ShardError(f"{self.where(slot)}: {what}", slot)
+
+
+def _rows(out: np.ndarray, places: list[int]) -> list[memoryview]:
+    """The bytes of rows of `out`: as one buffer where they follow each other."""
+    first, last = places[0], places[-1]
+    if last - first + 1 == len(places) and places == list(range(first, last + 1)):
+        return [out[first : last + 1].reshape(-1).data]
+    return [out[place].reshape(-1).data for place in places]

@@ -18,7 +18,7 @@ from megatron_deepstack.data.conversation import encode_conversation
 from megatron_deepstack.data.images import QuarantineError, read_image_file
 from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
-from megatron_deepstack.data.shard_writer import ShardWriter, open_shard, shard_bytes
+from megatron_deepstack.data.shard_writer import ShardWriter, open_shard
 from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.data.writer import atomic_file
 from orchestration.preprocess.ledger import Ledger, text_path
@@ -86,7 +86,7 @@ def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds
 def _do_images(job: Job, part: ImagePart) -> tuple[dict[str, Any], int]:
     with open_shard(job.root, part.number, job.pixels) as shard:
         images = [_do_image(job, path, shard) for path in part.paths]
-        size = shard_bytes(job.pixels, shard.used)
+        size = shard.num_bytes
     return {"shard_bytes": size, "images": images}, size
 
 
