@@ -1,66 +1,117 @@
-"""Starting ranks on this machine, as torchrun does, from one command."""
+"""Starting ranks on this machine from one command, without torchrun.
+
+The ranks meet in a store that this process keeps on a port of the loopback interface, picked by the operating system;
+torch's own launcher would listen on every interface. SIGTERM and SIGINT to this process reach the ranks as SIGTERM, and
+it waits for what they save; torch's would kill them after 30 seconds.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import sys
+import signal
+import socket
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+import torch.distributed as dist
 
-from megatron_deepstack.errors import DeepStackError, RankError
-from megatron_deepstack.platform.device import has_gpu
+from megatron_deepstack.errors import DeepStackError
+from megatron_deepstack.platform.gang import Gang, Report
 from megatron_deepstack.platform.parent import die_with_parent
 
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-_USER_ERROR_EXIT = 64
+_LOOPBACK = "127.0.0.1"
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
 
 
 def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> Any:
     """Run a module-level `function(*args)` in each of `num_ranks` processes; returns rank 0's result.
 
-    The rendezvous is a port that the operating system picks on the loopback interface. When a rank fails the others
-    are ended, and RankError says which it was.
+    When a rank fails the others are ended. Raises the error of errors.py that a rank raised, RankError where one
+    died or raised anything else, HangError where the ranks found themselves hanging, PreemptedError where this
+    process was asked to stop; each names the rank.
     """
+    listener = socket.create_server((_LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+    )
+    gang = _start(function, args, num_ranks, port)
+    try:
+        with _stop_signals(gang):
+            return gang.wait()
+    finally:
+        del store
+
+
+def _start(function: Callable[..., Any], args: tuple[Any, ...], num_ranks: int, port: int) -> Gang:
     saved = dict(os.environ)
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
-    if not has_gpu():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id="local",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], []
     try:
-        return elastic_launch(config, _guarded)(function, args)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == _USER_ERROR_EXIT:
-            raise RankError(f"rank {rank} stopped the run; its message is above") from None
-        raise RankError(f"rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}") from None
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(rank, num_ranks, port, theirs, function, args))
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+    except BaseException:
+        Gang(processes, pipes).kill()
+        raise
     finally:
         os.environ.clear()
         os.environ.update(saved)
+    return Gang(processes, pipes)
 
 
-def _guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A rank, which ends with its launcher. The first one tells users' mistakes, once and without a traceback."""
-    die_with_parent()
+@contextmanager
+def _stop_signals(gang: Gang) -> Iterator[None]:
+    """Hand SIGTERM and SIGINT on to the ranks; only a process's main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, lambda *_: gang.ask_to_stop()) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
-        return function(*args)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _rank(
+    rank: int, num_ranks: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    """A rank's life: it ends with its launcher, and tells it how it ended."""
+    os.setpgid(0, 0)
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR=_LOOPBACK,
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the launcher keeps the store; rank 0 must not open one
+    )
+    try:
+        pipe.send(Report(result=function(*args)))
     except DeepStackError as error:
-        if os.environ.get("RANK") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(_USER_ERROR_EXIT)
-    except Exception:
-        print(f"rank {os.environ.get('RANK')}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        pipe.send(Report(error=error))
+        os._exit(error.exit_code)
+    except BaseException:
+        pipe.send(Report(trace=traceback.format_exc()))
         os._exit(1)

@@ -1,0 +1,187 @@
+"""Processes that stand and fall together: the ranks of one machine, how they ended, and which of them is to blame.
+
+A rank says through its pipe how it ended: with a result, with an expected error, or with a traceback. One that was
+killed says nothing. When one fails the others fail with it, since their collectives break; so what is seen first is
+not always the cause, and `cause` picks it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from megatron_deepstack.errors import DeepStackError, HangError, PreemptedError, RankError
+
+SETTLE_SECONDS = 2.0
+"""After a rank's collective broke, the time in which another rank's death or error is still taken for the cause."""
+_EXIT_SECONDS = 60.0
+"""Longest that a rank may take to leave after its result, or after it saved on request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a rank says at its end: one of the three."""
+
+    result: Any = None
+    error: DeepStackError | None = None
+    """An expected failure."""
+    trace: str | None = None
+    """Traceback of any other exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a rank ended."""
+
+    rank: int
+    pid: int
+    report: Report | None
+    exit_code: int = 0
+    """Of a process that said nothing; negative: the signal that killed it."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is anything but a result."""
+        return self.report is None or self.report.error is not None or self.report.trace is not None
+
+    @property
+    def blame(self) -> int:
+        """The lower, the likelier the cause: killed, failed as expected, ended itself in silence, raised."""
+        if self.report is None:
+            return 0 if self.exit_code < 0 else 2
+        return 1 if self.report.error is not None else 3
+
+    def as_error(self) -> DeepStackError:
+        """What the user is told."""
+        who = f"rank {self.rank} (pid {self.pid})"
+        if self.report is None:
+            return _silent_end(who, self.exit_code)
+        return self.report.error or RankError(f"{who} raised:\n{(self.report.trace or '').rstrip()}")
+
+
+def cause(endings: Iterable[Ending]) -> Ending:
+    """The ending to blame among those given in order of time, of which at least one failed."""
+    return min((ending for ending in endings if ending.failed), key=lambda ending: ending.blame)
+
+
+class Gang:
+    """Started ranks. Each leads a process group of its own, so that nothing a rank has started outlives it."""
+
+    def __init__(self, processes: Sequence[BaseProcess], pipes: Sequence[Connection]) -> None:
+        """`processes[r]` is rank r and sends its `Report` to `pipes[r]`."""
+        self.processes, self.pipes = processes, pipes
+        self._exits = [_exit_handle(process) for process in processes]
+        self._endings: dict[int, Ending] = {}
+        self._stopping = False
+
+    def ask_to_stop(self) -> None:
+        """Send every rank SIGTERM, so that it saves and ends; the second time kill them all."""
+        number = signal.SIGKILL if self._stopping else signal.SIGTERM
+        self._stopping = True
+        for rank, process in enumerate(self.processes):
+            if rank not in self._endings:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid or 0, number)
+
+    def wait(self) -> Any:
+        """Rank 0's result once all have ended; when one fails, the others are ended and its error is raised."""
+        try:
+            while self._missing() and not self._failed():
+                self._collect(None)
+            if self._failed():
+                self._settle()
+                raise self._error() from None
+            for process in self.processes:
+                process.join(_EXIT_SECONDS)
+            report = self._endings[0].report
+            return None if report is None else report.result
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End every rank, a stopped one too, with all that it has started."""
+        for process in self.processes:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+            process.join()
+        for handle, process in zip(self._exits, self.processes, strict=False):
+            if handle != process.sentinel:
+                with suppress(OSError):
+                    os.close(handle)
+        self._exits = []
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(len(self.processes)) if rank not in self._endings]
+
+    def _failed(self) -> bool:
+        return any(ending.failed for ending in self._endings.values())
+
+    def _settle(self) -> None:
+        """Wait while the cause may still be on its way; where ranks have saved on request, until all have ended."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self._missing():
+            first = cause(self._endings.values())
+            if first.report is not None and isinstance(first.report.error, PreemptedError):
+                deadline = max(deadline, time.monotonic() + _EXIT_SECONDS)
+            elif first.blame < 2:
+                return
+            if not self._collect(deadline - time.monotonic()):
+                return
+
+    def _collect(self, timeout: float | None) -> bool:
+        """Take in what ranks report and how they end; False if nothing happened in time."""
+        missing = self._missing()
+        by_source: dict[Any, int] = {self.pipes[rank]: rank for rank in missing}
+        by_source.update({self._exits[rank]: rank for rank in missing})
+        ready = wait(list(by_source), None if timeout is None else max(timeout, 0.0))
+        for rank in sorted({by_source[source] for source in ready}):
+            self._endings[rank] = self._ending(rank)
+        return bool(ready)
+
+    def _ending(self, rank: int) -> Ending:
+        process, pipe = self.processes[rank], self.pipes[rank]
+        report = None
+        with suppress(EOFError, ConnectionResetError):
+            if pipe.poll():
+                report = pipe.recv()
+        if report is None:
+            process.join()
+        return Ending(rank, process.pid or 0, report, 0 if report is not None else process.exitcode or 0)
+
+    def _error(self) -> DeepStackError:
+        first = cause(self._endings.values())
+        if self._stopping and first.report is None and first.exit_code in (-signal.SIGTERM, -signal.SIGKILL):
+            return PreemptedError(
+                "stopped on request before there was anything new to save; run the same command again to go on from "
+                "the newest checkpoint"
+            )
+        return first.as_error()
+
+
+def _exit_handle(process: BaseProcess) -> int:
+    """A file descriptor that turns readable when the process ends.
+
+    Not its sentinel, where the kernel offers better: processes that the rank has forked hold that one open.
+    """
+    try:
+        return os.pidfd_open(process.pid or 0)
+    except OSError:
+        return process.sentinel
+
+
+def _silent_end(who: str, exit_code: int) -> DeepStackError:
+    if exit_code == HangError.exit_code:
+        return HangError(f"{who} found the run hanging and ended it; silent ranks and stacks are named above")
+    if exit_code >= 0:
+        return RankError(f"{who} ended with exit code {exit_code} and without a word")
+    name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else "an unknown one"
+    hint = "; the kernel does that when memory runs out (see dmesg)" if exit_code == -signal.SIGKILL else ""
+    return RankError(f"{who} was killed by signal {-exit_code} ({name}){hint}; the other ranks were ended")
