@@ -1,16 +1,14 @@
-"""Reading LLaVA-style records: a JSON list, or JSON lines, of conversations about images.
+"""LLaVA-style records: conversations about images, from their JSON values.
 
 Every record is checked before any work starts: a record is either usable as a whole or named in the error, the first
-ten with file, number and what is wrong.
+ten with file, number and what is wrong. Ids may repeat, as they do in the published data.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from megatron_deepstack.data.conversation import Role, Template, Turn, check_turns
@@ -27,98 +25,94 @@ class Record:
 
     id: str
     images: tuple[str, ...]
-    """Paths relative to the image folder, in the order of their placeholders; empty for text only."""
+    """Paths below the image folder, or `SHARD/MEMBER` in a tar shard, by their placeholders; empty for text only."""
     turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class RecordFile:
-    """The records of a file."""
+class RecordRules:
+    """What a record is checked against."""
 
-    path: str
-    sha256: str
-    """Of the file's bytes."""
-    records: tuple[Record, ...]
+    template: Template
+    image_folder: str = ""
+    """Absolute path of the local image folder, below which absolute image paths are taken; empty for none."""
 
 
-def read_records(path: str | Path, template: Template) -> RecordFile:
-    """Read and check all records of a JSON or JSON-lines file.
+class Faults:
+    """Faulty records of a job: all are counted, the first ten kept."""
 
-    Raises DataError when the file is missing, is not JSON, holds no records, or holds faulty ones (the first ten are
-    listed): no id, no conversations, an unknown role, turns the template cannot write, or a number of `<image>` other
-    than that of its images.
+    def __init__(self) -> None:
+        self.total = 0
+        self.records = 0
+        """Records seen, faulty or not."""
+        self._listed: list[str] = []
+
+    def add(self, where: str, fault: str) -> None:
+        """Count a faulty record."""
+        self.total += 1
+        if self.total <= _SHOWN:
+            self._listed.append(f"{where}: {fault}")
+
+    def raise_if_any(self) -> None:
+        """Raise DataError, with the first ten, if there is any."""
+        if self.total:
+            more = [f"... and {self.total - _SHOWN} more"] if self.total > _SHOWN else []
+            head = f"{self.total} of {self.records} records cannot be used; mend or remove them:"
+            raise DataError("\n  ".join([head, *self._listed, *more]))
+
+
+def parse_record(item: Any, rules: RecordRules, faults: Faults, where: str) -> Record | None:
+    """One record from its JSON value; None, with what is wrong in `faults`, if it cannot be used.
+
+    Faults are: no id, no conversations, an unknown role, turns that the template cannot write, a number of `<image>`
+    other than that of the images, and an image path that leaves the image folder.
     """
+    faults.records += 1
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: the records cannot be read: {error.strerror or error}. Give a LLaVA-style JSON file "
-            "(data.records, or --records)."
-        ) from error
-    raw = _parse(data, str(path))
-    if not raw:
-        raise DataError(f"{path}: holds no records; at least one is needed")
-    records: list[Record] = []
-    faults: list[str] = []
-    for number, item in enumerate(raw):
-        try:
-            records.append(parse_record(item, template))
-        except _FaultError as fault:
-            name = f" (id {item['id']!r})" if isinstance(item, dict) and "id" in item else ""
-            faults.append(f"record {number}{name}: {fault}")
-    if faults:
-        raise DataError(_list_faults(str(path), faults, len(raw)))
-    return RecordFile(str(path), hashlib.sha256(data).hexdigest(), tuple(records))
+        return _parse(item, rules)
+    except _FaultError as fault:
+        name = f" (id {item['id']!r})" if isinstance(item, dict) and "id" in item else ""
+        faults.add(f"{where}{name}", str(fault))
+        return None
 
 
-def parse_record(item: Any, template: Template) -> Record:
-    """One record from its JSON value; raises an error whose message says what is wrong with it."""
+def _parse(item: Any, rules: RecordRules) -> Record:
     if not isinstance(item, dict):
         raise _FaultError(f"is {_kind(item)}, an object was expected")
     identifier = item.get("id")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int) or identifier == "":
         raise _FaultError("has no id; give each record a text or a whole number as `id`")
-    images = tuple(_parse_images(item.get("image")))
+    images = tuple(_place(path, rules.image_folder) for path in _parse_images(item.get("image")))
     turns = tuple(_parse_turns(item.get("conversations")))
     record = Record(_text(str(identifier), "its id"), images, turns)
     _check_placeholders(record)
     try:
-        check_turns(turns, template)
+        check_turns(turns, rules.template)
     except DataError as error:
         raise _FaultError(str(error)) from error
     return record
 
 
+def _place(path: str, folder: str) -> str:
+    """The path below the image folder, in its one spelling. Records are data from elsewhere: they choose among the
+    images they are given, and no other file of the machine."""
+    normal = posixpath.normpath(path)
+    if "://" in path:
+        raise _FaultError(f"`image` is the URL {path!r}; give its folder as data.images, and the path below it here")
+    if normal.startswith("/"):
+        if not folder or not f"{normal}/".startswith(f"{folder.rstrip('/')}/"):
+            raise _FaultError(
+                f"`image` is {path!r}, outside the image folder {folder or '(none)'}; make it relative to the folder, "
+                "or give a folder that holds all images (data.images, or --images)"
+            )
+        return posixpath.relpath(normal, folder)
+    if normal.split("/")[0] == "..":
+        raise _FaultError(f"`image` is {path!r}, which leaves the image folder")
+    return normal
+
+
 class _FaultError(Exception):
     """What is wrong with one record."""
-
-
-def _parse(data: bytes, path: str) -> Sequence[Any]:
-    """A JSON list, or one JSON value per line."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error}") from error
-    try:
-        if text.lstrip()[:1] == "[":
-            document: list[Any] = json.loads(text)
-            return document
-        return list(_parse_lines(text, path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: not a list of records: it is nested too deeply") from error
-
-
-def _parse_lines(text: str, path: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not JSON: {error}. A records file is a JSON list, or one object per line."
-                ) from error
 
 
 def _parse_images(value: Any) -> Iterator[str]:
@@ -159,9 +153,3 @@ def _text(text: str, where: str) -> str:
 def _kind(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a text", type(None): "nothing"}
     return "an empty list" if value == [] else kinds.get(type(value), repr(value))
-
-
-def _list_faults(path: str, faults: Sequence[str], total: int) -> str:
-    more = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-    head = f"{path}: {len(faults)} of {total} records cannot be used; mend or remove them:"
-    return "\n  ".join([head, *faults[:_SHOWN], *more])

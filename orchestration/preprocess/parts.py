@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
+from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.processor import Processor
-from megatron_deepstack.data.records import Record, RecordFile
+from megatron_deepstack.data.records import Record
 from megatron_deepstack.data.schema import FORMAT, VERSION, PixelsShape
 from megatron_deepstack.data.tokenizer import Tokenizer
+from orchestration.preprocess.inputs import Inputs
 
 _Item = TypeVar("_Item")
 
@@ -68,6 +70,7 @@ class Plan:
     images: tuple[str, ...]
     """Unique image paths, in the order in which the records first name them."""
     images_per_part: int
+    compression: Compression = Compression.NONE
 
     @cached_property
     def hash(self) -> str:
@@ -95,24 +98,34 @@ class Plan:
     def pixels(self) -> PixelsShape:
         """Shape of `images/pixels`."""
         slots_per_part = self.images_per_part * self.processor.most_views
-        return PixelsShape(len(self.image_parts), slots_per_part, self.processor.crop_size)
+        return PixelsShape(len(self.image_parts), slots_per_part, self.processor.crop_size, self.compression)
 
 
-def make_plan(recipe: Recipe, file: RecordFile, tokenizer: Tokenizer) -> Plan:
-    """The plan of preprocessing `file` as `recipe` says."""
+def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
+    """The plan of preprocessing `inputs` as `recipe` says."""
     processor = Processor.of(recipe)
-    images = tuple(dict.fromkeys(image_key(path) for record in file.records for path in record.images))
+    images = tuple(dict.fromkeys(image_key(path) for record in inputs.records for path in record.images))
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "records": {"sha256": file.sha256, "count": len(file.records)},
+        "records": {"sha256": inputs.sha256, "count": len(inputs.records)},
         "images": len(images),
         "processor": processor.describe(),
         "tokenizer": tokenizer.describe(),
         "template": recipe.data.template,
         "images_per_part": recipe.data.images_per_part,
     }
-    return Plan(description, processor, recipe.data.template, file.records, images, recipe.data.images_per_part)
+    if recipe.data.compression is not Compression.NONE:
+        description["compression"] = str(recipe.data.compression)
+    return Plan(
+        description,
+        processor,
+        recipe.data.template,
+        inputs.records,
+        images,
+        recipe.data.images_per_part,
+        recipe.data.compression,
+    )
 
 
 def image_key(path: str) -> str:

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.conversation import known_template
-from megatron_deepstack.data.records import RecordFile, read_records
 from megatron_deepstack.data.schema import ImageStatus
 from megatron_deepstack.data.store import Store, read_attributes
 from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +29,7 @@ from orchestration.preprocess.finalise import (
     image_line,
     write_quarantine,
 )
+from orchestration.preprocess.inputs import Inputs, read_inputs
 from orchestration.preprocess.ledger import Ledger, claim_folder, lock_store
 from orchestration.preprocess.parts import ImagePart, Part, Plan, make_plan
 from orchestration.preprocess.progress import JobProgress
@@ -93,10 +93,11 @@ def preprocess(
     data = recipe.data
     model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece .model file"))
     _check_vocabulary(recipe, model)
-    source = _given(records or (data.records or ("",))[0], "records", "a LLaVA-style JSON file")
-    file = read_records(source, known_template(data.template))
-    plan = make_plan(recipe, file, model)
-    folder = _image_folder(images or data.images, file, plan)
+    sources = (records,) if records else data.records or ()
+    _given(" ".join(sources), "records", "a LLaVA-style JSON file")
+    inputs = read_inputs(sources, images or data.images, known_template(data.template))
+    plan = make_plan(recipe, inputs, model)
+    folder = _image_folder(images or data.images, inputs, plan)
     root = Path(output).absolute()
     with lock_store(root):
         claim_folder(root, plan)
@@ -220,10 +221,10 @@ def _check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
         raise ConfigError([f"model.language.vocab_size is {size}, {tokenizer.source} has {tokenizer.vocab_size} ids"])
 
 
-def _image_folder(images: str | None, file: RecordFile, plan: Plan) -> Path:
+def _image_folder(images: str | None, inputs: Inputs, plan: Plan) -> Path:
     if not plan.images:
         return Path()
-    folder = Path(_given(images, "images", f"the folder that the image paths in {file.path} are relative to"))
+    folder = Path(_given(images, "images", f"the folder that the image paths in {inputs.files[0]} are relative to"))
     if not folder.is_dir():
         raise DataError(f"{folder}: no such image folder (data.images, or --images)")
     return folder.absolute()
