@@ -1,7 +1,8 @@
 """The codec of a compressed store's views: Blosc with zstd and bit shuffle, as zarr v3's `blosc` codec has it.
 
-One thread per call: several would append their blocks in the order they happen to finish, so that bytes differed from
-run to run, and Blosc's own threads do not survive a fork. Bytes also depend on the version of the library; views do not.
+One thread per call: several would append their blocks in the order in which they happen to finish, so that bytes
+differed from run to run, and Blosc's own threads do not survive a fork. Bytes may differ between versions of the
+library; views do not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Reading a store: samples from memory-mapped index arrays, views straight out of the shards.
 
-A view is read with one `preadv` into the caller's array: the shard's index is cached, neighbouring views share a call,
-and each view's crc32c is checked (0.06 ms for the five of a sample). zarr-python reads the same store, equal by test, but ten times slower, and
-takes a chunk that is missing for zeros; here that is a StoreError naming image and shard. The reader holds no threads
-and no descriptors that a fork or a pickle could break: a copy in another process opens its own.
+Views are read with one `preadv` for neighbours into the caller's array: shard indices are cached, requests for many
+images are read in the order of the shards, and each view's crc32c is checked (0.06 ms for the five of a sample).
+zarr-python reads the same store, equal by test, but many times slower (`tools/bench_reader.py`), and takes a chunk that
+is missing for zeros; here that is a StoreError naming image and shard. The reader holds no threads and no descriptors
+that a fork or a pickle could break: a copy in another process opens its own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,193 @@
+"""Random single-sample reads of a store, against zarr-python and mosaicml-streaming's MDS on the same samples.
+
+A sample is a global view and its four crops, 1.7 MB; the page cache is warm, one core works. Rounds alternate between
+the readers in one process, and ratios are the median over rounds. zarr-python reads the sample's five chunks as one
+slice, its fastest way (its speed view by view is printed too). MDS checks nothing, so it meets our unchecked reader;
+it needs `pip install --no-deps mosaicml-streaming xxhash zstd python-snappy cramjam brotli catalogue` and is left
+out (null) where that is missing. The last line is one JSON object. Run on an otherwise idle machine:
+python tools/bench_reader.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data import schema
+from megatron_deepstack.data.schema import PixelsShape
+from megatron_deepstack.data.shard_writer import open_shard
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.writer import open_index, write_skeleton
+
+VIEWS = 5
+IMAGES_PER_PART = 64
+Read = Callable[[int], np.ndarray]
+
+
+def pictures(number: int) -> np.ndarray:
+    """Views of a smooth picture with noise, uint8 (5, 336, 336, 3), drawn from the number."""
+    generator = np.random.default_rng(number)
+    coarse = generator.integers(0, 240, (VIEWS, 8, 8, 3)).repeat(42, axis=1).repeat(42, axis=2)
+    return (coarse + generator.integers(0, 16, coarse.shape)).astype(np.uint8)
+
+
+def write_store(root: Path, images: int, compression: Compression) -> None:
+    """A store of `images` samples, each with an image of its own."""
+    parts = -(-images // IMAGES_PER_PART)
+    shape = PixelsShape(parts, IMAGES_PER_PART * VIEWS, 336, compression)
+    sums = np.zeros((parts, shape.slots_per_part), np.uint32)
+    for part in range(parts):
+        with open_shard(root, part, shape) as shard:
+            numbers = range(part * IMAGES_PER_PART, min((part + 1) * IMAGES_PER_PART, images))
+            sums[part, : len(numbers) * VIEWS] = [value for n in numbers for value in shard.append(pictures(n))]
+    with open_index(root) as index:
+        index.append("images/start", np.arange(images) * VIEWS)
+        index.append("images/count", [VIEWS] * images)
+        index.append("images/grid", [[2, 2]] * images)
+        index.append("images/size", [[672, 672]] * images)
+        index.append("images/status", [0] * images)
+        index.append("images/sha256", np.zeros((images, 32), np.uint8))
+        index.append("images/crc32c", sums)
+        index.append("samples/tokens", [1, -200, 2] * images)
+        index.append("samples/loss_mask", [0, 0, 1] * images)
+        index.append("samples/tokens_offsets", np.arange(images + 1) * 3)
+        index.append("samples/images", np.arange(images))
+        index.append("samples/images_offsets", np.arange(images + 1))
+        for name in ("images/path", "samples/id"):
+            index.append(name, [48] * images)
+            index.append(f"{name}_offsets", np.arange(images + 1))
+    attributes = {
+        "format": schema.FORMAT,
+        "version": schema.VERSION,
+        "plan_hash": "0" * 64,
+        "processor": {},
+        "tokenizer": {},
+        "counts": {"images": images, "samples": images},
+        "complete": True,
+    }
+    write_skeleton(root, shape, attributes)
+
+
+def mds_reader(folder: Path, images: int) -> Read | None:
+    """Random access of mosaicml-streaming to the same views; None if it is not installed."""
+    # Its data sets of pictures, imported with the package, want torchvision; reading samples does not.
+    sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
+    try:
+        from streaming import LocalDataset, MDSWriter
+    except ImportError as error:
+        print(f"mosaicml-streaming is left out ({error}); see --help")
+        return None
+    with MDSWriter(out=str(folder), columns={"views": "bytes"}, size_limit=1 << 27) as writer:
+        for number in range(images):
+            writer.write({"views": pictures(number).tobytes()})
+    dataset = LocalDataset(local=str(folder))
+    return lambda number: np.frombuffer(dataset[number]["views"], np.uint8).reshape(VIEWS, 336, 336, 3)
+
+
+def readers(folder: Path, images: int) -> dict[str, Read]:
+    """Every way to read sample `number`, by name."""
+    write_store(folder / "store", images, Compression.NONE)
+    write_store(folder / "packed", images, Compression.ZSTD)
+    views = range(VIEWS)
+    found: dict[str, Read] = {}
+    for name, checks in (("checked", True), ("unchecked", False)):
+        store = Store.open(folder / "store", verify_checksums=checks)
+        found[name] = lambda number, store=store: store.read_views(number, views)  # type: ignore[misc]
+    packed = Store.open(folder / "packed")
+    found["zstd checked"] = lambda number: packed.read_views(number, views)
+    for name, suffix in (("store", ""), ("packed", " zstd")):
+        pixels: Any = zarr.open_array(folder / name / "images/pixels", mode="r")
+        found[f"zarr{suffix}"] = lambda number, pixels=pixels: pixels[number * VIEWS : (number + 1) * VIEWS]  # type: ignore[misc]
+    by_view: Any = zarr.open_array(folder / "store/images/pixels", mode="r")
+    found["zarr by view"] = lambda number: np.stack([by_view[number * VIEWS + view] for view in views])
+    mds = mds_reader(folder / "mds", images)
+    return found if mds is None else {**found, "mds": mds}
+
+
+def seconds(read: Read, numbers: np.ndarray) -> float:
+    """Mean time of one read."""
+    begin = time.perf_counter()
+    for number in numbers:
+        read(int(number))
+    return (time.perf_counter() - begin) / len(numbers)
+
+
+def measure(ways: dict[str, Read], images: int, rounds: int, reads: int) -> dict[str, list[float]]:
+    """Seconds per read of each way in each round; all read the same samples, slow ones fewer of them."""
+    generator = np.random.default_rng(0)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        numbers = generator.integers(0, images, reads)
+        for name, read in ways.items():
+            few = name.startswith(("zarr", "zstd"))
+            times[name].append(seconds(read, numbers[: max(reads // 8, 1)] if few else numbers))
+    return times
+
+
+def peak_mib() -> float:
+    """Largest resident size of this process so far, not counting what it was forked from."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def reader_memory(store_path: Path, images: int) -> float:
+    """MiB that this process grows by when it opens the store and reads all of it at random, checked."""
+    before = peak_mib()
+    store = Store.open(store_path)
+    for number in np.random.default_rng(0).permutation(images):
+        store.read_views(int(number), range(VIEWS))
+    return round(peak_mib() - before, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256, help="samples in the store, 1.7 MB each")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--reads", type=int, default=100, help="reads of each kind in a round")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        ways = readers(Path(folder), options.images)
+        for number in range(options.images):
+            assert all(np.array_equal(read(number), pictures(number)) for read in ways.values()), number
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        with get_context("spawn").Pool(1) as fresh:
+            memory = fresh.apply(reader_memory, (Path(folder) / "store", options.images))
+        times = measure(ways, options.images, options.rounds, options.reads)
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{name:14} {median * 1e3:7.3f} ms a sample, {1 / median:8.0f} samples/s")
+    size = options.images * VIEWS * 336 * 336 * 3 / 2**20
+    print(f"memory: reading all {options.images} samples ({size:.0f} MiB) once grew a fresh process by {memory} MiB")
+
+    def ratio(slow: str, fast: str) -> float | None:
+        if slow not in times:
+            return None
+        return round(statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True)), 2)
+
+    result = {
+        "against_zarr": ratio("zarr", "checked"),
+        "against_zarr_unchecked": ratio("zarr", "unchecked"),
+        "against_zarr_by_view": ratio("zarr by view", "checked"),
+        "against_zarr_compressed": ratio("zarr zstd", "zstd checked"),
+        "against_mds": ratio("mds", "unchecked"),
+        "memory_mib": memory,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
