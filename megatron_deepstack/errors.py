@@ -90,3 +90,9 @@ class ClusterError(DeepStackError):
     """A Ray cluster cannot run the job: nodes, resources, versions, shared folders or links between nodes."""
 
     exit_code = 10
+
+
+class LocationError(DeepStackError):
+    """An object store or another remote service could not be reached, or failed."""
+
+    exit_code = 11

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
 
 from megatron_deepstack.testing.ranks import RankPool
 

@@ -1,0 +1,252 @@
+"""Where files are: a local path, or a URL of an object store; one value for both, cheap to copy and to pickle.
+
+Local files never go through fsspec, and fsspec is imported for URLs only. Files appear whole or not at all: a local one
+is written under a temporary name, synced and renamed, a remote one is spooled to a local file and sent as one object.
+Credentials and endpoints of a bucket come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), as its
+fsspec package reads them. Errors that belong to a file (missing, forbidden, there already) are OSErrors, here and there
+alike; whatever else goes wrong with a URL is a LocationError.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+from megatron_deepstack.errors import ConfigError, LocationError
+
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:-]+)*://")
+_LOCAL: Final = "file://"
+_OF_THE_FILE: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Errors of one file, which the caller may expect; all others are the connection's or the service's."""
+_EXTRAS: Final = {"s3": "pip install 'megatron-deepstack[s3]'", "gs": "pip install gcsfs", "az": "pip install adlfs"}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A file or folder, local or at a URL."""
+
+    text: str
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> Location:
+        """The location that `text` names: a URL if it begins with `scheme://`, else (and for file://) a local path."""
+        return cls(os.fspath(text))
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def is_local(self) -> bool:
+        """It is a path of this machine."""
+        return self.text.startswith(_LOCAL) or _URL.match(self.text) is None
+
+    @property
+    def name(self) -> str:
+        """The last part of path or URL."""
+        return self.text.rstrip("/").rpartition("/")[2]
+
+    def local_path(self) -> Path:
+        """The path of a local file or folder."""
+        assert self.is_local, self.text
+        return Path(self.text.removeprefix(_LOCAL))
+
+    def absolute(self) -> Location:
+        """The same, whatever folder a process is in."""
+        return Location(str(self.local_path().absolute())) if self.is_local else self
+
+    def child(self, name: str) -> Location:
+        """What `name`, which may have several parts, means below this folder."""
+        if self.is_local:
+            return Location(os.path.join(self.text.removeprefix(_LOCAL), name))
+        return Location(f"{self.text.rstrip('/')}/{name}")
+
+    def exists(self) -> bool:
+        """There is such a file or folder."""
+        return os.path.exists(self.local_path()) if self.is_local else self._info() is not None
+
+    def is_folder(self) -> bool:
+        """There is a folder here, or objects below this URL."""
+        if self.is_local:
+            return os.path.isdir(self.local_path())
+        info = self._info()
+        return info is not None and info["type"] == "directory"
+
+    def is_file(self) -> bool:
+        """There is a file or object here."""
+        if self.is_local:
+            return os.path.isfile(self.local_path())
+        info = self._info()
+        return info is not None and info["type"] == "file"
+
+    def size(self) -> int:
+        """Bytes of the file; raises FileNotFoundError."""
+        if self.is_local:
+            return os.stat(self.local_path()).st_size
+        info = self._info()
+        if info is None:
+            raise FileNotFoundError(2, "no such object", self.text)
+        return int(info["size"])
+
+    def read_bytes(self, first: int = 0, length: int | None = None) -> bytes:
+        """The file's bytes from `first`, at most `length` of them; fewer at its end. Raises FileNotFoundError."""
+        if self.is_local:
+            with open(self.local_path(), "rb") as file:
+                file.seek(first)
+                return file.read(-1 if length is None else length)
+        if length == 0:
+            return b""
+        with _remote(self.text):
+            system, path = _system(self.text)
+            return bytes(system.cat_file(path, start=first or None, end=None if length is None else first + length))
+
+    def open_read(self) -> IO[bytes]:
+        """The file, open for reading, seekable; of a URL blocks are fetched as they are read."""
+        if self.is_local:
+            return open(self.local_path(), "rb")
+        with _remote(self.text):
+            system, path = _system(self.text)
+            return io.BufferedReader(_RemoteFile(self.text, system.open(path, "rb")), 2**20)
+
+    def list(self, pattern: str = "*") -> tuple[Location, ...]:
+        """Files and folders below this folder that match a glob pattern (`**` for any depth), sorted by name."""
+        if self.is_local:
+            found = glob.glob(pattern, root_dir=self.local_path(), recursive=True)
+            return tuple(self.child(name) for name in sorted(found))
+        with _remote(self.text):
+            system, path = _system(self.text)
+            names = system.glob(f"{glob.escape(path.rstrip('/'))}/{pattern}")
+            return tuple(Location(system.unstrip_protocol(name)) for name in sorted(names))
+
+    def delete(self) -> None:
+        """Remove the file, if it is there."""
+        if self.is_local:
+            self.local_path().unlink(missing_ok=True)
+            return
+        with suppress(FileNotFoundError), _remote(self.text):
+            system, path = _system(self.text)
+            system.rm_file(path)
+
+    @contextmanager
+    def write(self) -> Iterator[IO[bytes]]:
+        """A file to write that appears here, in place of another, only when the block ends without an error."""
+        if self.is_local:
+            with _local_file(self.local_path(), os.replace) as file:
+                yield file
+            return
+        with tempfile.NamedTemporaryFile(prefix="deepstack-upload-") as file:
+            yield file
+            file.flush()
+            with _remote(self.text):
+                system, path = _system(self.text)
+                system.put_file(file.name, path)
+
+    def create(self, data: bytes) -> None:
+        """Write a file that must not be there yet; of several writers one wins. Raises FileExistsError."""
+        if self.is_local:
+            with _local_file(self.local_path(), os.link) as file:
+                file.write(data)
+            return
+        with _remote(self.text):
+            system, path = _system(self.text)
+            system.pipe_file(path, data, mode="create")
+
+    def _info(self) -> dict[str, Any] | None:
+        """fsspec's description (size, type); None where nothing is. Its own `exists` takes any error for "no"."""
+        with suppress(FileNotFoundError), _remote(self.text):
+            system, path = _system(self.text)
+            info: dict[str, Any] = system.info(path)
+            return info
+        return None
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec whose errors are ours."""
+
+    def __init__(self, text: str, file: IO[bytes]) -> None:
+        self._text, self._file = text, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with _remote(self._text):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _system(text: str) -> tuple[Any, str]:
+    """fsspec's file system and its own name of the file; one connection per process and service, kept by fsspec."""
+    import fsspec  # for URLs only
+
+    try:
+        system, path = fsspec.core.url_to_fs(text, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        scheme = text.partition("://")[0]
+        advice = _EXTRAS.get(scheme, "install the fsspec package of that service")
+        raise ConfigError([f"{text}: {scheme}:// cannot be read or written: {error}. {advice}"]) from error
+    return system, path
+
+
+@contextmanager
+def _remote(text: str) -> Iterator[None]:
+    """Errors of services as LocationError; those of one file, and our own, as they are."""
+    try:
+        yield
+    except (*_OF_THE_FILE, ConfigError, AssertionError):
+        raise
+    except Exception as error:
+        # Each fsspec package has its own exceptions (botocore's, aiohttp's, google's); none is imported here.
+        raise LocationError(
+            f"{text}: the connection or its service failed: {type(error).__name__}: {error}. Check network, address "
+            "and credentials (for S3: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), then run the same command again."
+        ) from error
+
+
+@contextmanager
+def _local_file(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
+    """A file that gets its name by `publish` once it is whole and on disk.
+
+    The temporary name holds host and process, so that twins of one task on two nodes never share it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,150 @@
+"""Locations: a folder and a bucket behave alike, files appear whole or not at all, lost connections are named."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.errors import ConfigError, LocationError
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    if request.param == "folder":
+        return Location.parse(tmp_path)
+    return Location.parse(f"{request.getfixturevalue('bucket')}/below")
+
+
+def put(location: Location, data: bytes) -> None:
+    with location.write() as file:
+        file.write(data)
+
+
+def test_files_are_written_read_listed_and_deleted(root: Location) -> None:
+    file = root.child("some/file.bin")
+    assert not file.exists()
+    assert not file.is_file()
+    put(file, b"0123456789")
+    put(file, b"abcdefghij")
+    put(root.child("some/other.txt"), b"")
+    assert file.exists()
+    assert file.is_file()
+    assert not file.is_folder()
+    assert root.child("some").is_folder()
+    assert not root.child("some").is_file()
+    assert file.size() == 10
+    assert file.read_bytes() == b"abcdefghij"
+    assert [file.read_bytes(2, 3), file.read_bytes(8, 100), file.read_bytes(3, 0)] == [b"cde", b"ij", b""]
+    assert root.child("some/other.txt").read_bytes() == b""
+    with file.open_read() as stream:
+        assert stream.read(2) == b"ab"
+        stream.seek(5)
+        assert stream.read() == b"fghij"
+    assert [found.name for found in root.child("some").list()] == ["file.bin", "other.txt"]
+    assert [str(found) for found in root.list("**/*.bin")] == [str(file)]
+    file.delete()
+    file.delete()
+    assert not file.exists()
+
+
+def test_what_is_missing_is_a_missing_file(root: Location) -> None:
+    missing = root.child("missing")
+    assert missing.list() == ()
+    with pytest.raises(FileNotFoundError):
+        missing.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        missing.size()
+    with pytest.raises(FileNotFoundError):
+        missing.open_read()
+
+
+def test_a_failed_write_leaves_nothing(root: Location) -> None:
+    file = root.child("file")
+    put(file, b"old")
+
+    def fail() -> None:
+        with file.write() as stream:
+            stream.write(b"half of the new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert file.read_bytes() == b"old"
+    assert [found.name for found in (*root.list(), *root.list(".*"))] == ["file"]
+
+
+def test_only_one_creates_a_file(root: Location) -> None:
+    file = root.child("folder/record")
+    file.create(b"first")
+    with pytest.raises(FileExistsError):
+        file.create(b"second")
+    assert file.read_bytes() == b"first"
+
+
+def test_folders_with_the_signs_of_patterns(root: Location) -> None:
+    file = root.child("odd [1]*/a")
+    put(file, b"x")
+    assert root.child("odd [1]*").list() == (file,)
+
+
+@pytest.mark.parametrize(
+    ("text", "local", "child"),
+    [
+        ("photos", True, "photos/a/b.jpg"),
+        ("/photos/", True, "/photos/a/b.jpg"),
+        ("file:///photos", True, "/photos/a/b.jpg"),
+        ("odd:name//x", True, "odd:name//x/a/b.jpg"),
+        ("s3://bucket/photos/", False, "s3://bucket/photos/a/b.jpg"),
+        ("simplecache::s3://bucket", False, "simplecache::s3://bucket/a/b.jpg"),
+        ("https://host/x", False, "https://host/x/a/b.jpg"),
+    ],
+)
+def test_paths_and_urls(text: str, local: bool, child: str) -> None:
+    location = Location.parse(text)
+    assert (str(location), location.is_local, str(location.child("a/b.jpg"))) == (text, local, child)
+    assert pickle.loads(pickle.dumps(location)) == location
+
+
+def test_a_lost_connection_names_the_url_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    bucket = request.getfixturevalue("bucket")
+    import s3fs
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    file = Location.parse(f"{bucket}/file")
+    message = f"{bucket}/file: the connection or its service failed: .*Check network, address and credentials"
+    for act in (file.exists, file.read_bytes, file.size, file.delete, lambda: file.create(b""), lambda: put(file, b"")):
+        with pytest.raises(LocationError, match=message):
+            act()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("nosuch://x/y", "nosuch://x/y: nosuch:// cannot be read or written: Protocol not known"), ("gs://b/x", "gcsfs")],
+)
+def test_a_service_without_its_package(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Location.parse(url).exists()
+
+
+def test_local_files_need_no_fsspec(tmp_path: Path) -> None:
+    code = (
+        "import sys; from megatron_deepstack.data.location import Location\n"
+        f"root = Location.parse({str(tmp_path)!r})\n"
+        "root.child('a').create(b'x'); root.list(); root.child('a').exists()\n"
+        "assert 'fsspec' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)}, timeout=60)
