@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_deepstack.platform.device import synchronize
+from megatron_deepstack.platform.stopwatch import Stopwatch
+
+_OWN_WORK = ("encode", "encoder backward")
+"""Parts in which a rank waits for no other; the passes of the schedule are timed apart (`step.work`)."""
 
 
 class StepClock:
@@ -15,14 +19,20 @@ class StepClock:
     def __init__(self, *, exact: bool = False) -> None:
         self.exact = exact
         self.seconds: dict[str, float] = {}
+        self.work = Stopwatch()
+        """Own work: what this rank would take if no other were slow."""
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the duration of the block to `name`."""
         begin = self._now()
+        if name in _OWN_WORK:
+            self.work.start()
         try:
             yield
         finally:
+            if name in _OWN_WORK:
+                self.work.stop()
             self.add(name, self._now() - begin)
 
     def add(self, name: str, seconds: float) -> None:

@@ -9,13 +9,14 @@ taken where it is installed: Megatron chooses it when it is imported.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -24,6 +25,7 @@ from megatron_deepstack.config.schema import OptimizerConfig
 from megatron_deepstack.step.engine import Engine
 from megatron_deepstack.training.groups import ParameterGroup, Rates, check_cover, parameter_groups, part_of
 from megatron_deepstack.training.lr import learning_rate
+from megatron_deepstack.training.skipping import SkippingOptimizer, Trusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +59,20 @@ class Optimizer:
                     pg_collection=engine.groups.encoder,
                 )
             )
-        self.chained = ChainedOptimizer([single for part in parts for single in part.chained_optimizers])
+        self.chained = SkippingOptimizer([single for part in parts for single in part.chained_optimizers])
         check_cover(engine, self.chained)
         self.rates = Rates(config)
         self.groups: tuple[ParameterGroup, ...] = parameter_groups(engine, self.rates)
         self._kinds = [_kind_of(group) for group in self.chained.param_groups]
 
-    def step(self, step: int) -> StepNorm:
-        """Apply the gradients of 0-based step `step`. Collective over all ranks."""
+    def step(self, step: int, trusted: Trusted = math.isfinite) -> StepNorm:
+        """Apply the gradients of 0-based step `step`, if `trusted`. Collective over all ranks."""
         for group, (part, decays) in zip(self.chained.param_groups, self._kinds, strict=True):
             group["lr"] = self.lr(part, step)
             group["weight_decay"] = self.rates.weight_decay(part) if decays else 0.0
-        applied, norm, _ = self.chained.step()
+        applied = self.chained.step_if(trusted)
         self.chained.zero_grad()  # Megatron leaves `grad` an alias of the buffer; the next backward would double it
-        return StepNorm(gradient_norm=float(norm or 0.0), applied=bool(applied))
+        return StepNorm(gradient_norm=self.chained.gradient_norm, applied=applied)
 
     def lr(self, part: Part, step: int) -> float:
         """Learning rate of a part in 0-based step `step`."""

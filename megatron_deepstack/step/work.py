@@ -1,0 +1,30 @@
+"""A rank's own work inside the schedule: Megatron's timers, of which only the forward and backward passes count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_deepstack.platform.stopwatch import Stopwatch
+
+_PASSES = ("forward-compute", "backward-compute")
+
+
+class _Ignored:
+    """Megatron's other timers, which would add barriers of their own."""
+
+    def start(self, **_: Any) -> None:
+        """Does nothing."""
+
+    def stop(self, **_: Any) -> None:
+        """Does nothing."""
+
+
+class WorkTimers:
+    """What `TransformerConfig.timers` may be: the schedules call it with a name, then `start` and `stop`."""
+
+    def __init__(self, work: Stopwatch) -> None:
+        self.work = work
+        self._ignored = _Ignored()
+
+    def __call__(self, name: str, log_level: int | None = None) -> Stopwatch | _Ignored:
+        return self.work if name in _PASSES else self._ignored

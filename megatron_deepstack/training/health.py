@@ -1,0 +1,98 @@
+"""Whether a run is well: steps left out in a row, losses that stand out, samples that cannot be read.
+
+What it remembers follows from the run's own records (`metrics.jsonl`), which are cut back to the checkpoint on
+resumption; so a resumed run judges as one without interruption, and no checkpoint carries any of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_deepstack.config.schema import HealthConfig
+from megatron_deepstack.errors import HealthError
+
+IdsOf = Callable[[int], Sequence[str]]
+"""From a 0-based step to the ids of its samples, over all replicas."""
+
+
+@dataclass(slots=True)
+class Health:
+    """Memory of a run. The counts are alike on all ranks; the losses are kept by the rank that writes records."""
+
+    config: HealthConfig
+    skipped_in_row: int = 0
+    """Steps left out one after another, the last one included."""
+    unreadable: int = 0
+    """Samples left out so far."""
+    losses: deque[float] = field(default_factory=deque)
+    """Of the last applied steps, at most `spike_window`."""
+
+    @classmethod
+    def of(cls, config: HealthConfig, records: Iterable[Mapping[str, Any]]) -> Health:
+        """What the records of earlier steps amount to."""
+        health = cls(config, losses=deque(maxlen=max(config.spike_window, 1)))
+        for record in records:
+            health.take(float(record["loss"]), bool(record["applied"]), int(record.get("unreadable", 0)))
+        return health
+
+    def take(self, loss: float, applied: bool, unreadable: int) -> bool:
+        """Remember a step; whether its loss stands out of those before it."""
+        self.unreadable += unreadable
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+        spike = applied and self._stands_out(loss)
+        if applied and math.isfinite(loss):
+            self.losses.append(loss)
+        return spike
+
+    def _stands_out(self, loss: float) -> bool:
+        config = self.config
+        if not config.spike_factor or not config.spike_window or 2 * len(self.losses) < config.spike_window:
+            return False
+        return loss > config.spike_factor * median(self.losses)
+
+    def require_well(self, done: int, ids_of: IdsOf) -> None:
+        """Raise HealthError if the run must not go on after `done` steps. The same on every rank."""
+        limit = self.config.max_skipped_steps
+        if self.skipped_in_row > limit:
+            steps = range(done - self.skipped_in_row, done)
+            listed = "\n".join(f"  step {step + 1}: {some(ids_of(step))}" for step in steps)
+            raise HealthError(
+                f"{self.skipped_in_row} steps in a row had a loss or gradient that is not finite and were left out; "
+                f"health.max_skipped_steps allows {limit}. Their samples:\n{listed}\nLook at these samples, lower the "
+                "learning rate or optimizer.clip_grad, or train in fp32; the checkpoints before them are untouched."
+            )
+        most = self.config.max_unreadable_samples
+        if self.unreadable > most:
+            raise HealthError(
+                f"{self.unreadable} samples could not be read and were left out by step {done}; "
+                f"health.max_unreadable_samples allows {most}. metrics.jsonl names them under `samples`; "
+                "`megatron-deepstack store verify` finds what is damaged."
+            )
+
+
+def some(ids: Sequence[str], limit: int = 16) -> str:
+    """The first of a step's samples, for a message; all of them are in its record."""
+    more = f" and {len(ids) - limit} more (see metrics.jsonl)" if len(ids) > limit else ""
+    return ", ".join(ids[:limit]) + more
+
+
+def earlier_records(file: Path, num_steps: int) -> list[dict[str, Any]]:
+    """Records of the first `num_steps` steps in a run's metrics.jsonl; what a kill cut short is passed over."""
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            if record["step"] <= num_steps:
+                records.append(record)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return records

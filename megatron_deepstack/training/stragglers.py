@@ -1,0 +1,56 @@
+"""Slow ranks: whose own work takes longer than the others'.
+
+In a synchronous run every rank's step takes as long as the slowest one's. What differs is a rank's *own work*: waiting
+for its data, encoding, and the forward and backward passes of its micro-batches, as `step.clock` measures it, without
+the pipeline's messages, routing, gradient reduction and optimizer. Ranks that share layers (tensor and context
+parallel) meet within a pass, so that they show the same time and are named together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
+
+from megatron_deepstack.config.schema import HealthConfig
+from megatron_deepstack.parallel.agree import gather_over_ranks
+
+
+def slow_ranks(seconds: Sequence[float], factor: float) -> tuple[int, ...]:
+    """Ranks that took more than `factor` times the median rank's time, slowest first; of two ranks the faster's."""
+    limit = factor * median_low(seconds)
+    slow = [rank for rank, taken in enumerate(seconds) if taken > limit]
+    return tuple(sorted(slow, key=lambda rank: -seconds[rank]))
+
+
+@dataclass(slots=True)
+class Stragglers:
+    """Adds up a rank's own work and compares the ranks' every `straggler_window` steps."""
+
+    config: HealthConfig
+    hosts: Sequence[str]
+    """Where each rank runs."""
+    _seconds: float = 0.0
+    _steps: int = 0
+
+    def take(self, seconds: float) -> tuple[tuple[int, ...], str]:
+        """Add a step's own work; the slow ranks and a line about them, where it is time to compare.
+
+        Collective over all ranks.
+        """
+        if not self.config.straggler_factor or not self.config.straggler_window:
+            return (), ""
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        if self._steps < self.config.straggler_window:
+            return (), ""
+        per_step = [total / self._steps for total in gather_over_ranks(self._seconds)]
+        self._seconds, self._steps = 0.0, 0
+        slow = slow_ranks(per_step, self.config.straggler_factor)
+        return slow, self._line(slow, per_step) if slow else ""
+
+    def _line(self, slow: Sequence[int], per_step: Sequence[float]) -> str:
+        named = ", ".join(f"rank {rank} on {self.hosts[rank]} {per_step[rank] * 1e3:.0f} ms" for rank in slow)
+        return (
+            f"slow: {named} of own work a step, the median rank {median_low(per_step) * 1e3:.0f} ms "
+            f"(last {self.config.straggler_window} steps)"
+        )
