@@ -36,7 +36,8 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that weights alone depend on."""
     model = asdict(recipe.model)
     del model["layers"]
-    return {"model": _plain(model)}
+    lora = _plain(asdict(recipe.lora)) if recipe.lora.rank else {"rank": 0}
+    return {"model": _plain(model), "lora": lora}
 
 
 def require_same(path: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -326,6 +326,12 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
         )
     if Part.LANGUAGE in train.trainable and recipe.lora.rank and not recipe.lora.targets:
         yield _problem("lora.targets lora.rank", "is empty, and lora.rank is set; name layers, or set lora.rank=0")
+    if recipe.lora.rank and Part.LANGUAGE not in train.trainable:
+        yield _problem(
+            "lora.rank train.trainable",
+            f"is {recipe.lora.rank}, but train.trainable has no `language`, whose adapters would never learn; add it, "
+            "or set lora.rank=0",
+        )
     if train.validation_interval and recipe.data.validation_store is None:
         yield _problem(
             "train.validation_interval data.validation_store",

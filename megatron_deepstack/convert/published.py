@@ -18,6 +18,7 @@ from megatron_deepstack.convert.hf_config import read_config, require_same_model
 from megatron_deepstack.convert.hf_names import by_published_name, part_of
 from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.model.lora import is_adapter
 from megatron_deepstack.model.weights import Shape, Source
 
 
@@ -57,8 +58,9 @@ class _Checkpoint:
     """What it holds any tensor of; a newline comes with no part and answers for itself."""
 
     def answers_for(self, name: str) -> bool:
-        """Whether the tensor comes from here, or is missing here."""
-        return name in self.names or (part_of(name) is not None and part_of(name) in self.parts)
+        """Whether the tensor comes from here, or is missing here; adapters are the run's own."""
+        belongs = not is_adapter(name) and part_of(name) is not None and part_of(name) in self.parts
+        return name in self.names or belongs
 
     def read(self, name: str, shape: Shape) -> torch.Tensor:
         if name not in self.names:

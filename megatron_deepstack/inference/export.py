@@ -11,6 +11,7 @@ from megatron_deepstack.convert.export import export_model, require_exportable
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.inference.main import load_engine
+from megatron_deepstack.model.build import merge_adapters
 from megatron_deepstack.parallel.groups import Groups, create_groups
 from megatron_deepstack.platform.local_ranks import launch_ranks
 
@@ -41,7 +42,8 @@ def export_on_rank(recipe: Recipe, output: str, naming: Naming, groups: Groups) 
     tokenizer = None if recipe.data.tokenizer is None else Path(recipe.data.tokenizer)
     if tokenizer is not None and not tokenizer.is_file():
         raise DataError(f"data.tokenizer: {tokenizer} is not there, and belongs into the export; restore it")
-    export_model(load_engine(recipe, groups).model, recipe.model, Path(output), naming, tokenizer)
+    model = merge_adapters(load_engine(recipe, groups).model)
+    export_model(model, recipe.model, Path(output), naming, tokenizer)
 
 
 def _export_on_new_rank(recipe: Recipe, output: str, naming: Naming) -> None:

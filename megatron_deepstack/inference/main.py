@@ -119,7 +119,7 @@ def newest_checkpoint(recipe: Recipe) -> Checkpoint:
 def load_engine(recipe: Recipe, groups: Groups) -> Engine:
     """A run's newest whole checkpoint, ready for forward passes. Collective over all ranks. Raises CheckpointError."""
     checkpoint = newest_checkpoint(recipe)
-    model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)
+    model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups, recipe.lora)
     modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
     for module in modules:
         module.requires_grad_(False)

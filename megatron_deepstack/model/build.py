@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Part, Precision
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.model.lora import AdaptedLinear, is_adapter
 from megatron_deepstack.model.megatron_config import decoder_config
 from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill, mark_split
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import local_device
+
+NO_ADAPTERS = LoraConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +35,24 @@ class RankModel:
     chunk_rules: list[Rules]
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precision, groups: Groups) -> RankModel:
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    groups: Groups,
+    lora: LoraConfig = NO_ADAPTERS,
+) -> RankModel:
     """Build this rank's modules, uninitialised. Collective over tp, pp and the embedding group."""
     config = decoder_config(model.language, parallel, precision)
     device = local_device()
     slots = decoder_slots(model)
     chunks = [
-        LanguageChunk(config, model.language, model.layers, chunk, slots, groups.decoder).to(device)
+        LanguageChunk(config, model.language, model.layers, lora, chunk, slots, groups.decoder).to(device)
         for chunk in stage_chunks(model.language.num_layers, parallel)
         if chunk.pp == groups.place.pp
     ]
     encoder = VisualEncoder(model, precision, groups.encoder).to(device)
-    chunk_rules = [decoder_rules(chunk, model) for chunk in chunks]
+    chunk_rules = [decoder_rules(chunk, model, lora.rank) for chunk in chunks]
     for chunk, rules in zip(chunks, chunk_rules, strict=True):
         mark_split(chunk, rules)
     return RankModel(
@@ -63,7 +72,7 @@ def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distribute
 
 
 def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
-    """Let only the named parts learn; ViT layers behind the selected feature never do.
+    """Let only the named parts learn, of a decoder with adapters these alone; unused ViT layers never do.
 
     Raises ConfigError if nothing is left to train.
     """
@@ -78,4 +87,17 @@ def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
     if rank_model.encoder.newline is not None:
         rank_model.encoder.newline.requires_grad_(Part.PROJECTOR in trainable)
     for chunk in rank_model.chunks:
-        chunk.requires_grad_(Part.LANGUAGE in trainable)
+        names = [name for name, _ in chunk.named_parameters()]
+        adapters_alone = any(is_adapter(name) for name in names)
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(Part.LANGUAGE in trainable and is_adapter(name) is adapters_alone)
+
+
+def merge_adapters(rank_model: RankModel) -> RankModel:
+    """The model with its adapters added to the weights they stand beside, in place; the same without adapters."""
+    for chunk in rank_model.chunks:
+        for module in chunk.modules():
+            if isinstance(module, AdaptedLinear):
+                module.merge()
+    rules = [{name: rule for name, rule in one.items() if not is_adapter(name)} for one in rank_model.chunk_rules]
+    return replace(rank_model, chunk_rules=rules)

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Layers
-from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.attention import Packs
 from megatron_deepstack.model.injection import put_rows
 from megatron_deepstack.model.specs import decoder_block, respect_no_grad
@@ -62,6 +62,7 @@ class LanguageChunk(LanguageModule):
         config: TransformerConfig,
         language: LanguageConfig,
         layers: Layers,
+        lora: LoraConfig,
         chunk: Chunk,
         slots: tuple[int, ...],
         groups: ProcessGroupCollection,
@@ -93,7 +94,7 @@ class LanguageChunk(LanguageModule):
         )
         self.decoder = TransformerBlock(
             config=config,
-            spec=decoder_block(language, layers, chunk.first, chunk.stop, self.slots),
+            spec=decoder_block(language, layers, lora, chunk.first, chunk.stop, self.slots),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,

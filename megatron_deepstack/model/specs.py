@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
@@ -21,11 +22,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_deepstack.config.choices import Layers
-from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.choices import Layers, LoraTarget
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.attention import FusedCoreAttention
 from megatron_deepstack.model.injection import InjectionLayer
+from megatron_deepstack.model.lora import adapted
 from megatron_deepstack.model.norm import Norm
 from megatron_deepstack.platform.device import has_gpu
 
@@ -41,11 +43,15 @@ def uses_transformer_engine(layers: Layers) -> bool:
 
 
 def decoder_block(
-    language: LanguageConfig, layers: Layers, first: int, stop: int, slots: Sequence[int]
+    language: LanguageConfig, layers: Layers, lora: LoraConfig, first: int, stop: int, slots: Sequence[int]
 ) -> TransformerBlockSubmodules:
     """Specs of decoder layers `first` to `stop - 1`; `slots` are the chunk's own, ascending."""
     engine = uses_transformer_engine(layers)
-    submodules = _engine_submodules(language) if engine else _local_submodules(AttnMaskType.causal, language.qk_norm)
+    submodules = (
+        _engine_submodules(language, lora)
+        if engine
+        else _submodules(_LOCAL, AttnMaskType.causal, language.qk_norm, lora)
+    )
     specs = [
         ModuleSpec(module=InjectionLayer, params={"slot_index": slots.index(layer)}, submodules=submodules)
         if layer in slots
@@ -57,7 +63,9 @@ def decoder_block(
 
 def vit_layer() -> ModuleSpec:
     """Spec of a ViT layer: bidirectional attention, LayerNorm, biases."""
-    return ModuleSpec(module=TransformerLayer, submodules=_local_submodules(AttnMaskType.no_mask, qk_norm=False))
+    return ModuleSpec(
+        module=TransformerLayer, submodules=_submodules(_LOCAL, AttnMaskType.no_mask, False, LoraConfig())
+    )
 
 
 def respect_no_grad(block: TransformerBlock) -> None:
@@ -66,24 +74,42 @@ def respect_no_grad(block: TransformerBlock) -> None:
         layer.bias_dropout_add_exec_handler = nullcontext
 
 
-def _local_submodules(mask: AttnMaskType, qk_norm: bool) -> TransformerLayerSubmodules:
-    head_norm = Norm if qk_norm else IdentityOp
+@dataclass(frozen=True, slots=True)
+class _Classes:
+    """What a layer is made of, of one implementation."""
+
+    norm: type
+    column: type
+    row: type
+    attention: type
+
+
+_LOCAL = _Classes(norm=Norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=FusedCoreAttention)
+
+
+def _submodules(classes: _Classes, mask: AttnMaskType, qk_norm: bool, lora: LoraConfig) -> TransformerLayerSubmodules:
+    head_norm = classes.norm if qk_norm else IdentityOp
     return TransformerLayerSubmodules(
-        input_layernorm=Norm,
+        input_layernorm=classes.norm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": mask},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear,
-                core_attention=FusedCoreAttention,
-                linear_proj=RowParallelLinear,
+                linear_qkv=adapted(classes.column, LoraTarget.QKV, lora),
+                core_attention=classes.attention,
+                linear_proj=adapted(classes.row, LoraTarget.ATTENTION_OUTPUT, lora),
                 q_layernorm=head_norm,
                 k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=Norm,
-        mlp=_mlp(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        pre_mlp_layernorm=classes.norm,
+        mlp=_mlp(
+            MLPSubmodules(
+                linear_fc1=adapted(classes.column, LoraTarget.MLP_IN, lora),
+                linear_fc2=adapted(classes.row, LoraTarget.MLP_OUT, lora),
+            )
+        ),
         mlp_bda=get_bias_dropout_add,
     )
 
@@ -95,7 +121,18 @@ def _mlp(submodules: MLPSubmodules) -> object:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def _engine_submodules(language: LanguageConfig) -> TransformerLayerSubmodules:
+def _engine_submodules(language: LanguageConfig, lora: LoraConfig) -> TransformerLayerSubmodules:
+    """Megatron's own, which fuse norm and linear; with adapters apart, since A wants what the linear sees."""
+    if lora.rank:
+        from megatron.core.extensions import transformer_engine as engine
+
+        classes = _Classes(
+            norm=engine.TENorm,
+            column=engine.TEColumnParallelLinear,
+            row=engine.TERowParallelLinear,
+            attention=engine.TEDotProductAttention,
+        )
+        return _submodules(classes, AttnMaskType.causal, language.qk_norm, lora)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=language.qk_norm).submodules

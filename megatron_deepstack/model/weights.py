@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.choices import LoraTarget
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.planning.cost import linear_sizes
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."
@@ -75,8 +77,8 @@ class Rule:
 Rules = dict[str, Rule]
 
 
-def decoder_rules(chunk: LanguageChunk, model: ModelConfig) -> Rules:
-    """Rules of a decoder chunk's parameters, by our local parameter name."""
+def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) -> Rules:
+    """Rules of a decoder chunk's parameters, by our local parameter name; with `lora_rank` those of adapters too."""
     language = model.language
     vocabulary = (language.vocab_size, language.hidden_size)
     known = {
@@ -87,8 +89,9 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig) -> Rules:
         "decoder.final_layernorm.weight": _plain("model.norm.weight", (language.hidden_size,)),
     }
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
-        for name, rule in _decoder_layer(f"model.layers.{layer}.", model).items():
-            known[f"decoder.layers.{local}.{name}"] = rule
+        prefix = f"model.layers.{layer}."
+        rules = _decoder_layer(prefix, model) | _adapters(prefix, model.language, lora_rank)
+        known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
 
 
@@ -118,6 +121,30 @@ def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
             concatenated=True,
         ),
         "mlp.linear_fc2.weight": _plain(f"{prefix}mlp.down_proj.weight", (h, f), tp_dim=1),
+    }
+
+
+def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
+    """An A per fused linear, a B per published one; names as other programs give them, where they have the same."""
+    groups = language.num_kv_heads or language.num_heads
+    f, h = language.ffn_hidden_size, language.hidden_size
+    sizes = linear_sizes(language)
+    width, fused = sizes[LoraTarget.ATTENTION_OUTPUT][0], sizes[LoraTarget.QKV][1]
+    kv = (fused - width) // 2
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    qkv = [f"{attention}{x}_proj" for x in "qkv"]
+    return {
+        "self_attention.linear_qkv.lora_a": _plain(f"{attention}qkv_proj.lora_A.weight", (rank, h)),
+        "self_attention.linear_qkv.lora_b": _fused(
+            qkv, "lora_B.weight", [(width, rank), (kv, rank), (kv, rank)], groups, tp_dim=0
+        ),
+        "self_attention.linear_proj.lora_a": _plain(f"{attention}o_proj.lora_A.weight", (rank, width), tp_dim=1),
+        "self_attention.linear_proj.lora_b": _plain(f"{attention}o_proj.lora_B.weight", (h, rank)),
+        "mlp.linear_fc1.lora_a": _plain(f"{mlp}gate_up_proj.lora_A.weight", (rank, h)),
+        "mlp.linear_fc1.lora_b_gate": _plain(f"{mlp}gate_proj.lora_B.weight", (f, rank), tp_dim=0),
+        "mlp.linear_fc1.lora_b_up": _plain(f"{mlp}up_proj.lora_B.weight", (f, rank), tp_dim=0),
+        "mlp.linear_fc2.lora_a": _plain(f"{mlp}down_proj.lora_A.weight", (rank, f), tp_dim=1),
+        "mlp.linear_fc2.lora_b": _plain(f"{mlp}down_proj.lora_B.weight", (h, rank)),
     }
 
 

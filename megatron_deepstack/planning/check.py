@@ -42,6 +42,7 @@ def find_plan_problems(recipe: Recipe) -> list[Problem]:
     if not found:
         found += _inline(recipe)
         found += _recompute(recipe)
+        found += _adapters(recipe)
     return found
 
 
@@ -86,6 +87,16 @@ def _recompute(recipe: Recipe) -> Iterator[Problem]:
             paths=("parallel.recompute_num_layers", "parallel.recompute_method"),
             text=f"groups of {parallel.recompute_num_layers} do not fill the chunks of {uneven} layers; use "
             "recompute_num_layers=1, a divisor, or recompute_method=block",
+            kind=LayoutError,
+        )
+
+
+def _adapters(recipe: Recipe) -> Iterator[Problem]:
+    """Under LoRA a stage without layers has nothing that learns, and would miss where the optimizers meet."""
+    if recipe.lora.rank and 0 in layers_per_chunk(recipe.model.language.num_layers, recipe.parallel):
+        yield Problem(
+            paths=("lora.rank", "parallel.layers_per_stage"),
+            text="adapters sit in layers, and a stage has none; give each stage at least one layer",
             kind=LayoutError,
         )
 

@@ -36,7 +36,7 @@ def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, tr
 
     train = recipe.train
     groups = groups_for(recipe.parallel)
-    model = build_model(recipe.model, recipe.parallel, train.precision, groups)
+    model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora)
     fill_model(model, random_source(recipe.model, train.seed), groups.decoder.tp)
     freeze(model, train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
