@@ -18,13 +18,13 @@ from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.convert.hf_config import CONFIG, llava_config, published_config
 from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.convert.tensor_files import write_tensors
+from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX
 from megatron_deepstack.planning.rows import tokens_per_view
 
 PREPROCESSOR = "preprocessor_config.json"
-TOKENIZER = "tokenizer.model"
 VOCABULARY_MULTIPLE = 64
 """Size that Hugging Face's LLaVA pads its vocabulary to, behind the image token."""
 _BICUBIC = 3
@@ -46,11 +46,11 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
 
 
 def export_model(
-    rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Path | None = None
+    rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Tokenizer | None = None
 ) -> None:
     """Write a model that this rank holds whole (no tp, one stage) into the new folder `output`, whole or not at all.
 
-    Tensors keep the model's dtype. A SentencePiece `tokenizer` is copied beside them.
+    Tensors keep the model's dtype. The files of `tokenizer` are written beside them.
     """
     require_exportable(model, output, naming)
     tensors = published_tensors(rank_model)
@@ -68,8 +68,8 @@ def export_model(
     write_tensors(partial, {to_naming(name, naming): tensor for name, tensor in tensors.items()})
     _write_json(partial / CONFIG, config)
     _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / TOKENIZER)
+    for name, content in ({} if tokenizer is None else tokenizer.files).items():
+        (partial / name).write_bytes(content)
     if output.exists():
         output.rmdir()
     partial.rename(output)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from megatron_deepstack.data.conversation import Role, Template, Turn, check_turns
+from megatron_deepstack.data.conversation import Template, check_turns
+from megatron_deepstack.data.turns import Role, Turn
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN
 

@@ -17,7 +17,7 @@ from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.processor import check_store
 from megatron_deepstack.data.sampler import Indices, global_batch, share_of_replica
 from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import load_tokenizer
+from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.packing import filler, merge, pack
 from megatron_deepstack.planning.routes import PlannedSample, RankRoutes

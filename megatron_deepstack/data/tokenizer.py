@@ -1,45 +1,86 @@
-"""Text to token ids with a SentencePiece model, as the LLaMA tokenizer that the published data was made with does it.
+"""Text to token ids: what every tokenizer offers, and the SentencePiece kind, as LLaMA and Vicuna have it.
 
-That is SentencePiece's own encoding (the "slow, legacy" behaviour of Hugging Face's LlamaTokenizer): every separately
-encoded piece of text gets the model's dummy prefix. Text never becomes a control token: `</s>` typed by a user is
-encoded as those four characters, not as the end of the sequence.
+SentencePiece's own encoding is used (the "slow, legacy" behaviour of Hugging Face's LlamaTokenizer, with which the
+published data was made): every separately encoded piece of text gets the model's dummy prefix. Text never becomes a
+control token: `</s>` typed by a user is encoded as those four characters, not as the end of the sequence.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import sentencepiece
 
 from megatron_deepstack.errors import DataError
 
+SENTENCEPIECE_FILE: Final = "tokenizer.model"
+"""Name under which Hugging Face keeps a SentencePiece model."""
 
-class Tokenizer:
-    """A SentencePiece model. Pickles as its bytes, so that a worker on another machine needs no file."""
+
+class Tokenizer(ABC):
+    """Text to token ids and back. Pickles as its files' bytes, so that a worker on another machine needs no file."""
+
+    source: str
+    """Where it was read from, for messages."""
+    fingerprint: str
+    """sha256 of what decides its ids."""
+    vocab_size: int
+    """The largest id, and one more."""
+    bos_id: int | None
+    """Begin of sequence, if it has one."""
+    eos_id: int | None
+    """End of sequence, if it has one."""
+    pad_id: int
+    files: Mapping[str, bytes]
+    """Its files by name, as Hugging Face expects them beside a model."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without begin or end of sequence. Never the id of a control token."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; control tokens and ids that are no words (placeholders, padding rows) are left out."""
+
+    @abstractmethod
+    def control_id(self, name: str) -> int | None:
+        """Id of the control token of that name; None if there is none."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a store records of its tokenizer."""
+        names = ("vocab_size", "bos_id", "eos_id", "pad_id")
+        return {"sha256": self.fingerprint, **{name: getattr(self, name) for name in names}}
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
 
     def __init__(self, model: bytes, source: str) -> None:
         """`model` is the content of the file `source`. Raises DataError if it is not a usable model."""
         self.model = model
         self.source = source
         self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.files = {SENTENCEPIECE_FILE: model}
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # SentencePiece raises RuntimeError or TypeError, by the kind of damage
-            raise DataError(f"{source}: not a SentencePiece model ({error}). Give its .model file.") from error
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        if self.vocab_size == 0 or self.bos_id < 0 or self.eos_id < 0:
             raise DataError(
-                f"{source}: the model has {self.vocab_size} ids, begin-of-sequence {self.bos_id} and end-of-sequence "
-                f"{self.eos_id}; both are needed. Train it with bos_id and eos_id."
+                f"{source}: not a SentencePiece model ({error}). Give a .model file, or a Hugging Face tokenizer.json."
+            ) from error
+        self.vocab_size = self._processor.vocab_size()
+        bos_id, eos_id, pad_id = self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()
+        if self.vocab_size == 0 or bos_id < 0 or eos_id < 0:
+            raise DataError(
+                f"{source}: the model has {self.vocab_size} ids, begin-of-sequence {bos_id} and end-of-sequence "
+                f"{eos_id}; both are needed. Train it with bos_id and eos_id."
             )
-        pad_id = self._processor.pad_id()
-        self.pad_id: int = pad_id if pad_id >= 0 else self._processor.unk_id()
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.pad_id = pad_id if pad_id >= 0 else self._processor.unk_id()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _cached_tokenizer, (self.model, self.source)
@@ -55,25 +96,13 @@ class Tokenizer:
         text: str = self._processor.decode(words)
         return text
 
-    def describe(self) -> dict[str, Any]:
-        """What a store records of its tokenizer."""
-        names = ("vocab_size", "bos_id", "eos_id", "pad_id")
-        return {"sha256": self.fingerprint, **{name: getattr(self, name) for name in names}}
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a SentencePiece model file; raises DataError if it is missing or is none."""
-    try:
-        model = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: the tokenizer cannot be read: {error.strerror or error}. Give a SentencePiece .model file "
-            "(data.tokenizer, or --tokenizer)."
-        ) from error
-    return Tokenizer(model, str(path))
+    def control_id(self, name: str) -> int | None:
+        """Id of the control token of that name; None if there is none."""
+        number: int = self._processor.piece_to_id(name)
+        return number if self._processor.is_control(number) and self._processor.id_to_piece(number) == name else None
 
 
 @lru_cache(maxsize=2)
-def _cached_tokenizer(model: bytes, source: str) -> Tokenizer:
+def _cached_tokenizer(model: bytes, source: str) -> SentencePieceTokenizer:
     """Parsing a model takes 20 ms; a worker gets the same one with every part."""
-    return Tokenizer(model, source)
+    return SentencePieceTokenizer(model, source)

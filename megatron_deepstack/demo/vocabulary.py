@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from megatron_deepstack.data.conversation import Template, encode_prompt
-from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.tokenizer import SentencePieceTokenizer
 
 VOCABULARY_SIZE = 480
 """Ids of the trained model; 259 of them are bytes and control tokens."""
@@ -21,7 +21,7 @@ VOCABULARY_SIZE = 480
 
 def train_vocabulary(questions: Sequence[str], answers: Sequence[str]) -> bytes:
     """Content of tokenizer.model. The same texts give the same bytes: no path or time enters the model."""
-    spelling = Tokenizer(_train([*questions, *answers], "char", None), "the demo's characters")
+    spelling = SentencePieceTokenizer(_train([*questions, *answers], "char", None), "the demo's characters")
     prompts = [spelling.decode(encode_prompt(question, Template.V1, spelling).tolist()) for question in questions]
     return _train([*prompts, *answers], "bpe", VOCABULARY_SIZE)
 

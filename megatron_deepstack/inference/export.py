@@ -9,6 +9,7 @@ from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.convert.export import export_model, require_exportable
 from megatron_deepstack.convert.hf_names import Naming
+from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.inference.main import load_engine
 from megatron_deepstack.model.build import merge_adapters
@@ -39,9 +40,10 @@ def one_rank_recipe(run_dir: str | Path) -> Recipe:
 
 def export_on_rank(recipe: Recipe, output: str, naming: Naming, groups: Groups) -> None:
     """Load and write on the only rank of `groups`."""
-    tokenizer = None if recipe.data.tokenizer is None else Path(recipe.data.tokenizer)
-    if tokenizer is not None and not tokenizer.is_file():
-        raise DataError(f"data.tokenizer: {tokenizer} is not there, and belongs into the export; restore it")
+    path = recipe.data.tokenizer
+    if path is not None and not Path(path).exists():
+        raise DataError(f"data.tokenizer: {path} is not there, and belongs into the export; restore it")
+    tokenizer = None if path is None else load_tokenizer(path)
     model = merge_adapters(load_engine(recipe, groups).model)
     export_model(model, recipe.model, Path(output), naming, tokenizer)
 

@@ -24,9 +24,9 @@ from megatron_deepstack.step.train_step import VisualPass
 
 
 def generate_answers(
-    engine: Engine, store: Store, questions: Sequence[Sequence[Question]], eos_id: int, max_new_tokens: int
+    engine: Engine, store: Store, questions: Sequence[Sequence[Question]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[list[list[int]]]:
-    """Token ids of each answer, end of sequence left out, by micro-batch and place.
+    """Token ids of each answer, up to the first of `stop_ids`, by micro-batch and place.
 
     `questions` are one replica's micro-batches, all of one size. Collective over the replica; every rank gets the
     answers.
@@ -36,24 +36,24 @@ def generate_answers(
     plan = plan_step(model, engine.parallel, planned, place.replica_rank)
     lengths = np.array([[s.sequence.length - max_new_tokens for s in batch] for batch in planned])
     tokens = [batch.copy() for batch in plan.tokens]
-    answers = np.full((*lengths.shape, max_new_tokens), eos_id, np.int64)
+    answers = np.full((*lengths.shape, max_new_tokens), stop_ids[0], np.int64)
     running = np.ones(lengths.shape, bool)
     with torch.no_grad():
         visual = VisualPass(engine, plan, torch.from_numpy(_pixels(store, questions, plan)))
         for step in range(max_new_tokens):
             logits = visual.logits(replace(plan, tokens=tuple(tokens)))
             chosen = _choose(logits, lengths + step - 1, engine.groups)
-            answers[..., step] = np.where(running, chosen, eos_id)
-            running &= chosen != eos_id
+            answers[..., step] = np.where(running, chosen, stop_ids[0])
+            running &= ~np.isin(chosen, stop_ids)
             if not running.any():
                 break
             for m, b in np.ndindex(*lengths.shape):
                 tokens[m][b, lengths[m, b] + step] = chosen[m, b]
-    return [[_until(row, eos_id) for row in batch] for batch in answers]
+    return [[_until(row, stop_ids) for row in batch] for batch in answers]
 
 
-def _until(row: np.ndarray, eos_id: int) -> list[int]:
-    ends = np.flatnonzero(row == eos_id)
+def _until(row: np.ndarray, stop_ids: Sequence[int]) -> list[int]:
+    ends = np.flatnonzero(np.isin(row, stop_ids))
     return row[: ends[0] if len(ends) else len(row)].tolist()  # type: ignore[no-any-return]
 
 

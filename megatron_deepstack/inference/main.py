@@ -13,9 +13,11 @@ from megatron_deepstack.checkpoint.folder import Checkpoint, newest_whole
 from megatron_deepstack.checkpoint.identity import model_identity, require_same
 from megatron_deepstack.checkpoint.save_load import load
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.data.conversation import stop_ids
 from megatron_deepstack.data.processor import check_store
 from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.inference.generate import generate_answers
 from megatron_deepstack.inference.questions import Question, read_question
@@ -89,11 +91,12 @@ def answer_questions(
     """Answer the first `limit` questions of an open store. Collective over the replica; all ranks get the answers."""
     count = min(limit or len(store), len(store))
     questions = [read_question(store, index, tokenizer) for index in range(count)]
+    stops = stop_ids(store.attributes.tokenizer["template"], tokenizer)
     tokens: list[list[int]] = []
     for first in range(0, count, MICRO_BATCH_SIZE * recipe.parallel.pipeline):
         group = questions[first : first + MICRO_BATCH_SIZE * recipe.parallel.pipeline]
         batches = _micro_batches(group, recipe.parallel)
-        answered = generate_answers(engine, store, batches, tokenizer.eos_id, max_new_tokens)
+        answered = generate_answers(engine, store, batches, stops, max_new_tokens)
         tokens += [row for batch in answered for row in batch][: len(group)]
     return [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]
 
@@ -101,7 +104,7 @@ def answer_questions(
 def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
     """A store of questions with the run's tokenizer, checked against each other. Raises StoreError, ConfigError."""
     if recipe.data.tokenizer is None:
-        raise ConfigError(["data.tokenizer: not set; `generate` needs the SentencePiece model to write its answers"])
+        raise ConfigError(["data.tokenizer: not set; `generate` needs it to write its answers"])
     store, tokenizer = Store.open(store_path), load_tokenizer(recipe.data.tokenizer)
     check_store(store, recipe.model, tokenizer)
     return store, tokenizer

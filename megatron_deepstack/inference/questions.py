@@ -44,7 +44,7 @@ def read_question(store: Store, index: int, tokenizer: Tokenizer) -> Question:
     return Question(
         index=index,
         id=sample.id,
-        text=question_of(tokenizer.decode(prompt.tolist())),
+        text=question_of(prompt.tolist(), store.attributes.tokenizer["template"], tokenizer),
         expected=tokenizer.decode(sample.tokens[begin:end].tolist()).strip(),
         prompt=prompt,
         images=sample.images[:num_images],

@@ -17,7 +17,8 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.conversation import known_template
 from megatron_deepstack.data.schema import ImageStatus
 from megatron_deepstack.data.store import Store, read_attributes
-from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.data.writer import write_json
 from megatron_deepstack.errors import ConfigError, DataError
 from orchestration.cluster import import_ray, ray_session

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_deepstack.data.conversation import Role, Turn, encode_conversation, encode_prompt, image_first
-from megatron_deepstack.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_deepstack.data.conversation import encode_conversation, encode_prompt
+from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.turns import Role, Turn, image_first
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_deepstack.data import record_files
-from megatron_deepstack.data.conversation import Role, Template, Turn
+from megatron_deepstack.data.conversation import Template
 from megatron_deepstack.data.record_files import RecordFile, read_record_file
 from megatron_deepstack.data.records import Faults, Record, RecordRules
+from megatron_deepstack.data.turns import Role, Turn
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.testing.tiny_data import record, write_records
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import load_tokenizer
+from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
 from megatron_deepstack.inference.main import Answer, Score, newest_checkpoint, open_questions
 from megatron_deepstack.inference.questions import read_question

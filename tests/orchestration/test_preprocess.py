@@ -21,10 +21,11 @@ from PIL import Image
 
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig
-from megatron_deepstack.data.conversation import Role, Turn, encode_conversation
+from megatron_deepstack.data.conversation import encode_conversation
 from megatron_deepstack.data.schema import ImageStatus, shard_path
 from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import load_tokenizer
+from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.turns import Role, Turn
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 from megatron_deepstack.planning.views import best_grid
 from megatron_deepstack.testing.tiny_data import record, tiny_recipe, write_records
