@@ -25,7 +25,7 @@ def train(
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
 
     loaded = load_checked_recipe(recipe, overrides or ())
-    require(loaded, ("data.store",), "train")
+    require(loaded, () if loaded.data.stores else ("data.store",), "train")
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     num_ranks = int(os.environ["WORLD_SIZE"]) if started else ranks or model_ranks(loaded.parallel)
     check_world(loaded, num_ranks)

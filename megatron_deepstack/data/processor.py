@@ -85,7 +85,7 @@ def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = 
     if faults:
         listed = "\n  ".join(faults)
         raise StoreError(
-            f"{store.root} was made for something else:\n  {listed}\nChange the recipe, or preprocess again."
+            f"{store.name} was made for something else:\n  {listed}\nChange the recipe, or preprocess again."
         )
 
 

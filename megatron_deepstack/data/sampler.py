@@ -2,10 +2,16 @@
 
 The endless stream of samples is epoch after epoch, each a permutation of its own. Step t of a run takes the next
 `global_batch_size` of them, whatever the number of ranks; replicas then share a batch out among themselves.
+
+A mixture is such a stream for each of its stores, merged by weight: the store's j-th sample (from 0) is due at time
+(j + 1/2) / weight, and the merged stream goes by due time (Webster's method of apportionment). So after any number of
+steps each store has given its share of all samples to within a few, whatever the weights; within a step the order is
+shuffled, lest a replica always meet the same store.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,9 +23,7 @@ Indices = npt.NDArray[np.int64]
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Indices:
     """The permutation of an epoch, (num_samples,)."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
-    order.setflags(write=False)
-    return order
+    return _permutation((seed, epoch), num_samples)
 
 
 def global_batch(seed: int, step: int, batch_size: int, num_samples: int) -> Indices:
@@ -31,6 +35,63 @@ def global_batch(seed: int, step: int, batch_size: int, num_samples: int) -> Ind
         here = epochs == epoch
         out[here] = epoch_order(seed, int(epoch), num_samples)[places[here]]
     return out
+
+
+def merged_streams(weights: Sequence[float], first: int, stop: int) -> tuple[Indices, Indices]:
+    """Positions `first` to `stop - 1` of the merged stream: the store of each, and its number in that store's stream.
+
+    Weights are positive, in any unit.
+    """
+    shares = np.asarray(weights, np.float64) / np.sum(weights)
+    # Before time t a store has given t * share samples, to within 1; all of them together t, to within their number.
+    begin, end = first - len(shares) - 1, stop + len(shares) + 1
+    before = np.maximum(np.floor(begin * shares).astype(np.int64), 0)
+    counts = np.ceil(end * shares).astype(np.int64) + 1 - before
+    store = np.repeat(np.arange(len(shares)), counts)
+    number = np.concatenate([start + np.arange(count) for start, count in zip(before, counts, strict=True)])
+    order = np.lexsort([store, (number + 0.5) / shares[store]])[first - before.sum() : stop - before.sum()]
+    return store[order], number[order]
+
+
+def mixed_batch(seed: int, step: int, batch_size: int, weights: Sequence[float]) -> tuple[Indices, Indices]:
+    """0-based step `step` of a mixture: the store of each sample and its number in that store's stream, shuffled."""
+    stores, numbers = merged_streams(weights, step * batch_size, (step + 1) * batch_size)
+    order = _permutation((seed, step, _WITHIN_STEP), batch_size)
+    return stores[order], numbers[order]
+
+
+_WITHIN_STEP = 1
+"""Third number of the seed of orders within a step; those of a store's epochs have `_STORE` and the store's number."""
+_STORE = 2
+
+
+class StoreStream:
+    """The endless stream of one of a mixture's stores: epoch after epoch, each a permutation of its own."""
+
+    def __init__(self, seed: int, store: int, num_samples: int) -> None:
+        self._key, self._num_samples = (seed, store), num_samples
+        self._epochs: dict[int, Indices] = {}
+
+    def take(self, numbers: Indices) -> Indices:
+        """The samples at positions `numbers` of the stream."""
+        epochs, places = np.divmod(numbers, self._num_samples)
+        out = np.empty(len(numbers), np.int64)
+        wanted = [int(epoch) for epoch in np.unique(epochs)]
+        self._epochs = {epoch: self._epochs[epoch] if epoch in self._epochs else self._order(epoch) for epoch in wanted}
+        for epoch in wanted:
+            here = epochs == epoch
+            out[here] = self._epochs[epoch][places[here]]
+        return out
+
+    def _order(self, epoch: int) -> Indices:
+        seed, store = self._key
+        return _permutation((seed, epoch, _STORE, store), self._num_samples)
+
+
+def _permutation(key: Sequence[int], length: int) -> Indices:
+    order = np.random.Generator(np.random.PCG64(list(key))).permutation(length)
+    order.setflags(write=False)
+    return order
 
 
 def share_of_replica(batch: Indices, dp: int, num_replicas: int, micro_batch_size: int) -> Indices:

@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.index import IndexReader, check_metadata, read_metadata
+from megatron_deepstack.data.sampler import Indices, global_batch
 from megatron_deepstack.data.schema import (
     FORMAT,
     INDEX_ARRAYS,
@@ -128,6 +129,29 @@ class Store:
 
     def __len__(self) -> int:
         return self.num_samples
+
+    @property
+    def name(self) -> str:
+        """Where the store is, as it was opened."""
+        return str(self.root)
+
+    @property
+    def plan_hash(self) -> str:
+        """sha256 of everything that decided the store's bytes."""
+        return self.attributes.plan_hash
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Fingerprint of the tokenizer whose ids the samples hold."""
+        return str(self.attributes.tokenizer["sha256"])
+
+    def array(self, name: str) -> np.ndarray:
+        """A whole index array, mapped and read-only; see `schema.INDEX_ARRAYS`."""
+        return self._index[name][:]
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Indices:
+        """Samples of 0-based step `step` of a run that reads this store alone, (batch_size,)."""
+        return global_batch(seed, step, batch_size, len(self))
 
     @property
     def num_samples(self) -> int:
