@@ -23,12 +23,15 @@ _KNOCK_SECONDS: Final = 10.0
 
 
 @contextmanager
-def ray_session(workers: int | None, address: str | None, environment: Mapping[str, str]) -> Iterator[bool]:
+def ray_session(
+    workers: int | None, address: str | None, environment: Mapping[str, str], *, gpus: int | None = 0
+) -> Iterator[bool]:
     """A running Ray: the one this process already uses, the cluster at `address`, or one started here on loopback.
 
     Yields whether it was started here, with `environment` in all its processes; elsewhere a task has to ask for it by
     a runtime environment, which takes 3 s to begin with. Ray is shut down at the end if it was started or joined
     here.
+    A Ray started here has `workers` CPUs, and `gpus` GPUs (all of the machine's if None).
     Without an `address` the environment's RAY_ADDRESS counts, which `ray job submit` sets. Raises ConfigError if no
     cluster answers there.
     """
@@ -44,7 +47,7 @@ def ray_session(workers: int | None, address: str | None, environment: Mapping[s
             ray.init(
                 address="local",
                 num_cpus=workers or len(os.sched_getaffinity(0)),
-                num_gpus=0,
+                num_gpus=gpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

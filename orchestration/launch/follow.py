@@ -1,0 +1,78 @@
+"""Following a gang from the driver: what rank 0 prints, what happens to ranks, and the record for other shells."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestration.launch.record import (
+    HEARTBEAT_SECONDS,
+    Events,
+    LaunchRecord,
+    RankPlace,
+    Restart,
+    State,
+    Tail,
+    rank_log,
+    write_record,
+)
+
+
+class Follower:
+    """Turns events into the record, and passes on the lines of rank 0."""
+
+    def __init__(self, run_dir: Path, record: LaunchRecord) -> None:
+        self._run_dir, self._record = run_dir, record
+        self._events = Tail(Events(run_dir).path, from_start=True)
+        self._log = Tail(rank_log(run_dir, 0), from_start=False)
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._written = 0.0
+
+    def look(self) -> None:
+        """Pass on what is new."""
+        events = [json.loads(line) for line in self._events.lines()]
+        for line in self._log.lines():
+            self.say(line)
+        for event in events:
+            self._take(event)
+        if events or time.monotonic() - self._written > HEARTBEAT_SECONDS:
+            self._written = time.monotonic()
+            write_record(self._run_dir, self._record)
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+        self._console.print(line, markup=False)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        record = self._record
+        match event["event"]:
+            case "start":
+                record.attempt = event["attempt"]
+            case "waiting":
+                record.waiting_for = event["what"]
+                self.say(f"launch: waiting: {event['what']}")
+            case "ranks":
+                record.ranks = [RankPlace(**one) for one in event["ranks"]]
+                record.waiting_for = ""
+            case "running":
+                record.state = State.RUNNING if record.state is not State.STOPPING else record.state
+                self.say(f"launch: {len(record.ranks)} ranks on {_hosts(record.ranks)}")
+            case "failure":
+                record.restarts.append(Restart(event["time"], event["reason"], tuple(event["ranks"])))
+                record.state = State.RESTARTING if record.state is not State.STOPPING else record.state
+                self.say(
+                    f"launch: {event['reason']}. Restart {len(record.restarts)} of at most {record.max_failures}, from "
+                    "the newest whole checkpoint"
+                )
+
+
+def _hosts(ranks: list[RankPlace]) -> str:
+    """Nodes with their ranks, in rank order."""
+    by_node: dict[str, list[int]] = {}
+    for one in ranks:
+        by_node.setdefault(f"{one.host} ({one.address})", []).append(one.rank)
+    return ", ".join(f"{node}: {held[0]} to {held[-1]}" for node, held in by_node.items())

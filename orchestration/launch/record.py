@@ -1,0 +1,210 @@
+"""What a run says about itself to other shells: `RUN/launch.json`, its events, its ranks' logs, and a request to stop.
+
+`launch.json` is written by the driver alone, whole or not at all, every few seconds, so its age tells whether the
+driver is alive. What happens to the gang is known in Ray's controller first, which appends it to `launch/events.jsonl`;
+the driver reads it from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_deepstack.errors import ClusterError, ConfigError
+
+STOP_FILE: Final = "stop.request"
+HEARTBEAT_SECONDS: Final = 5.0
+STALE_SECONDS: Final = 60.0
+"""A driver that has not written for so long is gone; a shared folder may be some seconds behind."""
+
+
+class State(StrEnum):
+    """What a launched run is doing, or how it ended."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    STOPPING = "stopping"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self in (State.FINISHED, State.STOPPED, State.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """A rank of the present attempt."""
+
+    rank: int
+    host: str
+    address: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A failure, and what was done about it."""
+
+    time: float
+    reason: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchRecord:
+    """The content of `launch.json`."""
+
+    state: State = State.STARTING
+    started: float = field(default_factory=time.time)
+    heartbeat: float = field(default_factory=time.time)
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    cluster: str = ""
+    """Address of the Ray cluster; empty for one of its own."""
+    num_ranks: int = 0
+    max_failures: int = 0
+    attempt: int = 0
+    ranks: list[RankPlace] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
+    waiting_for: str = ""
+    """What the next attempt lacks."""
+    outcome: str = ""
+    exit_code: int | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the driver ended without a word."""
+        if self.state.over:
+            return False
+        if self.host == socket.gethostname():
+            return not is_alive(self.pid)
+        return time.time() - self.heartbeat > STALE_SECONDS
+
+
+def write_record(run_dir: Path, record: LaunchRecord) -> None:
+    """Replace `launch.json`."""
+    record.heartbeat = time.time()
+    write_whole(run_dir / "launch.json", json.dumps(asdict(record), indent=1) + "\n")
+
+
+def read_record(run_dir: Path) -> LaunchRecord | None:
+    """The run's record, if it was launched; raises ConfigError where the file is not one."""
+    path = run_dir / "launch.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw["state"] = State(raw["state"])
+        raw["ranks"] = [RankPlace(**one) for one in raw["ranks"]]
+        raw["restarts"] = [Restart(**{**one, "ranks": tuple(one["ranks"])}) for one in raw["restarts"]]
+        return LaunchRecord(**raw)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"{path}: not a record of `launch` ({error}); remove it"]) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Give a file its content at once; a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def only_driver(run_dir: Path) -> Iterator[None]:
+    """Be the one driver of a run; raises ClusterError while another one is alive, here or on another machine."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    before = read_record(run_dir)
+    if before is not None and before.host != socket.gethostname() and not (before.state.over or before.lost):
+        raise ClusterError(_taken(run_dir, f"process {before.pid} on {before.host}"))
+    with (run_dir / ".launch.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = f"process {before.pid} on {before.host}" if before is not None else "a process of this machine"
+            raise ClusterError(_taken(run_dir, holder)) from error
+        yield
+
+
+def _taken(run_dir: Path, holder: str) -> str:
+    return (
+        f"{run_dir}: {holder} is launching this run already. Follow it with `megatron-deepstack status {run_dir}`, end "
+        f"it with `megatron-deepstack stop {run_dir}`, or take another run_dir"
+    )
+
+
+class Events:
+    """The file that the controller appends to."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "launch" / "events.jsonl"
+
+    def clear(self) -> None:
+        """Forget an earlier launch."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("", encoding="utf-8")
+
+    def add(self, kind: str, **facts: Any) -> None:
+        """Append an event."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": kind, "time": time.time(), **facts}) + "\n")
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """What a rank prints; its standard error lies beside it as `.err`."""
+    return run_dir / "logs" / f"rank_{rank:05d}.log"
+
+
+class Tail:
+    """New whole lines of a file that grows, or that does not exist yet."""
+
+    def __init__(self, path: Path, *, from_start: bool) -> None:
+        self._path = path
+        self._position = 0 if from_start or not path.exists() else path.stat().st_size
+        self._rest = b""
+
+    def lines(self) -> list[str]:
+        """Lines that were finished since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        self._position += len(new)
+        *whole, self._rest = (self._rest + new).split(b"\n")
+        return [line.decode("utf-8", "replace") for line in whole]
+
+
+def last_lines(path: Path, number: int) -> list[str]:
+    """The end of a log, if there is one; at most 64 KiB of it are read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()][-number:]

@@ -1,0 +1,201 @@
+"""The driver of a launched run: start Ray Train, follow the gang, tell the user, keep the record.
+
+Ray Train works in a thread; the main thread follows what ranks print and what happens to the gang, hands a signal or a
+request to stop on to the ranks, and writes `launch.json`. Killed at any moment, it takes the gang with it, and the
+same command goes on from the newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import ClusterError, DeepStackError, PreemptedError, RankError
+from megatron_deepstack.planning.check import check_plan, check_world, model_ranks
+from orchestration.cluster import import_ray, ray_session
+from orchestration.launch.follow import Follower
+from orchestration.launch.placement import check_possible, demand_of
+from orchestration.launch.policy import diagnose
+from orchestration.launch.rank import Job
+from orchestration.launch.record import STOP_FILE, Events, LaunchRecord, State, only_driver, write_record, write_whole
+
+HEALTH_SECONDS: Final = 600.0
+"""Silence of a worker process after which Ray calls it dead, beyond the recipe's own limit for a hang."""
+_FOLLOW_SECONDS: Final = 0.5
+START_RETRY_SECONDS: Final = 30.0
+"""Longest wait for slots that were free a moment ago, before others are looked for."""
+_FORWARDED: Final = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "NVTE_", "OMP_", "HF_", "WANDB_", "AWS_", "FSSPEC_")
+"""Variables of the driver that ranks on other nodes get too, by their first letters."""
+_NOT_FORWARDED: Final = ("CUDA_VISIBLE_DEVICES",)
+_RANK_ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def launch(
+    recipe: Recipe, *, num_ranks: int | None = None, address: str | None = None, stop_after: int | None = None
+) -> None:
+    """Train `recipe` as a gang of Ray Train workers, and return when the run is done.
+
+    `address`: an existing cluster, whose nodes see the store and `run_dir` under the same paths; otherwise Ray runs on
+    this machine alone. Raises PreemptedError after a stop on request, RankError when the budget of restarts is used
+    up, ClusterError for what the cluster lacks, and any expected failure that a rank raised.
+    """
+    run_dir = Path(recipe.run_dir).absolute()
+    check_plan(recipe)
+    with only_driver(run_dir):
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        Events(run_dir).clear()
+        record = LaunchRecord(cluster=address or "", max_failures=recipe.launch.max_failures)
+        write_record(run_dir, record)
+        try:
+            with _cluster(recipe, num_ranks, address):
+                _run(recipe, run_dir, record, num_ranks, stop_after)
+            record.state, record.outcome, record.exit_code = State.FINISHED, "finished", 0
+        except PreemptedError as error:
+            record.state, record.outcome, record.exit_code = State.STOPPED, str(error), error.exit_code
+            raise
+        except DeepStackError as error:
+            record.state, record.outcome, record.exit_code = State.FAILED, str(error), error.exit_code
+            raise
+        except BaseException as error:
+            record.state, record.outcome, record.exit_code = State.FAILED, f"{type(error).__name__}: {error}", 1
+            raise
+        finally:
+            write_record(run_dir, record)
+
+
+def _cluster(recipe: Recipe, num_ranks: int | None, address: str | None) -> Any:
+    """The cluster to run on. A Ray of our own has a slot for each rank, however few CPUs this machine has."""
+    wanted = (num_ranks or recipe.launch.ranks or model_ranks(recipe.parallel)) * recipe.launch.cpus_per_rank
+    return ray_session(max(wanted, len(os.sched_getaffinity(0))), address, {}, gpus=None)
+
+
+def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | None, stop_after: int | None) -> None:
+    import_ray(record.cluster or None)
+    from orchestration.launch.gang import nodes_now
+
+    nodes = nodes_now(free=False)
+    demand = demand_of(recipe, nodes, num_ranks)
+    check_world(recipe, demand.num_ranks)
+    check_possible(demand, nodes)
+    record.num_ranks = demand.num_ranks
+    follower = Follower(run_dir, record)
+    os.environ.update(ray_train_settings(recipe))
+    from orchestration.launch.trainer import gang_trainer
+
+    job = Job(recipe, os.getcwd(), stop_after)
+    fit = _Fit(gang_trainer(job, run_dir, demand, rank_environment(os.environ), START_RETRY_SECONDS))
+    with _stop_signals(run_dir, record) as second:
+        fit.start()
+        while fit.is_alive():
+            fit.join(_FOLLOW_SECONDS)
+            follower.look()
+            if second.is_set() or _wants_it_now(run_dir):
+                raise PreemptedError("ended at once on request; the same command goes on from the newest checkpoint")
+    follower.look()
+    if fit.error is not None:
+        raise _told(fit.error, record) from fit.error
+    if fit.stopped_with is not None:
+        raise PreemptedError(fit.stopped_with)
+
+
+class _Fit(threading.Thread):
+    """Ray Train at work."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(name="ray train", daemon=True)
+        self._trainer = trainer
+        self.error: Exception | None = None
+        self.stopped_with: str | None = None
+        """What rank 0 said of a stop on request."""
+
+    def run(self) -> None:
+        try:
+            self.stopped_with = self._trainer.fit().return_value
+        except Exception as error:
+            self.error = error
+
+
+def ray_train_settings(recipe: Recipe) -> dict[str, str]:
+    """Variables that Ray Train reads in the driver and hands to its controller."""
+    return {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(HEALTH_SECONDS + recipe.health.hang_seconds),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_RETRY_SECONDS),
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # ranks print into files of the run
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # ranks work where the driver does
+    }
+
+
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of every rank: what torchrun's users set for NCCL, torch, storage and the like, and our defaults."""
+    forwarded = {
+        name: value
+        for name, value in environment.items()
+        if (name.startswith(_FORWARDED) and name not in _NOT_FORWARDED) or name == "PYTHONWARNINGS"
+    }
+    return _RANK_ENVIRONMENT | forwarded
+
+
+@contextmanager
+def _stop_signals(run_dir: Path, record: LaunchRecord) -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C ask the ranks to save and end; the second one sets the event."""
+    second = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if record.state is State.STOPPING:
+            second.set()
+            return
+        record.state = State.STOPPING
+        request_stop(run_dir, f"the driver got {signal.Signals(number).name}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield second
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield second
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def request_stop(run_dir: Path, reason: str, *, how: str = "save") -> None:
+    """Ask for an end of the run: `save` first, or `now`."""
+    write_whole(run_dir / STOP_FILE, json.dumps({"how": how, "reason": reason, "time": time.time()}) + "\n")
+
+
+def _wants_it_now(run_dir: Path) -> bool:
+    try:
+        return bool(json.loads((run_dir / STOP_FILE).read_text(encoding="utf-8"))["how"] == "now")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _told(error: Exception, record: LaunchRecord) -> DeepStackError:
+    """What ended the run, in our words."""
+    from ray.train import ControllerError, WorkerGroupError
+
+    from orchestration.launch.gang import RunEnded, failures_of
+
+    if isinstance(error, WorkerGroupError):
+        places = [f"pid {one.pid} on {one.host}" for one in record.ranks]
+        diagnosis = diagnose(failures_of(error.worker_failures, places))
+        return RankError(
+            f"{diagnosis.text}. All {record.max_failures} restarts (launch.max_failures) are used up; the same command "
+            "goes on from the newest checkpoint"
+        )
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    if isinstance(cause, RunEnded):
+        return cause.diagnosis.error
+    if isinstance(cause, DeepStackError):
+        return cause
+    return ClusterError(f"Ray Train's controller failed: {type(cause).__name__}: {cause}")
