@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ import google_crc32c
 from megatron_deepstack.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had neither layout nor programs' versions."""
 _PREFIX = "step_"
 _BLOCK_BYTES = 1 << 22
 
@@ -35,6 +36,10 @@ class Manifest:
     """What a resumed run must agree with: model, data, seed, ... (see `identity`)."""
     files: dict[str, tuple[int, int]]
     """Size in bytes and crc32c of each file."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """Ranks on each axis when it was written, for information and for states that belong to a rank."""
+    made_with: dict[str, str] = field(default_factory=dict)
+    """Versions of the programs that wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class Checkpoint:
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     """Folder of the checkpoint after `step` steps."""
-    return Path(run_dir) / "checkpoints" / f"{_PREFIX}{step:08d}"
+    return checkpoints_folder(run_dir) / f"{_PREFIX}{step:08d}"
 
 
 def partial_path(final: Path) -> Path:
@@ -55,29 +60,34 @@ def partial_path(final: Path) -> Path:
     return final.with_name(final.name + ".partial")
 
 
-def commit(final: Path, step: int, facts: Mapping[str, Any]) -> None:
-    """Record checksums of the partial folder's files, then give it its name. One rank calls it, after all wrote."""
-    partial = partial_path(final)
-    written = sorted(file for file in partial.rglob("*") if file.is_file())
-    files = {str(file.relative_to(partial)): _fingerprint(file) for file in written}
-    text = json.dumps({"version": FORMAT_VERSION, "step": step, "facts": dict(facts), "files": files}, indent=1)
-    with (partial / MANIFEST).open("w", encoding="utf-8") as out:
-        out.write(text)
+def checkpoints_folder(run_dir: str | Path) -> Path:
+    """Where a run's checkpoints lie."""
+    return Path(run_dir) / "checkpoints"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest and bring it to the disk: from then on the folder's content counts."""
+    content = {
+        "version": FORMAT_VERSION,
+        "step": manifest.step,
+        "facts": manifest.facts,
+        "layout": manifest.layout,
+        "made_with": manifest.made_with,
+        "files": manifest.files,
+    }
+    with (folder / MANIFEST).open("w", encoding="utf-8") as out:
+        out.write(json.dumps(content, indent=1))
         out.flush()
         os.fsync(out.fileno())
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a finished folder its name, in place of a damaged one that has it."""
+    sync_folder(partial)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _sync_folder(final.parent)
-
-
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0 keeps all) and what interrupted saves left behind."""
-    folders = _step_folders(run_dir)
-    for _, path in folders[:-keep] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (Path(run_dir) / "checkpoints").glob(f"{_PREFIX}*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    sync_folder(final.parent)
 
 
 def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
@@ -87,7 +97,7 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     silently would throw the work away.
     """
     faults: list[str] = []
-    for _, path in reversed(_step_folders(run_dir)):
+    for _, path in reversed(step_folders(run_dir)):
         try:
             return verify(path), faults
         except CheckpointError as error:
@@ -103,43 +113,73 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
 
 def verify(path: Path) -> Checkpoint:
     """Read the manifest and compare every file with it. Raises CheckpointError, naming the first file that differs."""
+    checkpoint = open_checkpoint(path)
+    for name in checkpoint.manifest.files:
+        verify_content(checkpoint, name)
+    return checkpoint
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint by its manifest; its files are there and have the right size, their content is not read.
+
+    Raises CheckpointError, naming the first file that is not.
+    """
     manifest = _read_manifest(path)
-    for name, (size, crc) in manifest.files.items():
+    for name, (size, _) in manifest.files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path}: the file {name} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, {size} were written")
-        if _fingerprint(file)[1] != crc:
-            raise CheckpointError(f"{path}: {name} is damaged (its crc32c differs from the one recorded)")
     return Checkpoint(path=path, manifest=manifest)
+
+
+def verify_content(checkpoint: Checkpoint, name: str) -> None:
+    """Compare one file's checksum with the manifest's. Raises CheckpointError."""
+    if fingerprint(checkpoint.path / name) != checkpoint.manifest.files[name]:
+        raise CheckpointError(f"{checkpoint.path}: {name} is damaged (its crc32c differs from the one recorded)")
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether manifest, names and sizes are right."""
+    try:
+        open_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _read_manifest(path: Path) -> Manifest:
     try:
         raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if raw["version"] != FORMAT_VERSION:
+        if raw["version"] not in READABLE_VERSIONS:
             raise CheckpointError(
-                f"{path}: format version {raw['version']}, this program reads {FORMAT_VERSION}; use the version that "
-                "wrote it"
+                f"{path}: format version {raw['version']}, this program reads up to {FORMAT_VERSION}; use the version "
+                "that wrote it"
             )
-        files = {str(name): (int(size), int(crc)) for name, (size, crc) in raw["files"].items()}
-        return Manifest(step=int(raw["step"]), facts=dict(raw["facts"]), files=files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Manifest(
+            step=int(raw["step"]),
+            facts=dict(raw["facts"]),
+            files={str(name): (int(size), int(crc)) for name, (size, crc) in raw["files"].items()},
+            layout=dict(raw.get("layout", {})),
+            made_with=dict(raw.get("made_with", {})),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its {MANIFEST} is missing or damaged ({error})") from error
 
 
-def _step_folders(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """Committed folders, oldest first."""
+def step_folders(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """Committed folders with their steps, oldest first."""
     found = []
-    for path in (Path(run_dir) / "checkpoints").glob(f"{_PREFIX}*"):
+    for path in checkpoints_folder(run_dir).glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
         if path.is_dir() and number.isdecimal():
             found.append((int(number), path))
     return sorted(found)
 
 
-def _fingerprint(file: Path) -> tuple[int, int]:
+def fingerprint(file: Path) -> tuple[int, int]:
+    """Size in bytes and crc32c of a file."""
     checksum = google_crc32c.Checksum()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):
@@ -147,7 +187,8 @@ def _fingerprint(file: Path) -> tuple[int, int]:
     return file.stat().st_size, int.from_bytes(checksum.digest(), "big")
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,19 +1,43 @@
-"""Saving as the loop sees it: begin, poll, finish."""
+"""Saving as the loop sees it: begin, poll, finish.
+
+A save is planned in the training thread (collective, without a disk), copied and written beside it, and committed by
+rank 0 beside it once every rank's writer is done. Ranks agree on that in `poll` with one small reduction, and only
+while a save is in flight.
+"""
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_deepstack.checkpoint.save_load import save
+from megatron_deepstack.checkpoint.background import Background, Work
+from megatron_deepstack.checkpoint.commit import Commit
+from megatron_deepstack.checkpoint.folder import checkpoint_path, looks_whole, partial_path, step_folders
+from megatron_deepstack.checkpoint.plan import Planner
+from megatron_deepstack.checkpoint.retention import FolderLock
+from megatron_deepstack.checkpoint.state import sharded_state
+from megatron_deepstack.config.choices import SaveMode
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.parallel.groups import Axes
+from megatron_deepstack.parallel.reduce import lowest_over_ranks, of_every_rank
+
+_WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,51 +47,213 @@ class Saved:
     step: int
     """Steps done."""
     path: Path
+    num_bytes: int
+    """Its size; 0 on ranks other than 0."""
     stall_seconds: float
     """Time that training was blocked for it on this rank."""
-    write_seconds: float
+    waited_seconds: float
+    """Part of that spent waiting for the save before it."""
+    seconds: float
     """Time from its beginning until it was whole."""
 
 
+class _State(IntEnum):
+    """Of one rank's work; the lowest of all ranks decides."""
+
+    FAILED = 0
+    RUNNING = 1
+    DONE = 2
+
+
+class _Flight:
+    """A save that is not whole yet."""
+
+    def __init__(self, step: int, final: Path) -> None:
+        self.step, self.final = step, final
+        self.begun, self.stall_seconds, self.waited_seconds = time.perf_counter(), 0.0, 0.0
+        self.metadata: Metadata | None = None
+        self.lock: FolderLock | None = None
+        self.work: Work | None = None
+        """What this rank is at; None if it only waits for rank 0 to commit."""
+        self.committing = False
+
+    @property
+    def state(self) -> _State:
+        if self.work is None:
+            return _State.DONE
+        if not self.work.done.is_set():
+            return _State.RUNNING
+        return _State.DONE if self.work.error is None else _State.FAILED
+
+    def take_lock(self) -> None:
+        self.lock = FolderLock(partial_path(self.final))
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+
 class Saver:
-    """Checkpoints of a run. Every method is collective over all ranks."""
+    """Checkpoints of a run. `begin`, `poll` and `finish` are collective over all ranks."""
 
     def __init__(
-        self, recipe: Recipe, model: RankModel, optimizer: ChainedOptimizer, facts: Mapping[str, Any]
+        self, recipe: Recipe, model: RankModel, optimizer: ChainedOptimizer, facts: Mapping[str, Any], axes: Axes
     ) -> None:
-        self.recipe, self.model, self.optimizer, self.facts = recipe, model, optimizer, facts
+        self.recipe, self.model, self.optimizer = recipe, model, optimizer
+        self._commit = Commit(
+            facts=facts,
+            layout={**asdict(axes), "vpp": recipe.parallel.virtual_pipeline},
+            num_ranks=axes.world_size,
+            recipe_text=recipe_to_yaml(recipe),
+            keep=recipe.checkpoint.keep,
+            keep_every=recipe.checkpoint.keep_every,
+        )
+        self._planner = Planner()
+        self._background: Background | None = None
+        self._flight: _Flight | None = None
+        self._saved: list[Saved] = []
         self._stall_seconds = 0.0
-        self._saved: Saved | None = None
+        _hold_updates(optimizer, self)
 
     def begin(self, step: int) -> None:
-        """Start the checkpoint after `step` steps, once one in flight is whole."""
-        start = time.perf_counter()
-        path = save(
-            self.recipe.run_dir,
-            step,
-            self.model,
-            self.optimizer,
-            self.facts,
-            recipe_to_yaml(self.recipe),
-            self.recipe.checkpoint.keep,
-        )
-        seconds = time.perf_counter() - start
-        self._stall_seconds += seconds
-        self._saved = Saved(step=step, path=path, stall_seconds=seconds, write_seconds=seconds)
+        """Start the checkpoint after `step` steps, once one in flight is whole. Under `mode: sync` it is whole after.
+
+        Raises CheckpointError on every rank if the one in flight could not be written.
+        """
+        with self._blocked():
+            begun = time.perf_counter()
+            self._drain()
+            flight = self._flight = _Flight(step, checkpoint_path(self.recipe.run_dir, step))
+            flight.begun, flight.waited_seconds = begun, time.perf_counter() - begun
+            plan = self._planner.plan(sharded_state(self.model, self.optimizer, loading=False))
+            flight.metadata = plan.metadata
+            if self._background is None:
+                self._background = Background()
+            rank = dist.get_rank()
+            before = flight.take_lock if rank == 0 else _nothing
+            flight.work = self._background.write(plan, partial_path(flight.final), rank, before)
+        if self.recipe.checkpoint.mode is SaveMode.SYNC:
+            with self._blocked():
+                self._drain()
 
     def poll(self) -> Saved | None:
-        """Go on with a save in flight without waiting; called in every step. The checkpoint if it is whole now.
+        """Go on with a save in flight without waiting; called in every step. The checkpoint if one became whole.
 
         Raises CheckpointError on every rank if one could not write.
         """
-        saved, self._saved = self._saved, None
-        return saved
+        with self._blocked():
+            self._advance()
+        return self._saved.pop(0) if self._saved else None
 
     def finish(self) -> Saved | None:
-        """Wait for a save in flight; the checkpoint that is whole now, if there was one. Raises as `poll` does."""
-        return self.poll()
+        """Wait for a save in flight; the checkpoint that became whole, if there was one. Raises as `poll` does."""
+        with self._blocked():
+            self._drain()
+        return self._saved.pop(0) if self._saved else None
 
     def take_stall_seconds(self) -> float:
         """Time that training was blocked for saving since the last call."""
         seconds, self._stall_seconds = self._stall_seconds, 0.0
         return seconds
+
+    def wait_for_copies(self) -> None:
+        """Return once what is being saved may change. Called before each update by the optimizer itself."""
+        if self._background is not None and not self._background.staged.is_set():
+            with self._blocked():
+                self._background.staged.wait()
+
+    def close(self) -> None:
+        """End this rank's writer and free its memory; a save in flight is lost. No collective: for any ending."""
+        if self._background is not None:
+            self._background.close()
+            self._background = None
+        if self._flight is not None:
+            self._flight.release()
+            self._flight = None
+        self._planner.close()
+
+    def _drain(self) -> None:
+        """Waits in slices, so that no collective outlasts the group's timeout while another rank writes."""
+        while self._flight is not None:
+            if self._flight.work is not None:
+                self._flight.work.done.wait(_WAIT_SECONDS)
+            self._advance()
+
+    def _advance(self) -> None:
+        flight = self._flight
+        if flight is None:
+            return
+        state = lowest_over_ranks(flight.state)
+        if state == _State.FAILED:
+            self._fail(flight)
+        elif state == _State.DONE and not flight.committing:
+            flight.committing, flight.work = True, None
+            if dist.get_rank() == 0:
+                assert flight.metadata is not None
+                flight.work = Work(partial(self._commit.run, flight.final, flight.step, flight.metadata))
+        elif state == _State.DONE:
+            self._land(flight)
+
+    def _land(self, flight: _Flight) -> None:
+        flight.release()
+        self._flight = None
+        self._saved.append(
+            Saved(
+                step=flight.step,
+                path=flight.final,
+                num_bytes=0 if flight.work is None else flight.work.num_bytes,
+                stall_seconds=flight.stall_seconds,
+                waited_seconds=flight.waited_seconds,
+                seconds=time.perf_counter() - flight.begun,
+            )
+        )
+
+    def _fail(self, flight: _Flight) -> None:
+        """Every rank is here. Ends the writers that still write, removes the folder, raises."""
+        mine = flight.work.error if flight.work is not None and flight.state is _State.FAILED else None
+        self.close()
+        errors = of_every_rank(mine or "")
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial_path(flight.final), ignore_errors=True)
+        found = "\n  ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+        raise CheckpointError(
+            f"{flight.final}: the checkpoint after step {flight.step} could not be written:\n  {found}\n"
+            f"{self._what_is_left()} Mend the disk (space, quota, permissions; checkpoint.keep bounds what is used), "
+            "then run the same command again"
+        )
+
+    def _what_is_left(self) -> str:
+        steps = [step for step, path in step_folders(self.recipe.run_dir) if looks_whole(path)]
+        if not steps:
+            return "The run has no other checkpoint."
+        return f"The newest one left is that after step {steps[-1]}: a resumed run goes on from there."
+
+    @contextmanager
+    def _blocked(self) -> Iterator[None]:
+        """Count the time in which training waits."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self._stall_seconds += seconds
+            if self._flight is not None:
+                self._flight.stall_seconds += seconds
+
+
+def _nothing() -> None:
+    """Ranks other than 0 have nothing to do before they write."""
+
+
+def _hold_updates(optimizer: ChainedOptimizer, saver: Saver) -> None:
+    """Have every update of parameters and states wait for copies that a save makes of them."""
+    reference = weakref.ref(saver)
+
+    def hold(*_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.wait_for_copies()
+
+    for single in optimizer.chained_optimizers:
+        if isinstance(single.optimizer, torch.optim.Optimizer):
+            single.optimizer.register_step_pre_hook(hold)

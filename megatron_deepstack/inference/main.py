@@ -11,7 +11,7 @@ import torch
 
 from megatron_deepstack.checkpoint.folder import Checkpoint, newest_whole
 from megatron_deepstack.checkpoint.identity import model_identity, require_same
-from megatron_deepstack.checkpoint.save_load import load
+from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.conversation import stop_ids
 from megatron_deepstack.data.processor import check_store

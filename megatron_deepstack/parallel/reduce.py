@@ -55,3 +55,24 @@ def sum_over_model(values: list[int], groups: Groups) -> list[int]:
     totals = torch.tensor(values, dtype=torch.int64, device=local_device())
     dist.all_reduce(totals, group=groups.decoder.mp)
     return [int(total) for total in totals]
+
+
+def lowest_over_ranks(value: int) -> int:
+    """The lowest of every rank's `value`. Collective over all ranks."""
+    lowest = torch.tensor([value], dtype=torch.int64, device=local_device())
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return int(lowest.item())
+
+
+def of_every_rank(text: str) -> list[str]:
+    """Every rank's `text`, in rank order. Collective over all ranks; for rare, short messages."""
+    texts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return texts
+
+
+def from_first_rank(text: str) -> str:
+    """Rank 0's `text`. Collective over all ranks."""
+    texts = [text]
+    dist.broadcast_object_list(texts, src=0, device=local_device())
+    return texts[0]

@@ -51,7 +51,10 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None) -> None:
             log.say(f"not whole, passed over: {fault}")
         if resumption.path is not None:
             log.say(f"resuming after step {resumption.step} from {resumption.path}")
-        _train(session, log, resumption.step, stop)
+        try:
+            _train(session, log, resumption.step, stop)
+        finally:
+            session.saver.close()
 
 
 def _train(session: Session, log: MetricsLog, first: int, stop: int) -> None:
@@ -79,7 +82,7 @@ def _train(session: Session, log: MetricsLog, first: int, stop: int) -> None:
 
 def _say_saved(log: MetricsLog, saved: Saved | None) -> None:
     if saved is not None:
-        log.say(f"saved {saved.path}: training waited {saved.stall_seconds:.2f} s of {saved.write_seconds:.2f} s")
+        log.say(f"saved {saved.path}: training waited {saved.stall_seconds:.2f} s of {saved.seconds:.2f} s")
 
 
 def _record(

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_deepstack.checkpoint.folder import newest_whole
 from megatron_deepstack.checkpoint.identity import identity, require_same
-from megatron_deepstack.checkpoint.save_load import load
+from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.saver import Saver
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
@@ -58,7 +58,7 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
         optimizer=optimizer,
         reader=reader,
         facts=facts,
-        saver=Saver(recipe, model, optimizer.chained, facts),
+        saver=Saver(recipe, model, optimizer.chained, facts, groups.axes),
     )
 
 

@@ -1,0 +1,156 @@
+"""The process that writes a rank's checkpoint files while training goes on.
+
+Each rank starts one, which waits for jobs on a pipe. A job names files and where in the shared host memory their
+tensors lie; their content is what PyTorch's distributed checkpoints hold. Checksums are taken of the bytes as they are
+written, each file is fsynced, and last comes a note of what lies where. The process ends with its rank, and ignores
+the signals that ask a job to leave: its rank decides.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+from torch.distributed.checkpoint.planner import WriteItem
+
+from megatron_deepstack.platform.parent import die_with_parent
+
+NOTE = ".written_by_rank_{rank}.json"
+"""Note of a rank that has written its files, beside them until the checkpoint is committed."""
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StagedTensor:
+    """A tensor in the shared memory."""
+
+    item: WriteItem
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileJob:
+    """One data file."""
+
+    name: str
+    objects: list[tuple[WriteItem, bytes]]
+    tensors: list[StagedTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one rank writes of a checkpoint."""
+
+    folder: str
+    rank: int
+    files: list[FileJob]
+    small_files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The end of a job: bytes written, or what went wrong."""
+
+    num_bytes: int
+    error: str | None
+
+
+class ChecksummedFile:
+    """A new file that counts and sums what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._checksum = google_crc32c.Checksum()
+        self.num_bytes = 0
+
+    def write(self, content: Any) -> int:
+        """Append bytes or anything with a buffer."""
+        view = memoryview(content).cast("B")
+        for begin in range(0, len(view), _BLOCK_BYTES):  # the checksum takes `bytes` only: copies that fit the cache
+            self._checksum.update(bytes(view[begin : begin + _BLOCK_BYTES]))
+        self.num_bytes += len(view)
+        self._stream.write(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Asked for by `torch.save`; nothing needs it before `close`."""
+
+    def close(self) -> tuple[int, int]:
+        """Bring the content to the disk; size in bytes and crc32c."""
+        with self._stream:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        return self.num_bytes, int.from_bytes(self._checksum.digest(), "big")
+
+
+def write_job(job: Job, memory: mmap.mmap) -> int:
+    """Write the files of a job and then its note; returns the bytes written. Raises OSError."""
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files, items = {}, []
+    for name, content in job.small_files.items():
+        stream = ChecksummedFile(folder / name)
+        stream.write(content)
+        files[name] = stream.close()
+    for file in job.files:
+        stream = ChecksummedFile(folder / file.name)
+        for item, content in file.objects:
+            begin = stream.num_bytes
+            stream.write(content)
+            items.append(_note_of(item, file.name, begin, stream.num_bytes))
+        for tensor in file.tensors:
+            begin = stream.num_bytes
+            torch.save(_tensor(tensor, memory), stream)
+            items.append(_note_of(tensor.item, file.name, begin, stream.num_bytes))
+        files[file.name] = stream.close()
+    note = ChecksummedFile(folder / NOTE.format(rank=job.rank))
+    note.write(json.dumps({"files": files, "items": items}).encode())
+    note.close()
+    return sum(size for size, _ in files.values())
+
+
+def _tensor(tensor: StagedTensor, memory: mmap.mmap) -> torch.Tensor:
+    """The tensor with a storage of exactly its own bytes, which is what `torch.save` writes."""
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    if not count:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=tensor.offset).view(tensor.shape)
+
+
+def _note_of(item: WriteItem, file: str, begin: int, end: int) -> list[Any]:
+    index = item.index
+    return [index.fqn, None if index.offset is None else list(index.offset), index.index, file, begin, end - begin]
+
+
+def serve(pipe_handle: int, memory_handle: int) -> None:
+    """Life of the process: answer jobs until the pipe closes."""
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    pipe, memory = Connection(pipe_handle), None
+    while True:
+        try:
+            job: Job = pipe.recv()
+        except EOFError:
+            return
+        size = os.fstat(memory_handle).st_size
+        if size and (memory is None or len(memory) != size):
+            memory = mmap.mmap(memory_handle, size)
+        try:
+            pipe.send(Reply(num_bytes=write_job(job, memory or mmap.mmap(-1, 1)), error=None))
+        except Exception as error:
+            pipe.send(Reply(num_bytes=0, error=str(error) or repr(error)))
