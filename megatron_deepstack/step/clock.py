@@ -8,19 +8,22 @@ from contextlib import contextmanager
 
 from megatron_deepstack.platform.device import synchronize
 from megatron_deepstack.platform.stopwatch import Stopwatch
+from megatron_deepstack.step.timeline import ENCODE, ENCODER_BACKWARD, Timeline
 
-_OWN_WORK = ("encode", "encoder backward")
+_OWN_WORK = (ENCODE, ENCODER_BACKWARD)
 """Parts in which a rank waits for no other; the passes of the schedule are timed apart (`step.work`)."""
 
 
 class StepClock:
-    """Seconds by part of the current step. Synchronises the device only while `exact` is set."""
+    """Seconds by part of the current step. Synchronises the device only while `exact` is set or a timeline is kept."""
 
     def __init__(self, *, exact: bool = False) -> None:
         self.exact = exact
         self.seconds: dict[str, float] = {}
         self.work = Stopwatch()
         """Own work: what this rank would take if no other were slow."""
+        self.timeline: Timeline | None = None
+        """Where the parts of this step are kept one by one; None in most steps."""
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -36,7 +39,9 @@ class StepClock:
             self.add(name, self._now() - begin)
 
     def add(self, name: str, seconds: float) -> None:
-        """Add a duration measured elsewhere."""
+        """Add a duration measured elsewhere, which ends now."""
+        if self.timeline is not None:
+            self.timeline.ended(name, seconds)
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
@@ -45,6 +50,6 @@ class StepClock:
         return seconds
 
     def _now(self) -> float:
-        if self.exact:
+        if self.exact or self.timeline is not None:
             synchronize()
         return time.perf_counter()

@@ -5,21 +5,27 @@ Nothing is exchanged; rows join the stage's graph, and the schedule's own backwa
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
-from megatron_deepstack.planning.routes import RankRoutes
+from megatron_deepstack.planning.routes import ChunkRows, RankRoutes
 from megatron_deepstack.step.encode import EncoderPass
+from megatron_deepstack.step.timeline import ENCODE, Timeline
 from megatron_deepstack.step.visual import take_rows, visual_inputs
 
 
 class InlineEncoder:
     """Encodes a micro-batch's views when the schedule asks for its rows."""
 
-    def __init__(self, encoder: VisualEncoder, pixels: torch.Tensor, routes: RankRoutes) -> None:
+    def __init__(
+        self, encoder: VisualEncoder, pixels: torch.Tensor, routes: RankRoutes, timeline: Timeline | None = None
+    ) -> None:
         """`pixels` are all views of the rank's units, in order; see EncoderPass."""
+        self.timeline = timeline
         self.encoder, self.pixels, self.routes = encoder, pixels, routes
         views = np.array([len(unit.views) for unit in routes.units], np.int64)
         self.first_view = np.concatenate([[0], np.cumsum(views)]).astype(np.int64)
@@ -32,10 +38,16 @@ class InlineEncoder:
         chunk = self.routes.chunks.get((micro_batch, vpp))
         if chunk is None:
             return NO_VISUAL_INPUTS
+        with nullcontext() if self.timeline is None else self.timeline.part(ENCODE, micro_batch):
+            return self._encode(micro_batch, chunk)
+
+    def _encode(self, micro_batch: int, chunk: ChunkRows) -> VisualInputs:
         units = np.flatnonzero(self.micro_batch == micro_batch)
         pixels = self.pixels[self.first_view[units[0]] : self.first_view[units[-1] + 1]]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.answers_gradients):
             rows = EncoderPass(self.encoder, pixels).live_rows
+            if self.timeline is not None:
+                self.timeline.watch_encoder_backward(rows)
             table = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
             index = self._table_index(units, len(rows))
             base = take_rows(table, index[chunk.base_rows])

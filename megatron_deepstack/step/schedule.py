@@ -9,6 +9,7 @@ Legend: B micro-batch, S sequence of this cp rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_deepstack.parallel.context import zigzag
 from megatron_deepstack.planning.step_plan import StepPlan
 from megatron_deepstack.planning.tokens import IGNORE_INDEX
 from megatron_deepstack.platform.device import local_device
+from megatron_deepstack.step.timeline import FORWARD, Timeline
 
 VisualOf = Callable[[int, int], VisualInputs]
 """(micro-batch, virtual stage) to what the chunk adds."""
@@ -49,18 +51,19 @@ def run_schedule(
     cp_rank: int,
     forward_only: bool = False,
     keep_logits: bool = False,
+    timeline: Timeline | None = None,
 ) -> ScheduleResult:
     """Run all micro-batches through this rank's chunks (wrapped or not). Collective over pp, tp and cp.
 
     `visual` is asked once per forward; rows that require grad receive it. With `keep_logits`, forward only, the last
-    stage returns logits instead of losses.
+    stage returns logits instead of losses. Forwards and backwards are recorded in `timeline`, if there is one.
     """
     config.finalize_model_grads_func = _leave_to_train_step
     data = [
         _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits) for _ in range(len(chunks))
     ]
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, visual),
+        forward_step_func=partial(_forward_step, visual, timeline),
         data_iterator=data if len(chunks) > 1 else data[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=plan.num_micro_batches,
@@ -105,10 +108,16 @@ def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: 
         )
 
 
-def _forward_step(visual: VisualOf, data: Iterator[_MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward_step(
+    visual: VisualOf, timeline: Timeline | None, data: Iterator[_MicroBatch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
     batch = next(data)
-    chunk = _unwrap(model)
-    output = model(batch.tokens, batch.labels, visual(batch.number, chunk.chunk.vpp), batch.packs)
+    vpp = _unwrap(model).chunk.vpp
+    inputs = visual(batch.number, vpp)
+    with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
+        output = model(batch.tokens, batch.labels, inputs, batch.packs)
+    if timeline is not None:
+        timeline.watch_backward(output, batch.number, vpp)
     return output, partial(_loss, batch.targets)
 
 

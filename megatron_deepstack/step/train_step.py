@@ -19,7 +19,8 @@ from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.encode import EncoderPass
 from megatron_deepstack.step.engine import Engine
 from megatron_deepstack.step.inline import InlineEncoder
-from megatron_deepstack.step.schedule import ScheduleResult, run_schedule
+from megatron_deepstack.step.schedule import ScheduleResult, VisualOf, run_schedule
+from megatron_deepstack.step.timeline import ENCODE, ENCODER_BACKWARD
 from megatron_deepstack.step.visual import ReceivedRows
 
 
@@ -91,25 +92,30 @@ class VisualPass:
 
 
 def _spread(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> ScheduleResult:
-    with clock.part("encode"):
+    with clock.part(ENCODE):
         encoded = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views)
     with clock.part("route"):
         received = send_rows(encoded.rows, plan.routes, engine.groups.replica)
         rows = ReceivedRows(received, plan.routes, requires_grad=encoded.trains)
     with clock.part("schedule"):
-        result = run_schedule(engine.model.config, engine.chunks, plan, rows.of, cp_rank=engine.groups.place.cp)
+        result = _schedule(engine, plan, rows.of, clock)
     if encoded.trains:
         with clock.part("route back"):
             table = return_gradients(rows.gradients(), plan.routes, engine.groups.replica)
-        with clock.part("encoder backward"):
+        with clock.part(ENCODER_BACKWARD):
             encoded.backward(table)
     return result
 
 
 def _inline(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> ScheduleResult:
-    encoder = InlineEncoder(engine.model.encoder, pixels, plan.routes)
+    encoder = InlineEncoder(engine.model.encoder, pixels, plan.routes, clock.timeline)
     with clock.part("schedule"):
-        return run_schedule(engine.model.config, engine.chunks, plan, encoder.of, cp_rank=engine.groups.place.cp)
+        return _schedule(engine, plan, encoder.of, clock)
+
+
+def _schedule(engine: Engine, plan: StepPlan, visual: VisualOf, clock: StepClock) -> ScheduleResult:
+    place = engine.groups.place
+    return run_schedule(engine.model.config, engine.chunks, plan, visual, cp_rank=place.cp, timeline=clock.timeline)
 
 
 def _finalise(engine: Engine, num_tokens: int) -> None:

@@ -1,0 +1,86 @@
+"""Chosen steps seen closely: Chrome traces of torch.profiler, and timelines of all ranks. Nothing in other steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.parallel.host_clock import Offset, clock_offsets
+from megatron_deepstack.platform.device import has_gpu
+from megatron_deepstack.step.clock import StepClock
+from megatron_deepstack.step.timeline import Interval, Timeline
+
+
+class Observer:
+    """Looks at the steps that `logging.profile_steps` and `logging.timeline_steps` name."""
+
+    def __init__(self, recipe: Recipe, groups: Groups) -> None:
+        self.recipe, self.groups = recipe, groups
+
+    @contextmanager
+    def step(self, number: int, clock: StepClock) -> Iterator[None]:
+        """The block is step `number`, 1-based. Collective over all ranks in steps that are drawn."""
+        logging = self.recipe.logging
+        with ExitStack() as looking:
+            if number in logging.timeline_steps:
+                looking.enter_context(self._timeline(number, clock))
+            if number in logging.profile_steps and dist.get_rank() in logging.profile_ranks:
+                looking.enter_context(self._profile(number))
+            yield
+
+    @contextmanager
+    def _profile(self, number: int) -> Iterator[None]:
+        folder = Path(self.recipe.run_dir) / "profile"
+        folder.mkdir(parents=True, exist_ok=True)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu() else [])]
+        with profile(activities=activities) as profiler:
+            yield
+        profiler.export_chrome_trace(str(folder / f"rank_{dist.get_rank()}_step_{number}.json"))
+
+    @contextmanager
+    def _timeline(self, number: int, clock: StepClock) -> Iterator[None]:
+        clock.timeline = Timeline()
+        try:
+            yield
+        finally:
+            timeline, clock.timeline = clock.timeline, None
+        offsets = clock_offsets()
+        mine = {"rank": dist.get_rank(), **asdict(self.groups.place), "intervals": timeline.intervals}
+        everyone: list[dict[str, Any]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, everyone)
+        if everyone is not None:
+            document = timeline_document(self.recipe, number, everyone, offsets)
+            file = Path(self.recipe.run_dir) / f"timeline_step_{number}.json"
+            file.write_text(json.dumps(document), encoding="utf-8")
+
+
+def timeline_document(recipe: Recipe, step: int, ranks: list[dict[str, Any]], offsets: list[Offset]) -> dict[str, Any]:
+    """A step of all ranks as plain JSON: intervals [kind, micro-batch, chunk, begin, end], seconds from the first."""
+    start = min(
+        interval.begin_ns - offset.ns
+        for rank, offset in zip(ranks, offsets, strict=True)
+        for interval in rank["intervals"]
+    )
+    return {
+        "step": step,
+        "encoder_placement": str(recipe.parallel.encoder_placement),
+        "clock_error_seconds": max(offset.spread_ns for offset in offsets) / 1e9,
+        "ranks": [
+            {**rank, "intervals": [_plain(interval, start + offset.ns) for interval in rank["intervals"]]}
+            for rank, offset in zip(ranks, offsets, strict=True)
+        ],
+    }
+
+
+def _plain(interval: Interval, start_ns: int) -> list[Any]:
+    times = [round((ns - start_ns) / 1e9, 7) for ns in (interval.begin_ns, interval.end_ns)]
+    return [interval.kind, interval.micro_batch, interval.vpp, *times]
