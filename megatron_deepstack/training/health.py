@@ -72,7 +72,7 @@ class Health:
         if self.unreadable > most:
             raise HealthError(
                 f"{self.unreadable} samples could not be read and were left out by step {done}; "
-                f"health.max_unreadable_samples allows {most}. metrics.jsonl names them under `samples`; "
+                f"health.max_unreadable_samples allows {most}. metrics.jsonl names them under `unreadable_samples`; "
                 "`megatron-deepstack store verify` finds what is damaged."
             )
 

@@ -1,118 +1,245 @@
-"""The loop: load a step, train it, record it, save now and then."""
+"""The loop: load a step, train it, record it, save now and then; and end well when asked to, or when the run is sick.
+
+Whatever a rank alone may see (a signal, a gradient that is not finite, a sample that cannot be read) is first agreed on
+by all ranks, so that each takes the same way and none waits for another that has left.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import socket
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_deepstack.checkpoint.saver import Saved
-from megatron_deepstack.config.choices import Part
+from megatron_deepstack.config.choices import Part, Unreadable
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.steps import Prefetcher
+from megatron_deepstack.data.steps import LoadedStep, Prefetcher
+from megatron_deepstack.errors import HealthError, PreemptedError
+from megatron_deepstack.parallel.agree import sum_over_ranks
 from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.parallel.reduce import of_every_rank
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import max_memory_bytes
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
+from megatron_deepstack.step.work import WorkTimers
 from megatron_deepstack.training.groups import group_table
+from megatron_deepstack.training.health import Health, earlier_records, some
 from megatron_deepstack.training.metrics import MetricsLog, StepRecord
 from megatron_deepstack.training.optimizer import StepNorm
-from megatron_deepstack.training.session import Session, resume, start_session
-from megatron_deepstack.training.throughput import Speed, Throughput
+from megatron_deepstack.training.preemption import StopRequest, never
+from megatron_deepstack.training.session import Resumption, Session, resume, start_session
+from megatron_deepstack.training.stragglers import Stragglers
+from megatron_deepstack.training.throughput import Throughput
+from megatron_deepstack.training.unreadable import leave_out_unreadable
 from megatron_deepstack.training.validation import Validation
+from megatron_deepstack.training.watchdog import PATIENT, Watchdog
 
 
-def run(recipe: Recipe, groups: Groups, stop_after: int | None = None) -> None:
+def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Callable[[], bool] = never) -> None:
     """Train on a rank whose groups exist. Collective over all ranks. See `training.main.train`."""
-    session = start_session(recipe, groups)
-    resumption = resume(session)
-    run_dir = Path(recipe.run_dir)
-    writes = dist.get_rank() == 0
-    if writes:
-        _write_run_files(run_dir, recipe)
-    stop = min(recipe.train.steps, stop_after or recipe.train.steps)
-    with MetricsLog(
-        run_dir,
-        first_step=resumption.step,
-        num_steps=recipe.train.steps,
-        interval=recipe.train.log_interval,
-        writes=writes,
-    ) as log:
-        for line in group_table(session.optimizer.groups):
-            log.say(line)
-        for fault in resumption.passed_over:
-            log.say(f"not whole, passed over: {fault}")
-        if resumption.path is not None:
-            log.say(f"resuming after step {resumption.step} from {resumption.path}")
-        try:
-            _train(session, log, resumption.step, stop)
-        finally:
-            session.saver.close()
+    run_dir, rank = Path(recipe.run_dir), dist.get_rank()
+    with (
+        StopRequest(asked) as request,
+        Watchdog(run_dir, rank, dist.get_world_size(), recipe.health.hang_seconds) as watchdog,
+    ):
+        session = start_session(recipe, groups)
+        resumption = resume(session)
+        if rank == 0:
+            _write_run_files(run_dir, recipe)
+        with (
+            closing(session.saver),
+            MetricsLog(
+                run_dir,
+                first_step=resumption.step,
+                num_steps=recipe.train.steps,
+                interval=recipe.train.log_interval,
+                writes=rank == 0,
+            ) as log,
+        ):
+            _greet(log, session, resumption)
+            stop = min(recipe.train.steps, stop_after or recipe.train.steps)
+            _Loop(session, log, request, watchdog, resumption.step, stop).run()
 
 
-def _train(session: Session, log: MetricsLog, first: int, stop: int) -> None:
-    recipe, clock = session.recipe, StepClock()
-    validation, throughput = Validation.of(session), Throughput(recipe, session.groups)
-    every = recipe.checkpoint.interval
-    begin = time.perf_counter()
-    for loaded in Prefetcher(session.reader, first, stop):
-        clock.add("data", time.perf_counter() - begin)
-        loss = forward_backward(session.engine, loaded.plan, torch.from_numpy(loaded.pixels), clock)
-        with clock.part("optimizer"):
-            norm = session.optimizer.step(loaded.step)
-        done = loaded.step + 1
-        seconds = time.perf_counter() - begin
-        held_out = validation.loss() if validation is not None and validation.due(done) else None
-        speed = throughput.of(loaded.plan, loaded.num_tokens, loaded.num_images, seconds)
-        resumed = loaded.step == first > 0
-        log.add(_record(session, loaded.step, speed, loss, norm, seconds, clock.take(), held_out, resumed=resumed))
-        if done == stop or (every and done % every == 0):
-            session.saver.begin(done)
-        _say_saved(log, session.saver.poll())
+def _greet(log: MetricsLog, session: Session, resumption: Resumption) -> None:
+    for line in group_table(session.optimizer.groups):
+        log.say(line)
+    for fault in resumption.passed_over:
+        log.say(f"not whole, passed over: {fault}")
+    if resumption.path is not None:
+        log.say(f"resuming after step {resumption.step} from {resumption.path}")
+
+
+@dataclass(slots=True)
+class _Agreement:
+    """What all ranks settle before a step's gradients are applied, in one reduction."""
+
+    loss: float
+    asked: bool
+    """This rank was asked to stop."""
+    stop: bool = False
+    """Any rank was."""
+
+    def __call__(self, gradient_norm: float) -> bool:
+        """Whether loss and gradient are finite on every rank. Collective over all ranks."""
+        sound = math.isfinite(self.loss) and math.isfinite(gradient_norm)
+        num_unsound, num_asked = sum_over_ranks([not sound, self.asked])
+        self.stop = num_asked > 0
+        return num_unsound == 0
+
+
+class _Loop:
+    """Steps `first` to `stop - 1` on this rank."""
+
+    def __init__(
+        self, session: Session, log: MetricsLog, request: StopRequest, watchdog: Watchdog, first: int, stop: int
+    ) -> None:
+        """Collective over all ranks."""
+        recipe = session.recipe
+        self.session, self.log, self.request, self.watchdog = session, log, request, watchdog
+        self.first, self.stop = first, stop
+        self.clock = StepClock()
+        session.engine.model.config.timers = WorkTimers(self.clock.work)
+        self.validation = Validation.of(session)
+        self.throughput = Throughput(recipe, session.groups)
+        self.stragglers = Stragglers(recipe.health, of_every_rank(socket.gethostname()))
+        self.health = _health_after(recipe, first)
+
+    def run(self) -> None:
+        """Collective over all ranks. Raises PreemptedError once it was asked to stop and has saved."""
         begin = time.perf_counter()
-    _say_saved(log, session.saver.finish())
+        for loaded in Prefetcher(self.session.reader, self.first, self.stop):
+            done = loaded.step + 1
+            asked = self._step(loaded, begin)
+            self._require_well(done)
+            if self._save_due(done) or asked:
+                self._begin_save(done)
+            self._say_saved(self.session.saver.poll())
+            if asked and done < self.stop:
+                self._leave(done)
+            self.watchdog.progress(f"waiting for the data of step {done + 1}")
+            begin = time.perf_counter()
+        self._finish_save()
+
+    def _step(self, loaded: LoadedStep, begin: float) -> bool:
+        """Train and record one step; whether a rank was asked to stop."""
+        done = loaded.step + 1
+        self.watchdog.progress(f"step {done}", PATIENT if loaded.step == self.first else 1.0)
+        self.clock.add("data", time.perf_counter() - begin)
+        loaded, unreadable = self._readable(loaded)
+        loss = forward_backward(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels), self.clock)
+        agreement = _Agreement(loss.mean, self.request.asked)
+        with self.clock.part("optimizer"):
+            norm = self.session.optimizer.step(loaded.step, agreement)
+        seconds = time.perf_counter() - begin
+        held_out = None
+        if self.validation is not None and self.validation.due(done) and not agreement.stop:
+            held_out = self.validation.loss(self.watchdog.progress)
+        self.log.add(self._record(loaded, loss, norm, seconds, held_out, unreadable))
+        return agreement.stop
+
+    def _readable(self, loaded: LoadedStep) -> tuple[LoadedStep, tuple[str, ...]]:
+        """The step without samples that cannot be read, and their ids. Collective over all ranks."""
+        if self.session.recipe.data.unreadable is Unreadable.STOP:
+            return loaded, ()
+        loaded, ids, reasons = leave_out_unreadable(loaded, self.session.reader)
+        if ids:
+            self.log.say(f"step {loaded.step + 1}: left out, since they cannot be read: {some(ids)}\n{reasons}")
+        return loaded, ids
+
+    def _record(
+        self,
+        loaded: LoadedStep,
+        loss: StepLoss,
+        norm: StepNorm,
+        step_seconds: float,
+        validation_loss: float | None,
+        unreadable: tuple[str, ...],
+    ) -> StepRecord:
+        """The step's record, and a console line for whatever stands out. Collective over all ranks."""
+        step, lr = loaded.step, self.session.optimizer.lr
+        parts = self.clock.take()
+        slow, slow_line = self.stragglers.take(parts["data"] + self.clock.work.take())
+        spike = self.health.take(loss.mean, norm.applied, len(unreadable))
+        samples = self.session.reader.sample_ids(step) if spike or not norm.applied else ()
+        if slow:
+            self.log.say(slow_line)
+        if samples:
+            what = "loss stands out" if norm.applied else "loss or gradient not finite, step left out"
+            self.log.say(f"step {step + 1}: {what} (loss {loss.mean:.4f}); samples {some(samples)}")
+        speed = self.throughput.of(loaded.plan, loaded.num_tokens, loaded.num_images, step_seconds)
+        return StepRecord(
+            step=step + 1,
+            loss=loss.mean,
+            gradient_norm=norm.gradient_norm,
+            lr=lr(Part.LANGUAGE, step),
+            lr_by_part={str(part): lr(part, step) for part in self.session.recipe.train.trainable},
+            num_targets=loss.num_tokens,
+            step_seconds=step_seconds,
+            **asdict(speed),
+            memory_bytes=max_memory_bytes(),
+            seconds=parts,
+            applied=norm.applied,
+            resumed=step == self.first > 0,
+            validation_loss=validation_loss,
+            skipped_steps=self.health.skipped_in_row,
+            spike=spike,
+            samples=samples,
+            unreadable=len(unreadable),
+            unreadable_samples=unreadable,
+            slow_ranks=slow,
+            stall_seconds=self.session.saver.take_stall_seconds(),
+        )
+
+    def _require_well(self, done: int) -> None:
+        try:
+            self.health.require_well(done, self.session.reader.sample_ids)
+        except HealthError:
+            self._finish_save()  # every rank is here, and a save in flight is of a step before the trouble
+            raise
+
+    def _save_due(self, done: int) -> bool:
+        every = self.session.recipe.checkpoint.interval
+        return done == self.stop or bool(every and done % every == 0)
+
+    def _begin_save(self, done: int) -> None:
+        self.watchdog.progress(f"saving after step {done}", PATIENT)
+        self.session.saver.begin(done)
+
+    def _finish_save(self) -> None:
+        self.watchdog.progress("finishing a checkpoint", PATIENT)
+        self._say_saved(self.session.saver.finish())
+
+    def _leave(self, done: int) -> None:
+        self._finish_save()
+        raise PreemptedError(
+            f"asked to stop: saved after step {done} of {self.session.recipe.train.steps}; run the same command again "
+            "to go on from there"
+        )
+
+    def _say_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            waited = f"training waited {saved.stall_seconds:.2f} s of {saved.seconds:.2f} s"
+            self.log.say(f"saved {saved.path}: {waited}")
 
 
-def _say_saved(log: MetricsLog, saved: Saved | None) -> None:
-    if saved is not None:
-        log.say(f"saved {saved.path}: training waited {saved.stall_seconds:.2f} s of {saved.seconds:.2f} s")
-
-
-def _record(
-    session: Session,
-    step: int,
-    speed: Speed,
-    loss: StepLoss,
-    norm: StepNorm,
-    step_seconds: float,
-    parts: Mapping[str, float],
-    validation_loss: float | None,
-    *,
-    resumed: bool,
-) -> StepRecord:
-    lr = session.optimizer.lr
-    return StepRecord(
-        step=step + 1,
-        loss=loss.mean,
-        gradient_norm=norm.gradient_norm,
-        lr=lr(Part.LANGUAGE, step),
-        lr_by_part={str(part): lr(part, step) for part in session.recipe.train.trainable},
-        num_targets=loss.num_tokens,
-        step_seconds=step_seconds,
-        **asdict(speed),
-        memory_bytes=max_memory_bytes(),
-        seconds=parts,
-        applied=norm.applied,
-        resumed=resumed,
-        validation_loss=validation_loss,
-    )
+def _health_after(recipe: Recipe, first: int) -> Health:
+    """Health of a run after `first` steps: rank 0 reads the records, all learn the counts. Collective."""
+    file = Path(recipe.run_dir) / "metrics.jsonl"
+    health = Health.of(recipe.health, earlier_records(file, first) if dist.get_rank() == 0 else ())
+    skipped, unreadable = sum_over_ranks([health.skipped_in_row, health.unreadable])
+    health.skipped_in_row, health.unreadable = int(skipped), int(unreadable)
+    return health
 
 
 def _write_run_files(run_dir: Path, recipe: Recipe) -> None:

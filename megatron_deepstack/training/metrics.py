@@ -49,6 +49,8 @@ class StepRecord:
     """Ids of the step's samples, where it was left out or its loss stands out."""
     unreadable: int = 0
     """Samples of this step that could not be read and are left out of its loss."""
+    unreadable_samples: tuple[str, ...] = ()
+    """Their ids."""
     slow_ranks: tuple[int, ...] = ()
     """Ranks found slow at this step (`health.straggler_factor`)."""
     stall_seconds: float = 0.0

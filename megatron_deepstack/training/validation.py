@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,16 +34,18 @@ class Validation:
         """Whether to evaluate after `step` steps."""
         return step % self.interval == 0 or step == self.session.recipe.train.steps
 
-    def loss(self) -> float:
+    def loss(self, progress: Callable[[str], None]) -> float:
         """Mean loss per target over the held-out samples, in store order. Collective over all ranks.
 
-        Samples are dealt as in training; what does not fill a last batch is left out, but for a store smaller than one
-        batch, whose samples repeat.
+        `progress` is told of every batch. Samples are dealt as in training; what does not fill a last batch is left
+        out, but for a store smaller than one batch, whose samples repeat.
         """
         train, share = self.session.recipe.train, self.reader.share
         num_samples = len(self.reader.store)
         total, num_tokens = 0.0, 0
-        for batch in range(max(num_samples // train.global_batch_size, 1)):
+        num_batches = max(num_samples // train.global_batch_size, 1)
+        for batch in range(num_batches):
+            progress(f"validation batch {batch + 1} of {num_batches}")
             order = (batch * train.global_batch_size + np.arange(train.global_batch_size)) % num_samples
             mine = order.reshape(-1, share.num_replicas, train.micro_batch_size)[:, share.dp]
             loaded = self.reader.load_samples(batch, mine)
