@@ -64,9 +64,15 @@ def read_metadata(root: Path, name: str) -> dict[str, Any]:
     """zarr metadata of an array or group below `root`."""
     path = root / name / METADATA_FILE
     try:
-        document = json.loads(path.read_bytes())
+        return parse_metadata(str(path), path.read_bytes())
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror or error}. The store is damaged.") from error
+
+
+def parse_metadata(path: str, data: bytes) -> dict[str, Any]:
+    """A zarr metadata document from its bytes; raises StoreError, naming `path`, where they are none."""
+    try:
+        document = json.loads(data)
     except ValueError as error:
         raise StoreError(f"{path}: not JSON: {error}. The store is damaged.") from error
     if not isinstance(document, dict):

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Batching, Unreadable
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.data.cache import CacheConfig
 from megatron_deepstack.data.lengths import check_lengths
 from megatron_deepstack.data.mixture import Mixture, Samples
 from megatron_deepstack.data.processor import check_store
@@ -213,7 +214,9 @@ def open_reader(recipe: Recipe, path: str | None, share: Share) -> StepReader:
 
 
 def _open_checked(recipe: Recipe, path: str) -> Store:
-    store = Store.open(path, verify_checksums=recipe.data.verify_checksums)
+    data = recipe.data
+    cache = CacheConfig(data.cache_dir, int(data.cache_gib * 2**30))
+    store = Store.open(path, verify_checksums=data.verify_checksums, cache=cache)
     check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
     check_lengths(store, recipe.model, recipe.train)
     if len(store) == 0:

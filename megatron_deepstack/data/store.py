@@ -4,7 +4,8 @@ Views are read with one `preadv` for neighbours into the caller's array: shard i
 images are read in the order of the shards, and each view's crc32c is checked (0.06 ms for the five of a sample).
 zarr-python reads the same store, equal by test, but many times slower (`tools/bench_reader.py`), and takes a chunk that
 is missing for zeros; here that is a StoreError naming image and shard. The reader holds no threads and no descriptors
-that a fork or a pickle could break: a copy in another process opens its own.
+that a fork or a pickle could break: a copy in another process opens its own. Of a store at a URL, `remote` copies the
+index arrays once and views as they are read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import google_crc32c
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression
-from megatron_deepstack.data.index import IndexReader, check_metadata, read_metadata
+from megatron_deepstack.data.cache import BoundedFolder, CacheConfig
+from megatron_deepstack.data.index import IndexReader, check_metadata, parse_metadata, read_metadata
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.remote import RemoteShards, copy_index
 from megatron_deepstack.data.sampler import Indices, global_batch
 from megatron_deepstack.data.schema import (
     FORMAT,
@@ -90,42 +94,58 @@ class Store:
 
     def __init__(
         self,
-        root: Path,
+        location: Location,
         attributes: StoreAttributes,
         pixels: PixelsShape,
         index: dict[str, IndexReader],
+        shards: Shards,
         *,
         verify_checksums: bool,
+        cache: CacheConfig,
     ) -> None:
-        self.root = root
+        self.location = location
         self.attributes = attributes
         self.pixels = pixels
         self.verify_checksums = verify_checksums
         self._index = index
-        self._shards: Shards = LocalShards(root, pixels)
+        self._shards = shards
+        self._cache = cache
 
     @classmethod
-    def open(cls, path: str | Path, *, verify_checksums: bool = True) -> Store:
-        """Open the store in folder `path`.
+    def open(
+        cls, path: str | Path | Location, *, verify_checksums: bool = True, cache: CacheConfig | None = None
+    ) -> Store:
+        """Open the store in folder or at URL `path`; of a URL, copies are kept as `cache` says.
 
         Raises StoreError where there is no store, where preprocessing has not finished, where the format is another
-        version's, or where an index array is damaged. Pixels are looked at when they are read.
+        version's, or where an index array is damaged; LocationError where a URL cannot be reached. Pixels are looked
+        at when they are read.
         """
-        root = Path(path)
-        attributes = read_attributes(root)
+        location = Location.parse(path)
+        document = _read_document(location)
+        attributes = _parse_attributes(location, document)
         if not attributes.complete:
             raise StoreError(
-                f"{root}: preprocessing of this store has not finished. Run the same `preprocess` command again: "
+                f"{location}: preprocessing of this store has not finished. Run the same `preprocess` command again: "
                 "it goes on where it stopped."
             )
-        pixels = _read_pixels_shape(root)
-        index = {name: IndexReader(root, name) for name in INDEX_ARRAYS}
-        store = cls(root, attributes, pixels, index, verify_checksums=verify_checksums)
+        cache = cache or CacheConfig()
+        if location.is_local:
+            folder = location.local_path()
+            pixels = _read_pixels_shape(folder)
+            shards: Shards = LocalShards(folder, pixels)
+        else:
+            copies = BoundedFolder(cache)
+            folder = copy_index(location, document, copies)
+            pixels = _read_pixels_shape(folder)
+            shards = RemoteShards(location, folder.name, pixels, copies)
+        index = {name: IndexReader(folder, name) for name in INDEX_ARRAYS}
+        store = cls(location, attributes, pixels, index, shards, verify_checksums=verify_checksums, cache=cache)
         store._check_counts()
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.root), self.verify_checksums)
+        return _reopen, (str(self.location), self.verify_checksums, self._cache)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -133,7 +153,7 @@ class Store:
     @property
     def name(self) -> str:
         """Where the store is, as it was opened."""
-        return str(self.root)
+        return str(self.location)
 
     @property
     def plan_hash(self) -> str:
@@ -269,7 +289,7 @@ class Store:
         )
 
     def _where(self, image: int) -> str:
-        return f"image {image} ({self._text('images/path', image)!r}) of store {self.root}"
+        return f"image {image} ({self._text('images/path', image)!r}) of store {self.location}"
 
     def _text(self, name: str, row: int) -> str:
         first, last = self._index[f"{name}_offsets"][row : row + 2]
@@ -277,7 +297,7 @@ class Store:
 
     def _check_number(self, noun: str, number: int, limit: int) -> None:
         if not 0 <= number < limit:
-            raise IndexError(f"{self.root}: {noun} {number} was asked for; there are {limit}")
+            raise IndexError(f"{self.location}: {noun} {number} was asked for; there are {limit}")
 
     def _check_counts(self) -> None:
         """Lengths of arrays that must agree do; a damaged index is found at once and not at sample 400,000."""
@@ -303,32 +323,49 @@ class Store:
             f"{name} has {found[name]} rows, {rows} expected" for name, rows in expected.items() if found[name] != rows
         ]
         if wrong:
-            raise StoreError(f"{self.root}: the store contradicts itself: {'; '.join(wrong)}. Preprocess it again.")
+            raise StoreError(f"{self.location}: the store contradicts itself: {'; '.join(wrong)}. Preprocess it again.")
 
 
 _RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
 """Flat arrays whose rows an array of offsets delimits."""
 
 
-def read_attributes(root: Path) -> StoreAttributes:
-    """Attributes of the store in `root`, finished or not; raises StoreError where there is none we can read."""
-    if not root.is_dir():
-        raise StoreError(f"{root}: no such folder. A store is made by `megatron-deepstack preprocess`.")
-    if not (root / METADATA_FILE).is_file():
-        raise StoreError(f"{root}: not a store: it has no {METADATA_FILE}. Stores are made by `preprocess`.")
-    raw = read_metadata(root, "").get("attributes", {})
+def read_attributes(path: Path | Location) -> StoreAttributes:
+    """Attributes of the store at `path`, finished or not; raises StoreError where there is none we can read."""
+    location = Location.parse(path)
+    return _parse_attributes(location, _read_document(location))
+
+
+def _read_document(location: Location) -> bytes:
+    """The store's own metadata document."""
+    try:
+        return location.child(METADATA_FILE).read_bytes()
+    except OSError as error:
+        if not location.is_folder():
+            raise StoreError(
+                f"{location}: no such folder. A store is made by `megatron-deepstack preprocess`."
+            ) from error
+        raise StoreError(
+            f"{location}: not a store: it has no {METADATA_FILE}. Stores are made by `preprocess`."
+        ) from error
+
+
+def _parse_attributes(location: Location, document: bytes) -> StoreAttributes:
+    raw = parse_metadata(f"{location}/{METADATA_FILE}", document).get("attributes", {})
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else raw
-        raise StoreError(f"{root}: a zarr group, but not one of ours: its `format` is {found!r}, expected {FORMAT!r}.")
+        raise StoreError(
+            f"{location}: a zarr group, but not one of ours: its `format` is {found!r}, expected {FORMAT!r}."
+        )
     if raw.get("version") != VERSION:
         raise StoreError(
-            f"{root}: the store has format version {raw.get('version')!r}, this program reads {VERSION}. "
+            f"{location}: the store has format version {raw.get('version')!r}, this program reads {VERSION}. "
             "Preprocess the data again with this version."
         )
     names = StoreAttributes.__dataclass_fields__
     missing = [name for name in names if name not in raw]
     if missing:
-        raise StoreError(f"{root / METADATA_FILE}: attributes {missing} are missing. Preprocess the data again.")
+        raise StoreError(f"{location}/{METADATA_FILE}: attributes {missing} are missing. Preprocess the data again.")
     return StoreAttributes(**{name: raw[name] for name in names})
 
 
@@ -347,5 +384,5 @@ def _read_pixels_shape(root: Path) -> PixelsShape:
     return shape
 
 
-def _reopen(path: str, verify_checksums: bool) -> Store:
-    return Store.open(path, verify_checksums=verify_checksums)
+def _reopen(path: str, verify_checksums: bool, cache: CacheConfig) -> Store:
+    return Store.open(path, verify_checksums=verify_checksums, cache=cache)
