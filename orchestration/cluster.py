@@ -66,7 +66,7 @@ def _join(ray: Any, address: str) -> None:
     try:
         if separator and port.isdecimal():
             socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         advice = "`ray status` on its head node shows the address"
         raise ConfigError([f"--address {address}: no Ray cluster answers there: {error}. {advice}"]) from error

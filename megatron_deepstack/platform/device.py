@@ -52,3 +52,10 @@ def device_name() -> str:
 def compute_capability() -> tuple[int, int]:
     """CUDA's (major, minor) of this rank's GPU; (0, 0) without one."""
     return torch.cuda.get_device_capability() if has_gpu() else (0, 0)
+
+
+def gpu_memories() -> tuple[int, ...]:
+    """Bytes of memory of each GPU that this process sees."""
+    return tuple(
+        torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
+    )

@@ -78,14 +78,6 @@ def demand_of(recipe: Recipe, nodes: Sequence[Node], num_ranks: int | None = Non
     )
 
 
-def check_possible(demand: Demand, nodes: Sequence[Node]) -> None:
-    """Raise unless the cluster, with nothing else on it, could hold the ranks.
-
-    LayoutError where no node holds a tensor-parallel group; ClusterError where there are too few slots.
-    """
-    place(demand, nodes)
-
-
 def place(demand: Demand, nodes: Sequence[Node]) -> tuple[Seat, ...]:
     """Seats by rank, on as few nodes as possible; nodes in order of their addresses, so that a restart on the same
     nodes gives the same ranks the same place.

@@ -49,7 +49,8 @@ class RankFailed(Exception):
 def run_rank(job: Job) -> str | None:
     """Train; returns None at the end of the run, or the message of a stop on request. Raises RankFailed."""
     try:
-        os.chdir(job.folder)
+        if os.path.isdir(job.folder):  # or the checks have found all paths to be absolute
+            os.chdir(job.folder)
         speak_into(rank_log(Path(job.recipe.run_dir), int(os.environ["RANK"])))
         from megatron_deepstack.training.main import train
 

@@ -178,6 +178,12 @@ def rank_log(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank_{rank:05d}.log"
 
 
+def newest_step(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint folder, which resuming may yet find damaged."""
+    names = (path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*"))
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
 class Tail:
     """New whole lines of a file that grows, or that does not exist yet."""
 

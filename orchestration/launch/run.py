@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -20,12 +21,25 @@ from typing import Any, Final
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError, DeepStackError, PreemptedError, RankError
 from megatron_deepstack.planning.check import check_plan, check_world, model_ranks
+from megatron_deepstack.platform.device import gpu_memories
 from orchestration.cluster import import_ray, ray_session
+from orchestration.launch.checks import Finding
 from orchestration.launch.follow import Follower
-from orchestration.launch.placement import check_possible, demand_of
+from orchestration.launch.placement import Demand, Node, Seat, demand_of, place
 from orchestration.launch.policy import diagnose
+from orchestration.launch.preflight import check_cluster, check_here, require_sound
 from orchestration.launch.rank import Job
-from orchestration.launch.record import STOP_FILE, Events, LaunchRecord, State, only_driver, write_record, write_whole
+from orchestration.launch.record import (
+    STOP_FILE,
+    Events,
+    LaunchRecord,
+    State,
+    newest_step,
+    only_driver,
+    write_record,
+    write_whole,
+)
+from orchestration.launch.report import whole_plan
 
 HEALTH_SECONDS: Final = 600.0
 """Silence of a worker process after which Ray calls it dead, beyond the recipe's own limit for a hang."""
@@ -48,6 +62,7 @@ def launch(
     up, ClusterError for what the cluster lacks, and any expected failure that a rank raised.
     """
     run_dir = Path(recipe.run_dir).absolute()
+    address = address or os.environ.get("RAY_ADDRESS")
     check_plan(recipe)
     with only_driver(run_dir):
         (run_dir / STOP_FILE).unlink(missing_ok=True)
@@ -73,25 +88,78 @@ def launch(
 
 def _cluster(recipe: Recipe, num_ranks: int | None, address: str | None) -> Any:
     """The cluster to run on. A Ray of our own has a slot for each rank, however few CPUs this machine has."""
+    return ray_session(_own_cpus(recipe, num_ranks), address, {}, gpus=None)
+
+
+def _own_cpus(recipe: Recipe, num_ranks: int | None) -> int:
     wanted = (num_ranks or recipe.launch.ranks or model_ranks(recipe.parallel)) * recipe.launch.cpus_per_rank
-    return ray_session(max(wanted, len(os.sched_getaffinity(0))), address, {}, gpus=None)
+    return max(wanted, len(os.sched_getaffinity(0)))
 
 
-def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | None, stop_after: int | None) -> None:
-    import_ray(record.cluster or None)
+def dry_run(
+    recipe: Recipe, show: Callable[[Any], None], *, num_ranks: int | None = None, address: str | None = None
+) -> None:
+    """Show all that `launch` would do, the checks included, as something for rich to print; nothing is trained.
+
+    Without a cluster not even Ray is started. Raises ClusterError if a check failed.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    check_plan(recipe)
+    if address is None:
+        demand, seats = _seats_here(recipe, num_ranks)
+        findings = check_here(recipe, demand, seats, os.getcwd())
+        where = "one of its own, on this machine alone"
+        show(_described(recipe, demand, seats, findings, where))
+        require_sound(findings)
+        return
+    with _cluster(recipe, num_ranks, address):
+        demand, seats = _seats_there(recipe, num_ranks)
+        findings = check_cluster(import_ray(address), recipe, demand, seats, os.getcwd(), rank_environment(os.environ))
+    show(_described(recipe, demand, seats, findings, address))
+    require_sound(findings)
+
+
+def _described(recipe: Recipe, demand: Demand, seats: Sequence[Seat], findings: Sequence[Finding], where: str) -> Any:
+    step = newest_step(Path(recipe.run_dir))
+    start = "from the beginning" if step is None else f"after step {step}, the newest checkpoint, if it is whole"
+    return whole_plan(recipe, demand, seats, findings, rank_environment(os.environ), cluster=where, resumes_from=start)
+
+
+def _seats_here(recipe: Recipe, num_ranks: int | None) -> tuple[Demand, tuple[Seat, ...]]:
+    """Where ranks go on a cluster of this machine alone, which has a slot for each where there is no GPU."""
+    gpus = len(gpu_memories())
+    nodes = (Node("here", "127.0.0.1", socket.gethostname(), gpus, _own_cpus(recipe, num_ranks)),)
+    demand = demand_of(recipe, nodes, num_ranks)
+    check_world(recipe, demand.num_ranks)
+    return demand, place(demand, nodes)
+
+
+def _seats_there(recipe: Recipe, num_ranks: int | None) -> tuple[Demand, tuple[Seat, ...]]:
+    """Where ranks go on the running cluster, with nothing else on it."""
     from orchestration.launch.gang import nodes_now
 
     nodes = nodes_now(free=False)
     demand = demand_of(recipe, nodes, num_ranks)
     check_world(recipe, demand.num_ranks)
-    check_possible(demand, nodes)
+    return demand, place(demand, nodes)
+
+
+def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | None, stop_after: int | None) -> None:
+    ray = import_ray(record.cluster or None)
+    environment = rank_environment(os.environ)
+    demand, seats = _seats_there(recipe, num_ranks)
     record.num_ranks = demand.num_ranks
-    follower = Follower(run_dir, record)
+    if len({seat.node.id for seat in seats}) > 1 or record.cluster:
+        findings = check_cluster(ray, recipe, demand, seats, os.getcwd(), environment)
+    else:
+        findings = check_here(recipe, demand, seats, os.getcwd())
+    require_sound(findings)
     os.environ.update(ray_train_settings(recipe))
     from orchestration.launch.trainer import gang_trainer
 
-    job = Job(recipe, os.getcwd(), stop_after)
-    fit = _Fit(gang_trainer(job, run_dir, demand, rank_environment(os.environ), START_RETRY_SECONDS))
+    follower = Follower(run_dir, record)
+    follower.say(f"launch: {len(findings)} checks passed")
+    fit = _Fit(gang_trainer(Job(recipe, os.getcwd(), stop_after), run_dir, demand, environment, START_RETRY_SECONDS))
     with _stop_signals(run_dir, record) as second:
         fit.start()
         while fit.is_alive():
