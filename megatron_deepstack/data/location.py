@@ -36,9 +36,9 @@ class Location:
     text: str
 
     @classmethod
-    def parse(cls, text: str | os.PathLike[str]) -> Location:
+    def parse(cls, text: str | os.PathLike[str] | Location) -> Location:
         """The location that `text` names: a URL if it begins with `scheme://`, else (and for file://) a local path."""
-        return cls(os.fspath(text))
+        return text if isinstance(text, Location) else cls(os.fspath(text))
 
     def __str__(self) -> str:
         return self.text

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.codec import compress
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
 from megatron_deepstack.data.writer import atomic_file
 
@@ -68,9 +69,9 @@ class ShardWriter:
 
 
 @contextmanager
-def open_shard(root: Path, part: int, shape: PixelsShape) -> Iterator[ShardWriter]:
+def open_shard(root: Location | Path, part: int, shape: PixelsShape) -> Iterator[ShardWriter]:
     """Write the shard of `part`; it appears in the store when the block ends without an error."""
-    with atomic_file(root / shard_path(part)) as file:
+    with atomic_file(Location.parse(root).child(shard_path(part))) as file:
         writer = ShardWriter(file, shape)
         yield writer
         writer.finish()

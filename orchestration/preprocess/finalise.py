@@ -7,13 +7,13 @@ are the same; killed half-way, it starts over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records import Record
 from megatron_deepstack.data.schema import FORMAT, VERSION, ImageStatus
 from megatron_deepstack.data.writer import (
@@ -24,43 +24,44 @@ from megatron_deepstack.data.writer import (
     write_attributes,
     write_skeleton,
 )
-from orchestration.preprocess.ledger import text_path
-from orchestration.preprocess.parts import ImagePart, Part, Plan, TextPart, image_key
+from orchestration.preprocess.ahead import ahead
+from orchestration.preprocess.ledger import PARTS_FOLDER, Ledger, text_path
+from orchestration.preprocess.parts import ImagePart, Plan, TextPart, image_key
 
 QUARANTINE_FILE: Final = "quarantine.jsonl"
 
-ReadRecord = Callable[[Part], Mapping[str, Any]]
-"""The commit record of a part; all parts are done."""
 
-
-def begin_store(root: Path, plan: Plan) -> None:
+def begin_store(root: Location, plan: Plan) -> None:
     """Write what a store holds before its first part: metadata and attributes that say it is not complete."""
     write_skeleton(root, plan.pixels, _attributes(plan, counts={}, complete=False))
 
 
-def finish_store(root: Path, plan: Plan, read: ReadRecord) -> dict[str, int]:
-    """Write index arrays and quarantine list, mark the store complete; returns the counts."""
+def finish_store(ledger: Ledger, plan: Plan) -> dict[str, int]:
+    """Write index arrays and quarantine list, mark the store complete; returns the counts. All parts are done."""
+    root = ledger.root
     with open_index(root) as index:
-        images = _write_images(plan, read, index)
-        samples = _write_samples(root, plan, read, index, images.status)
+        images = _write_images(plan, ledger, index)
+        samples = _write_samples(plan, ledger, index, images.status)
     write_quarantine(root, [*images.listed, *samples.dropped])
     counts = {**images.counts(), **samples.counts()}
+    _check_counts(plan, counts)
     write_attributes(root, _attributes(plan, counts=counts, complete=True))
-    clear_leftovers(root, plan)
+    clear_leftovers(root)
     return counts
 
 
-def clear_leftovers(root: Path, plan: Plan) -> None:
+def clear_leftovers(root: Location) -> None:
     """Remove what a finished store no longer needs: tokens of parts, and files that a kill left half-written."""
-    for part in plan.text_parts:
-        text_path(root, part.name).unlink(missing_ok=True)
-    for path in root.rglob(".*.partial"):
-        path.unlink(missing_ok=True)
+    for _ in ahead(Location.delete, root.child(PARTS_FOLDER).list("*.bin")):
+        pass
+    if root.is_local:
+        for path in root.local_path().rglob(".*.partial"):
+            path.unlink(missing_ok=True)
 
 
-def write_quarantine(root: Path, lines: Iterable[dict[str, Any]]) -> None:
+def write_quarantine(root: Location, lines: Iterable[dict[str, Any]]) -> None:
     """Write the list of what was left out or is damaged."""
-    with atomic_file(root / QUARANTINE_FILE) as file:
+    with atomic_file(root.child(QUARANTINE_FILE)) as file:
         for line in lines:
             file.write(json_line(line))
 
@@ -122,13 +123,20 @@ class _Samples:
         }
 
 
-def _write_images(plan: Plan, read: ReadRecord, index: IndexWriters) -> _Images:
+def _check_counts(plan: Plan, counts: Mapping[str, int]) -> None:
+    """Nothing disappears: every record is a sample or named as dropped, every image is stored, flagged or named."""
+    assert counts["images"] == len(plan.images), (counts, len(plan.images))
+    assert counts["samples"] + counts["dropped"] == len(plan.records), (counts, len(plan.records))
+
+
+def _write_images(plan: Plan, ledger: Ledger, index: IndexWriters) -> _Images:
     status: list[int] = []
     listed: list[dict[str, Any]] = []
     num_views = 0
     paths = _Offsets(index, "images/path")
-    for part in plan.image_parts:
-        images = read(part)["images"]
+    for part, record in zip(plan.image_parts, ledger.read_done(plan.image_parts), strict=True):
+        images = record["images"]
+        assert [image["path"] for image in images] == list(part.paths), part.name
         num_views += _write_image_part(part, images, plan.pixels.slots_per_part, index)
         paths.append_texts([image["path"] for image in images])
         status += [image["status"] for image in images]
@@ -154,14 +162,16 @@ def _write_image_part(part: ImagePart, images: list[dict[str, Any]], slots: int,
     return sum(counts)
 
 
-def _write_samples(root: Path, plan: Plan, read: ReadRecord, index: IndexWriters, status: np.ndarray) -> _Samples:
+def _write_samples(plan: Plan, ledger: Ledger, index: IndexWriters, status: np.ndarray) -> _Samples:
     """Rows of all samples, one part of records at a time."""
     numbers = {path: number for number, path in enumerate(plan.images)}
     samples = _Samples(dropped=[])
     ids, images, tokens = (_Offsets(index, f"samples/{name}") for name in ("id", "images", "tokens"))
-    for part in plan.text_parts:
+    texts = ahead(lambda part: text_path(ledger.root, part.name).read_bytes(), plan.text_parts)
+    records = ledger.read_done(plan.text_parts)
+    for part, record, data in zip(plan.text_parts, records, texts, strict=True):
         kept = []
-        for text in _read_text(root, part, read(part)["lengths"]):
+        for text in _split_text(part, record["lengths"], data):
             used = [numbers[image_key(path)] for path in text.record.images]
             bad = [plan.images[number] for number in used if status[number] == ImageStatus.QUARANTINED]
             if bad:
@@ -189,8 +199,8 @@ class _Text:
     mask: np.ndarray
 
 
-def _read_text(root: Path, part: TextPart, lengths: list[int]) -> Iterator[_Text]:
-    data = text_path(root, part.name).read_bytes()
+def _split_text(part: TextPart, lengths: list[int], data: bytes) -> Iterator[_Text]:
+    """The records of a part with their tokens; zip's strictness asserts that none is missing."""
     total = sum(lengths)
     tokens = np.frombuffer(data, dtype="<i4", count=total)
     masks = np.frombuffer(data, dtype=np.uint8, offset=tokens.nbytes)

@@ -1,78 +1,50 @@
-"""The ledger of a job: the plan it belongs to, which parts are done, and who is working on it.
+"""The ledger of a job: the plan it belongs to, and which parts are done.
 
     plan.json            the plan's hash and description, written first
-    parts/NAME.json      a part's commit record, created once, after its data is on disk
+    parts/NAME.json      a part's commit record, created once, after its data is there
     parts/NAME.bin       tokens of a part of records, until the store is finished
-    .lock                held by the one driver at work; the system releases it when the driver dies
+    .lock                the lease of the one driver at work
 
 A record is trusted if its plan hash matches and its data has the recorded size; everything else is done again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import shard_path
-from megatron_deepstack.data.writer import atomic_file, json_bytes, write_error, write_json
+from megatron_deepstack.data.writer import json_bytes, write_error, write_json
 from megatron_deepstack.errors import StoreError
+from orchestration.preprocess.ahead import ahead
+from orchestration.preprocess.lease import LEASE_FILE
 from orchestration.preprocess.parts import ImagePart, Part, Plan
 
 PLAN_FILE: Final = "plan.json"
 PARTS_FOLDER: Final = "parts"
-LOCK_FILE: Final = ".lock"
 
-
-@contextmanager
-def lock_store(root: Path) -> Iterator[None]:
-    """Hold the store's lock; raises StoreError if another driver holds it."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(root / LOCK_FILE, "a+")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise write_error(root, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise StoreError(
-                f"{root}: another preprocessing job is writing this store ({file.read().strip() or 'holder unknown'}). "
-                "Wait for it, or stop it and run this command again."
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+Record = dict[str, Any]
+"""A part's commit record."""
 
 
 class Ledger:
     """Commit records of one plan in one store."""
 
-    def __init__(self, root: Path, plan_hash: str) -> None:
+    def __init__(self, root: Location, plan_hash: str) -> None:
         self.root = root
         self.plan_hash = plan_hash
 
-    def commit(self, name: str, record: dict[str, Any]) -> None:
+    def commit(self, name: str, record: Record) -> None:
         """Create the record of a part. A twin that was faster has written the same bytes.
 
         Raises StoreError if the record exists with other content: an input changed while the job ran.
         """
         path = self._path(name)
         content = json_bytes({"plan_hash": self.plan_hash, **record})
-        proposal = path.with_name(f".{name}.{os.uname().nodename}.{os.getpid()}.partial")
-        with atomic_file(proposal) as file:
-            file.write(content)
         try:
-            os.link(proposal, path)
+            path.create(content)
         except FileExistsError:
             if path.read_bytes() != content:
                 raise StoreError(
@@ -81,43 +53,59 @@ class Ledger:
                 ) from None
         except OSError as error:
             raise write_error(path, error) from error
-        finally:
-            proposal.unlink(missing_ok=True)
 
-    def read(self, part: Part) -> dict[str, Any] | None:
+    def read_all(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Record | None]]:
+        """Each part with its record, in order; None, with a stale record removed, if it is to be done (again)."""
+        there = {path.name for path in self.root.child(PARTS_FOLDER).list("*.json")}
+        candidates = iter(ahead(self.read, (part for part in parts if f"{part.name}.json" in there)))
+        for part in parts:
+            yield part, next(candidates) if f"{part.name}.json" in there else None
+
+    def read_done(self, parts: Sequence[Part]) -> Iterator[Record]:
+        """The records of parts that are all done, in order."""
+        for part, record in zip(parts, ahead(self.read, parts), strict=True):
+            assert record is not None, f"{part.name} was done, but its record or data is gone"
+            yield record
+
+    def read(self, part: Part) -> Record | None:
         """The record of a part that is done; None, with a stale record removed, if it is to be done (again)."""
         path = self._path(part.name)
         try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
+            record: Record = json.loads(path.read_bytes())
             if record["plan_hash"] == self.plan_hash and self._data_size(part) == _recorded_size(record):
                 return record
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
             pass  # torn by a crash of the machine: as good as absent
-        path.unlink()
+        path.delete()
         return None
 
     def _data_size(self, part: Part) -> int | None:
-        path = self.root / shard_path(part.number) if isinstance(part, ImagePart) else text_path(self.root, part.name)
-        return path.stat().st_size if path.is_file() else None
+        image_part = isinstance(part, ImagePart)
+        path = self.root.child(shard_path(part.number)) if image_part else text_path(self.root, part.name)
+        try:
+            return path.size()
+        except FileNotFoundError:
+            return None
 
-    def _path(self, name: str) -> Path:
-        return self.root / PARTS_FOLDER / f"{name}.json"
+    def _path(self, name: str) -> Location:
+        return self.root.child(f"{PARTS_FOLDER}/{name}.json")
 
 
-def claim_folder(root: Path, plan: Plan) -> None:
+def claim_folder(root: Location, plan: Plan) -> None:
     """Write the plan into a new store, or check that the store there is this plan's.
 
     Raises StoreError, naming what differs, for another plan's store, and for a folder that holds anything else.
     """
-    path = root / PLAN_FILE
+    path = root.child(PLAN_FILE)
     if path.is_file():
         found = _read_plan(path)
         if found.get("plan_hash") != plan.hash:
             raise StoreError(_differences(root, found.get("description", {}), plan.description))
         return
-    others = sorted(entry.name for entry in root.iterdir() if entry.name != LOCK_FILE and ".partial" not in entry.name)
+    names = sorted({entry.name for entry in (*root.list(), *root.list(".*"))})
+    others = [name for name in names if name != LEASE_FILE and not name.endswith(".partial")]
     if others:
         raise StoreError(
             f"{root}: the folder is not empty (it holds {', '.join(others[:5])}) and is no store of ours. "
@@ -126,16 +114,16 @@ def claim_folder(root: Path, plan: Plan) -> None:
     write_json(path, {"plan_hash": plan.hash, "description": plan.description})
 
 
-def text_path(root: Path, name: str) -> Path:
+def text_path(root: Location, name: str) -> Location:
     """Where the tokens of a part of records wait for the end of the job."""
-    return root / PARTS_FOLDER / f"{name}.bin"
+    return root.child(f"{PARTS_FOLDER}/{name}.bin")
 
 
-def _recorded_size(record: dict[str, Any]) -> int:
+def _recorded_size(record: Record) -> int:
     return int(record["shard_bytes"] if "shard_bytes" in record else record["text_bytes"])
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
+def _read_plan(path: Location) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_bytes())
         return document
@@ -143,7 +131,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: not JSON: {error}. Preprocess into a new folder.") from error
 
 
-def _differences(root: Path, found: dict[str, Any], asked: dict[str, Any]) -> str:
+def _differences(root: Location, found: dict[str, Any], asked: dict[str, Any]) -> str:
     lines = [
         f"{name}: {there} there, {here} asked for" for name, there, here in _flat_pairs(found, asked) if there != here
     ]

@@ -8,19 +8,22 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from megatron_deepstack.data.conversation import encode_conversation
 from megatron_deepstack.data.images import QuarantineError, read_image_file
-from megatron_deepstack.data.processor import Processor
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.processor import ProcessedImage, Processor
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.shard_writer import ShardWriter, open_shard
 from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.data.writer import atomic_file
+from orchestration.preprocess.alone import process_alone
 from orchestration.preprocess.ledger import Ledger, text_path
 from orchestration.preprocess.parts import ImagePart, Part
 
@@ -29,7 +32,7 @@ from orchestration.preprocess.parts import ImagePart, Part
 class Job:
     """What every part of a job needs; handed to each worker once."""
 
-    root: Path
+    root: Location
     """The store."""
     image_folder: Path
     plan_hash: str
@@ -53,15 +56,31 @@ class PartDone:
     seconds: float = 0.0
 
 
+Decoder = Callable[[Processor, bytes], ProcessedImage]
+"""From an image file's bytes to its views."""
+
+_SECONDS_ALONE: Final = 120.0
+"""Longest time for an image that is decoded in a process of its own."""
+
+
 def do_part(job: Job, part: Part) -> PartDone:
     """Write a part's data, then its commit record.
 
     Raises StoreError when the store cannot be written, DataError when the machine fails to read an input. A broken
     image is no error: it is named in the record.
     """
+    return _do_part(job, part, Processor.process)
+
+
+def do_part_isolated(job: Job, part: Part) -> PartDone:
+    """The same, with each image decoded in a process of its own: one that kills its decoder is quarantined."""
+    return _do_part(job, part, lambda processor, data: process_alone(processor, data, _SECONDS_ALONE))
+
+
+def _do_part(job: Job, part: Part, decode: Decoder) -> PartDone:
     started = time.monotonic()
     if isinstance(part, ImagePart):
-        record, written = _do_images(job, part)
+        record, written = _do_images(job, part, decode)
     else:
         record, written = _do_text(job, part.name, part.records)
     Ledger(job.root, job.plan_hash).commit(part.name, record)
@@ -83,18 +102,18 @@ def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds
     )
 
 
-def _do_images(job: Job, part: ImagePart) -> tuple[dict[str, Any], int]:
+def _do_images(job: Job, part: ImagePart, decode: Decoder) -> tuple[dict[str, Any], int]:
     with open_shard(job.root, part.number, job.pixels) as shard:
-        images = [_do_image(job, path, shard) for path in part.paths]
+        images = [_do_image(job, path, shard, decode) for path in part.paths]
         size = shard.num_bytes
     return {"shard_bytes": size, "images": images}, size
 
 
-def _do_image(job: Job, path: str, shard: ShardWriter) -> dict[str, Any]:
+def _do_image(job: Job, path: str, shard: ShardWriter, decode: Decoder) -> dict[str, Any]:
     """Append an image's views to the shard; its entry in the commit record."""
     try:
         data = read_image_file(os.path.join(job.image_folder, path), job.processor.max_image_pixels)
-        image = job.processor.process(data)
+        image = decode(job.processor, data)
     except QuarantineError as error:
         return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(error)}
     return {

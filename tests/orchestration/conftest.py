@@ -20,7 +20,9 @@ from megatron_deepstack.testing.tiny_data import (
     write_tokenizer,
 )
 from orchestration.cluster import ray_session
-from orchestration.preprocess.run import WORKER_ENVIRONMENT, Summary, preprocess
+from orchestration.preprocess.run import preprocess
+from orchestration.preprocess.summary import Summary
+from orchestration.preprocess.tasks import WORKER_ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Corpus:
     tokenizer: Path
 
     def preprocess(
-        self, output: Path, *, workers: int = 0, recipe: Recipe | None = None, records: Path | None = None
+        self, output: Path | str, *, workers: int = 0, recipe: Recipe | None = None, records: Path | None = None
     ) -> Summary:
         return preprocess(
             recipe or tiny_recipe(),
@@ -69,8 +71,8 @@ def serial(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """Ray with two workers."""
+def local_ray(s3_server: str) -> Iterator[None]:
+    """Ray with two workers, which know the S3 server from their environment."""
     with ray_session(2, None, WORKER_ENVIRONMENT):
         yield
 

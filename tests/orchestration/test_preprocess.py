@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from PIL import Image
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig
 from megatron_deepstack.data.conversation import encode_conversation
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import ImageStatus, shard_path
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.tokenizer_files import load_tokenizer
@@ -29,7 +29,8 @@ from megatron_deepstack.data.turns import Role, Turn
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 from megatron_deepstack.planning.views import best_grid
 from megatron_deepstack.testing.tiny_data import record, tiny_recipe, write_records
-from orchestration.preprocess import run, work
+from orchestration.preprocess import run, tasks, work
+from orchestration.preprocess.lease import hold_lease
 
 Same = Callable[[Path, Path], None]
 
@@ -115,7 +116,8 @@ import json, os, signal, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[4])
 from megatron_deepstack.testing.tiny_data import tiny_recipe
-from orchestration.preprocess import finalise, ledger, progress, run, work
+from megatron_deepstack.data import location
+from orchestration.preprocess import finalise, ledger, progress, run, summary, tasks, work
 
 def die_at_call(owner, name, number):
     original, calls = getattr(owner, name), []
@@ -149,11 +151,11 @@ def run_and_die(corpus: Any, output: Path, owner: str, call: str, workers: int) 
         ("ledger", "write_json:1", 0),
         ("run", "begin_store:1", 0),
         ("work.Ledger", "commit:3", 2),
-        ("ledger.os", "link:2", 1),
+        ("location.os", "link:3", 1),
         ("work.ShardWriter", "finish:4", 3),
         ("finalise", "write_attributes:1", 5),
         ("finalise", "clear_leftovers:1", 5),
-        ("run", "write_json:1", 5),
+        ("summary", "write_json:1", 5),
     ],
 )
 def test_killed_anywhere_the_same_command_goes_on(
@@ -191,7 +193,7 @@ def test_a_killed_worker_is_replaced(
         done: work.PartDone = original(job, part)
         return done
 
-    monkeypatch.setattr(run, "do_part", by_value(die_once))
+    monkeypatch.setattr(tasks, "do_part", by_value(die_once))
     corpus.preprocess(tmp_path / "store", workers=2)
     assert fired.exists(), "the fault did not fire"
     same_store(serial, tmp_path / "store")
@@ -205,7 +207,8 @@ def test_a_part_that_always_kills_its_worker_is_named(
             os.kill(os.getpid(), signal.SIGKILL)
         return work.PartDone(part.name)
 
-    monkeypatch.setattr(run, "do_part", by_value(die))
+    monkeypatch.setattr(tasks, "do_part", by_value(die))
+    monkeypatch.setattr(tasks, "do_part_isolated", by_value(die))
     with pytest.raises(DataError, match=r"part images-000002 \(photo008.jpg, .*its worker died 4 times"):
         corpus.preprocess(tmp_path / "store", workers=2)
 
@@ -256,17 +259,17 @@ def test_a_folder_of_something_else_is_refused(corpus: Any, tmp_path: Path) -> N
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(StoreError, match=r"not empty \(it holds thesis.tex\) and is no store of ours"):
         corpus.preprocess(tmp_path)
-    with pytest.raises(StoreError, match="could not be written: File exists"):
+    with pytest.raises(StoreError, match="could not be written: Not a directory"):
         corpus.preprocess(tmp_path / "thesis.tex")
 
 
 def test_the_second_job_on_a_folder_is_refused(corpus: Any, tmp_path: Path) -> None:
-    with open(tmp_path / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("process 7 on there")
-        file.flush()
-        with pytest.raises(StoreError, match=r"another preprocessing job is writing this store \(process 7 on there\)"):
-            corpus.preprocess(tmp_path)
+    holder = f"process {os.getpid()} on {os.uname().nodename}"
+    with (
+        hold_lease(Location.parse(tmp_path)),
+        pytest.raises(StoreError, match=rf"another preprocessing job is writing this store \({holder}\)"),
+    ):
+        corpus.preprocess(tmp_path)
     assert corpus.preprocess(tmp_path).samples == 12
 
 
@@ -343,7 +346,7 @@ def test_a_full_disk_is_named_and_the_job_goes_on_afterwards(
         if list(output.glob("images/pixels/c/2/0/0/.*.partial")):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_deepstack.data.writer.os.fsync", full)
+    monkeypatch.setattr("megatron_deepstack.data.location.os.fsync", full)
     with pytest.raises(StoreError, match=r"c/2/0/0/0: could not be written: No space left on device. Nothing half-"):
         corpus.preprocess(output)
     monkeypatch.undo()

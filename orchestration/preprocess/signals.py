@@ -1,0 +1,38 @@
+"""SIGTERM and SIGINT as an error that unwinds the driver, so that Ray is shut down and the lease given back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn
+
+from megatron_deepstack.errors import PreemptedError
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """In this block the first SIGTERM or SIGINT raises PreemptedError; later ones do not disturb the clearing up.
+
+    Threads other than the main one cannot handle signals: there nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is _stop:
+                signal.signal(number, handler)
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    name = signal.Signals(number).name
+    raise PreemptedError(f"preprocess: stopped by {name}. What is done is kept; the same command goes on from there.")

@@ -1,0 +1,88 @@
+"""What a job did, as a value and as `report.json` in the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.schema import METADATA_FILE
+from megatron_deepstack.data.writer import write_json
+from orchestration.preprocess.progress import JobProgress
+
+REPORT_FILE: Final = "report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a job did; also `report.json` in the store."""
+
+    store: str
+    images: int
+    flagged: int
+    quarantined: int
+    views: int
+    samples: int
+    dropped: int
+    tokens: int
+    target_tokens: int
+    parts: int
+    images_done_before: int
+    """Images that an earlier, interrupted job had finished."""
+    parts_done_before: int
+    parts_done_again: int
+    """Times a part was done again after its worker or node had died."""
+    workers: int
+    """Worker processes; 0 if the job's own process did the work."""
+    nodes: dict[str, int]
+    """Parts done now, by the host name or address of the node that did them."""
+    seconds: float
+    images_per_second: float
+    """Of the images done now."""
+    written_bytes: int
+
+
+def write_report(root: Location, counts: Mapping[str, int], progress: JobProgress) -> Summary:
+    """Write the report of the job that has just ended."""
+    seconds = progress.seconds
+    summary = Summary(
+        store=str(root),
+        **counts,
+        parts=progress.parts,
+        images_done_before=progress.images - progress.images_now,
+        parts_done_before=progress.parts - progress.nodes.total(),
+        parts_done_again=progress.parts_done_again,
+        workers=progress.workers,
+        nodes=dict(sorted(progress.nodes.items())),
+        seconds=round(seconds, 2),
+        images_per_second=round(progress.images_now / max(seconds, 1e-9), 2),
+        written_bytes=progress.bytes_now,
+    )
+    write_json(root.child(REPORT_FILE), asdict(summary))
+    return summary
+
+
+def is_complete(root: Location) -> bool:
+    """The store in `root` is finished."""
+    try:
+        return bool(_attributes(root)["complete"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def read_report(root: Location, num_parts: int) -> Summary:
+    """The report of a finished store; made again from its attributes if the job was killed before writing it."""
+    try:
+        return Summary(**json.loads(root.child(REPORT_FILE).read_bytes()))
+    except FileNotFoundError:
+        progress = JobProgress(0, 0)
+        progress.images = _attributes(root)["counts"]["images"]
+        progress.parts = num_parts
+        return write_report(root, _attributes(root)["counts"], progress)
+
+
+def _attributes(root: Location) -> dict[str, Any]:
+    attributes: dict[str, Any] = json.loads(root.child(METADATA_FILE).read_bytes())["attributes"]
+    return attributes
