@@ -14,6 +14,8 @@ class DeepStackError(Exception):
     """Base of all expected failures."""
 
     exit_code = 1
+    retryable = False
+    """Whether the same command may well succeed if it is started again: something died or hung, nobody was wrong."""
 
 
 class ConfigError(DeepStackError):
@@ -66,6 +68,7 @@ class RankError(DeepStackError):
     """A worker process died, hung or raised; the message carries what it said."""
 
     exit_code = 7
+    retryable = True
 
 
 class HealthError(DeepStackError):
@@ -78,6 +81,7 @@ class HangError(DeepStackError):
     """A step did not end in time; the message names the silent ranks and where every rank's stack is."""
 
     exit_code = 9
+    retryable = True
 
 
 class PreemptedError(DeepStackError):

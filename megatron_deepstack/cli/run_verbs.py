@@ -19,8 +19,14 @@ def train(
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes; by default one replica of the model.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step, to resume.")] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Start again from the newest checkpoint after a rank died or hung, so often.")
+    ] = 0,
 ) -> None:
-    """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun."""
+    """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun.
+
+    After SIGTERM or Ctrl-C it saves and leaves with exit code 75; the same command goes on from there.
+    """
     from megatron_deepstack.config.check import require
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
 
@@ -40,7 +46,7 @@ def train(
     say(f"train: starting {num_ranks} {'process' if num_ranks == 1 else 'processes'}, run folder {loaded.run_dir}")
     from megatron_deepstack.training.launch import launch
 
-    launch(loaded, num_ranks=num_ranks, stop_after=stop_after)
+    launch(loaded, num_ranks=num_ranks, say=say, stop_after=stop_after, restarts=restarts)
 
 
 @app.command()

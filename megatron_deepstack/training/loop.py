@@ -35,6 +35,7 @@ from megatron_deepstack.step.work import WorkTimers
 from megatron_deepstack.training.groups import group_table
 from megatron_deepstack.training.health import Health, earlier_records, some
 from megatron_deepstack.training.metrics import MetricsLog, StepRecord
+from megatron_deepstack.training.observe import Observer
 from megatron_deepstack.training.optimizer import StepNorm
 from megatron_deepstack.training.preemption import StopRequest, never
 from megatron_deepstack.training.session import Resumption, Session, resume, start_session
@@ -111,7 +112,7 @@ class _Loop:
         self.clock = StepClock()
         session.engine.model.config.timers = WorkTimers(self.clock.work)
         self.validation = Validation.of(session)
-        self.throughput = Throughput(recipe, session.groups)
+        self.throughput, self.observer = Throughput(recipe, session.groups), Observer(recipe, session.groups)
         self.stragglers = Stragglers(recipe.health, of_every_rank(socket.gethostname()))
         self.health = _health_after(recipe, first)
 
@@ -135,13 +136,14 @@ class _Loop:
         """Train and record one step; whether a rank was asked to stop."""
         done = loaded.step + 1
         self.watchdog.progress(f"step {done}", PATIENT if loaded.step == self.first else 1.0)
-        self.clock.add("data", time.perf_counter() - begin)
-        loaded, unreadable = self._readable(loaded)
-        loss = forward_backward(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels), self.clock)
-        agreement = _Agreement(loss.mean, self.request.asked)
-        with self.clock.part("optimizer"):
-            norm = self.session.optimizer.step(loaded.step, agreement)
-        seconds = time.perf_counter() - begin
+        with self.observer.step(done, self.clock):
+            self.clock.add("data", time.perf_counter() - begin)
+            loaded, unreadable = self._readable(loaded)
+            loss = forward_backward(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels), self.clock)
+            agreement = _Agreement(loss.mean, self.request.asked)
+            with self.clock.part("optimizer"):
+                norm = self.session.optimizer.step(loaded.step, agreement)
+            seconds = time.perf_counter() - begin
         held_out = None
         if self.validation is not None and self.validation.due(done) and not agreement.stop:
             held_out = self.validation.loss(self.watchdog.progress)

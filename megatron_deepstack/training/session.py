@@ -12,7 +12,7 @@ from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.saver import Saver
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.data.steps import Share, StepReader, open_reader
+from megatron_deepstack.data.steps import Share, StepReader, open_training_reader
 from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.parallel.groups import Groups
@@ -40,7 +40,7 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
 
     Raises before anything is built where store and recipe do not fit.
     """
-    reader = open_reader(recipe, recipe.data.store, share_of(groups))
+    reader = open_training_reader(recipe, share_of(groups))
     model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups, recipe.lora)
     source = random_source(recipe.model, recipe.train.seed, recipe.train.init_std)
     if recipe.train.init_from is not None:
@@ -48,9 +48,8 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
     fill_model(model, source, groups.decoder.tp)
     freeze(model, recipe.train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
-    attributes = reader.store.attributes
     optimizer = Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
-    facts = identity(recipe, plan_hash=attributes.plan_hash, tokenizer_sha256=attributes.tokenizer["sha256"])
+    facts = identity(recipe, plan_hash=reader.store.plan_hash, tokenizer_sha256=reader.store.tokenizer_sha256)
     return Session(
         recipe=recipe,
         groups=groups,

@@ -24,6 +24,7 @@ PATIENT = 3.0
 _LONGEST_BEAT_SECONDS = 10.0
 _BEATS_TO_TELL = 3
 """The rank that tells must be the first to end: launchers end the others with it."""
+_CALL = "hang.txt"
 _BEATS_TO_WATCH = 7
 """Beats within which a live rank is heard of; at the longest beat more than the minute that NFS may keep old files."""
 
@@ -38,7 +39,7 @@ class Watchdog:
         self.beats = Heartbeats(run_dir, rank, num_ranks)
         self.stacks = run_dir / "stacks"
         self.stacks.mkdir(parents=True, exist_ok=True)
-        self._called = self.stacks / "hang.txt"
+        self._called = self.stacks / _CALL
         self._earlier_call = self._last_call()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -53,6 +54,7 @@ class Watchdog:
     ) -> None:
         self._closed.set()
         self._thread.join()
+        self.beats.write("nothing: it has ended" if error is None else f"nothing: {type(error).__name__} ended it")
 
     def progress(self, doing: str, patience: float = 1.0) -> None:
         """The rank has come to something new, which may take `patience` times as long as a step."""
@@ -109,6 +111,12 @@ class Watchdog:
             return 0
 
 
+def last_hang(run_dir: Path) -> str:
+    """What was told of the last hang of a run; empty if nothing was."""
+    file = run_dir / "stacks" / _CALL
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
 def hang_message(
     beats: dict[int, Beat], silent: tuple[int, ...], num_ranks: int, waited: float, limit: float, stacks: Path
 ) -> str:
@@ -125,5 +133,5 @@ def hang_message(
     )
     return (
         f"the run hangs: no progress for {waited:.0f} s (health.hang_seconds {limit:g}); {blame}. Stacks of all that "
-        f"could still speak: {stacks}. Run the same command again to go on from the newest checkpoint."
+        f"could still speak: {stacks}"
     )
