@@ -10,6 +10,7 @@ from megatron_deepstack.data.steps import Share, open_reader, open_training_read
 from megatron_deepstack.errors import DeepStackError, HangError
 from megatron_deepstack.platform.local_ranks import launch_ranks
 from megatron_deepstack.training.main import train
+from megatron_deepstack.training.wandb_run import require_wandb
 from megatron_deepstack.training.watchdog import last_hang
 
 
@@ -51,6 +52,7 @@ def is_worth_a_retry(error: DeepStackError, previous: DeepStackError | None) -> 
 
 
 def _check_data(recipe: Recipe) -> None:
+    require_wandb(recipe)
     alone = Share(dp=0, num_replicas=1, replica_rank=0)
     open_training_reader(recipe, alone)
     if recipe.train.validation_interval and recipe.data.validation_store is not None:

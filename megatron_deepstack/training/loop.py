@@ -34,10 +34,11 @@ from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
 from megatron_deepstack.training.groups import group_table
 from megatron_deepstack.training.health import Health, earlier_records, some
-from megatron_deepstack.training.metrics import MetricsLog, StepRecord
+from megatron_deepstack.training.metrics import MetricsLog
 from megatron_deepstack.training.observe import Observer
 from megatron_deepstack.training.optimizer import StepNorm
 from megatron_deepstack.training.preemption import StopRequest, never
+from megatron_deepstack.training.record import StepRecord
 from megatron_deepstack.training.session import Resumption, Session, resume, start_session
 from megatron_deepstack.training.stragglers import Stragglers
 from megatron_deepstack.training.throughput import Throughput
@@ -59,13 +60,7 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Ca
             _write_run_files(run_dir, recipe)
         with (
             closing(session.saver),
-            MetricsLog(
-                run_dir,
-                first_step=resumption.step,
-                num_steps=recipe.train.steps,
-                interval=recipe.train.log_interval,
-                writes=rank == 0,
-            ) as log,
+            MetricsLog(recipe, first_step=resumption.step, writes=rank == 0) as log,
         ):
             _greet(log, session, resumption)
             stop = min(recipe.train.steps, stop_after or recipe.train.steps)
