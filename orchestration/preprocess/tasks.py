@@ -1,8 +1,8 @@
 """Parts as Ray tasks, a window of them in flight. The only file of the job that hands work to Ray.
 
 Ray does no retries of its own: what is done again, and how often, is decided and counted here. A part whose worker
-died is done again; if its workers keep dying, each of its images is decoded in a process of its own, so that the one
-that kills its decoder is quarantined and the job goes on. A part that was lost with its node is simply done elsewhere.
+died, or that was lost with its node, is done elsewhere, up to a number of times. (Images do not kill workers: they are
+decoded in processes of their own.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestration.preprocess.nodes import check_nodes
 from orchestration.preprocess.parts import ImagePart, Part
 from orchestration.preprocess.progress import JobProgress
 from orchestration.preprocess.signals import stop_on_signals
-from orchestration.preprocess.work import Job, PartDone, do_part, do_part_isolated
+from orchestration.preprocess.work import Job, PartDone, do_part
 
 WORKER_ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
@@ -31,8 +31,8 @@ WORKER_ENVIRONMENT: Final = {
 }
 _PARTS_PER_WORKER: Final = 100
 """Parts after which a worker process is replaced, so that leaks of decoders stay bounded."""
-_MOST_CRASHES: Final = 2
-"""Workers that may die over a part before its images are taken one by one."""
+_MOST_CRASHES: Final = 3
+"""Workers that may die over a part before the job stops."""
 _MOST_LOSSES: Final = 10
 """Nodes that may be lost under a part."""
 _TICK_SECONDS: Final = 1.0
@@ -60,11 +60,6 @@ class Assignment:
     """Workers that died over it."""
     losses: int = 0
     """Nodes that were lost under it."""
-
-    @property
-    def isolated(self) -> bool:
-        """Its images are decoded in processes of their own from now on."""
-        return self.crashes > _MOST_CRASHES
 
 
 def do_here(job: Job, parts: Sequence[Part], tick: Callable[[], None]) -> Generator[Finished, None, None]:
@@ -133,8 +128,7 @@ class _Window:
                 self._ray.cancel(reference)
 
     def _start(self, assignment: Assignment) -> None:
-        work = do_part_isolated if assignment.isolated else do_part
-        self._running[self._task.remote(work, self._job, assignment.part)] = assignment
+        self._running[self._task.remote(do_part, self._job, assignment.part)] = assignment
 
     def num_workers(self) -> int:
         """CPUs of the cluster, which may grow and shrink, unless the user gave a number."""
@@ -160,7 +154,7 @@ class _Window:
             again, what = after_crash(assignment, error), "its worker died"
         except errors.RayError as error:
             raise ClusterError(f"part {assignment.part.name}: Ray could not run it: {error}") from error
-        self._progress.again(f"{assignment.part.name}: {what}; it is done again{_how(again)}")
+        self._progress.again(f"{assignment.part.name}: {what}; it is done again")
         return again
 
 
@@ -175,20 +169,15 @@ def after_loss(assignment: Assignment, error: Exception) -> Assignment:
 
 
 def after_crash(assignment: Assignment, error: Exception) -> Assignment:
-    """The assignment once more, isolated in the end; raises DataError if even that kills its worker."""
-    if assignment.isolated:
+    """The assignment once more; raises DataError if its workers died again and again."""
+    if assignment.crashes >= _MOST_CRASHES:
         part = assignment.part
         paths = ", ".join(part.paths[:_SHOWN]) + ", ..." if isinstance(part, ImagePart) else "records"
         raise DataError(
-            f"part {part.name} ({paths}): its worker died {assignment.crashes + 1} times, also with each image in a "
-            f"process of its own: {error}. Everything else that was done is kept. Look at the memory of the machine; "
-            "then run the same command again."
+            f"part {part.name} ({paths}): its worker died {_MOST_CRASHES + 1} times: {error}. Everything else that was "
+            "done is kept. Look at the memory of the machine; then run the same command again."
         ) from error
     return replace(assignment, crashes=assignment.crashes + 1)
-
-
-def _how(assignment: Assignment) -> str:
-    return ", each image in a process of its own" if assignment.isolated else ""
 
 
 def _on_node(work: Callable[[Job, Part], PartDone], job: Job, part: Part) -> tuple[str, PartDone]:

@@ -5,25 +5,22 @@ Bytes depend only on plan and inputs, so that a part done twice, or by two worke
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from megatron_deepstack.data.conversation import encode_conversation
-from megatron_deepstack.data.images import QuarantineError, read_image_file
+from megatron_deepstack.data.decoder import shared_decoder
+from megatron_deepstack.data.image_source import ImageAt, QuarantineError
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.processor import ProcessedImage, Processor
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.shard_writer import ShardWriter, open_shard
 from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.data.writer import atomic_file
-from orchestration.preprocess.alone import process_alone
 from orchestration.preprocess.ledger import Ledger, text_path
 from orchestration.preprocess.parts import ImagePart, Part
 
@@ -34,12 +31,22 @@ class Job:
 
     root: Location
     """The store."""
-    image_folder: Path
+    image_folder: Location | None
+    """Where images are that lie in no tar shard; None if all do."""
     plan_hash: str
     processor: Processor
     pixels: PixelsShape
     template: str
     tokenizer: Tokenizer
+    max_image_seconds: float
+
+    def image_at(self, part: ImagePart, path: str) -> ImageAt:
+        """Where an image of the part is."""
+        member = part.members.get(path)
+        if member is not None:
+            return member
+        assert self.image_folder is not None, path
+        return self.image_folder.child(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +63,15 @@ class PartDone:
     seconds: float = 0.0
 
 
-Decoder = Callable[[Processor, bytes], ProcessedImage]
-"""From an image file's bytes to its views."""
-
-_SECONDS_ALONE: Final = 120.0
-"""Longest time for an image that is decoded in a process of its own."""
-
-
 def do_part(job: Job, part: Part) -> PartDone:
     """Write a part's data, then its commit record.
 
     Raises StoreError when the store cannot be written, DataError when the machine fails to read an input. A broken
     image is no error: it is named in the record.
     """
-    return _do_part(job, part, Processor.process)
-
-
-def do_part_isolated(job: Job, part: Part) -> PartDone:
-    """The same, with each image decoded in a process of its own: one that kills its decoder is quarantined."""
-    return _do_part(job, part, lambda processor, data: process_alone(processor, data, _SECONDS_ALONE))
-
-
-def _do_part(job: Job, part: Part, decode: Decoder) -> PartDone:
     started = time.monotonic()
     if isinstance(part, ImagePart):
-        record, written = _do_images(job, part, decode)
+        record, written = _do_images(job, part)
     else:
         record, written = _do_text(job, part.name, part.records)
     Ledger(job.root, job.plan_hash).commit(part.name, record)
@@ -102,27 +93,26 @@ def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds
     )
 
 
-def _do_images(job: Job, part: ImagePart, decode: Decoder) -> tuple[dict[str, Any], int]:
-    with open_shard(job.root, part.number, job.pixels) as shard:
-        images = [_do_image(job, path, shard, decode) for path in part.paths]
+def _do_images(job: Job, part: ImagePart) -> tuple[dict[str, Any], int]:
+    decoder = shared_decoder(job.processor, job.max_image_seconds)
+    decoded = decoder.decode([job.image_at(part, path) for path in part.paths])
+    with open_shard(job.root, part.number, job.pixels) as shard, closing(decoded):
+        images = [_put(path, image, shard) for path, image in zip(part.paths, decoded, strict=True)]
         size = shard.num_bytes
     return {"shard_bytes": size, "images": images}, size
 
 
-def _do_image(job: Job, path: str, shard: ShardWriter, decode: Decoder) -> dict[str, Any]:
+def _put(path: str, image: ProcessedImage | QuarantineError, shard: ShardWriter) -> dict[str, Any]:
     """Append an image's views to the shard; its entry in the commit record."""
-    try:
-        data = read_image_file(os.path.join(job.image_folder, path), job.processor.max_image_pixels)
-        image = decode(job.processor, data)
-    except QuarantineError as error:
-        return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(error)}
+    if isinstance(image, QuarantineError):
+        return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(image)}
     return {
         "path": path,
         "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,
         **({} if image.damage is None else {"reason": image.damage}),
         "grid": list(image.grid),
         "size": list(image.size),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": image.sha256,
         "crc32c": shard.append(image.views),
     }
 

@@ -208,7 +208,6 @@ def test_a_part_that_always_kills_its_worker_is_named(
         return work.PartDone(part.name)
 
     monkeypatch.setattr(tasks, "do_part", by_value(die))
-    monkeypatch.setattr(tasks, "do_part_isolated", by_value(die))
     with pytest.raises(DataError, match=r"part images-000002 \(photo008.jpg, .*its worker died 4 times"):
         corpus.preprocess(tmp_path / "store", workers=2)
 
