@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +20,7 @@ def launch(
     ] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Ranks in all; by default launch.ranks.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step, to resume.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show all that would happen; no training.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show what would happen, no more.")] = False,
 ) -> None:
     """Train on a Ray cluster, restarting after failures; resumes from the newest checkpoint in run_dir."""
     from megatron_deepstack.config.check import require
@@ -38,3 +39,32 @@ def launch(
 
     run(loaded, num_ranks=ranks, address=address, stop_after=stop_after)
     say("launch: finished")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+) -> None:
+    """Show what a run is doing: step, loss, time left, restarts and why, ranks and nodes, newest checkpoint.
+
+    Leaves with 0 while the run goes on or has finished, with the run's own exit code if it stopped or failed, and with
+    1 if its driver is gone without a word.
+    """
+    from orchestration.launch.control import status_of
+    from orchestration.launch.report import status_text
+
+    found = status_of(run)
+    say(status_text(found))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def stop(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `launch` has started.")],
+    now: Annotated[bool, typer.Option("--now", help="End at once; what was not saved is lost.")] = False,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end.")] = 600.0,
+) -> None:
+    """Have a launched run save and end, from any shell that sees its folder; `launch` goes on from there."""
+    from orchestration.launch.control import stop as end
+
+    say(end(run, now=now, wait_seconds=min(wait, 30.0) if now else wait))

@@ -20,6 +20,7 @@ from orchestration.launch.record import (
     rank_log,
     write_record,
 )
+from orchestration.launch.report import by_node
 
 
 class Follower:
@@ -60,7 +61,7 @@ class Follower:
                 record.waiting_for = ""
             case "running":
                 record.state = State.RUNNING if record.state is not State.STOPPING else record.state
-                self.say(f"launch: {len(record.ranks)} ranks on {_hosts(record.ranks)}")
+                self.say(f"launch: attempt {record.attempt}, rank {by_node(record.ranks)}")
             case "failure":
                 record.restarts.append(Restart(event["time"], event["reason"], tuple(event["ranks"])))
                 record.state = State.RESTARTING if record.state is not State.STOPPING else record.state
@@ -68,11 +69,3 @@ class Follower:
                     f"launch: {event['reason']}. Restart {len(record.restarts)} of at most {record.max_failures}, from "
                     "the newest whole checkpoint"
                 )
-
-
-def _hosts(ranks: list[RankPlace]) -> str:
-    """Nodes with their ranks, in rank order."""
-    by_node: dict[str, list[int]] = {}
-    for one in ranks:
-        by_node.setdefault(f"{one.host} ({one.address})", []).append(one.rank)
-    return ", ".join(f"{node}: {held[0]} to {held[-1]}" for node, held in by_node.items())

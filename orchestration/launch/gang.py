@@ -22,11 +22,11 @@ from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from megatron_deepstack.errors import ClusterError
+from megatron_deepstack.errors import ClusterError, PreemptedError
 from orchestration.launch.placement import Demand, Node, Seat, place
 from orchestration.launch.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
 from orchestration.launch.rank import RankFailed, enter, open_meeting_point
-from orchestration.launch.record import Events
+from orchestration.launch.record import STOP_FILE, Events
 
 _NODE_LABEL = "ray.io/node-id"
 _POLL_SECONDS = 0.5
@@ -91,7 +91,8 @@ class Gang(ControllerCallback, WorkerGroupCallback):
     """Follows the run in the controller."""
 
     def __init__(self, demand: Demand, run_dir: Path, start_seconds: float) -> None:
-        self._demand, self._events, self._start_seconds = demand, Events(run_dir), start_seconds
+        self._demand, self._run_dir, self._start_seconds = demand, run_dir, start_seconds
+        self._events = Events(run_dir)
         self._waiting_since: float | None = None
         self._attempt = 0
         self._workers: Sequence[Any] = ()
@@ -143,6 +144,8 @@ class Gang(ControllerCallback, WorkerGroupCallback):
             try:
                 return place(self._demand, nodes_now(free=True))
             except ClusterError as error:
+                if (self._run_dir / STOP_FILE).exists():
+                    raise PreemptedError("stopped on request while waiting for nodes; nothing was running") from error
                 waited = time.monotonic() - self._waiting_since
                 if waited > self._start_seconds:
                     raise ClusterError(

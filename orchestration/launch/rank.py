@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DeepStackError, PreemptedError
 from megatron_deepstack.platform.network import interface_of
-from orchestration.launch.record import rank_log
+from orchestration.launch.record import STOP_FILE, rank_log
 
 _kept: list[Any] = []
 """The store that ranks meet in lives as long as the process of rank 0."""
@@ -54,7 +54,7 @@ def run_rank(job: Job) -> str | None:
         speak_into(rank_log(Path(job.recipe.run_dir), int(os.environ["RANK"])))
         from megatron_deepstack.training.main import train
 
-        train(job.recipe, job.stop_after)
+        train(job.recipe, job.stop_after, _asked(Path(job.recipe.run_dir)))
     except PreemptedError as error:
         return str(error)
     except DeepStackError as error:
@@ -67,6 +67,12 @@ def run_rank(job: Job) -> str | None:
         text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         raise RankFailed(here(), type(error).__name__, text, None) from None
     return None
+
+
+def _asked(run_dir: Path) -> Callable[[], bool]:
+    """Whether `stop` was called; rank 0 looks for its file each step, and one rank's word is enough."""
+    request = (run_dir / STOP_FILE).absolute()
+    return request.exists if os.environ["RANK"] == "0" else lambda: False
 
 
 def here() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
 from orchestration.launch.checks import Finding
+from orchestration.launch.control import Status
 from orchestration.launch.placement import Demand, Seat
+from orchestration.launch.record import LaunchRecord, RankPlace, State
 
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _UNSEEN = ("PYTHONWARNINGS",)
@@ -69,6 +72,50 @@ def whole_plan(
         f"variables of each rank, besides RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...:\n{variables}",
     )
     return Group(*map(Text, lines), seats_table(seats), checks_table(findings))
+
+
+def status_text(status: Status) -> str:
+    """A run in a few lines."""
+    record, last = status.record, status.last
+    lines = [f"{status.run_dir}: {status.state}"]
+    if record is not None and record.outcome and record.state is not State.FINISHED:
+        lines.append(f"  because    {record.outcome}")
+    if last is not None:
+        left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
+        speed = f"{last['tokens_per_second']:,.0f} tokens/s"
+        lines.append(f"  step       {last['step']} of {status.num_steps}, loss {last['loss']:.4f}, {speed}{left}")
+    lines.append(f"  checkpoint {'none yet' if status.checkpoint is None else f'after step {status.checkpoint}'}")
+    if record is not None:
+        lines += _launch_lines(record, status.state)
+    return "\n".join(lines)
+
+
+def _launch_lines(record: LaunchRecord, state: str) -> list[str]:
+    lines = [f"  driver     pid {record.pid} on {record.host}, cluster {record.cluster or 'of its own'}"]
+    if record.ranks:
+        lines.append(f"  ranks      {by_node(record.ranks)}")
+    if record.waiting_for and state == State.RESTARTING:
+        lines.append(f"  waits      {record.waiting_for}")
+    lines.append(f"  restarts   {len(record.restarts)} of at most {record.max_failures}")
+    lines += [f"    {_clock(one.time)} {one.reason}" for one in record.restarts]
+    return lines
+
+
+def by_node(ranks: Sequence[RankPlace]) -> str:
+    """Nodes with their ranks, in rank order."""
+    nodes: dict[str, list[int]] = {}
+    for one in ranks:
+        nodes.setdefault(f"{one.host} ({one.address})", []).append(one.rank)
+    return ", ".join(f"{_span(held)} on {node}" for node, held in nodes.items())
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds) % 60} s"
+
+
+def _clock(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 def _rows(seats: Sequence[Seat]) -> list[list[Seat]]:

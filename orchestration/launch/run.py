@@ -7,14 +7,10 @@ same command goes on from the newest whole checkpoint.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,9 +33,9 @@ from orchestration.launch.record import (
     newest_step,
     only_driver,
     write_record,
-    write_whole,
 )
 from orchestration.launch.report import whole_plan
+from orchestration.launch.stopping import stop_signals, wants_it_now
 
 HEALTH_SECONDS: Final = 600.0
 """Silence of a worker process after which Ray calls it dead, beyond the recipe's own limit for a hang."""
@@ -79,6 +75,9 @@ def launch(
         except DeepStackError as error:
             record.state, record.outcome, record.exit_code = State.FAILED, str(error), error.exit_code
             raise
+        except (KeyboardInterrupt, SystemExit) as error:  # before there were ranks to hand it on to
+            record.state, record.outcome, record.exit_code = State.STOPPED, "interrupted", PreemptedError.exit_code
+            raise PreemptedError("interrupted before training began; run the same command again") from error
         except BaseException as error:
             record.state, record.outcome, record.exit_code = State.FAILED, f"{type(error).__name__}: {error}", 1
             raise
@@ -160,12 +159,12 @@ def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | N
     follower = Follower(run_dir, record)
     follower.say(f"launch: {len(findings)} checks passed")
     fit = _Fit(gang_trainer(Job(recipe, os.getcwd(), stop_after), run_dir, demand, environment, START_RETRY_SECONDS))
-    with _stop_signals(run_dir, record) as second:
+    with stop_signals(run_dir, record) as second:
         fit.start()
         while fit.is_alive():
             fit.join(_FOLLOW_SECONDS)
             follower.look()
-            if second.is_set() or _wants_it_now(run_dir):
+            if second.is_set() or wants_it_now(run_dir):
                 raise PreemptedError("ended at once on request; the same command goes on from the newest checkpoint")
     follower.look()
     if fit.error is not None:
@@ -211,41 +210,6 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if (name.startswith(_FORWARDED) and name not in _NOT_FORWARDED) or name == "PYTHONWARNINGS"
     }
     return _RANK_ENVIRONMENT | forwarded
-
-
-@contextmanager
-def _stop_signals(run_dir: Path, record: LaunchRecord) -> Iterator[threading.Event]:
-    """SIGTERM and Ctrl-C ask the ranks to save and end; the second one sets the event."""
-    second = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if record.state is State.STOPPING:
-            second.set()
-            return
-        record.state = State.STOPPING
-        request_stop(run_dir, f"the driver got {signal.Signals(number).name}")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield second
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield second
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def request_stop(run_dir: Path, reason: str, *, how: str = "save") -> None:
-    """Ask for an end of the run: `save` first, or `now`."""
-    write_whole(run_dir / STOP_FILE, json.dumps({"how": how, "reason": reason, "time": time.time()}) + "\n")
-
-
-def _wants_it_now(run_dir: Path) -> bool:
-    try:
-        return bool(json.loads((run_dir / STOP_FILE).read_text(encoding="utf-8"))["how"] == "now")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _told(error: Exception, record: LaunchRecord) -> DeepStackError:
