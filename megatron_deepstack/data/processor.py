@@ -5,12 +5,13 @@ It is made from the recipe, written into the store, and compared with the recipe
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.config.choices import GridRule, ImageResize
+from megatron_deepstack.config.choices import GridRule, ImageResize, Orientation
 from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.data.images import decode_image, make_views
 from megatron_deepstack.data.store import Store
@@ -29,6 +30,8 @@ class ProcessedImage:
     size: tuple[int, int]
     damage: str | None
     """What is wrong with the file although it could be decoded."""
+    sha256: str
+    """Of the file's bytes, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +44,7 @@ class Processor:
     grid: GridRule
     resize: ImageResize
     max_image_pixels: int
+    orientation: Orientation = Orientation.AS_STORED
 
     @classmethod
     def of(cls, recipe: Recipe) -> Processor:
@@ -53,6 +57,7 @@ class Processor:
             grid=model.stacks.grid,
             resize=data.resize,
             max_image_pixels=data.max_image_pixels,
+            orientation=data.orientation,
         )
 
     @property
@@ -64,16 +69,16 @@ class Processor:
         """What a store records of its processor; plain JSON values."""
         return {name: value if isinstance(value, int) else str(value) for name, value in asdict(self).items()}
 
-    def process(self, data: bytes) -> ProcessedImage:
-        """Views of an image file's bytes. Raises `images.QuarantineError` if they cannot be used."""
-        image = decode_image(data, self.max_image_pixels)
+    def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
+        """Views of an image file's bytes, in the first rows of `out` if given. Raises QuarantineError for a bad one."""
+        image = decode_image(data, self.max_image_pixels, self.orientation)
         height, width = image.pixels.shape[:2]
         if self.layout is ViewLayout.GLOBAL:
             grid = (1, 1)
         else:
             grid = pick_grid(self.grid, width, height, self.crop_size, self.num_crops)
-        views = make_views(image.pixels, grid, self.layout, self.crop_size, self.resize)
-        return ProcessedImage(views, grid, (width, height), image.damage)
+        views = make_views(image.pixels, grid, self.layout, self.crop_size, self.resize, out)
+        return ProcessedImage(views, grid, (width, height), image.damage, hashlib.sha256(data).hexdigest())
 
 
 def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 
 from megatron_deepstack.config.choices import GridRule, ImageResize
 from megatron_deepstack.data.conversation import encode_conversation
-from megatron_deepstack.data.images import QuarantineError, decode_image, make_views
+from megatron_deepstack.data.image_source import QuarantineError
+from megatron_deepstack.data.images import decode_image, make_views
 from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.data.turns import Role, Turn

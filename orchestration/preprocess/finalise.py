@@ -26,7 +26,7 @@ from megatron_deepstack.data.writer import (
 )
 from orchestration.preprocess.ahead import ahead
 from orchestration.preprocess.ledger import PARTS_FOLDER, Ledger, text_path
-from orchestration.preprocess.parts import ImagePart, Plan, TextPart, image_key
+from orchestration.preprocess.parts import ImagePart, Plan, TextPart
 
 QUARANTINE_FILE: Final = "quarantine.jsonl"
 
@@ -172,7 +172,7 @@ def _write_samples(plan: Plan, ledger: Ledger, index: IndexWriters, status: np.n
     for part, record, data in zip(plan.text_parts, records, texts, strict=True):
         kept = []
         for text in _split_text(part, record["lengths"], data):
-            used = [numbers[image_key(path)] for path in text.record.images]
+            used = [numbers[path] for path in text.record.images]
             bad = [plan.images[number] for number in used if status[number] == ImageStatus.QUARANTINED]
             if bad:
                 line = {"kind": "sample dropped", "id": text.record.id, "images": list(dict.fromkeys(bad))}

@@ -1,7 +1,7 @@
 """What a job reads: the files that `data.records` names, all their records, and where their images lie.
 
 Every record is read and checked before any work starts, and all of them stay in the driver's memory; of a file, one
-block of text is held at a time. The digest of the inputs' bytes goes into the plan's hash.
+block of text is held at a time. The digest of the inputs goes into the plan's hash.
 """
 
 from __future__ import annotations
@@ -9,14 +9,23 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
+from typing import IO, Final
 
 from megatron_deepstack.data.conversation import Template
+from megatron_deepstack.data.image_source import TarMember
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.record_files import read_record_file
 from megatron_deepstack.data.records import Faults, Record, RecordRules
-from megatron_deepstack.errors import DataError
+from megatron_deepstack.data.tar_shards import read_tar_shard
+from megatron_deepstack.errors import ConfigError, DataError
+
+_TAR: Final = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
+_RANGE: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_ADVICE: Final = "Give LLaVA-style JSON files or tar shards (data.records, or --records)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,48 +37,106 @@ class Inputs:
     sha256: str
     """Of the digests of all files."""
     records: tuple[Record, ...]
+    members: Mapping[str, TarMember]
+    """Images that lie in tar shards, by their path in records."""
+    image_folder: Location | None
+    """Where all other images are."""
 
 
 def read_inputs(patterns: Sequence[str], images: str | None, template: Template) -> Inputs:
-    """Read and check all records of the files that `patterns` name; `images` is the image folder, if there is one.
+    """Read and check all records of the files that `patterns` name; `images` is the folder of images, if there is one.
 
-    Raises DataError if a file is missing or no records file, or if any record is faulty: the first ten are listed.
+    Raises DataError if a file is missing or holds no records, or if any record is faulty: the first ten are listed.
+    Raises ConfigError if records need an image folder and there is none.
     """
     files = tuple(find_files(patterns))
-    rules = RecordRules(template, os.path.abspath(images) if images else "")
+    folder = None if images is None else Location.parse(images).absolute()
+    rules = RecordRules(template, str(folder.local_path()) if folder is not None and folder.is_local else "")
+    names = _shard_names(files)
     faults, digests = Faults(), []
     records: list[Record] = []
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                read = read_record_file(file, path, rules, faults)
-        except OSError as error:
-            raise DataError(
-                f"{path}: the records cannot be read: {error.strerror or error}. Give a LLaVA-style JSON file "
-                "(data.records, or --records)."
-            ) from error
-        digests.append(read.sha256)
-        records += read.records
+    members: dict[str, TarMember] = {}
+    for location in files:
+        with _open(location) as file:
+            if location in names:
+                shard = read_tar_shard(file, location.absolute(), names[location], rules, faults)
+                members.update(shard.members)
+                read, digest = shard.records, f"{names[location]} {shard.sha256}"
+            else:
+                found = read_record_file(file, str(location), rules, faults)
+                read, digest = found.records, found.sha256
+        records += read
+        digests.append(digest)
     faults.raise_if_any()
+    shown = ", ".join(str(location) for location in files[:3]) + (", ..." if len(files) > 3 else "")
     if not records:
-        raise DataError(f"{', '.join(files)}: holds no records; at least one is needed")
-    return Inputs(files, hashlib.sha256("\n".join(digests).encode()).hexdigest(), tuple(records))
+        raise DataError(f"{shown}: holds no records; at least one is needed")
+    sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    needed = any(path not in members for record in records for path in record.images)
+    return Inputs(
+        tuple(map(str, files)), sha256, tuple(records), members, _image_folder(folder, shown) if needed else None
+    )
 
 
-def find_files(patterns: Sequence[str]) -> Iterator[str]:
-    """Every file that the patterns name, once: patterns in the order given, the files of each sorted."""
+def find_files(patterns: Sequence[str]) -> Iterator[Location]:
+    """Every file that the patterns name, once: patterns in the order given, the files of each sorted.
+
+    Raises DataError for a pattern that no file matches.
+    """
     seen = set()
-    for pattern in patterns:
-        for path in _matches(pattern):
-            if path not in seen:
-                seen.add(path)
-                yield path
+    for pattern in (each for given in patterns for each in _expand_range(given)):
+        for location in _matches(pattern):
+            if location not in seen:
+                seen.add(location)
+                yield location
 
 
-def _matches(pattern: str) -> Sequence[str]:
-    if not glob.has_magic(pattern) or Path(pattern).exists():
-        return [pattern]
-    found = sorted(glob.glob(pattern, recursive=True))
+def _expand_range(pattern: str) -> Iterator[str]:
+    """WebDataset's `{000..012}`, each number in turn; only the first, and then the rest, as they stand."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last = found.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from _expand_range(f"{pattern[: found.start()]}{number:0{len(first)}d}{pattern[found.end() :]}")
+
+
+def _matches(pattern: str) -> Sequence[Location]:
+    location = Location.parse(pattern)
+    if not glob.has_magic(pattern) or (location.is_local and location.exists()):
+        return [location]
+    before = pattern[: re.search(r"[*?[]", pattern).start()]  # type: ignore[union-attr]
+    folder = before[: before.rfind("/") + 1]
+    found = Location.parse(folder or ".").list(pattern[len(folder) :])
     if not found:
         raise DataError(f"{pattern}: no file matches (data.records, or --records)")
-    return found
+    return found if folder else [Location.parse(os.path.normpath(str(item))) for item in found]
+
+
+def _open(location: Location) -> IO[bytes]:
+    try:
+        return location.open_read()
+    except OSError as error:
+        raise DataError(f"{location}: the records cannot be read: {error.strerror or error}. {_ADVICE}") from error
+
+
+def _shard_names(files: Sequence[Location]) -> dict[Location, str]:
+    """Names of tar shards in image paths: what is left of their own paths below the folder that they share."""
+    shards = [location for location in files if _TAR.search(location.name)]
+    parts = [str(shard.absolute()).split("/") for shard in shards]
+    shared = len([*takewhile(lambda names: len(set(names)) == 1, zip(*(part[:-1] for part in parts), strict=False))])
+    return {shard: "/".join(part[shared:]).lstrip("/") for shard, part in zip(shards, parts, strict=True)}
+
+
+def _image_folder(folder: Location | None, shown: str) -> Location:
+    if folder is None:
+        raise ConfigError(
+            [
+                "data.images is not set: give the folder or URL that the image paths in "
+                f"{shown} are relative to, there or with --images"
+            ]
+        )
+    if folder.is_local and not folder.is_folder():
+        raise DataError(f"{folder}: no such image folder (data.images, or --images)")
+    return folder

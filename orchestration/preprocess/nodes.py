@@ -75,7 +75,7 @@ def _look(job: Job, expected: _Expected) -> str:
         _probe_file(job.root).delete()
     except (OSError, DeepStackError) as error:
         return f"cannot write the store {job.root}: {error}"
-    if not os.path.isdir(job.image_folder):
+    if job.image_folder is not None and job.image_folder.is_local and not job.image_folder.is_folder():
         return f"does not see the image folder {job.image_folder}"
     return ""
 

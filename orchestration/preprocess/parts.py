@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.image_source import TarMember
 from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.data.records import Record
 from megatron_deepstack.data.schema import FORMAT, VERSION, PixelsShape
@@ -35,6 +35,8 @@ class ImagePart:
 
     number: int
     paths: tuple[str, ...]
+    members: Mapping[str, TarMember]
+    """Where those of them are that lie in tar shards."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,9 @@ class Plan:
     images: tuple[str, ...]
     """Unique image paths, in the order in which the records first name them."""
     images_per_part: int
-    compression: Compression = Compression.NONE
+    compression: Compression
+    members: Mapping[str, TarMember]
+    """Where those of the images are that lie in tar shards."""
 
     @cached_property
     def hash(self) -> str:
@@ -81,7 +85,10 @@ class Plan:
     def image_parts(self) -> tuple[ImagePart, ...]:
         """Parts of images, in store order."""
         groups = _groups(self.images, self.images_per_part)
-        return tuple(ImagePart(number, tuple(paths)) for number, paths in enumerate(groups))
+        return tuple(self._image_part(number, tuple(paths)) for number, paths in enumerate(groups))
+
+    def _image_part(self, number: int, paths: tuple[str, ...]) -> ImagePart:
+        return ImagePart(number, paths, {path: self.members[path] for path in paths if path in self.members})
 
     @cached_property
     def text_parts(self) -> tuple[TextPart, ...]:
@@ -104,7 +111,7 @@ class Plan:
 def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
     """The plan of preprocessing `inputs` as `recipe` says."""
     processor = Processor.of(recipe)
-    images = tuple(dict.fromkeys(image_key(path) for record in inputs.records for path in record.images))
+    images = tuple(dict.fromkeys(path for record in inputs.records for path in record.images))
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -114,9 +121,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         "tokenizer": tokenizer.describe(),
         "template": recipe.data.template,
         "images_per_part": recipe.data.images_per_part,
+        "compression": str(recipe.data.compression),
     }
-    if recipe.data.compression is not Compression.NONE:
-        description["compression"] = str(recipe.data.compression)
     return Plan(
         description,
         processor,
@@ -125,12 +131,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         images,
         recipe.data.images_per_part,
         recipe.data.compression,
+        inputs.members,
     )
-
-
-def image_key(path: str) -> str:
-    """One spelling per image: `a//b.jpg` and `./a/b.jpg` are `a/b.jpg`."""
-    return posixpath.normpath(path)
 
 
 def _groups(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:

@@ -7,16 +7,15 @@ any moment, on any node, the same command goes on: parts in flight are done agai
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.conversation import known_template
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.data.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import ConfigError, DataError
+from megatron_deepstack.errors import ConfigError
 from orchestration.preprocess.finalise import begin_store, clear_leftovers, finish_store
-from orchestration.preprocess.inputs import Inputs, read_inputs
+from orchestration.preprocess.inputs import read_inputs
 from orchestration.preprocess.lease import Lease, hold_lease
 from orchestration.preprocess.ledger import Ledger, claim_folder
 from orchestration.preprocess.parts import Part, Plan, make_plan
@@ -54,7 +53,6 @@ def preprocess(
     _given(" ".join(sources), "records", "a LLaVA-style JSON file")
     inputs = read_inputs(sources, images or data.images, known_template(data.template))
     plan = make_plan(recipe, inputs, model)
-    folder = _image_folder(images or data.images, inputs, plan)
     root = Location.parse(output).absolute()
     with stop_on_signals(), hold_lease(root) as lease:
         claim_folder(root, plan)
@@ -62,7 +60,16 @@ def preprocess(
             clear_leftovers(root)
             return read_report(root, len(plan.parts))
         begin_store(root, plan)
-        job = Job(root, folder, plan.hash, plan.processor, plan.pixels, plan.template, model)
+        job = Job(
+            root,
+            inputs.image_folder,
+            plan.hash,
+            plan.processor,
+            plan.pixels,
+            plan.template,
+            model,
+            data.max_image_seconds,
+        )
         return _run(job, plan, recipe.data.max_quarantined, lease, workers=workers, address=address)
 
 
@@ -114,12 +121,3 @@ def _check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
     size = recipe.model.language.vocab_size
     if tokenizer.vocab_size > size:
         raise ConfigError([f"model.language.vocab_size is {size}, {tokenizer.source} has {tokenizer.vocab_size} ids"])
-
-
-def _image_folder(images: str | None, inputs: Inputs, plan: Plan) -> Path:
-    if not plan.images:
-        return Path()
-    folder = Path(_given(images, "images", f"the folder that the image paths in {inputs.files[0]} are relative to"))
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such image folder (data.images, or --images)")
-    return folder.absolute()

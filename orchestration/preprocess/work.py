@@ -5,19 +5,18 @@ Bytes depend only on plan and inputs, so that a part done twice, or by two worke
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_deepstack.data.conversation import encode_conversation
-from megatron_deepstack.data.images import QuarantineError, read_image_file
+from megatron_deepstack.data.decoder import shared_decoder
+from megatron_deepstack.data.image_source import ImageAt, QuarantineError
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.processor import Processor
+from megatron_deepstack.data.processor import ProcessedImage, Processor
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.shard_writer import ShardWriter, open_shard
 from megatron_deepstack.data.tokenizer import Tokenizer
@@ -32,12 +31,22 @@ class Job:
 
     root: Location
     """The store."""
-    image_folder: Path
+    image_folder: Location | None
+    """Where images are that lie in no tar shard; None if all do."""
     plan_hash: str
     processor: Processor
     pixels: PixelsShape
     template: str
     tokenizer: Tokenizer
+    max_image_seconds: float
+
+    def image_at(self, part: ImagePart, path: str) -> ImageAt:
+        """Where an image of the part is."""
+        member = part.members.get(path)
+        if member is not None:
+            return member
+        assert self.image_folder is not None, path
+        return self.image_folder.child(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +94,25 @@ def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds
 
 
 def _do_images(job: Job, part: ImagePart) -> tuple[dict[str, Any], int]:
-    with open_shard(job.root, part.number, job.pixels) as shard:
-        images = [_do_image(job, path, shard) for path in part.paths]
+    decoder = shared_decoder(job.processor, job.max_image_seconds)
+    decoded = decoder.decode([job.image_at(part, path) for path in part.paths])
+    with open_shard(job.root, part.number, job.pixels) as shard, closing(decoded):
+        images = [_put(path, image, shard) for path, image in zip(part.paths, decoded, strict=True)]
         size = shard.num_bytes
     return {"shard_bytes": size, "images": images}, size
 
 
-def _do_image(job: Job, path: str, shard: ShardWriter) -> dict[str, Any]:
+def _put(path: str, image: ProcessedImage | QuarantineError, shard: ShardWriter) -> dict[str, Any]:
     """Append an image's views to the shard; its entry in the commit record."""
-    try:
-        data = read_image_file(os.path.join(job.image_folder, path), job.processor.max_image_pixels)
-        image = job.processor.process(data)
-    except QuarantineError as error:
-        return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(error)}
+    if isinstance(image, QuarantineError):
+        return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(image)}
     return {
         "path": path,
         "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,
         **({} if image.damage is None else {"reason": image.damage}),
         "grid": list(image.grid),
         "size": list(image.size),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": image.sha256,
         "crc32c": shard.append(image.views),
     }
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from megatron_deepstack.config.choices import ImageResize
-from megatron_deepstack.data.images import QuarantineError, decode_image, make_views, read_image_file
+from megatron_deepstack.data.image_source import QuarantineError, read_image
+from megatron_deepstack.data.images import decode_image, make_views
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.testing.tiny_data import draw_photo, jpeg_bytes
 
@@ -139,13 +141,13 @@ def test_unusable_paths(make: object, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     make(path)  # type: ignore[operator]
     with pytest.raises(QuarantineError, match=reason):
-        read_image_file(str(path), LIMIT)
+        read_image(Location(str(path)), LIMIT)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("a\0b.jpg", "not a valid file name"), ("x" * 300, "file name too long")])
 def test_impossible_names(name: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(QuarantineError, match=reason):
-        read_image_file(str(tmp_path / name), LIMIT)
+        read_image(Location(str(tmp_path / name)), LIMIT)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (20, 11), (1, 400)])

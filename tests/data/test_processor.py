@@ -8,7 +8,7 @@ import pytest
 
 from megatron_deepstack.config.choices import GridRule, Variant
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
-from megatron_deepstack.data.images import QuarantineError
+from megatron_deepstack.data.image_source import QuarantineError
 from megatron_deepstack.data.processor import Processor, check_store
 from megatron_deepstack.data.tokenizer import Tokenizer
 from megatron_deepstack.errors import StoreError
@@ -20,7 +20,7 @@ MODEL = tiny_recipe().model
 def made_for(variant: Variant, tokenizer: Tokenizer) -> Any:
     processor = Processor.of(tiny_recipe(variant=variant))
     attributes = SimpleNamespace(processor=processor.describe(), tokenizer=tokenizer.describe())
-    return SimpleNamespace(root="store", attributes=attributes)
+    return SimpleNamespace(name="store", attributes=attributes)
 
 
 @pytest.mark.parametrize("variant", [Variant.DEEPSTACK_L, Variant.LLAVA, Variant.IN_SEQUENCE])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.images import QuarantineError, decode_image
+from megatron_deepstack.data.image_source import QuarantineError
+from megatron_deepstack.data.images import decode_image
 from megatron_deepstack.testing.tiny_data import (
     jpeg_bytes,
     record,

@@ -313,7 +313,7 @@ def test_other_layouts(corpus: Any, tmp_path: Path, variant: Variant) -> None:
             ConfigError,
             "data.records is not set: give a LLaVA-style JSON file there or with --records",
         ),
-        ({"images": None}, ConfigError, "data.images is not set: give the folder that the image paths in"),
+        ({"images": None}, ConfigError, "data.images is not set: give the folder or URL that the image paths"),
         ({"tokenizer": None}, ConfigError, "data.tokenizer is not set"),
         ({"images": "/nowhere"}, DataError, "/nowhere: no such image folder"),
         ({"records": "/nowhere.json"}, DataError, "/nowhere.json: the records cannot be read"),

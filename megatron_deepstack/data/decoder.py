@@ -1,0 +1,215 @@
+"""Images to views by a process of their own, which may crash or hang without harm.
+
+The process works through a list of images in step with its reader: it puts the views of one image into shared memory,
+and goes on when they have been taken. An image over which it dies, or that takes too long, is tried once more in a new
+process, and then quarantined; the rest of the list goes on. So a killed process changes no byte of a store, and
+neither the driver of a job nor a worker of Ray ever runs a decoder itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import IO, Any, Final
+
+import numpy as np
+
+from megatron_deepstack.data.decoder_process import Answer, Sign
+from megatron_deepstack.data.image_source import ImageAt, QuarantineError, is_local
+from megatron_deepstack.data.processor import ProcessedImage, Processor
+from megatron_deepstack.errors import DataError, DeepStackError, LocationError
+
+_CODE: Final = "from megatron_deepstack.data.decoder_process import main; main()"
+_START_SECONDS: Final = 300.0
+"""Longest wait for the process to be ready: a second, unless a busy file system holds its packages."""
+_END_SECONDS: Final = 5.0
+"""Longest wait for a killed process to go; one that sits in a dead file system does not."""
+_TRIES: Final = 2
+"""A second one, since what killed or stopped the process may have nothing to do with the image."""
+_ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",
+    # Image buffers of 1 MB would be mapped and faulted in anew for each image: kept, a part is 1.3 to 1.5 times faster.
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+"""Of the process, unless the user's own says otherwise."""
+
+
+class Decoder:
+    """Reads and decodes images in a process that it starts when needed."""
+
+    def __init__(self, processor: Processor, max_image_seconds: float) -> None:
+        self._processor = processor
+        self._seconds = max_image_seconds
+        self._process: _Process | None = None
+
+    def decode(self, images: Sequence[ImageAt]) -> Iterator[ProcessedImage | QuarantineError]:
+        """Each image's views, or why it has none, in order. Views are valid until the next image is asked for.
+
+        Raises DataError (or LocationError) when machine or network fail to give an image.
+        """
+        done = 0
+        tries = 0
+        while done < len(images):
+            tries += 1
+            try:
+                for outcome in self._work(images[done:]):
+                    yield outcome
+                    done, tries = done + 1, 0
+            except _LostError as error:
+                if tries == _TRIES:
+                    yield QuarantineError(str(error))
+                    done, tries = done + 1, 0
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the process, while there is one."""
+        return None if self._process is None else self._process.process_id
+
+    def _work(self, images: Sequence[ImageAt]) -> Iterator[ProcessedImage | QuarantineError]:
+        """The images of a list, as long as the process lives. Raises _LostError when it is gone, or too slow."""
+        if self._process is None or not self._process.is_alive():
+            self.close()
+            self._process = _Process(self._processor)
+        process, finished = self._process, False
+        try:
+            process.send(list(images))
+            for image in images:
+                yield process.receive(image, self._seconds)
+                process.send(Sign.NEXT)
+            finished = True
+        finally:
+            if not finished:  # the process is somewhere in the middle of the list
+                self.close()
+
+
+class _LostError(Exception):
+    """The process died or was too slow; the message is what is said of the image."""
+
+
+class _Process:
+    """A running process and its shared memory."""
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor = processor
+        shape = (processor.most_views, processor.crop_size, processor.crop_size, 3)
+        memory = os.memfd_create("deepstack-views")
+        try:
+            os.ftruncate(memory, int(np.prod(shape)))
+            self._views = np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(shape)
+            self._connection, theirs = Pipe()
+            with theirs, tempfile.TemporaryFile() as complaints:
+                self._popen = _start(theirs, memory, complaints)
+                theirs.close()
+                self._greet(complaints)
+        finally:
+            os.close(memory)
+
+    @property
+    def process_id(self) -> int:
+        return self._popen.pid
+
+    def is_alive(self) -> bool:
+        return self._popen.poll() is None
+
+    def send(self, message: Any) -> None:
+        """Hand over a list of images, or a sign. Raises _LostError."""
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise _LostError(self._ending()) from error
+
+    def receive(self, image: ImageAt, seconds: float) -> ProcessedImage | QuarantineError:
+        """What became of the image. Raises _LostError, and the errors that are no image's."""
+        answer = None if is_local(image) else self._wait(seconds)
+        if answer is None and not is_local(image):
+            raise LocationError(
+                f"{image}: no answer within data.max_image_seconds ({seconds:g} s). Check the connection, then run the "
+                "same command again."
+            )
+        if answer is None or answer is Sign.HAS_BYTES:
+            answer = self._wait(seconds)
+        if answer is None:
+            raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
+        if isinstance(answer, Answer):
+            views = self._views[: answer.num_views]
+            return ProcessedImage(views, answer.grid, answer.size, answer.damage, answer.sha256)
+        if isinstance(answer, DeepStackError):
+            raise answer
+        assert isinstance(answer, QuarantineError), answer
+        return answer
+
+    def end(self) -> None:
+        """Kill it. Its memory is not used again, so that one that cannot be killed does no harm."""
+        self._connection.close()
+        self._popen.kill()
+        self._wait_for_end()
+
+    def _greet(self, complaints: IO[bytes]) -> None:
+        try:
+            self._connection.send(self._processor)
+            sign = self._wait(_START_SECONDS)
+        except (OSError, _LostError):
+            sign = None
+        if sign is not Sign.READY:
+            self.end()
+            complaints.seek(0)
+            said = complaints.read().decode(errors="replace").strip().splitlines()
+            raise DataError(f"the process that decodes images does not start: {said[-1] if said else self._ending()}")
+
+    def _wait(self, seconds: float) -> Any:
+        """The next message; None if none comes in time. Raises _LostError if the process is gone."""
+        try:
+            return self._connection.recv() if self._connection.poll(seconds) else None
+        except (EOFError, OSError) as error:
+            raise _LostError(self._ending()) from error
+
+    def _ending(self) -> str:
+        self._wait_for_end()
+        code = self._popen.returncode
+        if code is None:
+            return "the process that decodes it hangs, twice"
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"the process that decodes it dies ({how}), twice"
+
+    def _wait_for_end(self) -> None:
+        give_up = time.monotonic() + _END_SECONDS
+        while self._popen.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.001)
+
+
+def _start(connection: Connection, memory: int, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-c", _CODE, str(connection.fileno()), str(memory)],
+        env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
+        pass_fds=(connection.fileno(), memory),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=complaints,
+    )
+
+
+@lru_cache(maxsize=1)
+def shared_decoder(processor: Processor, max_image_seconds: float) -> Decoder:
+    """This process's decoder, kept from one part to the next: its start takes half a second."""
+    decoder = Decoder(processor, max_image_seconds)
+    atexit.register(decoder.close)
+    return decoder
