@@ -1,8 +1,7 @@
 """Megatron's process groups, and the two of our own: a replica's ranks, and the encoder's.
 
-Axes in rank order, fastest first: tp, cp, dp, pp (Megatron-Core's default `tp-cp-ep-dp-pp`). A *replica* is the
-cp x pp x tp ranks with one dp index: they work on the same samples, and the stacks' rows travel among them. The
-encoder is replicated on all ranks of all replicas, so its gradients are reduced over the whole world.
+A *replica* is the cp x pp x tp ranks with one dp index: they work on the same samples, and the stacks' rows travel
+among them. The encoder is replicated on all ranks of all replicas, so its gradients are reduced over the whole world.
 """
 
 from __future__ import annotations
@@ -15,56 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_deepstack.config.schema import ParallelConfig
-from megatron_deepstack.errors import LayoutError
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank stands on each axis."""
-
-    tp: int
-    cp: int
-    dp: int
-    pp: int
-
-
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """Sizes of the parallel axes; arithmetic between ranks, places and replicas."""
-
-    tp: int
-    cp: int
-    dp: int
-    pp: int
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.tp * self.cp * self.dp * self.pp
-
-    def place(self, rank: int) -> Place:
-        """Place of a global rank."""
-        rest, tp = divmod(rank, self.tp)
-        rest, cp = divmod(rest, self.cp)
-        pp, dp = divmod(rest, self.dp)
-        return Place(tp=tp, cp=cp, dp=dp, pp=pp)
-
-    def rank(self, place: Place) -> int:
-        """Global rank of a place."""
-        return place.tp + self.tp * (place.cp + self.cp * (place.dp + self.dp * place.pp))
-
-    def replica_rank(self, *, tp: int, cp: int, pp: int) -> int:
-        """Rank within a replica: ascending global ranks of one dp index."""
-        return tp + self.tp * (cp + self.cp * pp)
-
-    def replica_ranks(self, dp: int) -> list[int]:
-        """Global ranks of replica `dp`, in replica order."""
-        return [
-            self.rank(Place(tp=tp, cp=cp, dp=dp, pp=pp))
-            for pp in range(self.pp)
-            for cp in range(self.cp)
-            for tp in range(self.tp)
-        ]
+from megatron_deepstack.parallel.axes import Axes, Place, axes_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +34,6 @@ class Groups:
     def replica_rank(self) -> int:
         """Rank within the replica."""
         return self.axes.replica_rank(tp=self.place.tp, cp=self.place.cp, pp=self.place.pp)
-
-
-def axes_for(parallel: ParallelConfig, world_size: int) -> Axes:
-    """Axes of `world_size` ranks under a layout; raises LayoutError if the ranks do not divide into replicas."""
-    replica = parallel.tensor * parallel.context * parallel.pipeline
-    if world_size % replica:
-        raise LayoutError(
-            [
-                f"parallel: {world_size} ranks do not divide into replicas of {replica} (tensor {parallel.tensor} x "
-                f"context {parallel.context} x pipeline {parallel.pipeline}); start {replica} ranks or a multiple"
-            ]
-        )
-    return Axes(tp=parallel.tensor, cp=parallel.context, dp=world_size // replica, pp=parallel.pipeline)
 
 
 def create_groups(parallel: ParallelConfig, seed: int) -> Groups:

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import ClusterError, LayoutError
-from megatron_deepstack.parallel.groups import Place, axes_for
+from megatron_deepstack.parallel.axes import Place, axes_for
 from megatron_deepstack.planning.check import model_ranks
 
 
