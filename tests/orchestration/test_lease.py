@@ -1,0 +1,114 @@
+"""The lease on a store: refused while its owner lives, taken over when it is gone, in a folder and in a bucket."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.errors import StoreError
+from orchestration.preprocess import lease
+from orchestration.preprocess.lease import LEASE_FILE, Owner, hold_lease, read_token
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    if request.param == "folder":
+        return Location.parse(tmp_path / "store")
+    return Location.parse(f"{request.getfixturevalue('bucket')}/store")
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 1.0)
+
+
+def write_lease(root: Location, **changes: Any) -> Owner:
+    """A lease that this process might have left, with changes."""
+    owner = Owner(os.uname().nodename, lease._machine(), os.getpid(), psutil.Process().create_time(), "left")
+    owner = replace(owner, **changes)
+    root.child(LEASE_FILE).create(json.dumps(asdict(owner)).encode())
+    return owner
+
+
+def when(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    ready = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        ready.wait(0.01)
+    raise AssertionError("it never came")
+
+
+def test_one_holds_it_and_gives_it_back(root: Location) -> None:
+    with hold_lease(root) as held:
+        assert read_token(root) == held.owner.token
+        holder = f"process {os.getpid()} on {os.uname().nodename}"
+        with pytest.raises(StoreError, match=rf"another preprocessing job is writing this store \({holder}\)"):
+            hold_lease(root).__enter__()
+    assert not root.child(LEASE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pid": 2**22 - 1}, {"started": 1.0}, {"machine": "an earlier start of it", "pid": 1}],
+    ids=["process gone", "another process of that number", "machine restarted"],
+)
+def test_a_dead_owners_lease_is_taken_over(root: Location, fast: None, change: dict[str, Any]) -> None:
+    write_lease(root, **change)
+    with hold_lease(root) as held:
+        assert read_token(root) == held.owner.token != "left"
+
+
+def test_a_lease_that_another_machine_renews_is_refused(root: Location, fast: None) -> None:
+    owner = write_lease(root, host="far", machine="far")
+    over = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not over.wait(0.02):
+            beats += 1
+            with root.child(LEASE_FILE).write() as file:
+                file.write(json.dumps(asdict(replace(owner, beat=beats))).encode())
+
+    far = threading.Thread(target=beat)
+    far.start()
+    try:
+        with pytest.raises(StoreError, match=r"writing this store \(process \d+ on far\)"):
+            hold_lease(root).__enter__()
+    finally:
+        over.set()
+        far.join()
+
+
+def test_its_owner_renews_it(root: Location, fast: None) -> None:
+    with hold_lease(root):
+        first = root.child(LEASE_FILE).read_bytes()
+        when(lambda: root.child(LEASE_FILE).read_bytes() != first)
+
+
+def test_an_owner_that_was_taken_over_notices(root: Location, fast: None) -> None:
+    with hold_lease(root) as held:
+        held.check()
+        root.child(LEASE_FILE).delete()
+        write_lease(root, host="far", token="another")
+        when(lambda: held._stolen_by is not None)
+        with pytest.raises(StoreError, match="on far has taken over this store"):
+            held.check()
+    assert read_token(root) == "another"
+
+
+def test_what_is_no_lease_is_replaced(root: Location, fast: None) -> None:
+    root.child(LEASE_FILE).create(b"torn by a crash")
+    with hold_lease(root) as held:
+        assert read_token(root) == held.owner.token
