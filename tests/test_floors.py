@@ -18,7 +18,7 @@ FLOORS = (
     {"megatron_deepstack.step"},
     {"megatron_deepstack.checkpoint", "megatron_deepstack.convert"},
     {"megatron_deepstack.training", "megatron_deepstack.inference", "megatron_deepstack.report"},
-    {"orchestration", "megatron_deepstack.testing", "megatron_deepstack.demo"},
+    {"orchestration", "megatron_deepstack.testing", "megatron_deepstack.demo", "megatron_deepstack.storekeeping"},
     {"tools", "megatron_deepstack.cli"},
 )
 """Packages by floor, lowest first; those on one floor do not know each other."""

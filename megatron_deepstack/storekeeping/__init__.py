@@ -1,0 +1,1 @@
+"""Work on finished stores: verify, show, count, merge and split them."""

@@ -1,0 +1,168 @@
+"""`store verify`: every rule of the index arrays, and every byte of every shard, in parallel over shards.
+
+All faults are found in one go, each with what can be done about it. A store at a URL is read in full from there,
+past all copies that training may have kept.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+import google_crc32c
+import numpy as np
+
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.cache import CacheConfig
+from megatron_deepstack.data.codec import CodecError, decompress
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.schema import EMPTY_CHUNK, PIXELS, shard_index_bytes, shard_path
+from megatron_deepstack.data.shards import parse_index
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.storekeeping.damage import REMAKE, RESTORE, Damage, rows
+from megatron_deepstack.storekeeping.verify_index import check_index
+
+Progress = Callable[[int, int], None]
+"""Called with the number of shards done, and of all."""
+
+
+def verify(path: str, *, processes: int | None = None, progress: Progress = lambda done, total: None) -> list[Damage]:
+    """Every fault of the store at `path`, in the order of its files.
+
+    `processes`: how many read shards at a time, all CPUs if None. Raises StoreError where there is no finished store
+    to look at, or an index array is missing or of the wrong length, LocationError where a URL cannot be reached.
+    """
+    with tempfile.TemporaryDirectory(prefix="deepstack-verify-") as folder:
+        cache = CacheConfig(folder)
+        store = Store.open(path, cache=cache)
+        found = check_index(store)
+        found += _strange_shards(store)
+        parts = range(store.pixels.num_parts)
+        by_part: dict[int, list[Damage]] = {}
+        workers = min(processes or len(os.sched_getaffinity(0)), len(parts))
+        for part, faults in _in_parallel(path, cache, workers, parts) if workers > 1 else _here(store, parts):
+            by_part[part] = faults
+            progress(len(by_part), len(parts))
+        return found + [damage for part in parts for damage in by_part[part]]
+
+
+def _here(store: Store, parts: Sequence[int]) -> Iterator[tuple[int, list[Damage]]]:
+    for part in parts:
+        yield part, list(shard_faults(store, part))
+
+
+def _in_parallel(
+    path: str, cache: CacheConfig, workers: int, parts: Sequence[int]
+) -> Iterator[tuple[int, list[Damage]]]:
+    """The same in processes, whichever part is done first."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), _open_in_worker, (path, cache)) as pool:
+        waiting = {pool.submit(_in_worker, part): part for part in parts}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+_store: Store | None = None
+"""The store that a worker process looks at."""
+
+
+def _open_in_worker(path: str, cache: CacheConfig) -> None:
+    global _store
+    _store = Store.open(path, cache=cache)
+
+
+def _in_worker(part: int) -> list[Damage]:
+    assert _store is not None
+    return list(shard_faults(_store, part))
+
+
+def shard_faults(store: Store, part: int) -> Iterator[Damage]:
+    """Every fault of one shard: its length, its index, and the checksum of each of its views."""
+    name, location = shard_path(part), store.location.child(shard_path(part))
+    length = shard_index_bytes(store.pixels)
+    try:
+        size = location.size()
+        raw = location.read_bytes(size - length, length) if size >= length else b""
+    except OSError as error:
+        yield Damage(name, f"cannot be read: {error.strerror or error}", RESTORE)
+        return
+    index = parse_index(raw) if len(raw) == length else None
+    if index is None:
+        yield Damage(name, f"its index, the last {length} of {size} bytes, is damaged or cut off", RESTORE)
+        return
+    owners = slot_owners(store, part)
+    yield from _extent_faults(name, index, owners, size - length)
+    yield from _view_faults(store, part, index, owners)
+
+
+def slot_owners(store: Store, part: int) -> np.ndarray:
+    """The image that each slot of a part belongs to, -1 for none: int64 (slots,)."""
+    slots = store.pixels.slots_per_part
+    start, count = store.array("images/start"), store.array("images/count")
+    owners = np.full(slots, -1, np.int64)
+    for image in np.flatnonzero((start // slots == part) & (count > 0)).tolist():
+        first = int(start[image]) - part * slots
+        owners[first : first + int(count[image])] = image
+    return owners
+
+
+def _extent_faults(name: str, index: np.ndarray, owners: np.ndarray, data_bytes: int) -> Iterator[Damage]:
+    """Used slots, and no others, are written, and their chunks fill the file without gap or overlap."""
+    written = index[:, 0] != EMPTY_CHUNK
+    for wrong, what in ((~written & (owners >= 0), "never written"), (written & (owners < 0), "of no image")):
+        if wrong.any():
+            yield Damage(name, f"{rows(np.flatnonzero(wrong), 'slot')}: {what}", RESTORE)
+    offsets, sizes = index[written].T.tolist() if written.any() else ([], [])
+    ends = [0, *(offset + size for offset, size in sorted(zip(offsets, sizes, strict=True)))]
+    if sorted(offsets) != ends[:-1] or ends[-1] != data_bytes:
+        yield Damage(name, f"its chunks do not fill the {data_bytes} bytes before its index one after another", RESTORE)
+
+
+def _view_faults(store: Store, part: int, index: np.ndarray, owners: np.ndarray) -> Iterator[Damage]:
+    name, first = shard_path(part), part * store.pixels.slots_per_part
+    starts, sums = store.array("images/start"), store.array("images/crc32c")
+    location = store.location.child(name)
+    with location.open_read() as file:
+        for slot in np.flatnonzero((owners >= 0) & (index[:, 0] != EMPTY_CHUNK)).tolist():
+            offset, size = index[slot].tolist()
+            image = int(owners[slot])
+            where = f"view {first + slot - int(starts[image])} of image {image} ({_path_of(store, image)!r})"
+            file.seek(offset)
+            chunk = file.read(size)
+            fault = _chunk_fault(store, chunk, size, int(sums[first + slot]))
+            if fault is not None:
+                yield Damage(name, f"{where} {fault}", RESTORE)
+
+
+def _path_of(store: Store, image: int) -> str:
+    """An image's path, as far as it is text at all."""
+    first, last = store.array("images/path_offsets")[image : image + 2].tolist()
+    return store.array("images/path")[first:last].tobytes().decode(errors="replace")
+
+
+def _chunk_fault(store: Store, chunk: bytes, size: int, written: int) -> str | None:
+    """What is wrong with a view's bytes."""
+    if len(chunk) != size:
+        return f"is cut off after {len(chunk)} of {size} bytes"
+    pixels: bytes | np.ndarray = chunk
+    if store.pixels.compression is not Compression.NONE:
+        pixels = np.empty(store.pixels.view_bytes, np.uint8)
+        try:
+            decompress(memoryview(chunk), pixels)
+        except CodecError as error:
+            return f"is damaged: {error}"
+    elif size != store.pixels.view_bytes:
+        return f"has {size} bytes, expected {store.pixels.view_bytes}"
+    found = google_crc32c.value(pixels)
+    return None if found == written else f"is damaged: its crc32c is {found:08x}, {written:08x} was written"
+
+
+def _strange_shards(store: Store) -> list[Damage]:
+    """Files among the shards that the array has no place for."""
+    known = {str(store.location.child(shard_path(part))) for part in range(store.pixels.num_parts)}
+    shards: Location = store.location.child(f"{PIXELS}/c")
+    strange = [found for found in map(str, shards.list("*/0/0/*")) if found not in known]
+    advice = f"delete it if nothing is being written to the store now, else {REMAKE}"
+    return [Damage(found, "is no shard of this store", advice) for found in strange]
