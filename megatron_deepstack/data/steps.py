@@ -116,7 +116,10 @@ class StepReader:
         packed = self.train.batching is Batching.PACKED
         rows = self._pack([one for row in read for one in row]) if packed else read
         batches = [[row.planned for row in batch] for batch in rows]
-        plan = plan_step(self.model, self.parallel, batches, self.share.replica_rank, packed=packed)
+        precision = self.train.precision
+        plan = plan_step(
+            self.model, self.parallel, batches, self.share.replica_rank, packed=packed, precision=precision
+        )
         pixels, unreadable = self._pixels(step, rows, plan.routes.units)
         return LoadedStep(
             step=step,

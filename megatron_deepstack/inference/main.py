@@ -12,6 +12,7 @@ import torch
 from megatron_deepstack.checkpoint.folder import Checkpoint, newest_whole
 from megatron_deepstack.checkpoint.identity import model_identity, require_same
 from megatron_deepstack.checkpoint.load import load
+from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.conversation import stop_ids
 from megatron_deepstack.data.processor import check_store
@@ -122,7 +123,8 @@ def newest_checkpoint(recipe: Recipe) -> Checkpoint:
 def load_engine(recipe: Recipe, groups: Groups) -> Engine:
     """A run's newest whole checkpoint, ready for forward passes. Collective over all ranks. Raises CheckpointError."""
     checkpoint = newest_checkpoint(recipe)
-    model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups, recipe.lora)
+    precision = Precision.BF16 if recipe.train.precision is Precision.FP8 else recipe.train.precision
+    model = build_model(recipe.model, recipe.parallel, precision, groups, recipe.lora)
     modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
     for module in modules:
         module.requires_grad_(False)

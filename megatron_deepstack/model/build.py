@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.choices import Fp8Scaling, Part, Precision
 from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.encoder import VisualEncoder
+from megatron_deepstack.model.fp8 import require_fp8
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.lora import AdaptedLinear, is_adapter
 from megatron_deepstack.model.megatron_config import decoder_config
@@ -41,9 +42,14 @@ def build_model(
     precision: Precision,
     groups: Groups,
     lora: LoraConfig = NO_ADAPTERS,
+    fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE,
 ) -> RankModel:
-    """Build this rank's modules, uninitialised. Collective over tp, pp and the embedding group."""
-    config = decoder_config(model.language, parallel, precision)
+    """Build this rank's modules, uninitialised. Collective over tp, pp and the embedding group.
+
+    Raises ConfigError, before anything is built, where this rank cannot run the recipe's layers or precision.
+    """
+    require_fp8(precision, fp8_scaling, model.layers)
+    config = decoder_config(model.language, parallel, precision, fp8_scaling)
     device = local_device()
     slots = decoder_slots(model)
     chunks = [

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.choices import Activation, Precision, Recompute
+from megatron_deepstack.config.choices import Activation, Fp8Scaling, Precision, Recompute
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.model.fp8 import fp8_settings
 from megatron_deepstack.planning.slots import layers_per_chunk
 from megatron_deepstack.platform.device import has_gpu
 
@@ -20,11 +21,16 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP8: torch.bfloat16}
 ACTIVATIONS = {Activation.QUICK_GELU: _quick_gelu, Activation.GELU: F.gelu, Activation.GELU_TANH: _gelu_tanh}
 
 
-def decoder_config(language: LanguageConfig, parallel: ParallelConfig, precision: Precision) -> TransformerConfig:
+def decoder_config(
+    language: LanguageConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE,
+) -> TransformerConfig:
     """TransformerConfig of the decoder under a layout."""
     full = parallel.recompute is Recompute.FULL
     return TransformerConfig(
@@ -52,6 +58,7 @@ def decoder_config(language: LanguageConfig, parallel: ParallelConfig, precision
         recompute_num_layers=parallel.recompute_num_layers if full else None,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=parallel.pipeline > 1,
+        **fp8_settings(precision, fp8_scaling),
         **_common(precision),
     )
 
@@ -77,7 +84,7 @@ def _common(precision: Precision) -> dict[str, object]:
     return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        "bf16": precision is Precision.BF16,
+        "bf16": dtype is torch.bfloat16,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,

@@ -16,7 +16,7 @@ from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
-from megatron_deepstack.planning.cost import linear_sizes
+from megatron_deepstack.planning.linears import linear_sizes
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."

@@ -14,11 +14,20 @@ from math import log2
 from pathlib import Path
 
 from megatron_deepstack.config.check import find_problems
-from megatron_deepstack.config.choices import EncoderPlacement, Recompute, RecomputeMethod, Variant
+from megatron_deepstack.config.choices import (
+    EncoderPlacement,
+    Layers,
+    LoraTarget,
+    Precision,
+    Recompute,
+    RecomputeMethod,
+    Variant,
+)
 from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.planning.linears import FP8_TOKENS, fp8_side, linear_sizes
 from megatron_deepstack.planning.slots import decoder_slots, layers_per_chunk, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
@@ -43,6 +52,7 @@ def find_plan_problems(recipe: Recipe) -> list[Problem]:
         found += _inline(recipe)
         found += _recompute(recipe)
         found += _adapters(recipe)
+        found += _fp8(recipe)
     return found
 
 
@@ -98,6 +108,35 @@ def _adapters(recipe: Recipe) -> Iterator[Problem]:
             paths=("lora.rank", "parallel.layers_per_stage"),
             text="adapters sit in layers, and a stage has none; give each stage at least one layer",
             kind=LayoutError,
+        )
+
+
+def _fp8(recipe: Recipe) -> Iterator[Problem]:
+    """Products in 8 bits take matrices whose sides are multiples of 16 on every tensor-parallel rank, 32 in MXFP8."""
+    train, language, parallel = recipe.train, recipe.model.language, recipe.parallel
+    if train.precision is not Precision.FP8:
+        return
+    if recipe.model.layers is Layers.LOCAL:
+        yield Problem(
+            paths=("train.precision", "model.layers"),
+            text="fp8 is Transformer Engine's, and `local` layers have none of it; set model.layers=auto, or bf16",
+        )
+    multiple = fp8_side(train.fp8_scaling)
+    for target, (inputs, outputs) in linear_sizes(language).items():
+        row = target in (LoraTarget.ATTENTION_OUTPUT, LoraTarget.MLP_OUT)
+        sides = (inputs // parallel.tensor, outputs) if row else (inputs, outputs // parallel.tensor)
+        if any(side % multiple for side in sides):
+            yield Problem(
+                paths=("train.precision", "parallel.tensor", "model.language"),
+                text=f"fp8 multiplies matrices of multiples of {multiple}; the decoder's {target} is {sides[0]} x "
+                f"{sides[1]} on a rank; choose another parallel.tensor, or bf16",
+            )
+    unit = FP8_TOKENS * parallel.context
+    if train.seq_length % unit:
+        yield Problem(
+            paths=("train.seq_length", "train.precision", "parallel.context"),
+            text=f"{train.seq_length} tokens are no multiple of {unit} ({FP8_TOKENS} x parallel.context), which fp8 "
+            f"takes; use {max(train.seq_length // unit, 1) * unit}",
         )
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from megatron_deepstack.config.choices import LoraTarget, Part
+from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+from megatron_deepstack.planning.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.rows import tokens_per_view
 from megatron_deepstack.planning.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 
@@ -88,24 +89,6 @@ def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
     return language.num_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
 
 
-def linear_sizes(language: LanguageConfig) -> dict[LoraTarget, tuple[int, int]]:
-    """Inputs and outputs of a decoder layer's linears, as Megatron fuses them."""
-    h, f = language.hidden_size, language.ffn_hidden_size
-    width, kv_width = _attention_widths(language)
-    return {
-        LoraTarget.QKV: (h, width + 2 * kv_width),
-        LoraTarget.ATTENTION_OUTPUT: (width, h),
-        LoraTarget.MLP_IN: (h, 2 * f),
-        LoraTarget.MLP_OUT: (f, h),
-    }
-
-
-def _attention_widths(language: LanguageConfig) -> tuple[int, int]:
-    """All query heads, and all key (or value) heads, side by side."""
-    width = language.num_heads * (language.head_dim or language.hidden_size // language.num_heads)
-    return width, width * (language.num_kv_heads or language.num_heads) // language.num_heads
-
-
 def _layer_weights(language: LanguageConfig) -> int:
     return sum(inputs * outputs for inputs, outputs in linear_sizes(language).values())
 
@@ -116,7 +99,7 @@ def _head_weights(language: LanguageConfig) -> int:
 
 def _causal_attention(language: LanguageConfig, length: int) -> float:
     """Scores and weighted values of one layer, half of 4 x length^2 x width."""
-    return 2 * length * length * _attention_widths(language)[0]
+    return 2 * length * length * attention_widths(language)[0]
 
 
 def _layers_flops(vision: VisionConfig, num_layers: int) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.linears import FP8_TOKENS
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 Tokens = npt.NDArray[np.int64]
@@ -87,10 +90,10 @@ def expand(
     return ExpandedSample(tokens=opened, labels=labels, spans=spans, ends=(len(opened),))
 
 
-def padded_length(lengths: Sequence[int], parallel: ParallelConfig) -> int:
-    """Common length of a step's micro-batches: the longest sample, rounded up to what the sequence splits need."""
+def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: Precision = Precision.FP32) -> int:
+    """Common length of a step's micro-batches: the longest sample, rounded up to what splits and products need."""
     longest = max(lengths, default=1)
-    multiple = length_multiple(parallel)
+    multiple = math.lcm(length_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
     return -(-longest // multiple) * multiple
 
 

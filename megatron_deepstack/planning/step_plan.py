@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, plan_routes, rank_routes
 from megatron_deepstack.planning.sequence import Tokens, padded_length
@@ -50,12 +51,14 @@ def plan_step(
     replica_rank: int,
     *,
     packed: bool = False,
+    precision: Precision = Precision.FP32,
 ) -> StepPlan:
     """Plan a step of one replica for one of its ranks; pure, so all ranks agree without a word.
 
-    `packed` says that rows hold several samples (`packing.merge`), and each row is a micro-batch.
+    `packed` says that rows hold several samples (`packing.merge`), and each row is a micro-batch. Lengths are padded to
+    what products of `precision` need.
     """
-    seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel)
+    seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel, precision)
     routes = plan_routes(model, parallel, micro_batches, seq_length)
     return StepPlan(
         seq_length=seq_length,

@@ -41,7 +41,8 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
     Raises before anything is built where store and recipe do not fit.
     """
     reader = open_training_reader(recipe, share_of(groups))
-    model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups, recipe.lora)
+    train = recipe.train
+    model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
     source = random_source(recipe.model, recipe.train.seed, recipe.train.init_std)
     if recipe.train.init_from is not None:
         source = published_source(recipe.train.init_from, fallback=source, model=recipe.model)

@@ -1,0 +1,112 @@
+"""FP8: what Megatron is told, and that a machine without it says so before anything is built. No GPU is asked here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.enums import Fp8Recipe
+
+from megatron_deepstack.config.choices import Fp8Scaling, Layers, Precision
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model import fp8
+from megatron_deepstack.model.fp8 import require_fp8
+from megatron_deepstack.model.megatron_config import decoder_config, vision_config
+from megatron_deepstack.planning.check import check_plan
+from megatron_deepstack.planning.sequence import padded_length
+
+FORMATS = {
+    Fp8Scaling.TENSORWISE: "hybrid",
+    Fp8Scaling.DELAYED: "hybrid",
+    Fp8Scaling.BLOCKWISE: "e4m3",
+    Fp8Scaling.MXFP8: "e4m3",
+}
+
+
+@pytest.mark.parametrize("scaling", list(Fp8Scaling))
+def test_megatron_is_told_format_and_recipe(scaling: Fp8Scaling) -> None:
+    config = decoder_config(LanguageConfig(), ParallelConfig(), Precision.FP8, scaling)
+    assert (config.fp8, config.fp8_recipe) == (FORMATS[scaling], Fp8Recipe(scaling.value))
+    assert config.bf16
+    assert config.params_dtype is torch.bfloat16
+    assert not config.fp8_param
+    assert config.fp8_amax_history_len == (1024 if scaling is Fp8Scaling.DELAYED else 1)
+
+
+def test_other_precisions_and_the_vit_have_none_of_it() -> None:
+    for precision in (Precision.BF16, Precision.FP32):
+        assert decoder_config(LanguageConfig(), ParallelConfig(), precision, Fp8Scaling.MXFP8).fp8 is None
+    vit = vision_config(ModelConfig().vision, Precision.FP8)
+    assert vit.fp8 is None
+    assert vit.bf16
+
+
+def on(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], *, engine: bool) -> None:
+    """A machine with such a GPU, with or without Transformer Engine."""
+    monkeypatch.setattr(fp8, "device_name", lambda: name)
+    monkeypatch.setattr(fp8, "compute_capability", lambda: capability)
+    monkeypatch.setattr(fp8, "find_spec", lambda _: object() if engine else None)
+
+
+REFUSED = [
+    ("cpu", (0, 0), False, Fp8Scaling.TENSORWISE, [r"Ada \(L4, L40S\) or later .* found no GPU", "transformer_engine"]),
+    ("NVIDIA H100", (9, 0), False, Fp8Scaling.TENSORWISE, [r"the package transformer_engine \(pip install"]),
+    ("NVIDIA A100", (8, 0), True, Fp8Scaling.DELAYED, ["found NVIDIA A100 of compute capability 8.0"]),
+    ("NVIDIA L4", (8, 9), True, Fp8Scaling.BLOCKWISE, [r"Hopper \(H100, H200\) or later for fp8_scaling blockwise"]),
+    ("NVIDIA H100", (9, 0), True, Fp8Scaling.MXFP8, [r"Blackwell \(B200\) or later for fp8_scaling mxfp8"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "engine", "scaling", "problems"),
+    REFUSED,
+    ids=["no GPU", "no engine", "too old", "blockwise on Ada", "mxfp8 on Hopper"],
+)
+def test_what_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    engine: bool,
+    scaling: Fp8Scaling,
+    problems: list[str],
+) -> None:
+    on(monkeypatch, name, capability, engine=engine)
+    with pytest.raises(ConfigError) as caught:
+        require_fp8(Precision.FP8, scaling, Layers.AUTO)
+    assert len(caught.value.problems) == len(problems)
+    for problem in problems:
+        assert caught.match(problem)
+    require_fp8(Precision.BF16, scaling, Layers.AUTO)
+
+
+def test_machines_that_have_it_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "NVIDIA H100", (9, 0), engine=True)
+    for scaling in (Fp8Scaling.TENSORWISE, Fp8Scaling.DELAYED, Fp8Scaling.BLOCKWISE):
+        require_fp8(Precision.FP8, scaling, Layers.AUTO)
+    with pytest.raises(ConfigError, match=r"model\.layers is `local`"):
+        require_fp8(Precision.FP8, Fp8Scaling.TENSORWISE, Layers.LOCAL)
+
+
+def recipe(**train: object) -> Recipe:
+    return Recipe(train=TrainConfig(precision=Precision.FP8, **train))  # type: ignore[arg-type]
+
+
+def test_recipes_that_no_machine_could_run_are_refused_by_plan() -> None:
+    check_plan(recipe())
+    with pytest.raises(ConfigError, match=r"`local` layers have none of it; set model\.layers=auto"):
+        check_plan(replace(recipe(), model=ModelConfig(layers=Layers.LOCAL)))
+    narrow = ModelConfig(language=LanguageConfig(ffn_hidden_size=11000))
+    with pytest.raises(ConfigError, match="the decoder's mlp_out is 2750 x 4096 on a rank"):
+        check_plan(replace(recipe(), model=narrow, parallel=ParallelConfig(tensor=4)))
+    with pytest.raises(ConfigError, match=r"2000 tokens are no multiple of 64 .* use 1984"):
+        check_plan(replace(recipe(seq_length=2000), parallel=ParallelConfig(context=2)))
+
+
+def test_sequences_are_padded_to_what_products_take() -> None:
+    layout = ParallelConfig(context=2, tensor=2, sequence_parallel=True)
+    assert padded_length([65], layout, Precision.BF16) == 72
+    assert padded_length([65], layout, Precision.FP8) == 128
+    assert padded_length([65], ParallelConfig(), Precision.FP8) == 96
+    assert padded_length([65], ParallelConfig()) == 65
