@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -54,7 +54,7 @@ class Decoder:
         self._seconds = max_image_seconds
         self._process: _Process | None = None
 
-    def decode(self, images: Sequence[ImageAt]) -> Iterator[ProcessedImage | QuarantineError]:
+    def decode(self, images: Sequence[ImageAt]) -> Generator[ProcessedImage | QuarantineError, None, None]:
         """Each image's views, or why it has none, in order. Views are valid until the next image is asked for.
 
         Raises DataError (or LocationError) when machine or network fail to give an image.

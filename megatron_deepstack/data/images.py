@@ -94,9 +94,7 @@ def _decode_strictly(data: bytes, max_pixels: int) -> np.ndarray | None:
     return None
 
 
-def _decode_with_pillow(
-    data: bytes, max_pixels: int, orientation: Orientation = Orientation.AS_STORED
-) -> DecodedImage:
+def _decode_with_pillow(data: bytes, max_pixels: int, orientation: Orientation = Orientation.AS_STORED) -> DecodedImage:
     with _pillow_limit(max_pixels):
         try:
             with Image.open(io.BytesIO(data), formats=_known_formats()) as image:

@@ -171,7 +171,7 @@ def _members(file: IO[bytes], location: Location) -> Iterator[tuple[tarfile.TarI
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # kept otherwise, for extraction by name
+                tar.members = []  # type: ignore[attr-defined]  # kept otherwise, for extraction by name
                 text = None
                 if _split(info.name)[1] in _TEXTS and info.isreg() and info.size <= _MOST_TEXT_BYTES:
                     content = tar.extractfile(info)
