@@ -20,6 +20,8 @@ _LOOPBACK: Final = "127.0.0.2"
 """Ray takes 127.0.0.1 for "this machine" and puts its public address in its place; this one it leaves alone."""
 _KNOCK_SECONDS: Final = 10.0
 """Longest wait for a cluster's port."""
+_NOT_NEWS: Final = "A worker died or was killed while executing a task"
+"""Ray says so in ten lines of possible causes for each worker; drivers tell of a death in one, in their own words."""
 
 
 @contextmanager
@@ -79,6 +81,7 @@ def import_ray(address: str | None) -> Any:
     authentication. The token stays in the environment: left to itself Ray 2.60 writes one to `~/.ray`, which breaks
     `ray start --address` of the same user.
     """
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOT_NEWS)
     if "ray" not in sys.modules and address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if "RAY_AUTH_MODE" not in os.environ:

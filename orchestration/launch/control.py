@@ -10,8 +10,10 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megatron_deepstack.errors import ClusterError, ConfigError
@@ -19,6 +21,7 @@ from orchestration.launch.record import LaunchRecord, State, last_lines, newest_
 from orchestration.launch.stopping import request_stop
 
 _LOOK_SECONDS = 0.5
+_RECENT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +33,17 @@ class Status:
     record: LaunchRecord | None
     """None if the run was not started by `launch`."""
     num_steps: int
-    last: dict[str, Any] | None
-    """Metrics of the last step."""
+    recent: tuple[dict[str, Any], ...]
+    """Metrics of the last steps."""
     checkpoint: int | None
     """Step of the newest checkpoint."""
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last step, at the speed of the last one; only of a run that goes on."""
-        if self.last is None or self.state not in (State.RUNNING, "trained by another launcher"):
+        """Until the last step, at the median speed of the last ones; only of a run that goes on."""
+        if not self.recent or self.state != State.RUNNING:
             return None
-        return float((self.num_steps - self.last["step"]) * self.last["step_seconds"])
+        return (self.num_steps - self.recent[-1]["step"]) * median(one["step_seconds"] for one in self.recent)
 
     @property
     def exit_code(self) -> int:
@@ -56,8 +59,7 @@ def status_of(run_dir: Path) -> Status:
     recipe = run_dir / "recipe.yaml"
     if record is None and not recipe.is_file():
         raise ConfigError([f"{run_dir}: no run is there (neither launch.json nor recipe.yaml); expected a run_dir"])
-    last = _last_step(run_dir)
-    return Status(run_dir, _state(record), record, _num_steps(recipe), last, newest_step(run_dir))
+    return Status(run_dir, _state(record), record, _num_steps(recipe), _recent(run_dir), newest_step(run_dir))
 
 
 def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
@@ -102,15 +104,13 @@ def _state(record: LaunchRecord | None) -> str:
     return "lost" if record.lost else record.state
 
 
-def _last_step(run_dir: Path) -> dict[str, Any] | None:
-    """The last whole line of the metrics; a line may just be written."""
-    for line in reversed(last_lines(run_dir / "metrics.jsonl", 2)):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        return dict(found)
-    return None
+def _recent(run_dir: Path) -> tuple[dict[str, Any], ...]:
+    """The last steps' metrics; a line that is just being written is left out."""
+    found = []
+    for line in last_lines(run_dir / "metrics.jsonl", _RECENT):
+        with suppress(ValueError):
+            found.append(dict(json.loads(line)))
+    return tuple(found)
 
 
 def _num_steps(recipe: Path) -> int:

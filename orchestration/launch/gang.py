@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,14 @@ from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from megatron_deepstack.errors import ClusterError, PreemptedError
-from orchestration.launch.placement import Demand, Node, Seat, place
+from megatron_deepstack.training.watchdog import last_hang
+from orchestration.launch.placement import Demand, Node, place
 from orchestration.launch.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
 from orchestration.launch.rank import RankFailed, enter, open_meeting_point
 from orchestration.launch.record import STOP_FILE, Events
+from orchestration.launch.waiting import wait_for_seats
 
 _NODE_LABEL = "ray.io/node-id"
-_POLL_SECONDS = 0.5
-_QUIET_SECONDS = 5.0
 _SETTLE_SECONDS = 2.0
 """After a rank lost a connection, the time in which the death at its other end still counts as the cause."""
 
@@ -95,14 +95,23 @@ class Gang(ControllerCallback, WorkerGroupCallback):
         self._events = Events(run_dir)
         self._waiting_since: float | None = None
         self._attempt = 0
+        self._hang_before = ""
         self._workers: Sequence[Any] = ()
         self._previous: Diagnosis | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Wait for the slots and pin each rank to its node; the context's list of labels is made for that."""
         self._attempt += 1
+        self._hang_before = last_hang(self._run_dir)
         self._events.add("start", attempt=self._attempt)
-        seats = self._wait_for_seats()
+        self._waiting_since = self._waiting_since or time.monotonic()
+        seats = wait_for_seats(
+            lambda: place(self._demand, nodes_now(free=True)),
+            since=self._waiting_since,
+            seconds=self._start_seconds,
+            tell=lambda what: self._events.add("waiting", what=what),
+            asked_to_stop=(self._run_dir / STOP_FILE).exists,
+        )
         for seat, selector in zip(seats, worker_group_context.label_selector, strict=True):
             selector[_NODE_LABEL] = seat.node.id
 
@@ -133,30 +142,6 @@ class Gang(ControllerCallback, WorkerGroupCallback):
     def _note(self, reason: str, ranks: Sequence[int]) -> None:
         self._events.add("failure", reason=reason, ranks=list(ranks))
 
-    def _wait_for_seats(self) -> tuple[Seat, ...]:
-        """Seats, once there are any. Raises ClusterError after `start_seconds`, LayoutError if no node is large enough.
-
-        What the last attempt held is free a moment after its end, so a short wait is not worth a word.
-        """
-        self._waiting_since = self._waiting_since or time.monotonic()
-        said = ""
-        while True:
-            try:
-                return place(self._demand, nodes_now(free=True))
-            except ClusterError as error:
-                if (self._run_dir / STOP_FILE).exists():
-                    raise PreemptedError("stopped on request while waiting for nodes; nothing was running") from error
-                waited = time.monotonic() - self._waiting_since
-                if waited > self._start_seconds:
-                    raise ClusterError(
-                        f"after {self._start_seconds:.0f} s (launch.start_seconds): {error}. Bring the nodes back, or "
-                        "ask for fewer ranks; the same command goes on from the newest checkpoint"
-                    ) from error
-                if waited > _QUIET_SECONDS and str(error) != said:
-                    self._events.add("waiting", what=str(error))
-                    said = str(error)
-            time.sleep(_POLL_SECONDS)
-
     def _diagnose(self, errors: dict[int, Exception]) -> Diagnosis:
         """What happened, after a moment for the cause to come in where only its consequences are known."""
         found = diagnose(self._failures(errors))
@@ -166,7 +151,16 @@ class Gang(ControllerCallback, WorkerGroupCallback):
             errors = errors | {rank: error for rank in silent if (error := self._error_of(rank)) is not None}
             found = diagnose(self._failures(errors))
             time.sleep(0.1)
-        return found
+        return self._with_hang(found)
+
+    def _with_hang(self, found: Diagnosis) -> Diagnosis:
+        """Ranks that found the run hanging end themselves; what they wrote about it is the reason then."""
+        said = last_hang(self._run_dir)
+        if not said or said == self._hang_before or found.causes[0].end is not End.DIED:
+            return found
+        first = found.causes[0]
+        others = sorted({failure.rank for failure in found.causes[1:]} | set(found.followers))
+        return Diagnosis((replace(first, end=End.HUNG, text=said),), tuple(others))
 
     def _error_of(self, rank: int) -> Exception | None:
         worker = self._workers[rank]

@@ -19,13 +19,15 @@ class End(IntEnum):
     NODE_DIED = 0
     DIED = 1
     """The process, by a signal or an exit of its own."""
-    REFUSED = 2
+    HUNG = 2
+    """It found the run hanging and ended itself."""
+    REFUSED = 3
     """An expected failure, from errors.py."""
-    SILENT = 3
+    SILENT = 4
     """It answers no question any more."""
-    RAISED = 4
+    RAISED = 5
     """Any other exception."""
-    CUT_OFF = 5
+    CUT_OFF = 6
     """A broken connection to another rank: a consequence as a rule."""
 
 
@@ -84,6 +86,7 @@ class Diagnosis:
 _WORDS = {
     End.NODE_DIED: "was lost with its node: ",
     End.DIED: "died: ",
+    End.HUNG: "ended itself: ",
     End.REFUSED: "stopped: ",
     End.SILENT: "does not answer: ",
     End.RAISED: "raised ",

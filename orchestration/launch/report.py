@@ -76,7 +76,7 @@ def whole_plan(
 
 def status_text(status: Status) -> str:
     """A run in a few lines."""
-    record, last = status.record, status.last
+    record, last = status.record, status.recent[-1] if status.recent else None
     lines = [f"{status.run_dir}: {status.state}"]
     if record is not None and record.outcome and record.state is not State.FINISHED:
         lines.append(f"  because    {record.outcome}")

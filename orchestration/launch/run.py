@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +37,7 @@ from orchestration.launch.record import (
 )
 from orchestration.launch.report import whole_plan
 from orchestration.launch.stopping import stop_signals, wants_it_now
+from orchestration.launch.waiting import wait_for_seats
 
 HEALTH_SECONDS: Final = 600.0
 """Silence of a worker process after which Ray calls it dead, beyond the recipe's own limit for a hang."""
@@ -144,22 +146,23 @@ def _seats_there(recipe: Recipe, num_ranks: int | None) -> tuple[Demand, tuple[S
 
 
 def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | None, stop_after: int | None) -> None:
-    ray = import_ray(record.cluster or None)
-    environment = rank_environment(os.environ)
-    demand, seats = _seats_there(recipe, num_ranks)
-    record.num_ranks = demand.num_ranks
-    if len({seat.node.id for seat in seats}) > 1 or record.cluster:
-        findings = check_cluster(ray, recipe, demand, seats, os.getcwd(), environment)
-    else:
-        findings = check_here(recipe, demand, seats, os.getcwd())
-    require_sound(findings)
-    os.environ.update(ray_train_settings(recipe))
-    from orchestration.launch.trainer import gang_trainer
-
     follower = Follower(run_dir, record)
-    follower.say(f"launch: {len(findings)} checks passed")
-    fit = _Fit(gang_trainer(Job(recipe, os.getcwd(), stop_after), run_dir, demand, environment, START_RETRY_SECONDS))
     with stop_signals(run_dir, record) as second:
+        demand, seats = wait_for_seats(
+            lambda: _seats_there(recipe, num_ranks),
+            since=time.monotonic(),
+            seconds=recipe.launch.start_seconds,
+            tell=lambda what: follower.say(f"launch: waiting: {what}"),
+            asked_to_stop=(run_dir / STOP_FILE).exists,
+        )
+        record.num_ranks = demand.num_ranks
+        environment = rank_environment(os.environ)
+        follower.say(f"launch: {_check(recipe, record, demand, seats, environment)} checks passed")
+        os.environ.update(ray_train_settings(recipe))
+        from orchestration.launch.trainer import gang_trainer
+
+        job = Job(recipe, os.getcwd(), stop_after)
+        fit = _Fit(gang_trainer(job, run_dir, demand, environment, START_RETRY_SECONDS))
         fit.start()
         while fit.is_alive():
             fit.join(_FOLLOW_SECONDS)
@@ -171,6 +174,18 @@ def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | N
         raise _told(fit.error, record) from fit.error
     if fit.stopped_with is not None:
         raise PreemptedError(fit.stopped_with)
+
+
+def _check(
+    recipe: Recipe, record: LaunchRecord, demand: Demand, seats: Sequence[Seat], environment: Mapping[str, str]
+) -> int:
+    """Number of checks, which all passed; raises ClusterError otherwise."""
+    if record.cluster:
+        findings = check_cluster(import_ray(record.cluster), recipe, demand, seats, os.getcwd(), environment)
+    else:
+        findings = check_here(recipe, demand, seats, os.getcwd())
+    require_sound(findings)
+    return len(findings)
 
 
 class _Fit(threading.Thread):
