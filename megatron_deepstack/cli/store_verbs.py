@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,12 +12,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_deepstack.cli.app import Verbs, app, say
-from megatron_deepstack.errors import StoreError
+from megatron_deepstack.errors import ConfigError, StoreError
 
 stores = typer.Typer(cls=Verbs, no_args_is_help=True, help="Look at finished stores, and make new ones of them.")
 app.add_typer(stores, name="store")
 
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of a finished store.")]
+
+
+@contextmanager
+def _shards_done(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, moved by (shards done, shards in all)."""
+    columns = (TextColumn(f"store {verb}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @stores.command()
@@ -25,14 +37,48 @@ def verify(
     """Check every checksum, count and reference of a store, and list all damage."""
     from megatron_deepstack.storekeeping.verify import verify as find_damage
 
-    columns = (TextColumn("store verify"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        found = find_damage(
-            path, processes=processes, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with _shards_done("verify") as progress:
+        found = find_damage(path, processes=processes, progress=progress)
     for damage in found:
         say(damage)
     if found:
         raise StoreError(f"{path}: {len(found)} {'fault' if len(found) == 1 else 'faults'}, listed above")
     say(f"{path}: whole; every checksum, count and reference is right")
+
+
+@stores.command()
+def merge(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Store to create.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Finished stores, two or more.")],
+) -> None:
+    """Make one store of several that were preprocessed alike. Shards are linked, images in several kept once."""
+    from megatron_deepstack.storekeeping.merge import merge as put_together
+
+    with _shards_done("merge") as progress:
+        done = put_together(output, inputs, progress)
+    say(
+        f"{output}: {done.samples} samples, {done.images} images ({done.shared} of several stores, kept once), "
+        f"{done.whole} of {done.shards} shards taken as they were"
+    )
+
+
+@stores.command()
+def split(
+    path: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
+    train: Annotated[Path, typer.Argument(metavar="TRAIN", help="Store to create for the larger side.")],
+    heldout: Annotated[Path, typer.Argument(metavar="HELDOUT", help="Store to create for the samples drawn.")],
+    fraction: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the samples to hold out.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Number of samples to hold out.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples are drawn.")] = 0,
+) -> None:
+    """Divide a store's samples at random into two stores, each with the images its samples use."""
+    if (fraction is None) == (count is None):
+        raise ConfigError(["give one of --fraction and --count"])
+    from megatron_deepstack.storekeeping.assemble import open_local
+    from megatron_deepstack.storekeeping.split import split as divide
+
+    wanted = count if count is not None else round((fraction or 0) * len(open_local(path)))
+    with _shards_done("split") as progress:
+        done = divide(path, train, heldout, count=wanted, seed=seed, progress=progress)
+    say(f"{train}: {done.train_samples} samples, {done.train_images} images")
+    say(f"{heldout}: {done.heldout_samples} samples, {done.heldout_images} images, {done.in_both} of them in both")

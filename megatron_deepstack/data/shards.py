@@ -111,6 +111,18 @@ class LocalShards:
             else:
                 self._read_packed(shard.file.fileno(), first, extents, places, out)
 
+    def chunks(self, slots: Sequence[int]) -> Iterator[memoryview]:
+        """Views as the shards hold them, compressed or not. Raises ShardError."""
+        for first, places in runs(slots, self._pixels.slots_per_part):
+            part, slot = divmod(first, self._pixels.slots_per_part)
+            shard = self._shard(part, first)
+            for k, (offset, size) in enumerate(shard.index[slot : slot + len(places)].tolist(), start=first):
+                if offset == EMPTY_CHUNK:
+                    raise self._error(k, f"slot {self._slot(k)} was never written.")
+                chunk = memoryview(bytearray(size))
+                self._fill(shard.file.fileno(), [chunk], offset, k)
+                yield chunk
+
     def _read_raw(self, file: int, first: int, extents: list[list[int]], places: list[int], out: np.ndarray) -> None:
         """Uncompressed views: straight to their rows, as far as they lie back to back in the file."""
         view_bytes, begin = self._pixels.view_bytes, 0

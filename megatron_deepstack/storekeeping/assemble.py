@@ -1,0 +1,238 @@
+"""Writing a new store from pieces of finished ones: shards as they are where possible, views never decoded.
+
+A shard that is kept whole is hard-linked where the file system can, else copied; of others chunks are copied as they
+are. The store is built under a hidden name beside its own and renamed when it is complete, so that it is there whole or
+not at all; what a killed run left is cleared by the next one. The bytes depend on the sources alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from megatron_deepstack.data.schema import ImageStatus, PixelsShape, shard_path
+from megatron_deepstack.data.shard_writer import open_shard
+from megatron_deepstack.data.shards import LocalShards, ShardError
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.writer import (
+    IndexWriters,
+    atomic_file,
+    open_index,
+    write_error,
+    write_json,
+    write_skeleton,
+)
+from megatron_deepstack.errors import StoreError
+from megatron_deepstack.storekeeping.regroup import NewPart, Regrouping, Source, regroup
+
+Progress = Callable[[int, int], None]
+"""Called with the number of shards done, and of all."""
+_SAMPLES_AT_ONCE: Final = 1 << 16
+"""Samples whose tokens are in memory at a time."""
+
+
+def open_local(path: Path) -> Store:
+    """A store to take from; raises StoreError unless it is a finished one in a folder."""
+    store = Store.open(path)
+    if not store.location.is_local:
+        raise StoreError(f"{path}: stores are merged and split in folders; copy it to one first")
+    return store
+
+
+@contextmanager
+def building(root: Path) -> Iterator[Path]:
+    """A folder to build the store `root` in, which gets that name when the block ends without an error.
+
+    Raises StoreError if `root` exists, or another process is building it.
+    """
+    if root.exists():
+        raise StoreError(f"{root}: exists already; give another folder, or delete this one if it is no longer needed")
+    draft = root.with_name(f".{root.name}.partial")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(root.with_name(f".{root.name}.lock"), "ab")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise write_error(root, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(f"{root}: another process is writing this store; wait for it") from error
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            yield draft
+            os.rename(draft, root)
+        except OSError as error:
+            raise write_error(root, error) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def assemble(
+    draft: Path,
+    sources: Sequence[Source],
+    description: dict[str, Any],
+    quarantine: Iterable[bytes],
+    *,
+    dropped: int,
+    progress: Progress,
+) -> Regrouping:
+    """Write a complete store of the sources' kept samples and images.
+
+    `description` says how it came about; its hash is the store's plan hash. `quarantine`: lines of quarantine.jsonl.
+    `dropped`: samples that were left out when the sources were made.
+    """
+    first = sources[0].store
+    slots = max(source.store.pixels.slots_per_part for source in sources)
+    plan = regroup(sources, slots)
+    shape = replace(first.pixels, num_parts=len(plan.parts), slots_per_part=slots)
+    shards = [LocalShards(source.store.location.local_path(), source.store.pixels) for source in sources]
+    for number, part in enumerate(plan.parts):
+        try:
+            _write_part(draft, number, part, sources, shards, shape)
+        except ShardError as error:
+            raise StoreError(f"{error} See what else is damaged with `store verify`.") from error
+        progress(number + 1, len(plan.parts))
+    with open_index(draft) as index:
+        counts = {**_write_images(index, plan, sources, slots), **_write_samples(index, plan, sources)}
+    with atomic_file(draft / "quarantine.jsonl") as file:
+        file.writelines(quarantine)
+    plan_hash = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    write_json(draft / "plan.json", {"plan_hash": plan_hash, "description": description})
+    attributes = {
+        **asdict(first.attributes),
+        "plan_hash": plan_hash,
+        "counts": {name: {**counts, "dropped": dropped}[name] for name in _COUNTS},
+        "complete": True,
+    }
+    write_skeleton(draft, shape, attributes)
+    return plan
+
+
+_COUNTS: Final = ("images", "flagged", "quarantined", "views", "samples", "dropped", "tokens", "target_tokens")
+
+
+def _write_part(
+    draft: Path,
+    number: int,
+    part: NewPart,
+    sources: Sequence[Source],
+    shards: Sequence[LocalShards],
+    shape: PixelsShape,
+) -> None:
+    if part.whole is not None:
+        source, old = part.whole
+        store = sources[source].store
+        if store.pixels.slots_per_part == shape.slots_per_part:
+            _link(store.location.local_path() / shard_path(old), draft / shard_path(number))
+            return
+    with open_shard(draft, number, shape) as shard:
+        for source, image in part.images:
+            store = sources[source].store
+            start, count = (int(store.array(f"images/{name}")[image]) for name in ("start", "count"))
+            for chunk in shards[source].chunks(range(start, start + count)):
+                shard.append_chunk(chunk)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where that cannot be."""
+    if not source.is_file():
+        raise StoreError(f"{source}: the shard is missing. See what else is damaged with `store verify`.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with open(source, "rb") as old, atomic_file(target) as new:
+            shutil.copyfileobj(old, new, 1 << 24)
+
+
+def _write_images(index: IndexWriters, plan: Regrouping, sources: Sequence[Source], slots: int) -> dict[str, int]:
+    """Rows of all images; returns the counts."""
+    paths = _Ragged(index, "images/path")
+    status: list[int] = []
+    num_views = 0
+    for number, part in enumerate(plan.parts):
+        counts = [int(sources[source].store.array("images/count")[image]) for source, image in part.images]
+        sums = np.zeros(slots, np.uint32)
+        sums[: sum(counts)] = np.concatenate(
+            [np.zeros(0, np.uint32), *(_checksums(sources[source].store, image) for source, image in part.images)]
+        )
+        index.append("images/start", number * slots + np.cumsum([0, *counts[:-1]]))
+        index.append("images/crc32c", sums)
+        for name in ("count", "grid", "size", "status", "sha256"):
+            index.append(
+                f"images/{name}", np.array([sources[s].store.array(f"images/{name}")[i] for s, i in part.images])
+            )
+        for source, image in part.images:
+            paths.take(sources[source].store, np.array([image]))
+        status += [int(sources[source].store.array("images/status")[image]) for source, image in part.images]
+        num_views += sum(counts)
+    found = np.array(status, np.uint8)
+    return {
+        "images": len(found),
+        "flagged": int((found == ImageStatus.FLAGGED).sum()),
+        "quarantined": int((found == ImageStatus.QUARANTINED).sum()),
+        "views": num_views,
+    }
+
+
+def _checksums(store: Store, image: int) -> np.ndarray:
+    start, count = (int(store.array(f"images/{name}")[image]) for name in ("start", "count"))
+    return store.array("images/crc32c")[start : start + count]
+
+
+def _write_samples(index: IndexWriters, plan: Regrouping, sources: Sequence[Source]) -> dict[str, int]:
+    """Rows of all samples, some at a time; returns the counts."""
+    ids, tokens, images = (_Ragged(index, f"samples/{name}") for name in ("id", "tokens", "images"))
+    num_targets = 0
+    for source, numbers in zip(sources, plan.numbers, strict=True):
+        for first in range(0, len(source.samples), _SAMPLES_AT_ONCE):
+            samples = source.samples[first : first + _SAMPLES_AT_ONCE]
+            ids.take(source.store, samples)
+            tokens.take(source.store, samples)
+            images.take(source.store, samples, numbers)
+            masks, _ = taken(source.store, "samples/loss_mask", "samples/tokens_offsets", samples)
+            index.append("samples/loss_mask", masks)
+            num_targets += int(masks.sum())
+    num_samples = sum(len(source.samples) for source in sources)
+    return {"samples": num_samples, "tokens": tokens.end, "target_tokens": num_targets}
+
+
+class _Ragged:
+    """A flat array and its offsets, written front to back."""
+
+    def __init__(self, index: IndexWriters, name: str) -> None:
+        self._index, self._name, self.end = index, name, 0
+        index.append(f"{name}_offsets", [0])
+
+    def take(self, store: Store, rows: np.ndarray, rename: np.ndarray | None = None) -> None:
+        """Append rows of the same array of `store`, its values renamed."""
+        values, lengths = taken(store, self._name, f"{self._name}_offsets", rows)
+        self._index.append(self._name, values if rename is None else rename[values])
+        self._index.append(f"{self._name}_offsets", self.end + np.cumsum(lengths))
+        self.end += len(values)
+
+
+def taken(store: Store, name: str, offsets_name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of some rows of a ragged array, one after the other, and the rows' lengths."""
+    offsets = store.array(offsets_name)
+    begins, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return store.array(name)[np.repeat(begins, lengths) + within], lengths
+
+
+def quarantine_lines(store: Store) -> list[bytes]:
+    """Lines of a store's list of what was left out or is damaged."""
+    path = store.location.local_path() / "quarantine.jsonl"
+    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
