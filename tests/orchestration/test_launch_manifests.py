@@ -1,0 +1,196 @@
+"""The files that start runs elsewhere: they parse, agree with themselves, and ask for what our command line offers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from megatron_deepstack.cli import app
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.planning.check import check_world, load_checked_recipe
+from orchestration import manifests
+from orchestration.launch.placement import Node, demand_of, place
+
+FOLDER = Path(str(manifests.__file__)).parent
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.s*h"))
+KUBERNETES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+EVERY = ["rayjob.yaml", "ray_job_submit.sh", "slurm_ray.sbatch", "slurm_torchrun.sbatch"]
+GPUS_PER_NODE, NODES = 8, 2
+
+
+def read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def load(name: str) -> dict[str, Any]:
+    document = yaml.safe_load(read(name))
+    assert isinstance(document, dict)
+    return document
+
+
+def our_commands(name: str) -> list[list[str]]:
+    """Arguments of every call of ours in a file, shell variables as they stand."""
+    text = load(name)["spec"]["entrypoint"] if name == "rayjob.yaml" else read(name)
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for line in joined.splitlines():
+        call = re.search(r"(?:megatron-deepstack|-m megatron_deepstack\.cli) (?!.*\|\|)(.+)", line)
+        if call and not line.lstrip().startswith("#"):
+            found.append(shlex.split(call.group(1).rstrip("&").strip()))
+    return found
+
+
+def recipe_of(arguments: list[str]) -> Recipe:
+    verb_arguments = [one for one in arguments[1:] if not one.startswith("--") and ":$PORT" not in one]
+    return load_checked_recipe(verb_arguments[0], verb_arguments[1:])
+
+
+def test_all_files_are_known() -> None:
+    assert sorted([*KUBERNETES, *SCRIPTS]) == sorted([*EVERY, "raycluster.yaml"])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_commands_are_ours(name: str) -> None:
+    """Verb and options exist, the recipe with its overrides is sound, and ranks fill the nodes that are asked for."""
+    group = typer.main.get_command(app)
+    (arguments,) = our_commands(name)
+    command = group.commands[arguments[0]]  # type: ignore[attr-defined]
+    options = {name for parameter in command.params for name in parameter.opts}
+    assert {one for one in arguments if one.startswith("--")} <= options
+    recipe = recipe_of(arguments)
+    ranks = recipe.launch.ranks if arguments[0] == "launch" else NODES * GPUS_PER_NODE
+    assert ranks == NODES * GPUS_PER_NODE
+    check_world(recipe, ranks)
+    nodes = [Node(str(n), f"10.0.0.{n}", f"n{n}", GPUS_PER_NODE, 72) for n in range(NODES)]
+    demand = demand_of(recipe, nodes, ranks)
+    assert demand.uses_gpus
+    seats = place(demand, nodes)
+    assert all(seat.node is nodes[seat.place.pp] for seat in seats), "one pipeline stage a node"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_shell(name: str) -> None:
+    done = subprocess.run(["bash", "-n", FOLDER / name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["slurm_ray.sbatch", "slurm_torchrun.sbatch"])
+def test_slurm_directives(name: str) -> None:
+    lines = read(name).splitlines()
+    directives = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if "#SBATCH" in line)
+    assert int(directives["nodes"]) == NODES
+    assert int(directives["gpus-per-node"]) == GPUS_PER_NODE
+    assert directives["ntasks-per-node"] == "1"
+    assert re.fullmatch(r"(B:)?TERM@\d+", directives["signal"])
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    last_directive = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert last_directive < first_command, "Slurm reads directives up to the first command only"
+
+
+def test_ray_on_slurm_is_not_open_to_others() -> None:
+    text = read("slurm_ray.sbatch")
+    assert "export RAY_AUTH_MODE=token" in text
+    assert "--include-dashboard=false" in text
+    assert text.index("export RAY_AUTH_TOKEN") < text.index("ray start")
+
+
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_kubernetes_resources(name: str) -> None:
+    document = load(name)
+    assert document["apiVersion"] == "ray.io/v1"
+    cluster = document["spec"]["rayClusterSpec"] if document["kind"] == "RayJob" else document["spec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == NODES
+    head = cluster["headGroupSpec"]
+    assert head["rayStartParams"]["num-gpus"] == "0"
+    for pod in (head["template"]["spec"], workers["template"]["spec"]):
+        (container,) = pod["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert "/shared" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["nvidia.com/gpu"]) == GPUS_PER_NODE
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+
+
+def test_the_kubernetes_job_asks_for_what_its_pods_have() -> None:
+    (arguments,) = our_commands("rayjob.yaml")
+    recipe = recipe_of(arguments)
+    (workers,) = load("rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert recipe.launch.ranks == workers["replicas"] * int(limits["nvidia.com/gpu"])
+    assert recipe.launch.cpus_per_rank * GPUS_PER_NODE <= int(limits["cpu"])
+    assert recipe.run_dir.startswith("/shared/")
+
+
+STUBS = {
+    "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "scontrol $*" >> "$LOG"; fi',
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "hostname": "echo 10.0.0.1",
+    "ray": 'echo "ray $*" >> "$LOG"; if [ "$1" = start ]; then exec sleep 60; fi',
+    "megatron-deepstack": (
+        'echo "ours $*" >> "$LOG"; if [ "$1" = stop ]; then touch "$LOG.stop"; exit 0; fi; '
+        'if [ -n "$QUICK" ]; then exit "$QUICK"; fi; while [ ! -e "$LOG.stop" ]; do sleep 0.1; done; exit 75'
+    ),
+}
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> dict[str, str]:
+    """An environment in which Slurm, Ray and we are scripts that write down how they are called."""
+    for name, body in STUBS.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "QUICK": ""}
+    path_variable = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **slurm, "PATH": path_variable, "LOG": str(tmp_path / "log"), "RUN_DIR": "/shared/run"}
+
+
+def start(stubs: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["bash", FOLDER / "slurm_ray.sbatch"], env=stubs, start_new_session=True)
+
+
+def calls(stubs: dict[str, str]) -> str:
+    log = Path(stubs["LOG"])
+    return log.read_text() if log.exists() else ""
+
+
+def end(script: subprocess.Popen[bytes]) -> int:
+    code = script.wait(60)
+    os.killpg(script.pid, signal.SIGKILL)  # the stubs of `ray start`, which Slurm would end
+    return code
+
+
+def test_slurm_script_hands_on_the_end_of_the_run(stubs: dict[str, str]) -> None:
+    assert end(start({**stubs, "QUICK": "5"})) == 5
+    said = calls(stubs)
+    assert "ray start --head --block --node-ip-address=10.0.0.1 --port=6379" in said
+    assert "ray start --block --address=10.0.0.1:6379" in said
+    assert "ours launch deepstack_l_7b_finetune --address 10.0.0.1:6379 run_dir=/shared/run" in said
+    assert "scontrol requeue" not in said
+
+
+def test_slurm_script_stops_the_run_and_goes_back_into_the_queue(stubs: dict[str, str]) -> None:
+    """SIGTERM before the time is over: the run is asked to save, the code of `launch` is kept, the job requeued."""
+    script = start(stubs)
+    deadline = time.monotonic() + 60
+    while "ours launch" not in calls(stubs):
+        assert time.monotonic() < deadline, calls(stubs)
+        time.sleep(0.05)
+    script.send_signal(signal.SIGTERM)
+    assert end(script) == 75
+    said = calls(stubs)
+    assert "ours stop /shared/run --wait 240" in said
+    assert "scontrol requeue 7" in said
