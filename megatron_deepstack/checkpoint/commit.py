@@ -6,11 +6,12 @@ no data file is read again.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from megatron_deepstack import __version__
 from megatron_deepstack.checkpoint.folder import Manifest, fingerprint, partial_path, publish, write_manifest
 from megatron_deepstack.checkpoint.retention import LOCK, prune
 from megatron_deepstack.checkpoint.writer import NOTE
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.parallel.groups import Axes
 
 RECIPE = "recipe.yaml"
 INDEX = ".metadata"
@@ -61,12 +64,17 @@ class Commit:
     def _finish(self, partial: Path, metadata: Metadata) -> dict[str, tuple[int, int]]:
         """Write index and recipe, remove the notes; size and crc32c of every file."""
         files, results = _take_notes(partial, self.num_ranks)
-        FileSystemWriter(partial).finish(metadata, [results])
+        FileSystemWriter(partial).finish(_without_plans(metadata), [results])
         with (partial / RECIPE).open("w", encoding="utf-8") as out:
             out.write(self.recipe_text)
             out.flush()
             os.fsync(out.fileno())
         return {**files, **{name: fingerprint(partial / name) for name in (INDEX, RECIPE)}}
+
+
+def layout_of(axes: Axes, parallel: ParallelConfig) -> dict[str, int]:
+    """Ranks on each axis, and chunks of a stage."""
+    return {**asdict(axes), "vpp": parallel.virtual_pipeline}
 
 
 def made_with() -> dict[str, str]:
@@ -77,6 +85,13 @@ def made_with() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _without_plans(metadata: Metadata) -> Metadata:
+    """A copy without the ranks' plans, which Megatron adds and no reader needs: most of the index."""
+    copied = copy.copy(metadata)
+    vars(copied).pop("all_local_plans", None)
+    return copied
 
 
 def _take_notes(partial: Path, num_ranks: int) -> tuple[dict[str, tuple[int, int]], list[WriteResult]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Manifest:
     """Ranks on each axis when it was written, for information and for states that belong to a rank."""
     made_with: dict[str, str] = field(default_factory=dict)
     """Versions of the programs that wrote it."""
+    version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +69,23 @@ def checkpoints_folder(run_dir: str | Path) -> Path:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest and bring it to the disk: from then on the folder's content counts."""
+    with (folder / MANIFEST).open("w", encoding="utf-8") as out:
+        out.write(manifest_to_json(manifest))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """The manifest's text."""
     content = {
-        "version": FORMAT_VERSION,
+        "version": manifest.version,
         "step": manifest.step,
         "facts": manifest.facts,
         "layout": manifest.layout,
         "made_with": manifest.made_with,
         "files": manifest.files,
     }
-    with (folder / MANIFEST).open("w", encoding="utf-8") as out:
-        out.write(json.dumps(content, indent=1))
-        out.flush()
-        os.fsync(out.fileno())
+    return json.dumps(content, indent=1)
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -103,12 +110,17 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
-        listed = "\n  ".join(faults)
-        raise CheckpointError(
-            f"{run_dir}: no whole checkpoint among {len(faults)}:\n  {listed}\nRestore one, or remove the folder "
-            "`checkpoints` to start over."
-        )
+        raise none_whole(run_dir, faults)
     return None, []
+
+
+def none_whole(run_dir: str | Path, faults: Sequence[str]) -> CheckpointError:
+    """The error of a run all of whose checkpoints have a fault."""
+    listed = "\n  ".join(faults)
+    return CheckpointError(
+        f"{run_dir}: no whole checkpoint among {len(faults)}:\n  {listed}\nRestore one, or remove the folder "
+        "`checkpoints` to start over."
+    )
 
 
 def verify(path: Path) -> Checkpoint:
@@ -151,7 +163,16 @@ def looks_whole(path: Path) -> bool:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: its {MANIFEST} is missing or damaged ({error})") from error
+    return manifest_from_json(path, text)
+
+
+def manifest_from_json(path: Path, text: str) -> Manifest:
+    """The manifest of the checkpoint at `path` from its text. Raises CheckpointError."""
+    try:
+        raw = json.loads(text)
         if raw["version"] not in READABLE_VERSIONS:
             raise CheckpointError(
                 f"{path}: format version {raw['version']}, this program reads up to {FORMAT_VERSION}; use the version "
@@ -163,8 +184,9 @@ def _read_manifest(path: Path) -> Manifest:
             files={str(name): (int(size), int(crc)) for name, (size, crc) in raw["files"].items()},
             layout=dict(raw.get("layout", {})),
             made_with=dict(raw.get("made_with", {})),
+            version=int(raw["version"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its {MANIFEST} is missing or damaged ({error})") from error
 
 

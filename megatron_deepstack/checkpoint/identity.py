@@ -11,8 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import CheckpointError
+
+_BEFORE: Mapping[str, Any] = {"lora": {"rank": 0}}
+"""What older checkpoints, which do not say it, were made with."""
 
 
 def identity(recipe: Recipe, *, plan_hash: str, tokenizer_sha256: str) -> dict[str, Any]:
@@ -26,6 +30,7 @@ def identity(recipe: Recipe, *, plan_hash: str, tokenizer_sha256: str) -> dict[s
             "seq_length": train.seq_length,
             "truncate": train.truncate,
             "precision": str(train.precision),
+            **({"fp8_scaling": str(train.fp8_scaling)} if train.precision is Precision.FP8 else {}),
             "trainable": [str(part) for part in sorted(train.trainable)],
         },
         "data": {"plan_hash": plan_hash, "tokenizer_sha256": tokenizer_sha256},
@@ -42,7 +47,7 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
 
 def require_same(path: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise CheckpointError that lists every fact of `ours` in which the checkpoint differs."""
-    differences = list(_differences(saved, ours, ""))
+    differences = list(_differences({**_BEFORE, **saved}, ours, ""))
     if differences:
         listed = "\n  ".join(differences)
         raise CheckpointError(

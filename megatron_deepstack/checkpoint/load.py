@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_deepstack.checkpoint.folder import Checkpoint
-from megatron_deepstack.checkpoint.state import load_weights, sharded_state
+from megatron_deepstack.checkpoint.optimizer_shards import MAIN_PARAMETER, OLD_MAIN_PARAMETER
+from megatron_deepstack.checkpoint.random_state import set_random_states, sharded_random_states
+from megatron_deepstack.checkpoint.state import allocate_states, load_optimizer, load_weights, sharded_state
+from megatron_deepstack.checkpoint.trust import check_contents
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
 
 
-def load(checkpoint: Checkpoint, model: RankModel, optimizer: ChainedOptimizer | None) -> None:
+def load(
+    checkpoint: Checkpoint,
+    model: RankModel,
+    optimizer: ChainedOptimizer | None,
+    layout: Mapping[str, int] | None = None,
+) -> None:
     """Read weights, and with `optimizer` its states, in any layout. Collective over all ranks.
 
-    The caller has compared identities (`identity.require_same`). Raises CheckpointError if tensors do not fit.
+    Random states are read if the checkpoint was written under the same `layout`. The caller has compared identities
+    (`identity.require_same`). Raises CheckpointError if tensors do not fit, or if the files hold more than data.
     """
-    state = sharded_state(model, optimizer, loading=True)
+    main_parameter = OLD_MAIN_PARAMETER if checkpoint.manifest.version == 1 else MAIN_PARAMETER
+    if optimizer is not None:
+        allocate_states(optimizer)
+    state = sharded_state(model, optimizer, main_parameter=main_parameter)
+    if layout is not None and checkpoint.manifest.layout == layout:
+        state["random"] = sharded_random_states()
+    check_contents(checkpoint.path)
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint.path))
     except CheckpointingException as error:
         raise CheckpointError(f"{checkpoint.path}: does not fit this model: {error}") from error
     load_weights(model, loaded)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
+    if "random" in state:
+        set_random_states(loaded["random"])

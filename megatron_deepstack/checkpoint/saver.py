@@ -10,9 +10,9 @@ from __future__ import annotations
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_deepstack.checkpoint.background import Background, Work
-from megatron_deepstack.checkpoint.commit import Commit
+from megatron_deepstack.checkpoint.commit import Commit, layout_of
 from megatron_deepstack.checkpoint.folder import checkpoint_path, looks_whole, partial_path, step_folders
 from megatron_deepstack.checkpoint.plan import Planner
+from megatron_deepstack.checkpoint.random_state import sharded_random_states
 from megatron_deepstack.checkpoint.retention import FolderLock
 from megatron_deepstack.checkpoint.state import sharded_state
 from megatron_deepstack.config.choices import SaveMode
@@ -35,7 +36,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.parallel.groups import Axes
-from megatron_deepstack.parallel.reduce import lowest_over_ranks, of_every_rank
+from megatron_deepstack.parallel.reduce import of_every_rank, start_lowest_over_ranks
 
 _WAIT_SECONDS = 1.0
 
@@ -76,6 +77,8 @@ class _Flight:
         self.work: Work | None = None
         """What this rank is at; None if it only waits for rank 0 to commit."""
         self.committing = False
+        self.agreement: Callable[[], int] | None = None
+        """The lowest state of all ranks, being found."""
 
     @property
     def state(self) -> _State:
@@ -102,7 +105,7 @@ class Saver:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self._commit = Commit(
             facts=facts,
-            layout={**asdict(axes), "vpp": recipe.parallel.virtual_pipeline},
+            layout=layout_of(axes, recipe.parallel),
             num_ranks=axes.world_size,
             recipe_text=recipe_to_yaml(recipe),
             keep=recipe.checkpoint.keep,
@@ -125,7 +128,8 @@ class Saver:
             self._drain()
             flight = self._flight = _Flight(step, checkpoint_path(self.recipe.run_dir, step))
             flight.begun, flight.waited_seconds = begun, time.perf_counter() - begun
-            plan = self._planner.plan(sharded_state(self.model, self.optimizer, loading=False))
+            state = sharded_state(self.model, self.optimizer)
+            plan = self._planner.plan({**state, "random": sharded_random_states()})
             flight.metadata = plan.metadata
             if self._background is None:
                 self._background = Background()
@@ -180,10 +184,17 @@ class Saver:
             self._advance()
 
     def _advance(self) -> None:
-        flight = self._flight
-        if flight is None:
-            return
-        state = lowest_over_ranks(flight.state)
+        """Act on what ranks agreed on since the last call, and begin to agree on how things stand now.
+
+        So no rank waits here for a slower one.
+        """
+        if self._flight is not None and self._flight.agreement is not None:
+            self._act(self._flight, self._flight.agreement())
+        if self._flight is not None:
+            self._flight.agreement = start_lowest_over_ranks(self._flight.state)
+
+    def _act(self, flight: _Flight, state: int) -> None:
+        flight.agreement = None
         if state == _State.FAILED:
             self._fail(flight)
         elif state == _State.DONE and not flight.committing:

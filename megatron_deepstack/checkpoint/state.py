@@ -11,59 +11,76 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_deepstack.checkpoint.optimizer_shards import MAIN_PARAMETER, sharded_states
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.encoder import VisualEncoder
 
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-"""Optimizer states that any layout can read."""
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""Keys of optimizer states that any layout can read."""
 
 
-def sharded_state(model: RankModel, optimizer: ChainedOptimizer | None, *, loading: bool) -> dict[str, Any]:
-    """Sharded state dict of this rank; without `optimizer`, the weights alone. Collective over all ranks.
+def sharded_state(
+    model: RankModel, optimizer: ChainedOptimizer | None, *, main_parameter: str = MAIN_PARAMETER
+) -> dict[str, Any]:
+    """Sharded state dict of this rank, over live tensors; without `optimizer`, the weights alone.
 
     Keys name global layers, so a checkpoint does not remember its layout. The encoder stands on every rank, so its
     replica number is the global rank: rank 0 writes it.
     """
     weights: ShardedStateDict = {}
     for number, chunk in enumerate(model.chunks):
-        weights[f"decoder{number}"] = chunk.sharded_state_dict(metadata=dict(OPTIMIZER_METADATA))
+        weights[f"decoder{number}"] = chunk.sharded_state_dict(metadata=dict(METADATA))
     weights["encoder"] = _encoder_state(model.encoder)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
-        if loading:
-            _prepare_torch_adam(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            weights, is_loading=loading, metadata=dict(OPTIMIZER_METADATA)
-        )
+        for single in optimizer.chained_optimizers:
+            if isinstance(single, DistributedOptimizer):
+                single.sharded_state_dict = partial(_distributed_state, single, main_parameter=main_parameter)
+        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=dict(METADATA))
     return state
 
 
-def _prepare_torch_adam(optimizer: ChainedOptimizer) -> None:
-    """Make torch's Adam, which runs where neither Apex nor Transformer Engine is, loadable by Megatron.
+def _distributed_state(
+    single: DistributedOptimizer, weights: ShardedStateDict, *_: Any, main_parameter: str, **__: Any
+) -> dict[str, Any]:
+    """In place of Megatron's method, which gathers the states of all data-parallel ranks on each."""
+    return {**single.state_dict(), "param_state": sharded_states(single, weights, main_parameter)}
 
-    Its states appear in its first step, but the distributed optimizer loads into existing ones. And its `step` is a
-    state per parameter: the distributed optimizer saves one in the groups, restores it as one tensor that all
-    parameters share, so that each would count it up for all, and then looks for it among the parameter's own tensors
-    (0.16 and 0.19 alike). So each parameter gets its own copy, and is handed it.
-    """
+
+def allocate_states(optimizer: ChainedOptimizer) -> None:
+    """Make the states that an optimizer has after its first step, so that loading can write into them."""
     for single in optimizer.chained_optimizers:
         inner = single.optimizer
-        if not isinstance(inner, torch.optim.Adam):
-            continue
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                inner.state[parameter] = {"step": torch.zeros(()), **zeros}
+        if isinstance(inner, torch.optim.Adam):
+            _allocate_torch_adam(inner)
         if isinstance(single, DistributedOptimizer):
-            single._set_main_param_and_optimizer_states = partial(_set_with_step, single)
+            single.load_state_dict(single.state_dict())
+        elif inner is not None:
+            single.init_state_fn(inner, single.config)
 
 
-def _set_with_step(single: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-    group, place = single.model_param_group_index_map[model_param]
-    main_param = single.optimizer.param_groups[group]["params"][place]
-    state = single.optimizer.state[main_param]
-    state["step"] = state["step"].clone()
-    DistributedOptimizer._set_main_param_and_optimizer_states(single, model_param, {"step": state["step"], **tensors})
+def _allocate_torch_adam(inner: torch.optim.Adam) -> None:
+    """torch's Adam, which runs where neither Apex nor Transformer Engine is."""
+    for parameter in (p for group in inner.param_groups for p in group["params"]):
+        if not inner.state[parameter]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[parameter] = {"step": torch.zeros(()), **zeros}
+
+
+def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
+    """Take over a loaded optimizer state; the distributed optimizer's tensors were loaded in place.
+
+    The distributed optimizer keeps one `step` for all parameters, and on loading lets torch's Adam share one tensor of
+    it among them, each of which would count it up for all (0.16 and 0.19 alike). So each parameter gets its own.
+    """
+    singles = optimizer.chained_optimizers
+    for part in [state] if len(singles) == 1 else state.values():
+        part.pop("param_state", None)
+    optimizer.load_state_dict(state)
+    for single in singles:
+        if isinstance(single, DistributedOptimizer) and isinstance(single.optimizer, torch.optim.Adam):
+            for found in single.optimizer.state.values():
+                found["step"] = found["step"].clone()
 
 
 def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import google_crc32c
 import torch
@@ -112,7 +112,7 @@ def write_job(job: Job, memory: mmap.mmap) -> int:
             items.append(_note_of(item, file.name, begin, stream.num_bytes))
         for tensor in file.tensors:
             begin = stream.num_bytes
-            torch.save(_tensor(tensor, memory), stream)
+            torch.save(_tensor(tensor, memory), cast(IO[bytes], stream))
             items.append(_note_of(tensor.item, file.name, begin, stream.num_bytes))
         files[file.name] = stream.close()
     note = ChecksummedFile(folder / NOTE.format(rank=job.rank))

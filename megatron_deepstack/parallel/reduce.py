@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -57,11 +59,17 @@ def sum_over_model(values: list[int], groups: Groups) -> list[int]:
     return [int(total) for total in totals]
 
 
-def lowest_over_ranks(value: int) -> int:
-    """The lowest of every rank's `value`. Collective over all ranks."""
+def start_lowest_over_ranks(value: int) -> Callable[[], int]:
+    """Begin to find the lowest of every rank's `value`, which the result waits for. Collective over all ranks."""
     lowest = torch.tensor([value], dtype=torch.int64, device=local_device())
-    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return int(lowest.item())
+    work = dist.all_reduce(lowest, op=dist.ReduceOp.MIN, async_op=True)
+
+    def wait() -> int:
+        if work is not None:
+            work.wait()
+        return int(lowest.item())
+
+    return wait
 
 
 def of_every_rank(text: str) -> list[str]:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_deepstack.checkpoint.folder import newest_whole
+import torch.distributed as dist
+
+from megatron_deepstack.checkpoint.commit import layout_of
 from megatron_deepstack.checkpoint.identity import identity, require_same
 from megatron_deepstack.checkpoint.load import load
+from megatron_deepstack.checkpoint.retention import remove_leftovers
 from megatron_deepstack.checkpoint.saver import Saver
+from megatron_deepstack.checkpoint.verification import newest_whole_together
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.data.steps import Share, StepReader, open_training_reader
@@ -84,9 +88,12 @@ def resume(session: Session) -> Resumption:
 
     Raises CheckpointError if none is whole, or if the newest belongs to another model or other data.
     """
-    checkpoint, faults = newest_whole(session.recipe.run_dir)
+    if dist.get_rank() == 0:
+        remove_leftovers(session.recipe.run_dir)
+    checkpoint, faults = newest_whole_together(session.recipe.run_dir)
     if checkpoint is None:
         return Resumption(step=0, path=None, passed_over=())
     require_same(checkpoint.path, checkpoint.manifest.facts, session.facts)
-    load(checkpoint, session.engine.model, session.optimizer.chained)
+    layout = layout_of(session.groups.axes, session.recipe.parallel)
+    load(checkpoint, session.engine.model, session.optimizer.chained, layout)
     return Resumption(step=checkpoint.manifest.step, path=checkpoint.path, passed_over=tuple(faults))
