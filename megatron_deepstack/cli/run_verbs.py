@@ -94,11 +94,15 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Write RUN/report.html: one page with losses, recipe, stage plan and held-out answers."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run, or of several to compare.")],
+    output: Annotated[Path | None, typer.Option(help="File to write; by default in the first run's folder.")] = None,
+) -> None:
+    """Write RUN/report.html: losses, speed, events, recipe, answers; or one page that compares several runs."""
+    from megatron_deepstack.report.compare import write_comparison
     from megatron_deepstack.report.page import write_report
 
-    say(f"report: {write_report(run)}")
+    say(f"report: {write_report(runs[0], output) if len(runs) == 1 else write_comparison(runs, output)}")
 
 
 @app.command()

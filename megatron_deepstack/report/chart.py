@@ -1,4 +1,4 @@
-"""A line chart as SVG: axes with round numbers, a strong line, and if wanted a faint one behind it."""
+"""Line charts as SVG: axes with round numbers, strong lines, and if wanted a faint one behind each."""
 
 from __future__ import annotations
 
@@ -31,32 +31,74 @@ class _Axes:
 Point = tuple[float, float]
 
 
-def line_chart(
-    points: Sequence[Point],
-    *,
-    title: str,
-    colour: str,
-    faint: Sequence[Point] = (),
-    marks: Sequence[tuple[float, str]] = (),
-) -> Markup:
-    """Points (step, value) in order of steps, finite values only.
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: points (step, value) in order of steps, finite values only."""
 
-    `faint` is drawn behind them (the raw values of which `points` are a mean); `marks` are labelled steps.
-    """
-    if not points:
+    points: Sequence[Point]
+    colour: str
+    label: str = ""
+    faint: Sequence[Point] = ()
+    """Drawn behind them: the raw values of which `points` are a mean."""
+
+
+def line_chart(lines: Sequence[Line], *, title: str, marks: Sequence[tuple[float, str]] = ()) -> Markup:
+    """Lines over the same steps, with a legend where they have labels; `marks` are labelled steps."""
+    drawn = [line for line in lines if line.points]
+    if not drawn:
         return drawing(_WIDTH, 60, title, text(_WIDTH / 2, 35, "no values were recorded", fill=FAINT))
-    values = [value for _, value in (*points, *faint)]
+    values = [value for line in drawn for _, value in (*line.points, *line.faint)]
+    first = min(line.points[0][0] for line in drawn)
+    last = max(line.points[-1][0] for line in drawn)
     ticks = round_ticks(min(values), max(values))
-    axes = _Axes(points[0][0], max(points[-1][0], points[0][0] + 1), ticks[0], ticks[-1])
+    axes = _Axes(first, max(last, first + 1), ticks[0], ticks[-1])
     return drawing(
         _WIDTH,
         _HEIGHT,
         title,
         *_grid(axes, ticks),
         *_marks(axes, marks),
-        _line(axes, faint, colour, width=1, opacity=0.35),
-        _line(axes, points, colour, width=2.5, opacity=1),
+        *(_line(axes, line.faint, line.colour, width=1, opacity=0.3) for line in drawn),
+        *(_line(axes, line.points, line.colour, width=2.5, opacity=1) for line in drawn),
+        *_legend([(line.label, line.colour) for line in drawn if line.label]),
     )
+
+
+def stacked_chart(parts: Sequence[tuple[str, str, Sequence[Point]]], *, title: str) -> Markup:
+    """Areas on top of each other: (label, colour, points) of each part, all over the same steps, values from 0 up."""
+    steps = [step for step, _ in parts[0][2]] if parts else []
+    if not steps:
+        return line_chart((), title=title)
+    tops = [[0.0] * len(steps)]
+    for _, _, points in parts:
+        tops.append([below + value for below, (_, value) in zip(tops[-1], points, strict=True)])
+    ticks = round_ticks(0.0, max(tops[-1]))
+    axes = _Axes(steps[0], max(steps[-1], steps[0] + 1), 0.0, ticks[-1])
+    areas = [
+        _area(axes, steps, low, high, colour)
+        for low, high, (_, colour, _) in zip(tops[:-1], tops[1:], parts, strict=True)
+    ]
+    legend = _legend([(label, colour) for label, colour, _ in parts])
+    return drawing(_WIDTH, _HEIGHT, title, *_grid(axes, ticks), *areas, *legend)
+
+
+def _area(axes: _Axes, steps: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> Markup:
+    there = [f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in zip(steps, high, strict=True)]
+    back = [f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in zip(steps, low, strict=True)]
+    return element("polygon", points=" ".join([*there, *reversed(back)]), fill=colour, fill_opacity=0.85)
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> list[Markup]:
+    """Right-aligned in the first line of the chart, a second where they do not fit."""
+    parts, x, y = [], float(_WIDTH - _RIGHT), float(_TOP)
+    for label, colour in reversed(entries):
+        width = 30 + 6.6 * len(label)
+        if x - width < _LEFT:
+            x, y = float(_WIDTH - _RIGHT), y + 17
+        x -= width
+        parts.append(element("rect", x=max(x, 0), y=y - 6, width=12, height=12, rx=2, fill=colour))
+        parts.append(text(max(x, 0) + 17, y + 4, label, text_anchor="start", fill=FAINT))
+    return parts
 
 
 def _grid(axes: _Axes, ticks: Sequence[float]) -> list[Markup]:
@@ -64,12 +106,16 @@ def _grid(axes: _Axes, ticks: Sequence[float]) -> list[Markup]:
     for tick in ticks:
         y = axes.y(tick)
         parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, stroke=LINE, stroke_width=0.6))
-        parts.append(text(_LEFT - 8, y + 4, f"{tick:.4g}", text_anchor="end", fill=FAINT))
+        parts.append(text(_LEFT - 8, y + 4, _tick(tick), text_anchor="end", fill=FAINT))
     for tick in round_ticks(axes.low_x, axes.high_x, count=8):
         if axes.low_x <= tick <= axes.high_x and tick == int(tick):
             parts.append(text(axes.x(tick), _HEIGHT - _BOTTOM + 18, f"{int(tick)}", fill=FAINT))
     parts.append(text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 4, "step", fill=FAINT))
     return parts
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def _marks(axes: _Axes, marks: Sequence[tuple[float, str]]) -> list[Markup]:

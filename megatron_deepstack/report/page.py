@@ -1,76 +1,66 @@
 """`report RUN`: one HTML page about a run that needs no network and no script.
 
-Everything on it is read from the run folder and the stores it names; text from data and models is escaped, and the
-page's own security policy forbids it to load anything.
+Everything on it is read from the run folder and the stores it names.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from megatron_deepstack import __version__
-from megatron_deepstack.config.build import plain
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.report.chart import line_chart, running_mean
+from megatron_deepstack.report.chart import Line, line_chart, running_mean
+from megatron_deepstack.report.frame import document, duration, facts, section, write
+from megatron_deepstack.report.health import health_section
 from megatron_deepstack.report.pictures import Pictures
 from megatron_deepstack.report.records import RECIPE, Answer, Metrics, read_answers, read_metrics
+from megatron_deepstack.report.settings import recipe_table
+from megatron_deepstack.report.speed import median, speed_section, timeline_section
 from megatron_deepstack.report.stages import stage_drawing
-from megatron_deepstack.report.svg import Markup, element, joined
+from megatron_deepstack.report.svg import PALETTE, Markup, element, joined
+from megatron_deepstack.report.timeline import read_timelines
 
 REPORT = "report.html"
 _MOST_SHOWN = 12
 """Answers shown with their pictures, of the right ones and of the wrong ones each."""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write_report(run: Path) -> Path:
-    """Write the page into the run folder and return its path. Raises DataError if `run` is no run folder."""
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Write the page to `output`, or into the run folder. Raises DataError if `run` is no run folder."""
+    require_run(run)
+    return write(output or run / REPORT, page(run))
+
+
+def require_run(run: Path) -> None:
+    """Raise DataError if `run` is no run folder."""
     if not (run / RECIPE).is_file():
         raise DataError(f"{run}: holds no {RECIPE}; expected the run_dir of a `train`")
-    file = run / REPORT
-    try:
-        file.write_text(page(run), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be written: {error}") from error
-    return file
 
 
 def page(run: Path) -> str:
     """The page's HTML."""
     recipe, metrics, answers = load_recipe(run / RECIPE), read_metrics(run), read_answers(run)
-    body = element(
-        "main",
+    timelines = read_timelines(run)
+    return document(
+        recipe.name,
         element("h1", recipe.name),
-        element("p", _summary(recipe)),
-        _facts(recipe, metrics, answers),
-        _section("Loss", *_loss(metrics)),
-        _section("Which stack reaches which stage", stage_drawing(recipe)),
-        _section("Held-out questions", *_answers(answers)),
-        _section("Recipe", element("p", "As resolved; bold where it differs from the defaults."), _recipe(recipe)),
-        element("footer", _versions()),
+        element("p", summary(recipe)),
+        facts(list(_facts(recipe, metrics, answers))),
+        section("Loss", *_loss(metrics)),
+        section("Speed", *speed_section(metrics)),
+        *([section("What each rank did when", *timeline_section(timelines))] if timelines else []),
+        section("Events", *health_section(metrics)),
+        section("Which stack reaches which stage", stage_drawing(recipe)),
+        section("Held-out questions", *_answers(answers)),
+        section("Recipe", element("p", "As resolved; bold where it differs from the defaults."), recipe_table(recipe)),
     )
-    style = Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8"))
-    head = joined(
-        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-        element("title", f"{recipe.name} - report"),
-        element("style", style),
-    )
-    return "<!doctype html>\n" + element("html", element("head", head), element("body", body), lang="en") + "\n"
 
 
-def _section(title: str, *children: str | Markup) -> Markup:
-    return element("section", element("h2", title), *children)
-
-
-def _summary(recipe: Recipe) -> str:
+def summary(recipe: Recipe) -> str:
+    """Model and layout in a line."""
     parallel, model = recipe.parallel, recipe.model
     layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     return (
@@ -79,49 +69,51 @@ def _summary(recipe: Recipe) -> str:
     )
 
 
-def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Markup:
-    facts = []
+def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Iterator[tuple[str, str]]:
     if metrics.records:
-        facts.append((f"{metrics.records[-1]['step']} / {recipe.train.steps}", "steps"))
-    losses = metrics.series("loss")
-    if losses:
-        facts.append((f"{losses[-1][1]:.4g}", "last loss"))
-    speeds = sorted(value for _, value in metrics.series("tokens_per_second"))
-    if speeds:
-        facts.append((f"{speeds[len(speeds) // 2]:,.0f}", "tokens per second, median"))
-    seconds = sum(value for _, value in metrics.series("step_seconds"))
-    if seconds:
-        facts.append((_duration(seconds), "in training steps"))
+        yield f"{metrics.records[-1]['step']} / {recipe.train.steps}", "steps"
+    if losses := metrics.series("loss"):
+        yield f"{losses[-1][1]:.4g}", "last loss"
+    if validation := metrics.series("validation_loss"):
+        yield f"{min(value for _, value in validation):.4g}", "best validation loss"
+    if (speed := median(metrics, "tokens_per_second")) is not None:
+        yield f"{speed:,.0f}", "tokens per second, median"
+    if (share := median(metrics, "mfu")) is not None:
+        yield f"{share:.1%}", "MFU, median"
+    if seconds := sum(value for _, value in metrics.series("step_seconds")):
+        yield duration(seconds), "in training steps"
     if answers:
         right = sum(answer.correct for answer in answers)
         commonest = Counter(answer.expected for answer in answers).most_common(1)[0][1]
         chance = f"the commonest answer every time: {commonest / len(answers):.1%}"
-        facts.append((f"{right} / {len(answers)}", f"answers exactly right ({right / len(answers):.1%}; {chance})"))
-    return element(
-        "div",
-        *(element("div", element("b", value), element("span", name), class_="fact") for value, name in facts),
-        class_="facts",
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+        yield f"{right} / {len(answers)}", f"answers exactly right ({right / len(answers):.1%}; {chance})"
 
 
 def _loss(metrics: Metrics) -> Iterator[Markup]:
     marks = [(step, "resumed") for step in metrics.resumed_at]
     losses = metrics.series("loss")
-    yield line_chart(running_mean(losses), title="Training loss by step", colour="#0072b2", faint=losses, marks=marks)
+    yield line_chart([Line(running_mean(losses), PALETTE[0], faint=losses)], title="Training loss by step", marks=marks)
     if broken := metrics.num_not_finite("loss"):
         yield element("p", f"{broken} steps had a loss that is not a number and are not drawn.")
     if validation := metrics.series("validation_loss"):
         yield element("h3", "validation loss")
-        yield line_chart(validation, title="Validation loss by step", colour="#009e73")
-    if rates := metrics.series("lr"):
+        yield line_chart([Line(validation, PALETTE[2])], title="Validation loss by step")
+    if norms := metrics.series("gradient_norm"):
+        yield element("h3", "gradient norm")
+        yield line_chart([Line(running_mean(norms), PALETTE[6], faint=norms)], title="Gradient norm by step")
+    if rates := list(_rates(metrics)):
         yield element("h3", "learning rate")
-        yield line_chart(rates, title="Learning rate by step", colour="#d55e00")
+        yield line_chart(rates, title="Learning rate by step")
+
+
+def _rates(metrics: Metrics) -> Iterator[Line]:
+    """One line a part where parts are recorded, else the one rate there is."""
+    parts = sorted({part for record in metrics.records for part in record.get("lr_by_part") or ()})
+    for number, part in enumerate(parts):
+        points = [(r["step"], r["lr_by_part"][part]) for r in metrics.records if part in (r.get("lr_by_part") or ())]
+        yield Line(points, PALETTE[(5, 0, 2)[number % 3]], label=part)
+    if not parts and (rates := metrics.series("lr")):
+        yield Line(rates, PALETTE[5])
 
 
 def _answers(answers: Sequence[Answer]) -> Iterator[Markup]:
@@ -147,43 +139,3 @@ def _answer(answer: Answer, pictures: Pictures) -> Markup:
     listed = [joined(element("dt", name), element("dd", value, class_=kind or None)) for name, value, kind in rows]
     kind = "answer" if answer.correct else "answer wrong"
     return element("article", views, element("dl", *listed), class_=kind, title=answer.id)
-
-
-def _recipe(recipe: Recipe) -> Markup:
-    return element("div", *_sections(recipe, Recipe(), "run"), class_="recipe")
-
-
-def _sections(config: Any, default: Any, title: str) -> Iterator[Markup]:
-    """A table of a section's own fields, then those of the sections inside it."""
-    rows, inner = [], []
-    for item in fields(config):
-        value, usual = getattr(config, item.name), getattr(default, item.name)
-        if is_dataclass(value):
-            inner.append((value, usual, item.name if title == "run" else f"{title}.{item.name}"))
-        else:
-            cells = joined(element("td", item.name), element("td", _shown(value)))
-            rows.append(element("tr", cells, class_="set" if value != usual else None))
-    if rows:
-        yield element("div", element("h3", title), element("table", *rows))
-    for value, usual, name in inner:
-        yield from _sections(value, usual, name)
-
-
-def _shown(value: object) -> str:
-    """A value as the recipe's YAML would have it."""
-    value = plain(value)
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "-" if value is None else str(value)
-
-
-def _versions() -> str:
-    found = [f"megatron-deepstack {__version__}"]
-    for name in ("megatron-core", "torch"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)

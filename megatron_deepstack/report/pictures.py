@@ -31,10 +31,10 @@ class Pictures:
         opened = self._open(store)
         gw, gh = opened.image(image).grid
         views = opened.read_views(image, range(1 + gw * gh))
-        crops = [_img(view, f"crop {index}") for index, view in enumerate(views[1:])]
+        crops = [embedded(view, f"crop {index}") for index, view in enumerate(views[1:])]
         return element(
             "div",
-            element("figure", _img(views[0], "global view"), element("figcaption", "global view")),
+            element("figure", embedded(views[0], "global view"), element("figcaption", "global view")),
             element(
                 "figure",
                 element("div", *crops, class_="grid", style=_grid_style(gw, gh)),
@@ -50,10 +50,10 @@ def _grid_style(gw: int, gh: int) -> str:
     return f"grid-template-columns: repeat({gw}, {side:.0f}px)"
 
 
-def _img(view: np.ndarray, alt: str) -> Markup:
-    """uint8 (S, S, 3) as an `<img>` with its bytes inside."""
-    picture = Image.fromarray(view)
-    picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
+def embedded(pixels: np.ndarray, alt: str, max_side: int = _MAX_SIDE) -> Markup:
+    """uint8 (H, W, 3) as an `<img>` with its bytes inside, no longer than `max_side` pixels."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((max_side, max_side))
     return element("img", src=_data_uri(picture), alt=alt, width=picture.width, height=picture.height)
 
 

@@ -17,7 +17,7 @@ from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, StackConfig
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.report import pictures
-from megatron_deepstack.report.chart import line_chart, round_ticks, running_mean
+from megatron_deepstack.report.chart import Line, line_chart, round_ticks, running_mean
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import read_answers, read_metrics
 from megatron_deepstack.report.stages import stage_drawing
@@ -210,5 +210,5 @@ def test_running_mean_keeps_length_and_constants():
 
 
 def test_chart_of_one_point():
-    drawn = ElementTree.fromstring(line_chart([(1, 0.5)], title="one", colour="#000000"))
+    drawn = ElementTree.fromstring(line_chart([Line([(1, 0.5)], "#000000")], title="one"))
     assert drawn.tag.endswith("svg")

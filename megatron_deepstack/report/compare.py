@@ -1,0 +1,173 @@
+"""`report RUN RUN...`: several runs beside each other on one page: losses, speed, scores, and where recipes differ."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_deepstack.config.load import load_recipe
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.report.chart import Line, line_chart, running_mean
+from megatron_deepstack.report.frame import document, duration, section, table, write
+from megatron_deepstack.report.health import events
+from megatron_deepstack.report.page import require_run, summary
+from megatron_deepstack.report.records import RECIPE, Answer, Metrics, read_answers, read_metrics
+from megatron_deepstack.report.settings import differences
+from megatron_deepstack.report.speed import bars, median, seconds_by_part, timeline_caption
+from megatron_deepstack.report.svg import Markup, element, joined, stack_colour
+from megatron_deepstack.report.timeline import RecordedStep, read_timelines, timeline_drawing
+
+COMPARISON = "comparison.html"
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is read of one run."""
+
+    label: str
+    """Its name, with the folder's where runs share a name."""
+    colour: str
+    recipe: Recipe
+    metrics: Metrics
+    answers: tuple[Answer, ...]
+    timelines: Sequence[RecordedStep]
+
+
+def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the page to `output`, or into the first run's folder. Raises DataError if one is no run folder."""
+    for run in runs:
+        require_run(run)
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise DataError(f"report: the same run is named twice among {', '.join(map(str, runs))}")
+    return write(output or runs[0] / COMPARISON, comparison(runs))
+
+
+def comparison(folders: Sequence[Path]) -> str:
+    """The page's HTML."""
+    runs = _read(folders)
+    title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    return document(
+        title,
+        element("h1", title),
+        *(element("p", _dot(run), f"{run.label}: {summary(run.recipe)}") for run in runs),
+        section("Results", _results(runs)),
+        section("Loss", *_losses(runs)),
+        section("Speed", *_speeds(runs)),
+        *_timelines(runs),
+        section("Where the recipes differ", _differences(runs)),
+    )
+
+
+def _read(folders: Sequence[Path]) -> list[Run]:
+    recipes = [load_recipe(folder / RECIPE) for folder in folders]
+    names = [recipe.name for recipe in recipes]
+    return [
+        Run(
+            label=recipe.name if names.count(recipe.name) == 1 else f"{recipe.name} ({folder})",
+            colour=stack_colour(number),
+            recipe=recipe,
+            metrics=read_metrics(folder),
+            answers=read_answers(folder),
+            timelines=read_timelines(folder),
+        )
+        for number, (folder, recipe) in enumerate(zip(folders, recipes, strict=True))
+    ]
+
+
+def _dot(run: Run) -> Markup:
+    return element("span", "\N{BLACK CIRCLE} ", style=f"color: {run.colour}")
+
+
+def _results(runs: Sequence[Run]) -> Markup:
+    """One row a run."""
+    columns: list[tuple[str, Callable[[Run], str]]] = [
+        ("steps", lambda run: f"{run.metrics.records[-1]['step'] if run.metrics.records else 0}"),
+        ("last mean loss", lambda run: _number(_last(running_mean(run.metrics.series("loss"))))),
+        ("best validation", lambda run: _number(_lowest(run.metrics.series("validation_loss")))),
+        ("exact match", lambda run: _score(run.answers)),
+        ("tokens/s", lambda run: _number(median(run.metrics, "tokens_per_second"), ",.0f")),
+        ("TFLOP/s a rank", lambda run: _number(median(run.metrics, "tflops_per_second_per_rank"), ".3g")),
+        ("MFU", lambda run: _number(median(run.metrics, "mfu"), ".1%")),
+        ("memory", lambda run: _memory(run.metrics)),
+        ("in steps", lambda run: duration(sum(value for _, value in run.metrics.series("step_seconds")))),
+        ("events", lambda run: f"{len(events(run.metrics))}"),
+    ]
+    rows = [[joined(_dot(run), run.label), *(value(run) for _, value in columns)] for run in runs]
+    return table(["run", *(name for name, _ in columns)], rows)
+
+
+def _last(points: Sequence[tuple[float, float]]) -> float | None:
+    return points[-1][1] if points else None
+
+
+def _lowest(points: Sequence[tuple[float, float]]) -> float | None:
+    return min((value for _, value in points), default=None)
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _score(answers: Sequence[Answer]) -> str:
+    return f"{sum(answer.correct for answer in answers) / len(answers):.1%}" if answers else "-"
+
+
+def _memory(metrics: Metrics) -> str:
+    most = max((value for _, value in metrics.series("memory_bytes")), default=0.0)
+    return f"{most / _GIB:.1f} GiB" if most else "-"
+
+
+def _losses(runs: Sequence[Run]) -> list[Markup]:
+    drawn = [_overlaid(runs, "loss", "Training loss by step")]
+    if any(run.metrics.series("validation_loss") for run in runs):
+        drawn += [element("h3", "validation loss"), _overlaid(runs, "validation_loss", "Validation loss by step")]
+    return drawn
+
+
+def _overlaid(runs: Sequence[Run], name: str, title: str) -> Markup:
+    lines = []
+    for run in runs:
+        points = run.metrics.series(name)
+        mean = points if name == "validation_loss" else running_mean(points)
+        lines.append(Line(mean, run.colour, label=run.label, faint=points if len(runs) < 4 else ()))
+    return line_chart(lines, title=title)
+
+
+def _speeds(runs: Sequence[Run]) -> list[Markup]:
+    means = [(run.label, _mean_seconds(run.metrics)) for run in runs]
+    return [
+        element("h3", "tokens per second"),
+        _overlaid(runs, "tokens_per_second", "Tokens per second by step"),
+        element("h3", "seconds of a mean step, by part, on rank 0"),
+        bars(means),
+    ]
+
+
+def _mean_seconds(metrics: Metrics) -> dict[str, float]:
+    parts = seconds_by_part(metrics)
+    return {name: statistics.fmean(value for _, value in points) for name, points in parts.items()}
+
+
+def _timelines(runs: Sequence[Run]) -> list[Markup]:
+    """The first recorded step of each run that has any, to one scale."""
+    chosen = [(run, run.timelines[0]) for run in runs if run.timelines]
+    if not chosen:
+        return []
+    longest = max(step.seconds for _, step in chosen)
+    parts: list[Markup] = []
+    for run, step in chosen:
+        parts.append(element("h3", f"{run.label}: step {step.step}, encoder {step.placement}"))
+        parts.append(timeline_drawing(step, seconds=longest))
+        parts.append(element("p", timeline_caption(step)))
+    return [section("What each rank did when", *parts)]
+
+
+def _differences(runs: Sequence[Run]) -> Markup:
+    found = differences([run.recipe for run in runs])
+    if not found:
+        return element("p", "Nowhere, but for names and folders.")
+    return table(["field", *(run.label for run in runs)], [[path, *values] for path, values in found])

@@ -1,0 +1,111 @@
+"""How fast a run was and where its time went, as charts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from megatron_deepstack.report.chart import Line, Point, line_chart, running_mean, stacked_chart
+from megatron_deepstack.report.records import Metrics
+from megatron_deepstack.report.svg import FAINT, Markup, drawing, element, rect, text
+from megatron_deepstack.report.timeline import COLOURS, RecordedStep, timeline_drawing
+
+PARTS = {
+    "data": COLOURS["data"],
+    "encode": COLOURS["encode"],
+    "route": COLOURS["route"],
+    "schedule": COLOURS["forward"],
+    "route back": "#b86a93",
+    "encoder backward": COLOURS["encoder backward"],
+    "finalise": COLOURS["finalise"],
+    "optimizer": COLOURS["optimizer"],
+    "other": "#d8d2c4",
+}
+"""Parts of a step in their order, with their colours; `other` is what the clock does not name."""
+
+
+def median(metrics: Metrics, name: str) -> float | None:
+    """Median of a recorded number; None where it was never recorded."""
+    values = [value for _, value in metrics.series(name)]
+    return statistics.median(values) if values else None
+
+
+def seconds_by_part(metrics: Metrics) -> dict[str, list[Point]]:
+    """(step, seconds) of each part that takes any time; together they are the step's."""
+    parts: dict[str, list[Point]] = {name: [] for name in PARTS}
+    for record in metrics.records:
+        total, named = record.get("step_seconds"), record.get("seconds") or {}
+        if not isinstance(total, int | float) or not named:
+            continue
+        for name, points in parts.items():
+            rest = max(total - sum(named.values()), 0.0)
+            points.append((record["step"], rest if name == "other" else float(named.get(name, 0.0))))
+    return {name: points for name, points in parts.items() if any(value for _, value in points)}
+
+
+def speed_section(metrics: Metrics) -> Iterator[Markup]:
+    """Tokens per second, model FLOP/s or their share of the peak, and time by part."""
+    tokens = metrics.series("tokens_per_second")
+    yield element("h3", "tokens per second")
+    yield line_chart([Line(running_mean(tokens), "#0072b2", faint=tokens)], title="Tokens per second by step")
+    shares = [(step, 100 * value) for step, value in metrics.series("mfu")]
+    flops = metrics.series("tflops_per_second_per_rank")
+    if shares:
+        yield element("h3", "MFU, percent")
+        yield line_chart([Line(running_mean(shares), "#009e73", faint=shares)], title="MFU by step")
+    elif flops:
+        yield element("h3", "model TFLOP/s a rank")
+        yield line_chart([Line(running_mean(flops), "#009e73", faint=flops)], title="Model TFLOP/s a rank by step")
+    if parts := seconds_by_part(metrics):
+        yield element("h3", "seconds of a step, by part, on rank 0")
+        areas = [(_with_share(name, parts), PARTS[name], running_mean(points)) for name, points in parts.items()]
+        yield stacked_chart(areas, title="Seconds of each step by part")
+
+
+def _with_share(name: str, parts: dict[str, list[Point]]) -> str:
+    total = sum(value for points in parts.values() for _, value in points)
+    return f"{name} {sum(value for _, value in parts[name]) / total:.0%}"
+
+
+def timeline_section(steps: Sequence[RecordedStep]) -> Iterator[Markup]:
+    """The recorded steps."""
+    for step in steps:
+        yield element("h3", f"step {step.step}, encoder {step.placement}")
+        yield timeline_drawing(step)
+        yield element("p", timeline_caption(step))
+
+
+def timeline_caption(step: RecordedStep) -> str:
+    """What the picture says, in numbers."""
+    error = f" Ranks of different machines may be off by {step.clock_error * 1e3:.2f} ms." if step.clock_error else ""
+    return (
+        f"{step.seconds:.3f} s; in the schedule a rank runs no pass {step.idle:.0%} of the time, on average. Numbers "
+        f"are micro-batches; empty is waiting and sending.{error}"
+    )
+
+
+def bars(rows: Sequence[tuple[str, dict[str, float]]]) -> Markup:
+    """Seconds of a mean step by part, one bar for each (label, seconds by part), to one scale."""
+    width, left, height = 900.0, 190.0, 30.0
+    longest = max((sum(seconds.values()) for _, seconds in rows), default=0.0)
+    if not longest:
+        return line_chart((), title="Seconds of a step by part")
+    parts = []
+    for number, (label, seconds) in enumerate(rows):
+        y, x = 34 + number * (height + 10), left
+        parts.append(text(left - 10, y + height / 2 + 4, label, text_anchor="end"))
+        for name, value in seconds.items():
+            wide = value / longest * (width - left - 70)
+            parts.append(
+                element("g", element("title", f"{name}: {value:.4g} s"), rect(x, y, wide, height, fill=PARTS[name]))
+            )
+            x += wide
+        parts.append(text(x + 8, y + height / 2 + 4, f"{sum(seconds.values()):.3g} s", text_anchor="start", fill=FAINT))
+    x = left
+    for name in [name for name in PARTS if any(name in seconds for _, seconds in rows)]:
+        parts += [
+            rect(x, 6, 11, 11, fill=PARTS[name], rx=2),
+            text(x + 15, 15.5, name, size=11, fill=FAINT, text_anchor="start"),
+        ]
+        x += 26 + 6.2 * len(name)
+    return drawing(width, 34 + len(rows) * (height + 10) + 6, "Seconds of a step by part", *parts)
