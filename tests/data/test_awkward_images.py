@@ -195,11 +195,10 @@ def test_any_bytes_give_an_answer() -> None:
             data[first:] = generator.choice(kinds)[generator.randrange(200) :]
         try:
             image = decode_image(bytes(data), LIMIT, generator.choice(list(Orientation)))
-        except QuarantineError as error:
-            assert str(error)
-        else:
-            assert image.pixels.dtype == np.uint8
-            assert image.pixels.shape[2] == 3
+        except QuarantineError:
+            continue
+        assert image.pixels.dtype == np.uint8
+        assert image.pixels.shape[2] == 3
 
 
 def test_orientation_decides_grid_and_size() -> None:

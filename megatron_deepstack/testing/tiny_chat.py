@@ -1,0 +1,44 @@
+"""Tiny Hugging Face tokenizers with the control tokens of Llama 3 and of Qwen, made on the spot for tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+LLAMA_3_TOKENS: Final = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+QWEN_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA_3_CONFIG: Final = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+QWEN_CONFIG: Final = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+_WORDS: Final = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+"""How text is cut before pairs are merged, in the way of those tokenizers."""
+_LINES: Final = (
+    "system user assistant You are a helpful assistant. What is it? A photo. Which number is printed there?",
+    "0 1 2 3 4 5 6 7 8 9 answer the question is it a photo of a number\n\nWhat is the number\nis it?\n",
+)
+
+
+def write_chat_tokenizer(folder: Path, control: Sequence[str], config: dict[str, Any] | None) -> Path:
+    """A folder with a byte-level tokenizer.json and, unless None, its tokenizer_config.json."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(_WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(_LINES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in control])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
