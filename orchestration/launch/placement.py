@@ -63,9 +63,12 @@ class Demand:
 
     def slots(self, node: Node) -> int:
         """Ranks that fit on a node, in whole tensor-parallel groups."""
-        free = node.cpus // self.cpus_per_rank
-        free = min(free, node.gpus) if self.uses_gpus else free
-        return free // self.parallel.tensor * self.parallel.tensor
+        return self.free(node) // self.parallel.tensor * self.parallel.tensor
+
+    def free(self, node: Node) -> int:
+        """Slots of a node."""
+        slots = node.cpus // self.cpus_per_rank
+        return min(slots, node.gpus) if self.uses_gpus else slots
 
 
 def demand_of(recipe: Recipe, nodes: Sequence[Node], num_ranks: int | None = None) -> Demand:
@@ -78,22 +81,29 @@ def demand_of(recipe: Recipe, nodes: Sequence[Node], num_ranks: int | None = Non
     )
 
 
+def check_groups_fit(demand: Demand, nodes: Sequence[Node]) -> None:
+    """Raise LayoutError if nodes have slots, but none enough for a tensor-parallel group; with all that nodes have."""
+    largest = max(nodes, key=demand.slots, default=None)
+    tensor = demand.parallel.tensor
+    if largest is None or demand.slots(largest) >= tensor or not any(map(demand.free, nodes)):
+        return
+    raise LayoutError(
+        [
+            f"parallel.tensor: a group of {tensor} ranks stays inside one node, and none has {tensor} x {demand.unit}: "
+            f"{describe(nodes)}; use a smaller parallel.tensor, or larger nodes"
+        ]
+    )
+
+
 def place(demand: Demand, nodes: Sequence[Node]) -> tuple[Seat, ...]:
     """Seats by rank, on as few nodes as possible; nodes in order of their addresses, so that a restart on the same
     nodes gives the same ranks the same place.
 
-    Raises LayoutError where no node has slots for one tensor-parallel group, ClusterError where slots are missing.
+    Raises ClusterError where slots are missing.
     """
     ordered = sorted(nodes, key=_address_order)
     tensor = demand.parallel.tensor
     by_size = sorted(ordered, key=demand.slots, reverse=True)
-    if not by_size or (demand.slots(by_size[0]) == 0 and tensor > 1):
-        raise LayoutError(
-            [
-                f"parallel.tensor: a group of {tensor} ranks stays inside one node, and none has {tensor} x "
-                f"{demand.unit} free: {describe(nodes)}; use a smaller parallel.tensor, or larger nodes"
-            ]
-        )
     left, taken = demand.num_ranks, {}
     for node in by_size:
         taken[node.id] = min(left, demand.slots(node))

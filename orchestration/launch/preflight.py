@@ -59,9 +59,7 @@ def require_sound(findings: Sequence[Finding]) -> None:
     """Raise ClusterError that lists what is wrong where."""
     wrong = failures(findings)
     if wrong:
-        raise ClusterError(
-            f"{len(wrong)} of {len(findings)} checks failed, and nothing was started:\n{in_words(wrong)}"
-        )
+        raise ClusterError(f"{len(wrong)} of {len(findings)} checks failed, so nothing was started:\n{in_words(wrong)}")
 
 
 class Probe:

@@ -22,7 +22,7 @@ from megatron_deepstack.platform.device import gpu_memories
 from orchestration.cluster import import_ray, ray_session
 from orchestration.launch.checks import Finding
 from orchestration.launch.follow import Follower
-from orchestration.launch.placement import Demand, Node, Seat, demand_of, place
+from orchestration.launch.placement import Demand, Node, Seat, check_groups_fit, demand_of, place
 from orchestration.launch.policy import diagnose
 from orchestration.launch.preflight import check_cluster, check_here, require_sound
 from orchestration.launch.rank import Job
@@ -132,6 +132,7 @@ def _seats_here(recipe: Recipe, num_ranks: int | None) -> tuple[Demand, tuple[Se
     nodes = (Node("here", "127.0.0.1", socket.gethostname(), gpus, _own_cpus(recipe, num_ranks)),)
     demand = demand_of(recipe, nodes, num_ranks)
     check_world(recipe, demand.num_ranks)
+    check_groups_fit(demand, nodes)
     return demand, place(demand, nodes)
 
 
@@ -142,6 +143,7 @@ def _seats_there(recipe: Recipe, num_ranks: int | None) -> tuple[Demand, tuple[S
     nodes = nodes_now(free=False)
     demand = demand_of(recipe, nodes, num_ranks)
     check_world(recipe, demand.num_ranks)
+    check_groups_fit(demand, nodes)
     return demand, place(demand, nodes)
 
 
