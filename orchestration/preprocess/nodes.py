@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import megatron_deepstack
+from megatron_deepstack.data.image_source import TarMember
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import ClusterError, DeepStackError
 from orchestration.preprocess.lease import read_token
+from orchestration.preprocess.parts import ImagePart, Part
 from orchestration.preprocess.work import Job
 
 _PROBE_SECONDS: Final = 120.0
 """Longest wait for a node's answer; a worker's start with a runtime environment takes 3 s to 20 s."""
+_TRIED_IMAGES: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +27,13 @@ class _Expected:
     version: str
     token: str
     """Of the lease in the store: seen there, it is the same folder and not one of the same name."""
-    first_image: str
-    """An image that this machine sees; empty if there is none."""
+    image: Location | None
+    """An image's file, or the shard it lies in, that the driver sees; None if it sees none."""
 
 
-def check_nodes(ray: Any, job: Job, environment: Mapping[str, str]) -> None:
+def check_nodes(ray: Any, job: Job, parts: Sequence[Part], environment: Mapping[str, str]) -> None:
     """Ask every node of the cluster; raises ClusterError naming those that cannot do the job, and why."""
-    expected = _Expected(megatron_deepstack.__version__, read_token(job.root), "")
+    expected = _Expected(megatron_deepstack.__version__, read_token(job.root), _find_image(job, parts))
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     task = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked = {}
@@ -48,6 +51,14 @@ def check_nodes(ray: Any, job: Job, environment: Mapping[str, str]) -> None:
             "\n  ".join([f"{len(listed)} of {len(asked)} nodes of the cluster cannot do this job:", *listed])
             + "\nInstall the same version everywhere, and give paths that every node sees: a shared folder, or a URL."
         )
+
+
+def _find_image(job: Job, parts: Sequence[Part]) -> Location | None:
+    """One that is there, among the first few."""
+    first = next((part for part in parts if isinstance(part, ImagePart)), None)
+    places = [job.image_at(first, path) for path in first.paths[:_TRIED_IMAGES]] if first else []
+    files = (place.shard if isinstance(place, TarMember) else place for place in places)
+    return next((file for file in files if file.exists()), None)
 
 
 def _answer(ray: Any, reference: Any) -> str:
@@ -75,8 +86,11 @@ def _look(job: Job, expected: _Expected) -> str:
         _probe_file(job.root).delete()
     except (OSError, DeepStackError) as error:
         return f"cannot write the store {job.root}: {error}"
-    if job.image_folder is not None and job.image_folder.is_local and not job.image_folder.is_folder():
-        return f"does not see the image folder {job.image_folder}"
+    try:
+        if expected.image is not None and not expected.image.exists():
+            return f"does not see the images: {expected.image} is not there"
+    except DeepStackError as error:
+        return f"cannot read the images: {error}"
     return ""
 
 

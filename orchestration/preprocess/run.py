@@ -21,6 +21,7 @@ from orchestration.preprocess.ledger import Ledger, claim_folder
 from orchestration.preprocess.parts import Part, Plan, make_plan
 from orchestration.preprocess.progress import JobProgress
 from orchestration.preprocess.signals import stop_on_signals
+from orchestration.preprocess.space import check_space
 from orchestration.preprocess.summary import Summary, is_complete, read_report, write_report
 from orchestration.preprocess.tally import Tally
 from orchestration.preprocess.tasks import do_here, do_with_ray
@@ -43,8 +44,8 @@ def preprocess(
     existing Ray cluster, whose nodes must see the image folder and `output`; `workers` then limits the parts in flight.
 
     Raises ConfigError, DataError (inputs; too many quarantined images), StoreError (another plan's store, another job
-    at work, a full disk), ClusterError (a node that cannot do the job), LocationError (a bucket that cannot be
-    reached), PreemptedError (SIGTERM or SIGINT).
+    at work, a disk that is full or too small), ClusterError (a node that cannot do the job), LocationError (a bucket
+    that cannot be reached), PreemptedError (SIGTERM or SIGINT).
     """
     data = recipe.data
     model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece .model file"))
@@ -80,6 +81,7 @@ def _run(
     with JobProgress(len(plan.images), len(plan.records)) as progress:
         tally = Tally(job.root, len(plan.images), max_quarantined)
         todo = _find_todo(ledger, plan, progress, tally)
+        check_space(job, todo)
 
         def tick() -> None:
             lease.check()

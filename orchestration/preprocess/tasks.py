@@ -84,7 +84,7 @@ def do_with_ray(
         ray = import_ray(address)
         progress.say(f"preprocess: Ray is up after {progress.seconds:.1f} s")
         if not ours:
-            check_nodes(ray, job, WORKER_ENVIRONMENT)
+            check_nodes(ray, job, parts, WORKER_ENVIRONMENT)
         window = _Window(ray, job, workers, progress, {} if ours else WORKER_ENVIRONMENT)
         progress.workers = window.num_workers()
         progress.restart_clock()

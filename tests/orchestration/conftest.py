@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from preprocess_jobs import RECIPE, Work
 
+from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.image_source import QuarantineError
 from megatron_deepstack.data.images import decode_image
@@ -69,6 +71,22 @@ def serial(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("serial") / "store"
     corpus.preprocess(output)
     return output
+
+
+@pytest.fixture(scope="session")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """64 large photos in 16 parts, and the store that one undisturbed process makes."""
+    folder = tmp_path_factory.mktemp("heavy")
+    (folder / "photos").mkdir()
+    names = [f"photo{number:03d}.jpg" for number in range(64)]
+    for number, name in enumerate(names):
+        (folder / "photos" / name).write_bytes(jpeg_bytes(1600, 1200, seed=number % 4, quality=80 + number % 5))
+    write_records(folder / "records.json", [record(name, [name]) for name in names])
+    write_tokenizer(folder / "tiny.model")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(folder=folder))
+    preprocess(load_recipe(str(recipe), ()), str(folder / "serial"), workers=0)
+    return Work(recipe, folder / "serial", 17)
 
 
 @pytest.fixture(scope="session")
