@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_deepstack.cli.app import Verbs, app, say
-from megatron_deepstack.errors import ConfigError, StoreError
+from megatron_deepstack.errors import ConfigError, DataError, StoreError
 
 stores = typer.Typer(cls=Verbs, no_args_is_help=True, help="Look at finished stores, and make new ones of them.")
 app.add_typer(stores, name="store")
@@ -44,6 +44,67 @@ def verify(
     if found:
         raise StoreError(f"{path}: {len(found)} {'fault' if len(found) == 1 else 'faults'}, listed above")
     say(f"{path}: whole; every checksum, count and reference is right")
+
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="Model that looks at it; by default the one its views were made for.")
+]
+
+
+@stores.command()
+def show(
+    path: StorePath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("samples.html"),
+    number: Annotated[int, typer.Option(min=1, help="Samples drawn at random.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples are drawn.")] = 0,
+    sample: Annotated[list[int] | None, typer.Option(min=0, help="Numbers of samples to show instead.")] = None,
+    recipe: RecipeOption = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the store; by default the recipe's.")] = None,
+) -> None:
+    """Write one HTML page of samples: pictures, grids, tokens in their stacks' colours, texts and what is learned."""
+    from megatron_deepstack.storekeeping.choose import chosen, load, tokenizer_for
+    from megatron_deepstack.storekeeping.show import write_page
+
+    store, model = load(path, recipe)
+    numbers = chosen(store, sample, number, seed)
+    write_page(output, store, model, numbers, tokenizer_for(store, tokenizer, recipe))
+    say(f"store show: {len(numbers)} of {len(store)} samples in {output}")
+
+
+@stores.command()
+def stats(
+    path: StorePath,
+    recipe: RecipeOption = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw the histograms into this file too.")] = None,
+) -> None:
+    """Count what a store holds: sizes, grids, views, tokens with and without images."""
+    from megatron_deepstack.storekeeping.choose import load
+    from megatron_deepstack.storekeeping.stats import drawn, statistics
+
+    found = statistics(*load(path, recipe))
+    _print_stats(found)
+    if svg is not None:
+        try:
+            svg.write_text(drawn(found, f"{path}: sizes of images and samples") + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error
+
+
+def _print_stats(found: Any) -> None:
+    from rich.table import Table
+
+    console = Console()
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for fact in found.facts:
+        facts.add_row(*fact)
+    console.print(facts, markup=False)
+    for histogram in found.histograms:
+        most = max((count for _, count in histogram.bins), default=1)
+        table = Table(histogram.title, histogram.of, "", box=None, padding=(0, 2, 0, 0), title_justify="left")
+        for label, count in histogram.bins:
+            table.add_row(label, f"{count:,}", "\u2588" * max(round(40 * count / most), count > 0))
+        console.print()
+        console.print(table, markup=False)
 
 
 @stores.command()

@@ -1,0 +1,35 @@
+"""Which model a store is looked at with: a recipe's, or the one its views were most likely made for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from megatron_deepstack.config.choices import GridRule, Variant
+from megatron_deepstack.config.schema import ModelConfig, StackConfig, VisionConfig
+from megatron_deepstack.data.processor import check_store
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.planning.views import ViewLayout
+
+_VARIANTS: Final = {
+    ViewLayout.GLOBAL: Variant.LLAVA,
+    ViewLayout.CROPS: Variant.DEEPSTACK_L,
+    ViewLayout.HIGH_RES: Variant.DEEPSTACK_HD,
+}
+_PATCH_SIZE: Final = 14
+
+
+def model_for(store: Store, asked: ModelConfig | None) -> ModelConfig:
+    """`asked`, after checking that it can be fed from the store (StoreError), or the store's own.
+
+    The store's own has the variant that its layout of views was made for, and CLIP's patches of 14 pixels.
+    """
+    if asked is not None:
+        check_store(store, asked)
+        return asked
+    made = store.attributes.processor
+    side = int(made["crop_size"])
+    return ModelConfig(
+        variant=_VARIANTS[ViewLayout(made["layout"])],
+        vision=VisionConfig(image_size=side, patch_size=min(_PATCH_SIZE, side)),
+        stacks=StackConfig(num_crops=int(made["num_crops"]), grid=GridRule(made["grid"])),
+    )

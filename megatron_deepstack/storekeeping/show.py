@@ -1,0 +1,196 @@
+"""`store show`: one HTML page of a store's samples that needs no network and no script.
+
+Of each image its global view with the grid drawn over it, its crops, and the crops' tokens in the colours of their
+stacks; of each text what is learned and what is not. Texts and paths are escaped, and the page's own security policy
+forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from megatron_deepstack import __version__
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.data.lengths import expanded_lengths
+from megatron_deepstack.data.store import Sample, Store, StoredImage
+from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.views import num_views
+from megatron_deepstack.report.pictures import embedded
+from megatron_deepstack.report.svg import Markup, element, joined, stack_colour
+from megatron_deepstack.storekeeping.stack_map import NO_STACK, mosaics, slot_names, stack_maps
+
+_POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_SIDE: Final = 420
+"""Pixels along the longer side of an embedded picture."""
+_FIGURE_SIDE: Final = 300
+"""Pixels along its longer side on the page."""
+
+
+def write_page(
+    file: Path, store: Store, model: ModelConfig, samples: Sequence[int], tokenizer: Tokenizer | None
+) -> None:
+    """Write the page about the numbered samples.
+
+    Raises StoreError for damage met, DataError if the file cannot be written.
+    """
+    try:
+        file.write_text(page(store, model, samples, tokenizer), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def page(store: Store, model: ModelConfig, samples: Sequence[int], tokenizer: Tokenizer | None) -> str:
+    """The page's HTML."""
+    lengths = expanded_lengths(store, model)
+    sections = [_sample(store, model, number, int(lengths[number]), tokenizer) for number in samples]
+    body = element(
+        "main",
+        element("h1", store.name),
+        element("p", f"{len(samples)} of {len(store):,} samples, as {model.variant} reads them"),
+        element("p", _advice(tokenizer)),
+        _legend(model),
+        *sections,
+        element("footer", f"megatron-deepstack {__version__}"),
+    )
+    folder = files("megatron_deepstack.report")
+    style = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "samples.css"))
+    head = joined(
+        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        element("title", f"{store.name} - samples"),
+        element("style", Markup(style)),
+    )
+    return "<!doctype html>\n" + element("html", element("head", head), element("body", body), lang="en") + "\n"
+
+
+def _advice(tokenizer: Tokenizer | None) -> str:
+    shown = "Green text is learned." if tokenizer else "Green tokens are learned; --tokenizer turns them into text."
+    return f"{shown} A picture under the pointer is shown without its stacks' colours."
+
+
+def _legend(model: ModelConfig) -> Markup:
+    names = slot_names(model) if stack_maps(model, (2, 2)) else []
+    items = [
+        element("span", element("i", style=f"background: {stack_colour(k)}"), f"stack {k}, added before {name}")
+        for k, name in enumerate(names)
+    ]
+    return element("p", *items, class_="legend")
+
+
+def _sample(store: Store, model: ModelConfig, number: int, length: int, tokenizer: Tokenizer | None) -> Markup:
+    sample = store.sample(number)
+    facts = (
+        f"sample {number}",
+        f"{len(sample.tokens) - len(sample.images)} text tokens, {int(sample.loss_mask.sum())} of them learned",
+        f"{length} with {len(sample.images)} image{'' if len(sample.images) == 1 else 's'}",
+    )
+    return element(
+        "section",
+        element("header", element("b", sample.id), *(element("span", fact) for fact in facts)),
+        *(_image(store, model, image) for image in sample.images),
+        element("p", *_text(sample, tokenizer), class_="text"),
+        class_="sample",
+    )
+
+
+def _image(store: Store, model: ModelConfig, number: int) -> Markup:
+    """The global view with the grid, and each mosaic with its stacks."""
+    image = store.image(number)
+    views = store.read_views(number, range(num_views(model.variant, image.grid)))
+    maps = stack_maps(model, image.grid)
+    figures = [_figure(embedded(views[0], "global view"), _grid_lines(model, image), _caption(image), (1, 1))]
+    for k, (caption, numbers) in enumerate(mosaics(model, image.grid)):
+        picture, colours = embedded(_assembled(views, numbers), caption, _SIDE), _stack_colours(maps, numbers)
+        if k == 0 and colours:
+            figures.append(_figure(picture, Markup(""), caption, numbers.shape))
+            caption = "their tokens by stack"
+        figures.append(_figure(picture, colours, caption, numbers.shape))
+    return element("div", *figures, class_="image")
+
+
+def _caption(image: StoredImage) -> str:
+    damage = "; damaged, see quarantine.jsonl" if image.status else ""
+    return f"{image.path}, {image.size[0]} x {image.size[1]} pixels{damage}"
+
+
+def _figure(picture: Markup, overlay: Markup, caption: str, shape: tuple[int, ...]) -> Markup:
+    """`shape`: rows and columns of views; the longer side is as long for all."""
+    num_rows, num_columns = shape
+    width = _FIGURE_SIDE * num_columns / max(num_rows, num_columns)
+    frame = element("div", picture, overlay, class_="frame", style=f"max-width: {width:.0f}px")
+    return element("figure", frame, element("figcaption", caption))
+
+
+def _grid_lines(model: ModelConfig, image: StoredImage) -> Markup:
+    if not mosaics(model, image.grid):
+        return Markup("")
+    gw, gh = image.grid
+    style = f"grid-template: repeat({gh}, 1fr) / repeat({gw}, 1fr)"
+    return element("div", *([element("i")] * (gw * gh)), class_="lines", style=style)
+
+
+def _assembled(arrays: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Arrays (N, h, w, ...) laid out as their numbers (rows, columns) say."""
+    return np.concatenate([np.concatenate(list(arrays[row]), axis=1) for row in numbers], axis=0)
+
+
+def _stack_colours(maps: dict[int, np.ndarray], numbers: np.ndarray) -> Markup:
+    """One pixel for each token, in the colour of its stack, clear where it has none."""
+    found = {number: maps[number] for number in numbers.flat if number in maps}
+    if not found:
+        return Markup("")
+    none = np.full_like(next(iter(found.values())), NO_STACK)
+    largest = int(numbers.max())
+    stacks = _assembled(np.stack([found.get(number, none) for number in range(largest + 1)]), numbers)
+    pixels = np.zeros((*stacks.shape, 4), np.uint8)
+    for stack in np.unique(stacks[stacks != NO_STACK]).tolist():
+        colour = stack_colour(stack).lstrip("#")
+        pixels[stacks == stack] = (*bytes.fromhex(colour), 255)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png", optimize=True)
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return element("img", src=source, alt="tokens by stack", class_="stacks")
+
+
+def _text(sample: Sample, tokenizer: Tokenizer | None) -> Iterator[Markup]:
+    """The sample's tokens as text, stretch by stretch: learned, not learned, a placeholder, a control token."""
+    image = 0
+    for first, last, kind in _stretches(sample, tokenizer):
+        if kind == "image":
+            image += 1
+            yield element("kbd", f"image {image}")
+            continue
+        shown = _words(sample.tokens, first, last, tokenizer)
+        content = element("kbd", kind, class_="control") if kind in ("bos", "eos") else joined(shown)
+        yield element("mark", content) if sample.loss_mask[first] else content
+
+
+def _stretches(sample: Sample, tokenizer: Tokenizer | None) -> Iterator[tuple[int, int, str]]:
+    """First and last token (exclusive) and kind of each stretch; images and control tokens stand alone."""
+    control = {} if tokenizer is None else {tokenizer.bos_id: "bos", tokenizer.eos_id: "eos"}
+    kinds = ["image" if t == IMAGE_TOKEN_ID else control.get(t, "text") for t in sample.tokens.tolist()]
+    mask = sample.loss_mask.tolist()
+    first = 0
+    for last in range(1, len(kinds) + 1):
+        same = last < len(kinds) and kinds[first] == "text" == kinds[last] and mask[last] == mask[first]
+        if not same:
+            yield first, last, kinds[first]
+            first = last
+
+
+def _words(tokens: np.ndarray, first: int, last: int, tokenizer: Tokenizer | None) -> str:
+    """Text of a stretch, with the spaces it has in its context; token ids without a tokenizer."""
+    if tokenizer is None:
+        return " ".join(str(token) for token in tokens[first:last].tolist()) + " "
+    before, through = (tokenizer.decode(tokens[:end].tolist()) for end in (first, last))
+    return through[len(before) :] if through.startswith(before) else tokenizer.decode(tokens[first:last].tolist())

@@ -1,0 +1,63 @@
+"""Which stack each token of each view belongs to, for drawing: from the same plan that training routes rows by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows, sample_mosaic, tokens_per_side
+from megatron_deepstack.planning.slots import decoder_slots
+from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ViewLayout, layout_of
+from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
+
+NO_STACK = -1
+"""A token that is in no stack: one of the context's own, or one that is not used."""
+
+
+def stack_maps(model: ModelConfig, grid: Grid) -> dict[int, np.ndarray]:
+    """By view, the stack of each of its tokens: int64 (P, P), NO_STACK for none; views without stacks are absent."""
+    side = tokens_per_side(model.vision)
+    if model.variant.stacks_in_vit:
+        crop, token = sample_mosaic(model.stacks.sampler, side, (2, 2))
+        stack = np.repeat(np.arange(len(crop)), crop.shape[1])
+        view, token = 1 + crop.reshape(-1), token.reshape(-1)
+    else:
+        rows = image_rows(model, grid)
+        stacked = (rows.stack != BASE) & (rows.view != NEWLINE)
+        stack, view, token = rows.stack[stacked], rows.view[stacked], rows.token[stacked]
+    maps = {}
+    for number in np.unique(view).tolist():
+        here = view == number
+        flat = np.full(side * side, NO_STACK, np.int64)
+        flat[token[here]] = stack[here]
+        maps[number] = flat.reshape(side, side)
+    return maps
+
+
+def slot_names(model: ModelConfig) -> list[str]:
+    """Of each stack, where it is added."""
+    if model.variant.stacks_in_vit:
+        plan = plan_vit_stacks(model)
+        return [f"ViT layer {slot}" for slot in plan.slots] + ["nowhere"] * len(plan.dropped)
+    return [f"layer {slot}" for slot in decoder_slots(model)]
+
+
+def mosaics(model: ModelConfig, grid: Grid) -> list[tuple[str, np.ndarray]]:
+    """The views beside the global one as they lie in the picture: captions and arrays of view numbers (rows, columns).
+
+    The crops of the grid; for DeepStack-HD also the high-res crops of the global view, and those of the grid's crops.
+    """
+    layout = layout_of(model.variant)
+    if layout is ViewLayout.GLOBAL:
+        return []
+    gw, gh = grid
+    crops = 1 + np.arange(gw * gh).reshape(gh, gw)
+    found = [(f"{gw} x {gh} crops", crops)]
+    if layout is ViewLayout.HIGH_RES:
+        first = 1 + gw * gh
+        inner = np.arange(HIGH_RES_SIDE**2).reshape(HIGH_RES_SIDE, HIGH_RES_SIDE)
+        found.append(("high-res crops of the global view", first + inner))
+        fine = first + HIGH_RES_SIDE**2 * crops[:, :, None, None] + inner
+        shape = (gh * HIGH_RES_SIDE, gw * HIGH_RES_SIDE)
+        found.append(("high-res crops of the crops", fine.transpose(0, 2, 1, 3).reshape(shape)))
+    return found

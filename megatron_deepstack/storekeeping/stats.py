@@ -1,0 +1,151 @@
+"""`store stats`: how large images and samples of a store are, as numbers, histograms, and a picture of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.data.lengths import expanded_lengths
+from megatron_deepstack.data.store import Store
+from megatron_deepstack.report.svg import FAINT, PALETTE, Markup, drawing, rect, text
+
+_MOST_BINS: Final = 24
+_PERCENTILES: Final = (50, 90, 99, 99.9)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How often which values occur."""
+
+    title: str
+    of: str
+    """What is counted."""
+    bins: tuple[tuple[str, int], ...]
+    """Label and count, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A store in numbers."""
+
+    facts: tuple[tuple[str, str], ...]
+    histograms: tuple[Histogram, ...]
+
+
+def statistics(store: Store, model: ModelConfig) -> Statistics:
+    """Counts, percentiles and histograms; `model` says how many tokens an image takes."""
+    lengths = expanded_lengths(store, model)
+    return Statistics(tuple(_facts(store, model, lengths)), tuple(_histograms(store, lengths)))
+
+
+def _facts(store: Store, model: ModelConfig, lengths: np.ndarray) -> Iterator[tuple[str, str]]:
+    counts = store.attributes.counts
+    yield "samples", f"{len(store):,}"
+    bad = f"{counts.get('quarantined', 0):,} quarantined, {counts.get('flagged', 0):,} flagged"
+    yield "images", f"{store.num_images:,} ({bad})"
+    raw = store.pixels.view_bytes * int(store.array("images/count").sum())
+    yield "views", f"{counts.get('views', 0):,} of {store.crop_size} pixels, {raw / 2**30:.2f} GiB before compression"
+    yield "compression", str(store.pixels.compression)
+    yield "text tokens", f"{counts.get('tokens', 0):,}, {counts.get('target_tokens', 0):,} of them learned"
+    size = model.vision.patch_size
+    yield "tokens in all", f"{int(lengths.sum()):,} with the images of {model.variant}, {size}-pixel patches"
+    if len(lengths):
+        shares = np.percentile(lengths, _PERCENTILES, method="inverted_cdf").tolist()
+        listed = ", ".join(f"{share:g} %: {value:,}" for share, value in zip(_PERCENTILES, shares, strict=True))
+        yield "tokens of a sample", f"{listed}, longest: {lengths.max():,} (train.seq_length must hold it)"
+
+
+def _histograms(store: Store, lengths: np.ndarray) -> Iterator[Histogram]:
+    used = store.array("images/count") > 0
+    sizes, grids = store.array("images/size")[used], store.array("images/grid")[used]
+    yield Histogram("longer side of an image, pixels", "images", _doubling(sizes.max(axis=1, initial=0)))
+    yield Histogram("grid, columns x rows", "images", _named([f"{gw} x {gh}" for gw, gh in grids.tolist()]))
+    yield Histogram("views of an image", "images", _each(store.array("images/count")[used]))
+    yield Histogram("images of a sample", "samples", _each(np.diff(store.array("samples/images_offsets"))))
+    yield Histogram("text tokens of a sample", "samples", _even(store.lengths()))
+    yield Histogram("tokens of a sample, visual ones included", "samples", _even(lengths))
+
+
+def _doubling(values: np.ndarray) -> tuple[tuple[str, int], ...]:
+    """Bins from one power of two to the next."""
+    if not len(values):
+        return ()
+    powers = np.floor(np.log2(np.maximum(values, 1))).astype(int)
+    counts = np.bincount(powers)
+    first = int(np.flatnonzero(counts)[0])
+    return tuple((f"{2**p} to {2 ** (p + 1) - 1}", int(counts[p])) for p in range(first, len(counts)))
+
+
+def _named(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    found, counts = np.unique(np.array(names, dtype=str), return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return tuple((str(found[k]), int(counts[k])) for k in order)
+
+
+def _each(values: np.ndarray) -> tuple[tuple[str, int], ...]:
+    """A bin for every value that occurs; few do."""
+    found, counts = np.unique(values, return_counts=True)
+    return tuple((str(value), int(count)) for value, count in zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _even(values: np.ndarray) -> tuple[tuple[str, int], ...]:
+    """Bins of one round width, from the smallest value to the largest."""
+    if not len(values):
+        return ()
+    low, high = int(values.min()), int(values.max())
+    width = next(w for w in _round_widths() if high // w - low // w < _MOST_BINS)
+    counts = np.bincount(values // width - low // width)
+    begins = [(low // width + k) * width for k in range(len(counts))]
+    labels = [f"{b}" if width == 1 else f"{b} to {b + width - 1}" for b in begins]
+    return tuple(zip(labels, counts.tolist(), strict=True))
+
+
+def _round_widths() -> Iterator[int]:
+    power = 1
+    while True:
+        yield from (power, 2 * power, 5 * power)
+        power *= 10
+
+
+_PANEL: Final = (440, 300)
+_COLUMNS: Final = 2
+_PLOT: Final = (16, 52, 408, 190)
+"""Left, top, width and height of the bars in a panel."""
+_MOST_LABELS: Final = 6
+_WIDEST: Final = 70
+"""Pixels of the widest bar."""
+
+
+def drawn(stats: Statistics, title: str) -> Markup:
+    """The histograms as one SVG drawing."""
+    width, height = _PANEL
+    panels = [
+        part
+        for k, histogram in enumerate(stats.histograms)
+        for part in _panel(histogram, k % _COLUMNS * width, k // _COLUMNS * height, PALETTE[k % len(PALETTE)])
+    ]
+    num_rows = -(-len(stats.histograms) // _COLUMNS)
+    paper = rect(0, 0, width * _COLUMNS, height * num_rows, fill="#ffffff")
+    return drawing(width * _COLUMNS, height * num_rows, title, paper, *panels)
+
+
+def _panel(histogram: Histogram, x: float, y: float, colour: str) -> Iterator[Markup]:
+    left, top, width, height = _PLOT
+    yield text(x + left, y + 24, histogram.title, text_anchor="start", size=14, font_weight="600")
+    if not histogram.bins:
+        yield text(x + left, y + 48, f"no {histogram.of}", text_anchor="start", fill=FAINT)
+        return
+    most = max(count for _, count in histogram.bins)
+    yield text(x + left, y + 42, f"{histogram.of}; highest bar {most:,}", text_anchor="start", fill=FAINT, size=11)
+    step = min(width / len(histogram.bins), _WIDEST)
+    labelled = -(-len(histogram.bins) // _MOST_LABELS)
+    for k, (label, count) in enumerate(histogram.bins):
+        tall = height * count / most
+        yield rect(x + left + k * step + 0.5, y + top + height - tall, max(step - 1, 0.5), tall, fill=colour)
+        if k % labelled == 0:
+            short = label.partition(" to ")[0]
+            yield text(x + left + (k + 0.5) * step, y + top + height + 16, short, size=11, fill=FAINT)
