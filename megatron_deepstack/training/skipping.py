@@ -6,10 +6,11 @@ a single NaN reaches every parameter. Here the chain of optimizers asks before i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 Trusted = Callable[[float], bool]
 """From this rank's global gradient norm to what all ranks decide alike: whether the step may be applied."""
@@ -33,9 +34,24 @@ class SkippingOptimizer(ChainedOptimizer):
         """Megatron's hook before anything is changed; true leaves the step out."""
         found = super().prepare_grads()
         self.gradient_norm = float(super().get_grad_norm() or 0.0)
-        return not self.trusted(self.gradient_norm) or found
+        sound = all(_rest_is_finite(single) for single in self.chained_optimizers)
+        return not self.trusted(self.gradient_norm if sound else math.nan) or found
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """The norm as `prepare_grads` measured it: once a step."""
         return self.gradient_norm
+
+
+def _rest_is_finite(single: MegatronOptimizer) -> bool:
+    """Whether the gradients that this rank leaves out of the norm are finite.
+
+    They are of parameters that tensor-parallel ranks hold alike and the first of them counts; where memory has gone bad
+    on another one, the norm does not show it.
+    """
+    # Megatron-Core renamed it after 0.16.
+    in_norm = getattr(single, "get_main_grads_for_grad_norm", None) or single.get_grads_for_grad_norm
+    counted = {gradient.data_ptr() for gradient in in_norm()}
+    gradients = [parameter.grad for parameter in single.get_parameters() if parameter.grad is not None]
+    rest = [gradient for gradient in gradients if gradient.data_ptr() not in counted]
+    return not rest or math.isfinite(float(torch.stack(torch._foreach_norm(rest)).sum()))

@@ -1,0 +1,98 @@
+"""A step with a loss or gradient that is not finite leaves everything as it was, on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
+from megatron_deepstack.testing.ranks import RankPool, groups_for
+from megatron_deepstack.testing.tiny import tiny_recipe
+from megatron_deepstack.testing.tiny_store import write_tiny_store
+
+Pools = Callable[[int], RankPool]
+LAYOUTS = {
+    "pp2": ParallelConfig(pipeline=2),
+    "dp2": ParallelConfig(),
+    "dp2-zero": ParallelConfig(distributed_optimizer=True),
+    "tp2-sp": ParallelConfig(tensor=2, sequence_parallel=True),
+}
+POISONS = {"nan on one rank": (math.nan, 0.0), "inf on one rank": (math.inf, 0.0), "loss": (None, math.nan)}
+
+
+def _everything(session: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, main parameters, optimizer states and step counters of this rank."""
+    for number, ddp in enumerate(session.engine.wrapped):
+        for name, parameter in ddp.named_parameters():
+            yield f"model {number} {name}", parameter
+    for number, single in enumerate(session.optimizer.chained.chained_optimizers):
+        for place, group in enumerate(single.optimizer.param_groups):
+            yield f"{number} {place} step", torch.as_tensor(group.get("step", 0))
+            for index, parameter in enumerate(group["params"]):
+                yield f"{number} {place} {index}", parameter
+                for key, value in single.optimizer.state[parameter].items():
+                    yield f"{number} {place} {index} {key}", torch.as_tensor(value)
+
+
+def _snapshot(session: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in _everything(session)}
+
+
+def _changed(before: dict[str, torch.Tensor], session: Any) -> list[str]:
+    after = _snapshot(session)
+    assert before.keys() == after.keys()
+    return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+
+
+def _skip_one_step(rank: int, recipe: Recipe, gradient: float | None, loss: float) -> tuple[int, list[str], bool, int]:
+    """Two good steps, a poisoned one, a good one; what was there, what the poisoned one changed, applied, changed."""
+    from megatron_deepstack.step.clock import StepClock
+    from megatron_deepstack.step.train_step import forward_backward
+    from megatron_deepstack.training.loop import _Agreement
+    from megatron_deepstack.training.session import start_session
+
+    session = start_session(recipe, groups_for(recipe.parallel))
+
+    def train(step: int, poisoned: bool) -> bool:
+        loaded = session.reader.load(step)
+        found = forward_backward(session.engine, loaded.plan, torch.from_numpy(loaded.pixels), StepClock())
+        if poisoned and gradient is not None and rank == 1:
+            buffer = session.engine.wrapped[0].buffers[0].grad_data
+            buffer[len(buffer) // 2] = gradient
+        agreement = _Agreement(loss if poisoned else found.mean, asked=False)
+        return session.optimizer.step(step, agreement).applied
+
+    assert train(0, False)
+    assert train(1, False)
+    before = _snapshot(session)
+    applied = train(2, True)
+    changed = _changed(before, session)
+    assert train(3, False)
+    session.saver.close()
+    return len(before), changed, applied, len(_changed(before, session))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_store(tmp_path_factory.mktemp("skipping") / "store.zarr")
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_poisoned_step_changes_nothing(
+    ranks: Pools, store: Path, tmp_path: Path, layout: str, precision: Precision
+) -> None:
+    recipe = tiny_recipe(parallel=LAYOUTS[layout], precision=precision)
+    recipe = replace(recipe, data=DataConfig(store=str(store)), run_dir=str(tmp_path / "run"))
+    for gradient, loss in POISONS.values():
+        for found, changed, applied, changed_later in ranks(2).run(_skip_one_step, recipe, gradient, loss):
+            assert not applied
+            assert not changed
+            assert changed_later > found / 2
