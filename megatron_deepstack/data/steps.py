@@ -199,24 +199,25 @@ def open_training_reader(recipe: Recipe, share: Share) -> StepReader:
     """
     data = recipe.data
     if data.stores is None:
-        return open_reader(recipe, data.store, share)
-    mixture = Mixture([_open_checked(recipe, path) for path in data.stores], data.weights)
-    return StepReader(mixture, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
+        samples: Samples = _open_checked(recipe, data.store)
+    else:
+        samples = Mixture([_open_checked(recipe, path) for path in data.stores], data.weights)
+    return StepReader(samples, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
 
 
 def open_reader(recipe: Recipe, path: str | None, share: Share) -> StepReader:
-    """Reader of the store at `path` for one rank, after checking that it fits the recipe.
+    """Reader of the one store at `path` for one rank, after checking that it fits the recipe.
 
-    Raises ConfigError without a path, StoreError where the store is unusable or made for something else, DataError
-    where it is empty or a sample is too long.
+    It stops at what cannot be read: held-out samples have nobody to leave them out. Raises ConfigError without a path,
+    StoreError where the store is unusable or made for something else, DataError where it is empty or a sample is too
+    long.
     """
+    return StepReader(_open_checked(recipe, path), recipe.model, recipe.parallel, recipe.train, share)
+
+
+def _open_checked(recipe: Recipe, path: str | None) -> Store:
     if path is None:
         raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
-    store = _open_checked(recipe, path)
-    return StepReader(store, recipe.model, recipe.parallel, recipe.train, share, recipe.data.unreadable)
-
-
-def _open_checked(recipe: Recipe, path: str) -> Store:
     data = recipe.data
     cache = CacheConfig(data.cache_dir, int(data.cache_gib * 2**30))
     store = Store.open(path, verify_checksums=data.verify_checksums, cache=cache)
