@@ -72,7 +72,7 @@ def stacked_chart(parts: Sequence[tuple[str, str, Sequence[Point]]], *, title: s
     tops = [[0.0] * len(steps)]
     for _, _, points in parts:
         tops.append([below + value for below, (_, value) in zip(tops[-1], points, strict=True)])
-    ticks = round_ticks(0.0, max(tops[-1]))
+    ticks = round_ticks(0.0, 1.2 * max(tops[-1]))  # room for the legend
     axes = _Axes(steps[0], max(steps[-1], steps[0] + 1), 0.0, ticks[-1])
     areas = [
         _area(axes, steps, low, high, colour)

@@ -149,7 +149,7 @@ def _chosen(lines: Sequence[RankLine]) -> list[RankLine]:
 
 
 def _legend() -> Markup:
-    parts, x = [], _LEFT
+    parts, x = [], 20.0
     for kind, words in _LEGEND:
         parts.append(rect(x, 6, 11, 11, fill=COLOURS[kind], rx=2))
         parts.append(text(x + 15, 15.5, words, size=11, fill=FAINT, text_anchor="start"))

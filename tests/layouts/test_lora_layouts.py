@@ -24,10 +24,10 @@ Pools = Callable[[int], RankPool]
 Tensors = dict[str, torch.Tensor]
 LORA = LoraConfig(rank=3, alpha=6.0)
 
-# Measured worst over all rows, float32: loss 3e-7, gradients 8e-6, parameters 9e-6.
-LOSS_TOLERANCE = 3e-6
-GRADIENT_TOLERANCE = 1e-4
-PARAMETER_TOLERANCE = 5e-4
+# Measured worst over the layouts of two ranks, float32: loss 7e-8, gradients 1.4e-6, parameters 1.8e-6.
+LOSS_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 3e-5
+PARAMETER_TOLERANCE = 1e-4
 
 GROUPED = LanguageConfig(
     vocab_size=61, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2, qkv_bias=True
