@@ -1,0 +1,78 @@
+"""`ray job submit`: the command as a job of a running cluster, whose address it finds by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from preprocess_jobs import Work, assert_gone
+
+RAY = str(Path(sys.executable).with_name("ray"))
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head node."""
+
+    dashboard: str
+    environment: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head node with a dashboard, on loopback."""
+    gcs, dashboard = free_port(), free_port()
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    start = [
+        RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.2", f"--port={gcs}", "--num-cpus=2",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--object-store-memory={80 * 2**20}", f"--temp-dir={tmp_path_factory.mktemp('r')}",
+    ]  # fmt: skip
+    process = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "Ray runtime started" in line:
+            break
+    else:
+        raise AssertionError("".join(said))
+    yield Head(f"http://127.0.0.1:{dashboard}", environment)
+    started = [*psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    process.communicate(timeout=60)
+    for child in started:
+        if child.is_running():
+            child.kill()
+    assert_gone(started)
+
+
+def test_a_submitted_job_makes_the_same_store(
+    heavy: Work, head: Head, tmp_path: Path, same_store: Callable[[Path, Path], None]
+) -> None:
+    store = tmp_path / "store"
+    submit = [RAY, "job", "submit", "--address", head.dashboard, "--", *heavy.command(store)]
+    done = subprocess.run(submit, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"preprocess: {heavy.recipe.parent}/records.json -> {store}" in done.stdout
+    report = json.loads((store / "report.json").read_text())
+    assert report["nodes"] == {"127.0.0.2": heavy.num_parts}
+    same_store(heavy.serial, store)
+    other = [*submit, "data.images_per_part=8"]
+    refused = subprocess.run(other, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
+    assert refused.returncode != 0
+    assert "holds the store of another plan" in refused.stdout
