@@ -16,6 +16,8 @@ class DeepStackError(Exception):
     exit_code = 1
     retryable = False
     """Whether the same command may well succeed if it is started again: something died or hung, nobody was wrong."""
+    rank: int | None = None
+    """The rank that met it alone, such as a view that only it reads; None where all ranks say the same."""
 
 
 class ConfigError(DeepStackError):

@@ -33,8 +33,8 @@ class Verbs(TyperGroup):
 
 
 def _fail(error: DeepStackError) -> NoReturn:
-    """Say what is wrong, once: under torchrun every rank comes here."""
-    if os.environ.get("RANK", "0") != "0":
+    """Say what is wrong, once: under torchrun every rank comes here, but for what one of them met alone."""
+    if error.rank is None and os.environ.get("RANK", "0") != "0":
         raise typer.Exit(error.exit_code)
     console = Console(stderr=True)
     lines = error.problems if isinstance(error, ConfigError) else (str(error),)

@@ -10,7 +10,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron_deepstack.config.choices import Part, Unreadable
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.steps import LoadedStep, Prefetcher
-from megatron_deepstack.errors import HealthError, PreemptedError
+from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedError
 from megatron_deepstack.parallel.agree import sum_over_ranks
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import of_every_rank
@@ -114,7 +114,7 @@ class _Loop:
     def run(self) -> None:
         """Collective over all ranks. Raises PreemptedError once it was asked to stop and has saved."""
         begin = time.perf_counter()
-        for loaded in Prefetcher(self.session.reader, self.first, self.stop):
+        for loaded in self._loaded():
             done = loaded.step + 1
             asked = self._step(loaded, begin)
             self._require_well(done)
@@ -126,6 +126,14 @@ class _Loop:
             self.watchdog.progress(f"waiting for the data of step {done + 1}")
             begin = time.perf_counter()
         self._finish_save()
+
+    def _loaded(self) -> Iterator[LoadedStep]:
+        """This rank's steps, prepared ahead; what cannot be read is this rank's alone to tell."""
+        try:
+            yield from Prefetcher(self.session.reader, self.first, self.stop)
+        except DeepStackError as error:
+            error.rank = dist.get_rank()
+            raise
 
     def _step(self, loaded: LoadedStep, begin: float) -> bool:
         """Train and record one step; whether a rank was asked to stop."""
