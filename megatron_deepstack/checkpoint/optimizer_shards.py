@@ -60,7 +60,9 @@ def _local_states(
                     yield parameter, ranges["param"].start, tensors
 
 
-def _parts(weight: ShardedTensor | ShardedTensorFactory, name: str, start: int, tensor: torch.Tensor) -> Iterator[ShardedTensor]:
+def _parts(
+    weight: ShardedTensor | ShardedTensorFactory, name: str, start: int, tensor: torch.Tensor
+) -> Iterator[ShardedTensor]:
     """`tensor`, elements from `start` on of a state of the flattened local `weight`, as boxes of the global state."""
     named = replace(weight, key=f"optimizer.state.{name}.{weight.key}")
     for piece in nested_values(named.build()) if isinstance(named, ShardedTensorFactory) else [named]:

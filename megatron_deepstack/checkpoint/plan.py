@@ -25,6 +25,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from megatron_deepstack.checkpoint.writer import Item
+
 Place = tuple[str, tuple[int, ...]]
 """Key of a tensor in the checkpoint, and the offset of a rank's part in it."""
 
@@ -34,8 +36,8 @@ class PlannedFile:
     """One data file."""
 
     name: str
-    objects: list[tuple[WriteItem, bytes]]
-    tensors: list[tuple[WriteItem, torch.Tensor]]
+    objects: list[tuple[Item, bytes]]
+    tensors: list[tuple[Item, torch.Tensor]]
     """Live tensors of model and optimizer."""
 
 
@@ -120,9 +122,14 @@ def _planned_file(bucket: Any, live: dict[Place, torch.Tensor]) -> PlannedFile:
     _, name, (objects, stand_ins) = bucket
     return PlannedFile(
         name=name,
-        objects=[(item, _content(data)) for item, data in objects],
-        tensors=[(item, _live_tensor(item, stand_in, live)) for item, stand_in in stand_ins],
+        objects=[(_item_of(item), _content(data)) for item, data in objects],
+        tensors=[(_item_of(item), _live_tensor(item, stand_in, live)) for item, stand_in in stand_ins],
     )
+
+
+def _item_of(item: WriteItem) -> Item:
+    index = item.index
+    return index.fqn, None if index.offset is None else list(index.offset), index.index
 
 
 def _content(data: io.BytesIO) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -70,17 +71,45 @@ def _allocate_torch_adam(inner: torch.optim.Adam) -> None:
 def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
     """Take over a loaded optimizer state; the distributed optimizer's tensors were loaded in place.
 
-    The distributed optimizer keeps one `step` for all parameters, and on loading lets torch's Adam share one tensor of
-    it among them, each of which would count it up for all (0.16 and 0.19 alike). So each parameter gets its own.
+    Of what is common to all parameters only the number of updates is taken: rates and decay come from the recipe in
+    every step, and the rest differs between optimizers that are distributed and not.
     """
+    updates = max(_updates(state), default=0.0)
     singles = optimizer.chained_optimizers
-    for part in [state] if len(singles) == 1 else state.values():
-        part.pop("param_state", None)
-    optimizer.load_state_dict(state)
-    for single in singles:
-        if isinstance(single, DistributedOptimizer) and isinstance(single.optimizer, torch.optim.Adam):
-            for found in single.optimizer.state.values():
-                found["step"] = found["step"].clone()
+    for single, part in zip(singles, [state] if len(singles) == 1 else state.values(), strict=True):
+        if isinstance(single, DistributedOptimizer):
+            _set_updates(single, updates)
+        elif single.optimizer is not None:
+            inner = part["optimizer"] if "fp32_from_fp16_params" in part else part
+            inner["param_groups"] = single.optimizer.state_dict()["param_groups"]
+            if isinstance(single.optimizer, torch.optim.Adam):
+                inner["state"]["common_step"] = torch.tensor(updates)
+            else:
+                inner["param_groups"] = [{**group, "step": int(updates)} for group in inner["param_groups"]]
+            single.load_state_dict(part)
+
+
+def _updates(state: Any) -> Iterator[float]:
+    """Adam's count of updates wherever an optimizer keeps it: for all parameters, or in its groups."""
+    for key, value in state.items():
+        if key in ("common_step", "step") and value is not None:
+            yield float(value)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                yield from _updates(inner)
+
+
+def _set_updates(single: DistributedOptimizer, updates: float) -> None:
+    """Megatron lets torch's Adam share one tensor of them among all parameters, each of which would count it up for
+    all (0.16 and 0.19 alike). So each parameter gets its own.
+    """
+    own = single.state_dict()
+    for group in own["optimizer"]["param_groups"]:
+        group["step"] = updates if isinstance(single.optimizer, torch.optim.Adam) else int(updates)
+    single.load_state_dict(own)
+    if isinstance(single.optimizer, torch.optim.Adam):
+        for found in single.optimizer.state.values():
+            found["step"] = found["step"].clone()
 
 
 def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:

@@ -20,7 +20,6 @@ from typing import IO, Any, cast
 
 import google_crc32c
 import torch
-from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_deepstack.platform.parent import die_with_parent
 
@@ -29,12 +28,15 @@ NOTE = ".written_by_rank_{rank}.json"
 
 _BLOCK_BYTES = 1 << 20
 
+Item = tuple[str, list[int] | None, int | None]
+"""Place of a tensor or object in the checkpoint: key, offset, and number among the rank's parts of that key."""
+
 
 @dataclass(frozen=True, slots=True)
 class StagedTensor:
     """A tensor in the shared memory."""
 
-    item: WriteItem
+    item: Item
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
@@ -45,7 +47,7 @@ class FileJob:
     """One data file."""
 
     name: str
-    objects: list[tuple[WriteItem, bytes]]
+    objects: list[tuple[Item, bytes]]
     tensors: list[StagedTensor]
 
 
@@ -99,7 +101,8 @@ def write_job(job: Job, memory: mmap.mmap) -> int:
     """Write the files of a job and then its note; returns the bytes written. Raises OSError."""
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files, items = {}, []
+    files: dict[str, tuple[int, int]] = {}
+    items: list[list[Any]] = []
     for name, content in job.small_files.items():
         stream = ChecksummedFile(folder / name)
         stream.write(content)
@@ -109,11 +112,11 @@ def write_job(job: Job, memory: mmap.mmap) -> int:
         for item, content in file.objects:
             begin = stream.num_bytes
             stream.write(content)
-            items.append(_note_of(item, file.name, begin, stream.num_bytes))
+            items.append([*item, file.name, begin, stream.num_bytes - begin])
         for tensor in file.tensors:
             begin = stream.num_bytes
             torch.save(_tensor(tensor, memory), cast(IO[bytes], stream))
-            items.append(_note_of(tensor.item, file.name, begin, stream.num_bytes))
+            items.append([*tensor.item, file.name, begin, stream.num_bytes - begin])
         files[file.name] = stream.close()
     note = ChecksummedFile(folder / NOTE.format(rank=job.rank))
     note.write(json.dumps({"files": files, "items": items}).encode())
@@ -129,11 +132,6 @@ def _tensor(tensor: StagedTensor, memory: mmap.mmap) -> torch.Tensor:
     if not count:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     return torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=tensor.offset).view(tensor.shape)
-
-
-def _note_of(item: WriteItem, file: str, begin: int, end: int) -> list[Any]:
-    index = item.index
-    return [index.fqn, None if index.offset is None else list(index.offset), index.index, file, begin, end - begin]
 
 
 def serve(pipe_handle: int, memory_handle: int) -> None:

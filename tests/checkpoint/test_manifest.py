@@ -1,0 +1,92 @@
+"""Manifests of this format, of the one before and of the next, and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_deepstack.checkpoint.folder import MANIFEST, Manifest, fingerprint, verify, write_manifest
+from megatron_deepstack.checkpoint.identity import identity, require_same
+from megatron_deepstack.checkpoint.verification import shares
+from megatron_deepstack.config.schema import LoraConfig, Recipe
+from megatron_deepstack.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "step_00000002"
+    path.mkdir()
+    (path / "data").write_bytes(b"0123456789")
+    write_manifest(
+        path,
+        Manifest(
+            step=2,
+            facts={"model": {"layers": 8}},
+            files={"data": fingerprint(path / "data")},
+            layout={"tp": 1},
+            made_with={"torch": "2"},
+        ),
+    )
+    return path
+
+
+def edit(folder: Path, **changes: object) -> None:
+    file = folder / MANIFEST
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    manifest = verify(folder).manifest
+    assert (manifest.step, manifest.layout, manifest.made_with, manifest.version) == (2, {"tp": 1}, {"torch": "2"}, 2)
+
+
+def test_the_format_before_is_read(folder: Path) -> None:
+    edit(folder, version=1, layout=None, made_with=None)
+    manifest = verify(folder).manifest
+    assert (manifest.version, manifest.layout, manifest.made_with) == (1, {}, {})
+
+
+def test_a_newer_format_is_named(folder: Path) -> None:
+    edit(folder, version=3)
+    with pytest.raises(CheckpointError, match=r"format version 3, this program reads up to 2; use the version that"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing or damaged"),
+        (lambda f: (f / MANIFEST).write_text("{"), "manifest.json is missing or damaged"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "manifest.json is missing or damaged"),
+        (lambda f: edit(f, files=None), "manifest.json is missing or damaged"),
+        (lambda f: edit(f, files=[1]), "manifest.json is missing or damaged"),
+        (lambda f: (f / "data").unlink(), "the file data is missing"),
+        (lambda f: (f / "data").write_bytes(b"012"), "data has 3 bytes, 10 were written"),
+        (lambda f: (f / "data").write_bytes(b"0123456780"), "data is damaged"),
+    ],
+    ids=["gone", "cut", "no-text", "no-files", "odd-files", "file-gone", "file-cut", "file-flipped"],
+)
+def test_damage_is_named(folder: Path, damage: object, words: str) -> None:
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=words):
+        verify(folder)
+
+
+def test_reading_is_shared_evenly() -> None:
+    files = {f"part{n}": (size, 0) for n, size in enumerate([50, 10, 10, 30, 5, 0])}
+    assert shares(files, 2) == [["part0", "part4"], ["part3", "part1", "part2", "part5"]]
+    assert sorted(name for names in shares(files, 4) for name in names) == sorted(files)
+    assert shares({}, 2) == [[], []]
+
+
+def test_adapters_are_part_of_the_identity() -> None:
+    """A checkpoint of before there were any was made without."""
+    plain = identity(Recipe(), plan_hash="a", tokenizer_sha256="b")
+    old = {key: value for key, value in plain.items() if key != "lora"}
+    require_same(Path("old"), old, plain)
+    adapted = identity(Recipe(lora=LoraConfig(rank=4)), plan_hash="a", tokenizer_sha256="b")
+    with pytest.raises(CheckpointError, match=r"lora.rank: 0 in the checkpoint, 4 in the recipe"):
+        require_same(Path("old"), old, adapted)

@@ -1,0 +1,105 @@
+"""A checkpoint of one layout, read and written again by another, holds the same tensors, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from trained_rank import State, TrainedRank, differing, plain_tensors, saving_recipe
+
+from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe
+from megatron_deepstack.testing.ranks import RankPool
+
+Pools = Callable[[int], RankPool]
+
+
+def train_and_save(rank: int, recipe: Recipe) -> Path:
+    trained = TrainedRank(recipe)
+    for _ in range(2):
+        trained.step()
+    return _save(trained)
+
+
+def load_and_save(rank: int, recipe: Recipe, path: Path) -> Path:
+    trained = TrainedRank(replace(recipe, train=replace(recipe.train, seed=99)))
+    trained.load(path)
+    assert trained.done == 2
+    return _save(trained)
+
+
+def load_and_train(rank: int, recipe: Recipe, path: Path) -> float:
+    """Loss of the third step."""
+    trained = TrainedRank(recipe)
+    trained.load(path)
+    loss = trained.step()
+    trained.saver.close()
+    return loss
+
+
+def _save(trained: TrainedRank) -> Path:
+    trained.saver.begin(trained.done)
+    saved = trained.saver.finish()
+    assert saved is not None
+    trained.saver.close()
+    return saved.path
+
+
+ZERO = ParallelConfig(distributed_optimizer=True)
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "pp2-vpp2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    "tp2-sp": (2, ParallelConfig(tensor=2, sequence_parallel=True)),
+    "cp2": (2, ParallelConfig(context=2)),
+    "dp2": (2, ParallelConfig()),
+    "dp2-zero": (2, ZERO),
+    "pp4": (4, ParallelConfig(pipeline=4)),
+    "dp4-zero": (4, ZERO),
+    "tp2-dp2-zero": (4, replace(ZERO, tensor=2)),
+    "pp2-dp2-zero": (4, replace(ZERO, pipeline=2)),
+}
+CHANGES = [
+    ("pp4", "pp2", "one"),
+    ("dp4-zero", "dp2-zero", "one"),
+    ("one", "dp2-zero", "pp4"),
+    ("pp2-vpp2", "tp2-sp", "tp2-dp2-zero"),
+    ("tp2-dp2-zero", "pp2-dp2-zero", "cp2"),
+    ("cp2", "dp2", "pp2-vpp2"),
+]
+
+
+@pytest.mark.parametrize("chain", CHANGES, ids=[">".join(chain) for chain in CHANGES])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_tensors_survive_a_change_of_layout(
+    ranks: Pools, tmp_path: Path, chain: tuple[str, ...], precision: Precision
+) -> None:
+    """Fewer ranks and more, with and without the distributed optimizer; then the next step's loss is the same."""
+    found: list[State] = []
+    losses = []
+    path: Path | None = None
+    for name in chain:
+        num_ranks, parallel = LAYOUTS[name]
+        recipe = saving_recipe(tmp_path / name, parallel, precision=precision)
+        pool = ranks(num_ranks)
+        path = (pool.run(train_and_save, recipe) if path is None else pool.run(load_and_save, recipe, path))[0]
+        found.append(ranks(1).run(plain_tensors, str(path))[0])
+        losses.append(pool.run(load_and_train, recipe, path)[0])
+    names = list(found[0])
+    assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in names)
+    assert any("fp32_param" in name for name in names) == (precision is Precision.BF16)
+    for later in found[1:]:
+        assert differing(later, found[0]) == []
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=2e-5 if precision is Precision.FP32 else 5e-3)
+
+
+def test_adapters_survive_a_change_of_layout(ranks: Pools, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4)
+    written = replace(saving_recipe(tmp_path / "pp2", ParallelConfig(pipeline=2)), lora=lora)
+    first = ranks(2).run(train_and_save, written)[0]
+    read = replace(saving_recipe(tmp_path / "tp2", ParallelConfig(tensor=2)), lora=lora)
+    second = ranks(2).run(load_and_save, read, first)[0]
+    ours, theirs = (ranks(1).run(plain_tensors, str(path))[0] for path in (first, second))
+    assert differing(ours, theirs) == []

@@ -1,0 +1,89 @@
+"""Which checkpoints stay, and what becomes of saves that were cut short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_deepstack.checkpoint.folder import (
+    Manifest,
+    checkpoint_path,
+    fingerprint,
+    newest_whole,
+    partial_path,
+    step_folders,
+    write_manifest,
+)
+from megatron_deepstack.checkpoint.retention import FolderLock, prune, remove_leftovers, superfluous
+from megatron_deepstack.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("whole", "committed", "keep", "keep_every", "expected"),
+    [
+        ([2, 4, 6, 8], 8, 2, 0, [2, 4]),
+        ([2, 4, 6, 8], 8, 0, 0, []),
+        ([2, 4, 6, 8], 8, 1, 4, [2, 6]),
+        ([2, 4, 6, 8], 8, 1, 3, [2, 4]),
+        ([8], 8, 1, 0, []),
+        ([2, 3, 8, 9], 3, 1, 0, [2]),
+        ([2], 2, 5, 0, []),
+        ([], 2, 1, 0, []),
+    ],
+    ids=["newest", "all", "newest-and-fourth", "third", "the-only-one", "went-back", "fewer", "none"],
+)
+def test_superfluous(whole: list[int], committed: int, keep: int, keep_every: int, expected: list[int]) -> None:
+    assert superfluous(whole, committed, keep=keep, keep_every=keep_every) == expected
+
+
+def make(run_dir: Path, step: int) -> Path:
+    """A whole checkpoint of one file."""
+    path = checkpoint_path(run_dir, step)
+    path.mkdir(parents=True)
+    (path / "data").write_bytes(b"content of step %d" % step)
+    write_manifest(path, Manifest(step=step, facts={}, files={"data": fingerprint(path / "data")}))
+    return path
+
+
+def steps_left(run_dir: Path) -> list[int]:
+    return [step for step, _ in step_folders(run_dir)]
+
+
+def test_a_damaged_one_does_not_count(tmp_path: Path) -> None:
+    """Of `keep: 2` both are whole, although a newer folder is in the way."""
+    for step in (2, 4, 6):
+        make(tmp_path, step)
+    (checkpoint_path(tmp_path, 4) / "data").write_bytes(b"short")
+    prune(tmp_path, 6, keep=2, keep_every=0)
+    assert steps_left(tmp_path) == [2, 4, 6]
+    make(tmp_path, 8)
+    prune(tmp_path, 8, keep=2, keep_every=0)
+    assert steps_left(tmp_path) == [4, 6, 8]
+    checkpoint, _ = newest_whole(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.manifest.step == 8
+
+
+def test_the_one_just_written_stays_beside_damaged_newer_ones(tmp_path: Path) -> None:
+    """A run that resumed from step 2, because 9 is damaged, and saved step 3."""
+    for step in (2, 3, 9):
+        make(tmp_path, step)
+    (checkpoint_path(tmp_path, 9) / "manifest.json").unlink()
+    prune(tmp_path, 3, keep=1, keep_every=0)
+    assert steps_left(tmp_path) == [3, 9]
+
+
+def test_leftovers_go_but_not_a_living_writers(tmp_path: Path) -> None:
+    dead, living = (partial_path(checkpoint_path(tmp_path, step)) for step in (2, 4))
+    for path in (dead, living):
+        path.mkdir(parents=True)
+        (path / "__0_0.distcp").write_bytes(b"half")
+    lock = FolderLock(living)
+    assert remove_leftovers(tmp_path) == [dead]
+    assert living.exists()
+    with pytest.raises(CheckpointError, match="two runs share a run_dir"):
+        FolderLock(living)
+    lock.release()
+    assert remove_leftovers(tmp_path) == [living]
+    assert newest_whole(tmp_path) == (None, [])

@@ -1,0 +1,96 @@
+"""A rank that trains a tiny recipe on made-up samples and saves it, for tests of what lands on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.testing.tiny import tiny_recipe, tiny_rows, tiny_samples, unit_pixels
+
+State = dict[str, torch.Tensor]
+
+
+def saving_recipe(folder: Path, parallel: ParallelConfig | None = None, **changes: object) -> Recipe:
+    """A tiny recipe whose run folder is `folder`; `changes` are arguments of `tiny_recipe`."""
+    recipe = tiny_recipe(parallel=parallel or ParallelConfig(pipeline=2), **changes)  # type: ignore[arg-type]
+    return replace(recipe, run_dir=str(folder), train=replace(recipe.train, steps=100))
+
+
+class TrainedRank:
+    """Model, optimizer and saver of one rank of a pool. Every method is collective."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from megatron_deepstack.checkpoint.saver import Saver
+        from megatron_deepstack.model.build import build_model, fill_model, freeze
+        from megatron_deepstack.model.init import random_source
+        from megatron_deepstack.step.engine import build_engine
+        from megatron_deepstack.testing.ranks import groups_for
+        from megatron_deepstack.training.optimizer import Optimizer
+
+        self.recipe, self.groups = recipe, groups_for(recipe.parallel)
+        self.model = build_model(recipe.model, recipe.parallel, recipe.train.precision, self.groups, recipe.lora)
+        fill_model(self.model, random_source(recipe.model, recipe.train.seed), self.groups.decoder.tp)
+        freeze(self.model, recipe.train.trainable)
+        self.engine = build_engine(self.model, recipe.model, recipe.parallel, self.groups)
+        self.optimizer = Optimizer(self.engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
+        self.saver = Saver(recipe, self.model, self.optimizer.chained, {}, self.groups.axes)
+        self.samples = tiny_samples(recipe.model, 8)
+        self.done = 0
+
+    def step(self) -> float:
+        """Train one step; the loss."""
+        from megatron_deepstack.data.sampler import global_batch, share_of_replica
+        from megatron_deepstack.planning.step_plan import plan_step
+        from megatron_deepstack.step.clock import StepClock
+        from megatron_deepstack.step.train_step import forward_backward
+
+        train = self.recipe.train
+        order = global_batch(train.seed, self.done, train.global_batch_size, len(self.samples))
+        mine = share_of_replica(order, self.groups.place.dp, self.groups.axes.dp, train.micro_batch_size)
+        planned, images = tiny_rows([[self.samples[int(i)] for i in row] for row in mine], self.recipe, truncate=False)
+        plan = plan_step(self.recipe.model, self.recipe.parallel, planned, self.groups.replica_rank)
+        loss = forward_backward(self.engine, plan, unit_pixels(self.recipe.model, images, plan), StepClock())
+        self.optimizer.step(self.done)
+        self.done += 1
+        return loss.mean
+
+    def load(self, path: Path) -> None:
+        """Take over a checkpoint."""
+        from megatron_deepstack.checkpoint.commit import layout_of
+        from megatron_deepstack.checkpoint.folder import verify
+        from megatron_deepstack.checkpoint.load import load
+
+        checkpoint = verify(path)
+        layout = layout_of(self.groups.axes, self.recipe.parallel)
+        load(checkpoint, self.model, self.optimizer.chained, layout)
+        self.done = checkpoint.manifest.step
+
+    def state(self) -> State:
+        """A copy of everything that this rank's updates change."""
+        modules = [*self.model.chunks, self.model.encoder]
+        found = {f"{n}.{name}": p for n, module in enumerate(modules) for name, p in module.named_parameters()}
+        for number, single in enumerate(self.optimizer.chained.chained_optimizers):
+            places = (p for group in single.optimizer.param_groups for p in group["params"])
+            for place, parameter in enumerate(places):
+                found[f"main.{number}.{place}"] = parameter
+                for name, tensor in single.optimizer.state[parameter].items():
+                    found[f"{name}.{number}.{place}"] = tensor
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def differing(ours: State, theirs: State) -> list[str]:
+    """Names of tensors that are not equal bit for bit."""
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def plain_tensors(rank: int, path: str) -> State:
+    """Every tensor of a checkpoint, whole, but for random states. On one rank of a pool."""
+    from megatron.core import dist_checkpointing
+
+    found = dist_checkpointing.load_plain_tensors(path)
+    tensors = {key: tensor for key, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith("random.")}
