@@ -35,7 +35,10 @@ def preprocess(
         str | None, typer.Option(help="Address of a running Ray cluster, or `auto`; by default Ray starts here.")
     ] = None,
 ) -> None:
-    """Turn data.records, data.images and data.tokenizer into the zarr store data.store, with Ray."""
+    """Turn data.records, data.images and data.tokenizer into the zarr store data.store, with Ray.
+
+    Stopped or killed, the same command goes on where it was. Folders may be URLs (s3://bucket/...).
+    """
     from megatron_deepstack.config.check import require
     from megatron_deepstack.config.load import load_recipe
 
@@ -50,10 +53,19 @@ def preprocess(
 
 
 def _summary(done: Any) -> str:
-    """What preprocessing did, in two lines."""
-    faults = f", {done.quarantined} quarantined and {done.dropped} samples with them" if done.quarantined else ""
-    return (
-        f"{done.store}: {done.samples} samples, {done.images} images, {done.views} views{faults}\n"
-        f"{done.tokens} tokens, {done.target_tokens} of them learned; {done.written_bytes / 1e6:.0f} MB in "
-        f"{done.seconds:.1f} s, {done.images_per_second:.0f} images/s"
-    )
+    """What preprocessing did, in two lines; a third tells of trouble."""
+    seconds = f"{done.seconds:.1f} s, {done.images_per_second:.0f} images/s"
+    where = f" on {len(done.nodes)} nodes" if len(done.nodes) > 1 else ""
+    trouble = [
+        f"{done.quarantined} images quarantined and {done.dropped} samples with them" if done.quarantined else "",
+        f"{done.flagged} images damaged but stored" if done.flagged else "",
+        f"{done.parts_done_again} parts done again after their worker or node died" if done.parts_done_again else "",
+    ]
+    lines = [
+        f"{done.store}: {done.samples} samples, {done.images} images, {done.views} views",
+        f"{done.tokens} tokens, {done.target_tokens} of them learned; {done.written_bytes / 1e6:.0f} MB in {seconds}"
+        + where,
+        "; ".join(filter(None, trouble)),
+    ]
+    listed = f" (listed in {done.store}/quarantine.jsonl)" if done.quarantined or done.flagged else ""
+    return "\n".join(filter(None, lines)) + listed
