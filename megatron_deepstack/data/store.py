@@ -20,17 +20,15 @@ import google_crc32c
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.attributes import StoreAttributes, parse_attributes, read_document
 from megatron_deepstack.data.cache import BoundedFolder, CacheConfig
-from megatron_deepstack.data.index import IndexReader, check_metadata, parse_metadata, read_metadata
+from megatron_deepstack.data.index import IndexReader, check_metadata, read_metadata
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.remote import RemoteShards, copy_index
 from megatron_deepstack.data.sampler import Indices, global_batch
 from megatron_deepstack.data.schema import (
-    FORMAT,
     INDEX_ARRAYS,
-    METADATA_FILE,
     PIXELS,
-    VERSION,
     ImageStatus,
     PixelsShape,
     pixels_metadata,
@@ -40,24 +38,6 @@ from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.views import Grid
 
 _RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folder."
-
-
-@dataclass(frozen=True, slots=True)
-class StoreAttributes:
-    """What a store says of itself."""
-
-    format: str
-    version: int
-    plan_hash: str
-    """sha256 of everything that decided the store's bytes: settings, records, tokenizer, list of images."""
-    processor: dict[str, Any]
-    """How views were made: crop_size, layout, num_crops, grid, resize, max_image_pixels."""
-    tokenizer: dict[str, Any]
-    """sha256, vocab_size, bos_id, eos_id, pad_id, and the conversation template."""
-    counts: dict[str, int]
-    """images, flagged, quarantined, views, samples, dropped, tokens, target_tokens."""
-    complete: bool
-    """Preprocessing came to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +102,8 @@ class Store:
         at when they are read.
         """
         location = Location.parse(path)
-        document = _read_document(location)
-        attributes = _parse_attributes(location, document)
+        document = read_document(location)
+        attributes = parse_attributes(location, document)
         if not attributes.complete:
             raise StoreError(
                 f"{location}: preprocessing of this store has not finished. Run the same `preprocess` command again: "
@@ -328,45 +308,6 @@ class Store:
 
 _RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
 """Flat arrays whose rows an array of offsets delimits."""
-
-
-def read_attributes(path: Path | Location) -> StoreAttributes:
-    """Attributes of the store at `path`, finished or not; raises StoreError where there is none we can read."""
-    location = Location.parse(path)
-    return _parse_attributes(location, _read_document(location))
-
-
-def _read_document(location: Location) -> bytes:
-    """The store's own metadata document."""
-    try:
-        return location.child(METADATA_FILE).read_bytes()
-    except OSError as error:
-        if not location.is_folder():
-            raise StoreError(
-                f"{location}: no such folder. A store is made by `megatron-deepstack preprocess`."
-            ) from error
-        raise StoreError(
-            f"{location}: not a store: it has no {METADATA_FILE}. Stores are made by `preprocess`."
-        ) from error
-
-
-def _parse_attributes(location: Location, document: bytes) -> StoreAttributes:
-    raw = parse_metadata(f"{location}/{METADATA_FILE}", document).get("attributes", {})
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else raw
-        raise StoreError(
-            f"{location}: a zarr group, but not one of ours: its `format` is {found!r}, expected {FORMAT!r}."
-        )
-    if raw.get("version") != VERSION:
-        raise StoreError(
-            f"{location}: the store has format version {raw.get('version')!r}, this program reads {VERSION}. "
-            "Preprocess the data again with this version."
-        )
-    names = StoreAttributes.__dataclass_fields__
-    missing = [name for name in names if name not in raw]
-    if missing:
-        raise StoreError(f"{location}/{METADATA_FILE}: attributes {missing} are missing. Preprocess the data again.")
-    return StoreAttributes(**{name: raw[name] for name in names})
 
 
 def _read_pixels_shape(root: Path) -> PixelsShape:
