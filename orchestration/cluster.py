@@ -16,8 +16,10 @@ from megatron_deepstack.errors import ConfigError
 
 _OBJECT_STORE_BYTES: Final = 128 * 2**20
 """Ray's shared memory on a machine of our own: workers write in place, little travels through it."""
-_LOOPBACK: Final = "127.0.0.2"
-"""Ray takes 127.0.0.1 for "this machine" and puts its public address in its place; this one it leaves alone."""
+_LOOPBACK: Final = "127.0.0.1"
+"""The one address that all of Ray's servers bind to alone, if it is left as it is; see `_kept_to_loopback`."""
+_NO_METRICS: Final = {"RAY_enable_metrics_collection": "0"}
+"""Its exporter would listen on every interface."""
 _KNOCK_SECONDS: Final = 10.0
 """Longest wait for a cluster's port."""
 _NOT_NEWS: Final = "A worker died or was killed while executing a task"
@@ -45,7 +47,7 @@ def ray_session(
     if address is not None:
         _join(ray, address)
     else:
-        with _environment(environment):
+        with _environment({**environment, **_NO_METRICS}), _kept_to_loopback():
             ray.init(
                 address="local",
                 num_cpus=workers or len(os.sched_getaffinity(0)),
@@ -77,8 +79,8 @@ def _join(ray: Any, address: str) -> None:
 def import_ray(address: str | None) -> Any:
     """Ray, with the settings it reads at import and keeps for the life of the process; the user's own come first.
 
-    Some servers of a local Ray listen on every interface whatever address it is given, so it is started with token
-    authentication. The token stays in the environment: left to itself Ray 2.60 writes one to `~/.ray`, which breaks
+    A local Ray is started with token authentication: other users of the machine reach its ports too, and Ray runs what
+    it is sent. The token stays in the environment: left to itself Ray 2.60 writes one to `~/.ray`, which breaks
     `ray start --address` of the same user.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOT_NEWS)
@@ -88,6 +90,22 @@ def import_ray(address: str | None) -> Any:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     return importlib.import_module("ray")
+
+
+@contextmanager
+def _kept_to_loopback() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 at its word.
+
+    Ray 2.60 puts the machine's public address in its place, so that other nodes could join, and its servers then listen
+    on every interface; seen with 127.0.0.2 too. A Ray for one job on one machine has no other nodes.
+    """
+    services = importlib.import_module("ray._private.services")
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
 
 
 @contextmanager

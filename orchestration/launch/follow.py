@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Follower:
         record = self._record
         match event["event"]:
             case "start":
-                record.attempt = event["attempt"]
+                record.attempt += 1
             case "waiting":
                 record.waiting_for = event["what"]
                 self.say(f"launch: waiting: {event['what']}")
@@ -63,9 +64,14 @@ class Follower:
                 record.state = State.RUNNING if record.state is not State.STOPPING else record.state
                 self.say(f"launch: attempt {record.attempt}, rank {by_node(record.ranks)}")
             case "failure":
-                record.restarts.append(Restart(event["time"], event["reason"], tuple(event["ranks"])))
-                record.state = State.RESTARTING if record.state is not State.STOPPING else record.state
+                self.note_restart(event["time"], event["reason"], event["ranks"])
                 self.say(
                     f"launch: {event['reason']}. Restart {len(record.restarts)} of at most {record.max_failures}, from "
                     "the newest whole checkpoint"
                 )
+
+    def note_restart(self, moment: float, reason: str, ranks: Sequence[int]) -> None:
+        """The gang starts again."""
+        self._record.restarts.append(Restart(moment, reason, tuple(ranks)))
+        if self._record.state is not State.STOPPING:
+            self._record.state = State.RESTARTING

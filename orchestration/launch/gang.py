@@ -28,6 +28,7 @@ from orchestration.launch.placement import Demand, Node, place
 from orchestration.launch.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
 from orchestration.launch.rank import RankFailed, enter, open_meeting_point
 from orchestration.launch.record import STOP_FILE, Events
+from orchestration.launch.stopping import forget_request, is_for_a_node, request_stop
 from orchestration.launch.waiting import wait_for_seats
 
 _NODE_LABEL = "ray.io/node-id"
@@ -94,16 +95,14 @@ class Gang(ControllerCallback, WorkerGroupCallback):
         self._demand, self._run_dir, self._start_seconds = demand, run_dir, start_seconds
         self._events = Events(run_dir)
         self._waiting_since: float | None = None
-        self._attempt = 0
         self._hang_before = ""
         self._workers: Sequence[Any] = ()
         self._previous: Diagnosis | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Wait for the slots and pin each rank to its node; the context's list of labels is made for that."""
-        self._attempt += 1
         self._hang_before = last_hang(self._run_dir)
-        self._events.add("start", attempt=self._attempt)
+        self._events.add("start")
         self._waiting_since = self._waiting_since or time.monotonic()
         seats = wait_for_seats(
             lambda: place(self._demand, nodes_now(free=True)),
@@ -136,8 +135,18 @@ class Gang(ControllerCallback, WorkerGroupCallback):
                 raise RunEnded(diagnosis)
             self._previous = diagnosis
             self._note(diagnosis.text, [failure.rank for failure in diagnosis.causes])
+        elif name == "PreemptingState" and type(previous_state).__name__ != name:
+            self._leave_nodes(current_state.preemption_info)
         elif name in ("RestartingState", "ReschedulingState"):
+            if is_for_a_node(self._run_dir):  # the node went before its ranks had saved
+                forget_request(self._run_dir)
             self._note(str(current_state.training_failed_error).splitlines()[-1], [])
+
+    def _leave_nodes(self, info: Any) -> None:
+        """Nodes are taken back (spot instances, drained Kubernetes nodes): have all ranks save while there is time."""
+        if not (self._run_dir / STOP_FILE).exists():
+            ranks = [str(rank) for rank in info.preempted_ranks]
+            request_stop(self._run_dir, f"Ray takes back the nodes of ranks {', '.join(ranks)}", how="drain")
 
     def _note(self, reason: str, ranks: Sequence[int]) -> None:
         self._events.add("failure", reason=reason, ranks=list(ranks))
@@ -205,11 +214,12 @@ def _death(rank: int, said: str, where: str) -> Failure:
 
 
 def nodes_now(*, free: bool) -> tuple[Node, ...]:
-    """The cluster's nodes that are alive, with all they have or only with what is free."""
+    """The cluster's nodes that are there to stay, with all they have or only with what is free."""
     available = ray._private.state.available_resources_per_node() if free else {}
+    leaving = ray._private.state.state.get_draining_nodes()
     nodes = []
     for node in ray.nodes():
-        if not node["Alive"]:
+        if not node["Alive"] or node["NodeID"] in leaving:
             continue
         resources = available.get(node["NodeID"], {}) if free else node["Resources"]
         gpus, cpus = (int(resources.get(name, 0)) for name in ("GPU", "CPU"))

@@ -36,12 +36,13 @@ from orchestration.launch.record import (
     write_record,
 )
 from orchestration.launch.report import whole_plan
-from orchestration.launch.stopping import stop_signals, wants_it_now
+from orchestration.launch.stopping import forget_request, is_for_a_node, stop_signals, wants_it_now
 from orchestration.launch.waiting import wait_for_seats
 
 HEALTH_SECONDS: Final = 600.0
 """Silence of a worker process after which Ray calls it dead, beyond the recipe's own limit for a hang."""
 _FOLLOW_SECONDS: Final = 0.5
+_LEFT_NODE: Final = "a node was taken back, and the ranks saved before that"
 START_RETRY_SECONDS: Final = 30.0
 """Longest wait for slots that were free a moment ago, before others are looked for."""
 _FORWARDED: Final = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "NVTE_", "OMP_", "HF_", "WANDB_", "AWS_", "FSSPEC_")
@@ -63,7 +64,7 @@ def launch(
     address = address or os.environ.get("RAY_ADDRESS")
     check_plan(recipe)
     with only_driver(run_dir):
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        forget_request(run_dir)
         Events(run_dir).clear()
         record = LaunchRecord(cluster=address or "", max_failures=recipe.launch.max_failures)
         write_record(run_dir, record)
@@ -164,18 +165,29 @@ def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | N
         from orchestration.launch.trainer import gang_trainer
 
         job = Job(recipe, os.getcwd(), stop_after)
-        fit = _Fit(gang_trainer(job, run_dir, demand, environment, START_RETRY_SECONDS))
-        fit.start()
-        while fit.is_alive():
-            fit.join(_FOLLOW_SECONDS)
-            follower.look()
-            if second.is_set() or wants_it_now(run_dir):
-                raise PreemptedError("ended at once on request; the same command goes on from the newest checkpoint")
-    follower.look()
+        while True:
+            fit = _Fit(gang_trainer(job, run_dir, demand, environment, START_RETRY_SECONDS))
+            _follow(fit, follower, run_dir, second)
+            if fit.stopped_with is None or not is_for_a_node(run_dir):
+                break
+            forget_request(run_dir)
+            follower.note_restart(time.time(), _LEFT_NODE, ())
+            follower.say(f"launch: {_LEFT_NODE}; going on on other nodes")
     if fit.error is not None:
         raise _told(fit.error, record) from fit.error
     if fit.stopped_with is not None:
         raise PreemptedError(fit.stopped_with)
+
+
+def _follow(fit: _Fit, follower: Follower, run_dir: Path, second: threading.Event) -> None:
+    """See Ray Train through to its end; raises PreemptedError if the run is to end at once."""
+    fit.start()
+    while fit.is_alive():
+        fit.join(_FOLLOW_SECONDS)
+        follower.look()
+        if second.is_set() or wants_it_now(run_dir):
+            raise PreemptedError("ended at once on request; the same command goes on from the newest checkpoint")
+    follower.look()
 
 
 def _check(

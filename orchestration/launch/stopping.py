@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orchestration.launch.record import STOP_FILE, LaunchRecord, State, write_whole
 
@@ -37,13 +38,28 @@ def stop_signals(run_dir: Path, record: LaunchRecord) -> Iterator[threading.Even
 
 
 def request_stop(run_dir: Path, reason: str, *, how: str = "save") -> None:
-    """Ask for an end of the run: `save` first, or `now`."""
+    """Ask for an end of the run: `save` first, or `now`; `drain`: save, to go on without a node that is taken back."""
     write_whole(run_dir / STOP_FILE, json.dumps({"how": how, "reason": reason, "time": time.time()}) + "\n")
 
 
 def wants_it_now(run_dir: Path) -> bool:
     """Whether the run is to end without saving."""
+    return _request(run_dir).get("how") == "now"
+
+
+def is_for_a_node(run_dir: Path) -> bool:
+    """Whether the request was made because Ray takes a node back: the run goes on elsewhere."""
+    return _request(run_dir).get("how") == "drain"
+
+
+def forget_request(run_dir: Path) -> None:
+    """Take the request away."""
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+def _request(run_dir: Path) -> dict[str, Any]:
     try:
-        return bool(json.loads((run_dir / STOP_FILE).read_text(encoding="utf-8"))["how"] == "now")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        found = json.loads((run_dir / STOP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

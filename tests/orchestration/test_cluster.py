@@ -4,6 +4,7 @@ import socket
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from megatron_deepstack.errors import ConfigError
@@ -36,3 +37,18 @@ def test_the_environments_address_counts(unused_port: int, monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unused_port}")
     with pytest.raises(ConfigError, match="no Ray cluster answers"), cluster.ray_session(2, None, {}):
         pass
+
+
+def test_a_ray_of_our_own_is_out_of_reach_of_other_machines(local_ray: None) -> None:
+    """Every server that this process and Ray's own have opened, workers' included."""
+    import ray
+
+    ray.get(ray.remote(lambda: None).remote())
+    listening = [
+        (process.name(), connection.laddr.ip)
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 3
+    assert [one for one in listening if not one[1].startswith(("127.", "::ffff:127.", "::1"))] == []

@@ -35,7 +35,7 @@ def test_a_node_that_cannot_do_the_job_is_named(
     with pytest.raises(ClusterError) as caught:
         corpus.preprocess(tmp_path / "store", workers=2)
     said = str(caught.value)
-    assert said.startswith("1 of 1 nodes of the cluster cannot do this job:\n  127.0.0.2: ")
+    assert said.startswith("1 of 1 nodes of the cluster cannot do this job:\n  127.0.0.1: ")
     assert message.format(store=tmp_path / "store") in said
     assert "give paths that every node sees: a shared folder, or a URL" in said
     assert not list((tmp_path / "store").glob("parts/*"))
@@ -44,7 +44,7 @@ def test_a_node_that_cannot_do_the_job_is_named(
 def test_the_report_says_what_was_done_where(corpus: Any, local_ray: None, tmp_path: Path) -> None:
     summary = corpus.preprocess(tmp_path / "store", workers=2)
     report = json.loads((tmp_path / "store" / "report.json").read_text())
-    assert report["nodes"] == summary.nodes == {"127.0.0.2": 5}
+    assert report["nodes"] == summary.nodes == {"127.0.0.1": 5}
     assert (report["workers"], report["parts"], report["parts_done_before"], report["parts_done_again"]) == (2, 5, 0, 0)
     shards = sum(path.stat().st_size for path in (tmp_path / "store").glob("images/pixels/c/*/0/0/0"))
     assert report["written_bytes"] > shards
