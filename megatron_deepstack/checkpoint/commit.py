@@ -99,6 +99,8 @@ def _take_notes(partial: Path, num_ranks: int) -> tuple[dict[str, tuple[int, int
     results = []
     for rank in range(num_ranks):
         note = partial / NOTE.format(rank=rank)
+        if not note.exists():
+            raise OSError(f"rank {rank} wrote elsewhere: {note} is not there; run_dir must be one folder for all nodes")
         content = json.loads(note.read_text(encoding="utf-8"))
         files.update({name: (size, crc) for name, (size, crc) in content["files"].items()})
         for key, offset, number, file, begin, length in content["items"]:

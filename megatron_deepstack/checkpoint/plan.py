@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import queue
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +57,6 @@ class Planner:
     def __init__(self) -> None:
         self._strategy = _PlanOnly("torch_dist", 1, cached_metadata=True)
         self._checked = False
-        self._folder = Path(tempfile.mkdtemp(prefix="checkpoint-plan-"))
 
     def plan(self, state: dict[str, Any]) -> RankPlan:
         """Plan the sharded state dict `state`, which is used up. Collective over all ranks.
@@ -68,27 +66,19 @@ class Planner:
         """
         apply_factories(state)
         live = dict(_take_data(state))
-        self._empty_folder()
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process to hold it
-        dist_checkpointing.save(
-            state, str(self._folder), sharded_strategy=self._strategy, validate_access_integrity=not self._checked
-        )
+        with tempfile.TemporaryDirectory(prefix="checkpoint-plan-") as folder:
+            dist_checkpointing.save(
+                state, folder, sharded_strategy=self._strategy, validate_access_integrity=not self._checked
+            )
+            small_files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
         self._checked = True
         writer, metadata = self._strategy.planned
         return RankPlan(
             files=[_planned_file(bucket, live) for bucket in writer.write_buckets],
-            small_files={file.name: file.read_bytes() for file in sorted(self._folder.iterdir())},
+            small_files=small_files,
             metadata=metadata,
         )
-
-    def close(self) -> None:
-        """Remove the folder of Megatron's small files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _empty_folder(self) -> None:
-        self._folder.mkdir(exist_ok=True)
-        for file in self._folder.iterdir():
-            file.unlink()
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):

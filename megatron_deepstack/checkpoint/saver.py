@@ -174,7 +174,6 @@ class Saver:
         if self._flight is not None:
             self._flight.release()
             self._flight = None
-        self._planner.close()
 
     def _drain(self) -> None:
         """Waits in slices, so that no collective outlasts the group's timeout while another rank writes."""

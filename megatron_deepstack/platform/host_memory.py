@@ -34,7 +34,7 @@ class HostMemory:
         self._bytes = torch.frombuffer(mmap.mmap(self.handle, num_bytes), dtype=torch.uint8)
         self.num_bytes = num_bytes
         if has_gpu():
-            torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0))
 
     def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor of shape and dtype of `like` at `offset`."""
@@ -49,7 +49,7 @@ class HostMemory:
 
     def _unlock(self) -> None:
         if has_gpu() and self.num_bytes:
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr()))
 
 
 def lay_out(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:

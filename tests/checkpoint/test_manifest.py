@@ -90,3 +90,12 @@ def test_adapters_are_part_of_the_identity() -> None:
     adapted = identity(Recipe(lora=LoraConfig(rank=4)), plan_hash="a", tokenizer_sha256="b")
     with pytest.raises(CheckpointError, match=r"lora.rank: 0 in the checkpoint, 4 in the recipe"):
         require_same(Path("old"), old, adapted)
+
+
+def test_nodes_that_do_not_share_the_folder_are_named(tmp_path: Path) -> None:
+    """Rank 0 finds its own note and not the other's."""
+    from megatron_deepstack.checkpoint.commit import _take_notes
+
+    (tmp_path / ".written_by_rank_0.json").write_text('{"files": {}, "items": []}')
+    with pytest.raises(OSError, match=r"rank 1 wrote elsewhere: .* run_dir must be one folder for all nodes"):
+        _take_notes(tmp_path, 2)
