@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.errors import ClusterError, ConfigError, DeepStackError
 
 _OBJECT_STORE_BYTES: Final = 128 * 2**20
 """Ray's shared memory on a machine of our own: workers write in place, little travels through it."""
@@ -37,7 +37,7 @@ def ray_session(
     here.
     A Ray started here has `workers` CPUs, and `gpus` GPUs (all of the machine's if None).
     Without an `address` the environment's RAY_ADDRESS counts, which `ray job submit` sets. Raises ConfigError if no
-    cluster answers there.
+    cluster answers there, ClusterError if Ray does not start here.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     ray = import_ray(address)
@@ -48,20 +48,34 @@ def ray_session(
         _join(ray, address)
     else:
         with _environment({**environment, **_NO_METRICS}), _kept_to_loopback():
-            ray.init(
-                address="local",
-                num_cpus=workers or len(os.sched_getaffinity(0)),
-                num_gpus=gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address=_LOOPBACK,
-            )
+            _start(ray, workers, gpus)
     try:
         yield address is None
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, workers: int | None, gpus: int | None) -> None:
+    """Start Ray here. On an overloaded machine it gives up after a minute, with a bare Exception."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=workers or len(os.sched_getaffinity(0)),
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _node_ip_address=_LOOPBACK,
+        )
+    except DeepStackError:
+        raise
+    except Exception as error:
+        ray.shutdown()
+        raise ClusterError(
+            f"Ray does not start on this machine: {error} See its load, its free memory and Ray's logs in "
+            "/tmp/ray/session_latest/logs, then run the same command again."
+        ) from error
 
 
 def _join(ray: Any, address: str) -> None:

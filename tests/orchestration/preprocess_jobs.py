@@ -74,9 +74,10 @@ class Command:
         for process in self.descendants():
             if process.is_running():
                 process.kill()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def has_begun(self) -> bool:
         """It is past its checks."""
