@@ -1,5 +1,6 @@
 """`store merge` and `store split`: complete, verifiable stores with the same samples, no image kept twice."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -234,9 +235,12 @@ def test_a_full_disk(three: list[Path], tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*"))
 
 
-def test_preprocessing_into_a_merged_store_is_refused_by_its_plan(three: list[Path], tmp_path: Path) -> None:
+def test_its_plan_is_that_of_the_merge(three: list[Path], tmp_path: Path) -> None:
+    """So that `preprocess` into it is refused as into any other plan's store."""
     merge(tmp_path / "out", three[:2])
-    assert (tmp_path / "out/plan.json").is_file()
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    assert plan["plan_hash"] == Store.open(tmp_path / "out").plan_hash
+    assert plan["description"] == {"merge": [Store.open(path).plan_hash for path in three[:2]]}
 
 
 def test_the_verbs(three: list[Path], tmp_path: Path) -> None:
