@@ -150,9 +150,14 @@ def _seats_there(recipe: Recipe, num_ranks: int | None) -> tuple[Demand, tuple[S
 
 def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | None, stop_after: int | None) -> None:
     follower = Follower(run_dir, record)
+
+    def look_for_seats() -> tuple[Demand, tuple[Seat, ...]]:
+        follower.look()
+        return _seats_there(recipe, num_ranks)
+
     with stop_signals(run_dir, record) as second:
         demand, seats = wait_for_seats(
-            lambda: _seats_there(recipe, num_ranks),
+            look_for_seats,
             since=time.monotonic(),
             seconds=recipe.launch.start_seconds,
             tell=lambda what: follower.say(f"launch: waiting: {what}"),
