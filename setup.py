@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["megatron_deepstack*", "orchestration*"]),
     package_data={
         "megatron_deepstack": ["recipes/*.yaml", "report/*.css"],
-        "orchestration": ["manifests/*.yaml", "manifests/*.sh"],
+        "orchestration": ["manifests/*.yaml", "manifests/*.sh", "manifests/*.sbatch"],
     },
     entry_points={"console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"]},
     install_requires=[
