@@ -50,7 +50,7 @@ def test_layout_is_current():
 
 
 def test_picture_is_what_its_command_draws(tmp_path):
-    (command,) = [words for words in commands("megatron-deepstack") if "--svg" in words]
+    (command,) = [words for words in commands("megatron-deepstack") if words[0] == "plan" and "--svg" in words]
     drawn = tmp_path / "stages.svg"
     result = CliRunner().invoke(app, [*command[:-1], str(drawn)])
     assert result.exit_code == 0, result.output
@@ -78,7 +78,8 @@ def test_make_targets_exist(target):
 
 @pytest.mark.parametrize("words", commands("megatron-deepstack"), ids=" ".join)
 def test_verbs_and_options_exist(words):
-    result = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"})
+    verb = words[:2] if words[0] == "store" else words[:1]
+    result = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert not [word for word in words if word.startswith("--") and word not in result.output]
 
@@ -140,3 +141,7 @@ def test_the_lines_for_own_data_run_on_real_photographs(workplace):
     assert "What is in the picture?" in said["generate"]
     report = (workplace / "my-run" / "report.html").read_text(encoding="utf-8")
     assert report.count("<img ") >= 4 * 3
+    about_stores = [words for words in commands("megatron-deepstack", section("Preprocessing")) if words[0] == "store"]
+    said = {words[1]: run(words, workplace) for words in about_stores}
+    assert "4 samples" in said["merge"]
+    assert (workplace / "samples.html").is_file()
