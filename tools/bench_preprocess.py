@@ -40,7 +40,7 @@ from megatron_deepstack.data.images import decode_image, make_views
 from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.testing.tiny_data import record, write_records, write_tokenizer
-from orchestration.cluster import ray_session
+from orchestration import cluster
 from orchestration.preprocess.run import preprocess
 from orchestration.preprocess.tasks import WORKER_ENVIRONMENT
 
@@ -184,11 +184,11 @@ def run_round(corpora: Sequence[Corpus]) -> dict[str, float]:
             speeds[f"{corpus.name} plain {workers}"] = plain_speed(corpus, ImageResize.PILLOW, workers)
         for kind in ImageResize:
             speeds[f"{corpus.name} resize {kind}"] = 1 / resize_seconds(corpus, kind)
-    with ray_session(2, None, WORKER_ENVIRONMENT):
+    with cluster.ray_session(2, None, WORKER_ENVIRONMENT):
         for corpus in corpora:
             for kind in ImageResize:
                 speeds[f"{corpus.name} job 2 {kind}"] = warm_job_speed(corpus, kind, 2)
-    with ray_session(1, None, WORKER_ENVIRONMENT):
+    with cluster.ray_session(1, None, WORKER_ENVIRONMENT):
         for corpus in corpora:
             speeds[f"{corpus.name} job 1 pillow"] = warm_job_speed(corpus, ImageResize.PILLOW, 1)
     return speeds
