@@ -113,7 +113,7 @@ def _kept_to_loopback() -> Iterator[None]:
     Ray 2.60 puts the machine's public address in its place, so that other nodes could join, and its servers then listen
     on every interface; seen with 127.0.0.2 too. A Ray for one job on one machine has no other nodes.
     """
-    services = importlib.import_module("ray._private.services")
+    services: Any = importlib.import_module("ray._private.services")
     resolve = services.resolve_ip_for_localhost
     services.resolve_ip_for_localhost = lambda host: host
     try:

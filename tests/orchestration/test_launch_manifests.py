@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ STUBS = {
     "ray": 'echo "ray $*" >> "$LOG"; if [ "$1" = start ]; then exec sleep 60; fi',
     "megatron-deepstack": (
         'echo "ours $*" >> "$LOG"; if [ "$1" = stop ]; then touch "$LOG.stop"; exit 0; fi; '
+        'while [ "$(grep -c "ray start" "$LOG")" -lt 2 ]; do sleep 0.05; done; '
         'if [ -n "$QUICK" ]; then exit "$QUICK"; fi; while [ ! -e "$LOG.stop" ]; do sleep 0.1; done; exit 75'
     ),
 }
@@ -169,7 +171,8 @@ def calls(stubs: dict[str, str]) -> str:
 
 def end(script: subprocess.Popen[bytes]) -> int:
     code = script.wait(60)
-    os.killpg(script.pid, signal.SIGKILL)  # the stubs of `ray start`, which Slurm would end
+    with suppress(ProcessLookupError):
+        os.killpg(script.pid, signal.SIGKILL)  # the stubs of `ray start`, which Slurm would end
     return code
 
 
