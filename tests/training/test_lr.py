@@ -8,8 +8,8 @@ import pytest
 
 from megatron_deepstack.config.choices import LrSchedule, Part
 from megatron_deepstack.config.schema import OptimizerConfig
+from megatron_deepstack.training.groups import Rates, part_of
 from megatron_deepstack.training.lr import learning_rate
-from megatron_deepstack.training.optimizer import part_of, peak_lr
 
 CONFIG = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_fraction=0.1, vision_lr=0.5)
 
@@ -53,4 +53,4 @@ def test_one_step_runs() -> None:
 )
 def test_part_of_a_parameter(name: str, part: Part, peak: float) -> None:
     assert part_of(name) is part
-    assert peak_lr(CONFIG, part) == peak
+    assert Rates(CONFIG).peak_lr(part) == peak
