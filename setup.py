@@ -29,7 +29,7 @@ setup(
         "numpy>=2",
         "omegaconf>=2.4",
         "psutil>=5.9",
-        "ray[default,train]>=2.60",
+        "ray[default,train]>=2.60,<3",
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

@@ -302,7 +302,8 @@ class HealthConfig:
     max_skipped_steps: int = 10
     """Steps with a loss or gradient that is not finite are skipped; the run stops at more than this many in a row."""
     spike_factor: float = 2.0
-    """A loss above this many times the median of the last `spike_window` steps is flagged with its samples; 0 never."""
+    """A loss above this many times the median of the last `spike_window` steps, and above it by more than 0.1, is
+    flagged with its samples; 0: never."""
     spike_window: int = 100
     """Steps that the median of losses is taken over; nothing is flagged before half of them are done."""
     max_unreadable_samples: int = 100

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 from megatron_deepstack.config.schema import HealthConfig
 from megatron_deepstack.errors import HealthError
+
+_LEAST_RISE: Final = 0.1
+"""Nats per target by which a loss must stand out: where a task is learned, batches of 0.01 and 0.03 are both usual."""
 
 IdsOf = Callable[[int], Sequence[str]]
 """From a 0-based step to the ids of its samples, over all replicas."""
@@ -55,7 +58,8 @@ class Health:
         config = self.config
         if not config.spike_factor or not config.spike_window or 2 * len(self.losses) < config.spike_window:
             return False
-        return loss > config.spike_factor * median(self.losses)
+        usual = median(self.losses)
+        return loss > config.spike_factor * usual and loss > usual + _LEAST_RISE
 
     def require_well(self, done: int, ids_of: IdsOf) -> None:
         """Raise HealthError if the run must not go on after `done` steps. The same on every rank."""

@@ -48,10 +48,10 @@ def preprocess(
     that cannot be reached), PreemptedError (SIGTERM or SIGINT).
     """
     data = recipe.data
-    model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece .model file"))
+    model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece .model file or a Hugging Face tokenizer.json"))
     _check_vocabulary(recipe, model)
     sources = (records,) if records else data.records or ()
-    _given(" ".join(sources), "records", "a LLaVA-style JSON file")
+    _given(" ".join(sources), "records", "JSON or JSON-lines files, or WebDataset tar shards")
     inputs = read_inputs(sources, images or data.images, known_template(data.template))
     plan = make_plan(recipe, inputs, model)
     root = Location.parse(output).absolute()
