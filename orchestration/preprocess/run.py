@@ -48,7 +48,7 @@ def preprocess(
     that cannot be reached), PreemptedError (SIGTERM or SIGINT).
     """
     data = recipe.data
-    model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece model or a tokenizer.json"))
+    model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece model or tokenizer.json"))
     _check_vocabulary(recipe, model)
     sources = (records,) if records else data.records or ()
     _given(" ".join(sources), "records", "JSON or JSON-lines files, or WebDataset tar shards")
