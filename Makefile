@@ -58,7 +58,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 faults: $(TESTABLE)
-	$(BIN)/python -m pytest tests/faults
+	DEEPSTACK_SOAK_KILLS=20 $(BIN)/python -m pytest tests/faults
 
 layouts: $(TESTABLE)
 	$(BIN)/python -m pytest tests/layouts tests/training
