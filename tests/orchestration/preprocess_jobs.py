@@ -126,7 +126,7 @@ class Command:
 def assert_gone(processes: list[psutil.Process]) -> None:
     """None of the processes is left after a while."""
     assert processes, "there were none"
-    _, alive = psutil.wait_procs(processes, timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=120)
     assert not [name for process in alive if (name := name_of(process))]
 
 

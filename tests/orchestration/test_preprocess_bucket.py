@@ -111,7 +111,7 @@ def test_a_lost_connection_stops_the_job_which_goes_on_later(
     import s3fs
 
     url = f"{bucket}/store"
-    with pytest.raises(LocationError, match=rf"{url}/images/pixels/c/2/0/0/0: the connection or its service failed"):
+    with pytest.raises(LocationError, match=rf"{url}/\S+: the connection or its service failed"):
         corpus.preprocess(url)
     assert proxy.cut, "the fault did not fire"
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)

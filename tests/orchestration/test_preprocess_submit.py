@@ -35,11 +35,12 @@ def free_port() -> int:
 @pytest.fixture
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head node with a dashboard, on loopback."""
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent = free_port(), free_port(), free_port()
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
     start = [
         RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.2", f"--port={gcs}", "--num-cpus=2",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
         f"--object-store-memory={80 * 2**20}", f"--temp-dir={tmp_path_factory.mktemp('r')}",
     ]  # fmt: skip
     process = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -61,18 +62,27 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     assert_gone(started)
 
 
+def submitted(command: list[str], head: Head) -> subprocess.CompletedProcess[str]:
+    """The job's end, submitted again while the node's agent is still on its way up."""
+    for _ in range(20):
+        done = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
+        if "No available agent to submit job" not in done.stderr:
+            break
+    return done
+
+
 def test_a_submitted_job_makes_the_same_store(
     heavy: Work, head: Head, tmp_path: Path, same_store: Callable[[Path, Path], None]
 ) -> None:
     store = tmp_path / "store"
     submit = [RAY, "job", "submit", "--address", head.dashboard, "--", *heavy.command(store)]
-    done = subprocess.run(submit, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
+    done = submitted(submit, head)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"preprocess: {heavy.recipe.parent}/records.json -> {store}" in done.stdout
     report = json.loads((store / "report.json").read_text())
     assert report["nodes"] == {"127.0.0.2": heavy.num_parts}
     same_store(heavy.serial, store)
     other = [*submit, "data.images_per_part=8"]
-    refused = subprocess.run(other, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
+    refused = submitted(other, head)
     assert refused.returncode != 0
     assert "holds the store of another plan" in refused.stdout
