@@ -1,5 +1,5 @@
 # make demo     set up, then the whole main job on a drawn data set (no GPU needed)
-# make test     set up with the test extra, then lint, types and every test
+# make test     set up with the test extra, then lint, types and every test but the faults'
 # make setup    only the set-up; nothing is installed twice
 # make faults   set up with the test extra, then only the suite that kills, stops and damages; prints its table
 # make layouts  set up with the test extra, then only the suites that compare parallel layouts
@@ -55,7 +55,7 @@ lint: $(TESTABLE)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/faults
 
 faults: $(TESTABLE)
 	DEEPSTACK_SOAK_KILLS=20 $(BIN)/python -m pytest tests/faults

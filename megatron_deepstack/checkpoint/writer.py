@@ -13,6 +13,7 @@ import mmap
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -135,20 +136,26 @@ def _tensor(tensor: StagedTensor, memory: mmap.mmap) -> torch.Tensor:
 
 
 def serve(pipe_handle: int, memory_handle: int) -> None:
-    """Life of the process: answer jobs until the pipe closes."""
+    """Life of the process: answer jobs until the rank closes the pipe or dies."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    pipe, memory = Connection(pipe_handle), None
+    with suppress(EOFError, ConnectionError):
+        _answer_jobs(Connection(pipe_handle), memory_handle)
+
+
+def _answer_jobs(pipe: Connection, memory_handle: int) -> None:
+    memory = None
     while True:
-        try:
-            job: Job = pipe.recv()
-        except EOFError:
-            return
+        job: Job = pipe.recv()
         size = os.fstat(memory_handle).st_size
         if size and (memory is None or len(memory) != size):
             memory = mmap.mmap(memory_handle, size)
-        try:
-            pipe.send(Reply(num_bytes=write_job(job, memory or mmap.mmap(-1, 1)), error=None))
-        except Exception as error:
-            pipe.send(Reply(num_bytes=0, error=str(error) or repr(error)))
+        pipe.send(_reply_to(job, memory or mmap.mmap(-1, 1)))
+
+
+def _reply_to(job: Job, memory: mmap.mmap) -> Reply:
+    try:
+        return Reply(num_bytes=write_job(job, memory), error=None)
+    except Exception as error:
+        return Reply(num_bytes=0, error=str(error) or repr(error))

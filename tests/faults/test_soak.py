@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from megatron_deepstack.checkpoint.folder import newest_whole
 from megatron_deepstack.config.schema import Recipe
 
-KILLS = int(os.environ.get("DEEPSTACK_SOAK_KILLS", "5"))
+KILLS = int(os.environ.get("DEEPSTACK_SOAK_KILLS", "0"))
 """`make faults` asks for 20."""
 STEPS_PER_KILL, INTERVAL, SEED = 15, 4, 20240604
 
@@ -80,6 +80,7 @@ def flattened(state: dict[str, object], path: str = "") -> Iterator[tuple[str, t
             yield f"{path}{key}", value
 
 
+@pytest.mark.skipif(not KILLS, reason="minutes long; `make faults` runs it, or set DEEPSTACK_SOAK_KILLS")
 @pytest.mark.timeout(1800)
 def test_soak(tmp_path: Path, record_fault: Callable[..., None]) -> None:
     steps = (KILLS + 1) * STEPS_PER_KILL
