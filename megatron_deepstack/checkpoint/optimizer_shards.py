@@ -24,6 +24,7 @@ MAIN_PARAMETER = "fp32_param"
 OLD_MAIN_PARAMETER = "param"
 """Their name in checkpoints of format version 1, written by a distributed optimizer."""
 
+
 def sharded_states(
     optimizer: DistributedOptimizer, weights: ShardedStateDict, main_parameter: str = MAIN_PARAMETER
 ) -> dict[str, ShardedTensor]:

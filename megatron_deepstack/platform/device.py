@@ -56,6 +56,4 @@ def compute_capability() -> tuple[int, int]:
 
 def gpu_memories() -> tuple[int, ...]:
     """Bytes of memory of each GPU that this process sees."""
-    return tuple(
-        torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
-    )
+    return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))

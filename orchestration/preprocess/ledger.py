@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import shard_path
-from megatron_deepstack.data.writer import json_bytes, write_error, write_json
+from megatron_deepstack.data.writer import json_line, write_error, write_json
 from megatron_deepstack.errors import StoreError
 from orchestration.preprocess.ahead import ahead
 from orchestration.preprocess.lease import LEASE_FILE
@@ -42,7 +42,7 @@ class Ledger:
         Raises StoreError if the record exists with other content: an input changed while the job ran.
         """
         path = self._path(name)
-        content = json_bytes({"plan_hash": self.plan_hash, **record})
+        content = json_line({"plan_hash": self.plan_hash, **record})
         try:
             path.create(content)
         except FileExistsError:

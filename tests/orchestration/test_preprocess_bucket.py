@@ -98,7 +98,6 @@ def proxy(s3_server: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     made = Proxy(s3_server, b"/images/pixels/c/", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
     yield made
     made.close()
