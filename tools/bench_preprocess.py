@@ -223,7 +223,7 @@ def summarise(rounds: Sequence[dict[str, float]], corpora: Sequence[Corpus]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=1536, help="JPEGs of 640x480; a quarter as many of 2000x1500")
+    parser.add_argument("--images", type=int, default=1024, help="JPEGs of 640x480; a quarter as many of 2000x1500")
     parser.add_argument("--folder", help="where to write; 2 GB, the system's temporary folder by default")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=arguments.folder))

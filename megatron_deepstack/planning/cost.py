@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from megatron_deepstack.config.choices import Part
-from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, VisionConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.planning.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.rows import tokens_per_view
+from megatron_deepstack.planning.slots import stage_chunks
 from megatron_deepstack.planning.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 
 
@@ -70,6 +71,15 @@ def decoder_flops(language: LanguageConfig, seq_length: int) -> float:
 def view_flops(vision: VisionConfig) -> float:
     """Forward of one view through the ViT layers whose output is used."""
     return _layers_flops(vision, used_layers(vision)) + _patch_flops(vision)
+
+
+def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Entries of the decoder's matrices on each pipeline stage, to which its forward and backward are proportional."""
+    held = [0] * parallel.pipeline
+    for chunk in stage_chunks(language.num_layers, parallel):
+        layers = (chunk.stop - chunk.first) * _layer_weights(language)
+        held[chunk.pp] += layers + chunk.has_head * _head_weights(language)
+    return tuple(held)
 
 
 def projector_flops(model: ModelConfig) -> float:

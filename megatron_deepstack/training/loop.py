@@ -27,6 +27,7 @@ from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedErro
 from megatron_deepstack.parallel.agree import sum_over_ranks
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import of_every_rank
+from megatron_deepstack.planning.cost import stage_weights
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import max_memory_bytes
 from megatron_deepstack.step.clock import StepClock
@@ -108,7 +109,7 @@ class _Loop:
         session.engine.model.config.timers = WorkTimers(self.clock.work)
         self.validation = Validation.of(session)
         self.throughput, self.observer = Throughput(recipe, session.groups), Observer(recipe, session.groups)
-        self.stragglers = Stragglers(recipe.health, of_every_rank(socket.gethostname()))
+        self.stragglers = Stragglers(recipe.health, of_every_rank(socket.gethostname()), _weights_of_ranks(session))
         self.health = _health_after(recipe, first)
 
     def run(self) -> None:
@@ -236,6 +237,12 @@ class _Loop:
         if saved is not None:
             waited = f"training waited {saved.stall_seconds:.2f} s of {saved.seconds:.2f} s"
             self.log.say(f"saved {saved.path}: {waited}")
+
+
+def _weights_of_ranks(session: Session) -> list[int]:
+    """The size of every rank's stage."""
+    by_stage = stage_weights(session.recipe.model.language, session.recipe.parallel)
+    return [by_stage[session.groups.axes.place(rank).pp] for rank in range(dist.get_world_size())]
 
 
 def _health_after(recipe: Recipe, first: int) -> Health:

@@ -3,7 +3,8 @@
 In a synchronous run every rank's step takes as long as the slowest one's. What differs is a rank's *own work*: waiting
 for its data, encoding, and the forward and backward passes of its micro-batches, as `step.clock` measures it, without
 the pipeline's messages, routing, gradient reduction and optimizer. Ranks that share layers (tensor and context
-parallel) meet within a pass, so that they show the same time and are named together.
+parallel) meet within a pass, so that they show the same time and are named together. A pipeline stage that holds more
+of the decoder than the median one may take longer in proportion.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from megatron_deepstack.config.schema import HealthConfig
 from megatron_deepstack.parallel.agree import gather_over_ranks
 
 
-def slow_ranks(seconds: Sequence[float], factor: float) -> tuple[int, ...]:
-    """Ranks that took more than `factor` times the median rank's time, slowest first; of two ranks the faster's."""
-    limit = factor * median_low(seconds)
-    slow = [rank for rank, taken in enumerate(seconds) if taken > limit]
+def slow_ranks(seconds: Sequence[float], weights: Sequence[int], factor: float) -> tuple[int, ...]:
+    """Ranks that took more than `factor` times the median rank's time, slowest first; of two ranks the faster's.
+
+    `weights` are the sizes of the ranks' stages: one of twice the median size is allowed twice the time. (Not the
+    other way round: a small stage's ranks wait for data and encode as long as the others.)
+    """
+    usual, size = median_low(seconds), max(1, median_low(weights))
+    limits = [factor * usual * max(1.0, weight / size) for weight in weights]
+    slow = [rank for rank, taken in enumerate(seconds) if taken > limits[rank]]
     return tuple(sorted(slow, key=lambda rank: -seconds[rank]))
 
 
@@ -30,6 +36,8 @@ class Stragglers:
     config: HealthConfig
     hosts: Sequence[str]
     """Where each rank runs."""
+    weights: Sequence[int]
+    """The size of each rank's stage, in whatever unit."""
     _seconds: float = 0.0
     _steps: int = 0
 
@@ -45,7 +53,7 @@ class Stragglers:
             return (), ""
         per_step = [total / self._steps for total in gather_over_ranks(self._seconds)]
         self._seconds, self._steps = 0.0, 0
-        slow = slow_ranks(per_step, self.config.straggler_factor)
+        slow = slow_ranks(per_step, self.weights, self.config.straggler_factor)
         return slow, self._line(slow, per_step) if slow else ""
 
     def _line(self, slow: Sequence[int], per_step: Sequence[float]) -> str:

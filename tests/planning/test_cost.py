@@ -19,7 +19,13 @@ from megatron_deepstack.config.schema import (
     VisionConfig,
 )
 from megatron_deepstack.model.init import random_source
-from megatron_deepstack.planning.cost import decoder_flops, projector_flops, training_flops, view_flops
+from megatron_deepstack.planning.cost import (
+    decoder_flops,
+    projector_flops,
+    stage_weights,
+    training_flops,
+    view_flops,
+)
 from megatron_deepstack.planning.packing import merge
 from megatron_deepstack.planning.rows import tokens_per_view
 from megatron_deepstack.planning.step_plan import plan_step
@@ -192,3 +198,15 @@ def test_packing_and_layout_do_not_change_the_work(parallel: ParallelConfig) -> 
     assert padded.num_units == packed.num_units == views
     images = sum(int(np.sum(sample.tokens == IMAGE_TOKEN_ID)) for sample in tiny_samples(model, 6))
     assert sum(padded.lengths) == sum(len(s.tokens) for s in tiny_samples(model, 6)) + images * (16 - 1)
+
+
+def test_stage_weights_add_up_to_the_decoders_matrices() -> None:
+    """Whatever the split; the output layer lies on the last stage, interleaved chunks on the stage they live on."""
+    matrices = sum(int(np.prod(shape)) for shape in decoder_shapes(GROUPED).values() if len(shape) == 2)
+    head = GROUPED.vocab_size * GROUPED.hidden_size
+    layer = (matrices - head) // GROUPED.num_layers
+    assert stage_weights(GROUPED, ParallelConfig()) == (matrices,)
+    uneven = ParallelConfig(pipeline=3, layers_per_stage=(0, 2, 1))
+    assert stage_weights(GROUPED, uneven) == (0, 2 * layer, layer + head)
+    interleaved = ParallelConfig(pipeline=2, virtual_pipeline=2, layers_per_stage=(1, 0, 1, 1))
+    assert stage_weights(GROUPED, interleaved) == (2 * layer, layer + head)

@@ -35,13 +35,29 @@ SLOW_SECONDS = 0.25
     ],
 )
 def test_slow_ranks(seconds: tuple[float, ...], named: tuple[int, ...]) -> None:
-    assert slow_ranks(seconds, 1.5) == named
+    assert slow_ranks(seconds, [7] * len(seconds), 1.5) == named
+
+
+@pytest.mark.parametrize(
+    ("seconds", "weights", "named"),
+    [
+        ((1.0, 2.5), (10, 20), ()),
+        ((1.0, 3.5), (10, 20), (1,)),
+        ((1.0, 1.0, 1.0, 1.6), (10, 10, 10, 2), (3,)),
+        ((1.0, 1.2, 1.0, 3.5), (0, 10, 10, 20), (3,)),
+        ((1.0, 1.0, 1.6), (0, 0, 0), (2,)),
+    ],
+)
+def test_a_larger_stage_may_take_longer(
+    seconds: tuple[float, ...], weights: tuple[int, ...], named: tuple[int, ...]
+) -> None:
+    assert slow_ranks(seconds, weights, 1.5) == named
 
 
 @pytest.mark.parametrize("config", [HealthConfig(straggler_factor=0), HealthConfig(straggler_window=0)])
 def test_never_is_never(config: HealthConfig) -> None:
     """Nothing is compared, so nothing is collective."""
-    stragglers = Stragglers(config, ["here"])
+    stragglers = Stragglers(config, ["here"], [1])
     assert all(stragglers.take(1.0) == ((), "") for _ in range(100))
 
 
