@@ -61,3 +61,17 @@ def parse_attributes(location: Location, document: bytes) -> StoreAttributes:
     if missing:
         raise StoreError(f"{location}/{METADATA_FILE}: attributes {missing} are missing. Preprocess the data again.")
     return StoreAttributes(**{name: raw[name] for name in names})
+
+
+def finished_attributes(location: Location, document: bytes | None = None) -> StoreAttributes:
+    """The attributes of a store whose preprocessing has finished, from its metadata document (read if not given).
+
+    Raises StoreError where there is no such store, LocationError where a URL cannot be reached.
+    """
+    attributes = parse_attributes(location, read_document(location) if document is None else document)
+    if not attributes.complete:
+        raise StoreError(
+            f"{location}: preprocessing of this store has not finished. Run the same `preprocess` command again: "
+            "it goes on where it stopped."
+        )
+    return attributes

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression
-from megatron_deepstack.data.attributes import StoreAttributes, parse_attributes, read_document
+from megatron_deepstack.data.attributes import StoreAttributes, finished_attributes, read_document
 from megatron_deepstack.data.cache import BoundedFolder, CacheConfig
 from megatron_deepstack.data.index import IndexReader, check_metadata, read_metadata
 from megatron_deepstack.data.location import Location
@@ -103,12 +103,7 @@ class Store:
         """
         location = Location.parse(path)
         document = read_document(location)
-        attributes = parse_attributes(location, document)
-        if not attributes.complete:
-            raise StoreError(
-                f"{location}: preprocessing of this store has not finished. Run the same `preprocess` command again: "
-                "it goes on where it stopped."
-            )
+        attributes = finished_attributes(location, document)
         cache = cache or CacheConfig()
         if location.is_local:
             folder = location.local_path()

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.inference.main import Answer, Score, answer_store, newest_checkpoint, open_questions
+from megatron_deepstack.inference.main import Answer, Score, answer_store, open_questions, require_checkpoint
 from megatron_deepstack.platform.local_ranks import launch_ranks
 
 SHOWN = 20
@@ -23,7 +23,7 @@ def generate(recipe: Recipe, *, store: Path | None, limit: int | None, max_new_t
     path = str(store) if store is not None else recipe.data.validation_store
     if path is None:
         raise ConfigError(["data.validation_store: not set; name a store of questions with --store"])
-    newest_checkpoint(recipe)
+    require_checkpoint(recipe)
     open_questions(recipe, path)
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline

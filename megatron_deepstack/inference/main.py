@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_deepstack.checkpoint.folder import Checkpoint, newest_whole
+from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.checkpoint.identity import model_identity, require_same
 from megatron_deepstack.checkpoint.load import load
+from megatron_deepstack.checkpoint.verification import newest_whole_together
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.conversation import stop_ids
@@ -111,18 +113,24 @@ def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
     return store, tokenizer
 
 
-def newest_checkpoint(recipe: Recipe) -> Checkpoint:
-    """The run's newest whole checkpoint. Raises CheckpointError if there is none, or it holds another model."""
-    checkpoint, _ = newest_whole(recipe.run_dir)
-    if checkpoint is None:
+def require_checkpoint(recipe: Recipe) -> None:
+    """Raise CheckpointError if the run has no checkpoint. Reads none, so that it costs nothing before ranks start."""
+    if not step_folders(recipe.run_dir):
         raise CheckpointError(f"{recipe.run_dir}: holds no checkpoint; run `train` first, or name another run")
-    require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
-    return checkpoint
 
 
 def load_engine(recipe: Recipe, groups: Groups) -> Engine:
-    """A run's newest whole checkpoint, ready for forward passes. Collective over all ranks. Raises CheckpointError."""
-    checkpoint = newest_checkpoint(recipe)
+    """A run's newest whole checkpoint, ready for forward passes. Collective over all ranks.
+
+    Raises CheckpointError if there is none, or it holds another model. Newer ones that are damaged are named.
+    """
+    require_checkpoint(recipe)
+    checkpoint, faults = newest_whole_together(recipe.run_dir)
+    assert checkpoint is not None
+    if groups.replica_rank == 0:
+        for fault in faults:
+            print(f"not whole, passed over: {fault}", file=sys.stderr)
+    require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
     precision = Precision.BF16 if recipe.train.precision is Precision.FP8 else recipe.train.precision
     model = build_model(recipe.model, recipe.parallel, precision, groups, recipe.lora)
     modules: list[torch.nn.Module] = [model.encoder, *model.chunks]

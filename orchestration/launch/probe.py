@@ -20,6 +20,8 @@ import megatron_deepstack
 import orchestration
 from megatron_deepstack import __version__
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.attributes import finished_attributes
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.platform.network import interface_of
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "ray", "zarr", "numpy")
@@ -133,9 +135,7 @@ def _write_token(run_dir: Path, token: str) -> str:
 
 
 def _plan_hash(path: str) -> str:
-    from megatron_deepstack.data.store import Store
-
-    return Store.open(path).attributes.plan_hash
+    return finished_attributes(Location.parse(path)).plan_hash
 
 
 def _readable(path: str) -> str:

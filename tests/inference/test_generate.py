@@ -12,7 +12,7 @@ from megatron_deepstack.config.schema import DataConfig, LanguageConfig, Paralle
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
-from megatron_deepstack.inference.main import Answer, Score, newest_checkpoint, open_questions
+from megatron_deepstack.inference.main import Answer, Score, open_questions, require_checkpoint
 from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
@@ -83,7 +83,7 @@ def test_chance_is_the_commonest_answer() -> None:
 def test_what_is_missing_is_said_before_ranks_start(recipe: Recipe, tmp_path: Path) -> None:
     """No checkpoint, and a store of another tokenizer."""
     with pytest.raises(CheckpointError, match="holds no checkpoint; run `train` first"):
-        newest_checkpoint(replace(recipe, run_dir=str(tmp_path)))
+        require_checkpoint(replace(recipe, run_dir=str(tmp_path)))
     other = tmp_path / "other.model"
     other.write_bytes(Path(str(recipe.data.tokenizer)).read_bytes() + b"\x1a\x00")
     assert recipe.data.store is not None

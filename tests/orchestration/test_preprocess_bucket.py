@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 import threading
@@ -13,8 +14,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import LocationError, StoreError
+from orchestration.launch.probe import Answer, Questions, gather
 from orchestration.preprocess.lease import hold_lease
 
 
@@ -52,6 +55,18 @@ def test_a_prefix_of_something_else_is_refused(corpus: Any, bucket: str) -> None
     Location.parse(f"{bucket}/store/thesis.tex").create(b"")
     with pytest.raises(StoreError, match=r"not empty \(it holds thesis.tex\) and is no store of ours"):
         corpus.preprocess(f"{bucket}/store")
+
+
+def test_launch_asks_a_node_about_a_store_in_a_bucket(
+    corpus: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # as the node's process does
+    corpus.preprocess(f"{bucket}/store")
+    recipe = Recipe(run_dir=str(tmp_path), data=DataConfig(stores=(f"{bucket}/store", f"{bucket}/none")))
+    found = gather(Questions(recipe, str(tmp_path)), "127.0.0.1", "token").stores
+    attributes = json.loads(Location.parse(f"{bucket}/store/zarr.json").read_bytes())["attributes"]
+    assert found[f"{bucket}/store"] == Answer(value=attributes["plan_hash"])
+    assert "no such folder" in found[f"{bucket}/none"].fault
 
 
 class Proxy:
