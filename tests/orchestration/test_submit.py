@@ -1,4 +1,4 @@
-"""`ray job submit`: the command as a job of a running cluster, whose address it finds by itself."""
+"""`ray job submit`: commands as jobs of a running cluster, whose address they find by themselves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import pytest
 from preprocess_jobs import Work, assert_gone
+
+from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole
+from megatron_deepstack.config.load import recipe_to_yaml
+from megatron_deepstack.config.schema import DataConfig, ParallelConfig
+from megatron_deepstack.testing.tiny import tiny_recipe
+from megatron_deepstack.testing.tiny_store import write_tiny_store
 
 RAY = str(Path(sys.executable).with_name("ray"))
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -32,7 +38,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head node with a dashboard, on loopback."""
     gcs, dashboard, agent = free_port(), free_port(), free_port()
@@ -86,3 +92,25 @@ def test_a_submitted_job_makes_the_same_store(
     refused = submitted(other, head)
     assert refused.returncode != 0
     assert "holds the store of another plan" in refused.stdout
+
+
+def test_a_submitted_launch_trains(head: Head, tmp_path: Path) -> None:
+    """The job's driver is a process of the cluster; its ranks are two more."""
+    store = write_tiny_store(tmp_path / "store.zarr")
+    recipe = tiny_recipe(parallel=ParallelConfig(pipeline=2))
+    recipe = replace(
+        recipe,
+        data=DataConfig(store=str(store)),
+        run_dir=str(tmp_path / "run"),
+        launch=replace(recipe.launch, ranks=2),
+    )
+    written = tmp_path / "recipe.yaml"
+    written.write_text(recipe_to_yaml(recipe))
+    command = [sys.executable, "-m", "megatron_deepstack.cli", "launch", str(written)]
+    done = submitted([RAY, "job", "submit", "--address", head.dashboard, "--", *command], head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(records) == recipe.train.steps
+    newest, _ = newest_whole(recipe.run_dir)
+    assert newest is not None
+    assert newest.path == checkpoint_path(recipe.run_dir, recipe.train.steps)
