@@ -116,9 +116,9 @@ def test_a_killed_rank(cluster: Cluster, undisturbed: Recipe, tmp_path: Path, re
     """The gang starts again by itself; the reason is told once, with rank, process and machine."""
     recipe = in_folder(undisturbed, tmp_path)
     with LaunchCommand(recipe, "--address", cluster.address) as command:
-        done = command.until_saved()
+        command.until_saved()
         pid = command.pid(1)
-        command.hit(1, signal.SIGKILL)
+        done = command.hit(1, signal.SIGKILL)
         seconds = command.until_said(r"Restart 1 of at most 3")
         assert command.end() == 0
     assert f"rank 1 (pid {pid} on {os.uname().nodename}) died: its process was killed or crashed" in command.text
@@ -145,8 +145,8 @@ def test_no_restarts_left_then_the_driver_killed(
     recipe = in_folder(undisturbed, tmp_path, max_failures=0)
     options = ("--address", cluster.address)
     with LaunchCommand(recipe, *options) as first:
-        done = first.until_saved()
-        first.hit(0, signal.SIGKILL)
+        first.until_saved()
+        done = first.hit(0, signal.SIGKILL)
         assert first.end() == RankError.exit_code
     assert "All 0 restarts (launch.max_failures) are used up; the same command goes on" in " ".join(first.text.split())
     with LaunchCommand(recipe, *options) as second:
@@ -183,8 +183,9 @@ def test_a_lost_node(cluster: Cluster, undisturbed: Recipe, tmp_path: Path, reco
     """The gang waits for another node and goes on there."""
     recipe = in_folder(undisturbed, tmp_path)
     with LaunchCommand(recipe, "--address", cluster.address) as command:
-        done = command.until_saved()
+        command.until_saved()
         cluster.kill_second()
+        done = last_step(recipe.run_dir)
         seconds = command.until_said(r"Restart 1 of at most 3")
         command.until_said(r"waiting: 2 ranks need 2 x 1 CPU; 1 are missing: 127.0.0.2 has 0 GPUs and 1 CPUs")
         cluster.bring_back_second()
