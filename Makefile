@@ -2,7 +2,7 @@
 # make test     set up with the test extra, then lint, types and every test but the faults'
 # make setup    only the set-up; nothing is installed twice
 # make faults   set up with the test extra, then only the suite that kills, stops and damages; prints its table
-# make layouts  set up with the test extra, then only the suites that compare parallel layouts
+# make layouts  set up with the test extra, then only the suites that compare layouts and resumed runs
 # make lint     ruff and mypy
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
@@ -61,4 +61,4 @@ faults: $(TESTABLE)
 	DEEPSTACK_SOAK_KILLS=20 $(BIN)/python -m pytest tests/faults
 
 layouts: $(TESTABLE)
-	$(BIN)/python -m pytest tests/layouts tests/training
+	$(BIN)/python -m pytest tests/layouts tests/training/test_resume.py tests/training/test_resume_cases.py

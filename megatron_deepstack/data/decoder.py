@@ -72,17 +72,18 @@ class Decoder:
         Raises DataError (or LocationError) when machine or network fail to give an image.
         """
         done = 0
-        tries = 0
+        failures = 0
+        """Of the image after those that are done."""
         while done < len(images):
-            tries += 1
             try:
                 for outcome in self._work(images[done:]):
                     yield outcome
-                    done, tries = done + 1, 0
+                    done, failures = done + 1, 0
             except _LostError as error:
-                if tries == _TRIES:
+                failures += 1
+                if failures == _TRIES:
                     yield QuarantineError(str(error))
-                    done, tries = done + 1, 0
+                    done, failures = done + 1, 0
 
     def close(self) -> None:
         """End the process."""
