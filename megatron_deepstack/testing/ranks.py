@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -60,7 +61,7 @@ class RankPool:
         if not self.alive:
             raise RankError("this pool of ranks has ended after a failure; start another")
         for pipe in self._pipes:
-            pipe.send((function, args))
+            _send(pipe, (function, args))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + self.deadline_seconds
         while len(results) < self.num_ranks:
@@ -95,7 +96,7 @@ class RankPool:
 
     def _receive(self, rank: int) -> Any:
         try:
-            error, result = self._pipes[rank].recv()
+            error, result = _receive(self._pipes[rank])
         except (EOFError, ConnectionResetError):
             process = self._processes[rank]
             process.join(timeout=_GRACE_SECONDS)
@@ -135,6 +136,15 @@ def _stack_file(folder: str, rank: int) -> Path:
     return Path(folder) / f"stacks-{rank}"
 
 
+def _send(pipe: Connection, value: Any) -> None:
+    """By value: torch's pickler for pipes would keep a file open for every tensor that lives, thousands in a suite."""
+    pipe.send_bytes(pickle.dumps(value))
+
+
+def _receive(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())
+
+
 def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     """A rank's life: join, then answer calls until the pipe closes."""
     stacks = _stack_file(folder, rank).open("w")
@@ -151,13 +161,13 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     join_by_file(Path(folder) / "rendezvous-0", rank, num_ranks)
     while True:
         try:
-            function, args = pipe.recv()
+            function, args = _receive(pipe)
         except (EOFError, OSError):
             break
         try:
-            pipe.send((None, function(rank, *args)))
+            _send(pipe, (None, function(rank, *args)))
         except Exception as error:
-            pipe.send((traceback.format_exc(), _picklable(error)))
+            _send(pipe, (traceback.format_exc(), _picklable(error)))
             return
     leave()
 

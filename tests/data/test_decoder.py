@@ -136,7 +136,9 @@ def test_the_process_goes_with_its_parent(photos: list[ImageAt]) -> None:
         child = int(driver.stdout.readline())
         watch = os.pidfd_open(child)
         driver.kill()
-    ready, _, _ = select.select([watch], [], [], 20)
+    end = select.poll()
+    end.register(watch, select.POLLIN)
+    ready = end.poll(20_000)
     os.close(watch)
     assert ready, "the decoder outlives its driver"
 

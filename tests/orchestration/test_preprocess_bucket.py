@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import select
+import selectors
 import socket
 import threading
 from collections.abc import Iterator
@@ -91,10 +91,18 @@ class Proxy:
                 threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
 
     def _pass_on(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._target) as server, suppress(OSError):
+        with (
+            client,
+            socket.create_connection(self._target) as server,
+            selectors.DefaultSelector() as selector,
+            suppress(OSError),
+        ):
+            for side in (client, server):
+                selector.register(side, selectors.EVENT_READ)
             while not self.cut:
-                readable, _, _ = select.select([client, server], [], [], 0.05)
-                for side in readable:
+                for key, _ in selector.select(0.05):
+                    side = key.fileobj
+                    assert isinstance(side, socket.socket)
                     data = side.recv(65536)
                     if not data:
                         return
