@@ -25,16 +25,7 @@ from multiprocessing.connection import Connection
 from typing import IO, Any, Final
 
 from megatron_deepstack import errors
-from megatron_deepstack.data.decoder_process import (
-    ERROR,
-    HAS_BYTES,
-    QUARANTINE,
-    READY,
-    SLOTS,
-    VIEWS,
-    memory_bytes,
-    view_slots,
-)
+from megatron_deepstack.data.decoder_process import SLOTS, Word, memory_bytes, view_slots
 from megatron_deepstack.data.image_source import ImageAt, QuarantineError, is_local
 from megatron_deepstack.data.processor import ProcessedImage, Processor
 from megatron_deepstack.errors import DataError, LocationError
@@ -46,7 +37,7 @@ _END_SECONDS: Final = 5.0
 """Longest wait for a killed process to go; one that sits in a dead file system does not."""
 _TRIES: Final = 2
 """A second one, since what killed or stopped the process may have nothing to do with the image."""
-_ENVIRONMENT: Final = {
+DECODER_ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     # Image buffers of 1 MB would be mapped and faulted in anew for each image: kept, a part is 1.3 to 1.5 times faster.
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -163,17 +154,17 @@ class _Process:
                 f"{image}: no answer within data.max_image_seconds ({seconds:g} s). Check the connection, then run the "
                 "same command again."
             )
-        if answer is None or answer == [HAS_BYTES]:
+        if answer is None or answer == [Word.HAS_BYTES]:
             answer = self._wait(seconds)
         match answer:
             case None:
                 raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
-            case [str(kind), int(number), [rows, columns], [width, height], damage, sha256] if kind == VIEWS:
+            case [Word.VIEWS, int(number), [rows, columns], [width, height], damage, sha256]:
                 views = self._slots[slot, :number]
                 return ProcessedImage(views, (rows, columns), (width, height), damage, sha256)
-            case [str(kind), str(reason)] if kind == QUARANTINE:
+            case [Word.QUARANTINE, str(reason)]:
                 return QuarantineError(reason)
-            case [str(kind), str(name), str(message)] if kind == ERROR:
+            case [Word.ERROR, str(name), str(message)]:
                 raise _error(name, message)
         raise AssertionError(answer)
 
@@ -189,7 +180,7 @@ class _Process:
             sign = self._wait(_START_SECONDS)
         except _LostError:
             sign = None
-        if sign != [READY]:
+        if sign != [Word.READY]:
             self.end()
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip().splitlines()
@@ -226,7 +217,7 @@ def _start(connection: Connection, memory: int, complaints: IO[bytes]) -> subpro
     path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
     return subprocess.Popen(
         [sys.executable, "-c", _CODE, str(connection.fileno()), str(memory)],
-        env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
+        env={**DECODER_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
         pass_fds=(connection.fileno(), memory),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

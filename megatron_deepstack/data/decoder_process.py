@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from enum import StrEnum
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -34,13 +35,18 @@ from megatron_deepstack.platform.parent import die_with_parent
 
 SLOTS: Final = 2
 """Images whose views have room in shared memory: one is taken out while the next one is made."""
-READY: Final = "ready"
-HAS_BYTES: Final = "has bytes"
-VIEWS: Final = "views"
-QUARANTINE: Final = "quarantine"
-ERROR: Final = "error"
 _READERS: Final = 8
 """Requests under way to a bucket, whose answers take 10 to 50 ms."""
+
+
+class Word(StrEnum):
+    """The first item of each answer."""
+
+    READY = "ready"
+    HAS_BYTES = "has bytes"
+    VIEWS = "views"
+    QUARANTINE = "quarantine"
+    ERROR = "error"
 
 
 def view_slots(memory: mmap.mmap, processor: Processor) -> np.ndarray:
@@ -58,7 +64,7 @@ def serve(connection: Connection, memory: int) -> None:
     """Do lists of images until the other side hangs up."""
     processor: Processor = connection.recv()
     slots = view_slots(mmap.mmap(memory, 0), processor)
-    _say(connection, READY)
+    _say(connection, Word.READY)
     while True:
         images: Sequence[ImageAt] = connection.recv()
         for number, (image, data) in enumerate(_read_ahead(images, processor.max_image_pixels)):
@@ -79,13 +85,13 @@ def _answer(
     try:
         content = data.result()
         if not is_local(image):
-            _say(connection, HAS_BYTES)
+            _say(connection, Word.HAS_BYTES)
         done = processor.process(content, views)
-        return VIEWS, len(done.views), done.grid, done.size, done.damage, done.sha256
+        return Word.VIEWS, len(done.views), done.grid, done.size, done.damage, done.sha256
     except QuarantineError as error:
-        return QUARANTINE, str(error)
+        return Word.QUARANTINE, str(error)
     except DeepStackError as error:
-        return ERROR, type(error).__name__, str(error)
+        return Word.ERROR, type(error).__name__, str(error)
 
 
 def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[bytes]]]:

@@ -116,7 +116,11 @@ def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
 def require_checkpoint(recipe: Recipe) -> None:
     """Raise CheckpointError if the run has no checkpoint. Reads none, so that it costs nothing before ranks start."""
     if not step_folders(recipe.run_dir):
-        raise CheckpointError(f"{recipe.run_dir}: holds no checkpoint; run `train` first, or name another run")
+        raise _no_checkpoint(recipe)
+
+
+def _no_checkpoint(recipe: Recipe) -> CheckpointError:
+    return CheckpointError(f"{recipe.run_dir}: holds no checkpoint; run `train` first, or name another run")
 
 
 def load_engine(recipe: Recipe, groups: Groups) -> Engine:
@@ -124,9 +128,9 @@ def load_engine(recipe: Recipe, groups: Groups) -> Engine:
 
     Raises CheckpointError if there is none, or it holds another model. Newer ones that are damaged are named.
     """
-    require_checkpoint(recipe)
     checkpoint, faults = newest_whole_together(recipe.run_dir)
-    assert checkpoint is not None
+    if checkpoint is None:
+        raise _no_checkpoint(recipe)
     if groups.replica_rank == 0:
         for fault in faults:
             print(f"not whole, passed over: {fault}", file=sys.stderr)
