@@ -28,6 +28,7 @@ import zarr
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data import schema
+from megatron_deepstack.data.codec import checksums
 from megatron_deepstack.data.schema import PixelsShape
 from megatron_deepstack.data.shard_writer import open_shard
 from megatron_deepstack.data.store import Store
@@ -53,7 +54,10 @@ def write_store(root: Path, images: int, compression: Compression) -> None:
     for part in range(parts):
         with open_shard(root, part, shape) as shard:
             numbers = range(part * IMAGES_PER_PART, min((part + 1) * IMAGES_PER_PART, images))
-            sums[part, : len(numbers) * VIEWS] = [value for n in numbers for value in shard.append(pictures(n))]
+            for place, number in enumerate(numbers):
+                views = pictures(number)
+                sums[part, place * VIEWS : (place + 1) * VIEWS] = checksums(views)
+                shard.append(views)
     with open_index(root) as index:
         index.append("images/start", np.arange(images) * VIEWS)
         index.append("images/count", [VIEWS] * images)

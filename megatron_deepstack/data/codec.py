@@ -1,14 +1,15 @@
-"""The codec of a compressed store's views: Blosc with zstd and bit shuffle, as zarr v3's `blosc` codec has it.
+"""Checksums of a store's views, and the codec of a compressed store's.
 
-One thread per call: several would append their blocks in the order in which they happen to finish, so that bytes
-differed from run to run, and Blosc's own threads do not survive a fork. Bytes may differ between versions of the
-library; views do not.
+The codec is Blosc with zstd and bit shuffle, as zarr v3's `blosc` codec has it. One thread per call: several would
+append their blocks in the order in which they happen to finish, so that bytes differed from run to run, and Blosc's own
+threads do not survive a fork. Bytes may differ between versions of the library; views do not.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
@@ -26,6 +27,11 @@ _HEADER_BYTES: Final = 16
 
 class CodecError(Exception):
     """Compressed bytes that do not unpack to a view; the message has no full stop."""
+
+
+def checksums(views: np.ndarray) -> list[int]:
+    """The crc32c of each view (contiguous uint8, N x S x S x 3), before compression."""
+    return [google_crc32c.value(view) for view in views]
 
 
 def compress(view: np.ndarray) -> bytes:

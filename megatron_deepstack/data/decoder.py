@@ -19,13 +19,15 @@ import tempfile
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any, Final
 
 from megatron_deepstack import errors
-from megatron_deepstack.data.decoder_process import SLOTS, Word, memory_bytes, view_slots
+from megatron_deepstack.data.decoder_process import SLOTS, ViewSlots, Word, memory_bytes
+from megatron_deepstack.data.direct_file import BLOCK
 from megatron_deepstack.data.image_source import ImageAt, QuarantineError, is_local
 from megatron_deepstack.data.processor import ProcessedImage, Processor
 from megatron_deepstack.errors import DataError, LocationError
@@ -47,6 +49,16 @@ DECODER_ENVIRONMENT: Final = {
 """Of the process, unless the user's own says otherwise."""
 
 
+@dataclass(frozen=True, slots=True)
+class SharedImage(ProcessedImage):
+    """An image whose views lie in memory shared with the decoder process."""
+
+    blocks: memoryview
+    """Memory from the boundary of the block in which the views begin up to their end."""
+    crc32c: list[int]
+    """Of each view."""
+
+
 class Decoder:
     """Reads and decodes images in a process that it starts when needed, and that goes when it does."""
 
@@ -57,19 +69,20 @@ class Decoder:
         """None or one."""
         weakref.finalize(self, _end_all, self._running)
 
-    def decode(self, images: Sequence[ImageAt]) -> Generator[ProcessedImage | QuarantineError, None, None]:
+    def decode(self, images: Sequence[ImageAt]) -> Generator[SharedImage | QuarantineError, None, None]:
         """Each image's views, or why it has none, in order. Views are valid until the next image is asked for.
 
+        They begin as far into a block of memory as in a file that holds the views of all the images back to back.
         Raises DataError (or LocationError) when machine or network fail to give an image.
         """
-        done = 0
-        failures = 0
-        """Of the image after those that are done."""
+        done = skip = failures = 0
         while done < len(images):
             try:
-                for outcome in self._work(images[done:]):
+                for outcome in self._work(images[done:], skip):
                     yield outcome
                     done, failures = done + 1, 0
+                    if isinstance(outcome, SharedImage):
+                        skip = len(outcome.blocks) % BLOCK
             except _LostError as error:
                 failures += 1
                 if failures == _TRIES:
@@ -85,16 +98,16 @@ class Decoder:
         """Of the process, while there is one."""
         return self._running[0].process_id if self._running else None
 
-    def _work(self, images: Sequence[ImageAt]) -> Iterator[ProcessedImage | QuarantineError]:
+    def _work(self, images: Sequence[ImageAt], skip: int) -> Iterator[SharedImage | QuarantineError]:
         """The images of a list, as long as the process lives. Raises _LostError when it is gone, or too slow."""
         if not self._running or not self._running[0].is_alive():
             self.close()
             self._running.append(_Process(self._processor))
         process, finished = self._running[0], False
         try:
-            process.send(list(images))
-            for number, image in enumerate(images):
-                yield process.receive(image, number % SLOTS, self._seconds)
+            process.begin(images, skip)
+            for image in images:
+                yield process.receive(image, self._seconds)
                 process.empty_slot()
             finished = True
         finally:
@@ -114,7 +127,8 @@ class _Process:
         memory = os.memfd_create("deepstack-views")
         try:
             os.ftruncate(memory, memory_bytes(processor))
-            self._slots = view_slots(mmap.mmap(memory, 0), processor)
+            self._slots = ViewSlots(mmap.mmap(memory, 0), processor)
+            self._slot = self._skip = 0
             self._connection, theirs = Pipe()
             self._readable = select.poll()
             self._readable.register(self._connection.fileno(), select.POLLIN)
@@ -132,22 +146,18 @@ class _Process:
     def is_alive(self) -> bool:
         return self._popen.poll() is None
 
-    def send(self, message: Any) -> None:
-        """Hand over the processor, or a list of images. Raises _LostError."""
-        try:
-            self._connection.send(message)
-        except OSError as error:
-            raise _LostError(self._ending()) from error
+    def begin(self, images: Sequence[ImageAt], skip: int) -> None:
+        """Hand over a list, whose first views are to begin `skip` bytes into a block. Raises _LostError."""
+        self._slot, self._skip = 0, skip
+        self._send((list(images), skip))
 
     def empty_slot(self) -> None:
         """Let the process use the slot of the image that was received last. Raises _LostError."""
-        try:
-            self._connection.send_bytes(b"")
-        except OSError as error:
-            raise _LostError(self._ending()) from error
+        self._slot = (self._slot + 1) % SLOTS
+        self._send(None)
 
-    def receive(self, image: ImageAt, slot: int, seconds: float) -> ProcessedImage | QuarantineError:
-        """What became of the image. Raises _LostError, and the errors that are no image's."""
+    def receive(self, image: ImageAt, seconds: float) -> SharedImage | QuarantineError:
+        """What became of the next image of the list. Raises _LostError, and the errors that are no image's."""
         answer = None if is_local(image) else self._wait(seconds)
         if answer is None and not is_local(image):
             raise LocationError(
@@ -159,9 +169,11 @@ class _Process:
         match answer:
             case None:
                 raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
-            case [Word.VIEWS, int(number), [rows, columns], [width, height], damage, sha256]:
-                views = self._slots[slot, :number]
-                return ProcessedImage(views, (rows, columns), (width, height), damage, sha256)
+            case [Word.VIEWS, [rows, columns], [width, height], damage, sha256, sums]:
+                views = self._slots.views(self._slot, self._skip)[: len(sums)]
+                blocks = self._slots.blocks(self._slot, self._skip + views.nbytes)
+                self._skip = len(blocks) % BLOCK
+                return SharedImage(views, (rows, columns), (width, height), damage, sha256, blocks, sums)
             case [Word.QUARANTINE, str(reason)]:
                 return QuarantineError(reason)
             case [Word.ERROR, str(name), str(message)]:
@@ -176,7 +188,7 @@ class _Process:
 
     def _greet(self, complaints: IO[bytes]) -> None:
         try:
-            self.send(self._processor)
+            self._send(self._processor)
             sign = self._wait(_START_SECONDS)
         except _LostError:
             sign = None
@@ -185,6 +197,12 @@ class _Process:
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip().splitlines()
             raise DataError(f"the process that decodes images does not start: {said[-1] if said else self._ending()}")
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise _LostError(self._ending()) from error
 
     def _wait(self, seconds: float) -> Any:
         """The next message; None if none comes in time. Raises _LostError if the process is gone."""

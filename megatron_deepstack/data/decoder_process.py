@@ -6,7 +6,7 @@ other side unpickles nothing that comes from here: answers are JSON arrays, told
 
     ready
     has bytes                                       the image is read, decoding begins; only of images at URLs
-    views, number, grid, size, damage, sha256       they are in shared memory
+    views, grid, size, damage, sha256, crc32c       they are in shared memory; a checksum of each
     quarantine, reason
     error, class of megatron_deepstack.errors, message
 """
@@ -14,6 +14,7 @@ other side unpickles nothing that comes from here: answers are JSON arrays, told
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import signal
@@ -28,6 +29,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from megatron_deepstack.data.codec import checksums
+from megatron_deepstack.data.direct_file import BLOCK
 from megatron_deepstack.data.image_source import ImageAt, QuarantineError, is_local, read_image
 from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.errors import DeepStackError
@@ -49,49 +52,70 @@ class Word(StrEnum):
     ERROR = "error"
 
 
-def view_slots(memory: mmap.mmap, processor: Processor) -> np.ndarray:
-    """Shared memory as uint8 (SLOTS, most views of an image, S, S, 3)."""
-    size = processor.crop_size
-    return np.frombuffer(memory, np.uint8).reshape(SLOTS, processor.most_views, size, size, 3)
+class ViewSlots:
+    """Shared memory for the views of `SLOTS` images, in whole blocks, so that they can be written from there.
+
+    The views of an image begin `skip` bytes into their slot, as far as they begin into a block of their file.
+    """
+
+    def __init__(self, memory: mmap.mmap, processor: Processor) -> None:
+        size = processor.crop_size
+        self._bytes = np.frombuffer(memory, np.uint8).reshape(SLOTS, -1)
+        self._shape = (processor.most_views, size, size, 3)
+
+    def views(self, slot: int, skip: int) -> np.ndarray:
+        """Room for the views of any image: uint8 (most views of an image, S, S, 3)."""
+        return self._bytes[slot, skip : skip + math.prod(self._shape)].reshape(self._shape)
+
+    def blocks(self, slot: int, num_bytes: int) -> memoryview:
+        """The first bytes of a slot."""
+        return self._bytes[slot, :num_bytes].data
 
 
 def memory_bytes(processor: Processor) -> int:
     """Size of the shared memory in bytes."""
-    return SLOTS * processor.most_views * processor.crop_size**2 * 3
+    views = processor.most_views * processor.crop_size**2 * 3
+    return SLOTS * (-(-views // BLOCK) + 1) * BLOCK
 
 
 def serve(connection: Connection, memory: int) -> None:
     """Do lists of images until the other side hangs up."""
     processor: Processor = connection.recv()
-    slots = view_slots(mmap.mmap(memory, 0), processor)
+    slots = ViewSlots(mmap.mmap(memory, 0), processor)
     _say(connection, Word.READY)
     while True:
-        images: Sequence[ImageAt] = connection.recv()
+        images: Sequence[ImageAt]
+        images, skip = connection.recv()
         for number, (image, data) in enumerate(_read_ahead(images, processor.max_image_pixels)):
             if number >= SLOTS:
-                connection.recv_bytes()  # the slot has been emptied
-            _say(connection, *_answer(connection, processor, image, data, slots[number % SLOTS]))
+                connection.recv()  # the slot has been emptied
+            views = slots.views(number % SLOTS, skip)
+            skip = (skip + _do_image(connection, processor, image, data, views)) % BLOCK
         for _ in images[:SLOTS]:
-            connection.recv_bytes()
+            connection.recv()
 
 
 def _say(connection: Connection, *words: Any) -> None:
     connection.send_bytes(json.dumps(words).encode())
 
 
-def _answer(
+def _do_image(
     connection: Connection, processor: Processor, image: ImageAt, data: Future[bytes], views: np.ndarray
-) -> tuple[Any, ...]:
+) -> int:
+    """Write the image's views and say so, or why there are none; returns their size in bytes."""
     try:
         content = data.result()
         if not is_local(image):
             _say(connection, Word.HAS_BYTES)
         done = processor.process(content, views)
-        return Word.VIEWS, len(done.views), done.grid, done.size, done.damage, done.sha256
     except QuarantineError as error:
-        return Word.QUARANTINE, str(error)
+        _say(connection, Word.QUARANTINE, str(error))
     except DeepStackError as error:
-        return Word.ERROR, type(error).__name__, str(error)
+        _say(connection, Word.ERROR, type(error).__name__, str(error))
+    else:
+        _say(connection, Word.VIEWS, done.grid, done.size, done.damage, done.sha256, checksums(done.views))
+        return done.views.nbytes
+    return 0
 
 
 def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[bytes]]]:

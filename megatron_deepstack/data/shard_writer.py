@@ -20,7 +20,7 @@ from megatron_deepstack.data.writer import atomic_file
 class ShardWriter:
     """One shard of `images/pixels`, written view by view and closed once.
 
-    Holds no more than the views being appended and 8 MiB on their way to the disk. The chunks lie back to back in slot
+    Holds no more than the views being appended and 4 MiB on their way to the disk. The chunks lie back to back in slot
     order; the index follows.
     """
 
@@ -39,29 +39,35 @@ class ShardWriter:
         """Size in bytes of the shard if it were finished now."""
         return sum(self._sizes) + shard_index_bytes(self._shape)
 
-    def append(self, views: np.ndarray) -> list[int]:
-        """Append the views (uint8, N x S x S x 3) of one image; returns the crc32c of each, before compression."""
+    def append(self, views: np.ndarray, blocks: memoryview | None = None) -> None:
+        """Append the views (uint8, N x S x S x 3) of one image.
+
+        `blocks`: memory that ends with the views, from the boundary of the block in which they begin; the bytes before
+        them are overwritten. Views that begin as far into a block as the end of the file are written without a copy.
+        """
         assert views.dtype == np.uint8, views.dtype
         assert views.shape[1:] == self._shape.view_shape, (views.shape, self._shape)
-        views = np.ascontiguousarray(views)
-        if self._shape.compression is Compression.NONE:
-            self._append(views.data, [self._shape.view_bytes] * len(views))
-        else:
+        if self._shape.compression is not Compression.NONE:
             for view in views:
                 self.append_chunk(compress(view))
-        return [google_crc32c.value(view) for view in views]
+            return
+        self._count([self._shape.view_bytes] * len(views))
+        if blocks is None:
+            self._file.write(np.ascontiguousarray(views).data)
+        else:
+            self._file.write_in_place(blocks, len(blocks) - views.nbytes)
 
     def append_chunk(self, chunk: bytes | memoryview) -> None:
         """Append one view as another shard of the same codec holds it."""
-        self._append(chunk, [len(chunk)])
+        self._count([len(chunk)])
+        self._file.write(chunk)
 
-    def _append(self, data: bytes | memoryview, sizes: list[int]) -> None:
+    def _count(self, sizes: list[int]) -> None:
         assert self.used + len(sizes) <= self._shape.slots_per_part, (self.used, len(sizes), self._shape)
-        self._file.write(data)
         self._sizes += sizes
 
     def finish(self) -> None:
-        """Write the shard index and its checksum, and wait for it all to be written."""
+        """Write the shard index and its checksum."""
         index = np.full((self._shape.slots_per_part, 2), EMPTY_CHUNK, dtype="<u8")
         index[: self.used, 0] = np.cumsum([0, *self._sizes])[:-1]
         index[: self.used, 1] = self._sizes

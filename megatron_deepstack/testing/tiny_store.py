@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression, GridRule
+from megatron_deepstack.data.codec import checksums
 from megatron_deepstack.data.schema import FORMAT, VERSION, ImageStatus, PixelsShape
 from megatron_deepstack.data.shard_writer import open_shard
 from megatron_deepstack.data.writer import open_index, write_skeleton
@@ -48,7 +49,8 @@ def write_tiny_store(
                 starts.append(part * slots + used)
                 count = layout_views(layout, grid) if grid else 0
                 views = generator.integers(0, 256, (count, *pixels.view_shape), dtype=np.uint8)
-                sums[part, used : used + count] = shard.append(views)
+                sums[part, used : used + count] = checksums(views)
+                shard.append(views)
     counts = [layout_views(layout, grid) if grid else 0 for grid in grids]
     tokens = [_tokens(generator, len(images)) for images in samples]
     masks = [((np.arange(len(row)) >= len(row) // 2) & (row != IMAGE_TOKEN_ID)).astype(np.uint8) for row in tokens]

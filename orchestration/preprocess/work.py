@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from megatron_deepstack.data.conversation import encode_conversation
-from megatron_deepstack.data.decoder import shared_decoder
+from megatron_deepstack.data.decoder import SharedImage, shared_decoder
 from megatron_deepstack.data.image_source import ImageAt, QuarantineError
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.processor import ProcessedImage, Processor
+from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.shard_writer import ShardWriter, open_shard
 from megatron_deepstack.data.tokenizer import Tokenizer
@@ -102,10 +102,11 @@ def _do_images(job: Job, part: ImagePart) -> tuple[dict[str, Any], int]:
     return {"shard_bytes": size, "images": images}, size
 
 
-def _put(path: str, image: ProcessedImage | QuarantineError, shard: ShardWriter) -> dict[str, Any]:
+def _put(path: str, image: SharedImage | QuarantineError, shard: ShardWriter) -> dict[str, Any]:
     """Append an image's views to the shard; its entry in the commit record."""
     if isinstance(image, QuarantineError):
         return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(image)}
+    shard.append(image.views, image.blocks)
     return {
         "path": path,
         "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,
@@ -113,7 +114,7 @@ def _put(path: str, image: ProcessedImage | QuarantineError, shard: ShardWriter)
         "grid": list(image.grid),
         "size": list(image.size),
         "sha256": image.sha256,
-        "crc32c": shard.append(image.views),
+        "crc32c": image.crc32c,
     }
 
 

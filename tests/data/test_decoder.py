@@ -16,10 +16,12 @@ import pytest
 
 from megatron_deepstack.config.schema import DataConfig
 from megatron_deepstack.data import decoder as decoder_module
-from megatron_deepstack.data.decoder import Decoder, shared_decoder
+from megatron_deepstack.data.codec import checksums
+from megatron_deepstack.data.decoder import Decoder, SharedImage, shared_decoder
+from megatron_deepstack.data.direct_file import BLOCK
 from megatron_deepstack.data.image_source import ImageAt, QuarantineError
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.processor import ProcessedImage, Processor
+from megatron_deepstack.data.processor import Processor
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.testing.tiny_data import tiny_recipe, write_photos
 
@@ -38,10 +40,12 @@ def decoder() -> Iterator[Decoder]:
     made.close()
 
 
-def check(image: ProcessedImage | QuarantineError, at: ImageAt) -> None:
-    assert isinstance(image, ProcessedImage)
+def check(image: SharedImage | QuarantineError, at: ImageAt) -> None:
+    assert isinstance(image, SharedImage)
     assert isinstance(at, Location)
-    np.testing.assert_array_equal(image.views, PROCESSOR.process(at.read_bytes()).views)
+    views = PROCESSOR.process(at.read_bytes()).views
+    np.testing.assert_array_equal(image.views, views)
+    assert image.crc32c == checksums(views)
 
 
 def test_the_same_views_as_in_this_process(decoder: Decoder, photos: list[ImageAt]) -> None:
@@ -49,6 +53,24 @@ def test_the_same_views_as_in_this_process(decoder: Decoder, photos: list[ImageA
         for image, at in zip(decoder.decode(photos), photos, strict=True):
             check(image, at)
     assert list(decoder.decode([])) == []
+
+
+def test_views_lie_as_in_a_file(decoder: Decoder, photos: list[ImageAt]) -> None:
+    """Images that are left out, and processes that die, make no difference."""
+    written = 0
+    for number, image in enumerate(decoder.decode([*photos[:3], Location("/none.jpg"), *photos[3:]])):
+        if isinstance(image, QuarantineError):
+            assert number == 3
+            continue
+        skip = len(image.blocks) - image.views.nbytes
+        assert skip == written % BLOCK
+        assert image.views.ctypes.data % BLOCK == skip
+        assert bytes(image.blocks[skip:]) == image.views.tobytes()
+        written += image.views.nbytes
+        if number == 5:
+            assert decoder.process_id is not None
+            os.kill(decoder.process_id, signal.SIGKILL)
+    assert written % BLOCK, "they should not all begin with a block"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])

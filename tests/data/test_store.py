@@ -12,6 +12,7 @@ import pytest
 import zarr
 
 from megatron_deepstack.data import schema, shard_writer, shards, writer
+from megatron_deepstack.data.codec import checksums
 from megatron_deepstack.data.index import IndexReader
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.store import Store
@@ -37,7 +38,7 @@ def write_store(root: Path) -> None:
     """A store written by hand, part by part."""
     generator = np.random.default_rng(0)
     counts = [count for part in COUNTS for count in part]
-    checksums = np.zeros((PIXELS.num_parts, PIXELS.slots_per_part), dtype=np.uint32)
+    sums = np.zeros((PIXELS.num_parts, PIXELS.slots_per_part), dtype=np.uint32)
     starts = []
     for part, part_counts in enumerate(COUNTS):
         with shard_writer.open_shard(root, part, PIXELS) as shard:
@@ -45,7 +46,8 @@ def write_store(root: Path) -> None:
                 used = shard.used
                 starts.append(part * PIXELS.slots_per_part + used)
                 views = generator.integers(0, 256, (count, *PIXELS.view_shape), dtype=np.uint8)
-                checksums[part, used : used + count] = shard.append(views)
+                sums[part, used : used + count] = checksums(views)
+                shard.append(views)
     with writer.open_index(root) as index:
         index.append("images/start", starts)
         index.append("images/count", counts)
@@ -53,7 +55,7 @@ def write_store(root: Path) -> None:
         index.append("images/size", [[10, 20]] * len(counts))
         index.append("images/status", [0, 1, 0, 0, 2, 0])
         index.append("images/sha256", np.zeros((len(counts), 32), dtype=np.uint8))
-        index.append("images/crc32c", checksums)
+        index.append("images/crc32c", sums)
         for name, rows in (
             ("images/path", [f"bild{n}.jpg".encode() for n in range(6)]),
             ("samples/id", [b"a", "ü".encode(), b"c"]),
