@@ -193,6 +193,8 @@ class ParallelConfig:
     """Views whose ViT activations are kept at once when the ViT is trained; 0 keeps all, else the rest is re-run."""
     distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = True
+    """Reduce the decoder's gradients over data-parallel ranks while the last backwards run."""
     recompute: Recompute = Recompute.NONE
     """Activation recomputation."""
     recompute_method: RecomputeMethod = RecomputeMethod.UNIFORM

@@ -42,14 +42,16 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
     """Give trainable parts their gradient buffers. Call after freezing. Collective over all ranks.
 
     The encoder has buffers of its own: its shards under the distributed optimizer are cut over the whole world, the
-    decoder's over dp x cp. Neither overlaps its reduction with the backward, since a rank may hold no view in a step.
+    decoder's over dp x cp. The decoder's reduction runs beside the last backwards and the encoder's; the encoder's own
+    does not, since a rank that holds no view in a step has no gradient to start it.
     """
     decoder_ddp = []
     if any(p.requires_grad for chunk in model.chunks for p in chunk.parameters()):
-        decoder_ddp = [_wrap(model.config, chunk, parallel, groups.decoder) for chunk in model.chunks]
+        overlap = parallel.overlap_grad_reduce
+        decoder_ddp = [_wrap(model.config, chunk, parallel, groups.decoder, overlap) for chunk in model.chunks]
     encoder_ddp = None
     if any(p.requires_grad for p in model.encoder.parameters()):
-        encoder_ddp = _wrap(model.encoder.config, model.encoder, parallel, groups.encoder)
+        encoder_ddp = _wrap(model.encoder.config, model.encoder, parallel, groups.encoder, overlap=False)
     return Engine(
         model=model,
         model_config=model_config,
@@ -61,11 +63,15 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
 
 
 def _wrap(
-    config: TransformerConfig, module: torch.nn.Module, parallel: ParallelConfig, groups: ProcessGroupCollection
+    config: TransformerConfig,
+    module: torch.nn.Module,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
+    overlap: bool,
 ) -> DistributedDataParallel:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     return DistributedDataParallel(config, ddp_config, module, pg_collection=groups)

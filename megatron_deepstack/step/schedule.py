@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -59,6 +60,7 @@ def run_schedule(
     stage returns logits instead of losses. Forwards and backwards are recorded in `timeline`, if there is one.
     """
     config.finalize_model_grads_func = _leave_to_train_step
+    config.no_sync_func = None if forward_only else _no_sync(chunks)
     data = [
         _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits) for _ in range(len(chunks))
     ]
@@ -77,6 +79,15 @@ def run_schedule(
     return ScheduleResult(
         num_tokens=sum(int(count) for _, count in outputs), losses=[total for total, _ in outputs], logits=[]
     )
+
+
+def _no_sync(chunks: Sequence[torch.nn.Module]) -> Any:
+    """What the schedule enters for all backwards but a chunk's last, whose gradients are reduced as they come.
+
+    One context for one chunk, a list for several, as the schedules want it; None where nothing is trained.
+    """
+    contexts = [chunk.no_sync for chunk in chunks if isinstance(chunk, DistributedDataParallel)]
+    return contexts if len(contexts) > 1 else next(iter(contexts), None)
 
 
 def _leave_to_train_step(*_: object, **__: object) -> None:
