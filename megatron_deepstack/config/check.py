@@ -136,7 +136,7 @@ def find_problems(recipe: Recipe) -> list[Problem]:
 
 def require(recipe: Recipe, paths: tuple[str, ...], verb: str) -> None:
     """Raise ConfigError if a field that `verb` cannot do without is absent."""
-    absent = [path for path in paths if value_at(recipe, path) in (None, "")]
+    absent = [path for path in paths if value_at(recipe, path) in (None, "", ())]
     raise_problems(
         [
             Problem(paths=(path,), text=f"is not set, and `{verb}` needs it; set it in the recipe or add {path}=...")
@@ -217,6 +217,12 @@ def _stacks(recipe: Recipe) -> Iterator[Problem]:
             "model.stacks.num_crops model.stacks.grid model.variant",
             f"{stacks.num_crops} leaves no grid of crops under grid rule {stacks.grid}, which needs at least {least}; "
             f"for a model without crops use model.variant=llava",
+        )
+    if variant.stacks_in_vit and stacks.grid is not GridRule.FIXED_2X2:
+        yield _problem(
+            "model.stacks.grid model.variant",
+            f"{stacks.grid} gives images different numbers of crops, and {variant} needs four of each; "
+            f"use {GridRule.FIXED_2X2}",
         )
 
 

@@ -20,7 +20,7 @@ class StoreAttributes:
     plan_hash: str
     """sha256 of everything that decided the store's bytes: settings, records, tokenizer, list of images."""
     processor: dict[str, Any]
-    """How views were made: crop_size, layout, num_crops, grid, resize, max_image_pixels."""
+    """How views were made: crop_size, layout, num_crops, grid, resize, max_image_pixels, orientation."""
     tokenizer: dict[str, Any]
     """sha256, vocab_size, bos_id, eos_id, pad_id, and the conversation template."""
     counts: dict[str, int]

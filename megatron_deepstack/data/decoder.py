@@ -37,6 +37,8 @@ _START_SECONDS: Final = 300.0
 """Longest wait for the process to be ready: a second, unless a busy file system holds its packages."""
 _END_SECONDS: Final = 5.0
 """Longest wait for a killed process to go; one that sits in a dead file system does not."""
+_LONGEST_POLL: Final = 2**31 - 1
+"""Milliseconds, 24 days; the system call takes no more."""
 _TRIES: Final = 2
 """A second one, since what killed or stopped the process may have nothing to do with the image."""
 DECODER_ENVIRONMENT: Final = {
@@ -102,7 +104,7 @@ class Decoder:
         """The images of a list, as long as the process lives. Raises _LostError when it is gone, or too slow."""
         if not self._running or not self._running[0].is_alive():
             self.close()
-            self._running.append(_Process(self._processor))
+            self._running.append(_start_process(self._processor))
         process, finished = self._running[0], False
         try:
             process.begin(images, skip)
@@ -207,7 +209,8 @@ class _Process:
     def _wait(self, seconds: float) -> Any:
         """The next message; None if none comes in time. Raises _LostError if the process is gone."""
         try:
-            return json.loads(self._connection.recv_bytes()) if self._readable.poll(seconds * 1000) else None
+            milliseconds = min(seconds * 1000, _LONGEST_POLL)
+            return json.loads(self._connection.recv_bytes()) if self._readable.poll(milliseconds) else None
         except (EOFError, OSError) as error:
             raise _LostError(self._ending()) from error
 
@@ -223,6 +226,16 @@ class _Process:
         give_up = time.monotonic() + _END_SECONDS
         while self._popen.poll() is None and time.monotonic() < give_up:
             time.sleep(0.001)
+
+
+def _start_process(processor: Processor) -> _Process:
+    try:
+        return _Process(processor)
+    except OSError as error:
+        raise DataError(
+            f"the process that decodes images does not start: {error.strerror or error}. This is the machine's fault "
+            "(memory, processes, open files); run the same command again when it is mended."
+        ) from error
 
 
 def _error(name: str, message: str) -> errors.DeepStackError:

@@ -1,6 +1,7 @@
 """The processor: everything that decides which pixels a store holds for an image, as one value.
 
-It is made from the recipe, written into the store, and compared with the recipe again when a run opens the store.
+It is made from the recipe and written into the store. What the model depends on (sizes, views, token ids) is compared
+with the recipe again when a run opens the store; resizing, orientation and template are the store's own business.
 """
 
 from __future__ import annotations

@@ -24,7 +24,22 @@ from megatron_deepstack.data.records import Faults, Record, RecordRules, parse_r
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN
 
-_IMAGES: Final = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif", "img", "image"}
+_IMAGES: Final = {
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "ppm",
+    "jp2",
+    "avif",
+    "jfif",
+    "img",
+    "image",
+}
 """Endings of images in shards."""
 _TEXTS: Final = {"json", "txt"}
 _MOST_TEXT_BYTES: Final = 1 << 28
@@ -75,6 +90,8 @@ class _Group:
     texts: dict[str, bytes] = field(default_factory=dict)
     images: list[tuple[str, TarMember]] = field(default_factory=list)
     """Images by name."""
+    others: list[str] = field(default_factory=list)
+    """Names of what is neither."""
     faults: list[str] = field(default_factory=list)
 
     def record(self, shard: str, template: Template) -> Any:
@@ -85,6 +102,9 @@ class _Group:
             return self._caption(shard, template)
         if item is None and self.images:
             self.faults.append("has images, but neither a .json nor a .txt")
+        if "txt" in self.texts and "json" not in self.texts:
+            beside = f"; beside it lies {', '.join(self.others)}" if self.others else ""
+            self.faults.append(f"has a caption, but no image with a known ending{beside}")
         if not isinstance(item, dict):
             return item
         paths = [f"{shard}/{name}" for name in _in_order([name for name, _ in self.images], item.get("image"))]
@@ -143,8 +163,8 @@ def _groups(file: IO[bytes], location: Location, digest: Any) -> Iterator[_Group
 def _put(group: _Group, info: tarfile.TarInfo, kind: str, text: bytes | None, location: Location) -> None:
     ending = kind.rpartition(".")[2]
     if kind not in _TEXTS and ending not in _IMAGES:
-        return
-    if not info.isreg() or info.issparse():
+        group.others.append(info.name)
+    elif not info.isreg() or info.issparse():
         group.faults.append(f"{info.name} is no plain file (a link, or sparse)")
     elif text is not None:
         group.texts[kind] = text

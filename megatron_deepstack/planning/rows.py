@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Sampler, Variant
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
+from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid
 
 BASE = -1
 """Stack number of the base visual tokens, which take the placeholders' place."""
 NEWLINE = -1
 """View number of the learned `image_newline` row."""
 
-Grid = tuple[int, int]
 Index = npt.NDArray[np.int64]
 
 
@@ -149,14 +149,14 @@ def _anyres_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> l
     """Each context view has 2x2 crops of its own; stack k lays them out as the context is, newlines included."""
     _, cell, view, token = context
     first_crop = 1 + grid[0] * grid[1]
-    crop, source = sample_mosaic(sampler, side, (2, 2))
+    crop, source = sample_mosaic(sampler, side, (HIGH_RES_SIDE, HIGH_RES_SIDE))
     newline = view == NEWLINE
     return [
         _rows(
             k,
             cell,
-            np.where(newline, NEWLINE, first_crop + 4 * view + crop[k][token]),
+            np.where(newline, NEWLINE, first_crop + len(crop) * view + crop[k][token]),
             np.where(newline, 0, source[k][token]),
         )
-        for k in range(4)
+        for k in range(len(crop))
     ]

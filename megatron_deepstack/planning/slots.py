@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.errors import LayoutError, SlotError
+from megatron_deepstack.planning.views import HIGH_RES_SIDE
 
 EMBEDDING = -1
 """Slot of the base visual tokens."""
@@ -79,7 +80,7 @@ def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
 def num_decoder_stacks(model: ModelConfig) -> int:
     """Stacks per context row: one per crop for L; the 2x2 high-res crops of each context view for HD."""
     if model.variant is Variant.DEEPSTACK_HD:
-        return int(model.stacks.num_crops**0.5) ** 2
+        return HIGH_RES_SIDE**2
     return model.stacks.num_crops if model.variant is Variant.DEEPSTACK_L else 0
 
 

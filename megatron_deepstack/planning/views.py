@@ -86,5 +86,7 @@ def num_views(variant: Variant, grid: Grid) -> int:
 
 def most_views(layout: ViewLayout, rule: GridRule, num_crops: int) -> int:
     """Most views any image can have."""
+    if layout is ViewLayout.GLOBAL:
+        return layout_views(layout, (1, 1))
     grids = ((2, 2),) if rule is GridRule.FIXED_2X2 else candidate_grids(num_crops)
     return max(layout_views(layout, grid) for grid in grids)

@@ -26,11 +26,18 @@ class VitStackPlan:
 def plan_vit_stacks(model: ModelConfig) -> VitStackPlan:
     """Slots of DeepStack-V. Stacks run from `stacks.start` on; those beyond the selected feature are reported.
 
-    Raises SlotError if not even the first stack has a place.
+    Raises SlotError if not even the first stack has a place, or if `stacks.slots` does not name a layer for each.
     """
     vision, stacks = model.vision, model.stacks
     feature = vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
     wanted = stacks.slots or tuple(stacks.start + k * stacks.interval for k in range(STACKS_IN_VIT))
+    if len(wanted) != STACKS_IN_VIT:
+        raise SlotError(
+            [
+                f"model.stacks.slots: {len(wanted)} slots {list(wanted)} for DeepStack-V's {STACKS_IN_VIT} stacks; "
+                "give one ViT layer per stack"
+            ]
+        )
     last = min(feature, vision.num_layers - 1)
     slots = tuple(slot for slot in wanted if slot <= last)
     if not slots or min(wanted) < 0 or list(wanted) != sorted(set(wanted)):

@@ -52,7 +52,7 @@ def read_inputs(patterns: Sequence[str], images: str | None, template: Template)
     """
     files = tuple(find_files(patterns))
     folder = None if images is None else Location.parse(images).absolute()
-    rules = RecordRules(template, str(folder.local_path()) if folder is not None and folder.is_local else "")
+    rules = RecordRules(template, os.path.normpath(folder.local_path()) if folder and folder.is_local else "")
     names = _shard_names(files)
     faults, digests = Faults(), []
     records: list[Record] = []
@@ -87,8 +87,9 @@ def find_files(patterns: Sequence[str]) -> Iterator[Location]:
     seen = set()
     for pattern in (each for given in patterns for each in _expand_range(given)):
         for location in _matches(pattern):
-            if location not in seen:
-                seen.add(location)
+            path = os.path.abspath(location.local_path()) if location.is_local else str(location)
+            if path not in seen:
+                seen.add(path)
                 yield location
 
 
@@ -99,6 +100,8 @@ def _expand_range(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last = found.groups()
+    if int(first) > int(last):
+        raise DataError(f"{pattern}: {found.group()} counts down; write the smaller number first")
     for number in range(int(first), int(last) + 1):
         yield from _expand_range(f"{pattern[: found.start()]}{number:0{len(first)}d}{pattern[found.end() :]}")
 
@@ -125,7 +128,7 @@ def _open(location: Location) -> IO[bytes]:
 def _shard_names(files: Sequence[Location]) -> dict[Location, str]:
     """Names of tar shards in image paths: what is left of their own paths below the folder that they share."""
     shards = [location for location in files if _TAR.search(location.name)]
-    parts = [str(shard.absolute()).split("/") for shard in shards]
+    parts = [str(shard.absolute()).replace("://", "/").split("/") for shard in shards]
     shared = len([*takewhile(lambda names: len(set(names)) == 1, zip(*(part[:-1] for part in parts), strict=False))])
     return {shard: "/".join(part[shared:]).lstrip("/") for shard, part in zip(shards, parts, strict=True)}
 

@@ -65,6 +65,10 @@ RULES = {
         {"model.stacks.num_crops": 3, "model.stacks.grid": "fixed_2x2"},
         "3 leaves no grid of crops under grid rule fixed_2x2, which needs at least 4",
     ),
+    "crops of the ViT's stacks": (
+        {"model.variant": "deepstack_v"},
+        "model.stacks.grid: best_fit gives images different numbers of crops, and deepstack_v needs four of each",
+    ),
     "batch": (
         {"train.global_batch_size": 7, "train.micro_batch_size": 2},
         "train.global_batch_size: 7 is not a multiple of train.micro_batch_size 2",
@@ -125,6 +129,8 @@ def test_required_fields():
     with pytest.raises(ConfigError, match=r"data\.store: is not set, and `train` needs it"):
         require(Recipe(), ("data.store",), "train")
     require(recipe_from_mapping({"data": {"store": "s"}}), ("data.store",), "train")
+    with pytest.raises(ConfigError, match=r"data\.records: is not set"):
+        require(recipe_from_mapping({"data": {"records": []}}), ("data.records",), "preprocess")
 
 
 def test_config_and_planning_import_no_torch():

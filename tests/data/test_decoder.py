@@ -135,6 +135,25 @@ def test_a_process_that_does_not_start_says_why(photos: list[ImageAt], monkeypat
         next(Decoder(PROCESSOR, 30.0).decode(photos))
 
 
+def test_a_machine_without_room_for_the_process_is_named(
+    photos: list[ImageAt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(decoder_module.subprocess, "Popen", fail)
+    with pytest.raises(
+        DataError, match=r"decodes images does not start: Cannot allocate memory. This is the machine"
+    ):
+        next(Decoder(PROCESSOR, 30.0).decode(photos))
+
+
+def test_a_deadline_longer_than_any_wait(photos: list[ImageAt]) -> None:
+    patient = Decoder(PROCESSOR, 1e12)
+    check(next(patient.decode(photos)), photos[0])
+    patient.close()
+
+
 DRIVER = """
 import os, sys, json
 sys.path[:0] = json.loads(sys.argv[1])

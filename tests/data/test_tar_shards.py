@@ -127,6 +127,11 @@ def test_captions(tmp_path: Path) -> None:
     ("members", "fault"),
     [
         ([("1.jpg", JPEG)], "s.tar, 1: has images, but neither a .json nor a .txt"),
+        (
+            [("1.heic", JPEG), ("1.txt", "A photo.")],
+            "1: has a caption, but no image with a known ending; .*lies 1.heic",
+        ),
+        ([("1.txt", "A photo.")], "s.tar, 1: has a caption, but no image with a known ending$"),
         ([("1.json", b"{")], "its .json is not JSON"),
         ([("1.json", [talk()])], "is a list, an object was expected"),
         ([("1.json", {"id": 1})], r"\(id 1\): has no conversations"),

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.data.conversation import Template
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.testing.tiny_data import record, write_records
-from orchestration.preprocess.inputs import read_inputs
+from orchestration.preprocess.inputs import _shard_names, read_inputs
 
 
 def ids(*patterns: str) -> list[str]:
@@ -25,6 +26,30 @@ def test_files_patterns_and_their_order(tmp_path: Path) -> None:
     assert everything == ["c", "a", "b", "z0", "z1"]
     write_records(tmp_path / "[x].json", [record("x", [])])
     assert ids(f"{tmp_path}/[x].json") == ["x"]
+
+
+def test_a_file_is_read_once_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(tmp_path / "a.json", [record("a", [])])
+    monkeypatch.chdir(tmp_path)
+    assert ids("a.json", "./a.json", f"{tmp_path}/x/../a.json") == ["a"]
+
+
+def test_a_range_that_counts_down_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x-\{5..1\}.tar: \{5..1\} counts down"):
+        ids(f"{tmp_path}/x-{{5..1}}.tar")
+
+
+def test_absolute_paths_below_an_image_folder_that_is_spelt_another_way(tmp_path: Path) -> None:
+    for name in ("images", "other"):
+        (tmp_path / name).mkdir()
+    file = write_records(tmp_path / "a.json", [record("a", [f"{tmp_path}/images/1.jpg"])])
+    inputs = read_inputs([str(file)], f"{tmp_path}/other/../images", Template.V1)
+    assert inputs.records[0].images == ("1.jpg",)
+
+
+def test_names_of_shards_here_and_in_a_bucket_are_no_urls() -> None:
+    names = _shard_names([Location("/data/a.tar"), Location("s3://bucket/b.tar")])
+    assert list(names.values()) == ["data/a.tar", "s3/bucket/b.tar"]
 
 
 def test_the_digest_follows_bytes_and_order(tmp_path: Path) -> None:

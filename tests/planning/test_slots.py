@@ -7,7 +7,9 @@ import pytest
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ParallelConfig, StackConfig
 from megatron_deepstack.errors import LayoutError, SlotError
+from megatron_deepstack.planning.rows import image_rows
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stack_slots, stage_chunks
+from megatron_deepstack.planning.views import candidate_grids, num_views
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 from megatron_deepstack.testing.tiny import tiny_model
 
@@ -72,3 +74,16 @@ def test_stacks_behind_the_feature_are_reported() -> None:
     assert decoder_slots(model) == ()
     with pytest.raises(SlotError, match="must rise and begin within 0 to 2"):
         plan_vit_stacks(tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(start=5)))
+    with pytest.raises(SlotError, match=r"2 slots \[0, 1\] for DeepStack-V's 4 stacks"):
+        plan_vit_stacks(tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(slots=(0, 1))))
+
+
+@pytest.mark.parametrize("num_crops", [2, 4, 9])
+def test_every_view_of_deepstack_hd_has_four_crops(num_crops: int) -> None:
+    """However many crops a grid may have."""
+    model = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(num_crops=num_crops))
+    assert decoder_slots(model) == (1, 2, 3, 4)
+    for grid in candidate_grids(num_crops):
+        rows = image_rows(model, grid)
+        assert set(rows.stack.tolist()) == {-1, 0, 1, 2, 3}
+        assert set(rows.view.tolist()) == {-1, *range(num_views(model.variant, grid))}

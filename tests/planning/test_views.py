@@ -55,6 +55,10 @@ def test_views_of_other_grids() -> None:
     assert num_views(Variant.DEEPSTACK_HD, (3, 1)) == 20
 
 
+def test_the_global_view_alone_needs_no_grid() -> None:
+    assert most_views(ViewLayout.GLOBAL, GridRule.BEST_FIT, 1) == 1
+
+
 def test_most_views_covers_every_candidate() -> None:
     for num_crops in (2, 4, 9, 12):
         for layout in ViewLayout:

@@ -101,7 +101,7 @@ def _any_resolution_rows(
     """Every stack has the context's layout, newline included, which is therefore added again with each stack."""
     num_context = 1 + grid[0] * grid[1]
     base = stacks.any_resolution_layout(views_NVH[:num_context], grid, newline)
-    side = stacks.high_res_side(model.stacks.num_crops)
+    side = stacks.HIGH_RES_SIDE
     high_res = views_NVH[num_context:].unflatten(0, (-1, side * side)) if len(views_NVH) > num_context else []
     by_view = [stacks.sample_stacks(crops, (side, side), model.stacks.sampler) for crops in high_res]
     by_stack = [torch.stack(same_k) for same_k in zip(*by_view, strict=True)]
@@ -153,5 +153,5 @@ def _images_of(model: ModelConfig, sample: OracleSample) -> list[tuple[Tensor, G
     assert num_placeholders == len(sample.grids), f"{num_placeholders} placeholders, {len(sample.grids)} grids"
     if sample.pixel_values is None:
         return []
-    counts = [stacks.num_views_of_image(model.variant, grid, model.stacks.num_crops) for grid in sample.grids]
+    counts = [stacks.num_views_of_image(model.variant, grid) for grid in sample.grids]
     return list(zip(sample.pixel_values.split(counts), sample.grids, strict=True))

@@ -14,6 +14,8 @@ from megatron_deepstack.config.choices import Sampler, Variant
 from megatron_deepstack.config.schema import StackConfig
 
 Grid = tuple[int, int]
+HIGH_RES_SIDE = 2
+"""DeepStack-HD cuts every context view into this many high-resolution crops in each direction."""
 
 
 def slot_of_stack(stacks: StackConfig, k: int) -> int:
@@ -21,17 +23,12 @@ def slot_of_stack(stacks: StackConfig, k: int) -> int:
     return stacks.slots[k] if stacks.slots is not None else stacks.start + k * stacks.interval
 
 
-def num_views_of_image(variant: Variant, grid: Grid, num_crops: int) -> int:
+def num_views_of_image(variant: Variant, grid: Grid) -> int:
     """Views that an image brings: global view, crops, and for DeepStack-HD the crops of each of those."""
     num_context = 1 + grid[0] * grid[1]
     if variant is Variant.LLAVA:
         return 1
-    return num_context * (1 + high_res_side(num_crops) ** 2) if variant is Variant.DEEPSTACK_HD else num_context
-
-
-def high_res_side(num_crops: int) -> int:
-    """DeepStack-HD cuts every context view into side x side high-resolution crops."""
-    return math.isqrt(num_crops)
+    return num_context * (1 + HIGH_RES_SIDE**2) if variant is Variant.DEEPSTACK_HD else num_context
 
 
 def mosaic(crops: Tensor, grid: Grid) -> Tensor:
