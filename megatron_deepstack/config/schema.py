@@ -194,7 +194,8 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = True
-    """Reduce the decoder's gradients over data-parallel ranks while the last backwards run."""
+    """Reduce the decoder's gradients over data-parallel ranks beside what is left of the schedule and the encoder's
+    backward, from the second step of a start on. (Stages after the first have one bucket for each chunk.)"""
     recompute: Recompute = Recompute.NONE
     """Activation recomputation."""
     recompute_method: RecomputeMethod = RecomputeMethod.UNIFORM

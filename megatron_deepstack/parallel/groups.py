@@ -7,6 +7,7 @@ among them. The encoder is replicated on all ranks of all replicas, so its gradi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.parallel.axes import Axes, Place, axes_for
+from megatron_deepstack.platform.process_group import DEFAULT_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,13 @@ class Groups:
         return self.axes.replica_rank(tp=self.place.tp, cp=self.place.cp, pp=self.place.pp)
 
 
-def create_groups(parallel: ParallelConfig, seed: int) -> Groups:
+def create_groups(parallel: ParallelConfig, seed: int, timeout_seconds: float = DEFAULT_SECONDS) -> Groups:
     """Create every group. Collective over all ranks, in the same order on each; Megatron's state becomes global.
 
+    `timeout_seconds` is the longest wait of a collective: each group has its own, and none takes it from another.
     Replaces the groups of an earlier call, so that one set of ranks can try several layouts.
     """
+    timeout = timedelta(seconds=timeout_seconds)
     axes = axes_for(parallel, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -49,36 +53,37 @@ def create_groups(parallel: ParallelConfig, seed: int) -> Groups:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_seconds / 60.0,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     place = axes.place(dist.get_rank())
     return Groups(
         axes=axes,
         place=place,
-        replica=_replica_group(axes, place),
-        encoder=_encoder_groups(),
+        replica=_replica_group(axes, place, timeout),
+        encoder=_encoder_groups(timeout),
         decoder=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
 
-def _replica_group(axes: Axes, place: Place) -> dist.ProcessGroup:
+def _replica_group(axes: Axes, place: Place, timeout: timedelta) -> dist.ProcessGroup:
     mine = None
     for dp in range(axes.dp):
-        group = dist.new_group(axes.replica_ranks(dp))
+        group = dist.new_group(axes.replica_ranks(dp), timeout=timeout)
         if dp == place.dp:
             mine = group
     assert mine is not None
     return mine
 
 
-def _encoder_groups() -> ProcessGroupCollection:
+def _encoder_groups(timeout: timedelta) -> ProcessGroupCollection:
     """Every rank in one data-parallel group; a group of one for every other axis."""
     world_size = dist.get_world_size()
-    world = dist.new_group(range(world_size))
+    world = dist.new_group(range(world_size), timeout=timeout)
     alone = None
     for rank in range(world_size):
-        group = dist.new_group([rank])
+        group = dist.new_group([rank], timeout=timeout)
         if rank == dist.get_rank():
             alone = group
     return ProcessGroupCollection(

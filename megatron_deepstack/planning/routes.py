@@ -260,6 +260,8 @@ def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
     returned = received["returns"]
     num_local = len(step.units[rank]) * step.view_tokens + 1
     assert not len(sent) or int(sent["src_row"].max()) < num_local, "a route names a row its rank does not make"
+    uses = np.bincount(backwards["src_row"], minlength=num_local)
+    assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
     return RankRoutes(
         units=step.units[rank],
         num_local_rows=num_local,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import torch.distributed as dist
 
@@ -14,7 +15,11 @@ from megatron_deepstack.platform.device import backend, select_device
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def join(timeout_seconds: float = 600.0) -> None:
+DEFAULT_SECONDS: Final = 600.0
+"""Longest wait of a collective, unless the caller says otherwise."""
+
+
+def join(timeout_seconds: float = DEFAULT_SECONDS) -> None:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Collective over all ranks.
 
     Does nothing where a launcher (Ray Train) has joined already. Raises LayoutError outside any launcher.
@@ -30,7 +35,7 @@ def join(timeout_seconds: float = 600.0) -> None:
     dist.init_process_group(backend(), timeout=timedelta(seconds=timeout_seconds))
 
 
-def join_by_file(path: Path, rank: int, num_ranks: int, timeout_seconds: float = 600.0) -> None:
+def join_by_file(path: Path, rank: int, num_ranks: int, timeout_seconds: float = DEFAULT_SECONDS) -> None:
     """Join ranks of one machine that meet in a file no group has used before. Collective over all ranks."""
     select_device()
     dist.init_process_group(

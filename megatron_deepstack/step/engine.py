@@ -42,8 +42,8 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
     """Give trainable parts their gradient buffers. Call after freezing. Collective over all ranks.
 
     The encoder has buffers of its own: its shards under the distributed optimizer are cut over the whole world, the
-    decoder's over dp x cp. The decoder's reduction runs beside the last backwards and the encoder's; the encoder's own
-    does not, since a rank that holds no view in a step has no gradient to start it.
+    decoder's over dp x cp. The decoder's reduction runs beside what is left of the schedule and the encoder's
+    backward; the encoder's own does not, since a rank that holds no view in a step has no gradient to start it.
     """
     decoder_ddp = []
     if any(p.requires_grad for chunk in model.chunks for p in chunk.parameters()):

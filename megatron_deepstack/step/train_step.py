@@ -95,8 +95,9 @@ def _spread(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClo
     with clock.part(ENCODE):
         encoded = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views)
     with clock.part("route"):
-        received = send_rows(encoded.rows, plan.routes, engine.groups.replica)
-        rows = ReceivedRows(received, plan.routes, requires_grad=encoded.trains)
+        rows = ReceivedRows(
+            send_rows(encoded.rows, plan.routes, engine.groups.replica), plan.routes, requires_grad=encoded.trains
+        )
     with clock.part("schedule"):
         result = _schedule(engine, plan, rows.of, clock)
     if encoded.trains:

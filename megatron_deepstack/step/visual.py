@@ -25,7 +25,9 @@ class ReceivedRows:
 
     def __init__(self, received: torch.Tensor, routes: RankRoutes, *, requires_grad: bool) -> None:
         """`received` is (num_received + 1, H), its last row zero. Leaves require grad if anything makes use of it."""
-        self.received, self.routes = received, routes
+        self.routes = routes
+        self.none = received.new_empty(0, received.shape[1])
+        """No rows, of their width, dtype and device; the rows themselves live on in the leaves alone."""
         self.leaves: dict[Key, _Leaves] = {}
         self.inputs: dict[Key, VisualInputs] = {}
         for key, chunk in routes.chunks.items():
@@ -42,7 +44,7 @@ class ReceivedRows:
 
     def gradients(self) -> torch.Tensor:
         """(num_received, H) gradients of the received rows, summed over their uses."""
-        grads = torch.zeros_like(self.received)
+        grads = self.none.new_zeros(self.routes.num_received + 1, self.none.shape[1])
         for key, leaves in self.leaves.items():
             chunk = self.routes.chunks[key]
             for leaf, index in ((leaves.base, chunk.base_rows), (leaves.slots, chunk.slot_rows)):

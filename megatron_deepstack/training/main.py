@@ -23,14 +23,15 @@ def train(recipe: Recipe, stop_after: int | None = None, asked: Callable[[], boo
     from megatron_deepstack.planning.check import check_plan, check_world
     from megatron_deepstack.platform.process_group import join, leave
 
-    join(collective_seconds(recipe))
+    timeout = collective_seconds(recipe)
+    join(timeout)
     check_plan(recipe)
     check_world(recipe, dist.get_world_size())
 
     from megatron_deepstack.parallel.groups import create_groups
     from megatron_deepstack.training.loop import run
 
-    run(recipe, create_groups(recipe.parallel, recipe.train.seed), stop_after, asked)
+    run(recipe, create_groups(recipe.parallel, recipe.train.seed, timeout), stop_after, asked)
     leave()
 
 

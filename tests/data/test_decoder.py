@@ -142,9 +142,7 @@ def test_a_machine_without_room_for_the_process_is_named(
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(decoder_module.subprocess, "Popen", fail)
-    with pytest.raises(
-        DataError, match=r"decodes images does not start: Cannot allocate memory. This is the machine"
-    ):
+    with pytest.raises(DataError, match=r"decodes images does not start: Cannot allocate memory. This is the machine"):
         next(Decoder(PROCESSOR, 30.0).decode(photos))
 
 
