@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
 
+from megatron_deepstack.platform.garbage import settle
 from megatron_deepstack.testing.ranks import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of torch and pytest need not be looked through in every collection of the suite."""
+    settle()
 
 
 @pytest.fixture(scope="session")

@@ -183,6 +183,7 @@ def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
     merely forgotten keep their threads, and a suite of a hundred layouts ends with thousands of them.
     """
     from megatron_deepstack.parallel.groups import create_groups
+    from megatron_deepstack.platform.garbage import settle
     from megatron_deepstack.platform.process_group import join_by_file, leave
 
     layout = (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)
@@ -192,6 +193,8 @@ def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
         rendezvous = Path(_worlds["folder"]) / f"rendezvous-{_worlds['number']}"
         join_by_file(rendezvous, _worlds["rank"], _worlds["num_ranks"])
         _worlds.update(layout=layout, groups=create_groups(parallel, seed))
+        if _worlds["number"] == 1:
+            settle()
     return _worlds["groups"]
 
 

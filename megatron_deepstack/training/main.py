@@ -29,8 +29,10 @@ def train(recipe: Recipe, stop_after: int | None = None, asked: Callable[[], boo
     check_world(recipe, dist.get_world_size())
 
     from megatron_deepstack.parallel.groups import create_groups
+    from megatron_deepstack.platform.garbage import settle
     from megatron_deepstack.training.loop import run
 
+    settle()
     run(recipe, create_groups(recipe.parallel, recipe.train.seed, timeout), stop_after, asked)
     leave()
 
