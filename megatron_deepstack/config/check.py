@@ -127,7 +127,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def find_problems(recipe: Recipe) -> list[Problem]:
     """All problems; rules between fields are tried only where each field's own range holds."""
-    found = list(_out_of_range(recipe))
+    found = list(out_of_range(recipe))
     bad = [problem.paths[0] for problem in found]
     for rule in _RULES:
         found += [problem for problem in rule(recipe) if not any(problem.concerns(path) for path in bad)]
@@ -150,7 +150,8 @@ def value_at(recipe: Recipe, path: str) -> object:
     return reduce(getattr, path.split("."), recipe)  # type: ignore[arg-type]
 
 
-def _out_of_range(recipe: Recipe) -> Iterator[Problem]:
+def out_of_range(recipe: Recipe) -> Iterator[Problem]:
+    """Numbers that no recipe may have, each looked at alone."""
     for path, allowed in _RANGES.items():
         value = value_at(recipe, path)
         values = value if isinstance(value, tuple) else () if value is None else (value,)

@@ -13,7 +13,7 @@ from itertools import product
 from math import log2
 from pathlib import Path
 
-from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.check import find_problems, out_of_range
 from megatron_deepstack.config.choices import (
     EncoderPlacement,
     Layers,
@@ -45,7 +45,10 @@ def check_plan(recipe: Recipe) -> None:
 
 
 def find_plan_problems(recipe: Recipe) -> list[Problem]:
-    """All problems of slots and stages."""
+    """All problems of slots and stages; of model and layout's numbers alone where they allow no plan."""
+    unfit = [problem for problem in out_of_range(recipe) if problem.paths[0].startswith(("model.", "parallel."))]
+    if unfit:
+        return unfit
     found = list(_slots(recipe))
     found += _stages(recipe)
     if not found:
@@ -75,8 +78,6 @@ def _slots(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _stages(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.parallel.pipeline < 1 or recipe.parallel.virtual_pipeline < 1:
-        return
     try:
         stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     except ConfigError as error:

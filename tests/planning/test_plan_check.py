@@ -86,6 +86,31 @@ def test_slots_and_stages_are_reported_together_with_the_file(tmp_path: Path):
         assert problem.startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "starts"),
+    [
+        ("parallel.pipeline=0 lora.rank=4", ["parallel.pipeline: found 0"]),
+        ("parallel.pipeline=0 parallel.encoder_placement=inline", ["parallel.pipeline: found 0"]),
+        ("parallel.recompute=full parallel.recompute_num_layers=0", ["parallel.recompute_num_layers: found 0"]),
+        ("parallel.tensor=0 train.precision=fp8", ["parallel.tensor: found 0"]),
+        ("parallel.context=0 train.precision=fp8", ["parallel.context: found 0"]),
+        ("model.language.num_heads=0 train.precision=fp8", ["model.language.num_heads: found 0"]),
+        ("parallel.pipeline=0 train.stepz=1 optimizer.lr=-1", ["train.stepz", "parallel.pipeline", "optimizer.lr"]),
+        ("optimizer.lr=-1 model.stacks.slots=[0,1,2,9]", ["optimizer.lr: found -1", "model.stacks: stack 3"]),
+    ],
+)
+def test_numbers_out_of_range_are_reported_and_not_planned_with(overrides: str, starts: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load_checked_recipe("demo", overrides.split())
+    for start, problem in zip(starts, caught.value.problems, strict=True):
+        assert problem.startswith(start)
+
+
+def test_a_plan_is_refused_for_numbers_out_of_range():
+    with pytest.raises(ConfigError, match="pipeline: found 0, expected a number above 0"):
+        check_plan(recipe(pipeline=0))
+
+
 def test_world_must_be_whole_replicas():
     wanted = replace(recipe(tensor=2, pipeline=2), train=TrainConfig(global_batch_size=12))
     check_world(wanted, 4)
