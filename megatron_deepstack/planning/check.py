@@ -18,6 +18,7 @@ from megatron_deepstack.config.choices import (
     EncoderPlacement,
     Layers,
     LoraTarget,
+    Part,
     Precision,
     Recompute,
     RecomputeMethod,
@@ -54,6 +55,7 @@ def find_plan_problems(recipe: Recipe) -> list[Problem]:
     if not found:
         found += _inline(recipe)
         found += _recompute(recipe)
+        found += _idle_stages(recipe)
         found += _adapters(recipe)
         found += _fp8(recipe)
     return found
@@ -98,6 +100,22 @@ def _recompute(recipe: Recipe) -> Iterator[Problem]:
             paths=("parallel.recompute_num_layers", "parallel.recompute_method"),
             text=f"groups of {parallel.recompute_num_layers} do not fill the chunks of {uneven} layers; use "
             "recompute_num_layers=1, a divisor, or recompute_method=block",
+            kind=LayoutError,
+        )
+
+
+def _idle_stages(recipe: Recipe) -> Iterator[Problem]:
+    """A stage that holds nothing of a trained decoder has no optimizer for it, and the others would wait for it."""
+    if Part.LANGUAGE not in recipe.train.trainable or recipe.lora.rank:
+        return
+    chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+    busy = {chunk.pp for chunk in chunks if chunk.first < chunk.stop or chunk.has_embedding or chunk.has_head}
+    idle = [stage for stage in range(recipe.parallel.pipeline) if stage not in busy]
+    if idle:
+        yield Problem(
+            paths=("parallel.layers_per_stage", "parallel.pipeline", "train.trainable"),
+            text=f"stages {idle} hold no layer, embedding or head and have nothing to train, and the others would wait "
+            f"for them in the gradient norm; give them a layer, or use parallel.pipeline={len(busy)}",
             kind=LayoutError,
         )
 

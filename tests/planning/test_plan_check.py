@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.config.choices import EncoderPlacement, Variant
+from megatron_deepstack.config.choices import EncoderPlacement, Part, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -45,6 +45,18 @@ REFUSED = {
     "uneven stages": (recipe(pipeline=3), LayoutError, "8 decoder layers do not split evenly over 3", "[2, 3, 3]"),
     "wrong sum": (recipe(pipeline=2, layers_per_stage=(4, 5)), LayoutError, "sum to 9", "8 layers"),
     "wrong count": (recipe(pipeline=2, layers_per_stage=(8,)), LayoutError, "they are 1", "2 counts"),
+    "a stage with nothing to train": (
+        recipe(pipeline=3, layers_per_stage=(4, 0, 4)),
+        LayoutError,
+        "parallel.layers_per_stage: stages [1] hold no layer, embedding or head",
+        "give them a layer, or use parallel.pipeline=2",
+    ),
+    "chunks with nothing to train": (
+        recipe(pipeline=3, virtual_pipeline=2, layers_per_stage=(4, 0, 0, 0, 0, 4)),
+        LayoutError,
+        "stages [1] hold no layer, embedding or head",
+        "parallel.pipeline=2",
+    ),
     "inline behind the first stage": (
         recipe(pipeline=4, encoder_placement=EncoderPlacement.INLINE, stacks=StackConfig(slots=(0, 1, 2, 7))),
         LayoutError,
@@ -74,6 +86,17 @@ def test_refused(bad, kind, words, way_out):
 
 def test_inline_is_fine_where_all_slots_are_on_the_first_stage():
     check_plan(recipe(pipeline=2, encoder_placement=EncoderPlacement.INLINE, stacks=StackConfig(slots=(0, 1, 2, 3))))
+
+
+@pytest.mark.parametrize("layers", [(0, 4, 4), (4, 4, 0), (0, 8, 0)])
+def test_a_stage_with_the_embedding_or_the_head_needs_no_layer(layers: tuple[int, ...]):
+    check_plan(recipe(pipeline=3, layers_per_stage=layers))
+
+
+def test_a_stage_needs_no_layer_where_another_chunk_has_one_or_the_decoder_is_frozen():
+    check_plan(recipe(pipeline=3, virtual_pipeline=2, layers_per_stage=(1, 0, 2, 2, 2, 1)))
+    frozen = TrainConfig(trainable=(Part.VISION, Part.PROJECTOR))
+    check_plan(replace(recipe(pipeline=3, layers_per_stage=(4, 0, 4)), train=frozen))
 
 
 def test_slots_and_stages_are_reported_together_with_the_file(tmp_path: Path):
