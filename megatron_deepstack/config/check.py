@@ -89,6 +89,7 @@ _RANGES: dict[str, Range] = {
             "model.stacks.start",
             "model.stacks.interval",
             "parallel.layers_per_stage",
+            "parallel.encoder_chunk_views",
             "optimizer.vision_lr",
             "optimizer.projector_lr",
             "optimizer.min_lr",
@@ -249,6 +250,13 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
             "parallel.encoder_placement parallel.context",
             f"inline runs the tower inside the first stage, which is split over {parallel.context} context-parallel "
             f"ranks here; use spread",
+            LayoutError,
+        )
+    if parallel.encoder_placement is EncoderPlacement.INLINE and parallel.encoder_chunk_views:
+        yield _problem(
+            "parallel.encoder_chunk_views parallel.encoder_placement",
+            f"{parallel.encoder_chunk_views} bounds nothing under inline, which keeps the activations of all views of "
+            f"a micro-batch for the schedule's own backward; set 0, or use spread",
             LayoutError,
         )
     yield from _sequence_split(recipe.train.seq_length, parallel)

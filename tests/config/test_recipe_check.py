@@ -91,6 +91,10 @@ LAYOUTS = {
     "chunks without stages": ({"virtual_pipeline": 2}, "2 chunks per stage need at least 2 pipeline stages"),
     "sequence without tensor": ({"sequence_parallel": True}, "splits activations over tensor-parallel ranks"),
     "inline under context": ({"context": 2, "encoder_placement": "inline"}, "split over 2 context-parallel"),
+    "bounded views inline": (
+        {"encoder_chunk_views": 25, "encoder_placement": "inline"},
+        "parallel.encoder_chunk_views: 25 bounds nothing under inline, which keeps the activations of all views",
+    ),
     "sequence shards": ({"context": 3}, "train.seq_length: 2048 tokens do not split into 6 equal shards"),
 }
 
