@@ -121,11 +121,6 @@ _RANGES: dict[str, Range] = {
 }
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise ConfigError (LayoutError if only the layout is at fault) with every problem of the recipe."""
-    raise_problems(find_problems(recipe))
-
-
 def find_problems(recipe: Recipe) -> list[Problem]:
     """All problems; rules between fields are tried only where each field's own range holds."""
     found = list(out_of_range(recipe))
