@@ -21,7 +21,6 @@ setup(
     entry_points={"console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"]},
     install_requires=[
         "Pillow>=11",
-        "PyYAML>=6",
         "fsspec>=2025.3",
         "google-crc32c>=1.5",
         "megatron-core>=0.16.1,<0.20",
@@ -37,12 +36,12 @@ setup(
         "tensorboard>=2.18",
         "tokenizers>=0.22",
         "torch>=2.6",
-        "transformers>=5",
         "typer>=0.20",
         "zarr>=3.1",
     ],
     extras_require={
         "test": [
+            "PyYAML>=6",
             "flask>=3",
             "flask-cors>=5",
             "hypothesis>=6",
@@ -53,6 +52,7 @@ setup(
             "ruff>=0.12",
             "s3fs>=2025.3",
             "scikit-image>=0.25",
+            "transformers>=5",
             "types-PyYAML",
             "wandb>=0.20",
         ],

@@ -89,6 +89,7 @@ _RANGES: dict[str, Range] = {
             "model.stacks.start",
             "model.stacks.interval",
             "parallel.layers_per_stage",
+            "parallel.encoder_chunk_views",
             "optimizer.vision_lr",
             "optimizer.projector_lr",
             "optimizer.min_lr",
@@ -120,14 +121,9 @@ _RANGES: dict[str, Range] = {
 }
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise ConfigError (LayoutError if only the layout is at fault) with every problem of the recipe."""
-    raise_problems(find_problems(recipe))
-
-
 def find_problems(recipe: Recipe) -> list[Problem]:
     """All problems; rules between fields are tried only where each field's own range holds."""
-    found = list(_out_of_range(recipe))
+    found = list(out_of_range(recipe))
     bad = [problem.paths[0] for problem in found]
     for rule in _RULES:
         found += [problem for problem in rule(recipe) if not any(problem.concerns(path) for path in bad)]
@@ -150,7 +146,8 @@ def value_at(recipe: Recipe, path: str) -> object:
     return reduce(getattr, path.split("."), recipe)  # type: ignore[arg-type]
 
 
-def _out_of_range(recipe: Recipe) -> Iterator[Problem]:
+def out_of_range(recipe: Recipe) -> Iterator[Problem]:
+    """Numbers that no recipe may have, each looked at alone."""
     for path, allowed in _RANGES.items():
         value = value_at(recipe, path)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -254,6 +251,13 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
             "parallel.encoder_placement parallel.context",
             f"inline runs the tower inside the first stage, which is split over {parallel.context} context-parallel "
             f"ranks here; use spread",
+            LayoutError,
+        )
+    if parallel.encoder_placement is EncoderPlacement.INLINE and parallel.encoder_chunk_views:
+        yield _problem(
+            "parallel.encoder_chunk_views parallel.encoder_placement",
+            f"{parallel.encoder_chunk_views} bounds nothing under inline, which keeps the activations of all views of "
+            f"a micro-batch for the schedule's own backward; set 0, or use spread",
             LayoutError,
         )
     yield from _sequence_split(recipe.train.seq_length, parallel)

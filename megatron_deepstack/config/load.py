@@ -58,22 +58,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     return recipe, problems
 
 
-def recipe_from_mapping(mapping: Mapping[str, Any]) -> Recipe:
-    """A checked recipe from nested dicts, as a YAML file would hold them."""
-    problems: list[Problem] = []
-    recipe = build_recipe(_resolved(_copied(mapping), problems), problems)
-    raise_problems(problems + without_echoes(find_problems(recipe), problems))
-    return recipe
-
-
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML, every field written out; `load_recipe` reads back an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(plain(recipe))))
-
-
-def _copied(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A copy down to the last section, which may then be changed."""
-    return {key: _copied(item) if isinstance(item, Mapping) else item for key, item in mapping.items()}
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -186,7 +186,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence."""
     layers_per_stage: tuple[int, ...] | None = None
-    """Decoder layers of each stage in order, chunk by chunk under vpp; an even split if absent. 0 is allowed."""
+    """Decoder layers of each stage in order, chunk by chunk under vpp; an even split if absent. 0 is allowed
+    where the stage holds the embedding, the head or other layers, or where the decoder is frozen."""
     encoder_placement: EncoderPlacement = EncoderPlacement.SPREAD
     """Where ViT and projector run."""
     encoder_chunk_views: int = 0

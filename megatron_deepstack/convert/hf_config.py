@@ -1,8 +1,9 @@
 """Hugging Face's config.json: what it says of a model beyond the tensors' shapes, and writing one for an export.
 
 Shapes do not show the number of heads, epsilons, the rotary base or the activation; a checkpoint loaded with another
-value runs, and is wrong. `require_same_model` compares them. A decoder is written as the family whose mathematics the
-recipe asks for: Qwen3 with norms on queries and keys, Qwen2 with biases on them, else LLaMA.
+value runs, and is wrong. `require_same_model` compares them, and layers, biases and norms where a config tells them. A
+decoder is written as the family whose mathematics the recipe asks for: Qwen3 with norms on queries and keys, Qwen2 with
+biases on them, else LLaMA.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ _VISION_DEFAULTS = {
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_attention_heads": 12},
 }
 """What transformers takes for keys that a config leaves out."""
+_DECODER_FAMILIES = {
+    "llama": {"qkv_bias": False, "qk_norm": False},
+    "mistral": {"qkv_bias": False, "qk_norm": False},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+}
+"""Biases and norms on queries and keys by `model_type`; other families are judged by their tensors alone."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -84,7 +92,18 @@ def _decoder_facts(text: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": rope.get("rope_type", rope.get("type", "default")),
         "tied_embeddings": text.get("tie_word_embeddings", False),
         "activation": text.get("hidden_act", "silu"),
+        **_told(text),
     }
+
+
+def _told(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What only some configs say: the number of layers, and biases and norms that a family has or is given."""
+    told = dict(_DECODER_FAMILIES.get(str(text.get("model_type")), {}))
+    if "attention_bias" in text and text.get("model_type") != "qwen2":  # transformers' Qwen2 does not look at it
+        told["qkv_bias"] = bool(text["attention_bias"])
+    if "num_hidden_layers" in text:
+        told["num_layers"] = text["num_hidden_layers"]
+    return told
 
 
 def _language_facts(language: LanguageConfig) -> dict[str, Any]:
@@ -96,6 +115,9 @@ def _language_facts(language: LanguageConfig) -> dict[str, Any]:
         "rope_type": "default",
         "tied_embeddings": language.tied_embeddings,
         "activation": "silu",
+        "num_layers": language.num_layers,
+        "qkv_bias": language.qkv_bias,
+        "qk_norm": language.qk_norm,
     }
 
 

@@ -2,12 +2,13 @@
 
 A checkpoint gives whole parts (vision tower, projector, decoder) or nothing of them. Parts may come from different
 checkpoints, and what none has from somewhere else, as a fresh projector does; but a part with holes, a part that two
-checkpoints hold, or a model that a checkpoint's own config contradicts, would train silently wrong and is refused.
+checkpoints hold, a decoder with more tensors than the recipe's, or a model that a checkpoint's own config contradicts,
+would train silently wrong and is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,12 @@ from megatron_deepstack.convert.hf_names import by_published_name, part_of
 from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.lora import is_adapter
-from megatron_deepstack.model.weights import Shape, Source
+from megatron_deepstack.model.weights import LAYERS_PREFIX, Shape, Source, decoder_layer_names
+
+_BUFFER = ".rotary_emb.inv_freq"
+"""Frequencies of the rotary embedding, which old checkpoints store and `rope_theta` says."""
+_SHOWN = 3
+"""Names that an error lists."""
 
 
 def published_source(
@@ -29,7 +35,8 @@ def published_source(
 
     Parts that no checkpoint holds come from `fallback`. CheckpointError names a tensor that is missing from a part a
     checkpoint holds, or from all where there is no fallback, and one of another shape. With `model`, what a folder's
-    config.json says and shapes do not show (heads, norms, rotary base, ...) must agree too.
+    config.json says and shapes do not show (heads, norms, rotary base, ...) must agree too, and every tensor of a
+    decoder layer must have a place in it.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
     checkpoints = [_open(Path(path), model) for path in paths]
@@ -85,7 +92,25 @@ def _open(path: Path, model: ModelConfig | None) -> _Checkpoint:
         )
     if model is not None:
         require_same_model(read_config(path), model, str(path))
+        _require_places(names, model, path)
     return _Checkpoint(path=path, files=files, names=names, parts=frozenset(part_of(name) for name in names))
+
+
+def _require_places(names: Mapping[str, str], model: ModelConfig, path: Path) -> None:
+    """Refuse tensors of decoder layers that the recipe's decoder has not; a tower's last layers may be left out."""
+    asked = decoder_layer_names(model)
+    left = [
+        name
+        for published, name in names.items()
+        if published.startswith(LAYERS_PREFIX) and published not in asked and not published.endswith(_BUFFER)
+    ]
+    if left:
+        shown = ", ".join(sorted(left)[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
+        raise CheckpointError(
+            f"{path}: {len(left)} tensors of decoder layers have no place in the recipe's model of "
+            f"{model.language.num_layers} layers: {shown}; set model.language (num_layers, qkv_bias, qk_norm) as the "
+            "checkpoint was made"
+        )
 
 
 def _require_disjoint(checkpoints: Sequence[_Checkpoint]) -> None:

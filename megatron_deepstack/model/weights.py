@@ -20,6 +20,7 @@ from megatron_deepstack.planning.linears import linear_sizes
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."
+LAYERS_PREFIX = "model.layers."
 
 Shape = tuple[int, ...]
 Source = Callable[[str, Shape], torch.Tensor]
@@ -89,7 +90,7 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
         "decoder.final_layernorm.weight": _plain("model.norm.weight", (language.hidden_size,)),
     }
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
-        prefix = f"model.layers.{layer}."
+        prefix = f"{LAYERS_PREFIX}{layer}."
         rules = _decoder_layer(prefix, model) | _adapters(prefix, model.language, lora_rank)
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
@@ -122,6 +123,21 @@ def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
         ),
         "mlp.linear_fc2.weight": _plain(f"{prefix}mlp.down_proj.weight", (h, f), tp_dim=1),
     }
+
+
+def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
+    """Published names of the tensors that the decoder's layers are made of, without adapters."""
+    language = model.language
+    absent = set() if language.qkv_bias else {"self_attention.linear_qkv.bias"}
+    if not language.qk_norm:
+        absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    return frozenset(
+        name
+        for layer in range(language.num_layers)
+        for ours, rule in _decoder_layer(f"{LAYERS_PREFIX}{layer}.", model).items()
+        if ours not in absent
+        for name in rule.names
+    )
 
 
 def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:

@@ -13,11 +13,12 @@ from itertools import product
 from math import log2
 from pathlib import Path
 
-from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.check import find_problems, out_of_range
 from megatron_deepstack.config.choices import (
     EncoderPlacement,
     Layers,
     LoraTarget,
+    Part,
     Precision,
     Recompute,
     RecomputeMethod,
@@ -45,12 +46,16 @@ def check_plan(recipe: Recipe) -> None:
 
 
 def find_plan_problems(recipe: Recipe) -> list[Problem]:
-    """All problems of slots and stages."""
+    """All problems of slots and stages; of model and layout's numbers alone where they allow no plan."""
+    unfit = [problem for problem in out_of_range(recipe) if problem.paths[0].startswith(("model.", "parallel."))]
+    if unfit:
+        return unfit
     found = list(_slots(recipe))
     found += _stages(recipe)
     if not found:
         found += _inline(recipe)
         found += _recompute(recipe)
+        found += _idle_stages(recipe)
         found += _adapters(recipe)
         found += _fp8(recipe)
     return found
@@ -75,8 +80,6 @@ def _slots(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _stages(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.parallel.pipeline < 1 or recipe.parallel.virtual_pipeline < 1:
-        return
     try:
         stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     except ConfigError as error:
@@ -97,6 +100,22 @@ def _recompute(recipe: Recipe) -> Iterator[Problem]:
             paths=("parallel.recompute_num_layers", "parallel.recompute_method"),
             text=f"groups of {parallel.recompute_num_layers} do not fill the chunks of {uneven} layers; use "
             "recompute_num_layers=1, a divisor, or recompute_method=block",
+            kind=LayoutError,
+        )
+
+
+def _idle_stages(recipe: Recipe) -> Iterator[Problem]:
+    """A stage that holds nothing of a trained decoder has no optimizer for it, and the others would wait for it."""
+    if Part.LANGUAGE not in recipe.train.trainable or recipe.lora.rank:
+        return
+    chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+    busy = {chunk.pp for chunk in chunks if chunk.first < chunk.stop or chunk.has_embedding or chunk.has_head}
+    idle = [stage for stage in range(recipe.parallel.pipeline) if stage not in busy]
+    if idle:
+        yield Problem(
+            paths=("parallel.layers_per_stage", "parallel.pipeline", "train.trainable"),
+            text=f"stages {idle} hold no layer, embedding or head and have nothing to train, and the others would wait "
+            f"for them in the gradient norm; give them a layer, or use parallel.pipeline={len(busy)}",
             kind=LayoutError,
         )
 

@@ -7,10 +7,29 @@ import resource
 
 import torch
 
+from megatron_deepstack.errors import LayoutError
+
 
 def has_gpu() -> bool:
     """Whether CUDA devices are visible to this process."""
     return torch.cuda.is_available()
+
+
+def num_gpus() -> int:
+    """CUDA devices that are visible to this process."""
+    return torch.cuda.device_count()
+
+
+def require_devices(num_ranks: int) -> None:
+    """Raise LayoutError where this machine has GPUs, but fewer than ranks: each takes one for itself."""
+    if has_gpu() and num_gpus() < num_ranks:
+        raise LayoutError(
+            [
+                f"parallel: {num_ranks} ranks on this machine take a GPU each, and it shows {num_gpus()}; choose a "
+                "layout of fewer ranks or more machines, or put CUDA_VISIBLE_DEVICES= before the command to run on "
+                "the CPU"
+            ]
+        )
 
 
 def local_device() -> torch.device:
@@ -19,9 +38,13 @@ def local_device() -> torch.device:
 
 
 def select_device() -> torch.device:
-    """Make `local_device()` the current one and return it. Call once per process, before any allocation."""
+    """Make `local_device()` the current one and return it. Call once per process, before any allocation.
+
+    Raises LayoutError where the machine has no such GPU.
+    """
     device = local_device()
     if device.type == "cuda":
+        require_devices(device.index + 1)
         torch.cuda.set_device(device)
     return device
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_deepstack.errors import DeepStackError
+from megatron_deepstack.platform.device import require_devices
 from megatron_deepstack.platform.gang import Gang, Report
 from megatron_deepstack.platform.parent import die_with_parent
 
@@ -38,8 +39,9 @@ def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> An
 
     When a rank fails the others are ended. Raises the error of errors.py that a rank raised, RankError where one
     died or raised anything else, HangError where the ranks found themselves hanging, PreemptedError where this
-    process was asked to stop; each names the rank.
+    process was asked to stop; each names the rank. LayoutError, before any starts, where they outnumber the GPUs.
     """
+    require_devices(num_ranks)
     listener = socket.create_server((_LOOPBACK, 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore(

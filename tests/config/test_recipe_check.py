@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.config.check import _RANGES, check_recipe, find_problems, require, value_at
-from megatron_deepstack.config.load import recipe_from_mapping
-from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.check import _RANGES, find_problems, require, value_at
+from megatron_deepstack.config.load import load_recipe
+from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
 
 
-def nested(path: str, value: object) -> dict:
-    section, _, rest = path.partition(".")
-    return {section: nested(rest, value) if rest else value}
+@pytest.fixture
+def found(tmp_path: Path) -> Callable[[dict[str, object]], ConfigError]:
+    """The error that fields with these values end in."""
 
+    def problems(values: dict[str, object]) -> ConfigError:
+        file = tmp_path / "defaults.yaml"
+        file.touch()
+        with pytest.raises(ConfigError) as caught:
+            load_recipe(file, [f"{path}={json.dumps(value)}" for path, value in values.items()])
+        return caught.value
 
-def merged(*mappings: dict) -> dict:
-    result: dict = {}
-    for mapping in mappings:
-        for key, value in mapping.items():
-            below = result.get(key)
-            result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
-
-
-def found(**settings: object) -> tuple[str, ...]:
-    values = (nested(path.replace("__", "."), value) for path, value in settings.items())
-    with pytest.raises(ConfigError) as caught:
-        recipe_from_mapping(merged(*values))
-    return caught.value.problems
-
-
-def test_the_defaults_are_sound():
-    check_recipe(Recipe())
+    return problems
 
 
 @pytest.mark.parametrize("path", _RANGES)
-def test_each_range_is_checked(path):
+def test_each_range_is_checked(found, path):
     usual = value_at(Recipe(), path)
     bad = [-1, -1, -1] if isinstance(usual, tuple) else [-1] if path == "parallel.layers_per_stage" else -1
-    (problem,) = found(**{path.replace(".", "__"): bad})
+    (problem,) = found({path: bad}).problems
     assert problem.startswith(f"{path}: found ")
     assert "expected" in problem
 
@@ -84,8 +76,8 @@ RULES = {
 
 
 @pytest.mark.parametrize(("settings", "message"), RULES.values(), ids=RULES)
-def test_rules_between_fields(settings, message):
-    (problem,) = found(**{path.replace(".", "__"): value for path, value in settings.items()})
+def test_rules_between_fields(found, settings, message):
+    (problem,) = found(settings).problems
     assert message in problem
 
 
@@ -95,27 +87,31 @@ LAYOUTS = {
     "chunks without stages": ({"virtual_pipeline": 2}, "2 chunks per stage need at least 2 pipeline stages"),
     "sequence without tensor": ({"sequence_parallel": True}, "splits activations over tensor-parallel ranks"),
     "inline under context": ({"context": 2, "encoder_placement": "inline"}, "split over 2 context-parallel"),
+    "bounded views inline": (
+        {"encoder_chunk_views": 25, "encoder_placement": "inline"},
+        "parallel.encoder_chunk_views: 25 bounds nothing under inline, which keeps the activations of all views",
+    ),
     "sequence shards": ({"context": 3}, "train.seq_length: 2048 tokens do not split into 6 equal shards"),
 }
 
 
 @pytest.mark.parametrize(("parallel", "message"), LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(parallel, message):
-    with pytest.raises(LayoutError) as caught:
-        recipe_from_mapping({"parallel": parallel, "model": {"language": {"num_kv_heads": 4}}})
-    assert any(message in problem for problem in caught.value.problems)
+def test_layouts(found, parallel, message):
+    layout = {f"parallel.{field}": value for field, value in parallel.items()}
+    error = found({"model.language.num_kv_heads": 4, **layout})
+    assert type(error) is LayoutError
+    assert any(message in problem for problem in error.problems)
 
 
-def test_a_layout_and_another_problem_are_a_config_error():
-    with pytest.raises(ConfigError) as caught:
-        recipe_from_mapping({"parallel": {"virtual_pipeline": 2}, "optimizer": {"beta1": 1.0}})
-    assert type(caught.value) is ConfigError
-    assert len(caught.value.problems) == 2
+def test_a_layout_and_another_problem_are_a_config_error(found):
+    error = found({"parallel.virtual_pipeline": 2, "optimizer.beta1": 1.0})
+    assert type(error) is ConfigError
+    assert len(error.problems) == 2
 
 
-def test_a_rule_is_silent_where_a_range_is_broken():
-    problems = found(model__vision__patch_size=0, model__language__num_heads=0)
-    assert [problem.partition(":")[0] for problem in problems] == [
+def test_a_rule_is_silent_where_a_range_is_broken(found):
+    error = found({"model.vision.patch_size": 0, "model.language.num_heads": 0})
+    assert [problem.partition(":")[0] for problem in error.problems] == [
         "model.vision.patch_size",
         "model.language.num_heads",
     ]
@@ -128,9 +124,9 @@ def test_problems_of_a_sound_recipe_are_none():
 def test_required_fields():
     with pytest.raises(ConfigError, match=r"data\.store: is not set, and `train` needs it"):
         require(Recipe(), ("data.store",), "train")
-    require(recipe_from_mapping({"data": {"store": "s"}}), ("data.store",), "train")
+    require(Recipe(data=DataConfig(store="s")), ("data.store",), "train")
     with pytest.raises(ConfigError, match=r"data\.records: is not set"):
-        require(recipe_from_mapping({"data": {"records": []}}), ("data.records",), "preprocess")
+        require(Recipe(data=DataConfig(records=())), ("data.records",), "preprocess")
 
 
 def test_config_and_planning_import_no_torch():

@@ -20,6 +20,10 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -181,6 +185,10 @@ def test_two_names_of_one_tensor_are_refused() -> None:
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "model.language.rope_type: 'lin"),
         ({"rope_parameters": None, "rope_theta": 1e6}, "model.language.rope_theta: 1000000.0"),
         ({"tie_word_embeddings": True}, "model.language.tied_embeddings: True"),
+        ({"num_hidden_layers": 40}, "model.language.num_layers: 40 in the checkpoint, 2 in the recipe"),
+        ({"attention_bias": True}, "model.language.qkv_bias: True in the checkpoint, False in the recipe"),
+        ({"model_type": "qwen2"}, "model.language.qkv_bias: True in the checkpoint, False in the recipe"),
+        ({"model_type": "qwen3"}, "model.language.qk_norm: True in the checkpoint, False in the recipe"),
     ],
 )
 def test_a_config_that_contradicts_is_refused(tmp_path: Path, change: dict, message: str) -> None:
@@ -190,6 +198,59 @@ def test_a_config_that_contradicts_is_refused(tmp_path: Path, change: dict, mess
     with pytest.raises(CheckpointError) as caught:
         published_source(tmp_path, model=MODEL)
     assert message in str(caught.value)
+
+
+def language(**changes: object) -> ModelConfig:
+    return replace(MODEL, language=replace(MODEL.language, **changes))
+
+
+# id, decoder, the recipe that has room for all of it, a tensor that the recipe of a LLaMA has no place for
+DECODERS = [
+    (
+        "biases",
+        lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT)),
+        language(qkv_bias=True),
+        "6 tensors of decoder layers .*: model.layers.0.self_attn.k_proj.bias, .*; set model.language",
+    ),
+    (
+        "norms",
+        lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=4)),
+        language(qk_norm=True, head_dim=4),
+        "4 tensors of decoder layers .*: model.layers.0.self_attn.k_norm.weight, .*",
+    ),
+    (
+        "layers",
+        lambda: LlamaModel(LlamaConfig(**{**TEXT, "num_hidden_layers": 3})),
+        language(num_layers=3),
+        "9 tensors of decoder layers .* of 2 layers: layers.2.input_layernorm.weight, .*, ...;",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "model", "message"), [row[1:] for row in DECODERS], ids=[row[0] for row in DECODERS])
+def test_decoder_tensors_without_a_place_are_refused(tmp_path: Path, build, model, message: str) -> None:
+    build().save_pretrained(tmp_path)
+    published_source(tmp_path, model=model)
+    with pytest.raises(CheckpointError, match="describes another model than the recipe"):
+        published_source(tmp_path, model=MODEL)
+    (tmp_path / "config.json").unlink()
+    published_source(tmp_path, model=model)
+    with pytest.raises(CheckpointError, match=message):
+        published_source(tmp_path, model=MODEL)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        f"{VISION_PREFIX}encoder.layers.1.mlp.fc1.bias",
+        f"{VISION_PREFIX}post_layernorm.weight",
+        LINEAR_2,
+    ],
+)
+def test_buffers_unused_layers_of_a_tower_and_single_parts_are_taken(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.ones(2)}, str(tmp_path / "model.safetensors"))
+    published_source(tmp_path, model=MODEL)
 
 
 def test_another_tower_is_refused(tmp_path: Path) -> None:

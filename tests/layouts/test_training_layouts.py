@@ -31,6 +31,7 @@ LAYOUTS = [
     ("pp2-batch2", 2, 2, ParallelConfig(pipeline=2)),
     ("pp2-vpp2", 2, 1, ParallelConfig(pipeline=2, virtual_pipeline=2)),
     ("pp2-uneven", 2, 1, ParallelConfig(pipeline=2, layers_per_stage=(3, 5))),
+    ("pp2-vpp2-empty", 2, 1, ParallelConfig(pipeline=2, virtual_pipeline=2, layers_per_stage=(4, 0, 0, 4))),
     ("tp2", 2, 2, ParallelConfig(tensor=2)),
     ("tp2-sp", 2, 1, ParallelConfig(tensor=2, sequence_parallel=True)),
     ("tp2-inline", 2, 1, ParallelConfig(tensor=2, encoder_placement=INLINE)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.config.choices import EncoderPlacement, Variant
+from megatron_deepstack.config.choices import EncoderPlacement, Part, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -45,6 +45,18 @@ REFUSED = {
     "uneven stages": (recipe(pipeline=3), LayoutError, "8 decoder layers do not split evenly over 3", "[2, 3, 3]"),
     "wrong sum": (recipe(pipeline=2, layers_per_stage=(4, 5)), LayoutError, "sum to 9", "8 layers"),
     "wrong count": (recipe(pipeline=2, layers_per_stage=(8,)), LayoutError, "they are 1", "2 counts"),
+    "a stage with nothing to train": (
+        recipe(pipeline=3, layers_per_stage=(4, 0, 4)),
+        LayoutError,
+        "parallel.layers_per_stage: stages [1] hold no layer, embedding or head",
+        "give them a layer, or use parallel.pipeline=2",
+    ),
+    "chunks with nothing to train": (
+        recipe(pipeline=3, virtual_pipeline=2, layers_per_stage=(4, 0, 0, 0, 0, 4)),
+        LayoutError,
+        "stages [1] hold no layer, embedding or head",
+        "parallel.pipeline=2",
+    ),
     "inline behind the first stage": (
         recipe(pipeline=4, encoder_placement=EncoderPlacement.INLINE, stacks=StackConfig(slots=(0, 1, 2, 7))),
         LayoutError,
@@ -76,6 +88,17 @@ def test_inline_is_fine_where_all_slots_are_on_the_first_stage():
     check_plan(recipe(pipeline=2, encoder_placement=EncoderPlacement.INLINE, stacks=StackConfig(slots=(0, 1, 2, 3))))
 
 
+@pytest.mark.parametrize("layers", [(0, 4, 4), (4, 4, 0), (0, 8, 0)])
+def test_a_stage_with_the_embedding_or_the_head_needs_no_layer(layers: tuple[int, ...]):
+    check_plan(recipe(pipeline=3, layers_per_stage=layers))
+
+
+def test_a_stage_needs_no_layer_where_another_chunk_has_one_or_the_decoder_is_frozen():
+    check_plan(recipe(pipeline=3, virtual_pipeline=2, layers_per_stage=(1, 0, 2, 2, 2, 1)))
+    frozen = TrainConfig(trainable=(Part.VISION, Part.PROJECTOR))
+    check_plan(replace(recipe(pipeline=3, layers_per_stage=(4, 0, 4)), train=frozen))
+
+
 def test_slots_and_stages_are_reported_together_with_the_file(tmp_path: Path):
     file = tmp_path / "r.yaml"
     file.write_text("parallel: {pipeline: 5}\nmodel: {stacks: {start: 30}}\ntrain: {stepz: 1}\n")
@@ -84,6 +107,31 @@ def test_slots_and_stages_are_reported_together_with_the_file(tmp_path: Path):
     starts = ["train.stepz", "model.stacks: stack 2", "model.stacks: stack 3", "parallel.pipeline: 32 decoder layers"]
     for start, problem in zip(starts, caught.value.problems, strict=True):
         assert problem.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "starts"),
+    [
+        ("parallel.pipeline=0 lora.rank=4", ["parallel.pipeline: found 0"]),
+        ("parallel.pipeline=0 parallel.encoder_placement=inline", ["parallel.pipeline: found 0"]),
+        ("parallel.recompute=full parallel.recompute_num_layers=0", ["parallel.recompute_num_layers: found 0"]),
+        ("parallel.tensor=0 train.precision=fp8", ["parallel.tensor: found 0"]),
+        ("parallel.context=0 train.precision=fp8", ["parallel.context: found 0"]),
+        ("model.language.num_heads=0 train.precision=fp8", ["model.language.num_heads: found 0"]),
+        ("parallel.pipeline=0 train.stepz=1 optimizer.lr=-1", ["train.stepz", "parallel.pipeline", "optimizer.lr"]),
+        ("optimizer.lr=-1 model.stacks.slots=[0,1,2,9]", ["optimizer.lr: found -1", "model.stacks: stack 3"]),
+    ],
+)
+def test_numbers_out_of_range_are_reported_and_not_planned_with(overrides: str, starts: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load_checked_recipe("demo", overrides.split())
+    for start, problem in zip(starts, caught.value.problems, strict=True):
+        assert problem.startswith(start)
+
+
+def test_a_plan_is_refused_for_numbers_out_of_range():
+    with pytest.raises(ConfigError, match="pipeline: found 0, expected a number above 0"):
+        check_plan(recipe(pipeline=0))
 
 
 def test_world_must_be_whole_replicas():

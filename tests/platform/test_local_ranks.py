@@ -14,7 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_deepstack.errors import ConfigError, DeepStackError, HangError, PreemptedError, RankError, StoreError
+from megatron_deepstack.errors import (
+    ConfigError,
+    DeepStackError,
+    HangError,
+    LayoutError,
+    PreemptedError,
+    RankError,
+    StoreError,
+)
+from megatron_deepstack.platform import device
 from megatron_deepstack.platform.gang import Ending, Report, cause
 from megatron_deepstack.platform.local_ranks import launch_ranks
 
@@ -68,6 +77,31 @@ def test_result_of_rank_0(tmp_path: Path) -> None:
     assert launch_ranks(_rank, 2, "result", str(tmp_path)) == 2.0
     assert gone(tmp_path, "pid0")
     assert gone(tmp_path, "pid1")
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "num_gpus", lambda: 1)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_more_ranks_than_gpus_are_refused_before_any_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"2 ranks on this machine take a GPU each, and it shows 1; .* the CPU$"):
+        launch_ranks(_rank, 2, "result", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("LOCAL_RANK", "3")  # what torchrun sets on the fourth of a machine
+    with pytest.raises(LayoutError, match=r"4 ranks on this machine .* put CUDA_VISIBLE_DEVICES= before the command"):
+        device.select_device()
+
+
+@pytest.mark.parametrize(("gpus", "num_ranks"), [(2, 2), (8, 1), (0, 3)])
+def test_ranks_that_have_a_gpu_each_or_none_at_all_may_start(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, num_ranks: int
+) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: gpus > 0)
+    monkeypatch.setattr(device, "num_gpus", lambda: gpus)
+    device.require_devices(num_ranks)
 
 
 FAILURES: dict[str, tuple[type[DeepStackError], str]] = {

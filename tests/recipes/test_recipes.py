@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.config.check import check_recipe
 from megatron_deepstack.config.choices import Part, Variant
 from megatron_deepstack.config.load import RECIPES, load_recipe, recipe_to_yaml
 from megatron_deepstack.planning.check import check_plan, check_world
@@ -38,7 +37,6 @@ def test_the_resolved_text(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES + BASELINES)
 def test_it_passes_all_checks_on_a_node(name: str) -> None:
     recipe = load_recipe(name)
-    check_recipe(recipe)
     check_plan(recipe)
     check_world(recipe, NODE)
 
