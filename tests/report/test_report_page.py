@@ -16,11 +16,13 @@ from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, StackConfig
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.report import pictures
 from megatron_deepstack.report.chart import Line, line_chart, round_ticks, running_mean
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import read_answers, read_metrics
 from megatron_deepstack.report.stages import stage_drawing
+from megatron_deepstack.testing.tiny_store import write_tiny_store
 
 HOSTILE = "<script>alert('x')</script>\"&"
 
@@ -34,7 +36,7 @@ class FakeStore:
         return cls()
 
     def image(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(grid=[(2, 2), (1, 3)][index])
+        return SimpleNamespace(grid=[(2, 2), (1, 3)][index], count=[5, 4][index])
 
     def read_views(self, image: int, views: range) -> np.ndarray:
         return np.full((len(views), 28, 28, 3), 40 * image, np.uint8)
@@ -120,6 +122,21 @@ def test_the_page_asks_nothing_of_the_network(run):
     assert "url(" not in text
     assert "default-src 'none'" in text.replace("&#x27;", "'")
     assert set(re.findall(r"https?://[^\"\s]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+VIEWS = {
+    ViewLayout.GLOBAL: (1, "global view"),
+    ViewLayout.CROPS: (5, "global view2 x 2 crops"),
+    ViewLayout.HIGH_RES: (5, "global view2 x 2 crops"),
+}
+
+
+@pytest.mark.parametrize(("layout", "shown"), VIEWS.items(), ids=VIEWS)
+def test_pictures_of_every_layout_show_the_views_there_are(tmp_path, layout, shown):
+    grids = [(1, 1) if layout is ViewLayout.GLOBAL else (2, 2)]
+    store = write_tiny_store(tmp_path / "store", grids=grids, samples=[(0,)], layout=layout)
+    page = Tags(pictures.Pictures().views(str(store), 0))
+    assert (sum(tag == "img" for tag, _ in page.seen), "".join(page.texts)) == shown
 
 
 def test_a_run_without_answers_or_metrics_has_a_page_too(run):
