@@ -53,7 +53,9 @@ def train(
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
     overrides: Overrides = None,
-    store: Annotated[Path | None, typer.Option(help="Questions; by default the run's data.validation_store.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Folder or URL of questions; by default the run's data.validation_store.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
 ) -> None:

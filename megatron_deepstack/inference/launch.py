@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
@@ -15,12 +13,12 @@ from megatron_deepstack.platform.local_ranks import launch_ranks
 SHOWN = 20
 
 
-def generate(recipe: Recipe, *, store: Path | None, limit: int | None, max_new_tokens: int) -> Score:
-    """Answer the questions of `store` (default: `data.validation_store`) and print a table.
+def generate(recipe: Recipe, *, store: str | None, limit: int | None, max_new_tokens: int) -> Score:
+    """Answer the questions of `store`, a folder or URL (default: `data.validation_store`), and print a table.
 
     Raises CheckpointError and StoreError before any rank starts, RankError if one fails.
     """
-    path = str(store) if store is not None else recipe.data.validation_store
+    path = store if store is not None else recipe.data.validation_store
     if path is None:
         raise ConfigError(["data.validation_store: not set; name a store of questions with --store"])
     require_checkpoint(recipe)
