@@ -78,6 +78,15 @@ def _cpu_seconds(arguments: tuple[str, ...]) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
+@pytest.mark.parametrize("name", ["runs #1", "2024", "run: a", "a=b", "${x}"])
+def test_generate_takes_the_folder_of_a_run_as_it_is(recipe, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    Path(recipe).rename(Path(name) / "recipe.yaml")
+    result = CliRunner().invoke(app, ["generate", name, "--store", "s"])
+    assert (result.exit_code, f"{name}: holds no checkpoint" in result.output) == (5, True)
+
+
 def test_all_problems_at_once(recipe):
     done = run("train", recipe, "train.stepz=3", "parallel.tensor=5", "optimizer.lr=fast", "model.stacks.start=-1")
     for words in ("5 problems", "train.stepz", "parallel.tensor: 5 ", "optimizer.lr: found 'fast'", "start: found -1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,12 +68,13 @@ def generate(
 
 
 def _recipe_of_run(run: Path, overrides: list[str]) -> Any:
+    """The recipe a run was made with; the run may lie elsewhere by now, under a name that YAML reads otherwise."""
     from megatron_deepstack.planning.check import load_checked_recipe
 
     file = run / "recipe.yaml"
     if not file.is_file():
         raise ConfigError([f"{run}: holds no recipe.yaml; expected the run_dir of a finished or stopped `train`"])
-    return load_checked_recipe(file, [*overrides, f"run_dir={run}"])
+    return replace(load_checked_recipe(file, overrides), run_dir=str(run))
 
 
 @app.command()
