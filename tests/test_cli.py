@@ -94,10 +94,19 @@ def test_all_problems_at_once(recipe):
     assert done.stdout == ""
 
 
-def test_debug_shows_the_traceback(recipe):
-    done = run("--debug", "train", recipe, "train.stepz=3")
-    assert "Traceback" in done.stderr
-    assert "ConfigError" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [(("train", "RECIPE", "train.stepz=3"), 2, "ConfigError"), (("store", "verify", "nowhere"), 4, "StoreError")],
+    ids=["a verb", "a verb in a group"],
+)
+def test_debug_shows_the_traceback_and_leaves_as_without_it(recipe, arguments, code, kind):
+    arguments = tuple(recipe if argument == "RECIPE" else argument for argument in arguments)
+    plain, debug = run(*arguments), run("--debug", *arguments)
+    assert (plain.returncode, debug.returncode) == (code, code)
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+    assert kind in debug.stderr
+    assert debug.stderr.endswith(plain.stderr)
 
 
 def test_markup_in_a_message_is_text(tmp_path):
