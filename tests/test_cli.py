@@ -87,6 +87,17 @@ def test_generate_takes_the_folder_of_a_run_as_it_is(recipe, tmp_path, monkeypat
     assert (result.exit_code, f"{name}: holds no checkpoint" in result.output) == (5, True)
 
 
+def test_what_torchrun_decides_is_refused_beside_it(recipe, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--ranks", "4", "--restarts", "3"]
+    result = CliRunner().invoke(app, ["train", recipe, "data.store=s", *options])
+    assert result.exit_code == 2
+    assert "--ranks 4: torchrun has started 2 already; leave it out" in result.output
+    assert "--restarts 3: a rank cannot start the others again; leave it out" in result.output
+    assert "torchrun --max-restarts=3" in result.output
+
+
 def test_all_problems_at_once(recipe):
     done = run("train", recipe, "train.stepz=3", "parallel.tensor=5", "optimizer.lr=fast", "model.stacks.start=-1")
     for words in ("5 problems", "train.stepz", "parallel.tensor: 5 ", "optimizer.lr: found 'fast'", "start: found -1"):

@@ -34,6 +34,8 @@ def train(
     loaded = load_checked_recipe(recipe, overrides or ())
     require(loaded, () if loaded.data.stores else ("data.store",), "train")
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if started:
+        _refuse_under_torchrun(ranks, restarts)
     num_ranks = int(os.environ["WORLD_SIZE"]) if started else ranks or model_ranks(loaded.parallel)
     check_world(loaded, num_ranks)
     if started:
@@ -48,6 +50,23 @@ def train(
     from megatron_deepstack.training.launch import launch
 
     launch(loaded, num_ranks=num_ranks, say=say, stop_after=stop_after, restarts=restarts)
+
+
+def _refuse_under_torchrun(ranks: int | None, restarts: int) -> None:
+    """Raise ConfigError for what only the one who starts the ranks can do."""
+    problems = []
+    if ranks is not None:
+        problems.append(
+            f"--ranks {ranks}: torchrun has started {os.environ['WORLD_SIZE']} already; leave it out, and tell "
+            "torchrun with --nnodes and --nproc-per-node"
+        )
+    if restarts:
+        problems.append(
+            f"--restarts {restarts}: a rank cannot start the others again; leave it out, and give torchrun "
+            f"--max-restarts={restarts}"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 @app.command()
