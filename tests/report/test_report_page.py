@@ -18,7 +18,7 @@ from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, Parall
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.report import pictures
-from megatron_deepstack.report.chart import Line, line_chart, round_ticks, running_mean
+from megatron_deepstack.report.chart import Line, line_chart, round_ticks, running_mean, stacked_chart
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import read_answers, read_metrics
 from megatron_deepstack.report.stages import stage_drawing
@@ -224,6 +224,46 @@ def test_running_mean_keeps_length_and_constants():
     points = [(step, 2.0) for step in range(100)]
     assert running_mean(points) == points
     assert running_mean([]) == []
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 61, 180, 1001])
+def test_running_mean_is_that_of_the_values_around(num):
+    """To rounding (worst measured 1e-15), also after one value beside which all others vanish."""
+    values = np.random.default_rng(num).lognormal(size=num)
+    values[num // 3] = 1e30
+    half = max(1, num // 60)
+    near = [values[max(0, index - half) : index + half + 1] for index in range(num)]
+    means = running_mean(list(enumerate(values.tolist())))
+    assert [step for step, _ in means] == list(range(num))
+    assert [mean for _, mean in means] == pytest.approx([part.mean() for part in near], rel=1e-13)
+
+
+def corners(drawn, kind):
+    """Points of a chart's lines or areas, in the order in which they are drawn."""
+    shapes = [part for part in ElementTree.fromstring(drawn).iter() if part.tag.endswith(kind)]
+    return [[tuple(map(float, pair.split(","))) for pair in shape.attrib["points"].split()] for shape in shapes]
+
+
+def test_a_long_run_is_drawn_with_few_points_and_all_its_extremes():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[7, 31_415]] = -50, 50
+    (_, short), (_, long) = (
+        corners(line_chart([Line(points, "#000000", faint=points)], title="t"), "polyline")
+        for points in (list(enumerate(values[:2000].tolist())), list(enumerate(values.tolist())))
+    )
+    assert len(short) == 2000
+    assert 1000 < len(long) <= 2000
+    assert (long[0][0], long[-1][0]) == (short[0][0], short[-1][0]), "from the first step to the last"
+    assert min(long, key=lambda point: point[1])[0] == pytest.approx(64 + 820 * 0.31415, abs=0.1)
+    assert max(long, key=lambda point: point[1])[0] == pytest.approx(64, abs=0.1)
+
+
+def test_areas_of_a_long_run_share_their_few_steps():
+    points = [(step, 1.0 + step % 7) for step in range(50_000)]
+    low, high = corners(stacked_chart([("a", "#000000", points), ("b", "#111111", points)], title="t"), "polygon")
+    assert len(low) == len(high) <= 2 * 2000
+    assert [x for x, _ in low] == [x for x, _ in high]
+    assert high[len(high) // 2 :] == low[: len(low) // 2][::-1], "one stands on the other"
 
 
 def test_chart_of_one_point():
