@@ -125,6 +125,12 @@ def test_markup_in_a_message_is_text(tmp_path):
     assert "recipe '[/red][bold]x': no such file" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["x [/y]", "run [v2]", "1:100:3"])
+def test_markup_in_the_name_of_a_recipe_is_text(recipe, name):
+    result = CliRunner().invoke(app, ["plan", recipe, f"name='{name}'"], env={"COLUMNS": "100"})
+    assert (result.exit_code, f"Stage plan of {name}" in result.output) == (0, True)
+
+
 def test_nothing_heavy_is_imported():
     code = (
         "import sys, megatron_deepstack.cli;"

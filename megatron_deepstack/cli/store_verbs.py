@@ -93,18 +93,18 @@ def stats(
 def _print_stats(found: Any) -> None:
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for fact in found.facts:
         facts.add_row(*fact)
-    console.print(facts, markup=False)
+    console.print(facts)
     for histogram in found.histograms:
         most = max((count for _, count in histogram.bins), default=1)
         table = Table(histogram.title, histogram.of, "", box=None, padding=(0, 2, 0, 0), title_justify="left")
         for label, count in histogram.bins:
             table.add_row(label, f"{count:,}", "\u2588" * max(round(40 * count / most), count > 0))
         console.print()
-        console.print(table, markup=False)
+        console.print(table)
 
 
 @stores.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
@@ -37,8 +38,8 @@ def _show(answers: list[Answer], score: Score) -> None:
     for heading in ("question", "answer", "expected", ""):
         table.add_column(heading, overflow="fold")
     for answer in answers[:SHOWN]:
-        table.add_row(answer.question, answer.answer, answer.expected, "ok" if answer.correct else "")
-    console.print(table, markup=False)
+        table.add_row(*map(Text, (answer.question, answer.answer, answer.expected, "ok" if answer.correct else "")))
+    console.print(table)
     console.print(
         f"exact match {score.correct} of {score.total} = {score.correct / max(score.total, 1):.1%}; "
         f"chance (the commonest answer every time) {score.chance:.1%}",

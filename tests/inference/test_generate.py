@@ -14,6 +14,7 @@ from megatron_deepstack.config.schema import DataConfig, LanguageConfig, Paralle
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
+from megatron_deepstack.inference import launch
 from megatron_deepstack.inference.main import Answer, Score, open_questions, require_checkpoint
 from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.report.records import read_answers
@@ -92,6 +93,17 @@ def test_questions_in_a_bucket_are_answered_and_reported(
     assert answer.store == url
     assert any((tmp_path / "cache/copies").iterdir())
     assert "global view" in (Path(recipe.run_dir) / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_was_asked_and_answered_is_shown_as_it_is(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("Is it [/b]?", "[bold]", "1:100:3")
+    monkeypatch.setattr(launch, "launch_ranks", lambda *_: [Answer("0", *texts, False, "s", None)])
+    monkeypatch.setattr(launch, "require_checkpoint", lambda _: None)
+    launch.generate(recipe, store=recipe.data.store, limit=None, max_new_tokens=5)
+    shown = capsys.readouterr().out
+    assert [text for text in texts if text not in shown] == []
 
 
 def test_questions_of_a_store(recipe: Recipe) -> None:
