@@ -78,6 +78,26 @@ def _cpu_seconds(arguments: tuple[str, ...]) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
+@pytest.mark.parametrize("name", ["runs #1", "2024", "run: a", "a=b", "${x}"])
+def test_generate_takes_the_folder_of_a_run_as_it_is(recipe, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    Path(recipe).rename(Path(name) / "recipe.yaml")
+    result = CliRunner().invoke(app, ["generate", name, "--store", "s"])
+    assert (result.exit_code, f"{name}: holds no checkpoint" in result.output) == (5, True)
+
+
+def test_what_torchrun_decides_is_refused_beside_it(recipe, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--ranks", "4", "--restarts", "3"]
+    result = CliRunner().invoke(app, ["train", recipe, "data.store=s", *options])
+    assert result.exit_code == 2
+    assert "--ranks 4: torchrun has started 2 already; leave it out" in result.output
+    assert "--restarts 3: a rank cannot start the others again; leave it out" in result.output
+    assert "torchrun --max-restarts=3" in result.output
+
+
 def test_all_problems_at_once(recipe):
     done = run("train", recipe, "train.stepz=3", "parallel.tensor=5", "optimizer.lr=fast", "model.stacks.start=-1")
     for words in ("5 problems", "train.stepz", "parallel.tensor: 5 ", "optimizer.lr: found 'fast'", "start: found -1"):
@@ -85,15 +105,30 @@ def test_all_problems_at_once(recipe):
     assert done.stdout == ""
 
 
-def test_debug_shows_the_traceback(recipe):
-    done = run("--debug", "train", recipe, "train.stepz=3")
-    assert "Traceback" in done.stderr
-    assert "ConfigError" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [(("train", "RECIPE", "train.stepz=3"), 2, "ConfigError"), (("store", "verify", "nowhere"), 4, "StoreError")],
+    ids=["a verb", "a verb in a group"],
+)
+def test_debug_shows_the_traceback_and_leaves_as_without_it(recipe, arguments, code, kind):
+    arguments = tuple(recipe if argument == "RECIPE" else argument for argument in arguments)
+    plain, debug = run(*arguments), run("--debug", *arguments)
+    assert (plain.returncode, debug.returncode) == (code, code)
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+    assert kind in debug.stderr
+    assert debug.stderr.endswith(plain.stderr)
 
 
 def test_markup_in_a_message_is_text(tmp_path):
     done = run("plan", "[/red][bold]x")
     assert "recipe '[/red][bold]x': no such file" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["x [/y]", "run [v2]", "1:100:3"])
+def test_markup_in_the_name_of_a_recipe_is_text(recipe, name):
+    result = CliRunner().invoke(app, ["plan", recipe, f"name='{name}'"], env={"COLUMNS": "100"})
+    assert (result.exit_code, f"Stage plan of {name}" in result.output) == (0, True)
 
 
 def test_nothing_heavy_is_imported():

@@ -8,6 +8,7 @@ the traceback as well.
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from typing import Annotated, Any, NoReturn
 
@@ -21,14 +22,14 @@ from megatron_deepstack.errors import ConfigError, DeepStackError
 
 
 class Verbs(TyperGroup):
-    """The group of verbs; turns expected failures into a message and an exit code."""
+    """A group of verbs; turns expected failures into a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except DeepStackError as error:
-            if ctx.params.get("debug"):
-                raise
+            if ctx.find_root().params.get("debug"):
+                traceback.print_exception(error)
             _fail(error)
 
 

@@ -32,7 +32,7 @@ def launch(
     if dry_run:
         from orchestration.launch.run import dry_run as describe
 
-        describe(loaded, Console().print, num_ranks=ranks, address=address)
+        describe(loaded, Console(markup=False, emoji=False).print, num_ranks=ranks, address=address)
         return
     say(f"launch: run folder {loaded.run_dir}")
     from orchestration.launch.run import launch as run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,8 @@ def train(
     loaded = load_checked_recipe(recipe, overrides or ())
     require(loaded, () if loaded.data.stores else ("data.store",), "train")
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if started:
+        _refuse_under_torchrun(ranks, restarts)
     num_ranks = int(os.environ["WORLD_SIZE"]) if started else ranks or model_ranks(loaded.parallel)
     check_world(loaded, num_ranks)
     if started:
@@ -49,11 +52,30 @@ def train(
     launch(loaded, num_ranks=num_ranks, say=say, stop_after=stop_after, restarts=restarts)
 
 
+def _refuse_under_torchrun(ranks: int | None, restarts: int) -> None:
+    """Raise ConfigError for what only the one who starts the ranks can do."""
+    problems = []
+    if ranks is not None:
+        problems.append(
+            f"--ranks {ranks}: torchrun has started {os.environ['WORLD_SIZE']} already; leave it out, and tell "
+            "torchrun with --nnodes and --nproc-per-node"
+        )
+    if restarts:
+        problems.append(
+            f"--restarts {restarts}: a rank cannot start the others again; leave it out, and give torchrun "
+            f"--max-restarts={restarts}"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
     overrides: Overrides = None,
-    store: Annotated[Path | None, typer.Option(help="Questions; by default the run's data.validation_store.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Folder or URL of questions; by default the run's data.validation_store.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
 ) -> None:
@@ -65,12 +87,13 @@ def generate(
 
 
 def _recipe_of_run(run: Path, overrides: list[str]) -> Any:
+    """The recipe a run was made with; the run may lie elsewhere by now, under a name that YAML reads otherwise."""
     from megatron_deepstack.planning.check import load_checked_recipe
 
     file = run / "recipe.yaml"
     if not file.is_file():
         raise ConfigError([f"{run}: holds no recipe.yaml; expected the run_dir of a finished or stopped `train`"])
-    return load_checked_recipe(file, [*overrides, f"run_dir={run}"])
+    return replace(load_checked_recipe(file, overrides), run_dir=str(run))
 
 
 @app.command()

@@ -93,30 +93,31 @@ def stats(
 def _print_stats(found: Any) -> None:
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for fact in found.facts:
         facts.add_row(*fact)
-    console.print(facts, markup=False)
+    console.print(facts)
     for histogram in found.histograms:
         most = max((count for _, count in histogram.bins), default=1)
         table = Table(histogram.title, histogram.of, "", box=None, padding=(0, 2, 0, 0), title_justify="left")
         for label, count in histogram.bins:
             table.add_row(label, f"{count:,}", "\u2588" * max(round(40 * count / most), count > 0))
         console.print()
-        console.print(table, markup=False)
+        console.print(table)
 
 
 @stores.command()
 def merge(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Store to create.")],
-    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Finished stores, two or more.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Store to create.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Finished stores, two or more.")],
 ) -> None:
     """Make one store of several that were preprocessed alike. Shards are linked, images in several kept once."""
     from megatron_deepstack.storekeeping.merge import merge as put_together
 
+    created, *taken = map(_folder, (output, *inputs))
     with _shards_done("merge") as progress:
-        done = put_together(output, inputs, progress)
+        done = put_together(created, taken, progress)
     say(
         f"{output}: {done.samples} samples, {done.images} images ({done.shared} of several stores, kept once), "
         f"{done.whole} of {done.shards} shards taken as they were"
@@ -125,9 +126,9 @@ def merge(
 
 @stores.command()
 def split(
-    path: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
-    train: Annotated[Path, typer.Argument(metavar="TRAIN", help="Store to create for the larger side.")],
-    heldout: Annotated[Path, typer.Argument(metavar="HELDOUT", help="Store to create for the samples drawn.")],
+    path: Annotated[str, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Store to create for the larger side.")],
+    heldout: Annotated[str, typer.Argument(metavar="HELDOUT", help="Store to create for the samples drawn.")],
     fraction: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the samples to hold out.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Number of samples to hold out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which samples are drawn.")] = 0,
@@ -138,8 +139,21 @@ def split(
     from megatron_deepstack.storekeeping.assemble import open_local
     from megatron_deepstack.storekeeping.split import split as divide
 
-    wanted = count if count is not None else round((fraction or 0) * len(open_local(path)))
+    whole, larger, smaller = map(_folder, (path, train, heldout))
+    wanted = count if count is not None else round((fraction or 0) * len(open_local(whole)))
     with _shards_done("split") as progress:
-        done = divide(path, train, heldout, count=wanted, seed=seed, progress=progress)
+        done = divide(whole, larger, smaller, count=wanted, seed=seed, progress=progress)
     say(f"{train}: {done.train_samples} samples, {done.train_images} images")
     say(f"{heldout}: {done.heldout_samples} samples, {done.heldout_images} images, {done.in_both} of them in both")
+
+
+def _folder(text: str) -> Path:
+    """The folder of a store to take from or to create; raises StoreError for a URL."""
+    from megatron_deepstack.data.location import Location
+
+    location = Location.parse(text)
+    if not location.is_local:
+        raise StoreError(
+            f"{text}: stores are merged and split in folders, not at URLs; copy what lies there to a folder first"
+        )
+    return location.local_path()

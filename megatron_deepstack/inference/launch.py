@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
@@ -15,12 +14,12 @@ from megatron_deepstack.platform.local_ranks import launch_ranks
 SHOWN = 20
 
 
-def generate(recipe: Recipe, *, store: Path | None, limit: int | None, max_new_tokens: int) -> Score:
-    """Answer the questions of `store` (default: `data.validation_store`) and print a table.
+def generate(recipe: Recipe, *, store: str | None, limit: int | None, max_new_tokens: int) -> Score:
+    """Answer the questions of `store`, a folder or URL (default: `data.validation_store`), and print a table.
 
     Raises CheckpointError and StoreError before any rank starts, RankError if one fails.
     """
-    path = str(store) if store is not None else recipe.data.validation_store
+    path = store if store is not None else recipe.data.validation_store
     if path is None:
         raise ConfigError(["data.validation_store: not set; name a store of questions with --store"])
     require_checkpoint(recipe)
@@ -39,8 +38,8 @@ def _show(answers: list[Answer], score: Score) -> None:
     for heading in ("question", "answer", "expected", ""):
         table.add_column(heading, overflow="fold")
     for answer in answers[:SHOWN]:
-        table.add_row(answer.question, answer.answer, answer.expected, "ok" if answer.correct else "")
-    console.print(table, markup=False)
+        table.add_row(*map(Text, (answer.question, answer.answer, answer.expected, "ok" if answer.correct else "")))
+    console.print(table)
     console.print(
         f"exact match {score.correct} of {score.total} = {score.correct / max(score.total, 1):.1%}; "
         f"chance (the commonest answer every time) {score.chance:.1%}",

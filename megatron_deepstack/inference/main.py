@@ -16,7 +16,9 @@ from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.verification import newest_whole_together
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.data.cache import CacheConfig
 from megatron_deepstack.data.conversation import stop_ids
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.processor import check_store
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.tokenizer import Tokenizer
@@ -42,6 +44,7 @@ class Answer:
     correct: bool
     """The answer equals the expected one, surrounding white space aside."""
     store: str
+    """Its absolute path or its URL, for a report written anywhere."""
     image: int | None
     """First image in the store."""
 
@@ -108,7 +111,8 @@ def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
     """A store of questions with the run's tokenizer, checked against each other. Raises StoreError, ConfigError."""
     if recipe.data.tokenizer is None:
         raise ConfigError(["data.tokenizer: not set; `generate` needs it to write its answers"])
-    store, tokenizer = Store.open(store_path), load_tokenizer(recipe.data.tokenizer)
+    cache = CacheConfig(recipe.data.cache_dir, int(recipe.data.cache_gib * 2**30))
+    store, tokenizer = Store.open(store_path, cache=cache), load_tokenizer(recipe.data.tokenizer)
     check_store(store, recipe.model, tokenizer)
     return store, tokenizer
 
@@ -170,7 +174,7 @@ def _answer(question: Question, ids: list[int], tokenizer: Tokenizer, store: str
         answer=text,
         expected=question.expected,
         correct=text == question.expected,
-        store=str(Path(store).resolve()),
+        store=str(Location.parse(store).absolute()),
         image=question.images[0] if question.images else None,
     )
 

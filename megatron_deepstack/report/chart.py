@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_deepstack.report.svg import FAINT, LINE, Markup, drawing, element, text
 
 _WIDTH, _HEIGHT = 900, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 40
+_MOST_DRAWN = 2000
+"""Points of a line, more than two a pixel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ def stacked_chart(parts: Sequence[tuple[str, str, Sequence[Point]]], *, title: s
         tops.append([below + value for below, (_, value) in zip(tops[-1], points, strict=True)])
     ticks = round_ticks(0.0, 1.2 * max(tops[-1]))  # room for the legend
     axes = _Axes(steps[0], max(steps[-1], steps[0] + 1), 0.0, ticks[-1])
+    drawn = _drawn(tops[-1])
+    steps, tops = [steps[index] for index in drawn], [[top[index] for index in drawn] for top in tops]
     areas = [
         _area(axes, steps, low, high, colour)
         for low, high, (_, colour, _) in zip(tops[:-1], tops[1:], parts, strict=True)
@@ -131,8 +136,21 @@ def _marks(axes: _Axes, marks: Sequence[tuple[float, str]]) -> list[Markup]:
     return parts
 
 
+def _drawn(values: Sequence[float]) -> Sequence[int]:
+    """Places of the values to draw: all, or of very many the first, the last, and each stretch's lowest and highest."""
+    if len(values) <= _MOST_DRAWN:
+        return range(len(values))
+    places = {0, len(values) - 1}
+    stretches = _MOST_DRAWN // 2 - 1
+    for number in range(stretches):
+        stretch = range(len(values) * number // stretches, len(values) * (number + 1) // stretches)
+        places |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
+    return sorted(places)
+
+
 def _line(axes: _Axes, points: Sequence[Point], colour: str, *, width: float, opacity: float) -> Markup:
-    path = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in points)
+    shown = (points[index] for index in _drawn([value for _, value in points]))
+    path = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in shown)
     return element(
         "polyline",
         points=path,
@@ -145,12 +163,24 @@ def _line(axes: _Axes, points: Sequence[Point], colour: str, *, width: float, op
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
-    """Each value replaced by the mean of about a thirtieth of all around it; at the ends, of what there is."""
-    half = max(1, len(points) // 60)
+    """Each value replaced by the mean of about a thirtieth of all around it; at the ends, of what there is.
+
+    Takes time in proportion to the points: a window of `width` values is the end of one block of that many and the
+    beginning of the next. Differences of sums over all would do too, but lose what is small beside one huge value.
+    """
+    half, last = max(1, len(points) // 60), len(points) - 1
+    width = 2 * half + 1
+    values = [0.0] * half + [value for _, value in points] + [0.0] * half
+    begins: list[float] = []
+    ends: list[float] = []
+    for first in range(0, len(values), width):
+        block = values[first : first + width]
+        begins += accumulate(block)
+        ends += reversed([*accumulate(reversed(block))])
     means = []
     for index, (step, _) in enumerate(points):
-        near = [value for _, value in points[max(0, index - half) : index + half + 1]]
-        means.append((step, sum(near) / len(near)))
+        total = begins[index + width - 1] + (ends[index] if index % width else 0.0)
+        means.append((step, total / (min(index, half) + 1 + min(last - index, half))))
     return means
 
 

@@ -27,21 +27,20 @@ class Pictures:
         self._open = cache(Store.open)
 
     def views(self, store: str, image: int) -> Markup:
-        """The global view beside the grid of crops. Raises StoreError if the store is gone or damaged."""
+        """The global view, and beside it the crops as a grid where the store has any.
+
+        Raises StoreError if the store is gone or damaged.
+        """
         opened = self._open(store)
-        gw, gh = opened.image(image).grid
-        views = opened.read_views(image, range(1 + gw * gh))
-        crops = [embedded(view, f"crop {index}") for index, view in enumerate(views[1:])]
-        return element(
-            "div",
-            element("figure", embedded(views[0], "global view"), element("figcaption", "global view")),
-            element(
-                "figure",
-                element("div", *crops, class_="grid", style=_grid_style(gw, gh)),
-                element("figcaption", f"{gw} x {gh} crops"),
-            ),
-            class_="views",
-        )
+        stored = opened.image(image)
+        gw, gh = stored.grid
+        views = opened.read_views(image, range(min(stored.count, 1 + gw * gh)))
+        figures = [element("figure", embedded(views[0], "global view"), element("figcaption", "global view"))]
+        if len(views) > 1:
+            crops = [embedded(view, f"crop {index}") for index, view in enumerate(views[1:])]
+            grid = element("div", *crops, class_="grid", style=_grid_style(gw, gh))
+            figures.append(element("figure", grid, element("figcaption", f"{gw} x {gh} crops")))
+        return element("div", *figures, class_="views")
 
 
 def _grid_style(gw: int, gh: int) -> str:

@@ -21,7 +21,8 @@ _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 def plan_table(recipe: Recipe) -> RenderableType:
     """One row per chunk of the pipeline, its layers drawn as a strip with the stacks marked."""
     slots = decoder_slots(recipe.model)
-    table = Table(title=f"Stage plan of {recipe.name}", title_justify="left", pad_edge=False)
+    title = Text(f"Stage plan of {recipe.name}", style="table.title")
+    table = Table(title=title, title_justify="left", pad_edge=False)
     for heading in ("stage", "layers", "stacks added before", "holds", "strip"):
         table.add_column(heading, overflow="fold")
     for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):

@@ -29,7 +29,7 @@ class StepConsole:
 
     def say(self, text: str) -> None:
         """A line as it is."""
-        self.console.print(text, markup=False)
+        self.console.print(Text(text))
 
     def add(self, record: StepRecord) -> None:
         """A line about the step if it is due, and the bar moved on."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from orchestration.launch.record import (
     HEARTBEAT_SECONDS,
@@ -47,7 +48,7 @@ class Follower:
 
     def say(self, line: str) -> None:
         """A line for the user."""
-        self._console.print(line, markup=False)
+        self._console.print(Text(line))
 
     def _take(self, event: dict[str, Any]) -> None:
         record = self._record

@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
+from megatron_deepstack.inference import launch
 from megatron_deepstack.inference.main import Answer, Score, open_questions, require_checkpoint
 from megatron_deepstack.inference.questions import read_question
+from megatron_deepstack.report.records import read_answers
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
@@ -23,13 +27,19 @@ Pools = Callable[[int], RankPool]
 ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")
 
 
-def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig) -> list[Answer]:
-    """Train two steps in the recipe's layout if nothing is there yet, then answer in another."""
-    from megatron_deepstack.inference.main import answer_questions, load_engine
+def train_two_steps(rank: int, recipe: Recipe) -> None:
+    """In the recipe's layout, if nothing is there yet."""
     from megatron_deepstack.training.loop import run
 
     if not (Path(recipe.run_dir) / "checkpoints").exists():
         run(recipe, groups_for(recipe.parallel))
+
+
+def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig) -> list[Answer]:
+    """Train in the recipe's layout, then answer in another."""
+    from megatron_deepstack.inference.main import answer_questions, load_engine
+
+    train_two_steps(rank, recipe)
     assert recipe.data.store is not None
     other = replace(recipe, parallel=parallel)
     store, tokenizer = open_questions(other, recipe.data.store)
@@ -66,6 +76,34 @@ def test_every_layout_gives_the_same_text(ranks: Pools, recipe: Recipe) -> None:
         (2, ParallelConfig(context=2)),
     ):
         assert ranks(num_ranks).run(train_and_answer, recipe, parallel)[0] == expected
+
+
+def test_questions_in_a_bucket_are_answered_and_reported(
+    ranks: Pools, recipe: Recipe, bucket: str, tmp_path: Path
+) -> None:
+    """By the command line, with copies where data.cache_dir says; the report finds the store again by its URL."""
+    ranks(2).run(train_two_steps, recipe)
+    url = f"{bucket}/store.zarr"
+    preprocess(recipe, url, workers=0)
+    changes = [f"data.cache_dir={tmp_path / 'cache'}", "parallel.pipeline=1"]
+    for verb in (["generate", recipe.run_dir, *changes, "--store", url, "--limit", "1"], ["report", recipe.run_dir]):
+        result = CliRunner().invoke(app, verb)
+        assert result.exit_code == 0, result.output
+    (answer,) = read_answers(Path(recipe.run_dir))
+    assert answer.store == url
+    assert any((tmp_path / "cache/copies").iterdir())
+    assert "global view" in (Path(recipe.run_dir) / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_was_asked_and_answered_is_shown_as_it_is(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("Is it [/b]?", "[bold]", "1:100:3")
+    monkeypatch.setattr(launch, "launch_ranks", lambda *_: [Answer("0", *texts, False, "s", None)])
+    monkeypatch.setattr(launch, "require_checkpoint", lambda _: None)
+    launch.generate(recipe, store=recipe.data.store, limit=None, max_new_tokens=5)
+    shown = capsys.readouterr().out
+    assert [text for text in texts if text not in shown] == []
 
 
 def test_questions_of_a_store(recipe: Recipe) -> None:

@@ -34,6 +34,7 @@ from megatron_deepstack.platform.network import interface_of
 from megatron_deepstack.testing.tiny import tiny_recipe
 from orchestration.launch import control, probe
 from orchestration.launch.checks import Finding, Link, failures, in_words, judge
+from orchestration.launch.follow import Follower
 from orchestration.launch.placement import Demand, Node, check_groups_fit, neighbours, place
 from orchestration.launch.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
 from orchestration.launch.preflight import require_sound
@@ -501,12 +502,27 @@ def test_variables_that_ranks_get() -> None:
     assert rank_environment(given) == {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
-def test_dry_run_without_a_cluster(recipe: Recipe, tmp_path: Path) -> None:
-    """All is shown and nothing is started; what is wrong is the exit code's matter too."""
+def test_lines_of_rank_0_are_passed_on_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "saved [/runs]/1:100:3 [bold]now[/bold]"
+    Follower(tmp_path, LaunchRecord()).say(line)
+    assert capsys.readouterr().out == f"{line}\n"
+
+
+def test_dry_run_without_a_cluster(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is shown as it is and nothing is started; what is wrong is the exit code's matter too."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "[b]1:100:3")
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_to_yaml(replace(recipe, checkpoint=CheckpointConfig(keep=1))))
     result = CliRunner().invoke(app, ["launch", str(file), "--dry-run"], env={"COLUMNS": "160"})
     assert result.exit_code == ClusterError.exit_code
-    for words in ("2 ranks", "WRONG", "store /s", "restarts   3 at most", "from the beginning", "OMP_NUM_THREADS=1"):
+    for words in (
+        "2 ranks",
+        "WRONG",
+        "store /s",
+        "restarts   3 at most",
+        "from the beginning",
+        "OMP_NUM_THREADS=1",
+        "[b]1:100:3",
+    ):
         assert words in result.output
     assert "ray" not in {path.name for path in Path(recipe.run_dir).iterdir()}

@@ -16,11 +16,13 @@ from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, StackConfig
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.report import pictures
-from megatron_deepstack.report.chart import Line, line_chart, round_ticks, running_mean
+from megatron_deepstack.report.chart import Line, line_chart, round_ticks, running_mean, stacked_chart
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import read_answers, read_metrics
 from megatron_deepstack.report.stages import stage_drawing
+from megatron_deepstack.testing.tiny_store import write_tiny_store
 
 HOSTILE = "<script>alert('x')</script>\"&"
 
@@ -34,7 +36,7 @@ class FakeStore:
         return cls()
 
     def image(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(grid=[(2, 2), (1, 3)][index])
+        return SimpleNamespace(grid=[(2, 2), (1, 3)][index], count=[5, 4][index])
 
     def read_views(self, image: int, views: range) -> np.ndarray:
         return np.full((len(views), 28, 28, 3), 40 * image, np.uint8)
@@ -122,6 +124,21 @@ def test_the_page_asks_nothing_of_the_network(run):
     assert set(re.findall(r"https?://[^\"\s]+", text)) == {"http://www.w3.org/2000/svg"}
 
 
+VIEWS = {
+    ViewLayout.GLOBAL: (1, "global view"),
+    ViewLayout.CROPS: (5, "global view2 x 2 crops"),
+    ViewLayout.HIGH_RES: (5, "global view2 x 2 crops"),
+}
+
+
+@pytest.mark.parametrize(("layout", "shown"), VIEWS.items(), ids=VIEWS)
+def test_pictures_of_every_layout_show_the_views_there_are(tmp_path, layout, shown):
+    grids = [(1, 1) if layout is ViewLayout.GLOBAL else (2, 2)]
+    store = write_tiny_store(tmp_path / "store", grids=grids, samples=[(0,)], layout=layout)
+    page = Tags(pictures.Pictures().views(str(store), 0))
+    assert (sum(tag == "img" for tag, _ in page.seen), "".join(page.texts)) == shown
+
+
 def test_a_run_without_answers_or_metrics_has_a_page_too(run):
     (run / "answers.jsonl").unlink()
     (run / "metrics.jsonl").unlink()
@@ -207,6 +224,46 @@ def test_running_mean_keeps_length_and_constants():
     points = [(step, 2.0) for step in range(100)]
     assert running_mean(points) == points
     assert running_mean([]) == []
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 61, 180, 1001])
+def test_running_mean_is_that_of_the_values_around(num):
+    """To rounding (worst measured 1e-15), also after one value beside which all others vanish."""
+    values = np.random.default_rng(num).lognormal(size=num)
+    values[num // 3] = 1e30
+    half = max(1, num // 60)
+    near = [values[max(0, index - half) : index + half + 1] for index in range(num)]
+    means = running_mean(list(enumerate(values.tolist())))
+    assert [step for step, _ in means] == list(range(num))
+    assert [mean for _, mean in means] == pytest.approx([part.mean() for part in near], rel=1e-13)
+
+
+def corners(drawn, kind):
+    """Points of a chart's lines or areas, in the order in which they are drawn."""
+    shapes = [part for part in ElementTree.fromstring(drawn).iter() if part.tag.endswith(kind)]
+    return [[tuple(map(float, pair.split(","))) for pair in shape.attrib["points"].split()] for shape in shapes]
+
+
+def test_a_long_run_is_drawn_with_few_points_and_all_its_extremes():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[7, 31_415]] = -50, 50
+    (_, short), (_, long) = (
+        corners(line_chart([Line(points, "#000000", faint=points)], title="t"), "polyline")
+        for points in (list(enumerate(values[:2000].tolist())), list(enumerate(values.tolist())))
+    )
+    assert len(short) == 2000
+    assert 1000 < len(long) <= 2000
+    assert (long[0][0], long[-1][0]) == (short[0][0], short[-1][0]), "from the first step to the last"
+    assert min(long, key=lambda point: point[1])[0] == pytest.approx(64 + 820 * 0.31415, abs=0.1)
+    assert max(long, key=lambda point: point[1])[0] == pytest.approx(64, abs=0.1)
+
+
+def test_areas_of_a_long_run_share_their_few_steps():
+    points = [(step, 1.0 + step % 7) for step in range(50_000)]
+    low, high = corners(stacked_chart([("a", "#000000", points), ("b", "#111111", points)], title="t"), "polygon")
+    assert len(low) == len(high) <= 2 * 2000
+    assert [x for x, _ in low] == [x for x, _ in high]
+    assert high[len(high) // 2 :] == low[: len(low) // 2][::-1], "one stands on the other"
 
 
 def test_chart_of_one_point():

@@ -256,3 +256,22 @@ def test_the_verbs(three: list[Path], tmp_path: Path) -> None:
     for wrong in ([], ["--fraction", "0.5", "--count", "3"]):
         result = CliRunner().invoke(app, ["store", "split", out, train, held, *wrong])
         assert (result.exit_code, "give one of --fraction and --count" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("merge", "OUT", "s3://bucket/a.zarr", "b"),
+        ("merge", "s3://bucket/out.zarr", "a", "b"),
+        ("split", "s3://bucket/a.zarr", "t", "h", "--count", "1"),
+        ("split", "a", "t", "s3://bucket/h.zarr", "--count", "1"),
+    ],
+)
+def test_the_verbs_refuse_urls(three: list[Path], monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]) -> None:
+    monkeypatch.chdir(three[0].parent)
+    before = sorted(os.listdir())
+    result = CliRunner().invoke(app, ["store", *verb])
+    assert result.exit_code == 4
+    (url,) = (word for word in verb if "://" in word)
+    assert f"{url}: stores are merged and split in folders" in result.output
+    assert sorted(os.listdir()) == before

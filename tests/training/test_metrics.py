@@ -111,6 +111,13 @@ def test_plain_lines_say_what_happened() -> None:
     assert "\x1b" not in line
 
 
+def test_what_the_loop_says_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "saved [/runs]/1:100:3 [bold]now[/bold]"
+    with MetricsLog(recipe_in(tmp_path), first_step=0, writes=True) as log:
+        log.say(line)
+    assert capsys.readouterr().out == f"{line}\n"
+
+
 EVENTS = {
     "spike": ({"spike": True}, "SPIKE"),
     "skipped": ({"applied": False, "loss": math.nan}, "SKIPPED: loss or gradient not finite"),
