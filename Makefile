@@ -40,6 +40,7 @@ $(TESTABLE): $(INSTALLED)
 	$(PIP) --editable '.[test]'
 	@touch $@
 
+demo: export CUDA_VISIBLE_DEVICES :=
 demo: $(INSTALLED)
 	rm -rf $(DEMO)
 	$(RUN) draw $(DEMO)/data

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from megatron_deepstack.config.schema import DataConfig
 from megatron_deepstack.errors import StoreError
 
 _LOW_WATER: Final = 0.9
@@ -32,6 +33,11 @@ class CacheConfig:
     folder: str | None = None
     """A folder of this node; one below the system's folder for temporary files if None."""
     limit_bytes: int = 64 * 2**30
+
+    @classmethod
+    def of(cls, data: DataConfig) -> CacheConfig:
+        """What a recipe asks for."""
+        return cls(data.cache_dir, int(data.cache_gib * 2**30))
 
 
 class BoundedFolder:

@@ -219,7 +219,7 @@ def _open_checked(recipe: Recipe, path: str | None) -> Store:
     if path is None:
         raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
     data = recipe.data
-    cache = CacheConfig(data.cache_dir, int(data.cache_gib * 2**30))
+    cache = CacheConfig.of(data)
     store = Store.open(path, verify_checksums=data.verify_checksums, cache=cache)
     check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
     check_lengths(store, recipe.model, recipe.train)

@@ -111,7 +111,7 @@ def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
     """A store of questions with the run's tokenizer, checked against each other. Raises StoreError, ConfigError."""
     if recipe.data.tokenizer is None:
         raise ConfigError(["data.tokenizer: not set; `generate` needs it to write its answers"])
-    cache = CacheConfig(recipe.data.cache_dir, int(recipe.data.cache_gib * 2**30))
+    cache = CacheConfig.of(recipe.data)
     store, tokenizer = Store.open(store_path, cache=cache), load_tokenizer(recipe.data.tokenizer)
     check_store(store, recipe.model, tokenizer)
     return store, tokenizer

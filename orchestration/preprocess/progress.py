@@ -9,6 +9,7 @@ from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from orchestration.preprocess.work import PartDone
 
@@ -64,7 +65,7 @@ class JobProgress:
 
     def say(self, text: str) -> None:
         """A line of text above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=True)
 
     def again(self, text: str) -> None:
         """Count and name a part that has to be done again."""
