@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import StoreError
+from megatron_deepstack.platform.process import machine_start, process_start
 from orchestration.preprocess import lease
 from orchestration.preprocess.lease import LEASE_FILE, Owner, hold_lease, read_token
 
@@ -34,7 +34,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_lease(root: Location, **changes: Any) -> Owner:
     """A lease that this process might have left, with changes."""
-    owner = Owner(os.uname().nodename, lease._machine(), os.getpid(), psutil.Process().create_time(), "left")
+    owner = Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), "left")
     owner = replace(owner, **changes)
     root.child(LEASE_FILE).create(json.dumps(asdict(owner)).encode())
     return owner
