@@ -34,8 +34,9 @@ from megatron_deepstack.planning.footprint import checkpoint_bytes, part_paramet
 from megatron_deepstack.platform.network import interface_of
 from megatron_deepstack.platform.process import process_start
 from megatron_deepstack.testing.tiny import tiny_recipe
-from orchestration.launch import control, probe
+from orchestration.launch import control, probe, run
 from orchestration.launch.checks import Finding, Link, failures, in_words, judge
+from orchestration.launch.follow import Follower
 from orchestration.launch.placement import Demand, Node, check_groups_fit, neighbours, place
 from orchestration.launch.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
 from orchestration.launch.preflight import require_sound
@@ -43,6 +44,7 @@ from orchestration.launch.probe import Answer, NodeFacts
 from orchestration.launch.rank import RankFailed
 from orchestration.launch.record import (
     STOP_FILE,
+    Events,
     LaunchRecord,
     Restart,
     State,
@@ -379,6 +381,51 @@ class TestRecord:
         assert Tail(path, from_start=False).lines() == []
         assert last_lines(path, 2) == ["two more", "three"]
         assert last_lines(tmp_path / "none", 2) == []
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A run folder in which this process cannot write its record: a folder is where the unfinished file would be."""
+    obstacle = tmp_path / "full" / f".launch.json.{os.getpid()}.partial"
+    obstacle.mkdir(parents=True)
+    return obstacle
+
+
+class TestFullDisk:
+    def test_a_heartbeat_that_cannot_be_written_is_left_out(self, full: Path) -> None:
+        run_dir, record = full.parent, LaunchRecord()
+        with pytest.raises(OSError, match="directory"):
+            write_record(run_dir, record)
+        Events(run_dir).clear()
+        follower = Follower(run_dir, record)
+        Events(run_dir).add("running")
+        follower.look()
+        assert record.state is State.RUNNING
+        assert read_record(run_dir) is None
+        full.rmdir()
+        Events(run_dir).add("start")
+        follower.look()
+        assert read_record(run_dir) == record
+
+    @pytest.mark.parametrize(
+        "ends", [ClusterError("no nodes"), PreemptedError("asked to stop")], ids=["fails", "stops"]
+    )
+    def test_the_run_keeps_its_own_end(
+        self, recipe: Recipe, ends: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run_dir = Path(recipe.run_dir)
+
+        def fill_up(*_: object) -> None:
+            (run_dir / f".launch.json.{os.getpid()}.partial").mkdir()
+            raise ends
+
+        monkeypatch.setattr(run, "_cluster", fill_up)
+        with pytest.raises(type(ends)) as caught:
+            run.launch(recipe)
+        assert caught.value is ends
+        said = capsys.readouterr().err
+        assert f"launch: {run_dir}/launch.json could not be written: Is a directory. The run is" in said
+        assert f"({ends}), but `status` will call it lost; make room or fix the folder" in said
 
 
 class TestWaiting:
