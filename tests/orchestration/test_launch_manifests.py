@@ -8,11 +8,13 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
 import yaml
@@ -28,6 +30,7 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.s*h"))
 KUBERNETES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 EVERY = ["rayjob.yaml", "ray_job_submit.sh", "slurm_ray.sbatch", "slurm_torchrun.sbatch"]
 GPUS_PER_NODE, NODES = 8, 2
+KUBERAY = [sys.executable, "-m", "orchestration.manifests.kuberay"]
 
 
 def read(name: str) -> str:
@@ -133,6 +136,41 @@ def test_the_kubernetes_job_asks_for_what_its_pods_have() -> None:
     assert recipe.launch.ranks == workers["replicas"] * int(limits["nvidia.com/gpu"])
     assert recipe.launch.cpus_per_rank * GPUS_PER_NODE <= int(limits["cpu"])
     assert recipe.run_dir.startswith("/shared/")
+
+
+def test_the_kubernetes_job_is_started_as_it_is_written() -> None:
+    """KubeRay puts the entrypoint into a shell's line, `ray job submit` quotes it anew, Ray gives it to a shell."""
+    entrypoint = load("rayjob.yaml")["spec"]["entrypoint"]
+    words = entrypoint.split()
+    assert words[:5] == ["python", "-m", "orchestration.manifests.kuberay", "megatron-deepstack", "launch"]
+    assert shlex.split(subprocess.list2cmdline(shlex.split(entrypoint))) == words
+    assert not set("$`;&|\\!*?<>") & set(entrypoint)
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [("exit 0", 0, ""), ("exit 75", 0, "launch left with 75: it was asked to stop"),
+     ("exit 2", 0, "left with 2: the recipe is wrong"), ("exit 3", 0, "3: the data"), ("exit 4", 0, "4: a store"),
+     ("exit 5", 0, "5: a checkpoint"), ("exit 8", 0, "8: training went wrong"), ("exit 1", 1, ""), ("exit 7", 7, ""),
+     ("exit 9", 9, ""), ("exit 10", 10, ""), ("exit 11", 11, ""), ("kill -9 $$", 137, "")],
+)  # fmt: skip
+def test_the_kubernetes_job_is_started_again_only_where_that_may_help(ends: str, code: int, words: str) -> None:
+    done = subprocess.run([*KUBERAY, "bash", "-c", ends], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == code
+    assert (words in done.stdout) if words else not done.stdout
+    assert ("and is not started again" in done.stdout) == bool(words)
+
+
+def test_the_kubernetes_job_waits_for_a_run_that_is_told_to_stop() -> None:
+    """Ray signals all processes of a job; the run still saves, and its end is the job's."""
+    saves = "trap 'sleep 0.5; exit 75' TERM; echo ready; while true; do sleep 0.05; done"
+    with subprocess.Popen([*KUBERAY, "bash", "-c", saves], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "ready\n"
+        for process in (job, *psutil.Process(job.pid).children()):
+            process.send_signal(signal.SIGTERM)
+        assert "launch left with 75" in job.stdout.read()
+    assert job.returncode == 0
 
 
 STUBS = {
