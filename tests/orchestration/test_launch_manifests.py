@@ -21,6 +21,7 @@ import yaml
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import ClusterError
 from megatron_deepstack.planning.check import check_world, load_checked_recipe
 from orchestration import manifests
 from orchestration.launch.placement import Node, demand_of, place
@@ -177,7 +178,10 @@ STUBS = {
     "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "scontrol $*" >> "$LOG"; fi',
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "hostname": "echo 10.0.0.1",
-    "ray": 'echo "ray $*" >> "$LOG"; if [ "$1" = start ]; then exec sleep 60; fi',
+    "ray": (
+        'echo "ray $*" >> "$LOG"; if [ "$1" = start ]; then [ "$HEAD_IS" = dead ] && exit 3; exec sleep 60; fi; '
+        '[ -z "$HEAD_IS" ] || { echo "nothing listens"; exit 1; }'
+    ),
     "megatron-deepstack": (
         'echo "ours $*" >> "$LOG"; if [ "$1" = stop ]; then touch "$LOG.stop"; exit 0; fi; '
         'while [ "$(grep -c "ray start" "$LOG")" -lt 2 ]; do sleep 0.05; done; '
@@ -193,13 +197,13 @@ def stubs(tmp_path: Path) -> dict[str, str]:
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "QUICK": ""}
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "QUICK": "", "HEAD_IS": ""}
     path_variable = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **slurm, "PATH": path_variable, "LOG": str(tmp_path / "log"), "RUN_DIR": "/shared/run"}
 
 
-def start(stubs: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(["bash", FOLDER / "slurm_ray.sbatch"], env=stubs, start_new_session=True)
+def start(stubs: dict[str, str], errors: int | None = None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["bash", FOLDER / "slurm_ray.sbatch"], env=stubs, start_new_session=True, stderr=errors)
 
 
 def calls(stubs: dict[str, str]) -> str:
@@ -221,6 +225,21 @@ def test_slurm_script_hands_on_the_end_of_the_run(stubs: dict[str, str]) -> None
     assert "ray start --block --address=10.0.0.1:6379" in said
     assert "ours launch deepstack_l_7b_finetune --address 10.0.0.1:6379 run_dir=/shared/run" in said
     assert "scontrol requeue" not in said
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [("dead", "slurm_ray: 'ray start' on n1 ended with 3, as said above; set RAY_PORT if port 6379 is taken there"),
+     ("mute", "slurm_ray: no Ray answers at 10.0.0.1:6379 after 1 s (HEAD_SECONDS): nothing listens")],
+)  # fmt: skip
+def test_slurm_script_gives_up_on_a_head_that_does_not_come(stubs: dict[str, str], head: str, words: str) -> None:
+    """It would otherwise wait in silence for as long as the nodes are allotted."""
+    script = start({**stubs, "HEAD_IS": head, "HEAD_SECONDS": "600" if head == "dead" else "1"}, subprocess.PIPE)
+    assert script.stderr is not None
+    said = script.stderr.readline().decode()
+    assert end(script) == ClusterError.exit_code
+    assert said == f"{words}\n"
+    assert "ours launch" not in calls(stubs)
 
 
 def test_slurm_script_stops_the_run_and_goes_back_into_the_queue(stubs: dict[str, str]) -> None:
