@@ -22,6 +22,7 @@ _NO_METRICS: Final = {"RAY_enable_metrics_collection": "0"}
 """Its exporter would listen on every interface."""
 _KNOCK_SECONDS: Final = 10.0
 """Longest wait for a cluster's port."""
+_TOKEN: Final = "a cluster that was started with a token wants RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN here"
 _NOT_NEWS: Final = "A worker died or was killed while executing a task"
 """Ray says so in ten lines of possible causes for each worker; drivers tell of a death in one, in their own words."""
 
@@ -37,7 +38,7 @@ def ray_session(
     here.
     A Ray started here has `workers` CPUs, and `gpus` GPUs (all of the machine's if None).
     Without an `address` the environment's RAY_ADDRESS counts, which `ray job submit` sets. Raises ConfigError if no
-    cluster answers there, ClusterError if Ray does not start here.
+    cluster answers there, ClusterError if one does not let us in, or if Ray does not start here.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     ray = import_ray(address)
@@ -86,8 +87,14 @@ def _join(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
-        advice = "`ray status` on its head node shows the address"
+        advice = f"`ray status` on its head node shows the address; {_TOKEN}"
         raise ConfigError([f"--address {address}: no Ray cluster answers there: {error}. {advice}"]) from error
+    except Exception as error:  # Ray has a RuntimeError for other versions, errors of its own for tokens
+        ray.shutdown()
+        raise ClusterError(
+            f"--address {address}: the Ray cluster there does not let this process in: {' '.join(str(error).split())}. "
+            f"Both need the same Ray and the same Python; {_TOKEN}"
+        ) from error
 
 
 def import_ray(address: str | None) -> Any:

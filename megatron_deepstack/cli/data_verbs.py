@@ -56,6 +56,9 @@ def _summary(done: Any) -> str:
     """What preprocessing did, in two lines; a third tells of trouble."""
     seconds = f"{done.seconds:.1f} s, {done.images_per_second:.0f} images/s"
     where = f" on {len(done.nodes)} nodes" if len(done.nodes) > 1 else ""
+    work = f"{done.written_bytes / 1e6:.0f} MB in {seconds}{where}"
+    if done.parts_done_before == done.parts:
+        work = "the store is complete already, no part was left to do"
     trouble = [
         f"{done.quarantined} images quarantined and {done.dropped} samples with them" if done.quarantined else "",
         f"{done.flagged} images damaged but stored" if done.flagged else "",
@@ -63,8 +66,7 @@ def _summary(done: Any) -> str:
     ]
     lines = [
         f"{done.store}: {done.samples} samples, {done.images} images, {done.views} views",
-        f"{done.tokens} tokens, {done.target_tokens} of them learned; {done.written_bytes / 1e6:.0f} MB in {seconds}"
-        + where,
+        f"{done.tokens} tokens, {done.target_tokens} of them learned; {work}",
         "; ".join(filter(None, trouble)),
     ]
     listed = f" (listed in {done.store}/quarantine.jsonl)" if done.quarantined or done.flagged else ""

@@ -9,6 +9,7 @@ alike; whatever else goes wrong with a URL is a LocationError.
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
@@ -21,11 +22,19 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from megatron_deepstack.errors import ConfigError, LocationError
+from megatron_deepstack.platform.rename import rename_new
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:-]+)*://")
 _LOCAL: Final = "file://"
 _OF_THE_FILE: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors of one file, which the caller may expect; all others are the connection's or the service's."""
+_NOT_OFFERED: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+"""What file systems answer to a hard link, or a rename that replaces nothing, where they have none."""
+_NO_WAY: Final = (
+    "this file system has neither hard links nor a rename that replaces nothing, so of several writers none could be "
+    "told that another was first. Take a folder on another one (ext4, XFS, NFS and Lustre have both or one), and copy "
+    "what is finished"
+)
 _EXTRAS: Final = {"s3": "pip install 'megatron-deepstack[s3]'", "gs": "pip install gcsfs", "az": "pip install adlfs"}
 
 
@@ -151,7 +160,7 @@ class Location:
     def create(self, data: bytes) -> None:
         """Write a file that must not be there yet; of several writers one wins. Raises FileExistsError."""
         if self.is_local:
-            with _local_file(self.local_path(), os.link) as file:
+            with _local_file(self.local_path(), _publish_new) as file:
                 file.write(data)
             return
         with _remote(self.text):
@@ -242,6 +251,27 @@ def _local_file(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[I
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _publish_new(temporary: Path, path: Path) -> None:
+    """Give a whole file its name, which nothing may have yet; raises FileExistsError.
+
+    By a hard link, as every version of NFS has it; exFAT and some FUSE mounts have none, but most of them a rename that
+    replaces nothing. To open the name exclusively and write there would not do: killed half-way, it stays torn.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+    else:
+        return
+    try:
+        rename_new(temporary, path)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+        raise OSError(errno.ENOTSUP, _NO_WAY, str(path)) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -92,10 +92,13 @@ def _end_of_wait(run_dir: Path, record: LaunchRecord, waited: float, *, now: boo
     who = f"its driver (pid {record.pid} on {record.host})"
     if not now:
         raise ClusterError(f"{run_dir}: still {record.state} after {waited:.0f} s; wait on, or `stop {run_dir} --now`")
-    if record.host != socket.gethostname():
+    if not record.is_here:
         raise ClusterError(f"{run_dir}: {who} has not ended after {waited:.0f} s; `kill -9 {record.pid}` there")
-    os.kill(record.pid, signal.SIGKILL)
-    return f"{who} had not ended after {waited:.0f} s and was killed; its ranks end with it"
+    with suppress(ProcessLookupError):
+        if not record.lost:
+            os.kill(record.pid, signal.SIGKILL)
+            return f"{who} had not ended after {waited:.0f} s and was killed; its ranks end with it"
+    return f"{who} is gone"
 
 
 def _state(record: LaunchRecord | None) -> str:

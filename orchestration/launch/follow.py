@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Follower:
             self._take(event)
         if events or time.monotonic() - self._written > HEARTBEAT_SECONDS:
             self._written = time.monotonic()
-            write_record(self._run_dir, self._record)
+            with suppress(OSError):  # a full disk ends no run; at the run's end it is told
+                write_record(self._run_dir, self._record)
 
     def say(self, line: str) -> None:
         """A line for the user."""

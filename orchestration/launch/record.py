@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron_deepstack.errors import ClusterError, ConfigError
+from megatron_deepstack.platform.process import machine_start, process_start, still_runs
 
 STOP_FILE: Final = "stop.request"
 HEARTBEAT_SECONDS: Final = 5.0
@@ -71,7 +72,11 @@ class LaunchRecord:
     started: float = field(default_factory=time.time)
     heartbeat: float = field(default_factory=time.time)
     host: str = field(default_factory=socket.gethostname)
+    machine: str = field(default_factory=machine_start)
+    """Names one start of the driver's system or container; a host of the same name may be another."""
     pid: int = field(default_factory=os.getpid)
+    pid_since: float = field(default_factory=process_start)
+    """When its process began, so that another of the same id is not taken for it."""
     cluster: str = ""
     """Address of the Ray cluster; empty for one of its own."""
     num_ranks: int = 0
@@ -85,12 +90,17 @@ class LaunchRecord:
     exit_code: int | None = None
 
     @property
+    def is_here(self) -> bool:
+        """Whether the driver's process id means something to this process."""
+        return self.machine == machine_start()
+
+    @property
     def lost(self) -> bool:
         """Whether the driver ended without a word."""
         if self.state.over:
             return False
-        if self.host == socket.gethostname():
-            return not is_alive(self.pid)
+        if self.is_here:
+            return not still_runs(self.pid, self.pid_since)
         return time.time() - self.heartbeat > STALE_SECONDS
 
 
@@ -108,7 +118,7 @@ def read_record(run_dir: Path) -> LaunchRecord | None:
         raw["state"] = State(raw["state"])
         raw["ranks"] = [RankPlace(**one) for one in raw["ranks"]]
         raw["restarts"] = [Restart(**{**one, "ranks": tuple(one["ranks"])}) for one in raw["restarts"]]
-        return LaunchRecord(**raw)
+        return LaunchRecord(**{"machine": "", **raw})  # of an earlier version: judged by its heartbeat
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -120,17 +130,6 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

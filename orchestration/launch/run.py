@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from rich.console import Console
+
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError, DeepStackError, PreemptedError, RankError
 from megatron_deepstack.planning.check import check_plan, check_world, model_ranks
@@ -85,7 +87,19 @@ def launch(
             record.state, record.outcome, record.exit_code = State.FAILED, f"{type(error).__name__}: {error}", 1
             raise
         finally:
-            write_record(run_dir, record)
+            _write_end(run_dir, record)
+
+
+def _write_end(run_dir: Path, record: LaunchRecord) -> None:
+    """Write how the run ended. Where that fails (full disk) the user is told, and the run keeps its own end."""
+    try:
+        write_record(run_dir, record)
+    except OSError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"launch: {run_dir / 'launch.json'} could not be written: {error.strerror or error}. The run is "
+            f"{record.state} ({record.outcome}), but `status` will call it lost; make room or fix the folder",
+            markup=False,
+        )
 
 
 def _cluster(recipe: Recipe, num_ranks: int | None, address: str | None) -> Any:

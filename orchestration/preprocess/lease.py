@@ -20,14 +20,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Final
-
-import psutil
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.writer import json_bytes, write_error
 from megatron_deepstack.errors import LocationError, StoreError
+from megatron_deepstack.platform.process import machine_start, process_start, still_runs
 
 LEASE_FILE: Final = ".lock"
 BEAT_SECONDS: Final = 5.0
@@ -42,7 +40,7 @@ class Owner:
 
     host: str
     machine: str
-    """Names one start of one machine's system (or container): process ids mean something within it only."""
+    """`machine_start` there; process ids mean something within it only."""
     pid: int
     started: float
     """When the process began, so that another of the same id is not taken for it."""
@@ -140,8 +138,8 @@ def _acquire(root: Location) -> Owner:
 
 def _is_alive(file: Location, holder: Owner) -> bool:
     """Whether a lease's owner is still at work; takes up to `PATIENCE_SECONDS` if it is on another machine."""
-    if holder.machine == _machine():
-        return _process_runs(holder)
+    if holder.machine == machine_start():
+        return still_runs(holder.pid, holder.started)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(BEAT_SECONDS / 2)
@@ -151,21 +149,8 @@ def _is_alive(file: Location, holder: Owner) -> bool:
     return False
 
 
-def _process_runs(owner: Owner) -> bool:
-    with suppress(psutil.Error):
-        process = psutil.Process(owner.pid)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner.started) < 1
-    return False
-
-
 def _this_process() -> Owner:
-    started = psutil.Process().create_time()
-    return Owner(os.uname().nodename, _machine(), os.getpid(), started, uuid.uuid4().hex)
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), uuid.uuid4().hex)
 
 
 def _read(file: Location) -> Owner | None:

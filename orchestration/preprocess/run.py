@@ -22,7 +22,7 @@ from orchestration.preprocess.parts import Part, Plan, make_plan
 from orchestration.preprocess.progress import JobProgress
 from orchestration.preprocess.signals import stop_on_signals
 from orchestration.preprocess.space import check_space
-from orchestration.preprocess.summary import Summary, is_complete, read_report, write_report
+from orchestration.preprocess.summary import Summary, is_complete, nothing_done, write_report
 from orchestration.preprocess.tally import Tally
 from orchestration.preprocess.tasks import do_here, do_with_ray
 from orchestration.preprocess.work import Job, summarise
@@ -59,7 +59,7 @@ def preprocess(
         claim_folder(root, plan)
         if is_complete(root):
             clear_leftovers(root)
-            return read_report(root, len(plan.parts))
+            return nothing_done(root, len(plan.parts))
         begin_store(root, plan)
         job = Job(
             root,

@@ -46,8 +46,14 @@ class Summary:
 
 def write_report(root: Location, counts: Mapping[str, int], progress: JobProgress) -> Summary:
     """Write the report of the job that has just ended."""
+    summary = _summary(root, counts, progress)
+    write_json(root.child(REPORT_FILE), asdict(summary))
+    return summary
+
+
+def _summary(root: Location, counts: Mapping[str, int], progress: JobProgress) -> Summary:
     seconds = progress.seconds
-    summary = Summary(
+    return Summary(
         store=str(root),
         **counts,
         parts=progress.parts,
@@ -60,8 +66,6 @@ def write_report(root: Location, counts: Mapping[str, int], progress: JobProgres
         images_per_second=round(progress.images_now / max(seconds, 1e-9), 2),
         written_bytes=progress.bytes_now,
     )
-    write_json(root.child(REPORT_FILE), asdict(summary))
-    return summary
 
 
 def is_complete(root: Location) -> bool:
@@ -72,15 +76,17 @@ def is_complete(root: Location) -> bool:
         return False
 
 
-def read_report(root: Location, num_parts: int) -> Summary:
-    """The report of a finished store; made again from its attributes if the job was killed before writing it."""
-    try:
-        return Summary(**json.loads(root.child(REPORT_FILE).read_bytes()))
-    except FileNotFoundError:
-        progress = JobProgress(0, 0)
-        progress.images = _attributes(root)["counts"]["images"]
-        progress.parts = num_parts
-        return write_report(root, _attributes(root)["counts"], progress)
+def nothing_done(root: Location, num_parts: int) -> Summary:
+    """What a job on a finished store did: its counts, and no work. The report of the job that made it is left alone.
+
+    That is written now if that job was killed before it could.
+    """
+    counts = _attributes(root)["counts"]
+    progress = JobProgress(0, 0)
+    progress.images, progress.parts = counts["images"], num_parts
+    if not root.child(REPORT_FILE).is_file():
+        return write_report(root, counts, progress)
+    return _summary(root, counts, progress)
 
 
 def _attributes(root: Location) -> dict[str, Any]:

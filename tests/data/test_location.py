@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import ConfigError, LocationError
 
@@ -85,6 +89,64 @@ def test_only_one_creates_a_file(root: Location) -> None:
     with pytest.raises(FileExistsError):
         file.create(b"second")
     assert file.read_bytes() == b"first"
+
+
+def refuse(number: int) -> Callable[..., None]:
+    """A system call that a file system does not have."""
+
+    def call(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(target))
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK], ids=errno.errorcode.get)
+def test_only_one_creates_a_file_where_there_are_no_hard_links(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(location.os, "link", refuse(number))
+    test_only_one_creates_a_file(Location.parse(tmp_path))
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["record"]
+
+
+def test_of_many_processes_one_creates_a_file_where_there_are_no_hard_links(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from megatron_deepstack.data.location import Location\n"
+        "def link(*names): raise PermissionError(1, 'no hard links')\n"
+        "os.link = link; print('ready', flush=True); input()\n"
+        f"try: Location.parse({str(tmp_path)!r}).child('record').create(sys.argv[1].encode() * 10**6)\n"
+        "except FileExistsError: sys.exit(17)"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        for name in "abcd"
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write(b"\n")
+        writer.stdin.flush()
+    codes = {}
+    for name, writer in zip("abcd", writers, strict=True):
+        writer.communicate(timeout=60)
+        codes[name] = writer.returncode
+    assert sorted(codes.values()) == [0, 17, 17, 17]
+    (winner,) = (name for name, code in codes.items() if code == 0)
+    assert (tmp_path / "record").read_bytes() == winner.encode() * 10**6
+    assert [path.name for path in tmp_path.iterdir()] == ["record"]
+
+
+def test_a_file_system_without_any_way_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(location.os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(location, "rename_new", refuse(errno.EINVAL))
+    with pytest.raises(OSError, match=r"has neither hard links nor .* Take a folder on another one"):
+        Location.parse(tmp_path).child("record").create(b"first")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_with_the_signs_of_patterns(root: Location) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import psutil
@@ -30,6 +31,45 @@ def test_an_unreachable_cluster_is_named_at_once(
         cluster.ray_session(2, address, {}),
     ):
         pass
+
+
+def other_version() -> None:
+    from ray._private.utils import check_version_info
+
+    check_version_info({"ray_version": "2.9.0", "python_version": "3.9.1"}, "node 10.0.0.1")
+
+
+def no_token() -> None:
+    from ray.exceptions import AuthenticationError
+
+    raise AuthenticationError("Token authentication is enabled but no authentication token was found")
+
+
+@pytest.mark.parametrize(
+    ("refuse", "words"),
+    [(other_version, r"started with: Ray: 2\.9\.0 Python: 3\.9\.1 This .* need the same Ray and the same Python;"),
+     (no_token, r"no authentication token was found.* wants RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN here")],
+    ids=["version", "token"],
+)  # fmt: skip
+def test_a_cluster_that_does_not_let_us_in_is_an_error_of_ours(refuse: Callable[[], None], words: str) -> None:
+    """What Ray 2.60 raises there: seen with a head node of another version, and of a token that this process lacks."""
+    shut = []
+    ray = SimpleNamespace(init=lambda **_: refuse(), shutdown=lambda: shut.append(True))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=rf"--address {address}: the Ray cluster there does not let .*{words}"):
+            cluster._join(ray, address)
+    assert shut
+
+
+def test_a_wrong_token_is_thought_of_where_nothing_answers() -> None:
+    """Ray 2.60 tries for 20 s and then says of a wrong token only that it could not connect."""
+
+    def give_up(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers there: .* wants RAY_AUTH_MODE=token and its"):
+        cluster._join(SimpleNamespace(init=give_up), "auto")
 
 
 def test_the_environments_address_counts(unused_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

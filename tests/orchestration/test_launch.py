@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -31,8 +32,9 @@ from megatron_deepstack.errors import (
 )
 from megatron_deepstack.planning.footprint import checkpoint_bytes, part_parameters, rank_bytes
 from megatron_deepstack.platform.network import interface_of
+from megatron_deepstack.platform.process import process_start
 from megatron_deepstack.testing.tiny import tiny_recipe
-from orchestration.launch import control, probe
+from orchestration.launch import control, probe, run
 from orchestration.launch.checks import Finding, Link, failures, in_words, judge
 from orchestration.launch.follow import Follower
 from orchestration.launch.placement import Demand, Node, check_groups_fit, neighbours, place
@@ -42,11 +44,11 @@ from orchestration.launch.probe import Answer, NodeFacts
 from orchestration.launch.rank import RankFailed
 from orchestration.launch.record import (
     STOP_FILE,
+    Events,
     LaunchRecord,
     Restart,
     State,
     Tail,
-    is_alive,
     last_lines,
     newest_step,
     only_driver,
@@ -330,14 +332,30 @@ class TestRecord:
     def test_a_driver_that_is_gone_is_lost(self, tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", ""]) as gone:
             gone.wait()
-        assert not is_alive(gone.pid)
         assert LaunchRecord(state=State.RUNNING, pid=gone.pid).lost
         assert not LaunchRecord(state=State.RUNNING).lost
         assert not LaunchRecord(state=State.FAILED, pid=gone.pid).lost
-        elsewhere = LaunchRecord(state=State.RUNNING, host="elsewhere", pid=1)
+        elsewhere = LaunchRecord(state=State.RUNNING, host="elsewhere", machine="elsewhere", pid=1)
         assert not elsewhere.lost
         elsewhere.heartbeat -= 3600
         assert elsewhere.lost
+
+    def test_another_process_with_the_drivers_number_is_not_the_driver(self) -> None:
+        """A restarted machine or container gives the same name and the same low numbers again."""
+        assert LaunchRecord(state=State.RUNNING, pid_since=process_start() - 3600).lost
+        before_a_restart = LaunchRecord(state=State.RUNNING, machine="an earlier start of it", heartbeat=0.0)
+        assert before_a_restart.host == socket.gethostname()
+        assert before_a_restart.lost
+
+    def test_a_record_of_an_earlier_version_is_judged_by_its_heartbeat(self, tmp_path: Path) -> None:
+        write_record(tmp_path, LaunchRecord(state=State.RUNNING))
+        raw = json.loads((tmp_path / "launch.json").read_text())
+        for beat, lost in ((raw["heartbeat"], False), (raw["heartbeat"] - 3600, True)):
+            earlier = {name: value for name, value in raw.items() if name not in ("machine", "pid_since")}
+            (tmp_path / "launch.json").write_text(json.dumps({**earlier, "pid": 2**22 + 1, "heartbeat": beat}))
+            found = read_record(tmp_path)
+            assert found is not None
+            assert found.lost is lost
 
     def test_a_second_driver_is_refused(self, tmp_path: Path) -> None:
         with only_driver(tmp_path):
@@ -347,7 +365,7 @@ class TestRecord:
                 pass
         with only_driver(tmp_path):
             pass
-        write_record(tmp_path, LaunchRecord(host="elsewhere", pid=7))
+        write_record(tmp_path, LaunchRecord(host="elsewhere", machine="elsewhere", pid=7))
         with pytest.raises(ClusterError, match="process 7 on elsewhere is launching"), only_driver(tmp_path):
             pass
 
@@ -363,6 +381,51 @@ class TestRecord:
         assert Tail(path, from_start=False).lines() == []
         assert last_lines(path, 2) == ["two more", "three"]
         assert last_lines(tmp_path / "none", 2) == []
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A run folder in which this process cannot write its record: a folder is where the unfinished file would be."""
+    obstacle = tmp_path / "full" / f".launch.json.{os.getpid()}.partial"
+    obstacle.mkdir(parents=True)
+    return obstacle
+
+
+class TestFullDisk:
+    def test_a_heartbeat_that_cannot_be_written_is_left_out(self, full: Path) -> None:
+        run_dir, record = full.parent, LaunchRecord()
+        with pytest.raises(OSError, match="directory"):
+            write_record(run_dir, record)
+        Events(run_dir).clear()
+        follower = Follower(run_dir, record)
+        Events(run_dir).add("running")
+        follower.look()
+        assert record.state is State.RUNNING
+        assert read_record(run_dir) is None
+        full.rmdir()
+        Events(run_dir).add("start")
+        follower.look()
+        assert read_record(run_dir) == record
+
+    @pytest.mark.parametrize(
+        "ends", [ClusterError("no nodes"), PreemptedError("asked to stop")], ids=["fails", "stops"]
+    )
+    def test_the_run_keeps_its_own_end(
+        self, recipe: Recipe, ends: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run_dir = Path(recipe.run_dir)
+
+        def fill_up(*_: object) -> None:
+            (run_dir / f".launch.json.{os.getpid()}.partial").mkdir()
+            raise ends
+
+        monkeypatch.setattr(run, "_cluster", fill_up)
+        with pytest.raises(type(ends)) as caught:
+            run.launch(recipe)
+        assert caught.value is ends
+        said = capsys.readouterr().err
+        assert f"launch: {run_dir}/launch.json could not be written: Is a directory. The run is" in said
+        assert f"({ends}), but `status` will call it lost; make room or fix the folder" in said
 
 
 class TestWaiting:
@@ -447,7 +510,7 @@ class TestControl:
             ({"state": State.FINISHED, "exit_code": 0, "outcome": "finished"}, 0, "finished"),
             ({"state": State.STOPPED, "exit_code": 75, "outcome": "asked to stop"}, 75, "because    asked to stop"),
             ({"state": State.FAILED, "exit_code": 7, "outcome": "rank 0 died"}, 7, "because    rank 0 died"),
-            ({"host": "elsewhere", "heartbeat": 0.0}, 0, "running"),
+            ({"host": "elsewhere", "machine": "elsewhere"}, 0, "running"),
         ],
     )
     def test_status_leaves_with_the_runs_own_code(
@@ -491,10 +554,38 @@ class TestControl:
 
     def test_stop_now_kills_a_driver_that_does_not_answer(self, running: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as driver:
-            changed(running, pid=driver.pid)
+            changed(running, pid=driver.pid, pid_since=process_start(driver.pid))
             said = control.stop(running, now=True, wait_seconds=0.1)
             assert driver.wait(60) == -9
         assert f"its driver (pid {driver.pid} on {socket.gethostname()}) had not ended after 0 s and was killed" in said
+
+    def test_stop_now_spares_a_stranger_with_the_drivers_number(self, running: Path) -> None:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+            changed(running, pid=stranger.pid, pid_since=process_start(stranger.pid) - 3600)
+            assert control.status_of(running).state == "lost"
+            said = control.stop(running, now=True, wait_seconds=0.1)
+            assert f"its driver (pid {stranger.pid} on {socket.gethostname()}) is gone" in said
+            assert stranger.poll() is None
+            stranger.communicate(b"\n")
+        assert stranger.returncode == 0
+
+    def test_stop_now_of_a_driver_of_another_container_of_that_name(self, running: Path) -> None:
+        changed(running, machine="another")
+        with pytest.raises(ClusterError, match=rf"has not ended after 0 s; `kill -9 {os.getpid()}` there"):
+            control.stop(running, now=True, wait_seconds=0)
+
+    def test_stop_now_of_a_driver_that_ends_at_that_moment(
+        self, running: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        killed = []
+
+        def kill(pid: int, number: int) -> None:
+            killed.append((pid, number))
+            raise ProcessLookupError
+
+        monkeypatch.setattr(control.os, "kill", kill)
+        assert control.stop(running, now=True, wait_seconds=0).endswith("is gone")
+        assert killed == [(os.getpid(), signal.SIGKILL)]
 
 
 def test_variables_that_ranks_get() -> None:

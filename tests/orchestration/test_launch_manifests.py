@@ -8,17 +8,20 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
 import yaml
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import ClusterError
 from megatron_deepstack.planning.check import check_world, load_checked_recipe
 from orchestration import manifests
 from orchestration.launch.placement import Node, demand_of, place
@@ -28,6 +31,7 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.s*h"))
 KUBERNETES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 EVERY = ["rayjob.yaml", "ray_job_submit.sh", "slurm_ray.sbatch", "slurm_torchrun.sbatch"]
 GPUS_PER_NODE, NODES = 8, 2
+KUBERAY = [sys.executable, "-m", "orchestration.manifests.kuberay"]
 
 
 def read(name: str) -> str:
@@ -135,11 +139,49 @@ def test_the_kubernetes_job_asks_for_what_its_pods_have() -> None:
     assert recipe.run_dir.startswith("/shared/")
 
 
+def test_the_kubernetes_job_is_started_as_it_is_written() -> None:
+    """KubeRay puts the entrypoint into a shell's line, `ray job submit` quotes it anew, Ray gives it to a shell."""
+    entrypoint = load("rayjob.yaml")["spec"]["entrypoint"]
+    words = entrypoint.split()
+    assert words[:5] == ["python", "-m", "orchestration.manifests.kuberay", "megatron-deepstack", "launch"]
+    assert shlex.split(subprocess.list2cmdline(shlex.split(entrypoint))) == words
+    assert not set("$`;&|\\!*?<>") & set(entrypoint)
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [("exit 0", 0, ""), ("exit 75", 0, "launch left with 75: it was asked to stop"),
+     ("exit 2", 0, "left with 2: the recipe is wrong"), ("exit 3", 0, "3: the data"), ("exit 4", 0, "4: a store"),
+     ("exit 5", 0, "5: a checkpoint"), ("exit 8", 0, "8: training went wrong"), ("exit 1", 1, ""), ("exit 7", 7, ""),
+     ("exit 9", 9, ""), ("exit 10", 10, ""), ("exit 11", 11, ""), ("kill -9 $$", 137, "")],
+)  # fmt: skip
+def test_the_kubernetes_job_is_started_again_only_where_that_may_help(ends: str, code: int, words: str) -> None:
+    done = subprocess.run([*KUBERAY, "bash", "-c", ends], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == code
+    assert (words in done.stdout) if words else not done.stdout
+    assert ("and is not started again" in done.stdout) == bool(words)
+
+
+def test_the_kubernetes_job_waits_for_a_run_that_is_told_to_stop() -> None:
+    """Ray signals all processes of a job; the run still saves, and its end is the job's."""
+    saves = "trap 'sleep 0.5; exit 75' TERM; echo ready; while true; do sleep 0.05; done"
+    with subprocess.Popen([*KUBERAY, "bash", "-c", saves], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "ready\n"
+        for process in (job, *psutil.Process(job.pid).children()):
+            process.send_signal(signal.SIGTERM)
+        assert "launch left with 75" in job.stdout.read()
+    assert job.returncode == 0
+
+
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "scontrol $*" >> "$LOG"; fi',
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "hostname": "echo 10.0.0.1",
-    "ray": 'echo "ray $*" >> "$LOG"; if [ "$1" = start ]; then exec sleep 60; fi',
+    "ray": (
+        'echo "ray $*" >> "$LOG"; if [ "$1" = start ]; then [ "$HEAD_IS" = dead ] && exit 3; exec sleep 60; fi; '
+        '[ -z "$HEAD_IS" ] || { echo "nothing listens"; exit 1; }'
+    ),
     "megatron-deepstack": (
         'echo "ours $*" >> "$LOG"; if [ "$1" = stop ]; then touch "$LOG.stop"; exit 0; fi; '
         'while [ "$(grep -c "ray start" "$LOG")" -lt 2 ]; do sleep 0.05; done; '
@@ -155,13 +197,13 @@ def stubs(tmp_path: Path) -> dict[str, str]:
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "QUICK": ""}
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "QUICK": "", "HEAD_IS": ""}
     path_variable = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **slurm, "PATH": path_variable, "LOG": str(tmp_path / "log"), "RUN_DIR": "/shared/run"}
 
 
-def start(stubs: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(["bash", FOLDER / "slurm_ray.sbatch"], env=stubs, start_new_session=True)
+def start(stubs: dict[str, str], errors: int | None = None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["bash", FOLDER / "slurm_ray.sbatch"], env=stubs, start_new_session=True, stderr=errors)
 
 
 def calls(stubs: dict[str, str]) -> str:
@@ -183,6 +225,21 @@ def test_slurm_script_hands_on_the_end_of_the_run(stubs: dict[str, str]) -> None
     assert "ray start --block --address=10.0.0.1:6379" in said
     assert "ours launch deepstack_l_7b_finetune --address 10.0.0.1:6379 run_dir=/shared/run" in said
     assert "scontrol requeue" not in said
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [("dead", "slurm_ray: 'ray start' on n1 ended with 3, as said above; set RAY_PORT if port 6379 is taken there"),
+     ("mute", "slurm_ray: no Ray answers at 10.0.0.1:6379 after 1 s (HEAD_SECONDS): nothing listens")],
+)  # fmt: skip
+def test_slurm_script_gives_up_on_a_head_that_does_not_come(stubs: dict[str, str], head: str, words: str) -> None:
+    """It would otherwise wait in silence for as long as the nodes are allotted."""
+    script = start({**stubs, "HEAD_IS": head, "HEAD_SECONDS": "600" if head == "dead" else "1"}, subprocess.PIPE)
+    assert script.stderr is not None
+    said = script.stderr.readline().decode()
+    assert end(script) == ClusterError.exit_code
+    assert said == f"{words}\n"
+    assert "ours launch" not in calls(stubs)
 
 
 def test_slurm_script_stops_the_run_and_goes_back_into_the_queue(stubs: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -10,11 +11,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import StoreError
+from megatron_deepstack.platform.process import machine_start, process_start
 from orchestration.preprocess import lease
 from orchestration.preprocess.lease import LEASE_FILE, Owner, hold_lease, read_token
 
@@ -34,7 +36,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_lease(root: Location, **changes: Any) -> Owner:
     """A lease that this process might have left, with changes."""
-    owner = Owner(os.uname().nodename, lease._machine(), os.getpid(), psutil.Process().create_time(), "left")
+    owner = Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), "left")
     owner = replace(owner, **changes)
     root.child(LEASE_FILE).create(json.dumps(asdict(owner)).encode())
     return owner
@@ -112,3 +114,13 @@ def test_what_is_no_lease_is_replaced(root: Location, fast: None) -> None:
     root.child(LEASE_FILE).create(b"torn by a crash")
     with hold_lease(root) as held:
         assert read_token(root) == held.owner.token
+
+
+def test_a_file_system_that_cannot_hold_a_lease_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EINVAL, "not here", str(target))
+
+    monkeypatch.setattr(location.os, "link", refuse)
+    monkeypatch.setattr(location, "rename_new", refuse)
+    with pytest.raises(StoreError, match=rf"{tmp_path}.*: this file system has neither hard links nor"):
+        hold_lease(Location.parse(tmp_path / "store")).__enter__()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import numpy as np
 import pytest
 import zarr
 from PIL import Image
+from typer.testing import CliRunner
 
+from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig
 from megatron_deepstack.data.conversation import encode_conversation
 from megatron_deepstack.data.location import Location
@@ -105,10 +109,34 @@ def test_ray_writes_the_same_bytes(
 
 def test_a_finished_store_is_left_alone(corpus: Any, serial: Path, tmp_path: Path, same_store: Same) -> None:
     output = Path(shutil.copytree(serial, tmp_path / "store"))
-    assert asdict(corpus.preprocess(output)) == json.loads((serial / "report.json").read_text())
+    report = (serial / "report.json").read_bytes()
+    done = corpus.preprocess(output)
+    assert (done.store, done.samples, done.parts, done.parts_done_before) == (str(output), 12, 5, 5)
+    assert (done.nodes, done.written_bytes, done.images_per_second, done.images_done_before) == ({}, 0, 0, 14)
+    assert (output / "report.json").read_bytes() == report, "it tells of the job that made the store"
     (output / "report.json").unlink()
     assert corpus.preprocess(output).samples == 12
+    assert json.loads((output / "report.json").read_text())["parts"] == 5
     same_store(serial, output)
+
+
+def test_the_command_says_that_a_store_is_complete_already(corpus: Any, serial: Path, tmp_path: Path) -> None:
+    """And not the megabytes and seconds of the job that made it."""
+    recipe = tiny_recipe()
+    data = replace(
+        recipe.data, records=(str(corpus.records),), images=str(corpus.images), tokenizer=str(corpus.tokenizer)
+    )
+    written = tmp_path / "recipe.yaml"
+    written.write_text(recipe_to_yaml(replace(recipe, data=data)))
+    command = ["preprocess", str(written), "--workers", "0"]
+    stores = (Path(shutil.copytree(serial, tmp_path / "old")), tmp_path / "new")
+    old, new = (CliRunner().invoke(app, [*command, f"data.store={store}"]) for store in stores)
+    assert (old.exit_code, new.exit_code) == (0, 0), old.output + new.output
+    assert f"{stores[0]}: 12 samples, 14 images" in old.output
+    assert "of them learned; the store is complete already, no part was left to do" in old.output
+    assert "images/s" not in old.output
+    assert re.search(r"of them learned; \d+ MB in [\d.]+ s, \d+ images/s", new.output)
+    assert "complete already" not in new.output
 
 
 KILLER = """

@@ -40,7 +40,8 @@ def test_a_bucket_holds_the_same_bytes(corpus: Any, serial: Path, local_ray: Non
     summary = corpus.preprocess(f"{bucket}/a/store.zarr", workers=workers)
     assert summary.store == f"{bucket}/a/store.zarr"
     assert_same(f"{bucket}/a/store.zarr", serial)
-    assert corpus.preprocess(f"{bucket}/a/store.zarr", workers=workers) == summary
+    again = corpus.preprocess(f"{bucket}/a/store.zarr", workers=workers)
+    assert (again.samples, again.parts_done_before, again.nodes) == (summary.samples, summary.parts, {})
 
 
 def test_the_second_job_on_a_bucket_is_refused(corpus: Any, bucket: str) -> None:
