@@ -141,8 +141,12 @@ class Store:
         return str(self.attributes.tokenizer["sha256"])
 
     def array(self, name: str) -> np.ndarray:
-        """A whole index array, mapped and read-only; see `schema.INDEX_ARRAYS`."""
+        """A whole index array, read-only; see `schema.INDEX_ARRAYS`. Of several chunks it is a copy: ask once."""
         return self._index[name][:]
+
+    def rows(self, name: str) -> IndexReader:
+        """An index array to read some rows of, without touching the others."""
+        return self._index[name]
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
         """Samples of 0-based step `step` of a run that reads this store alone, (batch_size,)."""

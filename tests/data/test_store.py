@@ -153,6 +153,14 @@ def test_index_arrays_of_several_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     assert theirs["samples/tokens"].chunks == (4,)
     for name in schema.INDEX_ARRAYS:
         np.testing.assert_array_equal(IndexReader(tmp_path, name)[:], theirs[name][:])
+    tokens = IndexReader(tmp_path, "samples/tokens")
+    assert np.shares_memory(tokens[4:6], tokens[5:7]), "within a chunk nothing is copied"
+    assert tokens[2:6].tolist() == theirs["samples/tokens"][2:6].tolist()
+    for rows in ([0, 3, 4, 7], [5], [7, 0, 7, 1], []):
+        np.testing.assert_array_equal(tokens.take(np.array(rows, np.int64)), theirs["samples/tokens"][:][rows])
+    for wrong in ([8], [-1]):
+        with pytest.raises(IndexError, match="were asked for; there are 8"):
+            tokens.take(np.array(wrong))
     assert [opened.sample(n).tokens.tolist() for n in range(3)] == TOKENS
 
 

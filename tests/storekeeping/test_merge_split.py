@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data import schema
+from megatron_deepstack.data.index import IndexReader
 from megatron_deepstack.data.schema import shard_path
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.writer import write_attributes
@@ -157,6 +160,64 @@ def test_bytes_depend_on_the_sources_alone(three: list[Path], tmp_path: Path) ->
         merge(tmp_path / run / "out", three)
         split(tmp_path / run / "out", tmp_path / run / "t", tmp_path / run / "h", count=6, seed=3)
     assert tree(tmp_path / "x") == tree(tmp_path / "y")
+
+
+def merge_and_split(folder: Path) -> list[tuple[object, dict[str, list[int]]]]:
+    """All that comes out, from stores of parts of other lengths: shards are linked, and gathered from both."""
+    paths = [
+        write_tiny_store(folder / name, seed=n, name=name, images_per_part=length)
+        for n, (name, length) in enumerate({"a": 4, "b": 2}.items())
+    ]
+    merge(folder / "out", paths)
+    split(folder / "out", folder / "train", folder / "held", count=9, seed=3)
+    outputs = [folder / name for name in ("out", "train", "held")]
+    assert all(whole(path) for path in outputs)
+    return [
+        (content(path), {name: Store.open(path).array(name).tolist() for name in schema.INDEX_ARRAYS})
+        for path in outputs
+    ]
+
+
+def test_index_arrays_of_several_chunks_come_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = merge_and_split(tmp_path / "whole")
+    monkeypatch.setattr(schema, "INDEX_ROWS_PER_CHUNK", 5)
+    assert merge_and_split(tmp_path / "chunks") == expected
+    assert (tmp_path / "chunks/out/images/start/c/3").exists()
+
+
+def test_index_rows_are_read_about_once_however_many_shards_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as large a store, twice as many rows: an array that is read anew for each shard would be four times."""
+    counted = 0
+
+    def counting(read: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def spy(*arguments: Any) -> np.ndarray:
+            nonlocal counted
+            rows = read(*arguments)
+            counted += rows.size
+            return rows
+
+        return spy
+
+    for name in ("__getitem__", "take"):
+        monkeypatch.setattr(IndexReader, name, counting(getattr(IndexReader, name)))
+    sums = []
+    for times in (8, 16):
+        stores = [
+            write_tiny_store(
+                tmp_path / f"{times}-{seed}",
+                seed=seed,
+                grids=((2, 2),) * times,
+                samples=((0,),),
+                images_per_part=2 - seed,
+            )
+            for seed in range(2)
+        ]
+        counted = 0
+        merge(tmp_path / f"out{times}", stores)
+        sums.append(counted)
+    assert 0 < sums[1] < 2.1 * sums[0]
 
 
 def change(path: Path, **changes: object) -> None:

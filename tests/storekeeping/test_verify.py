@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data import schema
 from megatron_deepstack.data.schema import INDEX_ARRAYS, index_chunk_path, shard_path
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.writer import write_attributes
@@ -150,6 +151,42 @@ def test_every_fault_is_found(root: Path, fault: Callable[[Path], object], messa
         line = next((line for line in lines if re.search(message, line)), None)
         assert line is not None, (message, lines)
         lines.remove(line)
+
+
+def swap(values: np.ndarray) -> None:
+    values[[1, 2]] = values[[2, 1]]
+
+
+@pytest.mark.parametrize("images_per_part", [1, 4])
+def test_an_index_of_several_chunks_has_the_same_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images_per_part: int
+) -> None:
+    lines = []
+    for rows in (1 << 24, 7):
+        monkeypatch.setattr(schema, "INDEX_ROWS_PER_CHUNK", rows)
+        root = write_tiny_store(tmp_path / str(rows), images_per_part=images_per_part)
+        assert (root / "images/start/c/1").exists() == (rows == 7)
+        assert found(root) == []
+        change_shard(flip, part=0)(root)
+        change_index("images/start", swap)(root)
+        lines.append(found(root))
+    assert lines[0] == lines[1]
+    assert any("is damaged: its crc32c" in line for line in lines[0])
+
+
+def test_whole_index_arrays_are_read_as_often_for_many_shards_as_for_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    whole = Store.array
+    monkeypatch.setattr(Store, "array", lambda store, name: names.append(name) or whole(store, name))
+    read = []
+    for images_per_part in (9, 1):
+        root = write_tiny_store(tmp_path / str(images_per_part), images_per_part=images_per_part)
+        names.clear()
+        assert found(root) == []
+        read.append(list(names))
+    assert read[0] == read[1] != []
 
 
 def test_damage_in_many_shards_is_listed_in_order_and_by_several_processes(root: Path) -> None:
