@@ -145,7 +145,10 @@ class LocalShards:
     def _fill(self, file: int, buffers: list[memoryview], offset: int, slot: int) -> None:
         """Fill buffers from `offset` on; the system may hand over fewer bytes than asked for."""
         while buffers:
-            count = os.preadv(file, buffers, offset)
+            try:
+                count = os.preadv(file, buffers, offset)
+            except OSError as error:
+                raise self._error(slot, f"the shard cannot be read: {error.strerror or error}.") from error
             if count == 0:
                 raise self._error(slot, f"the shard ends before byte {offset + sum(map(len, buffers))}.")
             offset += count
@@ -176,14 +179,23 @@ class LocalShards:
             file = open(self.where(slot), "rb", buffering=0)  # noqa: SIM115 - stays open in the cache
         except OSError as error:
             raise self._error(slot, f"the shard cannot be opened: {error.strerror or error}.") from error
+        try:
+            return _OpenShard(file, self._read_index(file.fileno(), slot))
+        except ShardError:
+            file.close()
+            raise
+
+    def _read_index(self, file: int, slot: int) -> np.ndarray:
         length = shard_index_bytes(self._pixels)
-        position = os.fstat(file.fileno()).st_size - length
-        raw = os.pread(file.fileno(), length, position) if position >= 0 else b""
+        try:
+            position = os.fstat(file).st_size - length
+            raw = os.pread(file, length, position) if position >= 0 else b""
+        except OSError as error:
+            raise self._error(slot, f"the shard cannot be read: {error.strerror or error}.") from error
         index = parse_index(raw) if len(raw) == length else None
         if index is None:
-            file.close()
             raise self._error(slot, "the shard's index is damaged or cut off.")
-        return _OpenShard(file, index)
+        return index
 
     def _slot(self, slot: int) -> int:
         return slot % self._pixels.slots_per_part

@@ -97,7 +97,7 @@ def shard_faults(store: Store, part: int, images: np.ndarray) -> Iterator[Damage
         size = location.size()
         raw = location.read_bytes(size - length, length) if size >= length else b""
     except OSError as error:
-        yield Damage(name, f"cannot be read: {error.strerror or error}", RESTORE)
+        yield Damage(name, _unreadable(error), RESTORE)
         return
     index = parse_index(raw) if len(raw) == length else None
     if index is None:
@@ -134,15 +134,25 @@ def _extent_faults(name: str, index: np.ndarray, owners: np.ndarray, data_bytes:
 def _view_faults(store: Store, part: int, index: np.ndarray, owners: np.ndarray) -> Iterator[Damage]:
     name, first = shard_path(part), part * store.pixels.slots_per_part
     sums = store.rows("images/crc32c")[first : first + store.pixels.slots_per_part]
-    location = store.location.child(name)
-    with location.open_read() as file:
+    try:
+        opened = store.location.child(name).open_read()
+    except OSError as error:
+        yield Damage(name, _unreadable(error), RESTORE)
+        return
+    with opened as file:
         for slot in np.flatnonzero((owners >= 0) & (index[:, 0] != EMPTY_CHUNK)).tolist():
             offset, size = index[slot].tolist()
-            file.seek(offset)
-            chunk = file.read(size)
-            fault = _chunk_fault(store, chunk, size, int(sums[slot]))
+            try:
+                file.seek(offset)
+                fault = _chunk_fault(store, file.read(size), size, int(sums[slot]))
+            except OSError as error:
+                fault = _unreadable(error)
             if fault is not None:
                 yield Damage(name, f"{_view_name(store, first + slot, int(owners[slot]))} {fault}", RESTORE)
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read: {error.strerror or error}"
 
 
 def _view_name(store: Store, row: int, image: int) -> str:

@@ -1,6 +1,8 @@
 """The reader gives what zarr-python gives, and notices what zarr-python does not."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -187,6 +189,23 @@ def test_a_missing_shard_is_noticed_and_zarr_python_reads_zeros(copied: Path) ->
         StoreError, match=r"c/1/0/0/0: the shard cannot be opened: No such file.*It holds image 2 \('bild2"
     ):
         opened.read_views(2, [0])
+
+
+@pytest.mark.parametrize("call", ["preadv", "fstat", "pread"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE], ids=["EIO", "ESTALE"])
+def test_a_disk_that_fails_is_a_fault_of_the_shard(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    opened = Store.open(finished)
+    with monkeypatch.context() as broken:
+        broken.setattr(shards.os, call, fail)
+        message = rf"c/1/0/0/0: the shard cannot be read: {os.strerror(code)}\. It holds image 2 \('bild2"
+        with pytest.raises(StoreError, match=message):
+            opened.read_views(2, [0])
+    opened.read_views(2, [0])
 
 
 @pytest.mark.parametrize(("length", "message"), [(100, "cut off"), (0, "cut off"), (-1, "damaged or cut off")])
