@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_deepstack.data.location import require_descriptors
 from megatron_deepstack.data.schema import (
     INDEX_ARRAYS,
     METADATA_FILE,
@@ -110,4 +111,5 @@ def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
             raise StoreError(f"{path}: has {found} bytes, expected {expected}. The store is damaged: preprocess again.")
         return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=shape))
     except OSError as error:
+        require_descriptors(str(path), error)
         raise StoreError(f"{path}: cannot be read: {error.strerror or error}. The store is damaged.") from error

@@ -9,10 +9,12 @@ alike; whatever else goes wrong with a URL is a LocationError.
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
 import re
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from megatron_deepstack.errors import ConfigError, LocationError
+from megatron_deepstack.errors import ConfigError, DataError, LocationError
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:-]+)*://")
 _LOCAL: Final = "file://"
@@ -165,6 +167,16 @@ class Location:
             info: dict[str, Any] = system.info(path)
             return info
         return None
+
+
+def require_descriptors(path: str, error: OSError) -> None:
+    """Raise DataError if `path` could not be opened because too many other files are open, which is no fault of its."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise DataError(
+            f"{path}: could not be opened: {error.strerror}. The file is not to blame: a process may have {most} files "
+            "open here. Raise the limit (`ulimit -n`), then run the same command again."
+        ) from error
 
 
 class _RemoteFile(io.RawIOBase):

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.cache import CacheConfig
 from megatron_deepstack.data.codec import CodecError, decompress
-from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.location import Location, require_descriptors
 from megatron_deepstack.data.schema import EMPTY_CHUNK, PIXELS, shard_index_bytes, shard_path
 from megatron_deepstack.data.shards import parse_index
 from megatron_deepstack.data.store import Store
@@ -97,6 +97,7 @@ def shard_faults(store: Store, part: int, images: np.ndarray) -> Iterator[Damage
         size = location.size()
         raw = location.read_bytes(size - length, length) if size >= length else b""
     except OSError as error:
+        require_descriptors(str(location), error)
         yield Damage(name, _unreadable(error), RESTORE)
         return
     index = parse_index(raw) if len(raw) == length else None
@@ -134,9 +135,11 @@ def _extent_faults(name: str, index: np.ndarray, owners: np.ndarray, data_bytes:
 def _view_faults(store: Store, part: int, index: np.ndarray, owners: np.ndarray) -> Iterator[Damage]:
     name, first = shard_path(part), part * store.pixels.slots_per_part
     sums = store.rows("images/crc32c")[first : first + store.pixels.slots_per_part]
+    location = store.location.child(name)
     try:
-        opened = store.location.child(name).open_read()
+        opened = location.open_read()
     except OSError as error:
+        require_descriptors(str(location), error)
         yield Damage(name, _unreadable(error), RESTORE)
         return
     with opened as file:

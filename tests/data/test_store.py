@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_deepstack.data.codec import checksums
 from megatron_deepstack.data.index import IndexReader
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.store import Store
-from megatron_deepstack.errors import StoreError
+from megatron_deepstack.errors import DataError, StoreError
 
 PIXELS = PixelsShape(num_parts=3, slots_per_part=6, crop_size=8)
 COUNTS = [[2, 3], [5], [1, 0, 4]]
@@ -146,6 +147,58 @@ def test_copies_in_other_processes_and_threads(finished: Path, monkeypatch: pyte
     with ThreadPoolExecutor(8) as pool:
         for number, views in zip(numbers, pool.map(lambda n: opened.read_views(n, [0]), numbers), strict=True):
             np.testing.assert_array_equal(views, expected[number])
+
+
+def descriptors(root: Path) -> int:
+    """Shards below `root` that this process has open."""
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    files = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return sum(file.startswith(f"{root}/") and "/pixels/c/" in file for file in files)
+
+
+def test_all_stores_of_a_process_share_one_limit(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", 4)
+    stores = [Store.open(shutil.copytree(finished, tmp_path / str(number))) for number in range(3)]
+    for _ in range(2):
+        for store in stores:
+            for image in (0, 2, 5):
+                assert store.read_views(image, [0]).any()
+                assert descriptors(tmp_path) <= 4
+    assert descriptors(tmp_path) == 4
+    stores.clear()
+    del store
+    assert descriptors(tmp_path) == 0, "a store that is gone holds nothing open"
+
+
+def test_a_forked_child_reads_though_a_thread_of_its_parent_held_the_lock(finished: Path) -> None:
+    opened = Store.open(finished)
+    expected = [opened.read_views(number, [0]).tobytes() for number in (0, 2)]
+    with shards._USES.lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            same = [opened.read_views(number, [0]).tobytes() for number in (0, 2)] == expected
+            os._exit(0 if same and opened.read_views(5, [0]).any() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert opened.read_views(5, [0]).any()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE], ids=["EMFILE", "ENFILE"])
+def test_too_many_open_files_are_not_the_shards_fault(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    opened = Store.open(finished)
+    monkeypatch.setattr(shards, "open", fail, raising=False)
+    with pytest.raises(DataError, match=r"c/1/0/0/0: could not be opened: .*not to blame: .* \(`ulimit -n`\)"):
+        opened.read_views(2, [0])
+    monkeypatch.setattr(np, "memmap", fail)
+    with pytest.raises(DataError, match=r"start/c/0: could not be opened: .*not to blame"):
+        Store.open(finished)
 
 
 def test_index_arrays_of_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
