@@ -17,7 +17,7 @@ import re
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -138,14 +138,19 @@ class Location:
 
     @contextmanager
     def write(self) -> Iterator[IO[bytes]]:
-        """A file to write that appears here, in place of another, only when the block ends without an error."""
+        """A file to write that appears here, in place of another, only when the block ends without an error.
+
+        The block's OSErrors are taken for the file's: what it reads from elsewhere must have errors of its own.
+        """
         if self.is_local:
             with _local_file(self.local_path(), os.replace) as file:
                 yield file
             return
-        with tempfile.NamedTemporaryFile(prefix="deepstack-upload-") as file:
-            yield file
-            file.flush()
+        with ExitStack() as stack:
+            with _spooling(self.text):
+                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="deepstack-upload-"))
+                yield file
+                file.flush()
             with _remote(self.text):
                 system, path = _system(self.text)
                 system.put_file(file.name, path)
@@ -233,6 +238,18 @@ def _remote(text: str) -> Iterator[None]:
         raise LocationError(
             f"{text}: the connection or its service failed: {type(error).__name__}: {error}. Check network, address "
             "and credentials (for S3: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), then run the same command again."
+        ) from error
+
+
+@contextmanager
+def _spooling(text: str) -> Iterator[None]:
+    """What goes wrong with the local file in which an object is put together is not the service's fault."""
+    try:
+        yield
+    except OSError as error:
+        raise LocationError(
+            f"{tempfile.gettempdir()}: {text} could not be put together here before it is sent: "
+            f"{error.strerror or error}. Make room or name another folder in TMPDIR, then run the same command again."
         ) from error
 
 

@@ -157,12 +157,32 @@ def _link(source: Path, target: Path) -> None:
     """The same file under a second name, or a copy where that cannot be."""
     if not source.is_file():
         raise StoreError(f"{source}: the shard is missing. See what else is damaged with `store verify`.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from error
     try:
         os.link(source, target)
     except OSError:
-        with open(source, "rb") as old, atomic_file(target) as new:
-            shutil.copyfileobj(old, new, 1 << 24)
+        with atomic_file(target) as file:
+            file.writelines(_blocks(source))
+
+
+def _blocks(source: Path) -> Iterator[bytes]:
+    """A file's bytes, some at a time. Raises StoreError if it cannot be read, whatever becomes of the copy."""
+    try:
+        with open(source, "rb") as file:
+            while block := file.read(1 << 24):
+                yield block
+    except OSError as error:
+        raise read_error(source, error) from error
+
+
+def read_error(path: Path, error: OSError) -> StoreError:
+    """The StoreError for an `error` met while reading a file of a source."""
+    return StoreError(
+        f"{path}: cannot be read: {error.strerror or error}. See what else is damaged with `store verify`."
+    )
 
 
 def _write_images(index: IndexWriters, plan: Regrouping, sources: Sequence[Source], slots: int) -> dict[str, int]:
@@ -245,6 +265,9 @@ def _stretches(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def quarantine_lines(store: Store) -> list[bytes]:
-    """Lines of a store's list of what was left out or is damaged."""
+    """Lines of a store's list of what was left out or is damaged. Raises StoreError if it cannot be read."""
     path = store.location.local_path() / "quarantine.jsonl"
-    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    try:
+        return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    except OSError as error:
+        raise read_error(path, error) from error

@@ -1,11 +1,13 @@
 """`store merge` and `store split`: complete, verifiable stores with the same samples, no image kept twice."""
 
+import errno
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -294,6 +296,39 @@ def test_a_full_disk(three: list[Path], tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StoreError, match="out: could not be written: No space left on device"):
         merge(tmp_path / "out", three[:2])
     assert not list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*"))
+
+
+def test_a_source_that_cannot_be_read_is_named_and_not_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write_tiny_store(tmp_path / name, name=name, seed=n) for n, name in enumerate("ab")]
+
+    class BadDisk(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def open_badly(path: Path, mode: str) -> IO[bytes]:
+        return BadDisk() if mode == "rb" else open(path, mode)
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(assemble.os, "link", refuse)
+        broken.setattr(assemble, "open", open_badly, raising=False)
+        with pytest.raises(
+            StoreError, match=f"^{paths[0] / shard_path(0)}: cannot be read: Input/output error.*verify"
+        ):
+            merge(tmp_path / "out", paths)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", refuse)
+        with pytest.raises(StoreError, match=f"^{paths[0]}.*: the shard cannot be read: Invalid cross-device"):
+            split(paths[0], tmp_path / "t", tmp_path / "h", count=3, seed=0)
+    (paths[0] / "quarantine.jsonl").write_text("{}\n")
+    store = Store.open(paths[0])
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(StoreError, match=f"^{paths[0]}/quarantine.jsonl: cannot be read: Invalid cross-device"):
+        assemble.quarantine_lines(store)
 
 
 def test_its_plan_is_that_of_the_merge(three: list[Path], tmp_path: Path) -> None:
