@@ -44,13 +44,13 @@ class BoundedFolder:
     """Copies by name. Holds nothing open, so it is safe in threads, after a fork, and pickles."""
 
     def __init__(self, config: CacheConfig) -> None:
-        self.root = Path(config.folder) if config.folder is not None else _own_temporary_folder()
+        self.root = Path(config.folder) if config.folder is not None else _own_temporary_path()
         self.limit_bytes = config.limit_bytes
         self._copies = self.root / "copies"
-        try:
+        with self.writing():
+            if config.folder is None:
+                _require_own(self.root)
             self._copies.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._error(error) from error
 
     def read_into(self, name: str, buffer: memoryview) -> bool:
         """Fill `buffer` with the copy `name`; False if there is none of that size."""
@@ -121,6 +121,14 @@ class BoundedFolder:
         return total
 
     @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what goes wrong with this folder in the block into a StoreError that names it."""
+        try:
+            yield
+        except OSError as error:
+            raise self._error(error) from error
+
+    @contextmanager
     def _locked(self) -> Iterator[_Usage]:
         """The bytes in use, while no other process or thread changes them."""
         with open(self.root / "usage", "a+b") as file:
@@ -151,11 +159,13 @@ class _Usage:
         os.write(self.file, str(used).encode())
 
 
-def _own_temporary_folder() -> Path:
-    """A folder of this user's alone: names below a folder that all may write to can be anybody's."""
-    path = Path(tempfile.gettempdir()) / f"megatron-deepstack-cache-{os.getuid()}"
+def _own_temporary_path() -> Path:
+    return Path(tempfile.gettempdir()) / f"megatron-deepstack-cache-{os.getuid()}"
+
+
+def _require_own(path: Path) -> None:
+    """Make a folder of this user's alone: names below a folder that all may write to can be anybody's."""
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if status.st_uid != os.getuid() or not path.is_dir() or path.is_symlink():
         raise StoreError(f"{path}: belongs to somebody else; name a folder for local copies with data.cache_dir")
-    return path

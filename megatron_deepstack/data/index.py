@@ -1,15 +1,17 @@
-"""Reading metadata documents and index arrays of a store."""
+"""Reading metadata documents and index arrays of a store. Errors say what is wrong; what to do, who opens the store."""
 
 from __future__ import annotations
 
 import json
 import operator
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_deepstack.data.location import require_descriptors
 from megatron_deepstack.data.schema import (
     INDEX_ARRAYS,
     METADATA_FILE,
@@ -28,7 +30,7 @@ class IndexReader:
         metadata = read_metadata(root, name)
         shape = metadata.get("shape")
         if not isinstance(shape, list) or not shape or not isinstance(shape[0], int) or shape[0] < 0:
-            raise StoreError(f"{root / name / METADATA_FILE}: its shape is {shape!r}. The store is damaged.")
+            raise StoreError(f"{root / name / METADATA_FILE}: its shape is {shape!r}.")
         self._rows = shape[0]
         check_metadata(root / name, metadata, index_metadata(array, self._rows))
         self._chunk_rows = index_chunk_rows(self._rows)
@@ -52,6 +54,18 @@ class IndexReader:
             return pieces[0]
         return np.concatenate(pieces) if pieces else self._empty
 
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by their numbers, a copy, in the order given; quick where the numbers rise. Raises IndexError."""
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; there are {self._rows}")
+        chunks = rows // self._chunk_rows
+        cuts = (np.flatnonzero(np.diff(chunks)) + 1).tolist()
+        pieces = [self._empty]
+        for first, last in pairwise((0, *cuts, len(rows))) if len(rows) else ():
+            chunk = int(chunks[first])
+            pieces.append(self._chunks[chunk][rows[first:last] - chunk * self._chunk_rows])
+        return np.concatenate(pieces)
+
     def _pieces(self, first: int, last: int) -> Iterator[np.ndarray]:
         while first < last:
             chunk, row = divmod(first, self._chunk_rows)
@@ -66,7 +80,7 @@ def read_metadata(root: Path, name: str) -> dict[str, Any]:
     try:
         return parse_metadata(str(path), path.read_bytes())
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror or error}. The store is damaged.") from error
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
 def parse_metadata(path: str, data: bytes) -> dict[str, Any]:
@@ -74,7 +88,7 @@ def parse_metadata(path: str, data: bytes) -> dict[str, Any]:
     try:
         document = json.loads(data)
     except ValueError as error:
-        raise StoreError(f"{path}: not JSON: {error}. The store is damaged.") from error
+        raise StoreError(f"{path}: not JSON: {error}.") from error
     if not isinstance(document, dict):
         raise StoreError(f"{path}: holds a {type(document).__name__}, a JSON object was expected.")
     return document
@@ -86,7 +100,7 @@ def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) 
     differing = [key for key in keys if found.get(key) != expected[key]]
     wrong = [f"{key} is {found.get(key)!r}, expected {expected[key]!r}" for key in differing]
     if wrong:
-        raise StoreError(f"{path / METADATA_FILE}: {'; '.join(wrong)}. The store was changed or is damaged.")
+        raise StoreError(f"{path / METADATA_FILE}: {'; '.join(wrong)}.")
 
 
 def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -94,7 +108,8 @@ def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     try:
         found = path.stat().st_size
         if found != expected:
-            raise StoreError(f"{path}: has {found} bytes, expected {expected}. The store is damaged: preprocess again.")
+            raise StoreError(f"{path}: has {found} bytes, expected {expected}.")
         return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=shape))
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror or error}. The store is damaged.") from error
+        require_descriptors(str(path), error)
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}.") from error

@@ -14,14 +14,15 @@ import glob
 import io
 import os
 import re
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from megatron_deepstack.errors import ConfigError, LocationError
+from megatron_deepstack.errors import ConfigError, DataError, LocationError
 from megatron_deepstack.platform.rename import rename_new
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:-]+)*://")
@@ -145,14 +146,19 @@ class Location:
 
     @contextmanager
     def write(self) -> Iterator[IO[bytes]]:
-        """A file to write that appears here, in place of another, only when the block ends without an error."""
+        """A file to write that appears here, in place of another, only when the block ends without an error.
+
+        The block's OSErrors are taken for the file's: what it reads from elsewhere must have errors of its own.
+        """
         if self.is_local:
             with _local_file(self.local_path(), os.replace) as file:
                 yield file
             return
-        with tempfile.NamedTemporaryFile(prefix="deepstack-upload-") as file:
-            yield file
-            file.flush()
+        with ExitStack() as stack:
+            with _spooling(self.text):
+                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="deepstack-upload-"))
+                yield file
+                file.flush()
             with _remote(self.text):
                 system, path = _system(self.text)
                 system.put_file(file.name, path)
@@ -174,6 +180,16 @@ class Location:
             info: dict[str, Any] = system.info(path)
             return info
         return None
+
+
+def require_descriptors(path: str, error: OSError) -> None:
+    """Raise DataError if `path` could not be opened because too many other files are open, which is no fault of its."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise DataError(
+            f"{path}: could not be opened: {error.strerror}. The file is not to blame: a process may have {most} files "
+            "open here. Raise the limit (`ulimit -n`), then run the same command again."
+        ) from error
 
 
 class _RemoteFile(io.RawIOBase):
@@ -230,6 +246,18 @@ def _remote(text: str) -> Iterator[None]:
         raise LocationError(
             f"{text}: the connection or its service failed: {type(error).__name__}: {error}. Check network, address "
             "and credentials (for S3: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), then run the same command again."
+        ) from error
+
+
+@contextmanager
+def _spooling(text: str) -> Iterator[None]:
+    """What goes wrong with the local file in which an object is put together is not the service's fault."""
+    try:
+        yield
+    except OSError as error:
+        raise LocationError(
+            f"{tempfile.gettempdir()}: {text} could not be put together here before it is sent: "
+            f"{error.strerror or error}. Make room or name another folder in TMPDIR, then run the same command again."
         ) from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import shutil
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.cache import BoundedFolder
-from megatron_deepstack.data.index import read_metadata
+from megatron_deepstack.data.index import parse_metadata
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import (
     EMPTY_CHUNK,
@@ -56,23 +56,36 @@ def copy_index(location: Location, document: bytes, cache: BoundedFolder) -> Pat
     """
     name = hashlib.sha256(f"{location}\n".encode() + document).hexdigest()[:32]
     folder = cache.root / "index" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = folder / ".complete"
-        if not done.exists():
-            arrays = [f"{array}/{METADATA_FILE}" for array in (PIXELS, *INDEX_ARRAYS)]
-            _side_by_side(partial(_copy, location, folder), arrays)
-            _side_by_side(partial(_copy, location, folder), _chunk_paths(folder))
-            (folder / METADATA_FILE).write_bytes(document)
-            done.touch()
+    with cache.writing():
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = folder / ".complete"
+            if not done.exists():
+                arrays = [f"{array}/{METADATA_FILE}" for array in (PIXELS, *INDEX_ARRAYS)]
+                _side_by_side(partial(_copy, location, folder), arrays)
+                _side_by_side(partial(_copy, location, folder), _chunk_paths(location, folder))
+                (folder / METADATA_FILE).write_bytes(document)
+                _sync(folder)
+                done.touch()
     return folder
 
 
-def _chunk_paths(folder: Path) -> list[str]:
+def _sync(folder: Path) -> None:
+    """All below a folder is on disk, the names of its files included."""
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _chunk_paths(location: Location, folder: Path) -> list[str]:
     paths = []
     for name, array in INDEX_ARRAYS.items():
-        shape = read_metadata(folder, name).get("shape")
+        metadata = f"{name}/{METADATA_FILE}"
+        shape = parse_metadata(str(location.child(metadata)), (folder / metadata).read_bytes()).get("shape")
         rows = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
         paths += [index_chunk_path(array, k) for k in range(-(-rows // index_chunk_rows(rows)))]
     return paths
@@ -81,11 +94,21 @@ def _chunk_paths(folder: Path) -> list[str]:
 def _copy(location: Location, folder: Path, name: str) -> None:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as file:
+        for block in _blocks(location.child(name)):
+            file.write(block)
+
+
+def _blocks(source: Location) -> Iterator[bytes]:
+    """An object's bytes, some at a time. Raises StoreError if it cannot be read, whatever becomes of the copy."""
     try:
-        with location.child(name).open_read() as source, open(target, "wb") as file:
-            shutil.copyfileobj(source, file, 1 << 22)
+        with source.open_read() as file:
+            while block := file.read(1 << 22):
+                yield block
     except FileNotFoundError as error:
-        raise StoreError(f"{location.child(name)}: cannot be read: no such object. The store is damaged.") from error
+        raise StoreError(f"{source}: cannot be read: no such object. The store is damaged.") from error
+    except OSError as error:
+        raise StoreError(f"{source}: cannot be read: {error.strerror or error}.") from error
 
 
 def _side_by_side(do: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
@@ -129,17 +152,18 @@ class RemoteShards:
 
         Raises ShardError where an object is missing or damaged, LocationError where the connection fails.
         """
-        self._load_indices(sorted({slot // self._pixels.slots_per_part for slot in slots}))
+        indices = self._load_indices(sorted({slot // self._pixels.slots_per_part for slot in slots}))
         missing = []
         for first, places in runs(slots, self._pixels.slots_per_part):
-            missing += list(self._read_copies(first, places, out))
+            index = indices[first // self._pixels.slots_per_part]
+            missing += list(self._read_copies(index, first, places, out))
         if missing:
             _side_by_side(partial(self._fetch, out), missing)
 
-    def _read_copies(self, first: int, places: Sequence[int], out: np.ndarray) -> Iterator[_Fetch]:
+    def _read_copies(self, index: np.ndarray, first: int, places: Sequence[int], out: np.ndarray) -> Iterator[_Fetch]:
         """Fill rows from copies; yields what has to be fetched."""
         part, slot = divmod(first, self._pixels.slots_per_part)
-        extents = self._indices[part][slot : slot + len(places)].tolist()
+        extents = index[slot : slot + len(places)].tolist()
         waiting: list[tuple[int, int, int, int]] = []
         for number, (place, (offset, size)) in enumerate(zip(places, extents, strict=True), start=first):
             if offset == EMPTY_CHUNK or (self._pixels.compression is Compression.NONE and size != out[place].nbytes):
@@ -178,12 +202,17 @@ class RemoteShards:
                 unpack(view, out[place], self.where(slot), slot)
             self._cache.keep(self._copy_name(slot), view)
 
-    def _load_indices(self, parts: Sequence[int]) -> None:
-        missing = [part for part in parts if part not in self._indices]
-        found = _side_by_side(self._index, missing) if missing else []
-        if len(self._indices) + len(missing) > _MOST_INDICES:
-            self._indices = {part: self._indices[part] for part in parts if part in self._indices}
-        self._indices = {**self._indices, **dict(zip(missing, found, strict=True))}
+    def _load_indices(self, parts: Sequence[int]) -> dict[int, np.ndarray]:
+        """Indices of these parts at least. Another thread may replace those kept at any time: each goes by its own."""
+        known = self._indices
+        missing = [part for part in parts if part not in known]
+        if not missing:
+            return known
+        found = _side_by_side(self._index, missing)
+        if len(known) + len(missing) > _MOST_INDICES:
+            known = {part: known[part] for part in parts if part in known}
+        self._indices = loaded = {**known, **dict(zip(missing, found, strict=True))}
+        return loaded
 
     def _index(self, part: int) -> np.ndarray:
         """A shard's index, from its copy or from the shard's end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.codec import CodecError, decompress
+from megatron_deepstack.data.location import require_descriptors
 from megatron_deepstack.data.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
 
 _OPEN_SHARDS: Final = 128
-"""Shards kept open, with their indices: 5 KB each for DeepStack-L, 26 KB for DeepStack-HD."""
+"""Shards that all stores of a process keep open, with their indices: 5 KB each for DeepStack-L, 26 KB for -HD."""
 _MOST_BUFFERS: Final = 1024
 """Buffers that one `preadv` may fill (IOV_MAX)."""
 
@@ -79,18 +81,44 @@ class _OpenShard:
     index: np.ndarray
 
 
+class _Uses:
+    """Which open shards were used last, over all readers of this process, so that one limit holds for all of them.
+
+    The shards themselves are their readers' own, and are closed when those go away.
+    """
+
+    def __init__(self) -> None:
+        self._readers: OrderedDict[tuple[int, int], weakref.ref[LocalShards]] = OrderedDict()
+        self.unlock()
+        os.register_at_fork(after_in_child=self.unlock)
+
+    def unlock(self) -> None:
+        """Take a new lock: in a forked child the old one may be held by a thread that the child does not have."""
+        self.lock = threading.Lock()
+
+    def add(self, reader: LocalShards, part: int) -> None:
+        """A reader uses a shard; one that nobody has used for longest is closed for it. Call with the lock held."""
+        key = (id(reader), part)
+        self._readers[key] = weakref.ref(reader)
+        self._readers.move_to_end(key)
+        while len(self._readers) > _OPEN_SHARDS:
+            (_, oldest), found = self._readers.popitem(last=False)
+            owner = found()
+            if owner is not None:
+                owner.opened.pop(oldest, None)
+
+
+_USES: Final = _Uses()
+
+
 class LocalShards:
     """Shards in a folder, the most recently used ones open. Safe in threads, and after a fork."""
 
     def __init__(self, root: Path, pixels: PixelsShape) -> None:
         self._root = root
         self._pixels = pixels
-        self._start()
-
-    def _start(self) -> None:
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self.opened: dict[int, _OpenShard] = {}
+        """By part; only to be touched with the lock of all readers held."""
 
     def where(self, slot: int) -> str:
         """Path of the shard that holds a slot."""
@@ -145,7 +173,10 @@ class LocalShards:
     def _fill(self, file: int, buffers: list[memoryview], offset: int, slot: int) -> None:
         """Fill buffers from `offset` on; the system may hand over fewer bytes than asked for."""
         while buffers:
-            count = os.preadv(file, buffers, offset)
+            try:
+                count = os.preadv(file, buffers, offset)
+            except OSError as error:
+                raise self._error(slot, f"the shard cannot be read: {error.strerror or error}.") from error
             if count == 0:
                 raise self._error(slot, f"the shard ends before byte {offset + sum(map(len, buffers))}.")
             offset += count
@@ -158,32 +189,42 @@ class LocalShards:
         """Open file and index of a shard.
 
         An evicted file is closed by its last user's reference going away, so no thread reads through a recycled
-        descriptor. In a forked child everything is opened anew: its lock may be held by a thread it does not have.
+        descriptor. A forked child goes on with its parent's: reads name their offset, so neither disturbs the other.
         """
-        if self._process != os.getpid():
-            self._start()
-        with self._lock:
-            shard = self._open.get(part)
-            if shard is None:
-                shard = self._open[part] = self._open_shard(slot)
-                if len(self._open) > _OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(part)
+        with _USES.lock:
+            shard = self.opened.get(part)
+            if shard is not None:
+                _USES.add(self, part)
+                return shard
+        found = self._open_shard(slot)
+        with _USES.lock:
+            shard = self.opened.setdefault(part, found)
+            _USES.add(self, part)
             return shard
 
     def _open_shard(self, slot: int) -> _OpenShard:
         try:
             file = open(self.where(slot), "rb", buffering=0)  # noqa: SIM115 - stays open in the cache
         except OSError as error:
+            require_descriptors(self.where(slot), error)
             raise self._error(slot, f"the shard cannot be opened: {error.strerror or error}.") from error
+        try:
+            return _OpenShard(file, self._read_index(file.fileno(), slot))
+        except ShardError:
+            file.close()
+            raise
+
+    def _read_index(self, file: int, slot: int) -> np.ndarray:
         length = shard_index_bytes(self._pixels)
-        position = os.fstat(file.fileno()).st_size - length
-        raw = os.pread(file.fileno(), length, position) if position >= 0 else b""
+        try:
+            position = os.fstat(file).st_size - length
+            raw = os.pread(file, length, position) if position >= 0 else b""
+        except OSError as error:
+            raise self._error(slot, f"the shard cannot be read: {error.strerror or error}.") from error
         index = parse_index(raw) if len(raw) == length else None
         if index is None:
-            file.close()
             raise self._error(slot, "the shard's index is damaged or cut off.")
-        return _OpenShard(file, index)
+        return index
 
     def _slot(self, slot: int) -> int:
         return slot % self._pixels.slots_per_part

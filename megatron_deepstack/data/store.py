@@ -37,6 +37,11 @@ from megatron_deepstack.data.shards import LocalShards, ShardError, Shards
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.views import Grid
 
+_REMAKE: Final = "The store was changed or is damaged: preprocess again."
+_FETCH: Final = (
+    "The copy of {location} in {folder} is damaged, or the store itself: delete that folder, and it is fetched anew; "
+    "if that does not help, preprocess again."
+)
 _RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folder."
 
 
@@ -105,18 +110,19 @@ class Store:
         document = read_document(location)
         attributes = finished_attributes(location, document)
         cache = cache or CacheConfig()
-        if location.is_local:
-            folder = location.local_path()
+        copies = None if location.is_local else BoundedFolder(cache)
+        folder = location.local_path() if copies is None else copy_index(location, document, copies)
+        try:
             pixels = _read_pixels_shape(folder)
+            index = {name: IndexReader(folder, name) for name in INDEX_ARRAYS}
             shards: Shards = LocalShards(folder, pixels)
-        else:
-            copies = BoundedFolder(cache)
-            folder = copy_index(location, document, copies)
-            pixels = _read_pixels_shape(folder)
-            shards = RemoteShards(location, folder.name, pixels, copies)
-        index = {name: IndexReader(folder, name) for name in INDEX_ARRAYS}
-        store = cls(location, attributes, pixels, index, shards, verify_checksums=verify_checksums, cache=cache)
-        store._check_counts()
+            if copies is not None:
+                shards = RemoteShards(location, folder.name, pixels, copies)
+            store = cls(location, attributes, pixels, index, shards, verify_checksums=verify_checksums, cache=cache)
+            store._check_counts()
+        except StoreError as error:
+            advice = _REMAKE if copies is None else _FETCH.format(location=location, folder=folder)
+            raise StoreError(f"{error} {advice}") from error
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,8 +147,12 @@ class Store:
         return str(self.attributes.tokenizer["sha256"])
 
     def array(self, name: str) -> np.ndarray:
-        """A whole index array, mapped and read-only; see `schema.INDEX_ARRAYS`."""
+        """A whole index array, read-only; see `schema.INDEX_ARRAYS`. Of several chunks it is a copy: ask once."""
         return self._index[name][:]
+
+    def rows(self, name: str) -> IndexReader:
+        """An index array to read some rows of, without touching the others."""
+        return self._index[name]
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
         """Samples of 0-based step `step` of a run that reads this store alone, (batch_size,)."""
@@ -298,7 +308,7 @@ class Store:
             f"{name} has {found[name]} rows, {rows} expected" for name, rows in expected.items() if found[name] != rows
         ]
         if wrong:
-            raise StoreError(f"{self.location}: the store contradicts itself: {'; '.join(wrong)}. Preprocess it again.")
+            raise StoreError(f"{self.location}: the store contradicts itself: {'; '.join(wrong)}.")
 
 
 _RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
@@ -312,7 +322,7 @@ def _read_pixels_shape(root: Path) -> PixelsShape:
         slots_per_part = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
         shape = PixelsShape(num_parts=slots // slots_per_part, slots_per_part=slots_per_part, crop_size=crop_size)
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise StoreError(f"{root / PIXELS}: metadata lacks shape or shards. The store is damaged.") from error
+        raise StoreError(f"{root / PIXELS}: metadata lacks shape or shards.") from error
     compressed = replace(shape, compression=Compression.ZSTD)
     if metadata.get("codecs") == pixels_metadata(compressed)["codecs"]:
         shape = compressed

@@ -35,7 +35,8 @@ from megatron_deepstack.errors import StoreError
 def atomic_file(path: Location | Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path` only when the block ends without an error.
 
-    Raises StoreError when the file cannot be written (disk full, no permission), LocationError when a bucket fails.
+    Raises StoreError when the file cannot be written (disk full, no permission), LocationError when a bucket fails or
+    there is no room for what is to be sent there. Reading in the block must have errors of its own.
     """
     try:
         with Location.parse(path).write() as file:
@@ -108,7 +109,8 @@ class IndexWriter:
             if space == chunk_rows:
                 self._next_file(self._rows // chunk_rows)
             assert self._file is not None
-            self._file.write(np.ascontiguousarray(array[:space]).data)
+            with self._blaming():
+                self._file.write(np.ascontiguousarray(array[:space]).data)
             self._rows += min(space, len(array))
             array = array[space:]
 
@@ -117,7 +119,8 @@ class IndexWriter:
         padding = -self._rows % index_chunk_rows(self._rows)
         if padding and self._file is not None:
             row = np.dtype(self._array.dtype).itemsize * int(np.prod(self._array.row_shape, dtype=np.int64))
-            self._file.truncate(self._file.tell() + padding * row)
+            with self._blaming():
+                self._file.truncate(self._file.tell() + padding * row)
         self._open.close()
         metadata = _below(self._root, f"{self._array.name}/{METADATA_FILE}")
         write_json(metadata, index_metadata(self._array, self._rows))
@@ -127,6 +130,15 @@ class IndexWriter:
         """Drop the chunk that is being written, if any."""
         with suppress(_AbandonedError, OSError), self._open:
             raise _AbandonedError
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Let the open file say whose fault an error is: its folder's, or that of the one it is sent from."""
+        try:
+            yield
+        except OSError:
+            with self._open:
+                raise
 
     def _next_file(self, chunk: int) -> None:
         self._open.close()

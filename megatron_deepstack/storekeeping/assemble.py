@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -138,58 +140,81 @@ def _write_part(
             _link(store.location.local_path() / shard_path(old), draft / shard_path(number))
             return
     with open_shard(draft, number, shape) as shard:
-        for source, image in part.images:
-            store = sources[source].store
-            start, count = (int(store.array(f"images/{name}")[image]) for name in ("start", "count"))
-            for chunk in shards[source].chunks(range(start, start + count)):
-                shard.append_chunk(chunk)
+        for source, images in _by_source(part):
+            starts, counts = (sources[source].store.rows(f"images/{name}").take(images) for name in ("start", "count"))
+            for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+                for chunk in shards[source].chunks(range(start, start + count)):
+                    shard.append_chunk(chunk)
+
+
+def _by_source(part: NewPart) -> Iterator[tuple[int, np.ndarray]]:
+    """Stretches of a part's images that come from one source: its number, and theirs."""
+    for source, refs in groupby(part.images, key=itemgetter(0)):
+        yield source, np.array([image for _, image in refs], np.int64)
 
 
 def _link(source: Path, target: Path) -> None:
     """The same file under a second name, or a copy where that cannot be."""
     if not source.is_file():
         raise StoreError(f"{source}: the shard is missing. See what else is damaged with `store verify`.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from error
     try:
         os.link(source, target)
     except OSError:
-        with open(source, "rb") as old, atomic_file(target) as new:
-            shutil.copyfileobj(old, new, 1 << 24)
+        with atomic_file(target) as file:
+            file.writelines(_blocks(source))
+
+
+def _blocks(source: Path) -> Iterator[bytes]:
+    """A file's bytes, some at a time. Raises StoreError if it cannot be read, whatever becomes of the copy."""
+    try:
+        with open(source, "rb") as file:
+            while block := file.read(1 << 24):
+                yield block
+    except OSError as error:
+        raise read_error(source, error) from error
+
+
+def read_error(path: Path, error: OSError) -> StoreError:
+    """The StoreError for an `error` met while reading a file of a source."""
+    return StoreError(
+        f"{path}: cannot be read: {error.strerror or error}. See what else is damaged with `store verify`."
+    )
 
 
 def _write_images(index: IndexWriters, plan: Regrouping, sources: Sequence[Source], slots: int) -> dict[str, int]:
     """Rows of all images; returns the counts."""
     paths = _Ragged(index, "images/path")
-    status: list[int] = []
-    num_views = 0
+    found = {"images": 0, "flagged": 0, "quarantined": 0, "views": 0}
     for number, part in enumerate(plan.parts):
-        counts = [int(sources[source].store.array("images/count")[image]) for source, image in part.images]
+        taken_from = [(sources[source].store, images) for source, images in _by_source(part)]
+        columns = {
+            name: np.concatenate([store.rows(f"images/{name}").take(images) for store, images in taken_from])
+            for name in ("count", "grid", "size", "status", "sha256")
+        }
+        ends = np.cumsum(columns["count"], dtype=np.int64)
         sums = np.zeros(slots, np.uint32)
-        sums[: sum(counts)] = np.concatenate(
-            [np.zeros(0, np.uint32), *(_checksums(sources[source].store, image) for source, image in part.images)]
-        )
-        index.append("images/start", number * slots + np.cumsum([0, *counts[:-1]]))
+        sums[: ends[-1]] = np.concatenate([_checksums(store, images) for store, images in taken_from])
+        index.append("images/start", number * slots + np.concatenate([[0], ends[:-1]]))
         index.append("images/crc32c", sums)
-        for name in ("count", "grid", "size", "status", "sha256"):
-            index.append(
-                f"images/{name}", np.array([sources[s].store.array(f"images/{name}")[i] for s, i in part.images])
-            )
-        for source, image in part.images:
-            paths.take(sources[source].store, np.array([image]))
-        status += [int(sources[source].store.array("images/status")[image]) for source, image in part.images]
-        num_views += sum(counts)
-    found = np.array(status, np.uint8)
-    return {
-        "images": len(found),
-        "flagged": int((found == ImageStatus.FLAGGED).sum()),
-        "quarantined": int((found == ImageStatus.QUARANTINED).sum()),
-        "views": num_views,
-    }
+        for name, rows in columns.items():
+            index.append(f"images/{name}", rows)
+        for store, images in taken_from:
+            paths.take(store, images)
+        found["images"] += len(part.images)
+        found["flagged"] += int((columns["status"] == ImageStatus.FLAGGED).sum())
+        found["quarantined"] += int((columns["status"] == ImageStatus.QUARANTINED).sum())
+        found["views"] += int(ends[-1])
+    return found
 
 
-def _checksums(store: Store, image: int) -> np.ndarray:
-    start, count = (int(store.array(f"images/{name}")[image]) for name in ("start", "count"))
-    return store.array("images/crc32c")[start : start + count]
+def _checksums(store: Store, images: np.ndarray) -> np.ndarray:
+    """Of all views of these images, one after the other."""
+    starts, counts = (store.rows(f"images/{name}").take(images).astype(np.int64) for name in ("start", "count"))
+    return store.rows("images/crc32c").take(_stretches(starts, counts))
 
 
 def _write_samples(index: IndexWriters, plan: Regrouping, sources: Sequence[Source]) -> dict[str, int]:
@@ -226,13 +251,23 @@ class _Ragged:
 
 def taken(store: Store, name: str, offsets_name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values of some rows of a ragged array, one after the other, and the rows' lengths."""
-    offsets = store.array(offsets_name)
-    begins, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+    offsets = store.rows(offsets_name)
+    begins = offsets.take(rows)
+    lengths = offsets.take(rows + 1) - begins
+    return store.rows(name).take(_stretches(begins, lengths)), lengths
+
+
+def _stretches(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers begin, begin + 1, ... of each stretch, one stretch after the other."""
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return store.array(name)[np.repeat(begins, lengths) + within], lengths
+    numbers: np.ndarray = np.repeat(begins, lengths) + within
+    return numbers
 
 
 def quarantine_lines(store: Store) -> list[bytes]:
-    """Lines of a store's list of what was left out or is damaged."""
+    """Lines of a store's list of what was left out or is damaged. Raises StoreError if it cannot be read."""
     path = store.location.local_path() / "quarantine.jsonl"
-    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    try:
+        return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    except OSError as error:
+        raise read_error(path, error) from error

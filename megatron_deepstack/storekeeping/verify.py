@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import pairwise
 from multiprocessing import get_context
 
 import google_crc32c
@@ -18,7 +19,7 @@ import numpy as np
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.cache import CacheConfig
 from megatron_deepstack.data.codec import CodecError, decompress
-from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.location import Location, require_descriptors
 from megatron_deepstack.data.schema import EMPTY_CHUNK, PIXELS, shard_index_bytes, shard_path
 from megatron_deepstack.data.shards import parse_index
 from megatron_deepstack.data.store import Store
@@ -40,26 +41,36 @@ def verify(path: str, *, processes: int | None = None, progress: Progress = lamb
         store = Store.open(path, cache=cache)
         found = check_index(store)
         found += _strange_shards(store)
-        parts = range(store.pixels.num_parts)
+        parts = images_by_part(store)
         by_part: dict[int, list[Damage]] = {}
         workers = min(processes or len(os.sched_getaffinity(0)), len(parts))
         for part, faults in _in_parallel(path, cache, workers, parts) if workers > 1 else _here(store, parts):
             by_part[part] = faults
             progress(len(by_part), len(parts))
-        return found + [damage for part in parts for damage in by_part[part]]
+        return found + [damage for part in range(len(parts)) for damage in by_part[part]]
 
 
-def _here(store: Store, parts: Sequence[int]) -> Iterator[tuple[int, list[Damage]]]:
-    for part in parts:
-        yield part, list(shard_faults(store, part))
+def images_by_part(store: Store) -> list[np.ndarray]:
+    """Of each part the images that have views there: ascending numbers. Sorted once, whatever the starts are."""
+    images = np.flatnonzero(store.array("images/count") > 0)
+    parts = store.array("images/start")[images] // store.pixels.slots_per_part
+    order = np.argsort(parts, kind="stable")
+    bounds = np.searchsorted(parts[order], np.arange(store.pixels.num_parts + 1)).tolist()
+    images = images[order]
+    return [images[first:last] for first, last in pairwise(bounds)]
+
+
+def _here(store: Store, parts: Sequence[np.ndarray]) -> Iterator[tuple[int, list[Damage]]]:
+    for part, images in enumerate(parts):
+        yield part, list(shard_faults(store, part, images))
 
 
 def _in_parallel(
-    path: str, cache: CacheConfig, workers: int, parts: Sequence[int]
+    path: str, cache: CacheConfig, workers: int, parts: Sequence[np.ndarray]
 ) -> Iterator[tuple[int, list[Damage]]]:
     """The same in processes, whichever part is done first."""
     with ProcessPoolExecutor(workers, get_context("spawn"), _open_in_worker, (path, cache)) as pool:
-        waiting = {pool.submit(_in_worker, part): part for part in parts}
+        waiting = {pool.submit(_in_worker, part, images): part for part, images in enumerate(parts)}
         for done in as_completed(waiting):
             yield waiting[done], done.result()
 
@@ -73,38 +84,39 @@ def _open_in_worker(path: str, cache: CacheConfig) -> None:
     _store = Store.open(path, cache=cache)
 
 
-def _in_worker(part: int) -> list[Damage]:
+def _in_worker(part: int, images: np.ndarray) -> list[Damage]:
     assert _store is not None
-    return list(shard_faults(_store, part))
+    return list(shard_faults(_store, part, images))
 
 
-def shard_faults(store: Store, part: int) -> Iterator[Damage]:
-    """Every fault of one shard: its length, its index, and the checksum of each of its views."""
+def shard_faults(store: Store, part: int, images: np.ndarray) -> Iterator[Damage]:
+    """Every fault of one shard: its length, its index, and the checksum of each view of its `images`."""
     name, location = shard_path(part), store.location.child(shard_path(part))
     length = shard_index_bytes(store.pixels)
     try:
         size = location.size()
         raw = location.read_bytes(size - length, length) if size >= length else b""
     except OSError as error:
-        yield Damage(name, f"cannot be read: {error.strerror or error}", RESTORE)
+        require_descriptors(str(location), error)
+        yield Damage(name, _unreadable(error), RESTORE)
         return
     index = parse_index(raw) if len(raw) == length else None
     if index is None:
         yield Damage(name, f"its index, the last {length} of {size} bytes, is damaged or cut off", RESTORE)
         return
-    owners = slot_owners(store, part)
+    owners = slot_owners(store, part, images)
     yield from _extent_faults(name, index, owners, size - length)
     yield from _view_faults(store, part, index, owners)
 
 
-def slot_owners(store: Store, part: int) -> np.ndarray:
-    """The image that each slot of a part belongs to, -1 for none: int64 (slots,)."""
+def slot_owners(store: Store, part: int, images: np.ndarray) -> np.ndarray:
+    """The image, of those of a part, that each of its slots belongs to, -1 for none: int64 (slots,)."""
     slots = store.pixels.slots_per_part
-    start, count = store.array("images/start"), store.array("images/count")
+    begins = store.rows("images/start").take(images) - part * slots
+    ends = begins + store.rows("images/count").take(images)
     owners = np.full(slots, -1, np.int64)
-    for image in np.flatnonzero((start // slots == part) & (count > 0)).tolist():
-        first = int(start[image]) - part * slots
-        owners[first : first + int(count[image])] = image
+    for image, first, last in zip(images.tolist(), begins.tolist(), ends.tolist(), strict=True):
+        owners[first:last] = image
     return owners
 
 
@@ -122,24 +134,39 @@ def _extent_faults(name: str, index: np.ndarray, owners: np.ndarray, data_bytes:
 
 def _view_faults(store: Store, part: int, index: np.ndarray, owners: np.ndarray) -> Iterator[Damage]:
     name, first = shard_path(part), part * store.pixels.slots_per_part
-    starts, sums = store.array("images/start"), store.array("images/crc32c")
+    sums = store.rows("images/crc32c")[first : first + store.pixels.slots_per_part]
     location = store.location.child(name)
-    with location.open_read() as file:
+    try:
+        opened = location.open_read()
+    except OSError as error:
+        require_descriptors(str(location), error)
+        yield Damage(name, _unreadable(error), RESTORE)
+        return
+    with opened as file:
         for slot in np.flatnonzero((owners >= 0) & (index[:, 0] != EMPTY_CHUNK)).tolist():
             offset, size = index[slot].tolist()
-            image = int(owners[slot])
-            where = f"view {first + slot - int(starts[image])} of image {image} ({_path_of(store, image)!r})"
-            file.seek(offset)
-            chunk = file.read(size)
-            fault = _chunk_fault(store, chunk, size, int(sums[first + slot]))
+            try:
+                file.seek(offset)
+                fault = _chunk_fault(store, file.read(size), size, int(sums[slot]))
+            except OSError as error:
+                fault = _unreadable(error)
             if fault is not None:
-                yield Damage(name, f"{where} {fault}", RESTORE)
+                yield Damage(name, f"{_view_name(store, first + slot, int(owners[slot]))} {fault}", RESTORE)
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read: {error.strerror or error}"
+
+
+def _view_name(store: Store, row: int, image: int) -> str:
+    view = row - int(store.rows("images/start")[image])
+    return f"view {view} of image {image} ({_path_of(store, image)!r})"
 
 
 def _path_of(store: Store, image: int) -> str:
     """An image's path, as far as it is text at all."""
-    first, last = store.array("images/path_offsets")[image : image + 2].tolist()
-    return store.array("images/path")[first:last].tobytes().decode(errors="replace")
+    first, last = store.rows("images/path_offsets")[image : image + 2].tolist()
+    return store.rows("images/path")[first:last].tobytes().decode(errors="replace")
 
 
 def _chunk_fault(store: Store, chunk: bytes, size: int, written: int) -> str | None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.writer import atomic_file, open_index
 from megatron_deepstack.errors import ConfigError, LocationError
 
 
@@ -191,6 +195,34 @@ def test_a_lost_connection_names_the_url_and_what_to_do(
         with pytest.raises(LocationError, match=message):
             act()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+class FullDisk(io.BytesIO):
+    name = "spool"
+
+    def write(self, data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def no_folder(**options: object) -> IO[bytes]:
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("spool", "reason"),
+    [(lambda **options: FullDisk(), "No space left on device"), (no_folder, "Permission denied")],
+    ids=["full", "forbidden"],
+)
+def test_a_spool_folder_without_room_is_named(
+    monkeypatch: pytest.MonkeyPatch, spool: Callable[..., IO[bytes]], reason: str
+) -> None:
+    """Before anything is sent: no service is needed."""
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", spool)
+    message = f"^{tempfile.gettempdir()}: s3://b/store/.* put together here before it is sent: {reason}.*TMPDIR"
+    with pytest.raises(LocationError, match=message), atomic_file(Location.parse("s3://b/store/x")) as file:
+        file.write(b"x")
+    with pytest.raises(LocationError, match=message), open_index(Location.parse("s3://b/store")) as index:
+        index.append("images/start", [1])
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 import os
 import pickle
+import shutil
 import socket
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data import remote
 from megatron_deepstack.data.cache import BoundedFolder, CacheConfig
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import METADATA_FILE, shard_path
@@ -237,6 +240,77 @@ def test_a_store_written_anew_is_not_mixed_with_old_copies(url: str, tmp_path: P
     after = all_views(Store.open(url, cache=cache))
     np.testing.assert_array_equal(after, all_views(Store.open(other)))
     assert (before != after).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("samples/tokens/c/0", lambda path: os.truncate(path, 0), r"tokens/c/0: has 0 bytes, expected \d+\."),
+        ("samples/tokens/c/0", Path.unlink, r"tokens/c/0: cannot be read: No such file"),
+        (f"images/grid/{METADATA_FILE}", lambda path: path.write_bytes(bytes(40)), r"zarr.json: not JSON"),
+        ("samples/id_offsets/c/0", lambda path: path.write_bytes(bytes(path.stat().st_size)), "contradicts itself"),
+    ],
+)
+def test_a_torn_copy_of_the_index_is_named_and_can_be_deleted(
+    url: str, cache: CacheConfig, name: str, damage: Callable[[Path], object], message: str
+) -> None:
+    Store.open(url, cache=cache)
+    assert cache.folder is not None
+    (folder,) = Path(cache.folder, "index").iterdir()
+    damage(folder / name)
+    with pytest.raises(StoreError, match=rf"{message}.* The copy of {url} in {folder} is damaged, .*: delete that"):
+        Store.open(url, cache=cache)
+    shutil.rmtree(folder)
+    assert len(all_views(Store.open(url, cache=cache)))
+
+
+def test_a_copy_is_on_disk_before_it_counts_as_complete(
+    url: str, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache.folder is not None
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        assert not list(Path(str(cache.folder), "index").glob("*/.complete"))
+        synced.add(path)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    Store.open(url, cache=cache)
+    (folder,) = Path(cache.folder, "index").iterdir()
+    there = {str(path) for path in folder.rglob("*")} - {str(folder / ".complete")}
+    assert there | {str(folder)} <= synced
+
+
+@pytest.mark.parametrize("step", ["open", "sync"])
+def test_a_full_cache_folder_is_named(url: str, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        if step == "open":
+            broken.setattr(remote, "open", full, raising=False)
+        else:
+            broken.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match=f"{cache.folder}: copies .*: No space left on device.*data.cache_dir"):
+            Store.open(url, cache=cache)
+    assert len(all_views(Store.open(url, cache=cache))), "what was left half-done is done again"
+
+
+def test_indices_are_replaced_by_other_threads_while_one_reads(url: str, folder: Path, cache: CacheConfig) -> None:
+    store, local = Store.open(url, cache=cache), Store.open(folder)
+    shards = store._shards
+    assert isinstance(shards, remote.RemoteShards)
+    read_copies = remote.RemoteShards._read_copies
+
+    def replaced(*arguments: Any) -> Any:
+        shards._indices = {}
+        return read_copies(shards, *arguments)
+
+    shards._read_copies = replaced  # type: ignore[method-assign]
+    np.testing.assert_array_equal(all_views(store), all_views(local))
 
 
 def test_nothing_there(bucket: str, cache: CacheConfig) -> None:

@@ -1,8 +1,11 @@
 """The reader gives what zarr-python gives, and notices what zarr-python does not."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +19,7 @@ from megatron_deepstack.data.codec import checksums
 from megatron_deepstack.data.index import IndexReader
 from megatron_deepstack.data.schema import ImageStatus, PixelsShape
 from megatron_deepstack.data.store import Store
-from megatron_deepstack.errors import StoreError
+from megatron_deepstack.errors import DataError, StoreError
 
 PIXELS = PixelsShape(num_parts=3, slots_per_part=6, crop_size=8)
 COUNTS = [[2, 3], [5], [1, 0, 4]]
@@ -146,6 +149,58 @@ def test_copies_in_other_processes_and_threads(finished: Path, monkeypatch: pyte
             np.testing.assert_array_equal(views, expected[number])
 
 
+def descriptors(root: Path) -> int:
+    """Shards below `root` that this process has open."""
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    files = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return sum(file.startswith(f"{root}/") and "/pixels/c/" in file for file in files)
+
+
+def test_all_stores_of_a_process_share_one_limit(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", 4)
+    stores = [Store.open(shutil.copytree(finished, tmp_path / str(number))) for number in range(3)]
+    for _ in range(2):
+        for store in stores:
+            for image in (0, 2, 5):
+                assert store.read_views(image, [0]).any()
+                assert descriptors(tmp_path) <= 4
+    assert descriptors(tmp_path) == 4
+    stores.clear()
+    del store
+    assert descriptors(tmp_path) == 0, "a store that is gone holds nothing open"
+
+
+def test_a_forked_child_reads_though_a_thread_of_its_parent_held_the_lock(finished: Path) -> None:
+    opened = Store.open(finished)
+    expected = [opened.read_views(number, [0]).tobytes() for number in (0, 2)]
+    with shards._USES.lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            same = [opened.read_views(number, [0]).tobytes() for number in (0, 2)] == expected
+            os._exit(0 if same and opened.read_views(5, [0]).any() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert opened.read_views(5, [0]).any()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE], ids=["EMFILE", "ENFILE"])
+def test_too_many_open_files_are_not_the_shards_fault(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    opened = Store.open(finished)
+    monkeypatch.setattr(shards, "open", fail, raising=False)
+    with pytest.raises(DataError, match=r"c/1/0/0/0: could not be opened: .*not to blame: .* \(`ulimit -n`\)"):
+        opened.read_views(2, [0])
+    monkeypatch.setattr(np, "memmap", fail)
+    with pytest.raises(DataError, match=r"start/c/0: could not be opened: .*not to blame"):
+        Store.open(finished)
+
+
 def test_index_arrays_of_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "INDEX_ROWS_PER_CHUNK", 4)
     write_store(tmp_path)
@@ -153,6 +208,14 @@ def test_index_arrays_of_several_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     assert theirs["samples/tokens"].chunks == (4,)
     for name in schema.INDEX_ARRAYS:
         np.testing.assert_array_equal(IndexReader(tmp_path, name)[:], theirs[name][:])
+    tokens = IndexReader(tmp_path, "samples/tokens")
+    assert np.shares_memory(tokens[4:6], tokens[5:7]), "within a chunk nothing is copied"
+    assert tokens[2:6].tolist() == theirs["samples/tokens"][2:6].tolist()
+    for rows in ([0, 3, 4, 7], [5], [7, 0, 7, 1], []):
+        np.testing.assert_array_equal(tokens.take(np.array(rows, np.int64)), theirs["samples/tokens"][:][rows])
+    for wrong in ([8], [-1]):
+        with pytest.raises(IndexError, match="were asked for; there are 8"):
+            tokens.take(np.array(wrong))
     assert [opened.sample(n).tokens.tolist() for n in range(3)] == TOKENS
 
 
@@ -179,6 +242,23 @@ def test_a_missing_shard_is_noticed_and_zarr_python_reads_zeros(copied: Path) ->
         StoreError, match=r"c/1/0/0/0: the shard cannot be opened: No such file.*It holds image 2 \('bild2"
     ):
         opened.read_views(2, [0])
+
+
+@pytest.mark.parametrize("call", ["preadv", "fstat", "pread"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE], ids=["EIO", "ESTALE"])
+def test_a_disk_that_fails_is_a_fault_of_the_shard(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    opened = Store.open(finished)
+    with monkeypatch.context() as broken:
+        broken.setattr(shards.os, call, fail)
+        message = rf"c/1/0/0/0: the shard cannot be read: {os.strerror(code)}\. It holds image 2 \('bild2"
+        with pytest.raises(StoreError, match=message):
+            opened.read_views(2, [0])
+    opened.read_views(2, [0])
 
 
 @pytest.mark.parametrize(("length", "message"), [(100, "cut off"), (0, "cut off"), (-1, "damaged or cut off")])

@@ -1,10 +1,13 @@
 """`store merge` and `store split`: complete, verifiable stores with the same samples, no image kept twice."""
 
+import errno
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data import schema
+from megatron_deepstack.data.index import IndexReader
 from megatron_deepstack.data.schema import shard_path
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.writer import write_attributes
@@ -159,6 +164,64 @@ def test_bytes_depend_on_the_sources_alone(three: list[Path], tmp_path: Path) ->
     assert tree(tmp_path / "x") == tree(tmp_path / "y")
 
 
+def merge_and_split(folder: Path) -> list[tuple[object, dict[str, list[int]]]]:
+    """All that comes out, from stores of parts of other lengths: shards are linked, and gathered from both."""
+    paths = [
+        write_tiny_store(folder / name, seed=n, name=name, images_per_part=length)
+        for n, (name, length) in enumerate({"a": 4, "b": 2}.items())
+    ]
+    merge(folder / "out", paths)
+    split(folder / "out", folder / "train", folder / "held", count=9, seed=3)
+    outputs = [folder / name for name in ("out", "train", "held")]
+    assert all(whole(path) for path in outputs)
+    return [
+        (content(path), {name: Store.open(path).array(name).tolist() for name in schema.INDEX_ARRAYS})
+        for path in outputs
+    ]
+
+
+def test_index_arrays_of_several_chunks_come_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = merge_and_split(tmp_path / "whole")
+    monkeypatch.setattr(schema, "INDEX_ROWS_PER_CHUNK", 5)
+    assert merge_and_split(tmp_path / "chunks") == expected
+    assert (tmp_path / "chunks/out/images/start/c/3").exists()
+
+
+def test_index_rows_are_read_about_once_however_many_shards_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as large a store, twice as many rows: an array that is read anew for each shard would be four times."""
+    counted = 0
+
+    def counting(read: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def spy(*arguments: Any) -> np.ndarray:
+            nonlocal counted
+            rows = read(*arguments)
+            counted += rows.size
+            return rows
+
+        return spy
+
+    for name in ("__getitem__", "take"):
+        monkeypatch.setattr(IndexReader, name, counting(getattr(IndexReader, name)))
+    sums = []
+    for times in (8, 16):
+        stores = [
+            write_tiny_store(
+                tmp_path / f"{times}-{seed}",
+                seed=seed,
+                grids=((2, 2),) * times,
+                samples=((0,),),
+                images_per_part=2 - seed,
+            )
+            for seed in range(2)
+        ]
+        counted = 0
+        merge(tmp_path / f"out{times}", stores)
+        sums.append(counted)
+    assert 0 < sums[1] < 2.1 * sums[0]
+
+
 def change(path: Path, **changes: object) -> None:
     attributes = Store.open(path).attributes
     write_attributes(path, {name: getattr(attributes, name) for name in attributes.__dataclass_fields__} | changes)
@@ -233,6 +296,39 @@ def test_a_full_disk(three: list[Path], tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StoreError, match="out: could not be written: No space left on device"):
         merge(tmp_path / "out", three[:2])
     assert not list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*"))
+
+
+def test_a_source_that_cannot_be_read_is_named_and_not_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write_tiny_store(tmp_path / name, name=name, seed=n) for n, name in enumerate("ab")]
+
+    class BadDisk(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def open_badly(path: Path, mode: str) -> IO[bytes]:
+        return BadDisk() if mode == "rb" else open(path, mode)
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(assemble.os, "link", refuse)
+        broken.setattr(assemble, "open", open_badly, raising=False)
+        with pytest.raises(
+            StoreError, match=f"^{paths[0] / shard_path(0)}: cannot be read: Input/output error.*verify"
+        ):
+            merge(tmp_path / "out", paths)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", refuse)
+        with pytest.raises(StoreError, match=f"^{paths[0]}.*: the shard cannot be read: Invalid cross-device"):
+            split(paths[0], tmp_path / "t", tmp_path / "h", count=3, seed=0)
+    (paths[0] / "quarantine.jsonl").write_text("{}\n")
+    store = Store.open(paths[0])
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(StoreError, match=f"^{paths[0]}/quarantine.jsonl: cannot be read: Invalid cross-device"):
+        assemble.quarantine_lines(store)
 
 
 def test_its_plan_is_that_of_the_merge(three: list[Path], tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """`store verify` finds every fault, names it, and finds nothing where there is none."""
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data import schema
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.schema import INDEX_ARRAYS, index_chunk_path, shard_path
 from megatron_deepstack.data.store import Store
 from megatron_deepstack.data.writer import write_attributes
@@ -152,6 +156,42 @@ def test_every_fault_is_found(root: Path, fault: Callable[[Path], object], messa
         lines.remove(line)
 
 
+def swap(values: np.ndarray) -> None:
+    values[[1, 2]] = values[[2, 1]]
+
+
+@pytest.mark.parametrize("images_per_part", [1, 4])
+def test_an_index_of_several_chunks_has_the_same_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images_per_part: int
+) -> None:
+    lines = []
+    for rows in (1 << 24, 7):
+        monkeypatch.setattr(schema, "INDEX_ROWS_PER_CHUNK", rows)
+        root = write_tiny_store(tmp_path / str(rows), images_per_part=images_per_part)
+        assert (root / "images/start/c/1").exists() == (rows == 7)
+        assert found(root) == []
+        change_shard(flip, part=0)(root)
+        change_index("images/start", swap)(root)
+        lines.append(found(root))
+    assert lines[0] == lines[1]
+    assert any("is damaged: its crc32c" in line for line in lines[0])
+
+
+def test_whole_index_arrays_are_read_as_often_for_many_shards_as_for_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    whole = Store.array
+    monkeypatch.setattr(Store, "array", lambda store, name: names.append(name) or whole(store, name))
+    read = []
+    for images_per_part in (9, 1):
+        root = write_tiny_store(tmp_path / str(images_per_part), images_per_part=images_per_part)
+        names.clear()
+        assert found(root) == []
+        read.append(list(names))
+    assert read[0] == read[1] != []
+
+
 def test_damage_in_many_shards_is_listed_in_order_and_by_several_processes(root: Path) -> None:
     for part in range(3):
         change_shard(lambda data: data.__setitem__(0, data[0] ^ 1), part)(root)
@@ -167,6 +207,41 @@ def test_compressed_damage(tmp_path: Path) -> None:
     change_shard(lambda data: data.__setitem__(12, 1), 0)(root)
     (line,) = found(root)
     assert "view 0 of image 0 ('tiny/0.jpg') is damaged: its header promises" in line
+
+
+class FailingFile(io.BytesIO):
+    """A file on a disk with one bad block."""
+
+    bad = 4 * VIEW_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() == self.bad:
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+def test_a_block_that_cannot_be_read_is_one_fault_among_others(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_shard(lambda data: data.__setitem__(0, data[0] ^ 1), part=1)(root)
+    change_shard(lambda data: data.__setitem__(0, data[0] ^ 1), part=2)(root)
+    opened = Location.open_read
+
+    def open_read(location: Location) -> IO[bytes]:
+        if str(location).endswith(shard_path(0)):
+            raise OSError(116, "Stale file handle")
+        return FailingFile(location.read_bytes()) if str(location).endswith(shard_path(1)) else opened(location)
+
+    monkeypatch.setattr(Location, "open_read", open_read)
+    for line, message in zip(
+        found(root),
+        (
+            "c/0/0/0/0: cannot be read: Stale file handle",
+            r"c/1/0/0/0: view 0 of image 4 \('tiny/4.jpg'\) is damaged: its crc32c",
+            r"c/1/0/0/0: view 1 of image 5 \('tiny/5.jpg'\) cannot be read: Input/output error",
+            r"c/2/0/0/0: view 0 of image 8 \('tiny/8.jpg'\) is damaged: its crc32c",
+        ),
+        strict=True,
+    ):
+        assert re.search(message, line), line
 
 
 def test_an_unfinished_store_is_an_error_of_its_own(root: Path) -> None:
