@@ -49,13 +49,19 @@ def _distributed_state(
 
 
 def allocate_states(optimizer: ChainedOptimizer) -> None:
-    """Make the states that an optimizer has after its first step, so that loading can write into them."""
+    """Make the states that an optimizer otherwise has from its first update on, all zero.
+
+    Loading writes into them; and a run that begins anew has what a save plans for, whether or not it was ever updated.
+    """
     for single in optimizer.chained_optimizers:
         inner = single.optimizer
         if isinstance(inner, torch.optim.Adam):
             _allocate_torch_adam(inner)
-        if isinstance(single, DistributedOptimizer):
+        elif isinstance(single, DistributedOptimizer):
             single.load_state_dict(single.state_dict())
+            for found in inner.state.values():  # Megatron allocates without clearing
+                found["exp_avg"].zero_()
+                found["exp_avg_sq"].zero_()
         elif inner is not None:
             single.init_state_fn(inner, single.config)
 

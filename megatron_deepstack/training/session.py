@@ -13,6 +13,7 @@ from megatron_deepstack.checkpoint.identity import identity, require_same
 from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.retention import remove_leftovers
 from megatron_deepstack.checkpoint.saver import Saver
+from megatron_deepstack.checkpoint.state import allocate_states
 from megatron_deepstack.checkpoint.verification import newest_whole_together
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
@@ -84,7 +85,7 @@ class Resumption:
 
 
 def resume(session: Session) -> Resumption:
-    """Load the newest whole checkpoint of the run folder, if it has any. Collective over all ranks.
+    """Load the newest whole checkpoint of the run folder, if it has any; else begin anew. Collective over all ranks.
 
     Raises CheckpointError if none is whole, or if the newest belongs to another model or other data.
     """
@@ -92,6 +93,7 @@ def resume(session: Session) -> Resumption:
         remove_leftovers(session.recipe.run_dir)
     checkpoint, faults = newest_whole_together(session.recipe.run_dir)
     if checkpoint is None:
+        allocate_states(session.optimizer.chained)
         return Resumption(step=0, path=None, passed_over=())
     require_same(checkpoint.path, checkpoint.manifest.facts, session.facts)
     layout = layout_of(session.groups.axes, session.recipe.parallel)
