@@ -20,9 +20,10 @@ import google_crc32c
 from megatron_deepstack.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 had neither layout nor programs' versions."""
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Version 1 had neither layout nor programs' versions. Up to version 2 local layers and Transformer Engine's gave norms
+names of their own."""
 REMOVED = ".removed"
 """Ending of folders that are being deleted."""
 _PREFIX = "step_"
