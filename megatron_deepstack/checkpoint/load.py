@@ -11,8 +11,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_deepstack.checkpoint.folder import Checkpoint
 from megatron_deepstack.checkpoint.random_state import set_random_states, sharded_random_states
-from megatron_deepstack.checkpoint.state import allocate_states, load_optimizer, load_weights, sharded_state
-from megatron_deepstack.checkpoint.trust import check_contents
+from megatron_deepstack.checkpoint.state import (
+    allocate_states,
+    keeps_extra_states,
+    load_optimizer,
+    load_weights,
+    sharded_state,
+)
+from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
 
@@ -33,12 +39,15 @@ def load(
     state = sharded_state(model, optimizer, version=checkpoint.manifest.version)
     if layout is not None and checkpoint.manifest.layout == layout:
         state["random"] = sharded_random_states()
+    asked = {part: list(weights) for part, weights in state["model"].items()}  # the common part could bring others
     check_contents(checkpoint.path)
+    if keeps_extra_states(model):
+        check_extra_states(checkpoint.path)
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint.path))
     except (CheckpointingException, CheckpointException) as error:
         raise CheckpointError(f"{checkpoint.path}: does not fit this model: {_reason(error, checkpoint)}") from error
-    load_weights(model, loaded)
+    load_weights(model, {part: {name: loaded["model"][part][name] for name in names} for part, names in asked.items()})
     if optimizer is not None:
         load_optimizer(optimizer, loaded["optimizer"])
     if "random" in state:

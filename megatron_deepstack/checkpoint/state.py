@@ -15,6 +15,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_deepstack.checkpoint.folder import FORMAT_VERSION
 from megatron_deepstack.checkpoint.optimizer_shards import MAIN_PARAMETER, OLD_MAIN_PARAMETER, sharded_states
+from megatron_deepstack.checkpoint.trust import EXTRA_STATE
+from megatron_deepstack.config.choices import Fp8Scaling
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
@@ -40,7 +42,7 @@ def sharded_state(
     """
     weights: ShardedStateDict = {}
     for number, chunk in enumerate(model.chunks):
-        weights[f"decoder{number}"] = _decoder_state(chunk, version)
+        weights[f"decoder{number}"] = _decoder_state(model, chunk, version)
     weights["encoder"] = _encoder_state(model.encoder)
     state: dict[str, Any] = {"model": weights}
     main_parameter = OLD_MAIN_PARAMETER if version == 1 else MAIN_PARAMETER
@@ -52,8 +54,15 @@ def sharded_state(
     return state
 
 
-def _decoder_state(chunk: LanguageChunk, version: int) -> ShardedStateDict:
+def keeps_extra_states(model: RankModel) -> bool:
+    """Whether layers keep more than weights: under delayed scaling the history of what they have seen."""
+    return model.config.fp8 is not None and model.config.fp8_recipe == Fp8Scaling.DELAYED.value
+
+
+def _decoder_state(model: RankModel, chunk: LanguageChunk, version: int) -> ShardedStateDict:
     state: ShardedStateDict = chunk.sharded_state_dict(metadata=dict(METADATA))
+    if not keeps_extra_states(model):
+        state = {name: part for name, part in state.items() if not name.endswith(EXTRA_STATE)}
     if version >= 3:
         apply_prefix_mapping(state, FUSED_NORMS)
     return state
@@ -143,8 +152,8 @@ def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:
     }
 
 
-def load_weights(model: RankModel, state: dict[str, Any]) -> None:
-    """Copy loaded weights into the modules; extra states without data (Transformer Engine's) are left out."""
+def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
+    """Copy loaded weights into the modules; extra states that are not kept are missing, and stay as they are."""
     for number, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(state["model"][f"decoder{number}"], strict=False)
-    model.encoder.load_state_dict(state["model"]["encoder"])
+        chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
+    model.encoder.load_state_dict(weights["encoder"])
