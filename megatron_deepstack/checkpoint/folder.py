@@ -20,9 +20,12 @@ import google_crc32c
 from megatron_deepstack.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 had neither layout nor programs' versions."""
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Version 1 had neither layout nor programs' versions. Up to version 2 local layers and Transformer Engine's gave norms
+names of their own."""
+REMOVED = ".removed"
+"""Ending of folders that are being deleted."""
 _PREFIX = "step_"
 _BLOCK_BYTES = 1 << 22
 
@@ -92,9 +95,20 @@ def publish(partial: Path, final: Path) -> None:
     """Give a finished folder its name, in place of a damaged one that has it."""
     sync_folder(partial)
     if final.exists():
-        shutil.rmtree(final)
+        remove(final)
     partial.rename(final)
     sync_folder(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint. It loses its name first: what a kill in between leaves is a leftover, not a damaged one.
+
+    Raises OSError where it cannot be renamed.
+    """
+    removed = folder.with_name(folder.name + REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:

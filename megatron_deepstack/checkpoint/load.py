@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_deepstack.checkpoint.folder import Checkpoint
-from megatron_deepstack.checkpoint.optimizer_shards import MAIN_PARAMETER, OLD_MAIN_PARAMETER
 from megatron_deepstack.checkpoint.random_state import set_random_states, sharded_random_states
-from megatron_deepstack.checkpoint.state import allocate_states, load_optimizer, load_weights, sharded_state
-from megatron_deepstack.checkpoint.trust import check_contents
+from megatron_deepstack.checkpoint.state import (
+    allocate_states,
+    keeps_extra_states,
+    load_optimizer,
+    load_weights,
+    sharded_state,
+)
+from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
 
@@ -28,19 +34,31 @@ def load(
     Random states are read if the checkpoint was written under the same `layout`. The caller has compared identities
     (`identity.require_same`). Raises CheckpointError if tensors do not fit, or if the files hold more than data.
     """
-    main_parameter = OLD_MAIN_PARAMETER if checkpoint.manifest.version == 1 else MAIN_PARAMETER
     if optimizer is not None:
         allocate_states(optimizer)
-    state = sharded_state(model, optimizer, main_parameter=main_parameter)
+    state = sharded_state(model, optimizer, version=checkpoint.manifest.version)
     if layout is not None and checkpoint.manifest.layout == layout:
         state["random"] = sharded_random_states()
+    asked = {part: list(weights) for part, weights in state["model"].items()}  # the common part could bring others
     check_contents(checkpoint.path)
+    if keeps_extra_states(model):
+        check_extra_states(checkpoint.path)
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint.path))
-    except CheckpointingException as error:
-        raise CheckpointError(f"{checkpoint.path}: does not fit this model: {error}") from error
-    load_weights(model, loaded)
+    except (CheckpointingException, CheckpointException) as error:
+        raise CheckpointError(f"{checkpoint.path}: does not fit this model: {_reason(error, checkpoint)}") from error
+    load_weights(model, {part: {name: loaded["model"][part][name] for name in names} for part, names in asked.items()})
     if optimizer is not None:
         load_optimizer(optimizer, loaded["optimizer"])
     if "random" in state:
         set_random_states(loaded["random"])
+
+
+def _reason(error: BaseException, checkpoint: Checkpoint) -> str:
+    """What Megatron says, or what PyTorch gathered from all ranks, which is no `Exception`; and a likely cause."""
+    said = str(error)
+    if isinstance(error, CheckpointException):
+        said = "; ".join(sorted({str(failure) for failure, _ in error.failures.values()}))
+    if checkpoint.manifest.version >= 3:
+        return said
+    return f"{said}. Checkpoints of format version 1 and 2 are read by the layers that wrote them; see model.layers"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
@@ -65,7 +65,11 @@ class Planner:
         for the checkpoint's disk. It sees stand-ins without data, since it would clone CPU tensors that are views.
         """
         apply_factories(state)
-        live = dict(_take_data(state))
+        live, ours = {}, set()
+        for place, tensor, is_ours in _take_data(state):
+            live[place] = tensor
+            if is_ours:
+                ours.add(place)
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process to hold it
         with tempfile.TemporaryDirectory(prefix="checkpoint-plan-") as folder:
             dist_checkpointing.save(
@@ -74,8 +78,11 @@ class Planner:
             small_files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
         self._checked = True
         writer, metadata = self._strategy.planned
+        files = [_planned_file(bucket, live) for bucket in writer.write_buckets]
+        planned = {_place_of(item) for file in files for item, _ in file.tensors}
+        assert planned == ours, f"planned otherwise than the state is: {sorted(planned ^ ours)[:5]}"
         return RankPlan(
-            files=[_planned_file(bucket, live) for bucket in writer.write_buckets],
+            files=files,
             small_files=small_files,
             metadata=metadata,
         )
@@ -98,13 +105,15 @@ class _NothingToDo:
         """Called by Megatron in place of writing."""
 
 
-def _take_data(state: Any) -> Iterator[tuple[Place, torch.Tensor]]:
-    """Every tensor of a state dict with its place; a stand-in of the same shape and dtype takes its place there."""
+def _take_data(state: Any) -> Iterator[tuple[Place, torch.Tensor, bool]]:
+    """Every tensor of a state dict with its place, and whether this rank writes it, being the first of those that hold
+    it. A stand-in of the same shape and dtype takes its place there.
+    """
     if isinstance(state, dict | list):
         for value in state.values() if isinstance(state, dict) else state:
             yield from _take_data(value)
     elif isinstance(state, ShardedTensor) and state.data is not None:
-        yield (state.key, tuple(state.global_offset)), state.data.detach()
+        yield (state.key, tuple(state.global_offset)), state.data.detach(), is_main_replica(state.replica_id)
         state.data = torch.empty(state.data.shape, dtype=state.data.dtype, device="meta")
 
 
@@ -120,6 +129,11 @@ def _planned_file(bucket: Any, live: dict[Place, torch.Tensor]) -> PlannedFile:
 def _item_of(item: WriteItem) -> Item:
     index = item.index
     return index.fqn, None if index.offset is None else list(index.offset), index.index
+
+
+def _place_of(item: Item) -> Place:
+    key, offset, _ = item
+    return key, tuple(offset or ())
 
 
 def _content(data: io.BytesIO) -> bytes:

@@ -1,13 +1,15 @@
 """Saving as the loop sees it: begin, poll, finish.
 
 A save is planned in the training thread (collective, without a disk), copied and written beside it, and committed by
-rank 0 beside it once every rank's writer is done. Ranks agree on that in `poll` with one small reduction, and only
-while a save is in flight.
+rank 0 beside it once every rank's writer is done. No rank writes before rank 0 holds the folder's lock, so a second run
+in one run folder is refused before it has touched anything. Ranks agree on all that in `poll` with one small reduction,
+and only while a save is in flight.
 """
 
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -74,24 +76,39 @@ class _Flight:
         self.begun, self.stall_seconds, self.waited_seconds = time.perf_counter(), 0.0, 0.0
         self.metadata: Metadata | None = None
         self.lock: FolderLock | None = None
+        self.locking: Work | None = None
+        """Rank 0's taking of the lock."""
+        self.locked = threading.Event()
+        """All ranks know that rank 0 has it, or that the save is given up."""
         self.work: Work | None = None
-        """What this rank is at; None if it only waits for rank 0 to commit."""
+        """What this rank writes; None if it only waits for rank 0 to commit."""
         self.committing = False
         self.agreement: Callable[[], int] | None = None
         """The lowest state of all ranks, being found."""
 
     @property
-    def state(self) -> _State:
-        if self.work is None:
-            return _State.DONE
-        if not self.work.done.is_set():
-            return _State.RUNNING
-        return _State.DONE if self.work.error is None else _State.FAILED
+    def current(self) -> Work | None:
+        """What this rank is at; None if it waits for rank 0."""
+        return self.work if self.locked.is_set() else self.locking
 
-    def take_lock(self) -> None:
+    @property
+    def state(self) -> _State:
+        if self.current is None:
+            return _State.DONE
+        if not self.current.done.is_set():
+            return _State.RUNNING
+        return _State.DONE if self.current.error is None else _State.FAILED
+
+    def take_lock(self) -> int:
         self.lock = FolderLock(partial_path(self.final))
+        return 0
+
+    def wait_for_lock(self) -> None:
+        self.locked.wait()
 
     def release(self) -> None:
+        """Give up the lock, and the writer's waiting for it."""
+        self.locked.set()
         if self.lock is not None:
             self.lock.release()
 
@@ -134,8 +151,9 @@ class Saver:
             if self._background is None:
                 self._background = Background()
             rank = dist.get_rank()
-            before = flight.take_lock if rank == 0 else _nothing
-            flight.work = self._background.write(plan, partial_path(flight.final), rank, before)
+            if rank == 0:
+                flight.locking = Work(flight.take_lock)
+            flight.work = self._background.write(plan, partial_path(flight.final), rank, flight.wait_for_lock)
         if self.recipe.checkpoint.mode is SaveMode.SYNC:
             with self._blocked():
                 self._drain()
@@ -178,8 +196,8 @@ class Saver:
     def _drain(self) -> None:
         """Waits in slices, so that no collective outlasts the group's timeout while another rank writes."""
         while self._flight is not None:
-            if self._flight.work is not None:
-                self._flight.work.done.wait(_WAIT_SECONDS)
+            if self._flight.current is not None:
+                self._flight.current.done.wait(_WAIT_SECONDS)
             self._advance()
 
     def _advance(self) -> None:
@@ -196,6 +214,8 @@ class Saver:
         flight.agreement = None
         if state == _State.FAILED:
             self._fail(flight)
+        elif state == _State.DONE and not flight.locked.is_set():
+            flight.locked.set()
         elif state == _State.DONE and not flight.committing:
             flight.committing, flight.work = True, None
             if dist.get_rank() == 0:
@@ -219,11 +239,11 @@ class Saver:
         )
 
     def _fail(self, flight: _Flight) -> None:
-        """Every rank is here. Ends the writers that still write, removes the folder, raises."""
-        mine = flight.work.error if flight.work is not None and flight.state is _State.FAILED else None
+        """Every rank is here. Ends the writers that still write, removes the folder if it is this run's, raises."""
+        mine = flight.current.error if flight.current is not None and flight.state is _State.FAILED else None
         self.close()
         errors = of_every_rank(mine or "")
-        if dist.get_rank() == 0:
+        if flight.lock is not None:
             shutil.rmtree(partial_path(flight.final), ignore_errors=True)
         found = "\n  ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
         raise CheckpointError(
@@ -249,10 +269,6 @@ class Saver:
             self._stall_seconds += seconds
             if self._flight is not None:
                 self._flight.stall_seconds += seconds
-
-
-def _nothing() -> None:
-    """Ranks other than 0 have nothing to do before they write."""
 
 
 def _hold_updates(optimizer: ChainedOptimizer, saver: Saver) -> None:

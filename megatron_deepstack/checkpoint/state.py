@@ -9,35 +9,62 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_deepstack.checkpoint.optimizer_shards import MAIN_PARAMETER, sharded_states
+from megatron_deepstack.checkpoint.folder import FORMAT_VERSION
+from megatron_deepstack.checkpoint.optimizer_shards import MAIN_PARAMETER, OLD_MAIN_PARAMETER, sharded_states
+from megatron_deepstack.checkpoint.trust import EXTRA_STATE
+from megatron_deepstack.config.choices import Fp8Scaling
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.encoder import VisualEncoder
+from megatron_deepstack.model.language import LanguageChunk
 
+FUSED_NORMS = {
+    "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
+    "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
+}
+"""Keys of the norms before linears, to those of Transformer Engine's layers, which own them together: so that either
+layers read what the others wrote."""
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Keys of optimizer states that any layout can read."""
 
 
 def sharded_state(
-    model: RankModel, optimizer: ChainedOptimizer | None, *, main_parameter: str = MAIN_PARAMETER
+    model: RankModel, optimizer: ChainedOptimizer | None, *, version: int = FORMAT_VERSION
 ) -> dict[str, Any]:
-    """Sharded state dict of this rank, over live tensors; without `optimizer`, the weights alone.
+    """Sharded state dict of this rank, over live tensors; without `optimizer`, the weights alone. `version` is that of
+    the checkpoint's format.
 
     Keys name global layers, so a checkpoint does not remember its layout. The encoder stands on every rank, so its
     replica number is the global rank: rank 0 writes it.
     """
     weights: ShardedStateDict = {}
     for number, chunk in enumerate(model.chunks):
-        weights[f"decoder{number}"] = chunk.sharded_state_dict(metadata=dict(METADATA))
+        weights[f"decoder{number}"] = _decoder_state(model, chunk, version)
     weights["encoder"] = _encoder_state(model.encoder)
     state: dict[str, Any] = {"model": weights}
+    main_parameter = OLD_MAIN_PARAMETER if version == 1 else MAIN_PARAMETER
     if optimizer is not None:
         for single in optimizer.chained_optimizers:
             if isinstance(single, DistributedOptimizer):
                 single.sharded_state_dict = partial(_distributed_state, single, main_parameter=main_parameter)
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=dict(METADATA))
+    return state
+
+
+def keeps_extra_states(model: RankModel) -> bool:
+    """Whether layers keep more than weights: under delayed scaling the history of what they have seen."""
+    return model.config.fp8 is not None and model.config.fp8_recipe == Fp8Scaling.DELAYED.value
+
+
+def _decoder_state(model: RankModel, chunk: LanguageChunk, version: int) -> ShardedStateDict:
+    state: ShardedStateDict = chunk.sharded_state_dict(metadata=dict(METADATA))
+    if not keeps_extra_states(model):
+        state = {name: part for name, part in state.items() if not name.endswith(EXTRA_STATE)}
+    if version >= 3:
+        apply_prefix_mapping(state, FUSED_NORMS)
     return state
 
 
@@ -49,13 +76,19 @@ def _distributed_state(
 
 
 def allocate_states(optimizer: ChainedOptimizer) -> None:
-    """Make the states that an optimizer has after its first step, so that loading can write into them."""
+    """Make the states that an optimizer otherwise has from its first update on, all zero.
+
+    Loading writes into them; and a run that begins anew has what a save plans for, whether or not it was ever updated.
+    """
     for single in optimizer.chained_optimizers:
         inner = single.optimizer
         if isinstance(inner, torch.optim.Adam):
             _allocate_torch_adam(inner)
-        if isinstance(single, DistributedOptimizer):
+        elif isinstance(single, DistributedOptimizer):
             single.load_state_dict(single.state_dict())
+            for found in inner.state.values():  # Megatron allocates without clearing
+                found["exp_avg"].zero_()
+                found["exp_avg_sq"].zero_()
         elif inner is not None:
             single.init_state_fn(inner, single.config)
 
@@ -119,8 +152,8 @@ def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:
     }
 
 
-def load_weights(model: RankModel, state: dict[str, Any]) -> None:
-    """Copy loaded weights into the modules; extra states without data (Transformer Engine's) are left out."""
+def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
+    """Copy loaded weights into the modules; extra states that are not kept are missing, and stay as they are."""
     for number, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(state["model"][f"decoder{number}"], strict=False)
-    model.encoder.load_state_dict(state["model"]["encoder"])
+        chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
+    model.encoder.load_state_dict(weights["encoder"])

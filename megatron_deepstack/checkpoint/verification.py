@@ -17,8 +17,21 @@ from megatron_deepstack.checkpoint.folder import (
     step_folders,
     verify_content,
 )
+from megatron_deepstack.checkpoint.retention import remove_leftovers
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.parallel.reduce import from_first_rank, of_every_rank
+
+
+def remove_leftovers_together(run_dir: str | Path) -> None:
+    """`retention.remove_leftovers`, done by rank 0. Collective over all ranks; raises as it does, on every rank."""
+    fault = ""
+    if dist.get_rank() == 0:
+        try:
+            remove_leftovers(run_dir)
+        except CheckpointError as error:
+            fault = str(error)
+    if fault := from_first_rank(fault):
+        raise CheckpointError(fault)
 
 
 def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:

@@ -92,7 +92,7 @@ def earlier_records(file: Path, num_steps: int) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             if record["step"] <= num_steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,12 +43,13 @@ class Heartbeats:
         self._host, self._number = socket.gethostname(), 0
 
     def write(self, doing: str, *, hanging: bool = False) -> None:
-        """Beat once."""
+        """Beat once. A disk that refuses costs this beat alone: the next one may get through, and training goes on."""
         self._number += 1
         beat = Beat(self.rank, self._host, os.getpid(), self._number, doing, hanging)
         partial = self._file(self.rank).with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-        partial.replace(self._file(self.rank))
+        with suppress(OSError):
+            partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+            partial.replace(self._file(self.rank))
 
     def read(self) -> dict[int, Beat]:
         """Every rank's last beat; ranks that never beat are missing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.training.console import StepConsole
+from megatron_deepstack.training.health import earlier_records
 from megatron_deepstack.training.record import StepRecord
 from megatron_deepstack.training.wandb_run import WandbRun
 
@@ -96,7 +98,8 @@ class Board:
     """TensorBoard."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        """Hides what runs before this one wrote of steps after `first_step`, all of it where the run begins anew."""
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def add(self, record: StepRecord) -> None:
         """Write one step."""
@@ -110,13 +113,12 @@ class Board:
 
 
 def _drop_after(file: Path, last_step: int) -> None:
+    """Keep the records of steps up to `last_step`; they stay on the disk until the new file is there, whole."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # a line cut short by a kill; the step it belongs to is run again
-    file.write_text("".join(kept), encoding="utf-8")
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(record) + "\n" for record in earlier_records(file, last_step))
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(file)

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_deepstack.checkpoint.commit import layout_of
 from megatron_deepstack.checkpoint.identity import identity, require_same
 from megatron_deepstack.checkpoint.load import load
-from megatron_deepstack.checkpoint.retention import remove_leftovers
 from megatron_deepstack.checkpoint.saver import Saver
-from megatron_deepstack.checkpoint.verification import newest_whole_together
+from megatron_deepstack.checkpoint.state import allocate_states
+from megatron_deepstack.checkpoint.verification import newest_whole_together, remove_leftovers_together
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.data.steps import Share, StepReader, open_training_reader
@@ -84,14 +82,15 @@ class Resumption:
 
 
 def resume(session: Session) -> Resumption:
-    """Load the newest whole checkpoint of the run folder, if it has any. Collective over all ranks.
+    """Load the newest whole checkpoint of the run folder, if it has any; else begin anew. Collective over all ranks.
 
-    Raises CheckpointError if none is whole, or if the newest belongs to another model or other data.
+    Raises CheckpointError if none is whole, if the newest belongs to another model or other data, or if the folder's
+    file system has no locks.
     """
-    if dist.get_rank() == 0:
-        remove_leftovers(session.recipe.run_dir)
+    remove_leftovers_together(session.recipe.run_dir)
     checkpoint, faults = newest_whole_together(session.recipe.run_dir)
     if checkpoint is None:
+        allocate_states(session.optimizer.chained)
         return Resumption(step=0, path=None, passed_over=())
     require_same(checkpoint.path, checkpoint.manifest.facts, session.facts)
     layout = layout_of(session.groups.axes, session.recipe.parallel)

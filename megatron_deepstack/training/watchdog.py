@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -70,9 +71,16 @@ class Watchdog:
                 self._end(doing, waited)
 
     def _end(self, doing: str, waited: float) -> None:
-        """Show this rank's stacks, find the silent ranks, tell, and end the process."""
+        """Tell of the hang and end the process, whatever fails in telling."""
+        try:
+            self._tell(doing, waited)
+        finally:
+            os._exit(HangError.exit_code)
+
+    def _tell(self, doing: str, waited: float) -> None:
+        """Show this rank's stacks, find the silent ranks, and let the first of the others say what is known."""
         if not self._is_called():
-            self._called.write_text(f"rank {self.beats.rank} has waited {waited:.0f} s\n", encoding="utf-8")
+            _write(self._called, f"rank {self.beats.rank} has waited {waited:.0f} s\n")
         self._dump_stacks(doing)
         before = self.beats.read()
         self._beat_while_ending(doing, _BEATS_TO_WATCH)
@@ -80,12 +88,11 @@ class Watchdog:
         silent = silent_ranks(before, after, self.beats.num_ranks)
         if self.beats.rank == min(set(range(self.beats.num_ranks)) - set(silent) | {self.beats.rank}):
             message = hang_message(after, silent, self.beats.num_ranks, waited, self.hang_seconds, self.stacks)
-            self._called.write_text(message + "\n", encoding="utf-8")
+            _write(self._called, message + "\n")
             sys.stderr.write(f"error: {message}\n")
             sys.stderr.flush()
         else:
             self._beat_while_ending(doing, _BEATS_TO_TELL)
-        os._exit(HangError.exit_code)
 
     def _beat_while_ending(self, doing: str, num_beats: int) -> None:
         for _ in range(num_beats):
@@ -93,10 +100,11 @@ class Watchdog:
             time.sleep(self.beat_seconds)
 
     def _dump_stacks(self, doing: str) -> None:
-        with (self.stacks / f"rank_{self.beats.rank:05d}.txt").open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.flush()
-        text = Path(file.name).read_text(encoding="utf-8")
+        with os.fdopen(os.memfd_create("stacks"), "w+", encoding="utf-8") as memory:
+            faulthandler.dump_traceback(memory, all_threads=True)
+            memory.seek(0)
+            text = memory.read()
+        _write(self.stacks / f"rank_{self.beats.rank:05d}.txt", text)
         sys.stderr.write(f"stacks of rank {self.beats.rank}, in {doing}:\n{text}\n")
         sys.stderr.flush()
 
@@ -109,6 +117,12 @@ class Watchdog:
             return self._called.stat().st_mtime_ns
         except OSError:
             return 0
+
+
+def _write(file: Path, text: str) -> None:
+    """As far as the disk allows: a full one must not keep a hung rank from saying the rest and ending."""
+    with suppress(OSError):
+        file.write_text(text, encoding="utf-8")
 
 
 def last_hang(run_dir: Path) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trained_rank import State, TrainedRank, differing, plain_tensors, saving_recipe
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe
+from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.testing.ranks import RankPool
 
 Pools = Callable[[int], RankPool]
@@ -103,3 +105,42 @@ def test_adapters_survive_a_change_of_layout(ranks: Pools, tmp_path: Path) -> No
     second = ranks(2).run(load_and_save, read, first)[0]
     ours, theirs = (ranks(1).run(plain_tensors, str(path))[0] for path in (first, second))
     assert differing(ours, theirs) == []
+
+
+def refusal(rank: int, recipe: Recipe, path: Path) -> str:
+    """The words with which a checkpoint of another model is refused."""
+    trained = TrainedRank(recipe)
+    try:
+        trained.load(path)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_norms_are_named_as_transformer_engine_names_them(ranks: Pools, tmp_path: Path) -> None:
+    """Its layers own them together with the linears behind, and so each kind of layers reads the other's."""
+    path = ranks(2).run(train_and_save, saving_recipe(tmp_path, ZERO))[0]
+    names = set(ranks(1).run(plain_tensors, str(path))[0])
+    for norm in ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"):
+        assert {f"decoder.layers.{norm}", f"optimizer.state.exp_avg.decoder.layers.{norm}"} <= names
+    assert not [name for name in names if "decoder.layers.input_layernorm" in name]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qk_norm": True}, "q_layernorm"),
+        ({"ffn_hidden_size": 96}, "linear_fc1"),
+    ],
+    ids=["missing", "another-shape"],
+)
+def test_what_does_not_fit_is_refused_alike_on_every_rank(
+    ranks: Pools, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    recipe = saving_recipe(tmp_path)
+    path = ranks(2).run(train_and_save, recipe)[0]
+    other = replace(recipe, model=replace(recipe.model, language=replace(recipe.model.language, **change)))
+    first, second = ranks(2).run(refusal, other, path)
+    assert first == second
+    assert "does not fit this model" in first
+    assert words in first

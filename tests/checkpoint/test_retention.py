@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,11 @@ from megatron_deepstack.checkpoint.folder import (
     write_manifest,
 )
 from megatron_deepstack.checkpoint.retention import FolderLock, prune, remove_leftovers, superfluous
+from megatron_deepstack.checkpoint.verification import remove_leftovers_together
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.testing.ranks import RankPool
+
+Pools = Callable[[int], RankPool]
 
 
 @pytest.mark.parametrize(
@@ -87,3 +94,54 @@ def test_leftovers_go_but_not_a_living_writers(tmp_path: Path) -> None:
     lock.release()
     assert remove_leftovers(tmp_path) == [living]
     assert newest_whole(tmp_path) == (None, [])
+
+
+def test_a_deletion_that_is_cut_short_leaves_a_leftover_and_no_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4):
+        make(tmp_path, step)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        (path / "data").unlink(missing_ok=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)
+        prune(tmp_path, 4, keep=1, keep_every=0)
+    assert steps_left(tmp_path) == [4]
+    (left,) = remove_leftovers(tmp_path)
+    assert left.name == "step_00000002.removed"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def without_locks(patched: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    patched.setattr("fcntl.flock", refuse)
+
+
+def test_a_folder_without_locks_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(monkeypatch)
+    handles = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointError, match=r"No locks available.*Lustre with `flock`.*set run_dir"):
+        FolderLock(partial_path(checkpoint_path(tmp_path, 2)))
+    assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def leftovers_without_locks(rank: int, run_dir: Path) -> str:
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 0:
+            without_locks(patched)
+        try:
+            remove_leftovers_together(run_dir)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_every_rank_hears_of_leftovers_that_cannot_be_removed(ranks: Pools, tmp_path: Path) -> None:
+    partial_path(checkpoint_path(tmp_path, 2)).mkdir(parents=True)
+    first, second = ranks(2).run(leftovers_without_locks, tmp_path)
+    assert first == second
+    assert "cannot be locked" in first

@@ -15,7 +15,7 @@ from trained_rank import TrainedRank, differing, saving_recipe
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, partial_path, step_folders, verify
 from megatron_deepstack.config.choices import Part, Precision, SaveMode
 from megatron_deepstack.config.schema import CheckpointConfig, ParallelConfig, Recipe
-from megatron_deepstack.errors import CheckpointError, RankError
+from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.testing.ranks import RankPool
 
 Pools = Callable[[int], RankPool]
@@ -210,21 +210,30 @@ def test_nothing_is_left_after_closing(ranks: Pools, tmp_path: Path) -> None:
     assert newest_whole(tmp_path) == (None, [])
 
 
-def save_into_locked(rank: int, recipe: Recipe) -> None:
+def save_into_locked(rank: int, recipe: Recipe) -> str:
     trained = TrainedRank(recipe)
     trained.step()
     trained.saver.begin(1)
-    trained.saver.finish()
+    try:
+        trained.saver.finish()
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    """The second is told, and the first one's files are not touched."""
+def test_two_runs_in_one_folder(ranks: Pools, tmp_path: Path) -> None:
+    """Every rank of the second is told, and the first one's files are not touched."""
     from megatron_deepstack.checkpoint.retention import FolderLock
 
     partial = partial_path(checkpoint_path(tmp_path, 1))
     lock = FolderLock(partial)
-    with RankPool(1) as pool, pytest.raises(RankError) as caught:
-        pool.run(save_into_locked, saving_recipe(tmp_path, ParallelConfig()))
+    theirs = {name: f"the first run's {name}" for name in ("__0_0.distcp", "__1_0.distcp")}
+    for name, content in theirs.items():
+        (partial / name).write_text(content)
+    first, second = ranks(2).run(save_into_locked, saving_recipe(tmp_path))
     lock.release()
-    assert isinstance(caught.value.__cause__, CheckpointError)
-    assert "two runs share a run_dir" in str(caught.value.__cause__)
+    assert first == second
+    assert "rank 0: " in first
+    assert "two runs share a run_dir" in first
+    assert {file.name: file.read_text() for file in partial.glob("*.distcp")} == theirs
+    assert not list(partial.glob(".written_by*"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from trained_rank import TrainedRank, saving_recipe
 
-from megatron_deepstack.checkpoint.trust import check_contents
+from megatron_deepstack.checkpoint.folder import fingerprint
+from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.testing.ranks import RankPool
@@ -92,24 +95,97 @@ def test_a_missing_index_is_named(folder: Path) -> None:
         check_contents(folder)
 
 
-@pytest.mark.parametrize("evil", [True, False], ids=["evil", "data"])
-def test_objects_among_the_tensors(folder: Path, evil: bool) -> None:
+def add_object(folder: Path, key: str, content: Any) -> None:
+    """Put an object into the index, which then holds no other."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     stream = io.BytesIO()
-    torch.save([Evil(folder / "trace") if evil else {"step": 3}], stream)
+    torch.save([content], stream)
     (folder / "object").write_bytes(b"before" + stream.getvalue())
     index = index_of(folder)
-    index.state_dict_metadata["extra"] = BytesStorageMetadata()
-    index.storage_data[MetadataIndex("extra")] = _StorageInfo("object", 6, len(stream.getvalue()))
+    for other in [key for key, stored in index.state_dict_metadata.items() if isinstance(stored, BytesStorageMetadata)]:
+        del index.state_dict_metadata[other]
+    index.state_dict_metadata[key] = BytesStorageMetadata()
+    index.storage_data[MetadataIndex(key)] = _StorageInfo("object", 6, len(stream.getvalue()))
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    for key, stored in list(index.state_dict_metadata.items()):
-        if isinstance(stored, BytesStorageMetadata) and key != "extra":
-            del index.state_dict_metadata[key]
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("evil", [True, False], ids=["evil", "data"])
+def test_objects_among_the_tensors(folder: Path, evil: bool) -> None:
+    add_object(folder, "extra", Evil(folder / "trace") if evil else {"step": 3})
     if evil:
         with pytest.raises(CheckpointError, match="the object extra holds more than data"):
             check_contents(folder)
         assert not (folder / "trace").exists()
     else:
         check_contents(folder)
+
+
+class HiddenInStorage:
+    """Pickled as torch pickles a storage: as bytes that torch unpickles once more."""
+
+    def __init__(self, content: object) -> None:
+        self.content = content
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stream = io.BytesIO()
+        torch.save(self.content, stream)
+        return torch.storage._load_from_bytes, (stream.getvalue(),)
+
+
+HISTORY = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(4, 3), "extra_fp8_variables": {"num_gemms": 1}}
+EXTRA_STATES = {
+    "nothing": (lambda trace: b"", None),
+    "history": (lambda trace: pickle.dumps(HISTORY), None),
+    "evil": (lambda trace: pickle.dumps({**HISTORY, "recipe": Evil(trace)}), r"it names (posix|os)\.mkdir"),
+    "evil-in-a-storage": (lambda trace: pickle.dumps(HiddenInStorage(Evil(trace))), "mkdir"),
+    "cut": (lambda trace: pickle.dumps(HISTORY)[:-9], "extra_state"),
+    "no-pickle": (lambda trace: b"no pickle", "extra_state"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), EXTRA_STATES.values(), ids=EXTRA_STATES)
+def test_bytes_that_transformer_engine_would_unpickle(
+    folder: Path, content: Callable[[Path], bytes], words: str | None
+) -> None:
+    stored = torch.tensor(list(content(folder / "trace")), dtype=torch.uint8)
+    add_object(folder, "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_4", stored)
+    check_contents(folder)
+    if words is None:
+        check_extra_states(folder)
+    else:
+        with pytest.raises(CheckpointError, match=words):
+            check_extra_states(folder)
+        assert not (folder / "trace").exists()
+
+
+def extra_states_taken(rank: int, recipe: Recipe, path: Path) -> list[object]:
+    """What layers are given to unpickle where a checkpoint is loaded."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    from megatron_deepstack.checkpoint.folder import verify
+    from megatron_deepstack.checkpoint.load import load
+
+    taken: list[object] = []
+    trained = TrainedRank(recipe)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ColumnParallelLinear, "set_extra_state", lambda _, state: taken.append(state))
+        load(verify(path), trained.model, None)
+    return [state for state in taken if state is not None]  # Megatron's hook fills in nothing for what is missing
+
+
+def test_extra_states_are_neither_written_nor_taken_but_under_delayed_scaling(
+    ranks: Pools, written: Path, tmp_path: Path
+) -> None:
+    """Although these layers offer some, and although the common part of a forged checkpoint brings one."""
+    assert not [key for key in index_of(written).state_dict_metadata if "_extra_state" in key]
+    forged = tmp_path / "forged"
+    shutil.copytree(written, forged)
+    common = torch.load(forged / "common.pt", weights_only=True)
+    evil = torch.tensor(list(pickle.dumps(Evil(tmp_path / "trace"))), dtype=torch.uint8)
+    common["model"] = {"decoder0": {"decoder.layers.0.self_attention.linear_qkv._extra_state": evil}}
+    torch.save(common, forged / "common.pt")
+    manifest = json.loads((forged / "manifest.json").read_text())
+    manifest["files"]["common.pt"] = fingerprint(forged / "common.pt")
+    (forged / "manifest.json").write_text(json.dumps(manifest))
+    assert ranks(2).run(extra_states_taken, saving_recipe(tmp_path), forged) == [[], []]

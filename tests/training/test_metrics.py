@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from megatron_deepstack.config.schema import LoggingConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.training import wandb_run
 from megatron_deepstack.training.console import StepConsole
-from megatron_deepstack.training.metrics import MetricsLog
+from megatron_deepstack.training.metrics import JsonLines, MetricsLog
 from megatron_deepstack.training.record import StepRecord
 from megatron_deepstack.training.wandb_run import WandbRun, require_wandb
 
@@ -83,6 +84,39 @@ def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
         (2, 2.0),
         (3, pytest.approx(4 / 3)),
     ]
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_tensorboard_shows_each_step_once_after_a_resumption_and_after_a_new_start(tmp_path: Path, first: int) -> None:
+    write(recipe_in(tmp_path), 0, range(1, 4))
+    write(recipe_in(tmp_path), first, range(first + 1, 5))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["3", "null", '["step"]', '{"step": "one"}', "{}", "\udcff"],
+    ids=["number", "null", "list", "word", "nothing", "bytes"],
+)
+def test_a_line_that_is_no_record_is_dropped(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n', errors="surrogateescape")
+    JsonLines(file, 1).close()
+    assert file.read_text() == '{"step": 1}\n'
+
+
+def test_the_history_outlives_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(recipe_in(tmp_path), 0, range(1, 4))
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        JsonLines(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,3 +96,54 @@ def test_a_poisoned_step_changes_nothing(
             assert not applied
             assert not changed
             assert changed_later > found / 2
+
+
+def _save_before_any_update(rank: int, recipe: Recipe) -> list[list[str]]:
+    """A left-out first step is saved, then an applied one; what differs from either where it is loaded again."""
+    from megatron_deepstack.step.clock import StepClock
+    from megatron_deepstack.step.train_step import forward_backward
+    from megatron_deepstack.training.session import resume, start_session
+
+    expected = []
+    session = start_session(recipe, groups_for(recipe.parallel))
+    assert resume(session).step == 0
+    for step, trusted in enumerate((False, True)):
+        loaded = session.reader.load(step)
+        forward_backward(session.engine, loaded.plan, torch.from_numpy(loaded.pixels), StepClock())
+        assert session.optimizer.step(step, lambda norm: trusted).applied is trusted  # noqa: B023 - called at once
+        expected.append(_snapshot(session))
+        session.saver.begin(step + 1)
+        assert session.saver.finish() is not None
+    session.saver.close()
+    changed = [_changed(expected[step - 1], _resumed_at(recipe, rank, step)) for step in (2, 1)]
+    # torch's Adam counts updates beside each parameter's states; only Megatron's loading notes them in groups too.
+    return [[name for name in names if name.count(" ") != "0 0 step".count(" ")] for names in changed]
+
+
+def _resumed_at(recipe: Recipe, rank: int, step: int) -> Any:
+    """A new session resumed from the checkpoint after `step`, which the newer ones make way for."""
+    import shutil
+
+    import torch.distributed as dist
+
+    from megatron_deepstack.checkpoint.folder import checkpoint_path
+    from megatron_deepstack.training.session import resume, start_session
+
+    if rank == 0:
+        shutil.rmtree(checkpoint_path(recipe.run_dir, step + 1), ignore_errors=True)
+    dist.barrier()
+    session = start_session(recipe, groups_for(recipe.parallel))
+    assert resume(session).step == step
+    session.saver.close()
+    return session
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("layout", ["pp2", "dp2-zero"])
+def test_a_save_before_the_first_update_is_whole_and_so_are_later_ones(
+    ranks: Pools, store: Path, tmp_path: Path, layout: str, precision: Precision
+) -> None:
+    recipe = tiny_recipe(parallel=LAYOUTS[layout], precision=precision)
+    recipe = replace(recipe, data=DataConfig(store=str(store)), run_dir=str(tmp_path / "run"))
+    for changed in ranks(2).run(_save_before_any_update, recipe):
+        assert changed == [[], []]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.errors import HangError, RankError
+from megatron_deepstack.errors import CheckpointError, HangError, RankError
 from megatron_deepstack.platform.local_ranks import launch_ranks
 from megatron_deepstack.training.heartbeat import Beat, Heartbeats, read_beat, silent_ranks
 from megatron_deepstack.training.watchdog import PATIENT, Watchdog, hang_message, last_hang
@@ -54,8 +58,6 @@ def test_heartbeats_are_files(tmp_path: Path) -> None:
 
 def _watched(folder: str, behaviour: str) -> str:
     """Two ranks of which none, one or both make progress, without any process group."""
-    import time
-
     rank = int(os.environ["RANK"])
     with Watchdog(Path(folder), rank, 2, hang_seconds=2.0) as watchdog:
         watchdog.progress("step 1")
@@ -77,8 +79,6 @@ def _watched(folder: str, behaviour: str) -> str:
 
 
 def _a_place_to_be_found() -> None:
-    import time
-
     time.sleep(1000)
 
 
@@ -101,6 +101,58 @@ def test_every_rank_shows_its_stacks(tmp_path: Path, behaviour: str) -> None:
         stack = (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
         assert "_watched" in stack
         assert ("_a_place_to_be_found" in stack) is (rank == 1 or behaviour == "both stop")
+
+
+def wait_until(came: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not came():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class FullDisk:
+    """Within it every file of this process is refused."""
+
+    def __enter__(self) -> FullDisk:
+        self._write_text = Path.write_text
+
+        def refuse(path: Path, *_: object, **__: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        Path.write_text = refuse  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Path.write_text = self._write_text  # type: ignore[method-assign]
+
+
+def _hangs_on_a_full_disk(folder: str) -> None:
+    with FullDisk(), Watchdog(Path(folder), int(os.environ["RANK"]), 2, hang_seconds=2.0):
+        _a_place_to_be_found()
+
+
+def test_a_hang_on_a_full_disk_is_shown_and_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No beat, stack or call can be written: each rank finds the hang by itself and says so on its standard error."""
+    with pytest.raises(HangError, match="found the run hanging"):
+        launch_ranks(_hangs_on_a_full_disk, 2, str(tmp_path))
+    told = capfd.readouterr().err
+    assert "error: the run hangs" in told
+    assert "_a_place_to_be_found" in told
+
+
+def _disk_refuses_and_recovers(run_dir: Path) -> None:
+    with ExitStack() as full, Watchdog(run_dir, 0, 1, hang_seconds=5.0) as watchdog:
+        with FullDisk():
+            number = watchdog.beats._number
+            wait_until(lambda: watchdog.beats._number > number + 1)
+        wait_until(lambda: watchdog.beats.read().get(0, beat(0, 0)).number > number + 1)
+        full.enter_context(FullDisk())
+        raise CheckpointError("the error in flight")
+
+
+def test_a_refused_beat_ends_neither_the_watch_nor_replaces_the_error_of_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the error in flight"):
+        _disk_refuses_and_recovers(tmp_path)
 
 
 def test_an_earlier_hang_is_not_this_one(tmp_path: Path) -> None:
