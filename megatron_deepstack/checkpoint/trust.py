@@ -20,6 +20,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_deepstack.checkpoint.commit import INDEX
 from megatron_deepstack.errors import CheckpointError
 
+_STORAGES = {
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+}
+"""What pickles name for a tensor's storage: torch's own, which unpickles its bytes in their turn, and what
+Megatron-Core puts in its place after 0.16."""
 EXTRA_STATE = "_extra_state"
 """Ends the keys of what a layer keeps beside its weights; a number of the part may follow."""
 _DCP = "torch.distributed.checkpoint"
@@ -121,8 +127,8 @@ class _ExtraStateReader(pickle.Unpickler):
     """Unpickles a layer's extra state, and nothing that delayed scaling does not hold."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _storage_of  # torch's own unpickles these bytes in their turn
+        if (module, name) in _STORAGES:
+            return _storage_of
         if name in _ALLOWED_IN_EXTRA_STATES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}; do not load this checkpoint")
