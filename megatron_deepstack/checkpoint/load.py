@@ -46,7 +46,9 @@ def load(
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint.path))
     except (CheckpointingException, CheckpointException) as error:
-        raise CheckpointError(f"{checkpoint.path}: does not fit this model: {_reason(error, checkpoint)}") from error
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot be read into this model: {_reason(error, checkpoint)}"
+        ) from error
     load_weights(model, {part: {name: loaded["model"][part][name] for name in names} for part, names in asked.items()})
     if optimizer is not None:
         load_optimizer(optimizer, loaded["optimizer"])

@@ -142,5 +142,5 @@ def test_what_does_not_fit_is_refused_alike_on_every_rank(
     other = replace(recipe, model=replace(recipe.model, language=replace(recipe.model.language, **change)))
     first, second = ranks(2).run(refusal, other, path)
     assert first == second
-    assert "does not fit this model" in first
+    assert "cannot be read into this model" in first
     assert words in first

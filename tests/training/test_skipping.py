@@ -129,6 +129,7 @@ def _resumed_at(recipe: Recipe, rank: int, step: int) -> Any:
     from megatron_deepstack.checkpoint.folder import checkpoint_path
     from megatron_deepstack.training.session import resume, start_session
 
+    dist.barrier()  # the newer one has been read
     if rank == 0:
         shutil.rmtree(checkpoint_path(recipe.run_dir, step + 1), ignore_errors=True)
     dist.barrier()
