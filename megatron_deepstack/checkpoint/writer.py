@@ -158,4 +158,13 @@ def _reply_to(job: Job, memory: mmap.mmap) -> Reply:
     try:
         return Reply(num_bytes=write_job(job, memory), error=None)
     except Exception as error:
-        return Reply(num_bytes=0, error=str(error) or repr(error))
+        said = _cause(error)
+        return Reply(num_bytes=0, error=str(said) or repr(said))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The disk's own error where there is one: torch's writer trips over it while it closes its file, and hides it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from trained_rank import TrainedRank, differing, saving_recipe
 
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, partial_path, step_folders, verify
+from megatron_deepstack.checkpoint.writer import FileJob, Job, StagedTensor, _reply_to
 from megatron_deepstack.config.choices import Part, Precision, SaveMode
 from megatron_deepstack.config.schema import CheckpointConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import CheckpointError
@@ -190,6 +192,16 @@ def test_a_failed_write_reaches_every_rank(ranks: Pools, tmp_path: Path, kill_wr
     assert "goes on from there" in first
     assert [step for step, _ in step_folders(tmp_path)] == [1, 3]
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize("num_floats", [100, 1 << 16])
+def test_a_full_disk_is_named_wherever_torch_meets_it(tmp_path: Path, num_floats: int) -> None:
+    (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
+    memory = mmap.mmap(-1, 4 * num_floats)
+    tensors = [StagedTensor(("weight", None, None), torch.float32, (num_floats,), 0)] * 20
+    reply = _reply_to(Job(str(tmp_path), 0, [FileJob("__0_0.distcp", [], tensors)], {}), memory)
+    assert reply.error is not None
+    assert "No space left on device" in reply.error
 
 
 def writers_left(rank: int, recipe: Recipe) -> list[int]:
