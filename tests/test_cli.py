@@ -150,6 +150,6 @@ def test_plan_shows_stages_and_stacks(recipe):
 
 
 def test_plan_shows_what_falls_out_of_the_vit(recipe):
-    overrides = ["model.variant=deepstack_v", "model.stacks.slots=[21,22,23,24]"]
+    overrides = ["model.variant=deepstack_v", "model.stacks.grid=fixed_2x2", "model.stacks.slots=[21,22,23,24]"]
     result = CliRunner().invoke(app, ["plan", recipe, *overrides], env={"COLUMNS": "200"})
     assert "stacks enter before layers 21, 22, 23, stack 3 finds no layer" in result.output
