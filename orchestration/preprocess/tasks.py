@@ -76,12 +76,13 @@ def do_with_ray(
     """Parts in worker processes of a Ray cluster, finished ones first; `tick` is called at least every second."""
     if not parts:
         return
+    outlives_job = import_ray(address).is_initialized()
     with ray_session(workers, address, WORKER_ENVIRONMENT) as ours, stop_on_signals():  # Ray puts handlers of its own
         ray = import_ray(address)
         progress.say(f"preprocess: Ray is up after {progress.seconds:.1f} s")
         if not ours:
             check_nodes(ray, job, parts, WORKER_ENVIRONMENT)
-        window = _Window(ray, job, workers, progress, {} if ours else WORKER_ENVIRONMENT)
+        window = _Window(ray, job, workers, progress, {} if ours else WORKER_ENVIRONMENT, outlives_job)
         progress.workers = window.num_workers()
         progress.restart_clock()
         yield from window.run(parts, tick)
@@ -91,9 +92,17 @@ class _Window:
     """Tasks under way: two for each worker, so that none waits for the driver."""
 
     def __init__(
-        self, ray: Any, job: Job, workers: int | None, progress: JobProgress, environment: dict[str, str]
+        self,
+        ray: Any,
+        job: Job,
+        workers: int | None,
+        progress: JobProgress,
+        environment: dict[str, str],
+        outlives_job: bool,
     ) -> None:
         self._ray = ray
+        self._outlives_job = outlives_job
+        """Ray was up before the job and stays up after it, and would finish tasks that nobody waits for."""
         self._progress = progress
         self._workers = workers
         self._counted = (0.0, 1)
@@ -120,7 +129,9 @@ class _Window:
                     else:
                         yield result
         finally:
-            for reference in self._running:
+            # Elsewhere tasks end with our connection. Not asked to end before: a reply that crosses a cancellation ends
+            # the whole process in Ray 2.60 (a check in its task manager), with an exit code of its own.
+            for reference in self._running if self._outlives_job else ():
                 self._ray.cancel(reference)
 
     def _start(self, assignment: Assignment) -> None:
