@@ -82,12 +82,12 @@ class Bench:
     """A rank that trains and saves."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from megatron_deepstack.checkpoint.saver import Saver
+        from megatron_deepstack.checkpoint.saving.saver import Saver
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
         from megatron_deepstack.planning.step_plan import plan_step
         from megatron_deepstack.step.engine import build_engine
-        from megatron_deepstack.training.optimizer import Optimizer
+        from megatron_deepstack.training.optim.optimizer import Optimizer
 
         groups = groups_for(recipe.parallel)
         model = build_model(recipe.model, recipe.parallel, recipe.train.precision, groups)

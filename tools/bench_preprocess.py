@@ -36,8 +36,8 @@ from PIL import Image
 
 from megatron_deepstack.config.choices import ImageResize
 from megatron_deepstack.config.schema import DataConfig, Recipe
-from megatron_deepstack.data.images import decode_image, make_views
-from megatron_deepstack.data.processor import Processor
+from megatron_deepstack.data.images.pictures import decode_image, make_views
+from megatron_deepstack.data.images.processor import Processor
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.testing.tiny_data import record, write_records, write_tokenizer
 from orchestration import cluster

@@ -27,12 +27,11 @@ import numpy as np
 import zarr
 
 from megatron_deepstack.config.choices import Compression
-from megatron_deepstack.data import schema
-from megatron_deepstack.data.codec import checksums
-from megatron_deepstack.data.schema import PixelsShape
-from megatron_deepstack.data.shard_writer import open_shard
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.writer import open_index, write_skeleton
+from megatron_deepstack.data.store.codec import checksums
+from megatron_deepstack.data.store.reader import Store, schema
+from megatron_deepstack.data.store.schema import PixelsShape
+from megatron_deepstack.data.store.shard_writer import open_shard
+from megatron_deepstack.data.store.writer import open_index, write_skeleton
 
 VIEWS = 5
 IMAGES_PER_PART = 64

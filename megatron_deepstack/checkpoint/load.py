@@ -9,15 +9,15 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_deepstack.checkpoint.folder import Checkpoint
-from megatron_deepstack.checkpoint.random_state import set_random_states, sharded_random_states
-from megatron_deepstack.checkpoint.state import (
+from megatron_deepstack.checkpoint.content.random_state import set_random_states, sharded_random_states
+from megatron_deepstack.checkpoint.content.state import (
     allocate_states,
     keeps_extra_states,
     load_optimizer,
     load_weights,
     sharded_state,
 )
+from megatron_deepstack.checkpoint.folder import Checkpoint
 from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_deepstack.checkpoint.commit import INDEX
+from megatron_deepstack.checkpoint.saving.commit import INDEX
 from megatron_deepstack.errors import CheckpointError
 
 _STORAGES = {

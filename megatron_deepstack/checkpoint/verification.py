@@ -17,7 +17,7 @@ from megatron_deepstack.checkpoint.folder import (
     step_folders,
     verify_content,
 )
-from megatron_deepstack.checkpoint.retention import remove_leftovers
+from megatron_deepstack.checkpoint.saving.retention import remove_leftovers
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.parallel.reduce import from_first_rank, of_every_rank
 

@@ -30,12 +30,12 @@ def launch(
     require(loaded, () if loaded.data.stores else ("data.store",), "launch")
     check_world(loaded, ranks or loaded.launch.ranks or model_ranks(loaded.parallel))
     if dry_run:
-        from orchestration.launch.run import dry_run as describe
+        from orchestration.launch.driver.run import dry_run as describe
 
         describe(loaded, Console(markup=False, emoji=False).print, num_ranks=ranks, address=address)
         return
     say(f"launch: run folder {loaded.run_dir}")
-    from orchestration.launch.run import launch as run
+    from orchestration.launch.driver.run import launch as run
 
     run(loaded, num_ranks=ranks, address=address, stop_after=stop_after)
     say("launch: finished")
@@ -50,8 +50,8 @@ def status(
     Leaves with 0 while the run goes on or has finished, with the run's own exit code if it stopped or failed, and with
     1 if its driver is gone without a word.
     """
-    from orchestration.launch.control import status_of
-    from orchestration.launch.report import status_text
+    from orchestration.launch.before.report import status_text
+    from orchestration.launch.driver.control import status_of
 
     found = status_of(run)
     say(status_text(found))
@@ -65,6 +65,6 @@ def stop(
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end.")] = 600.0,
 ) -> None:
     """Have a launched run save and end, from any shell that sees its folder; `launch` goes on from there."""
-    from orchestration.launch.control import stop as end
+    from orchestration.launch.driver.control import stop as end
 
     say(end(run, now=now, wait_seconds=min(wait, 30.0) if now else wait))

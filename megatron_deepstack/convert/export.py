@@ -18,7 +18,7 @@ from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.convert.hf_config import CONFIG, llava_config, published_config
 from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.convert.tensor_files import write_tensors
-from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX

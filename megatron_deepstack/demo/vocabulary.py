@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import sentencepiece
 
-from megatron_deepstack.data.conversation import Template, encode_prompt
-from megatron_deepstack.data.tokenizer import SentencePieceTokenizer
+from megatron_deepstack.data.text.conversation import Template, encode_prompt
+from megatron_deepstack.data.text.tokenizer import SentencePieceTokenizer
 
 VOCABULARY_SIZE = 480
 """Ids of the trained model; 259 of them are bytes and control tokens."""

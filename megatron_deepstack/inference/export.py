@@ -9,7 +9,7 @@ from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.convert.export import export_model, require_exportable
 from megatron_deepstack.convert.hf_names import Naming
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.inference.main import load_engine
 from megatron_deepstack.model.build import merge_adapters

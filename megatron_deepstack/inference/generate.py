@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.inference.questions import Question, plan_question
 from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.parallel.groups import Groups

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
+from megatron_deepstack.checkpoint.content.identity import model_identity, require_same
 from megatron_deepstack.checkpoint.folder import step_folders
-from megatron_deepstack.checkpoint.identity import model_identity, require_same
 from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.verification import newest_whole_together
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
-from megatron_deepstack.data.cache import CacheConfig
-from megatron_deepstack.data.conversation import stop_ids
+from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.processor import check_store
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import Tokenizer
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.store.cache import CacheConfig
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.conversation import stop_ids
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.inference.generate import generate_answers
 from megatron_deepstack.inference.questions import Question, read_question

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.data.conversation import question_of
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.conversation import question_of
+from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.planning.routes import PlannedSample
 from megatron_deepstack.planning.rows import context_length
 from megatron_deepstack.planning.sequence import expand

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.report.svg import Markup, element
 
 _MAX_SIDE = 336

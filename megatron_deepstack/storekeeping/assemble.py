@@ -22,11 +22,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from megatron_deepstack.data.schema import ImageStatus, PixelsShape, shard_path
-from megatron_deepstack.data.shard_writer import open_shard
-from megatron_deepstack.data.shards import LocalShards, ShardError
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.writer import (
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import ImageStatus, PixelsShape, shard_path
+from megatron_deepstack.data.store.shard_writer import open_shard
+from megatron_deepstack.data.store.shards import LocalShards, ShardError
+from megatron_deepstack.data.store.writer import (
     IndexWriters,
     atomic_file,
     open_index,

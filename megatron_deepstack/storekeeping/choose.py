@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer import Tokenizer
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.check import load_checked_recipe
 from megatron_deepstack.storekeeping.model import model_for

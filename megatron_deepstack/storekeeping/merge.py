@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.storekeeping.assemble import Progress, assemble, building, open_local, quarantine_lines
 from megatron_deepstack.storekeeping.regroup import Source

@@ -6,8 +6,8 @@ from typing import Final
 
 from megatron_deepstack.config.choices import GridRule, Variant
 from megatron_deepstack.config.schema import ModelConfig, StackConfig, VisionConfig
-from megatron_deepstack.data.processor import check_store
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.images.processor import check_store
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.planning.views import ViewLayout
 
 _VARIANTS: Final = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.store.reader import Store
 
 ImageRef = tuple[int, int]
 """Number of a source, and of an image in it."""

@@ -19,9 +19,9 @@ from PIL import Image
 
 from megatron_deepstack import __version__
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.data.lengths import expanded_lengths
-from megatron_deepstack.data.store import Sample, Store, StoredImage
-from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.store.lengths import expanded_lengths
+from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
+from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import num_views

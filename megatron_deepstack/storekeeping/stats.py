@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.data.lengths import expanded_lengths
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.store.lengths import expanded_lengths
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.report.svg import FAINT, PALETTE, Markup, drawing, rect, text
 
 _MOST_BINS: Final = 24

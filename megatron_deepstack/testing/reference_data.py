@@ -15,12 +15,12 @@ from typing import Any, Final
 import numpy as np
 
 from megatron_deepstack.config.choices import GridRule, ImageResize
-from megatron_deepstack.data.conversation import encode_conversation
-from megatron_deepstack.data.image_source import QuarantineError
-from megatron_deepstack.data.images import decode_image, make_views
-from megatron_deepstack.data.tokenizer import Tokenizer
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
-from megatron_deepstack.data.turns import Role, Turn
+from megatron_deepstack.data.images.pictures import decode_image, make_views
+from megatron_deepstack.data.images.source import QuarantineError
+from megatron_deepstack.data.records.turns import Role, Turn
+from megatron_deepstack.data.text.conversation import encode_conversation
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import DataError, DeepStackError, ParityError
 from megatron_deepstack.planning.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.views import ViewLayout, pick_grid

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression, GridRule
-from megatron_deepstack.data.codec import checksums
-from megatron_deepstack.data.schema import FORMAT, VERSION, ImageStatus, PixelsShape
-from megatron_deepstack.data.shard_writer import open_shard
-from megatron_deepstack.data.writer import open_index, write_skeleton
+from megatron_deepstack.data.store.codec import checksums
+from megatron_deepstack.data.store.schema import FORMAT, VERSION, ImageStatus, PixelsShape
+from megatron_deepstack.data.store.shard_writer import open_shard
+from megatron_deepstack.data.store.writer import open_index, write_skeleton
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import Grid, ViewLayout, layout_views, most_views
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.sampler import global_batch, share_of_replica
+from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
 from megatron_deepstack.planning.step_plan import plan_step
 from megatron_deepstack.testing.tiny import TinySample, tiny_rows, tiny_samples, unit_pixels
 
@@ -32,7 +32,7 @@ def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, tr
     from megatron_deepstack.step.train_step import forward_backward
     from megatron_deepstack.testing.compare import gather_published, main_gradient
     from megatron_deepstack.testing.ranks import groups_for
-    from megatron_deepstack.training.optimizer import Optimizer
+    from megatron_deepstack.training.optim.optimizer import Optimizer
 
     train = recipe.train
     groups = groups_for(recipe.parallel)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.steps import Share, open_reader, open_training_reader
+from megatron_deepstack.data.order.steps import Share, open_reader, open_training_reader
 from megatron_deepstack.errors import DeepStackError, HangError
 from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.training.guard.watchdog import last_hang
 from megatron_deepstack.training.main import train
-from megatron_deepstack.training.wandb_run import require_wandb
-from megatron_deepstack.training.watchdog import last_hang
+from megatron_deepstack.training.metrics.wandb_run import require_wandb
 
 
 def launch(

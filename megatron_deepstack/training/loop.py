@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_deepstack.checkpoint.saver import Saved
+from megatron_deepstack.checkpoint.saving.saver import Saved
 from megatron_deepstack.config.choices import Part, Unreadable
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.steps import LoadedStep, Prefetcher
+from megatron_deepstack.data.order.steps import LoadedStep, Prefetcher
 from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedError
 from megatron_deepstack.parallel.agree import sum_over_ranks
 from megatron_deepstack.parallel.groups import Groups
@@ -33,19 +33,19 @@ from megatron_deepstack.platform.device import max_memory_bytes
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
-from megatron_deepstack.training.groups import group_table
-from megatron_deepstack.training.health import Health, earlier_records, some
-from megatron_deepstack.training.metrics import MetricsLog
-from megatron_deepstack.training.observe import Observer
-from megatron_deepstack.training.optimizer import StepNorm
-from megatron_deepstack.training.preemption import StopRequest, never
-from megatron_deepstack.training.record import StepRecord
+from megatron_deepstack.training.guard.health import Health, earlier_records, some
+from megatron_deepstack.training.guard.preemption import StopRequest, never
+from megatron_deepstack.training.guard.stragglers import Stragglers
+from megatron_deepstack.training.guard.unreadable import leave_out_unreadable
+from megatron_deepstack.training.guard.watchdog import PATIENT, Watchdog
+from megatron_deepstack.training.metrics.observe import Observer
+from megatron_deepstack.training.metrics.record import StepRecord
+from megatron_deepstack.training.metrics.throughput import Throughput
+from megatron_deepstack.training.metrics.writers import MetricsLog
+from megatron_deepstack.training.optim.groups import group_table
+from megatron_deepstack.training.optim.optimizer import StepNorm
 from megatron_deepstack.training.session import Resumption, Session, resume, start_session
-from megatron_deepstack.training.stragglers import Stragglers
-from megatron_deepstack.training.throughput import Throughput
-from megatron_deepstack.training.unreadable import leave_out_unreadable
 from megatron_deepstack.training.validation import Validation
-from megatron_deepstack.training.watchdog import PATIENT, Watchdog
 
 
 def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Callable[[], bool] = never) -> None:

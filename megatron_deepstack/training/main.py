@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.training.preemption import never
+from megatron_deepstack.training.guard.preemption import never
 
 
 def train(recipe: Recipe, stop_after: int | None = None, asked: Callable[[], bool] = never) -> None:

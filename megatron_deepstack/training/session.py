@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_deepstack.checkpoint.commit import layout_of
-from megatron_deepstack.checkpoint.identity import identity, require_same
+from megatron_deepstack.checkpoint.content.identity import identity, require_same
+from megatron_deepstack.checkpoint.content.state import allocate_states
 from megatron_deepstack.checkpoint.load import load
-from megatron_deepstack.checkpoint.saver import Saver
-from megatron_deepstack.checkpoint.state import allocate_states
+from megatron_deepstack.checkpoint.saving.commit import layout_of
+from megatron_deepstack.checkpoint.saving.saver import Saver
 from megatron_deepstack.checkpoint.verification import newest_whole_together, remove_leftovers_together
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.data.steps import Share, StepReader, open_training_reader
+from megatron_deepstack.data.order.steps import Share, StepReader, open_training_reader
 from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.step.engine import Engine, build_engine
-from megatron_deepstack.training.optimizer import Optimizer
+from megatron_deepstack.training.optim.optimizer import Optimizer
 
 
 @dataclass(frozen=True, slots=True)

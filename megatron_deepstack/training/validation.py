@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_deepstack.data.steps import StepReader, open_reader
+from megatron_deepstack.data.order.steps import StepReader, open_reader
 from megatron_deepstack.step.train_step import VisualPass
 from megatron_deepstack.training.session import Session, share_of
 

@@ -14,9 +14,9 @@ from typing import Any, Final
 import numpy as np
 
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.records import Record
-from megatron_deepstack.data.schema import FORMAT, VERSION, ImageStatus
-from megatron_deepstack.data.writer import (
+from megatron_deepstack.data.records.record import Record
+from megatron_deepstack.data.store.schema import FORMAT, VERSION, ImageStatus
+from megatron_deepstack.data.store.writer import (
     IndexWriters,
     atomic_file,
     json_line,

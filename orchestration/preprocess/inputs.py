@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import IO, Final
 
-from megatron_deepstack.data.conversation import Template
-from megatron_deepstack.data.image_source import TarMember
+from megatron_deepstack.data.images.source import TarMember
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.record_files import read_record_file
-from megatron_deepstack.data.records import Faults, Record, RecordRules
-from megatron_deepstack.data.tar_shards import read_tar_shard
+from megatron_deepstack.data.records.record import Faults, Record, RecordRules
+from megatron_deepstack.data.records.record_files import read_record_file
+from megatron_deepstack.data.records.tar_shards import read_tar_shard
+from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import ConfigError, DataError
 
 _TAR: Final = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)

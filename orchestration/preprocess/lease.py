@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.writer import json_bytes, write_error
+from megatron_deepstack.data.store.writer import json_bytes, write_error
 from megatron_deepstack.errors import LocationError, StoreError
 from megatron_deepstack.platform.process import machine_start, process_start, still_runs
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.schema import shard_path
-from megatron_deepstack.data.writer import json_line, write_error, write_json
+from megatron_deepstack.data.store.schema import shard_path
+from megatron_deepstack.data.store.writer import json_line, write_error, write_json
 from megatron_deepstack.errors import StoreError
 from orchestration.preprocess.ahead import ahead
 from orchestration.preprocess.lease import LEASE_FILE

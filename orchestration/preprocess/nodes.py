@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import megatron_deepstack
-from megatron_deepstack.data.image_source import TarMember
+from megatron_deepstack.data.images.source import TarMember
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import ClusterError, DeepStackError
 from orchestration.preprocess.lease import read_token

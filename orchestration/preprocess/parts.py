@@ -16,11 +16,11 @@ from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.image_source import TarMember
-from megatron_deepstack.data.processor import Processor
-from megatron_deepstack.data.records import Record
-from megatron_deepstack.data.schema import FORMAT, VERSION, PixelsShape
-from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.images.processor import Processor
+from megatron_deepstack.data.images.source import TarMember
+from megatron_deepstack.data.records.record import Record
+from megatron_deepstack.data.store.schema import FORMAT, VERSION, PixelsShape
+from megatron_deepstack.data.text.tokenizer import Tokenizer
 from orchestration.preprocess.inputs import Inputs
 
 _Item = TypeVar("_Item")

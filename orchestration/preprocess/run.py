@@ -9,10 +9,10 @@ from __future__ import annotations
 from contextlib import closing
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.conversation import known_template
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.tokenizer import Tokenizer
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.text.conversation import known_template
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError
 from orchestration.preprocess.finalise import begin_store, clear_leftovers, finish_store
 from orchestration.preprocess.inputs import read_inputs

@@ -16,12 +16,12 @@ from typing import Final, TypeVar
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression
-from megatron_deepstack.data.codec import compress
-from megatron_deepstack.data.conversation import encode_conversation
-from megatron_deepstack.data.decoder import Decoder
-from megatron_deepstack.data.image_source import QuarantineError
-from megatron_deepstack.data.records import Record
-from megatron_deepstack.data.schema import shard_index_bytes
+from megatron_deepstack.data.images.decoder import Decoder
+from megatron_deepstack.data.images.source import QuarantineError
+from megatron_deepstack.data.records.record import Record
+from megatron_deepstack.data.store.codec import compress
+from megatron_deepstack.data.store.schema import shard_index_bytes
+from megatron_deepstack.data.text.conversation import encode_conversation
 from megatron_deepstack.errors import StoreError
 from orchestration.preprocess.parts import ImagePart, Part, TextPart
 from orchestration.preprocess.work import Job

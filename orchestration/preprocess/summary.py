@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.schema import METADATA_FILE
-from megatron_deepstack.data.writer import write_json
+from megatron_deepstack.data.store.schema import METADATA_FILE
+from megatron_deepstack.data.store.writer import write_json
 from orchestration.preprocess.progress import JobProgress
 
 REPORT_FILE: Final = "report.json"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from megatron_deepstack.data.decoder import DECODER_ENVIRONMENT
+from megatron_deepstack.data.images.decoder import DECODER_ENVIRONMENT
 from megatron_deepstack.errors import ClusterError, DataError
 from orchestration.cluster import import_ray, ray_session
 from orchestration.preprocess.nodes import check_nodes

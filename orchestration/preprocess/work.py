@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.data.conversation import encode_conversation
-from megatron_deepstack.data.decoder import SharedImage, shared_decoder
-from megatron_deepstack.data.image_source import ImageAt, QuarantineError
+from megatron_deepstack.data.images.decoder import SharedImage, shared_decoder
+from megatron_deepstack.data.images.processor import Processor
+from megatron_deepstack.data.images.source import ImageAt, QuarantineError
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.processor import Processor
-from megatron_deepstack.data.schema import ImageStatus, PixelsShape
-from megatron_deepstack.data.shard_writer import ShardWriter, open_shard
-from megatron_deepstack.data.tokenizer import Tokenizer
-from megatron_deepstack.data.writer import atomic_file
+from megatron_deepstack.data.store.schema import ImageStatus, PixelsShape
+from megatron_deepstack.data.store.shard_writer import ShardWriter, open_shard
+from megatron_deepstack.data.store.writer import atomic_file
+from megatron_deepstack.data.text.conversation import encode_conversation
+from megatron_deepstack.data.text.tokenizer import Tokenizer
 from orchestration.preprocess.ledger import Ledger, text_path
 from orchestration.preprocess.parts import ImagePart, Part
 

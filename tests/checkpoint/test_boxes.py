@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_deepstack.checkpoint.boxes import Box, boxes
+from megatron_deepstack.checkpoint.content.boxes import Box, boxes
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 6), (4, 1), (3, 4, 5), (2, 1, 3, 2)], ids=str)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deepstack.checkpoint.content.identity import identity, require_same
 from megatron_deepstack.checkpoint.folder import MANIFEST, Manifest, fingerprint, verify, write_manifest
-from megatron_deepstack.checkpoint.identity import identity, require_same
 from megatron_deepstack.checkpoint.verification import shares
 from megatron_deepstack.config.schema import LoraConfig, Recipe
 from megatron_deepstack.errors import CheckpointError
@@ -94,7 +94,7 @@ def test_adapters_are_part_of_the_identity() -> None:
 
 def test_nodes_that_do_not_share_the_folder_are_named(tmp_path: Path) -> None:
     """Rank 0 finds its own note and not the other's."""
-    from megatron_deepstack.checkpoint.commit import _take_notes
+    from megatron_deepstack.checkpoint.saving.commit import _take_notes
 
     (tmp_path / ".written_by_rank_0.json").write_text('{"files": {}, "items": []}')
     with pytest.raises(OSError, match=r"rank 1 wrote elsewhere: .* run_dir must be one folder for all nodes"):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from trained_rank import TrainedRank, differing, plain_tensors, saving_recipe
 
+from megatron_deepstack.checkpoint.content.state import METADATA, sharded_state
 from megatron_deepstack.checkpoint.folder import Manifest, checkpoint_path, fingerprint, write_manifest
-from megatron_deepstack.checkpoint.state import METADATA, sharded_state
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.testing.ranks import RankPool

@@ -18,7 +18,7 @@ from megatron_deepstack.checkpoint.folder import (
     step_folders,
     write_manifest,
 )
-from megatron_deepstack.checkpoint.retention import FolderLock, prune, remove_leftovers, superfluous
+from megatron_deepstack.checkpoint.saving.retention import FolderLock, prune, remove_leftovers, superfluous
 from megatron_deepstack.checkpoint.verification import remove_leftovers_together
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.testing.ranks import RankPool

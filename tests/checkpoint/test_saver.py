@@ -14,7 +14,7 @@ import torch
 from trained_rank import TrainedRank, differing, saving_recipe
 
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, partial_path, step_folders, verify
-from megatron_deepstack.checkpoint.writer import FileJob, Job, StagedTensor, _reply_to
+from megatron_deepstack.checkpoint.saving.writer import FileJob, Job, StagedTensor, _reply_to
 from megatron_deepstack.config.choices import Part, Precision, SaveMode
 from megatron_deepstack.config.schema import CheckpointConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import CheckpointError
@@ -25,7 +25,7 @@ Pools = Callable[[int], RankPool]
 
 def held_copies(saver: Any, monkey: pytest.MonkeyPatch) -> threading.Event:
     """Have copies wait until an update asks for them: the latest moment at which they may be made."""
-    from megatron_deepstack.checkpoint import background
+    from megatron_deepstack.checkpoint.saving import background
 
     asked, start = threading.Event(), background.start_copies
     wait_for_copies = type(saver).wait_for_copies
@@ -235,7 +235,7 @@ def save_into_locked(rank: int, recipe: Recipe) -> str:
 
 def test_two_runs_in_one_folder(ranks: Pools, tmp_path: Path) -> None:
     """Every rank of the second is told, and the first one's files are not touched."""
-    from megatron_deepstack.checkpoint.retention import FolderLock
+    from megatron_deepstack.checkpoint.saving.retention import FolderLock
 
     partial = partial_path(checkpoint_path(tmp_path, 1))
     lock = FolderLock(partial)

@@ -23,12 +23,12 @@ class TrainedRank:
     """Model, optimizer and saver of one rank of a pool. Every method is collective."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from megatron_deepstack.checkpoint.saver import Saver
+        from megatron_deepstack.checkpoint.saving.saver import Saver
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
         from megatron_deepstack.step.engine import build_engine
         from megatron_deepstack.testing.ranks import groups_for
-        from megatron_deepstack.training.optimizer import Optimizer
+        from megatron_deepstack.training.optim.optimizer import Optimizer
 
         self.recipe, self.groups = recipe, groups_for(recipe.parallel)
         self.model = build_model(recipe.model, recipe.parallel, recipe.train.precision, self.groups, recipe.lora)
@@ -42,7 +42,7 @@ class TrainedRank:
 
     def step(self) -> float:
         """Train one step; the loss."""
-        from megatron_deepstack.data.sampler import global_batch, share_of_replica
+        from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
         from megatron_deepstack.planning.step_plan import plan_step
         from megatron_deepstack.step.clock import StepClock
         from megatron_deepstack.step.train_step import forward_backward
@@ -59,9 +59,9 @@ class TrainedRank:
 
     def load(self, path: Path) -> None:
         """Take over a checkpoint."""
-        from megatron_deepstack.checkpoint.commit import layout_of
         from megatron_deepstack.checkpoint.folder import verify
         from megatron_deepstack.checkpoint.load import load
+        from megatron_deepstack.checkpoint.saving.commit import layout_of
 
         checkpoint = verify(path)
         layout = layout_of(self.groups.axes, self.recipe.parallel)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.data.tokenizer import Tokenizer
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.testing.tiny_data import write_tokenizer
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.writer import atomic_file, open_index
+from megatron_deepstack.data.store.writer import atomic_file, open_index
 from megatron_deepstack.errors import ConfigError, LocationError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_deepstack.data.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError, ParityError
 from megatron_deepstack.testing.reference_data import check_conversations, check_crops
 

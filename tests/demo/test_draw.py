@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import ImageFont
 
-from megatron_deepstack.data.conversation import Template, encode_conversation
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
-from megatron_deepstack.data.turns import Role, Turn
+from megatron_deepstack.data.records.turns import Role, Turn
+from megatron_deepstack.data.text.conversation import Template, encode_conversation
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.demo.draw import QUESTIONS, draw
 from megatron_deepstack.demo.page import CELL_PIXELS, GRID_SHARES, VIEW_PIXELS, compose_page, lattice
 from megatron_deepstack.errors import DataError

@@ -18,7 +18,7 @@ from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import write_tiny_store
-from megatron_deepstack.training.heartbeat import read_beat
+from megatron_deepstack.training.guard.heartbeat import read_beat
 
 DEADLINE_SECONDS = 240.0
 """For anything that a run should come to; passing it is a failure, never a measurement."""

@@ -23,7 +23,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import CheckpointError, PreemptedError, RankError
 from megatron_deepstack.testing.ranks import RankPool
 from orchestration.cluster import import_ray
-from orchestration.launch.record import read_record
+from orchestration.launch.driver.record import read_record
 
 Pools = Callable[[int], RankPool]
 RecordFault = Callable[..., None]

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
 from megatron_deepstack.inference import launch
 from megatron_deepstack.inference.main import Answer, Score, open_questions, require_checkpoint

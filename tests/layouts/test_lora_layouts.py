@@ -11,7 +11,7 @@ from test_mixed_batches import NUM_SAMPLES, oracle_sample
 
 from megatron_deepstack.config.choices import LoraTarget, Part, Precision, Recompute
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe
-from megatron_deepstack.data.sampler import global_batch, share_of_replica
+from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.planning.step_plan import plan_step
 from megatron_deepstack.testing.compare import gather_published, main_gradient, worst

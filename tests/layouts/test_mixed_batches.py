@@ -14,7 +14,7 @@ import torch
 
 from megatron_deepstack.config.choices import Batching, Part, Variant
 from megatron_deepstack.config.schema import ModelConfig, Recipe, StackConfig
-from megatron_deepstack.data.sampler import global_batch
+from megatron_deepstack.data.order.sampler import global_batch
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.planning.tokens import IGNORE_INDEX
 from megatron_deepstack.testing.compare import worst

@@ -12,8 +12,8 @@ from preprocess_jobs import RECIPE, Work
 
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.image_source import QuarantineError
-from megatron_deepstack.data.images import decode_image
+from megatron_deepstack.data.images.pictures import decode_image
+from megatron_deepstack.data.images.source import QuarantineError
 from megatron_deepstack.testing.tiny_data import (
     jpeg_bytes,
     record,

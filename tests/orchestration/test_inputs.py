@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.data.conversation import Template
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.testing.tiny_data import record, write_records
 from orchestration.preprocess.inputs import _shard_names, read_inputs

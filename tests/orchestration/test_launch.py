@@ -34,15 +34,16 @@ from megatron_deepstack.planning.footprint import checkpoint_bytes, part_paramet
 from megatron_deepstack.platform.network import interface_of
 from megatron_deepstack.platform.process import process_start
 from megatron_deepstack.testing.tiny import tiny_recipe
-from orchestration.launch import control, probe, run
-from orchestration.launch.checks import Finding, Link, failures, in_words, judge
-from orchestration.launch.follow import Follower
-from orchestration.launch.placement import Demand, Node, check_groups_fit, neighbours, place
-from orchestration.launch.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
-from orchestration.launch.preflight import require_sound
-from orchestration.launch.probe import Answer, NodeFacts
-from orchestration.launch.rank import RankFailed
-from orchestration.launch.record import (
+from orchestration.launch.before import probe
+from orchestration.launch.before.checks import Finding, Link, failures, in_words, judge
+from orchestration.launch.before.placement import Demand, Node, check_groups_fit, neighbours, place
+from orchestration.launch.before.preflight import require_sound
+from orchestration.launch.before.probe import Answer, NodeFacts
+from orchestration.launch.before.report import status_text
+from orchestration.launch.before.waiting import wait_for_seats
+from orchestration.launch.driver import control, run
+from orchestration.launch.driver.follow import Follower
+from orchestration.launch.driver.record import (
     STOP_FILE,
     Events,
     LaunchRecord,
@@ -55,10 +56,10 @@ from orchestration.launch.record import (
     read_record,
     write_record,
 )
-from orchestration.launch.report import status_text
-from orchestration.launch.run import rank_environment
-from orchestration.launch.stopping import request_stop, wants_it_now
-from orchestration.launch.waiting import wait_for_seats
+from orchestration.launch.driver.run import rank_environment
+from orchestration.launch.driver.stopping import request_stop, wants_it_now
+from orchestration.launch.gang.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
+from orchestration.launch.gang.rank import RankFailed
 
 
 def node(number: int, gpus: int = 8, cpus: int = 64) -> Node:

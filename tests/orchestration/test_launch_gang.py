@@ -15,12 +15,12 @@ from megatron_deepstack.config.schema import LaunchConfig, ParallelConfig
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.testing.tiny import tiny_recipe
 from orchestration.cluster import import_ray
-from orchestration.launch.placement import Demand, Node
-from orchestration.launch.policy import End
-from orchestration.launch.rank import Job, RankFailed
-from orchestration.launch.record import STOP_FILE, Events
-from orchestration.launch.run import ray_train_settings
-from orchestration.launch.stopping import is_for_a_node, request_stop
+from orchestration.launch.before.placement import Demand, Node
+from orchestration.launch.driver.record import STOP_FILE, Events
+from orchestration.launch.driver.run import ray_train_settings
+from orchestration.launch.driver.stopping import is_for_a_node, request_stop
+from orchestration.launch.gang.policy import End
+from orchestration.launch.gang.rank import Job, RankFailed
 
 DEMAND = Demand(4, ParallelConfig(tensor=2, pipeline=2), 3, True)
 PLACES = ["pid 10 on a", "pid 11 on a", "pid 12 on b", "pid 13 on b"]
@@ -30,7 +30,7 @@ PLACES = ["pid 10 on a", "pid 11 on a", "pid 12 on b", "pid 13 on b"]
 def gang(tmp_path: Path) -> Any:
     """A gang in a run folder of its own, as in Ray Train's controller, four ranks at work."""
     import_ray(None)
-    from orchestration.launch.gang import Gang
+    from orchestration.launch.gang.callback import Gang
 
     Events(tmp_path).clear()
     made = Gang(DEMAND, tmp_path, 0.0)
@@ -55,7 +55,7 @@ def state(name: str, **facts: object) -> Any:
 def test_the_trainer(tmp_path: Path) -> None:
     """The budget is the recipe's; each rank asks for a GPU with its CPUs, and for a node of its own choosing."""
     import_ray(None)
-    from orchestration.launch.trainer import gang_trainer
+    from orchestration.launch.gang.trainer import gang_trainer
 
     launching = LaunchConfig(max_failures=5, start_seconds=120.0, storage=str(tmp_path / "shared"))
     recipe = replace(tiny_recipe(), launch=launching)
@@ -80,7 +80,7 @@ def test_settings_of_ray_train() -> None:
 def test_ranks_are_pinned_to_nodes(gang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two groups of two on nodes with three and two free slots: no group is split."""
     nodes = (Node("x", "10.0.0.2", "x", 2, 64), Node("y", "10.0.0.1", "y", 3, 64))
-    monkeypatch.setattr("orchestration.launch.gang.nodes_now", lambda free: nodes)
+    monkeypatch.setattr("orchestration.launch.gang.callback.nodes_now", lambda free: nodes)
     labels: list[dict[str, str]] = [{}, {}, {}, {}]
     gang.before_worker_group_start(SimpleNamespace(label_selector=labels))
     assert [label["ray.io/node-id"] for label in labels] == ["y", "y", "x", "x"]
@@ -90,7 +90,7 @@ def test_errors_of_ray_in_our_words(gang: Any) -> None:
     from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-    from orchestration.launch.gang import failures_of
+    from orchestration.launch.gang.callback import failures_of
 
     lost_node = RayActorError(error_msg="The actor died because its node has died. Node Id: 1.")
     found = failures_of(
@@ -126,7 +126,7 @@ def test_a_death_is_written_down_and_retried(gang: Any, tmp_path: Path) -> None:
 
 
 def test_a_mistake_ends_the_control_loop(gang: Any, tmp_path: Path) -> None:
-    from orchestration.launch.gang import RunEnded
+    from orchestration.launch.gang.callback import RunEnded
 
     mistake = RankFailed("pid 11 on a", "CheckpointError", "another model", CheckpointError("another model"))
     with pytest.raises(RunEnded) as caught:
@@ -138,7 +138,7 @@ def test_a_mistake_ends_the_control_loop(gang: Any, tmp_path: Path) -> None:
 
 
 def test_the_same_exception_twice_ends_it_too(gang: Any) -> None:
-    from orchestration.launch.gang import RunEnded
+    from orchestration.launch.gang.callback import RunEnded
 
     bug = RankFailed("pid 11 on a", "ValueError", "ValueError: 1 is not 2 (step.py:7)", None)
     gang.after_controller_state_update(state("RunningState"), failed(rank_1=bug))

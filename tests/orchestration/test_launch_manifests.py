@@ -24,7 +24,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError
 from megatron_deepstack.planning.check import check_world, load_checked_recipe
 from orchestration import manifests
-from orchestration.launch.placement import Node, demand_of, place
+from orchestration.launch.before.placement import Node, demand_of, place
 
 FOLDER = Path(str(manifests.__file__)).parent
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.s*h"))

@@ -24,12 +24,12 @@ from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig
-from megatron_deepstack.data.conversation import encode_conversation
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.schema import ImageStatus, shard_path
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
-from megatron_deepstack.data.turns import Role, Turn
+from megatron_deepstack.data.records.turns import Role, Turn
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import ImageStatus, shard_path
+from megatron_deepstack.data.text.conversation import encode_conversation
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 from megatron_deepstack.planning.views import best_grid
 from megatron_deepstack.testing.tiny_data import record, tiny_recipe, write_records

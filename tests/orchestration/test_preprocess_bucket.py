@@ -17,7 +17,7 @@ import pytest
 from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import LocationError, StoreError
-from orchestration.launch.probe import Answer, Questions, gather
+from orchestration.launch.before.probe import Answer, Questions, gather
 from orchestration.preprocess.lease import hold_lease
 
 

@@ -14,7 +14,7 @@ from preprocess_jobs import Work
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.load import load_recipe
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.testing.tiny_data import tiny_recipe
 from orchestration.preprocess import run, space

@@ -14,11 +14,11 @@ import pytest
 
 from megatron_deepstack.config.choices import Orientation
 from megatron_deepstack.config.schema import DataConfig
-from megatron_deepstack.data import image_source
-from megatron_deepstack.data.decoder import shared_decoder
+from megatron_deepstack.data.images import source as image_source
+from megatron_deepstack.data.images.decoder import shared_decoder
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import DataError, LocationError, StoreError
 from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.testing.tiny_chat import QWEN_CONFIG, QWEN_TOKENS, write_chat_tokenizer
@@ -146,7 +146,7 @@ def test_shards_of_a_bucket(corpus: Any, serial: Path, tmp_path: Path, bucket: s
 LOSING = """
 import os
 import s3fs
-from megatron_deepstack.data import decoder_process, image_source
+from megatron_deepstack.data.images import decoder_process, source as image_source
 image_source._PAUSES = ()
 read = decoder_process.read_image
 def lose(image, max_pixels):
@@ -172,7 +172,7 @@ def test_a_lost_connection_stops_the_job_and_it_goes_on_later(
     job: dict[str, Any] = {"records": str(corpus.records), "images": f"{bucket}/photos", "workers": 0}
     job |= {"tokenizer": str(corpus.tokenizer)}
     recipe = replace(tiny_recipe(), data=DataConfig(images_per_part=4, max_quarantined=0.5, max_image_seconds=10))
-    monkeypatch.setattr("megatron_deepstack.data.decoder._CODE", LOSING)
+    monkeypatch.setattr("megatron_deepstack.data.images.decoder._CODE", LOSING)
     with pytest.raises(LocationError, match=r"s3://.*photo\d+.jpg: .*run the same command again"):
         preprocess(recipe, str(tmp_path / "store"), **job)
     monkeypatch.undo()

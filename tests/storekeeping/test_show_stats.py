@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import GridRule, Sampler, Variant
 from megatron_deepstack.config.schema import ModelConfig, StackConfig, VisionConfig
-from megatron_deepstack.data.lengths import expanded_lengths
-from megatron_deepstack.data.schema import shard_path
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.tokenizer_files import load_tokenizer
+from megatron_deepstack.data.store.lengths import expanded_lengths
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import shard_path
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 from megatron_deepstack.planning.rows import image_rows
 from megatron_deepstack.planning.views import ViewLayout

@@ -12,11 +12,10 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Compression
-from megatron_deepstack.data import schema
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.schema import INDEX_ARRAYS, index_chunk_path, shard_path
-from megatron_deepstack.data.store import Store
-from megatron_deepstack.data.writer import write_attributes
+from megatron_deepstack.data.store.reader import Store, schema
+from megatron_deepstack.data.store.schema import INDEX_ARRAYS, index_chunk_path, shard_path
+from megatron_deepstack.data.store.writer import write_attributes
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.storekeeping.verify import verify

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_deepstack.config.choices import Unreadable
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
-from megatron_deepstack.data.schema import shard_path
+from megatron_deepstack.data.store.schema import shard_path
 from megatron_deepstack.errors import CheckpointError, RankError
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_recipe

@@ -12,7 +12,7 @@ import pytest
 from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.config.choices import Batching, EncoderPlacement, Part, Precision, SaveMode
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe, StackConfig
-from megatron_deepstack.data.store import Store
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_store import write_tiny_store

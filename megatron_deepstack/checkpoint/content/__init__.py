@@ -1,0 +1,1 @@
+"""What a checkpoint holds, and what a run that reads it must have in common with it."""

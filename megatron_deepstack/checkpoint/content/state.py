@@ -1,0 +1,159 @@
+"""What a checkpoint holds, as Megatron's sharded state dict: decoder, encoder, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_deepstack.checkpoint.content.optimizer_shards import MAIN_PARAMETER, OLD_MAIN_PARAMETER, sharded_states
+from megatron_deepstack.checkpoint.folder import FORMAT_VERSION
+from megatron_deepstack.checkpoint.trust import EXTRA_STATE
+from megatron_deepstack.config.choices import Fp8Scaling
+from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.model.encoder import VisualEncoder
+from megatron_deepstack.model.language import LanguageChunk
+
+FUSED_NORMS = {
+    "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
+    "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
+}
+"""Keys of the norms before linears, to those of Transformer Engine's layers, which own them together: so that either
+layers read what the others wrote."""
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""Keys of optimizer states that any layout can read."""
+
+
+def sharded_state(
+    model: RankModel, optimizer: ChainedOptimizer | None, *, version: int = FORMAT_VERSION
+) -> dict[str, Any]:
+    """Sharded state dict of this rank, over live tensors; without `optimizer`, the weights alone. `version` is that of
+    the checkpoint's format.
+
+    Keys name global layers, so a checkpoint does not remember its layout. The encoder stands on every rank, so its
+    replica number is the global rank: rank 0 writes it.
+    """
+    weights: ShardedStateDict = {}
+    for number, chunk in enumerate(model.chunks):
+        weights[f"decoder{number}"] = _decoder_state(model, chunk, version)
+    weights["encoder"] = _encoder_state(model.encoder)
+    state: dict[str, Any] = {"model": weights}
+    main_parameter = OLD_MAIN_PARAMETER if version == 1 else MAIN_PARAMETER
+    if optimizer is not None:
+        for single in optimizer.chained_optimizers:
+            if isinstance(single, DistributedOptimizer):
+                single.sharded_state_dict = partial(_distributed_state, single, main_parameter=main_parameter)
+        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=dict(METADATA))
+    return state
+
+
+def keeps_extra_states(model: RankModel) -> bool:
+    """Whether layers keep more than weights: under delayed scaling the history of what they have seen."""
+    return model.config.fp8 is not None and model.config.fp8_recipe == Fp8Scaling.DELAYED.value
+
+
+def _decoder_state(model: RankModel, chunk: LanguageChunk, version: int) -> ShardedStateDict:
+    state: ShardedStateDict = chunk.sharded_state_dict(metadata=dict(METADATA))
+    if not keeps_extra_states(model):
+        state = {name: part for name, part in state.items() if not name.endswith(EXTRA_STATE)}
+    if version >= 3:
+        apply_prefix_mapping(state, FUSED_NORMS)
+    return state
+
+
+def _distributed_state(
+    single: DistributedOptimizer, weights: ShardedStateDict, *_: Any, main_parameter: str, **__: Any
+) -> dict[str, Any]:
+    """In place of Megatron's method, which gathers the states of all data-parallel ranks on each."""
+    return {**single.state_dict(), "param_state": sharded_states(single, weights, main_parameter)}
+
+
+def allocate_states(optimizer: ChainedOptimizer) -> None:
+    """Make the states that an optimizer otherwise has from its first update on, all zero.
+
+    Loading writes into them; and a run that begins anew has what a save plans for, whether or not it was ever updated.
+    """
+    for single in optimizer.chained_optimizers:
+        inner = single.optimizer
+        if isinstance(inner, torch.optim.Adam):
+            _allocate_torch_adam(inner)
+        elif isinstance(single, DistributedOptimizer):
+            single.load_state_dict(single.state_dict())
+            for found in inner.state.values():  # Megatron allocates without clearing
+                found["exp_avg"].zero_()
+                found["exp_avg_sq"].zero_()
+        elif inner is not None:
+            single.init_state_fn(inner, single.config)
+
+
+def _allocate_torch_adam(inner: torch.optim.Adam) -> None:
+    """torch's Adam, which runs where neither Apex nor Transformer Engine is."""
+    for parameter in (p for group in inner.param_groups for p in group["params"]):
+        if not inner.state[parameter]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[parameter] = {"step": torch.zeros(()), **zeros}
+
+
+def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
+    """Take over a loaded optimizer state; the distributed optimizer's tensors were loaded in place.
+
+    Of what is common to all parameters only the number of updates is taken: rates and decay come from the recipe in
+    every step, and the rest differs between optimizers that are distributed and not.
+    """
+    updates = max(_updates(state), default=0.0)
+    singles = optimizer.chained_optimizers
+    for single, part in zip(singles, [state] if len(singles) == 1 else state.values(), strict=True):
+        if isinstance(single, DistributedOptimizer):
+            _set_updates(single, updates)
+        elif single.optimizer is not None:
+            inner = part["optimizer"] if "fp32_from_fp16_params" in part else part
+            inner["param_groups"] = single.optimizer.state_dict()["param_groups"]
+            if isinstance(single.optimizer, torch.optim.Adam):
+                inner["state"]["common_step"] = torch.tensor(updates)
+            else:
+                inner["param_groups"] = [{**group, "step": int(updates)} for group in inner["param_groups"]]
+            single.load_state_dict(part)
+
+
+def _updates(state: Any) -> Iterator[float]:
+    """Adam's count of updates wherever an optimizer keeps it: for all parameters, or in its groups."""
+    for key, value in state.items():
+        if key in ("common_step", "step") and value is not None:
+            yield float(value)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                yield from _updates(inner)
+
+
+def _set_updates(single: DistributedOptimizer, updates: float) -> None:
+    """Megatron lets torch's Adam share one tensor of them among all parameters, each of which would count it up for
+    all (0.16 and 0.19 alike). So each parameter gets its own.
+    """
+    own = single.state_dict()
+    for group in own["optimizer"]["param_groups"]:
+        group["step"] = updates if isinstance(single.optimizer, torch.optim.Adam) else int(updates)
+    single.load_state_dict(own)
+    if isinstance(single.optimizer, torch.optim.Adam):
+        for found in single.optimizer.state.values():
+            found["step"] = found["step"].clone()
+
+
+def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:
+    return {
+        name: ShardedTensor.from_rank_offsets(f"encoder.{name}", parameter, replica_id=dist.get_rank())
+        for name, parameter in encoder.named_parameters()
+    }
+
+
+def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
+    """Copy loaded weights into the modules; extra states that are not kept are missing, and stay as they are."""
+    for number, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
+    model.encoder.load_state_dict(weights["encoder"])

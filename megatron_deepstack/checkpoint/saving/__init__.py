@@ -1,0 +1,1 @@
+"""Writing a checkpoint beside training, and committing it whole."""

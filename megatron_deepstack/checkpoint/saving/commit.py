@@ -1,0 +1,112 @@
+"""The end of a save, on rank 0 and beside training: index, recipe and manifest, then the folder's name.
+
+What each rank wrote is read from the notes that the ranks' writers left, with the checksums they took while writing;
+no data file is read again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_deepstack import __version__
+from megatron_deepstack.checkpoint.folder import Manifest, fingerprint, partial_path, publish, write_manifest
+from megatron_deepstack.checkpoint.saving.retention import LOCK, prune
+from megatron_deepstack.checkpoint.saving.writer import NOTE
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.parallel.groups import Axes
+
+RECIPE = "recipe.yaml"
+INDEX = ".metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What is recorded of a run with each checkpoint."""
+
+    facts: Mapping[str, Any]
+    """Identity of the run."""
+    layout: Mapping[str, int]
+    num_ranks: int
+    recipe_text: str
+    keep: int
+    keep_every: int
+
+    def run(self, final: Path, step: int, metadata: Metadata) -> int:
+        """Make the partial folder of `final` whole, then delete superfluous checkpoints; returns its size in bytes.
+
+        Every rank's writer is done. Raises OSError where the disk refuses.
+        """
+        partial = partial_path(final)
+        files = self._finish(partial, metadata)
+        write_manifest(
+            partial,
+            Manifest(step=step, facts=dict(self.facts), files=files, layout=dict(self.layout), made_with=made_with()),
+        )
+        (partial / LOCK).unlink(missing_ok=True)
+        publish(partial, final)
+        prune(final.parent.parent, step, keep=self.keep, keep_every=self.keep_every)
+        return sum(size for size, _ in files.values())
+
+    def _finish(self, partial: Path, metadata: Metadata) -> dict[str, tuple[int, int]]:
+        """Write index and recipe, remove the notes; size and crc32c of every file."""
+        files, results = _take_notes(partial, self.num_ranks)
+        FileSystemWriter(partial).finish(_without_plans(metadata), [results])
+        with (partial / RECIPE).open("w", encoding="utf-8") as out:
+            out.write(self.recipe_text)
+            out.flush()
+            os.fsync(out.fileno())
+        return {**files, **{name: fingerprint(partial / name) for name in (INDEX, RECIPE)}}
+
+
+def layout_of(axes: Axes, parallel: ParallelConfig) -> dict[str, int]:
+    """Ranks on each axis, and chunks of a stage."""
+    return {**asdict(axes), "vpp": parallel.virtual_pipeline}
+
+
+def made_with() -> dict[str, str]:
+    """Versions of what writes a checkpoint."""
+    return {
+        "megatron-deepstack": __version__,
+        "megatron-core": version("megatron-core"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _without_plans(metadata: Metadata) -> Metadata:
+    """A copy without the ranks' plans, which Megatron adds and no reader needs: most of the index."""
+    copied = copy.copy(metadata)
+    vars(copied).pop("all_local_plans", None)
+    return copied
+
+
+def _take_notes(partial: Path, num_ranks: int) -> tuple[dict[str, tuple[int, int]], list[WriteResult]]:
+    files: dict[str, tuple[int, int]] = {}
+    results = []
+    for rank in range(num_ranks):
+        note = partial / NOTE.format(rank=rank)
+        if not note.exists():
+            raise OSError(f"rank {rank} wrote elsewhere: {note} is not there; run_dir must be one folder for all nodes")
+        content = json.loads(note.read_text(encoding="utf-8"))
+        files.update({name: (size, crc) for name, (size, crc) in content["files"].items()})
+        for key, offset, number, file, begin, length in content["items"]:
+            index = MetadataIndex(key, None if offset is None else torch.Size(offset), number)
+            results.append(
+                WriteResult(index=index, size_in_bytes=length, storage_data=_StorageInfo(file, begin, length))
+            )
+        note.unlink()
+    return files, results

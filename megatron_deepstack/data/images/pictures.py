@@ -1,0 +1,245 @@
+"""From the bytes of an image file to its views: decoding, turning, resizing, cutting.
+
+Decoding is Pillow's conversion to RGB, as the published preprocessing has it, with two additions. JPEGs go through
+simplejpeg first, bit-equal and 1.5 times faster, because its strict mode notices damage in mid-file that Pillow turns
+into wrong pixels silently. What can be decoded as a whole although its file is damaged or cut short is kept and
+flagged; a file of which part of the picture is missing is quarantined, and so is whatever cannot be decoded: never a
+crash. EXIF orientation is applied if the recipe says so (published: not; Pillow itself turns TIFFs). Resizing is
+Pillow's bicubic, stretched to the canvas without padding.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from megatron_deepstack.config.choices import ImageResize, Orientation
+from megatron_deepstack.data.images.source import QuarantineError
+from megatron_deepstack.data.images.whole_file import find_damage
+from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ViewLayout, layout_views
+
+_JPEG_START: Final = b"\xff\xd8"
+_JPEG_END: Final = b"\xff\xd9"
+_JPEG_COLORS: Final = {"YCbCr", "Gray"}
+"""JPEG colour spaces that simplejpeg turns into Pillow's RGB bit for bit (CMYK differs)."""
+_FOUR_COLORS: Final = {"CMYK", "YCCK"}
+_RUNNING_PROGRAMS: Final = {"EPS"}
+"""Formats that Pillow hands to an outside program (Ghostscript): a data set must not start any."""
+_EXIF_ORIENTATION: Final = 0x0112
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a photo upright, by its EXIF orientation; Pillow turns counter-clockwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """An image as RGB."""
+
+    pixels: np.ndarray
+    """uint8 (height, width, 3)."""
+    damage: str | None
+    """What is wrong with the file although it could be decoded."""
+
+
+def decode_image(data: bytes, max_pixels: int, orientation: Orientation = Orientation.AS_STORED) -> DecodedImage:
+    """Decode any format Pillow knows, but for EPS, to RGB (the first frame of several).
+
+    Raises QuarantineError for data that is no image, cannot be decoded as a whole, or has more than `max_pixels`
+    pixels.
+    """
+    image = _decode_jpeg(data, max_pixels) if data[:2] == _JPEG_START else None
+    if image is None:
+        return _decode_with_pillow(data, max_pixels, orientation)
+    if orientation is Orientation.EXIF:
+        image = _turn(image, *_orientation_in(data))
+    return image
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> DecodedImage | None:
+    """A JPEG as stored; None for colours that are Pillow's business. What only Pillow accepts is damaged."""
+    try:
+        pixels = _decode_strictly(data, max_pixels)
+        return None if pixels is None else DecodedImage(pixels, None)
+    except ValueError as error:
+        damage = f"damaged JPEG: {error}"
+    with suppress(ValueError):
+        pixels = _decode_strictly(data + _JPEG_END, max_pixels)
+        if pixels is not None:
+            return DecodedImage(pixels, "truncated JPEG: it has no end marker")
+    return DecodedImage(_decode_with_pillow(data, max_pixels).pixels, damage)
+
+
+def _decode_strictly(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Pixels; None for a sound file in other colours than Pillow's RGB. Raises ValueError on any damage."""
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+    _check_pixels(width, height, max_pixels)
+    if colors in _JPEG_COLORS:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    simplejpeg.decode_jpeg(data, colorspace="CMYK" if colors in _FOUR_COLORS else "RGB", strict=True)
+    return None
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int, orientation: Orientation = Orientation.AS_STORED) -> DecodedImage:
+    with _pillow_limit(max_pixels):
+        try:
+            with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
+                _check_pixels(*image.size, max_pixels)
+                image.load()
+                decoded = DecodedImage(np.asarray(image.convert("RGB")), find_damage(data, image.format or ""))
+                if orientation is Orientation.EXIF:
+                    decoded = _turn(decoded, *_orientation_of(image))
+                return decoded
+        except QuarantineError:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise QuarantineError(f"more pixels than data.max_image_pixels allows ({max_pixels}): {error}") from error
+        except Image.UnidentifiedImageError as error:
+            raise QuarantineError("not an image of a known format") from error
+        except Exception as error:
+            # Damaged files make Pillow's parsers raise almost anything: OSError, SyntaxError, struct.error, KeyError...
+            raise QuarantineError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _orientation_in(data: bytes) -> tuple[int, str | None]:
+    """EXIF orientation of a JPEG, and what is wrong with its EXIF data."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                return _orientation_of(image)
+    except Exception as error:
+        return 1, f"its header cannot be read: {type(error).__name__}: {error}"
+
+
+def _orientation_of(image: Image.Image) -> tuple[int, str | None]:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return (value if isinstance(value, int) else 1), None
+    except Exception as error:  # as damaged files make Pillow's parsers do
+        return 1, f"its EXIF data cannot be read: {type(error).__name__}: {error}"
+
+
+def _turn(image: DecodedImage, orientation: int, fault: str | None) -> DecodedImage:
+    """The image upright; one whose EXIF data makes no sense stays as it is, and is flagged."""
+    damage = image.damage or fault
+    turn = _TURNS.get(orientation)
+    if turn is None:
+        return DecodedImage(image.pixels, damage)
+    return DecodedImage(np.asarray(Image.fromarray(image.pixels).transpose(turn)), damage)
+
+
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in _RUNNING_PROGRAMS]
+
+
+@contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Pillow's own check, which also guards frames and embedded images, with our limit and as an error."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise QuarantineError(f"an image of {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise QuarantineError(
+            f"{width} x {height} is {width * height} pixels, more than data.max_image_pixels allows ({max_pixels})"
+        )
+
+
+def make_views(
+    pixels: np.ndarray,
+    grid: Grid,
+    layout: ViewLayout,
+    crop_size: int,
+    resize: ImageResize,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """All views of an RGB image (uint8, height x width x 3) in stored order: uint8 (views, S, S, 3).
+
+    CROPS: the global view, then the image stretched over the grid, cut in raster order. HIGH_RES: the same, then the
+    2x2 high-res crops of the global view, then of each crop in turn (paper section 3.3). They are written into the
+    first rows of `out`, if given.
+    """
+    count = layout_views(layout, grid)
+    views = np.empty((count, crop_size, crop_size, 3), np.uint8) if out is None else out[:count]
+    canvas = _Canvas(pixels, crop_size, resize)
+    canvas.cut((1, 1), views[:1])
+    if layout is ViewLayout.GLOBAL:
+        return views
+    (gw, gh), side = grid, HIGH_RES_SIDE
+    crops = 1 + gw * gh
+    canvas.cut(grid, views[1:crops])
+    if layout is ViewLayout.HIGH_RES:
+        canvas.cut((side, side), views[crops : crops + side * side])
+        raster = np.empty((gw * gh * side * side, crop_size, crop_size, 3), np.uint8)
+        canvas.cut((gw * side, gh * side), raster)
+        views[crops + side * side :] = _group_by_crop(raster, grid)
+    return views
+
+
+class _Canvas:
+    """An image that can be stretched over any grid of square views."""
+
+    def __init__(self, pixels: np.ndarray, crop_size: int, resize: ImageResize) -> None:
+        self._crop_size = crop_size
+        self._stretch = _stretch_with_torch(pixels) if resize is ImageResize.TORCH else _stretch_with_pillow(pixels)
+
+    def cut(self, grid: Grid, out: np.ndarray) -> None:
+        """Write the stretched image in raster order: uint8 (gw*gh, S, S, 3)."""
+        (gw, gh), side = grid, self._crop_size
+        stretched = self._stretch(gw * side, gh * side)
+        out.reshape(gh, gw, side, side, 3)[...] = stretched.reshape(gh, side, gw, side, 3).transpose(0, 2, 1, 3, 4)
+
+
+def _group_by_crop(high_res: np.ndarray, grid: Grid) -> np.ndarray:
+    """Reorder raster-ordered high-res crops so that those of one crop follow each other."""
+    (gw, gh), side = grid, HIGH_RES_SIDE
+    rest = high_res.shape[1:]
+    return high_res.reshape(gh, side, gw, side, *rest).transpose(0, 2, 1, 3, 4, 5, 6).reshape(-1, *rest)
+
+
+def _stretch_with_pillow(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    image = Image.fromarray(pixels)
+
+    def stretch(width: int, height: int) -> np.ndarray:
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+    return stretch
+
+
+def _stretch_with_torch(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    """About 9 times faster than Pillow; up to 0.7 % of the values differ, by at most 2."""
+    import torch  # an option of the recipe: 1.5 s to import, which the exact path need not pay
+
+    planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # recognised as channels last, and kept so
+
+    def stretch(width: int, height: int) -> np.ndarray:
+        resized = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+        return resized[0].permute(1, 2, 0).numpy()
+
+    return stretch

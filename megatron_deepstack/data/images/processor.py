@@ -1,0 +1,125 @@
+"""The processor: everything that decides which pixels a store holds for an image, as one value.
+
+It is made from the recipe and written into the store. What the model depends on (sizes, views, token ids) is compared
+with the recipe again when a run opens the store; resizing, orientation and template are the store's own business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_deepstack.config.choices import GridRule, ImageResize, Orientation
+from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.data.images.pictures import decode_image, make_views
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.errors import StoreError
+from megatron_deepstack.planning.views import Grid, ViewLayout, layout_of, most_views, pick_grid
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedImage:
+    """An image's views and what is known of it."""
+
+    views: np.ndarray
+    """uint8 (views, S, S, 3)."""
+    grid: Grid
+    size: tuple[int, int]
+    damage: str | None
+    """What is wrong with the file although it could be decoded."""
+    sha256: str
+    """Of the file's bytes, in hexadecimal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Processor:
+    """How an image file becomes views."""
+
+    crop_size: int
+    layout: ViewLayout
+    num_crops: int
+    grid: GridRule
+    resize: ImageResize
+    max_image_pixels: int
+    orientation: Orientation = Orientation.AS_STORED
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Processor:
+        """The processor that `recipe` asks for."""
+        model, data = recipe.model, recipe.data
+        return cls(
+            crop_size=model.vision.image_size,
+            layout=layout_of(model.variant),
+            num_crops=model.stacks.num_crops,
+            grid=model.stacks.grid,
+            resize=data.resize,
+            max_image_pixels=data.max_image_pixels,
+            orientation=data.orientation,
+        )
+
+    @property
+    def most_views(self) -> int:
+        """Most views an image can have."""
+        return most_views(self.layout, self.grid, self.num_crops)
+
+    def describe(self) -> dict[str, Any]:
+        """What a store records of its processor; plain JSON values."""
+        return {name: value if isinstance(value, int) else str(value) for name, value in asdict(self).items()}
+
+    def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
+        """Views of an image file's bytes, in the first rows of `out` if given. Raises QuarantineError for a bad one."""
+        image = decode_image(data, self.max_image_pixels, self.orientation)
+        height, width = image.pixels.shape[:2]
+        if self.layout is ViewLayout.GLOBAL:
+            grid = (1, 1)
+        else:
+            grid = pick_grid(self.grid, width, height, self.crop_size, self.num_crops)
+        views = make_views(image.pixels, grid, self.layout, self.crop_size, self.resize, out)
+        return ProcessedImage(views, grid, (width, height), image.damage, hashlib.sha256(data).hexdigest())
+
+
+def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    """Raise StoreError, naming every difference, if `model` (and `tokenizer`, if given) cannot be fed from `store`.
+
+    A store with more views than the model looks at will do: one store serves DeepStack-L and its baselines.
+    """
+    faults = [*_view_faults(store, model), *_token_faults(store, model, tokenizer)]
+    if faults:
+        listed = "\n  ".join(faults)
+        raise StoreError(
+            f"{store.name} was made for something else:\n  {listed}\nChange the recipe, or preprocess again."
+        )
+
+
+def _view_faults(store: Store, model: ModelConfig) -> list[str]:
+    made, stacks, layouts = store.attributes.processor, model.stacks, list(ViewLayout)
+    needed = layout_of(model.variant)
+    faults = [_fault("model.vision.image_size", model.vision.image_size, made["crop_size"])]
+    if layouts.index(ViewLayout(made["layout"])) < layouts.index(needed):
+        faults.append(
+            f"model.variant {model.variant.value!r} needs the views {needed.value!r}, it holds {made['layout']!r}"
+        )
+    if needed is not ViewLayout.GLOBAL:
+        faults.append(_fault("model.stacks.grid", stacks.grid.value, made["grid"]))
+        if stacks.grid is GridRule.BEST_FIT:
+            faults.append(_fault("model.stacks.num_crops", stacks.num_crops, made["num_crops"]))
+    return [fault for fault in faults if fault]
+
+
+def _token_faults(store: Store, model: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
+    made, vocab_size = store.attributes.tokenizer, model.language.vocab_size
+    faults = []
+    if made["vocab_size"] > vocab_size:
+        faults.append(f"model.language.vocab_size is {vocab_size}, its tokenizer has {made['vocab_size']} ids")
+    if tokenizer is not None and made["sha256"] != tokenizer.fingerprint:
+        ours = tokenizer.fingerprint
+        faults.append(f"{tokenizer.source} has sha256 {ours[:12]}..., its tokenizer had {made['sha256'][:12]}...")
+    return faults
+
+
+def _fault(name: str, asked: int | str, made: int | str) -> str:
+    return "" if asked == made else f"{name} is {asked}, it was made with {made}"

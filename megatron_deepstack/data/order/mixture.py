@@ -1,0 +1,143 @@
+"""Several stores as one: samples and images numbered through, an order that draws from each store by its weight.
+
+Which store a sample comes from, and which of its samples, is a pure function of seed and position (`sampler`), so that
+resuming needs nothing but the step and no layout changes it. Stores with fewer samples than their share come round
+again sooner, each in epochs of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from megatron_deepstack.data.order.sampler import Indices, StoreStream, mixed_batch
+from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
+from megatron_deepstack.errors import StoreError
+
+
+class Samples(Protocol):
+    """What training reads: a store, or a mixture of stores. Numbers of samples and images count through."""
+
+    @property
+    def name(self) -> str:
+        """For messages: what is read."""
+
+    @property
+    def plan_hash(self) -> str:
+        """Names the samples and their order among themselves; a run's checkpoints are bound to it."""
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Fingerprint of the tokenizer whose ids the samples hold."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Indices:
+        """Samples of 0-based step `step`, (batch_size,)."""
+
+    def sample(self, index: int) -> Sample:
+        """A sample."""
+
+    def sample_images(self, index: int) -> tuple[int, ...]:
+        """Images of a sample."""
+
+    def image(self, index: int) -> StoredImage:
+        """An image."""
+
+    def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
+        """Views of many images, see `Store.read_many`."""
+
+
+class Mixture:
+    """Stores mixed by weight. Safe in threads and worker processes, as its stores are."""
+
+    def __init__(self, stores: Sequence[Store], weights: Sequence[float] | None) -> None:
+        """`weights` in any unit; the stores' numbers of samples if None. Raises StoreError where tokenizers differ."""
+        assert stores
+        self.stores = tuple(stores)
+        self.weights = tuple(weights or [float(len(store)) for store in stores])
+        self._first_sample = [0, *np.cumsum([len(store) for store in stores]).tolist()]
+        self._first_image = [0, *np.cumsum([store.num_images for store in stores]).tolist()]
+        self._streams: tuple[int, list[StoreStream]] | None = None
+        self._check_tokenizers()
+
+    @property
+    def name(self) -> str:
+        """The stores' paths."""
+        return "mixture of " + ", ".join(store.name for store in self.stores)
+
+    @property
+    def plan_hash(self) -> str:
+        """sha256 of the stores' plan hashes and their shares."""
+        total = sum(self.weights)
+        parts = [[store.plan_hash, weight / total] for store, weight in zip(self.stores, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps({"mixture": parts}).encode()).hexdigest()
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """The tokenizer's, which all stores share."""
+        return self.stores[0].tokenizer_sha256
+
+    def __len__(self) -> int:
+        return int(self._first_sample[-1])
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Indices:
+        """Samples of 0-based step `step`, (batch_size,)."""
+        if self._streams is None or self._streams[0] != seed:
+            self._streams = seed, [StoreStream(seed, k, len(store)) for k, store in enumerate(self.stores)]
+        chosen, numbers = mixed_batch(seed, step, batch_size, self.weights)
+        out = np.empty(batch_size, np.int64)
+        for k, stream in enumerate(self._streams[1]):
+            here = chosen == k
+            if here.any():
+                out[here] = self._first_sample[k] + stream.take(numbers[here])
+        return out
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`, its images numbered through; raises IndexError outside 0..len-1."""
+        store, number = self._find(index, self._first_sample, "sample")
+        sample = self.stores[store].sample(number)
+        return Sample(sample.id, sample.tokens, sample.loss_mask, self.sample_images(index))
+
+    def sample_images(self, index: int) -> tuple[int, ...]:
+        """Images of sample `index`, numbered through."""
+        store, number = self._find(index, self._first_sample, "sample")
+        return tuple(self._first_image[store] + image for image in self.stores[store].sample_images(number))
+
+    def image(self, index: int) -> StoredImage:
+        """Image `index`; its `start` is a row of its own store."""
+        store, number = self._find(index, self._first_image, "image")
+        return self.stores[store].image(number)
+
+    def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
+        """Views of many images, see `Store.read_many`; each store's are read together."""
+        places = np.cumsum([0, *(len(views) for _, views in requests)])
+        if out is None:
+            out = np.empty((int(places[-1]), *self.stores[0].pixels.view_shape), np.uint8)
+        found = [self._find(image, self._first_image, "image") for image, _ in requests]
+        for k in sorted({store for store, _ in found}):
+            mine = [n for n, (store, _) in enumerate(found) if store == k]
+            rows = np.concatenate([np.arange(places[n], places[n + 1]) for n in mine])
+            out[rows] = self.stores[k].read_many([(found[n][1], requests[n][1]) for n in mine])
+        return out
+
+    def _find(self, index: int, firsts: list[int], noun: str) -> tuple[int, int]:
+        """Store and number within it."""
+        if not 0 <= index < firsts[-1]:
+            raise IndexError(f"{self.name}: {noun} {index} was asked for; there are {firsts[-1]}")
+        store = bisect_right(firsts, index) - 1
+        return store, int(index) - firsts[store]
+
+    def _check_tokenizers(self) -> None:
+        first = self.stores[0]
+        for store in self.stores[1:]:
+            if store.tokenizer_sha256 != first.tokenizer_sha256:
+                raise StoreError(
+                    f"data.stores: {first.name} was made with tokenizer {first.tokenizer_sha256[:12]}..., {store.name} "
+                    f"with {store.tokenizer_sha256[:12]}...; preprocess one of them again with the other's tokenizer"
+                )

@@ -1,0 +1,269 @@
+"""From a store to what one rank needs of a step: the plan of its replica, and the pixels of the views it encodes.
+
+Tokens and counts of all the replica's samples are read by each of its ranks, since they are small and memory-mapped;
+pixels only by the rank that encodes them, all of a step in one call. One step is prepared ahead in a thread, so that
+training does not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_deepstack.config.choices import Batching, Unreadable
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.data.images.processor import check_store
+from megatron_deepstack.data.order.mixture import Mixture, Samples
+from megatron_deepstack.data.order.sampler import Indices, share_of_replica
+from megatron_deepstack.data.order.unreadable import UnreadableSample, Where, without
+from megatron_deepstack.data.store.cache import CacheConfig
+from megatron_deepstack.data.store.lengths import check_lengths
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
+from megatron_deepstack.errors import ConfigError, DataError, StoreError
+from megatron_deepstack.planning.packing import filler, merge, pack
+from megatron_deepstack.planning.routes import EncodeUnit, PlannedSample
+from megatron_deepstack.planning.rows import context_length
+from megatron_deepstack.planning.sequence import expand
+from megatron_deepstack.planning.step_plan import StepPlan, plan_step
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which replica and which of its ranks reads."""
+
+    dp: int
+    num_replicas: int
+    replica_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStep:
+    """A step ready to run on one rank."""
+
+    step: int
+    plan: StepPlan
+    pixels: np.ndarray
+    """uint8 (views of this rank's units, image, image, 3)."""
+    samples: Indices
+    """Store indices of the replica's samples, (micro-batches, micro_batch_size)."""
+    num_tokens: int
+    """Tokens of the replica's samples, visual ones included, padding not."""
+    num_images: int
+    """Images of the replica's samples."""
+    members: tuple[tuple[tuple[int, ...], ...], ...]
+    """Store indices of the samples of each row of each micro-batch: one, several in a pack, none in a filler."""
+    unreadable: tuple[UnreadableSample, ...] = ()
+    """Samples whose views this rank should have read and could not; their pixels are zero."""
+
+    def index(self, where: Where) -> int:
+        """Store index of the sample at a place."""
+        micro_batch, row, member = where
+        return self.members[micro_batch][row][member]
+
+    def without(self, samples: Iterable[Where]) -> LoadedStep:
+        """The step with these samples left out of the loss; every rank of the replica must leave out the same."""
+        return replace(self, plan=without(self.plan, samples))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a micro-batch; numbers are the store's."""
+
+    planned: PlannedSample
+    images: tuple[int, ...] = ()
+    members: tuple[int, ...] = ()
+    """Samples of the row."""
+    image_members: tuple[int, ...] = ()
+    """For each image the place in `members` of its sample."""
+
+
+class StepReader:
+    """Reads steps of a store, or a mixture of stores, for one rank."""
+
+    def __init__(
+        self,
+        store: Samples,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        train: TrainConfig,
+        share: Share,
+        unreadable: Unreadable = Unreadable.STOP,
+    ) -> None:
+        self.store, self.model, self.parallel, self.train, self.share = store, model, parallel, train, share
+        self.unreadable = unreadable
+
+    def load(self, step: int) -> LoadedStep:
+        """Plan and pixels of 0-based step `step`.
+
+        Raises StoreError, naming step and sample, where pixels are missing or damaged and `unreadable` is `stop`.
+        """
+        batch = self.store.batch(self.train.seed, step, self.train.global_batch_size)
+        mine = share_of_replica(batch, self.share.dp, self.share.num_replicas, self.train.micro_batch_size)
+        return self.load_samples(step, mine)
+
+    def sample_ids(self, step: int) -> tuple[str, ...]:
+        """Ids of all samples of 0-based step `step`, over all replicas, in the order of the global batch."""
+        batch = self.store.batch(self.train.seed, step, self.train.global_batch_size)
+        return tuple(self.store.sample(int(index)).id for index in batch)
+
+    def load_samples(self, step: int, samples: Indices) -> LoadedStep:
+        """The same for chosen samples, (micro-batches, micro_batch_size) store indices."""
+        read = [[self._read(int(i)) for i in row] for row in samples]
+        packed = self.train.batching is Batching.PACKED
+        rows = self._pack([one for row in read for one in row]) if packed else read
+        batches = [[row.planned for row in batch] for batch in rows]
+        precision = self.train.precision
+        plan = plan_step(
+            self.model, self.parallel, batches, self.share.replica_rank, packed=packed, precision=precision
+        )
+        pixels, unreadable = self._pixels(step, rows, plan.routes.units)
+        return LoadedStep(
+            step=step,
+            plan=plan,
+            pixels=pixels,
+            samples=samples,
+            num_tokens=sum(one.planned.sequence.length for row in read for one in row),
+            num_images=sum(len(one.images) for row in read for one in row),
+            members=tuple(tuple(row.members for row in batch) for batch in rows),
+            unreadable=unreadable,
+        )
+
+    def _read(self, index: int) -> _Row:
+        images = self.store.sample_images(index)
+        planned = planned_sample(self.store, self.model, self.train, index)
+        return _Row(planned, images, (index,), (0,) * len(images))
+
+    def _pack(self, samples: list[_Row]) -> list[list[_Row]]:
+        """Packed rows, each a micro-batch of its own; fillers make up the number that interleaving asks for."""
+        packs = pack([one.planned.sequence.length for one in samples], self.train.seq_length)
+        rows = [_merge([samples[i] for i in indices]) for indices in packs]
+        multiple = self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
+        wanted = -(-len(rows) // multiple) * multiple
+        return [[row] for row in (*rows, *[_Row(filler())] * (wanted - len(rows)))]
+
+    def _pixels(
+        self, step: int, rows: list[list[_Row]], units: Sequence[EncodeUnit]
+    ) -> tuple[np.ndarray, tuple[UnreadableSample, ...]]:
+        """Views of the units in order, read in one call, and whose could not be read."""
+        size = self.model.vision.image_size
+        requests = [(rows[unit.micro_batch][unit.sample].images[unit.image], unit.views) for unit in units]
+        out = np.empty((sum(len(views) for _, views in requests), size, size, 3), np.uint8)
+        try:
+            self.store.read_many(requests, out)
+        except StoreError:
+            return out, self._read_singly(step, rows, units, out)
+        return out, ()
+
+    def _read_singly(
+        self, step: int, rows: list[list[_Row]], units: Sequence[EncodeUnit], out: np.ndarray
+    ) -> tuple[UnreadableSample, ...]:
+        """Read unit by unit after one went wrong; raises StoreError, or blackens what cannot be read."""
+        found: dict[Where, UnreadableSample] = {}
+        begin = 0
+        for unit in units:
+            row = rows[unit.micro_batch][unit.sample]
+            here = out[begin : begin + len(unit.views)]
+            begin += len(unit.views)
+            try:
+                self.store.read_many([(row.images[unit.image], unit.views)], here)
+            except StoreError as error:
+                member = row.image_members[unit.image]
+                index = row.members[member]
+                name = self.store.sample(index).id
+                if self.unreadable is Unreadable.STOP:
+                    raise StoreError(f"step {step + 1}, sample {name!r} (number {index}): {error}") from error
+                here[:] = 0
+                where = (unit.micro_batch, unit.sample, member)
+                found.setdefault(where, UnreadableSample(where, index, name, str(error)))
+        return tuple(found.values())
+
+
+def _merge(samples: Sequence[_Row]) -> _Row:
+    """A packed row."""
+    return _Row(
+        planned=merge([one.planned for one in samples]),
+        images=tuple(image for one in samples for image in one.images),
+        members=tuple(index for one in samples for index in one.members),
+        image_members=tuple(member for member, one in enumerate(samples) for _ in one.images),
+    )
+
+
+def open_training_reader(recipe: Recipe, share: Share) -> StepReader:
+    """Reader of the recipe's training data, one store or a mixture, for one rank.
+
+    Raises ConfigError where the recipe names none, else as `open_reader` does.
+    """
+    data = recipe.data
+    if data.stores is None:
+        samples: Samples = _open_checked(recipe, data.store)
+    else:
+        samples = Mixture([_open_checked(recipe, path) for path in data.stores], data.weights)
+    return StepReader(samples, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
+
+
+def open_reader(recipe: Recipe, path: str | None, share: Share) -> StepReader:
+    """Reader of the one store at `path` for one rank, after checking that it fits the recipe.
+
+    It stops at what cannot be read: held-out samples have nobody to leave them out. Raises ConfigError without a path,
+    StoreError where the store is unusable or made for something else, DataError where it is empty or a sample is too
+    long.
+    """
+    return StepReader(_open_checked(recipe, path), recipe.model, recipe.parallel, recipe.train, share)
+
+
+def _open_checked(recipe: Recipe, path: str | None) -> Store:
+    if path is None:
+        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
+    data = recipe.data
+    cache = CacheConfig.of(data)
+    store = Store.open(path, verify_checksums=data.verify_checksums, cache=cache)
+    check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
+    check_lengths(store, recipe.model, recipe.train)
+    if len(store) == 0:
+        raise DataError(f"{path}: the store holds no samples; preprocess records whose images can be read")
+    return store
+
+
+def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
+    """A stored sample, expanded. Raises DataError if it does not fit `train.seq_length`."""
+    sample = store.sample(index)
+    grids = tuple(store.image(image).grid for image in sample.images)
+    sequence = expand(
+        sample.id,
+        sample.tokens,
+        sample.loss_mask,
+        [context_length(model, grid) for grid in grids],
+        seq_length=train.seq_length,
+        truncate=train.truncate,
+    )
+    return PlannedSample(sequence=sequence, grids=grids)
+
+
+class Prefetcher:
+    """Iterates over steps `first` to `stop - 1`, each prepared in a thread while the one before is trained.
+
+    An error met in the thread is raised when its step is asked for, and says which step that is. The thread ends with
+    the iteration, however that ends.
+    """
+
+    def __init__(self, reader: StepReader, first: int, stop: int) -> None:
+        self.reader, self.first, self.stop = reader, first, stop
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        if self.first >= self.stop:
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+            upcoming: Future[LoadedStep] = pool.submit(self.reader.load, self.first)
+            for step in range(self.first, self.stop):
+                try:
+                    ready = upcoming.result()
+                except Exception as error:
+                    error.add_note(f"while the data of step {step + 1} was prepared")
+                    raise
+                if step + 1 < self.stop:
+                    upcoming = pool.submit(self.reader.load, step + 1)
+                yield ready

@@ -1,0 +1,54 @@
+"""What a conversation consists of, before any template: who speaks, what is said, and where its images stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.planning.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
+
+
+class Role(StrEnum):
+    """Who speaks, by LLaVA's names."""
+
+    HUMAN = "human"
+    GPT = "gpt"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens that are all learned or all not."""
+
+    tokens: list[int]
+    learned: bool
+
+
+def image_first(text: str) -> str:
+    """A turn's text with its image in front, as the published data has it; several images stay where they are."""
+    if text.count(IMAGE_TOKEN) != 1:
+        return text
+    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text with placeholders: the pieces between them encoded separately, as published."""
+    first, *rest = text.split(IMAGE_TOKEN)
+    tokens = tokenizer.encode(first)
+    for piece in rest:
+        tokens += [IMAGE_TOKEN_ID, *tokenizer.encode(piece)]
+    return tokens
+
+
+def rounds_of(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns from the first question on; an answer to nothing is left out, as published."""
+    return turns[1:] if turns and turns[0].role is Role.GPT else turns

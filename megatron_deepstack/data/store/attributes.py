@@ -1,0 +1,77 @@
+"""What a store says of itself: the attributes in its own metadata document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.store.index import parse_metadata
+from megatron_deepstack.data.store.schema import FORMAT, METADATA_FILE, VERSION
+from megatron_deepstack.errors import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAttributes:
+    """What a store says of itself."""
+
+    format: str
+    version: int
+    plan_hash: str
+    """sha256 of everything that decided the store's bytes: settings, records, tokenizer, list of images."""
+    processor: dict[str, Any]
+    """How views were made: crop_size, layout, num_crops, grid, resize, max_image_pixels, orientation."""
+    tokenizer: dict[str, Any]
+    """sha256, vocab_size, bos_id, eos_id, pad_id, and the conversation template."""
+    counts: dict[str, int]
+    """images, flagged, quarantined, views, samples, dropped, tokens, target_tokens."""
+    complete: bool
+    """Preprocessing came to its end."""
+
+
+def read_document(location: Location) -> bytes:
+    """The store's own metadata document. Raises StoreError where there is none."""
+    try:
+        return location.child(METADATA_FILE).read_bytes()
+    except OSError as error:
+        if not location.is_folder():
+            raise StoreError(
+                f"{location}: no such folder. A store is made by `megatron-deepstack preprocess`."
+            ) from error
+        raise StoreError(
+            f"{location}: not a store: it has no {METADATA_FILE}. Stores are made by `preprocess`."
+        ) from error
+
+
+def parse_attributes(location: Location, document: bytes) -> StoreAttributes:
+    """The attributes in a store's metadata document; raises StoreError where they are not ones we can read."""
+    raw = parse_metadata(f"{location}/{METADATA_FILE}", document).get("attributes", {})
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else raw
+        raise StoreError(
+            f"{location}: a zarr group, but not one of ours: its `format` is {found!r}, expected {FORMAT!r}."
+        )
+    if raw.get("version") != VERSION:
+        raise StoreError(
+            f"{location}: the store has format version {raw.get('version')!r}, this program reads {VERSION}. "
+            "Preprocess the data again with this version."
+        )
+    names = StoreAttributes.__dataclass_fields__
+    missing = [name for name in names if name not in raw]
+    if missing:
+        raise StoreError(f"{location}/{METADATA_FILE}: attributes {missing} are missing. Preprocess the data again.")
+    return StoreAttributes(**{name: raw[name] for name in names})
+
+
+def finished_attributes(location: Location, document: bytes | None = None) -> StoreAttributes:
+    """The attributes of a store whose preprocessing has finished, from its metadata document (read if not given).
+
+    Raises StoreError where there is no such store, LocationError where a URL cannot be reached.
+    """
+    attributes = parse_attributes(location, read_document(location) if document is None else document)
+    if not attributes.complete:
+        raise StoreError(
+            f"{location}: preprocessing of this store has not finished. Run the same `preprocess` command again: "
+            "it goes on where it stopped."
+        )
+    return attributes

@@ -1,0 +1,115 @@
+"""Reading metadata documents and index arrays of a store. Errors say what is wrong; what to do, who opens the store."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_deepstack.data.location import require_descriptors
+from megatron_deepstack.data.store.schema import (
+    INDEX_ARRAYS,
+    METADATA_FILE,
+    index_chunk_path,
+    index_chunk_rows,
+    index_metadata,
+)
+from megatron_deepstack.errors import StoreError
+
+
+class IndexReader:
+    """One index array, memory-mapped chunk by chunk; a slice within one chunk copies nothing."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        array = INDEX_ARRAYS[name]
+        metadata = read_metadata(root, name)
+        shape = metadata.get("shape")
+        if not isinstance(shape, list) or not shape or not isinstance(shape[0], int) or shape[0] < 0:
+            raise StoreError(f"{root / name / METADATA_FILE}: its shape is {shape!r}.")
+        self._rows = shape[0]
+        check_metadata(root / name, metadata, index_metadata(array, self._rows))
+        self._chunk_rows = index_chunk_rows(self._rows)
+        chunk_shape = (self._chunk_rows, *array.row_shape)
+        num_chunks = -(-self._rows // self._chunk_rows)
+        self._chunks = [
+            _map_chunk(root / index_chunk_path(array, k), array.dtype, chunk_shape) for k in range(num_chunks)
+        ]
+        self._empty = np.empty((0, *array.row_shape), dtype=array.dtype)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        if not isinstance(rows, slice):
+            chunk, row = divmod(operator.index(rows), self._chunk_rows)
+            return self._chunks[chunk][row]
+        first, last, _ = rows.indices(self._rows)
+        pieces = list(self._pieces(first, last))
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else self._empty
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by their numbers, a copy, in the order given; quick where the numbers rise. Raises IndexError."""
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; there are {self._rows}")
+        chunks = rows // self._chunk_rows
+        cuts = (np.flatnonzero(np.diff(chunks)) + 1).tolist()
+        pieces = [self._empty]
+        for first, last in pairwise((0, *cuts, len(rows))) if len(rows) else ():
+            chunk = int(chunks[first])
+            pieces.append(self._chunks[chunk][rows[first:last] - chunk * self._chunk_rows])
+        return np.concatenate(pieces)
+
+    def _pieces(self, first: int, last: int) -> Iterator[np.ndarray]:
+        while first < last:
+            chunk, row = divmod(first, self._chunk_rows)
+            piece = self._chunks[chunk][row : row + last - first]
+            yield piece
+            first += len(piece)
+
+
+def read_metadata(root: Path, name: str) -> dict[str, Any]:
+    """zarr metadata of an array or group below `root`."""
+    path = root / name / METADATA_FILE
+    try:
+        return parse_metadata(str(path), path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def parse_metadata(path: str, data: bytes) -> dict[str, Any]:
+    """A zarr metadata document from its bytes; raises StoreError, naming `path`, where they are none."""
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{path}: not JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise StoreError(f"{path}: holds a {type(document).__name__}, a JSON object was expected.")
+    return document
+
+
+def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise StoreError, naming every difference, if an array's metadata is not what this version writes."""
+    keys = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")
+    differing = [key for key in keys if found.get(key) != expected[key]]
+    wrong = [f"{key} is {found.get(key)!r}, expected {expected[key]!r}" for key in differing]
+    if wrong:
+        raise StoreError(f"{path / METADATA_FILE}: {'; '.join(wrong)}.")
+
+
+def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    try:
+        found = path.stat().st_size
+        if found != expected:
+            raise StoreError(f"{path}: has {found} bytes, expected {expected}.")
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=shape))
+    except OSError as error:
+        require_descriptors(str(path), error)
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}.") from error

@@ -1,0 +1,334 @@
+"""Reading a store: samples from memory-mapped index arrays, views straight out of the shards.
+
+Views are read with one `preadv` for neighbours into the caller's array: shard indices are cached, requests for many
+images are read in the order of the shards, and each view's crc32c is checked (0.06 ms for the five of a sample).
+zarr-python reads the same store, equal by test, but many times slower (`tools/bench_reader.py`), and takes a chunk that
+is missing for zeros; here that is a StoreError naming image and shard. The reader holds no threads and no descriptors
+that a fork or a pickle could break: a copy in another process opens its own. Of a store at a URL, `remote` copies the
+index arrays once and views as they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.order.sampler import Indices, global_batch
+from megatron_deepstack.data.store.attributes import StoreAttributes, finished_attributes, read_document
+from megatron_deepstack.data.store.cache import BoundedFolder, CacheConfig
+from megatron_deepstack.data.store.index import IndexReader, check_metadata, read_metadata
+from megatron_deepstack.data.store.remote import RemoteShards, copy_index
+from megatron_deepstack.data.store.schema import (
+    INDEX_ARRAYS,
+    PIXELS,
+    ImageStatus,
+    PixelsShape,
+    pixels_metadata,
+)
+from megatron_deepstack.data.store.shards import LocalShards, ShardError, Shards
+from megatron_deepstack.errors import StoreError
+from megatron_deepstack.planning.views import Grid
+
+_REMAKE: Final = "The store was changed or is damaged: preprocess again."
+_FETCH: Final = (
+    "The copy of {location} in {folder} is damaged, or the store itself: delete that folder, and it is fetched anew; "
+    "if that does not help, preprocess again."
+)
+_RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folder."
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation, tokenised; arrays are read-only views of the mapped file."""
+
+    id: str
+    tokens: np.ndarray
+    """int32 (T,), one IMAGE_TOKEN_ID per image, in the order of `images`."""
+    loss_mask: np.ndarray
+    """uint8 (T,), 1 where the token itself is learned."""
+    images: tuple[int, ...]
+    """Image numbers; the same image may serve many samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """Where an image's views are, and what it was."""
+
+    start: int
+    """Row of `images/pixels` that holds the global view."""
+    count: int
+    """Number of views; 0 for a quarantined image."""
+    grid: Grid
+    size: tuple[int, int]
+    """Width and height of the original in pixels."""
+    status: ImageStatus
+    path: str
+    """Path as the records give it."""
+
+
+class Store:
+    """A finished store, opened for reading. Safe in threads and worker processes; pickles as its path."""
+
+    def __init__(
+        self,
+        location: Location,
+        attributes: StoreAttributes,
+        pixels: PixelsShape,
+        index: dict[str, IndexReader],
+        shards: Shards,
+        *,
+        verify_checksums: bool,
+        cache: CacheConfig,
+    ) -> None:
+        self.location = location
+        self.attributes = attributes
+        self.pixels = pixels
+        self.verify_checksums = verify_checksums
+        self._index = index
+        self._shards = shards
+        self._cache = cache
+
+    @classmethod
+    def open(
+        cls, path: str | Path | Location, *, verify_checksums: bool = True, cache: CacheConfig | None = None
+    ) -> Store:
+        """Open the store in folder or at URL `path`; of a URL, copies are kept as `cache` says.
+
+        Raises StoreError where there is no store, where preprocessing has not finished, where the format is another
+        version's, or where an index array is damaged; LocationError where a URL cannot be reached. Pixels are looked
+        at when they are read.
+        """
+        location = Location.parse(path)
+        document = read_document(location)
+        attributes = finished_attributes(location, document)
+        cache = cache or CacheConfig()
+        copies = None if location.is_local else BoundedFolder(cache)
+        folder = location.local_path() if copies is None else copy_index(location, document, copies)
+        try:
+            pixels = _read_pixels_shape(folder)
+            index = {name: IndexReader(folder, name) for name in INDEX_ARRAYS}
+            shards: Shards = LocalShards(folder, pixels)
+            if copies is not None:
+                shards = RemoteShards(location, folder.name, pixels, copies)
+            store = cls(location, attributes, pixels, index, shards, verify_checksums=verify_checksums, cache=cache)
+            store._check_counts()
+        except StoreError as error:
+            advice = _REMAKE if copies is None else _FETCH.format(location=location, folder=folder)
+            raise StoreError(f"{error} {advice}") from error
+        return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.location), self.verify_checksums, self._cache)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def name(self) -> str:
+        """Where the store is, as it was opened."""
+        return str(self.location)
+
+    @property
+    def plan_hash(self) -> str:
+        """sha256 of everything that decided the store's bytes."""
+        return self.attributes.plan_hash
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Fingerprint of the tokenizer whose ids the samples hold."""
+        return str(self.attributes.tokenizer["sha256"])
+
+    def array(self, name: str) -> np.ndarray:
+        """A whole index array, read-only; see `schema.INDEX_ARRAYS`. Of several chunks it is a copy: ask once."""
+        return self._index[name][:]
+
+    def rows(self, name: str) -> IndexReader:
+        """An index array to read some rows of, without touching the others."""
+        return self._index[name]
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Indices:
+        """Samples of 0-based step `step` of a run that reads this store alone, (batch_size,)."""
+        return global_batch(seed, step, batch_size, len(self))
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+        return len(self._index["samples/tokens_offsets"]) - 1
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, quarantined ones included."""
+        return len(self._index["images/start"])
+
+    @property
+    def crop_size(self) -> int:
+        """Side of a view in pixels."""
+        return self.pixels.crop_size
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`; raises IndexError outside 0..num_samples-1."""
+        self._check_number("sample", index, self.num_samples)
+        first, last = self._index["samples/tokens_offsets"][index : index + 2]
+        return Sample(
+            id=self._text("samples/id", index),
+            tokens=self._index["samples/tokens"][int(first) : int(last)],
+            loss_mask=self._index["samples/loss_mask"][int(first) : int(last)],
+            images=self.sample_images(index),
+        )
+
+    def sample_images(self, index: int) -> tuple[int, ...]:
+        """Images of sample `index`, without touching its tokens."""
+        self._check_number("sample", index, self.num_samples)
+        first, last = self._index["samples/images_offsets"][index : index + 2]
+        return tuple(self._index["samples/images"][int(first) : int(last)].tolist())
+
+    def lengths(self) -> np.ndarray:
+        """int64 (num_samples,): tokens of each sample, a placeholder counting as one."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        lengths = np.diff(self._index["samples/tokens_offsets"][:])
+        lengths.flags.writeable = False
+        return lengths
+
+    def image(self, index: int) -> StoredImage:
+        """Image `index`; raises IndexError outside 0..num_images-1."""
+        self._check_number("image", index, self.num_images)
+        gw, gh = self._index["images/grid"][index].tolist()
+        width, height = self._index["images/size"][index].tolist()
+        return StoredImage(
+            start=int(self._index["images/start"][index]),
+            count=int(self._index["images/count"][index]),
+            grid=(gw, gh),
+            size=(width, height),
+            status=ImageStatus(int(self._index["images/status"][index])),
+            path=self._text("images/path", index),
+        )
+
+    def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
+        """Views of an image: uint8 (len(views), S, S, 3), in the order asked for; view 0 is the global view.
+
+        Raises StoreError, naming image, view and shard, when a shard is missing or short, a view was never written,
+        or (with `verify_checksums`) a view's bytes are not those that were written.
+        """
+        return self.read_many([(image, views)])
+
+    def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
+        """Views of many images: for each request (image, views), one after the other, as `read_views` has them.
+
+        Read in the order in which they lie in the shards, neighbours together, into `out` if it is given. Raises
+        StoreError as `read_views` does, for the first fault met.
+        """
+        slots, images = [], []
+        for image, views in requests:
+            start = self._start_of(image, views)
+            slots += [start + view for view in views]
+            images += [image] * len(views)
+        if out is None:
+            out = np.empty((len(slots), *self.pixels.view_shape), dtype=np.uint8)
+        assert out.shape == (len(slots), *self.pixels.view_shape), (out.shape, len(slots))
+        self._read(slots, images, out)
+        damaged = self._damaged(slots, out) if self.verify_checksums else []
+        if damaged and self._shards.forget([slots[place] for place in damaged]):
+            self._read(slots, images, out)
+            damaged = self._damaged(slots, out)
+        if damaged:
+            raise self._damage_error(slots[damaged[0]], images[damaged[0]], out[damaged[0]])
+        return out
+
+    def _start_of(self, image: int, views: Sequence[int]) -> int:
+        """Row of the image's global view; raises StoreError if it lacks one of the views."""
+        self._check_number("image", image, self.num_images)
+        count = int(self._index["images/count"][image])
+        if any(not 0 <= view < count for view in views):
+            raise StoreError(f"{self._where(image)} has {count} views; views {list(views)} were asked for")
+        return int(self._index["images/start"][image])
+
+    def _read(self, slots: list[int], images: list[int], out: np.ndarray) -> None:
+        try:
+            self._shards.read(slots, out)
+        except ShardError as error:
+            image = images[slots.index(error.slot)]
+            raise StoreError(f"{error} It holds {self._where(image)}. {_RESTORE}") from error
+
+    def _damaged(self, slots: list[int], out: np.ndarray) -> list[int]:
+        """Places whose pixels are not those that were written."""
+        written = self._index["images/crc32c"]
+        return [place for place, slot in enumerate(slots) if google_crc32c.value(out[place]) != int(written[slot])]
+
+    def _damage_error(self, slot: int, image: int, pixels: np.ndarray) -> StoreError:
+        view = slot - int(self._index["images/start"][image])
+        found, stored = google_crc32c.value(pixels), int(self._index["images/crc32c"][slot])
+        return StoreError(
+            f"{self._shards.where(slot)}: view {view} of {self._where(image)} is damaged: its crc32c is {found:08x}, "
+            f"{stored:08x} was written. {_RESTORE}"
+        )
+
+    def _where(self, image: int) -> str:
+        return f"image {image} ({self._text('images/path', image)!r}) of store {self.location}"
+
+    def _text(self, name: str, row: int) -> str:
+        first, last = self._index[f"{name}_offsets"][row : row + 2]
+        return self._index[name][int(first) : int(last)].tobytes().decode()
+
+    def _check_number(self, noun: str, number: int, limit: int) -> None:
+        if not 0 <= number < limit:
+            raise IndexError(f"{self.location}: {noun} {number} was asked for; there are {limit}")
+
+    def _check_counts(self) -> None:
+        """Lengths of arrays that must agree do; a damaged index is found at once and not at sample 400,000."""
+        images, samples, counts = self.num_images, self.num_samples, self.attributes.counts
+        self._check_rows(
+            {
+                "images/start": counts.get("images", -1),
+                **dict.fromkeys((f"images/{name}" for name in ("count", "grid", "size", "status", "sha256")), images),
+                "images/path_offsets": images + 1,
+                "images/crc32c": self.pixels.num_slots,
+                "samples/tokens_offsets": counts.get("samples", -2) + 1,
+                "samples/images_offsets": samples + 1,
+                "samples/id_offsets": samples + 1,
+                "samples/loss_mask": len(self._index["samples/tokens"]),
+            }
+        )
+        ends = {name: self._index[f"{name}_offsets"] for name in _RAGGED}
+        self._check_rows({name: int(offsets[len(offsets) - 1]) for name, offsets in ends.items()})
+
+    def _check_rows(self, expected: Mapping[str, int]) -> None:
+        found = {name: len(self._index[name]) for name in expected}
+        wrong = [
+            f"{name} has {found[name]} rows, {rows} expected" for name, rows in expected.items() if found[name] != rows
+        ]
+        if wrong:
+            raise StoreError(f"{self.location}: the store contradicts itself: {'; '.join(wrong)}.")
+
+
+_RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
+"""Flat arrays whose rows an array of offsets delimits."""
+
+
+def _read_pixels_shape(root: Path) -> PixelsShape:
+    metadata = read_metadata(root, PIXELS)
+    try:
+        slots, crop_size = metadata["shape"][0], metadata["shape"][1]
+        slots_per_part = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+        shape = PixelsShape(num_parts=slots // slots_per_part, slots_per_part=slots_per_part, crop_size=crop_size)
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise StoreError(f"{root / PIXELS}: metadata lacks shape or shards.") from error
+    compressed = replace(shape, compression=Compression.ZSTD)
+    if metadata.get("codecs") == pixels_metadata(compressed)["codecs"]:
+        shape = compressed
+    check_metadata(root / PIXELS, metadata, pixels_metadata(shape))
+    return shape
+
+
+def _reopen(path: str, verify_checksums: bool, cache: CacheConfig) -> Store:
+    return Store.open(path, verify_checksums=verify_checksums, cache=cache)

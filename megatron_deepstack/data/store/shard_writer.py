@@ -1,0 +1,86 @@
+"""Writing one shard of `images/pixels`: chunks back to back in slot order, then the shard's index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.store.codec import compress
+from megatron_deepstack.data.store.direct_file import DirectFile
+from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
+from megatron_deepstack.data.store.writer import atomic_file
+
+
+class ShardWriter:
+    """One shard of `images/pixels`, written view by view and closed once.
+
+    Holds no more than the views being appended and 4 MiB on their way to the disk. The chunks lie back to back in slot
+    order; the index follows.
+    """
+
+    def __init__(self, file: DirectFile, shape: PixelsShape) -> None:
+        self._file = file
+        self._shape = shape
+        self._sizes: list[int] = []
+
+    @property
+    def used(self) -> int:
+        """Slots filled so far."""
+        return len(self._sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes of the shard if it were finished now."""
+        return sum(self._sizes) + shard_index_bytes(self._shape)
+
+    def append(self, views: np.ndarray, blocks: memoryview | None = None) -> None:
+        """Append the views (uint8, N x S x S x 3) of one image.
+
+        `blocks`: memory that ends with the views, from the boundary of the block in which they begin; the bytes before
+        them are overwritten. Views that begin as far into a block as the end of the file are written without a copy.
+        """
+        assert views.dtype == np.uint8, views.dtype
+        assert views.shape[1:] == self._shape.view_shape, (views.shape, self._shape)
+        if self._shape.compression is not Compression.NONE:
+            for view in views:
+                self.append_chunk(compress(view))
+            return
+        self._count([self._shape.view_bytes] * len(views))
+        if blocks is None:
+            self._file.write(np.ascontiguousarray(views).data)
+        else:
+            self._file.write_in_place(blocks, len(blocks) - views.nbytes)
+
+    def append_chunk(self, chunk: bytes | memoryview) -> None:
+        """Append one view as another shard of the same codec holds it."""
+        self._count([len(chunk)])
+        self._file.write(chunk)
+
+    def _count(self, sizes: list[int]) -> None:
+        assert self.used + len(sizes) <= self._shape.slots_per_part, (self.used, len(sizes), self._shape)
+        self._sizes += sizes
+
+    def finish(self) -> None:
+        """Write the shard index and its checksum."""
+        index = np.full((self._shape.slots_per_part, 2), EMPTY_CHUNK, dtype="<u8")
+        index[: self.used, 0] = np.cumsum([0, *self._sizes])[:-1]
+        index[: self.used, 1] = self._sizes
+        raw = index.tobytes()
+        self._file.write(raw + google_crc32c.value(raw).to_bytes(4, "little"))
+        self._file.finish()
+
+
+@contextmanager
+def open_shard(root: Location | Path, part: int, shape: PixelsShape) -> Iterator[ShardWriter]:
+    """Write the shard of `part`; it appears in the store when the block ends without an error."""
+    path = Location.parse(root).child(shard_path(part))
+    with atomic_file(path) as file, closing(DirectFile(file)) as direct:
+        writer = ShardWriter(direct, shape)
+        yield writer
+        writer.finish()

@@ -1,0 +1,241 @@
+"""Reading views straight out of shards: one `preadv` for neighbouring views, indices and open files cached."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+import google_crc32c
+import numpy as np
+
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.location import require_descriptors
+from megatron_deepstack.data.store.codec import CodecError, decompress
+from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
+
+_OPEN_SHARDS: Final = 128
+"""Shards that all stores of a process keep open, with their indices: 5 KB each for DeepStack-L, 26 KB for -HD."""
+_MOST_BUFFERS: Final = 1024
+"""Buffers that one `preadv` may fill (IOV_MAX)."""
+
+
+class ShardError(Exception):
+    """A view that cannot be had; the message names the shard and ends in a full stop."""
+
+    def __init__(self, message: str, slot: int) -> None:
+        super().__init__(message)
+        self.slot = slot
+        """Row of `images/pixels`."""
+
+
+class Shards(Protocol):
+    """Where a store's views come from."""
+
+    def read(self, slots: Sequence[int], out: np.ndarray) -> None:
+        """Read the views in `slots` into the rows of `out`, uint8 (len(slots), S, S, 3). Raises ShardError."""
+
+    def forget(self, slots: Sequence[int]) -> bool:
+        """Drop copies of these views, if any are kept; whether another read may give other bytes."""
+
+    def where(self, slot: int) -> str:
+        """The shard that holds a slot, for messages."""
+
+
+def runs(slots: Sequence[int], slots_per_part: int) -> Iterator[tuple[int, list[int]]]:
+    """Neighbours together: the first slot of each run within one shard, and the run's places in `slots`."""
+    order = sorted(range(len(slots)), key=slots.__getitem__)
+    first = 0
+    for last in range(1, len(order) + 1):
+        if last < len(order):
+            slot = slots[order[last]]
+            if slot == slots[order[last - 1]] + 1 and slot % slots_per_part:
+                continue
+        yield slots[order[first]], order[first:last]
+        first = last
+
+
+def parse_index(raw: bytes) -> np.ndarray | None:
+    """A shard's index, uint64 (slots, 2) of offset and length, from its bytes; None if its checksum is wrong."""
+    if google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        return None
+    return np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
+
+
+def unpack(packed: memoryview, out: np.ndarray, where: str, slot: int) -> None:
+    """Decompress a view into `out`; raises ShardError where that fails."""
+    try:
+        decompress(packed, out)
+    except CodecError as error:
+        raise ShardError(f"{where}: the compressed view in row {slot} is damaged: {error}.", slot) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    file: BinaryIO
+    index: np.ndarray
+
+
+class _Uses:
+    """Which open shards were used last, over all readers of this process, so that one limit holds for all of them.
+
+    The shards themselves are their readers' own, and are closed when those go away.
+    """
+
+    def __init__(self) -> None:
+        self._readers: OrderedDict[tuple[int, int], weakref.ref[LocalShards]] = OrderedDict()
+        self.unlock()
+        os.register_at_fork(after_in_child=self.unlock)
+
+    def unlock(self) -> None:
+        """Take a new lock: in a forked child the old one may be held by a thread that the child does not have."""
+        self.lock = threading.Lock()
+
+    def add(self, reader: LocalShards, part: int) -> None:
+        """A reader uses a shard; one that nobody has used for longest is closed for it. Call with the lock held."""
+        key = (id(reader), part)
+        self._readers[key] = weakref.ref(reader)
+        self._readers.move_to_end(key)
+        while len(self._readers) > _OPEN_SHARDS:
+            (_, oldest), found = self._readers.popitem(last=False)
+            owner = found()
+            if owner is not None:
+                owner.opened.pop(oldest, None)
+
+
+_USES: Final = _Uses()
+
+
+class LocalShards:
+    """Shards in a folder, the most recently used ones open. Safe in threads, and after a fork."""
+
+    def __init__(self, root: Path, pixels: PixelsShape) -> None:
+        self._root = root
+        self._pixels = pixels
+        self.opened: dict[int, _OpenShard] = {}
+        """By part; only to be touched with the lock of all readers held."""
+
+    def where(self, slot: int) -> str:
+        """Path of the shard that holds a slot."""
+        return str(self._root / shard_path(slot // self._pixels.slots_per_part))
+
+    def forget(self, slots: Sequence[int]) -> bool:
+        """Nothing is copied: reading again gives the same bytes."""
+        return False
+
+    def read(self, slots: Sequence[int], out: np.ndarray) -> None:
+        """Read views into the rows of `out`; neighbours in one call, whatever the order asked for."""
+        for first, places in runs(slots, self._pixels.slots_per_part):
+            part, slot = divmod(first, self._pixels.slots_per_part)
+            shard = self._shard(part, first)
+            extents = shard.index[slot : slot + len(places)].tolist()
+            if self._pixels.compression is Compression.NONE:
+                self._read_raw(shard.file.fileno(), first, extents, places, out)
+            else:
+                self._read_packed(shard.file.fileno(), first, extents, places, out)
+
+    def chunks(self, slots: Sequence[int]) -> Iterator[memoryview]:
+        """Views as the shards hold them, compressed or not. Raises ShardError."""
+        for first, places in runs(slots, self._pixels.slots_per_part):
+            part, slot = divmod(first, self._pixels.slots_per_part)
+            shard = self._shard(part, first)
+            for k, (offset, size) in enumerate(shard.index[slot : slot + len(places)].tolist(), start=first):
+                if offset == EMPTY_CHUNK:
+                    raise self._error(k, f"slot {self._slot(k)} was never written.")
+                chunk = memoryview(bytearray(size))
+                self._fill(shard.file.fileno(), [chunk], offset, k)
+                yield chunk
+
+    def _read_raw(self, file: int, first: int, extents: list[list[int]], places: list[int], out: np.ndarray) -> None:
+        """Uncompressed views: straight to their rows, as far as they lie back to back in the file."""
+        view_bytes, begin = self._pixels.view_bytes, 0
+        for k, (offset, size) in enumerate(extents):
+            if offset == EMPTY_CHUNK or size != view_bytes:
+                raise self._error(first + k, f"slot {self._slot(first + k)} was never written.")
+            if k + 1 < len(extents) and extents[k + 1][0] == offset + view_bytes and k + 1 - begin < _MOST_BUFFERS:
+                continue
+            self._fill(file, _rows(out, places[begin : k + 1]), extents[begin][0], first + begin)
+            begin = k + 1
+
+    def _read_packed(self, file: int, first: int, extents: list[list[int]], places: list[int], out: np.ndarray) -> None:
+        for k, (offset, size) in enumerate(extents):
+            if offset == EMPTY_CHUNK:
+                raise self._error(first + k, f"slot {self._slot(first + k)} was never written.")
+            packed = memoryview(bytearray(size))
+            self._fill(file, [packed], offset, first + k)
+            unpack(packed, out[places[k]], self.where(first + k), first + k)
+
+    def _fill(self, file: int, buffers: list[memoryview], offset: int, slot: int) -> None:
+        """Fill buffers from `offset` on; the system may hand over fewer bytes than asked for."""
+        while buffers:
+            try:
+                count = os.preadv(file, buffers, offset)
+            except OSError as error:
+                raise self._error(slot, f"the shard cannot be read: {error.strerror or error}.") from error
+            if count == 0:
+                raise self._error(slot, f"the shard ends before byte {offset + sum(map(len, buffers))}.")
+            offset += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][count:]
+
+    def _shard(self, part: int, slot: int) -> _OpenShard:
+        """Open file and index of a shard.
+
+        An evicted file is closed by its last user's reference going away, so no thread reads through a recycled
+        descriptor. A forked child goes on with its parent's: reads name their offset, so neither disturbs the other.
+        """
+        with _USES.lock:
+            shard = self.opened.get(part)
+            if shard is not None:
+                _USES.add(self, part)
+                return shard
+        found = self._open_shard(slot)
+        with _USES.lock:
+            shard = self.opened.setdefault(part, found)
+            _USES.add(self, part)
+            return shard
+
+    def _open_shard(self, slot: int) -> _OpenShard:
+        try:
+            file = open(self.where(slot), "rb", buffering=0)  # noqa: SIM115 - stays open in the cache
+        except OSError as error:
+            require_descriptors(self.where(slot), error)
+            raise self._error(slot, f"the shard cannot be opened: {error.strerror or error}.") from error
+        try:
+            return _OpenShard(file, self._read_index(file.fileno(), slot))
+        except ShardError:
+            file.close()
+            raise
+
+    def _read_index(self, file: int, slot: int) -> np.ndarray:
+        length = shard_index_bytes(self._pixels)
+        try:
+            position = os.fstat(file).st_size - length
+            raw = os.pread(file, length, position) if position >= 0 else b""
+        except OSError as error:
+            raise self._error(slot, f"the shard cannot be read: {error.strerror or error}.") from error
+        index = parse_index(raw) if len(raw) == length else None
+        if index is None:
+            raise self._error(slot, "the shard's index is damaged or cut off.")
+        return index
+
+    def _slot(self, slot: int) -> int:
+        return slot % self._pixels.slots_per_part
+
+    def _error(self, slot: int, what: str) -> ShardError:
+        return ShardError(f"{self.where(slot)}: {what}", slot)
+
+
+def _rows(out: np.ndarray, places: list[int]) -> list[memoryview]:
+    """The bytes of rows of `out`: as one buffer where they follow each other."""
+    first, last = places[0], places[-1]
+    if last - first + 1 == len(places) and places == list(range(first, last + 1)):
+        return [out[first : last + 1].reshape(-1).data]
+    return [out[place].reshape(-1).data for place in places]

@@ -1,0 +1,108 @@
+"""Chat formats that set turns apart by control tokens: Llama 3's, and ChatML as Qwen has it.
+
+Token ids equal those of the models' own chat templates. Control tokens are written by their ids, and text never
+becomes one. An answer is encoded by itself, since that is how the model writes it, after the header of its turn; what
+is learned is the answer and the token that ends the turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from megatron_deepstack.data.records.turns import Role, Span, Turn, encode_text, image_first
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.errors import DataError
+
+_NAMES: Final = {Role.HUMAN: "user", Role.GPT: "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFormat:
+    """How a chat is written: `begin name after_name gap text end after_end` for each turn."""
+
+    begin: str
+    """Control token before the speaker's name."""
+    after_name: str = ""
+    """Control token after it, if any."""
+    gap: str
+    """Text between name and message."""
+    end: str
+    """Control token after the message."""
+    after_end: str = ""
+    """Text after that."""
+    system: str = ""
+    """What the system says first, if anything."""
+    clean: Callable[[str], str] = str
+    """What is done to a message."""
+
+    def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
+        """Questions and answers in turn, without a beginning of the sequence."""
+        spans = [Span(self._system(tokenizer), False)]
+        for turn in rounds:
+            if turn.role is Role.HUMAN:
+                spans.append(Span(self._said(_NAMES[turn.role], turn.text, tokenizer), False))
+                continue
+            spans.append(Span(self._opening(_NAMES[turn.role], "", tokenizer), False))
+            answer = encode_text(self._message(turn.text), tokenizer)
+            spans.append(Span([*answer, _control(self.end, tokenizer)], True))
+            spans.append(Span(tokenizer.encode(self.after_end), False))
+        return spans
+
+    def prompt(self, question: str, tokenizer: Tokenizer) -> list[int]:
+        """A question, and the header of the answer."""
+        said = self._said(_NAMES[Role.HUMAN], question, tokenizer)
+        return [*self._system(tokenizer), *said, *self._opening(_NAMES[Role.GPT], "", tokenizer)]
+
+    def question_in(self, tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+        """The last thing a human says in a prompt, without its images; empty if it holds no turn."""
+        begin, end = _control(self.begin, tokenizer), _control(self.end, tokenizer)
+        ends = [position for position, token in enumerate(tokens) if token == end]
+        begins = [position for position, token in enumerate(tokens[: ends[-1] if ends else 0]) if token == begin]
+        if not begins:
+            return ""
+        text = tokenizer.decode([token for token in tokens[begins[-1] : ends[-1]] if token >= 0]).strip()
+        return text.removeprefix(_NAMES[Role.HUMAN]).strip()
+
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        """Id of the token that ends a turn."""
+        return _control(self.end, tokenizer)
+
+    def _system(self, tokenizer: Tokenizer) -> list[int]:
+        return self._said("system", self.system, tokenizer) if self.system else []
+
+    def _said(self, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
+        opening = self._opening(name, self._message(text), tokenizer)
+        return [*opening, _control(self.end, tokenizer), *tokenizer.encode(self.after_end)]
+
+    def _message(self, text: str) -> str:
+        return self.clean(image_first(text))
+
+    def _opening(self, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Header of a turn and what follows it; text between two control tokens is encoded in one piece."""
+        begin = _control(self.begin, tokenizer)
+        if not self.after_name:
+            return [begin, *encode_text(f"{name}{self.gap}{text}", tokenizer)]
+        after = _control(self.after_name, tokenizer)
+        return [begin, *tokenizer.encode(name), after, *encode_text(self.gap + text, tokenizer)]
+
+
+LLAMA_3: Final = ChatFormat(
+    begin="<|start_header_id|>", after_name="<|end_header_id|>", gap="\n\n", end="<|eot_id|>", clean=str.strip
+)
+"""Llama 3's; it begins with the begin-of-sequence token, and has no system line of its own."""
+QWEN: Final = ChatFormat(
+    begin="<|im_start|>", gap="\n", end="<|im_end|>", after_end="\n", system="You are a helpful assistant."
+)
+"""ChatML with the system line of Qwen2 and Qwen2-VL (Qwen2.5 says more about itself there, Qwen3 nothing)."""
+
+
+def _control(name: str, tokenizer: Tokenizer) -> int:
+    number = tokenizer.control_id(name)
+    if number is None:
+        raise DataError(
+            f"{tokenizer.source}: has no control token {name!r}, which the conversation template writes. Give the "
+            "tokenizer that belongs to the template (data.tokenizer), or another template (data.template)."
+        )
+    return number

@@ -1,0 +1,179 @@
+"""Conversations to token ids and loss masks, equal to the published LLaVA preprocessing where that is well-defined.
+
+A template writes a conversation as one text; the text is cut at each `<image>`, the pieces are encoded separately, and
+IMAGE_TOKEN_ID stands between them. What the assistant says is learned, its end of sequence or of turn included;
+everything else is not. Where the published code gives up silently (a sample whose token count it cannot reproduce is
+masked as a whole), the mask here is simply right; where it loses images (several in one turn), they all stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+
+from megatron_deepstack.data.records.turns import Role, Span, Turn, encode_text, image_first, rounds_of
+from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, ChatFormat
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.errors import ConfigError, DataError
+from megatron_deepstack.planning.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
+
+
+class Template(StrEnum):
+    """How a conversation is written as text."""
+
+    PLAIN = "plain"
+    V1 = "v1"
+    """Vicuna's."""
+    LLAMA_3 = "llama_3"
+    QWEN = "qwen"
+    """ChatML."""
+
+
+_V1_SYSTEM: Final = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_V1_QUESTION: Final = "USER: "
+_V1_ANSWER: Final = " ASSISTANT:"
+_CHATS: Final[dict[Template, ChatFormat]] = {Template.LLAMA_3: LLAMA_3, Template.QWEN: QWEN}
+
+
+def known_template(name: Template | str) -> Template:
+    """The template of that name; raises ConfigError for an unknown one."""
+    try:
+        return Template(name)
+    except ValueError:
+        known = ", ".join(Template)
+        raise ConfigError([f"data.template is {str(name)!r}; known templates: {known}"]) from None
+
+
+def encode_conversation(
+    turns: Sequence[Turn], template: Template | str, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (int32, T) with one IMAGE_TOKEN_ID per `<image>`, and loss mask (uint8, T; 1 where the token is learned).
+
+    Raises DataError for turns that the template cannot write, ConfigError for an unknown template.
+    """
+    known = known_template(template)
+    check_turns(turns, known)
+    spans = _write(turns, known, tokenizer)
+    tokens = np.fromiter((token for span in spans for token in span.tokens), dtype=np.int32)
+    mask = np.concatenate([np.full(len(span.tokens), span.learned, dtype=np.uint8) for span in spans])
+    mask[tokens == IMAGE_TOKEN_ID] = 0
+    return tokens, mask
+
+
+def encode_prompt(
+    question: str, template: Template | str, tokenizer: Tokenizer, *, num_images: int | None = None
+) -> np.ndarray:
+    """Tokens (int32, T) after which the model writes its answer.
+
+    `num_images` placeholders are put in front of a question that holds none; a question that holds placeholders must
+    hold that many (any number if None). Raises DataError otherwise.
+    """
+    count = question.count(IMAGE_TOKEN)
+    if num_images is not None and count == 0:
+        question, count = f"{IMAGE_TOKEN}\n" * num_images + question, num_images
+    if num_images is not None and count != num_images:
+        raise DataError(f"the question {question!r} holds {count} {IMAGE_TOKEN}, but there are {num_images} images")
+    known = known_template(template)
+    if known is Template.PLAIN:
+        tokens = [*_begin(known, tokenizer), *[IMAGE_TOKEN_ID] * count]
+    elif known is Template.V1:
+        text = f"{_V1_SYSTEM} {_V1_QUESTION}{image_first(question)}{_V1_ANSWER}"
+        tokens = [*_begin(known, tokenizer), *encode_text(text, tokenizer)]
+    else:
+        tokens = [*_begin(known, tokenizer), *_CHATS[known].prompt(question, tokenizer)]
+    return np.array(tokens, dtype=np.int32)
+
+
+def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Tokenizer) -> str:
+    """The question in a prompt: what the last human turn says; empty for a caption, which none is asked for."""
+    known = known_template(template)
+    if known in _CHATS:
+        return _CHATS[known].question_in(prompt, tokenizer)
+    _, _, turn = tokenizer.decode(prompt).rpartition(_V1_QUESTION.strip())
+    return turn.rpartition(_V1_ANSWER.strip())[0].strip() if _V1_ANSWER.strip() in turn else ""
+
+
+def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer: the one that `template` learns there, and the tokenizer's end of sequence.
+
+    Raises DataError if the tokenizer has neither.
+    """
+    known = known_template(template)
+    ends = [_CHATS[known].end_id(tokenizer)] if known in _CHATS else [_end(known, tokenizer)]
+    return tuple(dict.fromkeys([*ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]))
+
+
+def check_turns(turns: Sequence[Turn], template: Template) -> None:
+    """Raise DataError, saying what was found, if `template` cannot write these turns."""
+    roles = [turn.role for turn in turns]
+    found = ", ".join(roles[:6]) + (f", ... ({len(roles)} turns)" if len(roles) > 6 else "")
+    if template is Template.PLAIN:
+        if roles != [Role.HUMAN, Role.GPT] or IMAGE_TOKEN not in turns[0].text:
+            raise DataError(f"template plain takes a human turn with an {IMAGE_TOKEN} and a gpt turn; found {found}")
+        return
+    rounds = rounds_of(turns)
+    if not rounds or [turn.role for turn in rounds] != [Role.HUMAN, Role.GPT] * (len(rounds) // 2):
+        raise DataError(f"turns must alternate, human then gpt, and end with gpt; found {found}")
+    if len(rounds) < len(turns) and IMAGE_TOKEN in turns[0].text:
+        raise DataError(f"begins with a gpt turn that holds an {IMAGE_TOKEN}; a turn that answers nothing is not used")
+
+
+def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> list[Span]:
+    begin = [Span(_begin(template, tokenizer), False)]
+    if template is Template.PLAIN:
+        return begin + _write_plain(turns, tokenizer)
+    if template is Template.V1:
+        return begin + _write_v1(rounds_of(turns), tokenizer)
+    return begin + _CHATS[template].write(rounds_of(turns), tokenizer)
+
+
+def _begin(template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The begin of the sequence, which ChatML has none of."""
+    return [] if template is Template.QWEN else [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
+
+
+def _end(template: Template, tokenizer: Tokenizer) -> int:
+    return _must_have(tokenizer.eos_id, "end", template, tokenizer)
+
+
+def _must_have(number: int | None, which: str, template: Template, tokenizer: Tokenizer) -> int:
+    if number is None:
+        raise DataError(
+            f"{tokenizer.source}: names no {which}-of-sequence token, which template {template} writes; name it in "
+            "tokenizer_config.json, or choose the template that belongs to the tokenizer (data.template)"
+        )
+    return number
+
+
+def _write_plain(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
+    """The first turn gives only its images; the second, a caption, follows with a newline and is learned."""
+    images = [IMAGE_TOKEN_ID] * turns[0].text.count(IMAGE_TOKEN)
+    return [Span(images, False), Span(encode_text(turns[1].text + "\n", tokenizer), True)]
+
+
+def _write_v1(rounds: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
+    """Vicuna's: a system line, then rounds of `USER: ... ASSISTANT: ...`, an end of sequence after each answer."""
+    spans: list[Span] = []
+    for number in range(0, len(rounds), 2):
+        system = f"{_V1_SYSTEM} " if number == 0 else ""
+        question = f"{system}{_V1_QUESTION}{image_first(rounds[number].text)}{_V1_ANSWER}"
+        spans += _question_and_answer(question, image_first(rounds[number + 1].text), tokenizer)
+    return spans
+
+
+def _question_and_answer(question: str, answer: str, tokenizer: Tokenizer) -> list[Span]:
+    """Question and answer are encoded as one text; the answer's tokens are those that follow the question's."""
+    prefix = encode_text(question, tokenizer)
+    tokens = encode_text(f"{question} {answer}", tokenizer)
+    if tokens[: len(prefix)] != prefix:
+        raise DataError(
+            f"{tokenizer.source}: the tokenizer makes tokens that reach from {question[-20:]!r} into the answer "
+            f"{answer[:20]!r}, so that they can be neither learned nor left out. Use one that splits at spaces."
+        )
+    return [Span(prefix, False), Span([*tokens[len(prefix) :], _end(Template.V1, tokenizer)], True)]

@@ -1,0 +1,43 @@
+"""Loading a tokenizer, of whichever kind its files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_deepstack.data.text.hf_tokenizer import KEPT_FILES, TOKENIZER_FILE, HuggingFaceTokenizer
+from megatron_deepstack.data.text.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer
+from megatron_deepstack.errors import DataError
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a SentencePiece model file, a Hugging Face tokenizer.json, or the folder that holds either.
+
+    Files beside a tokenizer.json that name its special tokens are read with it. Raises DataError if the file is missing
+    or is no tokenizer.
+    """
+    file = _file_in(Path(path))
+    content = _read(file)
+    if file.suffix != ".json" and content.lstrip()[:1] != b"{":
+        return SentencePieceTokenizer(content, str(path))
+    beside = {name: file.with_name(name) for name in KEPT_FILES}
+    files = {name: _read(other) for name, other in beside.items() if other.is_file()}
+    return HuggingFaceTokenizer({**files, TOKENIZER_FILE: content}, str(path))
+
+
+def _file_in(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise DataError(f"{path}: the folder holds neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} (data.tokenizer)")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: the tokenizer cannot be read: {error.strerror or error}. Give a SentencePiece .model file, or a "
+            "Hugging Face tokenizer.json or its folder (data.tokenizer, or --tokenizer)."
+        ) from error

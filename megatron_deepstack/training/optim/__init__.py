@@ -1,0 +1,1 @@
+"""What learns and how: parameter groups, AdamW, learning rate, steps left out."""

@@ -1,0 +1,139 @@
+"""Asking all nodes at once what they have, and trying the links between neighbours, before a run starts.
+
+On this machine alone the questions are answered by the driver itself; on a cluster by an actor on each node, which
+holds the GPUs that the node's ranks will hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import ClusterError
+from megatron_deepstack.platform.network import interface_of
+from orchestration.launch.before.checks import Finding, Link, failures, in_words, judge
+from orchestration.launch.before.placement import Demand, Node, Seat, neighbours
+from orchestration.launch.before.probe import NodeFacts, Questions, forget_tokens, gather, tokens_seen
+
+_ANSWER_SECONDS: Final = 180.0
+"""For a node to start a process, import torch, and look."""
+_LINK_SECONDS: Final = 60.0
+
+
+def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str) -> tuple[Finding, ...]:
+    """The checks on this machine, by this process."""
+    questions, address = Questions(recipe, folder), seats[0].node.address
+    try:
+        facts = gather(questions, address, "here")
+        seen = {address: tokens_seen(questions)}
+    finally:
+        forget_tokens(Path(recipe.run_dir))
+    return judge(recipe, seats, [facts], seen, [], uses_gpus=demand.uses_gpus)
+
+
+def check_cluster(
+    ray: Any, recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str, environment: Mapping[str, str]
+) -> tuple[Finding, ...]:
+    """The checks on every node that ranks will run on."""
+    questions = Questions(recipe, folder)
+    nodes = list({seat.node.id: seat.node for seat in seats}.values())
+    probes = {node.id: _probe_on(ray, node, demand, seats, environment) for node in nodes}
+    try:
+        facts, lost = _ask(ray, nodes, {n.id: probes[n.id].gather.remote(questions, n.address, n.id) for n in nodes})
+        seen_by_id, _ = _ask(ray, nodes, {n.id: probes[n.id].tokens_seen.remote(questions) for n in nodes})
+        links = [_try(ray, probes, pair) for pair in neighbours(seats)]
+    finally:
+        forget_tokens(Path(recipe.run_dir))
+        for probe in probes.values():
+            ray.kill(probe)
+    heard: list[NodeFacts] = [facts[node.id] for node in nodes if node.id in facts]
+    if not heard:
+        return lost
+    seen = {node.address: seen_by_id.get(node.id, ()) for node in nodes}
+    return (*lost, *judge(recipe, seats, heard, seen, links, uses_gpus=demand.uses_gpus))
+
+
+def require_sound(findings: Sequence[Finding]) -> None:
+    """Raise ClusterError that lists what is wrong where."""
+    wrong = failures(findings)
+    if wrong:
+        raise ClusterError(f"{len(wrong)} of {len(findings)} checks failed, so nothing was started:\n{in_words(wrong)}")
+
+
+class Probe:
+    """An actor on a node; a process like the ranks' own."""
+
+    def gather(self, questions: Questions, address: str, token: str) -> NodeFacts:
+        """See `probe.gather`."""
+        return gather(questions, address, token)
+
+    def tokens_seen(self, questions: Questions) -> tuple[str, ...]:
+        """See `probe.tokens_seen`."""
+        return tokens_seen(questions)
+
+    def open_meeting_point(self, address: str) -> int:
+        """A store on this node."""
+        from orchestration.launch.gang.rank import open_meeting_point
+
+        return open_meeting_point(address)
+
+    def try_link(self, rank: int, own: str, address: str, port: int) -> float:
+        """One side of an all-reduce over the interface that holds `own`."""
+        import os
+
+        from megatron_deepstack.parallel.link import try_link
+
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, interface_of(own) or "")
+        return try_link(rank, address, port, _LINK_SECONDS)
+
+
+def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], environment: Mapping[str, str]) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ranks_here = sum(seat.node.id == node.id for seat in seats)
+    return (
+        ray.remote(Probe)
+        .options(
+            num_cpus=0,
+            num_gpus=ranks_here if demand.uses_gpus else 0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            runtime_env={"env_vars": dict(environment)},
+        )
+        .remote()
+    )
+
+
+def _ask(ray: Any, nodes: Sequence[Node], questions: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Finding, ...]]:
+    """Answers by node, and a finding for each node that gave none."""
+    ray.wait(list(questions.values()), num_returns=len(questions), timeout=_ANSWER_SECONDS)
+    answers, lost = {}, []
+    for node in nodes:
+        try:
+            answers[node.id] = ray.get(questions[node.id], timeout=0)
+        except ray.exceptions.GetTimeoutError:
+            lost.append(_silence(node, f"no answer within {_ANSWER_SECONDS:.0f} s; are its GPUs free?"))
+        except ray.exceptions.RayError as error:
+            lost.append(_silence(node, str(error).strip().splitlines()[-1]))
+    return answers, tuple(lost)
+
+
+def _silence(node: Node, fault: str) -> Finding:
+    return Finding(node.address, "a process of ours", fault, "an answer", False)
+
+
+def _try(ray: Any, probes: Mapping[str, Any], pair: tuple[Node, Node]) -> Link:
+    first, second = pair
+    try:
+        port = ray.get(probes[first.id].open_meeting_point.remote(first.address), timeout=_LINK_SECONDS)
+        sides = [
+            probes[node.id].try_link.remote(rank, node.address, first.address, port) for rank, node in enumerate(pair)
+        ]
+        seconds = max(ray.get(sides, timeout=2 * _LINK_SECONDS))
+    except ray.exceptions.GetTimeoutError:
+        return Link(first.address, second.address, None, f"no way through within {2 * _LINK_SECONDS:.0f} s")
+    except ray.exceptions.RayError as error:
+        return Link(first.address, second.address, None, str(error).strip().splitlines()[-1])
+    return Link(first.address, second.address, seconds)

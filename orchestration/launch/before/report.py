@@ -1,0 +1,136 @@
+"""Tables for the user: the checks, where ranks go, and all that a launch would do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from megatron_deepstack.config.schema import Recipe
+from orchestration.launch.before.checks import Finding
+from orchestration.launch.before.placement import Demand, Seat
+from orchestration.launch.driver.control import Status
+from orchestration.launch.driver.record import LaunchRecord, RankPlace, State
+
+_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_UNSEEN = ("PYTHONWARNINGS",)
+_ROWS = 16
+"""Ranks that are listed one by one; more are listed by node."""
+
+
+def checks_table(findings: Sequence[Finding]) -> Table:
+    """What is wrong where, the rest after it."""
+    table = Table(title="checks", title_justify="left")
+    for heading in ("", "node", "check", "found", "expected"):
+        table.add_column(heading, overflow="fold")
+    for one in sorted(findings, key=lambda finding: finding.sound):
+        mark = Text("ok", style="green") if one.sound else Text("WRONG", style="bold red")
+        table.add_row(mark, *map(Text, (one.node, one.check, one.found, one.expected)))
+    return table
+
+
+def seats_table(seats: Sequence[Seat]) -> Table:
+    """Ranks, their nodes, and their coordinates."""
+    table = Table(title=f"{len(seats)} ranks", title_justify="left")
+    for heading in ("ranks", "node", "tp", "cp", "dp", "pp"):
+        table.add_column(heading)
+    for group in _rows(seats):
+        places = [seat.place for seat in group]
+        ranks = _span([seat.rank for seat in group])
+        node = f"{group[0].node.address} ({group[0].node.host})"
+        spans = (_span(sorted({getattr(place, axis) for place in places})) for axis in ("tp", "cp", "dp", "pp"))
+        table.add_row(ranks, node, *spans)
+    return table
+
+
+def whole_plan(
+    recipe: Recipe,
+    demand: Demand,
+    seats: Sequence[Seat],
+    findings: Sequence[Finding],
+    environment: Mapping[str, str],
+    *,
+    cluster: str,
+    resumes_from: str,
+) -> Group:
+    """All that `launch` would do."""
+    launching = recipe.launch
+    shown = sorted((name, value) for name, value in environment.items() if name not in _UNSEEN)
+    variables = "\n".join(f"    {name}={_shown(name, value)}" for name, value in shown)
+    lines = (
+        f"cluster    {cluster}",
+        f"ranks      {demand.num_ranks} workers of Ray Train, each with {demand.unit}",
+        "command    megatron_deepstack.training.main.train on each rank, as under torchrun",
+        f"run folder {Path(recipe.run_dir).absolute()}; what ranks print: logs/rank_*.log and .err",
+        f"starts     {resumes_from}",
+        f"restarts   {launching.max_failures} at most (launch.max_failures), after a worker or node has died; waits "
+        f"{launching.start_seconds:.0f} s for nodes (launch.start_seconds)",
+        f"variables of each rank, besides RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...:\n{variables}",
+    )
+    return Group(*map(Text, lines), seats_table(seats), checks_table(findings))
+
+
+def status_text(status: Status) -> str:
+    """A run in a few lines."""
+    record, last = status.record, status.recent[-1] if status.recent else None
+    lines = [f"{status.run_dir}: {status.state}"]
+    if record is not None and record.outcome and record.state is not State.FINISHED:
+        lines.append(f"  because    {record.outcome}")
+    if last is not None:
+        left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
+        speed = f"{last['tokens_per_second']:,.0f} tokens/s"
+        lines.append(f"  step       {last['step']} of {status.num_steps}, loss {last['loss']:.4f}, {speed}{left}")
+    lines.append(f"  checkpoint {'none yet' if status.checkpoint is None else f'after step {status.checkpoint}'}")
+    if record is not None:
+        lines += _launch_lines(record, status.state)
+    return "\n".join(lines)
+
+
+def _launch_lines(record: LaunchRecord, state: str) -> list[str]:
+    lines = [f"  driver     pid {record.pid} on {record.host}, cluster {record.cluster or 'of its own'}"]
+    if record.ranks:
+        lines.append(f"  ranks      {by_node(record.ranks)}")
+    if record.waiting_for and state == State.RESTARTING:
+        lines.append(f"  waits      {record.waiting_for}")
+    lines.append(f"  restarts   {len(record.restarts)} of at most {record.max_failures}")
+    lines += [f"    {_clock(one.time)} {one.reason}" for one in record.restarts]
+    return lines
+
+
+def by_node(ranks: Sequence[RankPlace]) -> str:
+    """Nodes with their ranks, in rank order."""
+    nodes: dict[str, list[int]] = {}
+    for one in ranks:
+        nodes.setdefault(f"{one.host} ({one.address})", []).append(one.rank)
+    return ", ".join(f"{_span(held)} on {node}" for node, held in nodes.items())
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds) % 60} s"
+
+
+def _clock(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
+def _rows(seats: Sequence[Seat]) -> list[list[Seat]]:
+    """One rank a row, or where they are many one node a row."""
+    if len(seats) <= _ROWS:
+        return [[seat] for seat in seats]
+    by_node: dict[str, list[Seat]] = {}
+    for seat in seats:
+        by_node.setdefault(seat.node.id, []).append(seat)
+    return list(by_node.values())
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _shown(name: str, value: str) -> str:
+    return "(set)" if any(word in name.upper() for word in _SECRETS) else value

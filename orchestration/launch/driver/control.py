@@ -1,0 +1,124 @@
+"""`status` and `stop`: a run seen and ended from another shell, by the files in its folder alone.
+
+Neither needs Ray or the machine that the driver runs on; the run folder is shared by all nodes of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_deepstack.errors import ClusterError, ConfigError
+from orchestration.launch.driver.record import LaunchRecord, State, last_lines, newest_step, read_record
+from orchestration.launch.driver.stopping import request_stop
+
+_LOOK_SECONDS = 0.5
+_RECENT = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A run, as far as its folder tells."""
+
+    run_dir: Path
+    state: str
+    record: LaunchRecord | None
+    """None if the run was not started by `launch`."""
+    num_steps: int
+    recent: tuple[dict[str, Any], ...]
+    """Metrics of the last steps."""
+    checkpoint: int | None
+    """Step of the newest checkpoint."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step, at the median speed of the last ones; only of a run that goes on."""
+        if not self.recent or self.state != State.RUNNING:
+            return None
+        return (self.num_steps - self.recent[-1]["step"]) * median(one["step_seconds"] for one in self.recent)
+
+    @property
+    def exit_code(self) -> int:
+        """0 while it runs and when it has finished; the run's own code when it has failed or stopped."""
+        if self.state == "lost":
+            return 1
+        return (self.record.exit_code if self.record is not None else None) or 0
+
+
+def status_of(run_dir: Path) -> Status:
+    """Read a run's folder; raises ConfigError where there is no run."""
+    record = read_record(run_dir)
+    recipe = run_dir / "recipe.yaml"
+    if record is None and not recipe.is_file():
+        raise ConfigError([f"{run_dir}: no run is there (neither launch.json nor recipe.yaml); expected a run_dir"])
+    return Status(run_dir, _state(record), record, _num_steps(recipe), _recent(run_dir), newest_step(run_dir))
+
+
+def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
+    """Ask a run to save and end, or with `now` to end at once, and wait until it has; returns what became of it.
+
+    Raises ConfigError where nothing runs that `launch` has started, ClusterError if it is still there in the end.
+    """
+    record = read_record(run_dir)
+    if record is None:
+        raise ConfigError([f"{run_dir}: not started by `launch`; send SIGTERM to its `train` process to stop it"])
+    if record.state.over:
+        return f"nothing to stop: {record.state}, {record.outcome}"
+    if record.lost:
+        return f"nothing to stop: its driver (pid {record.pid} on {record.host}) is gone"
+    request_stop(run_dir, f"stop, called on {socket.gethostname()}", how="now" if now else "save")
+    deadline = time.monotonic() + wait_seconds
+    while time.monotonic() < deadline:
+        record = read_record(run_dir)
+        assert record is not None
+        if record.state.over:
+            return f"{record.state}: {record.outcome}"
+        if record.lost:
+            return f"its driver (pid {record.pid} on {record.host}) is gone"
+        time.sleep(_LOOK_SECONDS)
+    return _end_of_wait(run_dir, record, wait_seconds, now=now)
+
+
+def _end_of_wait(run_dir: Path, record: LaunchRecord, waited: float, *, now: bool) -> str:
+    """A driver that does not even end at once is killed, if it is on this machine; its ranks end with it."""
+    who = f"its driver (pid {record.pid} on {record.host})"
+    if not now:
+        raise ClusterError(f"{run_dir}: still {record.state} after {waited:.0f} s; wait on, or `stop {run_dir} --now`")
+    if not record.is_here:
+        raise ClusterError(f"{run_dir}: {who} has not ended after {waited:.0f} s; `kill -9 {record.pid}` there")
+    with suppress(ProcessLookupError):
+        if not record.lost:
+            os.kill(record.pid, signal.SIGKILL)
+            return f"{who} had not ended after {waited:.0f} s and was killed; its ranks end with it"
+    return f"{who} is gone"
+
+
+def _state(record: LaunchRecord | None) -> str:
+    if record is None:
+        return "trained by another launcher"
+    return "lost" if record.lost else record.state
+
+
+def _recent(run_dir: Path) -> tuple[dict[str, Any], ...]:
+    """The last steps' metrics; a line that is just being written is left out."""
+    found = []
+    for line in last_lines(run_dir / "metrics.jsonl", _RECENT):
+        with suppress(ValueError):
+            found.append(dict(json.loads(line)))
+    return tuple(found)
+
+
+def _num_steps(recipe: Path) -> int:
+    if not recipe.is_file():
+        return 0
+    from megatron_deepstack.config.load import load_recipe
+
+    return load_recipe(recipe).train.steps
