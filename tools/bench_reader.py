@@ -27,8 +27,9 @@ import numpy as np
 import zarr
 
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.store import schema
 from megatron_deepstack.data.store.codec import checksums
-from megatron_deepstack.data.store.reader import Store, schema
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import PixelsShape
 from megatron_deepstack.data.store.shard_writer import open_shard
 from megatron_deepstack.data.store.writer import open_index, write_skeleton

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.store import schema
 from megatron_deepstack.data.store.index import IndexReader
-from megatron_deepstack.data.store.reader import Store, schema
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import shard_path
 from megatron_deepstack.data.store.writer import write_attributes
 from megatron_deepstack.errors import StoreError

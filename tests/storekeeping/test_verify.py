@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store.reader import Store, schema
+from megatron_deepstack.data.store import schema
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import INDEX_ARRAYS, index_chunk_path, shard_path
 from megatron_deepstack.data.store.writer import write_attributes
 from megatron_deepstack.errors import StoreError

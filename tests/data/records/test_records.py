@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_deepstack.data.records.record import Faults, Record, RecordRules, record_files
+from megatron_deepstack.data.records import record_files
+from megatron_deepstack.data.records.record import Faults, Record, RecordRules
 from megatron_deepstack.data.records.record_files import RecordFile, read_record_file
 from megatron_deepstack.data.records.turns import Role, Turn
 from megatron_deepstack.data.text.conversation import Template

@@ -14,8 +14,9 @@ import pytest
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.store import remote
 from megatron_deepstack.data.store.cache import BoundedFolder, CacheConfig
-from megatron_deepstack.data.store.reader import Store, remote
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import METADATA_FILE, shard_path
 from megatron_deepstack.errors import LocationError, StoreError
 from megatron_deepstack.testing.tiny_store import GRIDS, write_tiny_store

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import zarr
 
+from megatron_deepstack.data.store import schema, shard_writer, shards, writer
 from megatron_deepstack.data.store.codec import checksums
 from megatron_deepstack.data.store.index import IndexReader
-from megatron_deepstack.data.store.reader import Store, schema, shard_writer, shards, writer
+from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import ImageStatus, PixelsShape
 from megatron_deepstack.errors import DataError, StoreError
 

@@ -19,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_deepstack.config.schema import LoggingConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.training.metrics import wandb_run
 from megatron_deepstack.training.metrics.console import StepConsole
 from megatron_deepstack.training.metrics.record import StepRecord
 from megatron_deepstack.training.metrics.wandb_run import WandbRun, require_wandb
-from megatron_deepstack.training.metrics.writers import JsonLines, MetricsLog, wandb_run
+from megatron_deepstack.training.metrics.writers import JsonLines, MetricsLog
 
 
 def record(step: int, **changes: object) -> StepRecord:
