@@ -6,119 +6,15 @@ of ranks are in `planning.check`; what files contain is checked where they are o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import reduce
 from math import prod
 
 from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part, Variant
-from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems
+from megatron_deepstack.config.fields import leaves
+from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
-
-TEMPLATES = ("plain", "v1", "llama_3", "qwen")
-"""Names of the conversation templates."""
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A test of one number and how to say it."""
-
-    expected: str
-    holds: Callable[[float], bool]
-
-
-_POSITIVE = Range("a number above 0", lambda value: value > 0)
-_NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
-_SHARE = Range("a share from 0 to 1", lambda value: 0 <= value <= 1)
-_BELOW_ONE = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
-_SEED = Range("a seed from 0 to 2147483647", lambda value: 0 <= value < 2**31)
-
-_RANGES: dict[str, Range] = {
-    **dict.fromkeys(
-        (
-            "model.vision.image_size",
-            "model.vision.patch_size",
-            "model.vision.hidden_size",
-            "model.vision.ffn_hidden_size",
-            "model.vision.num_layers",
-            "model.vision.num_heads",
-            "model.vision.layernorm_epsilon",
-            "model.vision.std",
-            "model.language.vocab_size",
-            "model.language.hidden_size",
-            "model.language.ffn_hidden_size",
-            "model.language.num_layers",
-            "model.language.num_heads",
-            "model.language.num_kv_heads",
-            "model.language.head_dim",
-            "model.language.norm_epsilon",
-            "model.language.rope_theta",
-            "model.stacks.num_crops",
-            "data.max_image_pixels",
-            "data.images_per_part",
-            "parallel.tensor",
-            "parallel.pipeline",
-            "parallel.virtual_pipeline",
-            "parallel.context",
-            "parallel.recompute_num_layers",
-            "optimizer.lr",
-            "optimizer.epsilon",
-            "train.steps",
-            "train.global_batch_size",
-            "train.micro_batch_size",
-            "train.seq_length",
-            "train.init_std",
-            "train.log_interval",
-            "data.max_image_seconds",
-            "data.cache_gib",
-            "data.weights",
-            "lora.alpha",
-            "health.spike_window",
-            "logging.peak_tflops",
-            "logging.profile_steps",
-            "logging.timeline_steps",
-            "launch.ranks",
-            "launch.cpus_per_rank",
-            "launch.start_seconds",
-        ),
-        _POSITIVE,
-    ),
-    **dict.fromkeys(
-        (
-            "model.stacks.start",
-            "model.stacks.interval",
-            "parallel.layers_per_stage",
-            "parallel.encoder_chunk_views",
-            "optimizer.vision_lr",
-            "optimizer.projector_lr",
-            "optimizer.min_lr",
-            "optimizer.weight_decay",
-            "optimizer.clip_grad",
-            "train.validation_interval",
-            "checkpoint.interval",
-            "checkpoint.keep",
-            "checkpoint.keep_every",
-            "optimizer.vision_weight_decay",
-            "optimizer.projector_weight_decay",
-            "lora.rank",
-            "health.max_skipped_steps",
-            "health.spike_factor",
-            "health.max_unreadable_samples",
-            "health.straggler_factor",
-            "health.straggler_window",
-            "health.hang_seconds",
-            "logging.profile_ranks",
-            "launch.max_failures",
-        ),
-        _NOT_NEGATIVE,
-    ),
-    "data.max_quarantined": _SHARE,
-    "optimizer.warmup_fraction": _SHARE,
-    "optimizer.beta1": _BELOW_ONE,
-    "optimizer.beta2": _BELOW_ONE,
-    "train.seed": _SEED,
-}
 
 
 def find_problems(recipe: Recipe) -> list[Problem]:
@@ -147,13 +43,17 @@ def value_at(recipe: Recipe, path: str) -> object:
 
 
 def out_of_range(recipe: Recipe) -> Iterator[Problem]:
-    """Numbers that no recipe may have, each looked at alone."""
-    for path, allowed in _RANGES.items():
-        value = value_at(recipe, path)
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        if not all(allowed.holds(item) for item in values):
-            shown = list(value) if isinstance(value, tuple) else value
-            yield Problem(paths=(path,), text=f"found {shown}, expected {allowed.expected}")
+    """Values that no recipe may have, each field looked at alone; the ranges stand in the schema."""
+    for field in leaves(Recipe):
+        kind, value = field.type, value_at(recipe, field.path)
+        if kind.range is not None:
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(map(kind.range.holds, values)):
+                shown = list(value) if isinstance(value, tuple) else value
+                unit = f" ({kind.unit})" if kind.unit else ""
+                yield Problem(paths=(field.path,), text=f"found {shown}, expected {kind.range}{unit}")
+        if kind.not_blank and not str(value).strip():
+            yield Problem(paths=(field.path,), text="is empty, expected text")
 
 
 def _problem(paths: str, text: str, kind: type[ConfigError] = ConfigError) -> Problem:
@@ -362,16 +262,4 @@ def _stores(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _names(recipe: Recipe) -> Iterator[Problem]:
-    template = recipe.data.template
-    if template not in TEMPLATES:
-        yield _problem(
-            "data.template",
-            f"found '{template}', expected one of {', '.join(TEMPLATES)}{did_you_mean(template, TEMPLATES)}",
-        )
-    for path in ("name", "run_dir"):
-        if not str(value_at(recipe, path)).strip():
-            yield _problem(path, "is empty, expected text")
-
-
-_RULES = (_vision, _language, _stacks, _layout, _training, _stores, _names)
+_RULES = (_vision, _language, _stacks, _layout, _training, _stores)

@@ -107,6 +107,17 @@ class LrSchedule(StrEnum):
     CONSTANT = "constant"
 
 
+class Template(StrEnum):
+    """How a conversation is written as text."""
+
+    PLAIN = "plain"
+    V1 = "v1"
+    """Vicuna's."""
+    LLAMA_3 = "llama_3"
+    QWEN = "qwen"
+    """ChatML."""
+
+
 class ImageResize(StrEnum):
     """Resizing kernel of the preprocessing."""
 

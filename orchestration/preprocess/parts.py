@@ -119,7 +119,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         "images": len(images),
         "processor": processor.describe(),
         "tokenizer": tokenizer.describe(),
-        "template": recipe.data.template,
+        "template": str(recipe.data.template),
         "images_per_part": recipe.data.images_per_part,
         "compression": str(recipe.data.compression),
     }

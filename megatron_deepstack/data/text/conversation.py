@@ -9,28 +9,16 @@ masked as a whole), the mask here is simply right; where it loses images (severa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Final
 
 import numpy as np
 
+from megatron_deepstack.config.choices import Template
 from megatron_deepstack.data.records.turns import Role, Span, Turn, encode_text, image_first, rounds_of
 from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, ChatFormat
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
-
-
-class Template(StrEnum):
-    """How a conversation is written as text."""
-
-    PLAIN = "plain"
-    V1 = "v1"
-    """Vicuna's."""
-    LLAMA_3 = "llama_3"
-    QWEN = "qwen"
-    """ChatML."""
-
 
 _V1_SYSTEM: Final = (
     "A chat between a curious user and an artificial intelligence assistant. "
