@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
+from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DataError
 
 
@@ -74,7 +75,9 @@ def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
     overrides: Overrides = None,
     store: Annotated[
-        str | None, typer.Option(help="Folder or URL of questions; by default the run's data.validation_store.")
+        str | None,
+        PathKind.LOCATION,
+        typer.Option(help="Folder or URL of questions; by default the run's data.validation_store."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,

@@ -101,8 +101,8 @@ def expand_home(text: str) -> str:
     if variable:
         name, rest = variable.groups()
         raise PathError(
-            f"a path; shell variables are not replaced here: write ${{oc.env:{name}}}{rest}, or ./{text} for a folder "
-            "of that very name"
+            f"a path; shell variables are not replaced here: write it out, or ${{oc.env:{name}}}{rest} in a recipe, or "
+            f"./{text} for a folder of that very name"
         )
     if not text.startswith("~"):
         return text
