@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeVar
@@ -20,7 +19,7 @@ from megatron_deepstack.config.constraints import PathError, expand_home
 from megatron_deepstack.config.fields import FieldType, leaves, members
 from megatron_deepstack.config.problems import Problem, did_you_mean
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.yaml_text import number_hint, parse_scalar, read_yaml
+from megatron_deepstack.config.yaml_text import NotYaml, number_hint, parse_scalar, read_yaml
 
 T = TypeVar("T")
 
@@ -103,9 +102,10 @@ def _typed(kind: FieldType, text: Interpolated) -> object:
         return None
     if kind.item is str and not (kind.many and text.startswith("[")):
         return str(text)
-    with suppress(Exception):  # not YAML: the text itself is refused, and shown
+    try:
         return read_yaml(text)
-    return str(text)
+    except NotYaml:
+        return str(text)  # which is refused, and shown
 
 
 def _convert(kind: FieldType, value: object) -> Any:

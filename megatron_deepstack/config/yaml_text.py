@@ -63,12 +63,15 @@ def number_hint(text: str) -> str:
     return ""
 
 
+class NotYaml(ValueError):
+    """A text cannot be read as YAML; the message says where and why."""
+
+
 def read_yaml(text: str) -> Any:
     """The value that a YAML document holds, as plain dicts, lists and scalars; None for an empty one.
 
     Raises:
-        yaml.YAMLError: The text is no YAML, names a key twice, or holds more values than any recipe. PyYAML lets other
-            errors through for odd tags and deep nesting.
+        NotYaml: The text is no YAML, names a key twice, or holds more values than any recipe.
     """
     return _read(text)[0]
 
@@ -77,12 +80,12 @@ def read_value(text: str) -> Any:
     """As `read_yaml`, for the value of an override, where a `#` comment would silently cut off what was meant.
 
     Raises:
-        yaml.YAMLError: As `read_yaml`, and for a value with a comment.
+        NotYaml: As `read_yaml`, and for a value with a comment.
     """
     value, end = _read(text)
     rest = text[end:].strip()
     if (rest and value is None) or rest.startswith("#"):
-        raise yaml.YAMLError(f"{rest!r} would be a comment; put the whole value in quotes")
+        raise NotYaml(f"{rest!r} would be a comment; put the whole value in quotes")
     return value
 
 
@@ -93,15 +96,15 @@ def write_yaml(value: Any) -> str:
 
 def _read(text: str) -> tuple[Any, int]:
     """The value, and where its text ends."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(str(text))
         node = loader.get_single_node()
         if node is None:
             return None, 0
         _require_sound(node)
         return loader.construct_document(node), node.end_mark.index
-    finally:
-        loader.dispose()
+    except Exception as error:  # PyYAML lets IndexError and RecursionError through for odd tags and nesting
+        raise NotYaml(str(error)) from error
 
 
 def _require_sound(root: yaml.Node) -> None:
