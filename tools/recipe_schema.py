@@ -78,6 +78,8 @@ def _item(kind: FieldType) -> dict[str, Any]:
     described: dict[str, Any] = {"type": _TYPES[kind.item]}
     if kind.range is not None:
         described |= _limits(kind.range)
+    if kind.form is not None:
+        described["pattern"] = f"^(?:{kind.form.pattern})$"
     if kind.not_blank:
         described["pattern"] = r"\S"
     return described

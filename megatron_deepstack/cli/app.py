@@ -18,7 +18,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from megatron_deepstack import __version__
-from megatron_deepstack.cli.paths import Commands
 from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DeepStackError
 
@@ -48,7 +47,7 @@ def _fail(error: DeepStackError) -> NoReturn:
     raise typer.Exit(error.exit_code)
 
 
-app = Commands(
+app = typer.Typer(
     name="megatron-deepstack",
     cls=Verbs,
     no_args_is_help=True,

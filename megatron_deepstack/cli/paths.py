@@ -17,18 +17,14 @@ from megatron_deepstack.config.constraints import PathError, PathKind, expand_ho
 from megatron_deepstack.errors import ConfigError
 
 
-class Commands(typer.Typer):
-    """An application whose verbs get their paths with `~` expanded."""
-
-    def command(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """As typer's decorator."""
-        register = super().command(*args, **kwargs)
-
-        def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
-            register(_with_homes(verb))
-            return verb
-
-        return decorate
+def expand_homes(application: typer.Typer) -> None:
+    """Have all verbs registered so far, also those in groups, get their paths with `~` expanded."""
+    for verb in application.registered_commands:
+        if verb.callback is not None:
+            verb.callback = _with_homes(verb.callback)
+    for group in application.registered_groups:
+        if group.typer_instance is not None:
+            expand_homes(group.typer_instance)
 
 
 def path_parameters(verb: Callable[..., Any]) -> tuple[str, ...]:

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_deepstack.cli.app import Verbs, app, say
-from megatron_deepstack.cli.paths import Commands
 from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 
-stores = Commands(cls=Verbs, no_args_is_help=True, help="Look at finished stores, and make new ones of them.")
+stores = typer.Typer(cls=Verbs, no_args_is_help=True, help="Look at finished stores, and make new ones of them.")
 app.add_typer(stores, name="store")
 
 StorePath = Annotated[

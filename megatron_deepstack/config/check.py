@@ -46,12 +46,15 @@ def out_of_range(recipe: Recipe) -> Iterator[Problem]:
     """Values that no recipe may have, each field looked at alone; the ranges stand in the schema."""
     for field in leaves(Recipe):
         kind, value = field.type, value_at(recipe, field.path)
-        if kind.range is not None:
-            values = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(map(kind.range.holds, values)):
-                shown = list(value) if isinstance(value, tuple) else value
-                unit = f" ({kind.unit})" if kind.unit else ""
-                yield Problem(paths=(field.path,), text=f"found {shown}, expected {kind.range}{unit}")
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        expected = ""
+        if kind.range is not None and not all(map(kind.range.holds, values)):
+            expected = f"{kind.range} ({kind.unit})" if kind.unit else str(kind.range)
+        elif kind.form is not None and not all(map(kind.form.holds, values)):
+            expected = kind.form.words
+        if expected:
+            shown = list(value) if isinstance(value, tuple) else repr(value) if isinstance(value, str) else value
+            yield Problem(paths=(field.path,), text=f"found {shown}, expected {expected}")
         if kind.not_blank and not str(value).strip():
             yield Problem(paths=(field.path,), text="is empty, expected text")
 

@@ -68,6 +68,20 @@ class NotBlank:
     """A text that must hold more than white space."""
 
 
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """A text of a certain form."""
+
+    pattern: str
+    """Regular expression that the whole text must match."""
+    words: str
+    """The form in words, to follow `expected`."""
+
+    def holds(self, text: str) -> bool:
+        """Whether `text` has the form."""
+        return re.fullmatch(self.pattern, text) is not None
+
+
 class PathKind(StrEnum):
     """What a text that is a path may name; the value says it in words."""
 

@@ -9,7 +9,6 @@ import ast
 import inspect
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import cache
 from typing import Any
 
 from megatron_deepstack.config.fields import FieldType
@@ -21,7 +20,6 @@ def section_text(schema: type[Any]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-@cache
 def field_texts(schema: type[Any]) -> Mapping[str, str]:
     """The string below each field of a dataclass, on one line; read from its source, as Python keeps none of them."""
     (definition,) = ast.parse(inspect.getsource(schema)).body
@@ -46,6 +44,8 @@ def type_text(kind: FieldType) -> str:
 def _plain_type(kind: FieldType) -> str:
     if kind.item is bool:
         return "`true` or `false`"
+    if kind.form is not None:
+        return f"text: {kind.form.words}"
     name = kind.path or {int: "whole number", float: "number", str: "text"}[kind.item]
     if kind.many:
         count = f"{kind.length} " if kind.length else ""

@@ -11,7 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from megatron_deepstack.config.constraints import NotBlank, PathKind, Range, Unit
+from megatron_deepstack.config.constraints import Matches, NotBlank, PathKind, Range, Unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +32,8 @@ class FieldType:
     """What the number counts or measures."""
     path: PathKind | None = None
     """What kind of path a text is; None for other texts."""
+    form: Matches | None = None
+    """The form that a text must have."""
     not_blank: bool = False
     """A text that must hold more than white space."""
 
@@ -58,14 +60,18 @@ def is_section(hint: object) -> TypeGuard[type[Any]]:
     return isinstance(hint, type) and is_dataclass(hint)
 
 
-@cache
 def members(schema: type[Any]) -> Mapping[str, type[Any] | FieldType]:
     """The fields of one dataclass in order: a section's class, or what a field may hold."""
+    key: Any = schema  # mypy does not take a type for hashable
+    return _members(key)
+
+
+@cache
+def _members(schema: type[Any]) -> Mapping[str, type[Any] | FieldType]:
     hints = get_type_hints(schema, include_extras=True)
     return {name: hint if is_section(hint) else _field_type(hint) for name, hint in hints.items()}
 
 
-@cache
 def leaves(schema: type[Any], prefix: str = "") -> tuple[Field, ...]:
     """All fields of a schema and of its sections, in order.
 
@@ -103,6 +109,7 @@ def _field_type(hint: Any) -> FieldType:
         range=by_class.get(Range),
         unit=unit.name if unit else None,
         path=by_class.get(PathKind),
+        form=by_class.get(Matches),
         not_blank=NotBlank in by_class,
     )
 

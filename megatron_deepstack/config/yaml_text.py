@@ -77,14 +77,18 @@ def read_yaml(text: str) -> Any:
 
 
 def read_value(text: str) -> Any:
-    """As `read_yaml`, for the value of an override, where a `#` comment would silently cut off what was meant.
+    """As `read_yaml`, for the value of an override, where a comment would silently cut off what was meant.
+
+    A value that begins with `#`, such as a colour, is a text; a `#` further on is refused where YAML sees a comment.
 
     Raises:
         NotYaml: As `read_yaml`, and for a value with a comment.
     """
+    if text.startswith("#"):
+        return text
     value, end = _read(text)
     rest = text[end:].strip()
-    if (rest and value is None) or rest.startswith("#"):
+    if rest.startswith("#"):
         raise NotYaml(f"{rest!r} would be a comment; put the whole value in quotes")
     return value
 

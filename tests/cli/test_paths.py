@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
-from megatron_deepstack.cli.paths import Commands, path_parameters
+from megatron_deepstack.cli.paths import expand_homes, path_parameters
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
 
@@ -103,11 +103,12 @@ def test_what_no_home_folder_is_known_of(home: Path, word: str, words: str) -> N
 
 def test_urls_and_lists_and_nothing(home: Path) -> None:
     seen: list[object] = []
-    small = Commands()
+    small = typer.Typer()
 
     @small.command()
     def look(one: Path, many: list[Path], other: Path | None = None) -> None:
         seen.extend([one, many, other])
 
+    expand_homes(small)
     assert CliRunner().invoke(small, ["~", "~/a", "b/~"]).exit_code == 0
     assert seen == [home, [home / "a", Path("b/~")], None]
