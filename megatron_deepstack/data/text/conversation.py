@@ -30,7 +30,7 @@ _CHATS: Final[dict[Template, ChatFormat]] = {Template.LLAMA_3: LLAMA_3, Template
 
 
 def known_template(name: Template | str) -> Template:
-    """The template of that name; raises ConfigError for an unknown one."""
+    """The template of that name, as a store records it; raises ConfigError for an unknown one."""
     try:
         return Template(name)
     except ValueError:
