@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
 from megatron_deepstack.config.constraints import PathKind
+from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.errors import ConfigError, DataError
 
 
@@ -93,9 +94,9 @@ def _recipe_of_run(run: Path, overrides: list[str]) -> Any:
     """The recipe a run was made with; the run may lie elsewhere by now, under a name that YAML reads otherwise."""
     from megatron_deepstack.planning.check import load_checked_recipe
 
-    file = run / "recipe.yaml"
+    file = RunFolder(run).recipe
     if not file.is_file():
-        raise ConfigError([f"{run}: holds no recipe.yaml; expected the run_dir of a finished or stopped `train`"])
+        raise ConfigError([f"{run}: holds no {RECIPE_FILE}; expected the run_dir of a finished or stopped `train`"])
     return replace(load_checked_recipe(file, overrides), run_dir=str(run))
 
 

@@ -126,7 +126,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
     return Plan(
         description,
         processor,
-        recipe.data.template,
+        str(recipe.data.template),
         inputs.records,
         images,
         recipe.data.images_per_part,

@@ -10,6 +10,7 @@ from contextlib import closing
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.text.conversation import known_template
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError
@@ -51,7 +52,7 @@ def preprocess(
     _check_vocabulary(recipe, model)
     sources = (records,) if records else data.records or ()
     _given(" ".join(sources), "records", "JSON or JSON-lines files, or WebDataset tar shards")
-    inputs = read_inputs(sources, images or data.images, data.template)
+    inputs = read_inputs(sources, images or data.images, known_template(data.template))
     plan = make_plan(recipe, inputs, model)
     root = Location.parse(output).absolute()
     with stop_on_signals(), hold_lease(root) as lease:

@@ -59,7 +59,7 @@ class Inner:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outer:
     title: Annotated[str, NotBlank(), Matches("a+", "a row of a")] = "a"
-    inner: Inner = Inner()  # noqa: RUF009
+    inner: Inner = Inner()
     flag: bool | None = None
 
 
