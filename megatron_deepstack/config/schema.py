@@ -33,8 +33,11 @@ from megatron_deepstack.config.choices import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
-    """The vision tower, a ViT of CLIP's or SigLIP's type."""
+    """The vision tower."""
 
+    kind: str = "clip"
+    """What kind of tower it is: `clip`, `siglip`, or the name of one that a program of yours registered. Earlier
+    releases said `class_token: true` or `false` for the two, which is still read."""
     image_size: int = 336
     """Side of a view in pixels; also the crop size of the preprocessing."""
     patch_size: int = 14
@@ -51,9 +54,6 @@ class VisionConfig:
     """Activation of its MLP."""
     select_layer: int = -2
     """Hidden state used as feature, numbered as by Hugging Face: -1 is the last layer's output, -2 its input."""
-    class_token: bool = True
-    """CLIP's embedding: class token before the patches (dropped from the features), norm after them, no bias.
-    Without it SigLIP's: no token, no norm, a bias."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of its LayerNorms."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -66,6 +66,9 @@ class VisionConfig:
 class LanguageConfig:
     """The decoder, a LLaMA-type transformer."""
 
+    family: str | None = None
+    """Its family: `llama`, `mistral`, `qwen2`, `qwen3`, or the name of one that a program of yours registered. If
+    absent, the one that `qkv_bias` and `qk_norm` describe."""
     vocab_size: int = 32000
     """Number of token ids; must cover the tokenizer's."""
     hidden_size: int = 4096

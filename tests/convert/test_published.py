@@ -62,7 +62,7 @@ MODEL = ModelConfig(
 )
 SIGLIP = replace(
     MODEL,
-    vision=replace(MODEL.vision, class_token=False, activation=Activation.GELU_TANH, layernorm_epsilon=1e-6),
+    vision=replace(MODEL.vision, kind="siglip", activation=Activation.GELU_TANH, layernorm_epsilon=1e-6),
 )
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 PATCH = f"{VISION_PREFIX}embeddings.patch_embedding.weight"
