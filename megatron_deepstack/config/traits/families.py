@@ -32,8 +32,8 @@ class HfDecoder:
     """`model_type` of its configs; the first is written."""
     fields: Mapping[str, HfField]
     """Keys of its config, but for those of the rotary embedding and of attention windows."""
-    window_without_switch: bool = False
-    """`sliding_window` holds by itself; else only where `use_sliding_window` says so."""
+    has_window_switch: bool = False
+    """`sliding_window` holds only where `use_sliding_window` says so; else by itself."""
     default_window: int | None = None
     """What transformers takes for an absent `sliding_window`."""
     tensors: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +103,6 @@ _MISTRAL = FamilyTraits(
     hugging_face=HfDecoder(
         model_types=("mistral",),
         fields=llama_fields(num_kv_heads=8),
-        window_without_switch=True,
         default_window=4096,
     ),
 )
@@ -117,12 +116,15 @@ _QWEN2 = FamilyTraits(
             attention_bias=HfField(compared=False, written=False),  # transformers' Qwen2 does not look at it
             use_mrope=fixed(False),
         ),
+        has_window_switch=True,
     ),
 )
 _QWEN3 = FamilyTraits(
     switches={"qkv_bias": False, "qk_norm": True},
     is_recognised=True,
-    hugging_face=HfDecoder(model_types=("qwen3",), fields=llama_fields(num_kv_heads=32, head_dim=128)),
+    hugging_face=HfDecoder(
+        model_types=("qwen3",), fields=llama_fields(num_kv_heads=32, head_dim=128), has_window_switch=True
+    ),
 )
 _OF_SWITCHES_ALONE = FamilyTraits()
 """A decoder whose switches no family of Hugging Face has, such as biases and norms at once."""

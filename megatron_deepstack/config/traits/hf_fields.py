@@ -52,8 +52,8 @@ _THE_FILE = """
 """
 """What a file says of itself, and how it was written."""
 _RUNNING = """
-    chunk_size_feed_forward gradient_checkpointing output_attentions output_hidden_states output_scores return_dict
-    return_dict_in_generate tf_legacy_loss torchscript use_bfloat16 use_cache use_return_dict
+    chunk_size_feed_forward gradient_checkpointing is_decoder output_attentions output_hidden_states output_scores
+    return_dict return_dict_in_generate tf_legacy_loss torchscript use_bfloat16 use_cache use_return_dict
 """
 """How transformers runs a model, not what it computes."""
 _ANSWERS = """
@@ -76,7 +76,6 @@ NO_INFLUENCE: Final = frozenset(" ".join((_THE_FILE, _RUNNING, _ANSWERS, _OTHER_
 NOT_SO: Final[Mapping[str, HfField]] = {
     "add_cross_attention": fixed(False),
     "cross_attention_hidden_size": fixed(None),
-    "is_decoder": fixed(False, True),
     "is_encoder_decoder": fixed(False),
     "pruned_heads": fixed({}, None),
     "quantization_config": fixed(None),
