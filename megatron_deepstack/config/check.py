@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from math import prod
 
-from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part, Variant
+from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part
 from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
+from megatron_deepstack.config.traits.families import FAMILIES, fits, unknown_family
+from megatron_deepstack.config.traits.towers import TOWERS, unknown_tower
+from megatron_deepstack.config.traits.variants import variant_without_crops
 from megatron_deepstack.errors import ConfigError, LayoutError
 
 
@@ -82,6 +85,14 @@ def _vision(recipe: Recipe) -> Iterator[Problem]:
             f"found {vision.select_layer}, expected -1 (the last layer's output) to -{vision.num_layers} "
             f"(the first layer's output), or 1 to {vision.num_layers} counted up from there",
         )
+    if vision.kind not in TOWERS:
+        yield _problem("model.vision.kind", unknown_tower(vision.kind))
+    elif vision.activation not in TOWERS[vision.kind].activations:
+        known = ", ".join(TOWERS[vision.kind].activations)
+        yield _problem(
+            "model.vision.activation model.vision.kind",
+            f"found {vision.activation}, expected one of {known}, which the tower {vision.kind} may have",
+        )
 
 
 def _language(recipe: Recipe) -> Iterator[Problem]:
@@ -102,23 +113,27 @@ def _language(recipe: Recipe) -> Iterator[Problem]:
             "model.language.num_kv_heads model.language.num_heads",
             f"{kv_heads} key/value heads do not divide model.language.num_heads {heads}",
         )
-
-
-def head_width(language: LanguageConfig) -> int:
-    """Width of one attention head of the decoder."""
-    return language.head_dim if language.head_dim is not None else language.hidden_size // language.num_heads
+    if language.family is not None and language.family not in FAMILIES:
+        yield _problem("model.language.family", unknown_family(language.family))
+    elif language.family is not None and not fits(language, FAMILIES[language.family]):
+        wanted = FAMILIES[language.family].switches
+        shown = ", ".join(f"{name}: {str(value).lower()}" for name, value in wanted.items())
+        yield _problem(
+            " ".join(("model.language.family", *(f"model.language.{name}" for name in wanted))),
+            f"{language.family} has {shown}; set these, or leave the family out, which then follows from them",
+        )
 
 
 def _stacks(recipe: Recipe) -> Iterator[Problem]:
     stacks, variant = recipe.model.stacks, recipe.model.variant
     least = 4 if stacks.grid is GridRule.FIXED_2X2 else 2
-    if variant is not Variant.LLAVA and stacks.num_crops < least:
+    if variant.traits.has_crops and stacks.num_crops < least:
         yield _problem(
             "model.stacks.num_crops model.stacks.grid model.variant",
             f"{stacks.num_crops} leaves no grid of crops under grid rule {stacks.grid}, which needs at least {least}; "
-            f"for a model without crops use model.variant=llava",
+            f"for a model without crops use model.variant={variant_without_crops()}",
         )
-    if variant.stacks_in_vit and stacks.grid is not GridRule.FIXED_2X2:
+    if variant.traits.stacks_in_vit and stacks.grid is not GridRule.FIXED_2X2:
         yield _problem(
             "model.stacks.grid model.variant",
             f"{stacks.grid} gives images different numbers of crops, and {variant} needs four of each; "
@@ -190,12 +205,6 @@ def _sequence_split(seq_length: int, parallel: ParallelConfig) -> Iterator[Probl
         )
 
 
-def sequence_multiple(parallel: ParallelConfig) -> int:
-    """What a padded sequence's length must be a multiple of."""
-    over_tensor = parallel.tensor if parallel.sequence_parallel else 1
-    return prod((over_tensor, 2 * parallel.context if parallel.context > 1 else 1))
-
-
 def nearest_divisor(size: int, wanted: int) -> int:
     """The divisor of `size` nearest to `wanted`."""
     candidates = [divisor for divisor in range(1, min(size, 2 * wanted) + 1) if size % divisor == 0]
@@ -209,7 +218,7 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.global_batch_size train.micro_batch_size",
             f"{train.global_batch_size} is not a multiple of train.micro_batch_size {train.micro_batch_size}",
         )
-    tokens = (vision.image_size // vision.patch_size) ** 2 if vision.patch_size else 0
+    tokens = tokens_per_view(vision) if vision.patch_size else 0
     if tokens >= train.seq_length:
         yield _problem(
             "train.seq_length model.vision.image_size model.vision.patch_size",

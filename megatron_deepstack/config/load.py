@@ -22,6 +22,7 @@ from megatron_deepstack.config.build import Interpolated, build_recipe, defaults
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.constraints import PathError, expand_home
 from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems, without_echoes
+from megatron_deepstack.config.renamed import with_present_names
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.yaml_text import read_value, read_yaml, write_yaml
 from megatron_deepstack.errors import ConfigError
@@ -56,7 +57,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     given = _read(find_recipe(path), ())
     for override in overrides:
         given = _apply(given, override, problems)
-    recipe = build_recipe(_resolved(given, problems), problems)
+    recipe = build_recipe(_resolved(with_present_names(given, problems), problems), problems)
     problems += without_echoes(find_problems(recipe), problems)
     return recipe, problems
 

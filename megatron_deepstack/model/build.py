@@ -87,7 +87,7 @@ def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
     vit = rank_model.encoder.vit
     for parameter in vit.parameters():
         parameter.requires_grad_(Part.VISION in trainable)
-    for layer in vit.decoder.layers[vit.num_used_layers :]:
+    for layer in vit.unused_layers():
         layer.requires_grad_(False)
     rank_model.encoder.projector.requires_grad_(Part.PROJECTOR in trainable)
     if rank_model.encoder.newline is not None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import ModelConfig, Recipe, VisionConfig
-from megatron_deepstack.planning.cost import adapter_weights, linear_sizes
-from megatron_deepstack.planning.rows import tokens_per_view
+from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.cost import adapter_weights
+from megatron_deepstack.planning.linears import linear_sizes
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
 _GRADIENT_BYTES = 4
@@ -99,5 +101,8 @@ def _chunk_parameters(model: ModelConfig, chunk: Chunk) -> int:
 def _vision_parameters(vision: VisionConfig) -> int:
     c, f = vision.hidden_size, vision.ffn_hidden_size
     layer = 4 * (c + 1) * c + (c + 1) * f + (f + 1) * c + 4 * c
-    embedding = (3 * vision.patch_size**2 + tokens_per_view(vision) + 4) * c
+    traits = tower_of(vision)
+    norms = 2 * (int(traits.has_pre_norm) + int(traits.has_post_norm))
+    vectors = tokens_per_view(vision) + 2 * traits.num_leading_tokens + int(traits.has_patch_bias) + norms
+    embedding = (3 * vision.patch_size**2 + vectors) * c
     return vision.num_layers * layer + embedding

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.errors import LayoutError, SlotError
 from megatron_deepstack.planning.views import HIGH_RES_SIDE
 
 EMBEDDING = -1
 """Slot of the base visual tokens."""
-
-VARIANTS_WITH_DECODER_STACKS = (Variant.DEEPSTACK_L, Variant.DEEPSTACK_HD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +70,17 @@ def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None 
 
 def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
     """Slots of the decoder's stacks; empty for variants that inject nothing into the decoder."""
-    if model.variant not in VARIANTS_WITH_DECODER_STACKS:
+    if not model.variant.traits.stacks_in_decoder:
         return ()
     return stack_slots(model.stacks, model.language.num_layers, num_stacks=num_decoder_stacks(model))
 
 
 def num_decoder_stacks(model: ModelConfig) -> int:
-    """Stacks per context row: one per crop for L; the 2x2 high-res crops of each context view for HD."""
-    if model.variant is Variant.DEEPSTACK_HD:
-        return HIGH_RES_SIDE**2
-    return model.stacks.num_crops if model.variant is Variant.DEEPSTACK_L else 0
+    """Stacks per context row: one for each crop, or for each of the 2x2 high-res crops that a context view has."""
+    traits = model.variant.traits
+    if not traits.stacks_in_decoder:
+        return 0
+    return HIGH_RES_SIDE**2 if traits.stack_source is StackSource.HIGH_RES else model.stacks.num_crops
 
 
 def layers_per_chunk(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import used_layers
 from megatron_deepstack.errors import SlotError
+from megatron_deepstack.planning.views import FIXED_GRID
 
-STACKS_IN_VIT = 4
-"""Stacks of the fixed 2x2 grid."""
+STACKS_IN_VIT = FIXED_GRID[0] * FIXED_GRID[1]
+"""Stacks of an image: its crops, whose grid is the same for all images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ def plan_vit_stacks(model: ModelConfig) -> VitStackPlan:
     Raises SlotError if not even the first stack has a place, or if `stacks.slots` does not name a layer for each.
     """
     vision, stacks = model.vision, model.stacks
-    feature = vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
+    feature = used_layers(vision)
     wanted = stacks.slots or tuple(stacks.start + k * stacks.interval for k in range(STACKS_IN_VIT))
     if len(wanted) != STACKS_IN_VIT:
         raise SlotError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.renamed import saved_model_with_present_names
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import CheckpointError
 
@@ -47,13 +48,19 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
 
 def require_same(path: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise CheckpointError that lists every fact of `ours` in which the checkpoint differs."""
-    differences = list(_differences({**_BEFORE, **saved}, ours, ""))
+    differences = list(_differences(_with_present_names({**_BEFORE, **saved}), ours, ""))
     if differences:
         listed = "\n  ".join(differences)
         raise CheckpointError(
             f"{path}: this checkpoint belongs to another run:\n  {listed}\nUse the recipe it was made with "
             "(recipe.yaml in its folder), or another run_dir."
         )
+
+
+def _with_present_names(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint of an earlier release may use earlier names of fields."""
+    model = saved.get("model")
+    return {**saved, "model": saved_model_with_present_names(model)} if isinstance(model, Mapping) else saved
 
 
 def _differences(saved: Any, ours: Any, where: str) -> Iterator[str]:

@@ -14,12 +14,15 @@ from megatron_deepstack.config.constraints import NOT_NEGATIVE, POSITIVE, Unit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
-    """The vision tower, a ViT of CLIP's or SigLIP's type.
+    """The vision tower.
 
     `architecture: NAME` (such as `clip_vit_l14_336`) stands for all numbers of a published tower; keys beside it
     override them.
     """
 
+    kind: str = "clip"
+    """What kind of tower it is: `clip`, `siglip`, or the name of one that a program of yours registered. Earlier
+    releases said `class_token: true` or `false` for the two, which is still read."""
     image_size: Annotated[int, POSITIVE, Unit("pixels")] = 336
     """Side of a view; also the side of the crops that the preprocessing cuts. The default is CLIP ViT-L/14-336's."""
     patch_size: Annotated[int, POSITIVE, Unit("pixels")] = 14
@@ -38,9 +41,6 @@ class VisionConfig:
     select_layer: int = -2
     """Hidden state used as feature, numbered as by Hugging Face: -1 is the last layer's output, -2 its input. The
     default is what LLaVA and DeepStack publish."""
-    class_token: bool = True
-    """CLIP's embedding: class token before the patches (dropped from the features), norm after them, no bias.
-    Without it SigLIP's: no token, no norm, a bias."""
     layernorm_epsilon: Annotated[float, POSITIVE] = 1e-5
     """Epsilon of its LayerNorms: CLIP's; SigLIP has 1e-6."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -62,6 +62,9 @@ class LanguageConfig:
     it override them.
     """
 
+    family: str | None = None
+    """Its family: `llama`, `mistral`, `qwen2`, `qwen3`, or the name of one that a program of yours registered. If
+    null, the one that `qkv_bias` and `qk_norm` describe."""
     vocab_size: Annotated[int, POSITIVE, Unit("tokens")] = 32000
     """Number of token ids; it must cover the tokenizer's. The default is LLaMA's."""
     hidden_size: Annotated[int, POSITIVE] = 4096
@@ -107,7 +110,7 @@ class StackConfig:
     DeepStack-V."""
     interval: Annotated[int, NOT_NEGATIVE, Unit("layers")] = 1
     """Distance between the layers of successive stacks."""
-    slots: tuple[Annotated[int, NOT_NEGATIVE], ...] | None = None
+    slots: tuple[int, ...] | None = None
     """Layer of each stack in order, counted from 0; it replaces `start` and `interval`, which apply if null."""
 
 
