@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import posixpath
 import re
 import zlib
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def read_record_file(file: IO[bytes], path: str, rules: RecordRules, faults: Fau
     source = _HashedFile(file)
     records = []
     for number, (line, item) in enumerate(_read_values(source, path)):
-        parsed = parse_record(item, rules, faults, f"{path}, record {number} at line {line}")
+        where, numbered = f"{path}, record {number} at line {line}", f"{posixpath.basename(path)}:{number}"
+        parsed = parse_record(item, rules, faults, where, numbered)
         if parsed is not None:
             records.append(parsed)
     return RecordFile(source.hexdigest(), tuple(records))
