@@ -6,6 +6,7 @@ of ranks are in `planning.check`; what files contain is checked where they are o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -368,6 +369,12 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
         yield _problem(
             "data.template",
             f"found '{template}', expected one of {', '.join(TEMPLATES)}{did_you_mean(template, TEMPLATES)}",
+        )
+    colour = recipe.data.transparency
+    if colour != "as_published" and not re.fullmatch("#[0-9a-fA-F]{6}", colour):
+        yield _problem(
+            "data.transparency",
+            f"found '{colour}', expected as_published, or a colour as \"#rrggbb\", such as \"#ffffff\" for white",
         )
     for path in ("name", "run_dir"):
         if not str(value_at(recipe, path)).strip():

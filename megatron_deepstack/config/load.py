@@ -8,6 +8,7 @@ file is one run, and the resolved recipe written beside a run reads back as exac
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,9 @@ def _container(given: DictConfig | ListConfig) -> dict[Any, Any]:
 
 def _apply(given: dict[Any, Any], override: str, problems: list[Problem]) -> dict[Any, Any]:
     """`given` with one `section.field=value`."""
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
+    if value.startswith("#"):  # a colour; YAML would take it for a comment
+        override = f"{key}={json.dumps(value)}"
     if not equals or any(not part or part != part.strip() for part in key.split(".")):
         problems.append(Problem(paths=("",), text=f"override '{override}': expected section.field=value"))
         return given

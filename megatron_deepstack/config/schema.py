@@ -12,6 +12,7 @@ from megatron_deepstack.config.choices import (
     Activation,
     Batching,
     Compression,
+    DeepGrey,
     EncoderPlacement,
     Fp8Scaling,
     GridRule,
@@ -135,6 +136,9 @@ class DataConfig:
     paths, URLs or glob patterns."""
     images: str | None = None
     """Folder or URL that the records' image paths are relative to; tar shards bring their own."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of records, their turns and parts that `preprocess` passes over; any other key that nothing reads is an
+    error. A placeholder of another medium, such as `<video>`, that is named here is plain text."""
     tokenizer: str | None = None
     """SentencePiece model file, or a Hugging Face tokenizer: its tokenizer.json, or the folder that holds it."""
     template: str = "v1"
@@ -151,6 +155,13 @@ class DataConfig:
     """Resizing kernel; `pillow` is bit-equal to the published preprocessing."""
     orientation: Orientation = Orientation.AS_STORED
     """Whether photos are turned as their EXIF tag says; the published preprocessing does not."""
+    deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
+    """Grey images of more than 8 bits: `as_published` cuts values off at 255 and flags the image, `scale` brings them
+    to 8 bits: 0 to 65535 divided by 257, floats of 0 to 1 times 255, other values from the image's least to its
+    greatest; an image whose values all lie within 0 to 255 stays as it is."""
+    transparency: str = "as_published"
+    """Images that are not opaque: `as_published` drops the alpha channel and flags the image; a colour as "#rrggbb"
+    (in quotes, since YAML takes # for a comment) is what they are laid on."""
     compression: Compression = Compression.NONE
     """Codec of the views; `zstd` takes about a quarter less space and reads slower."""
     max_image_pixels: int = 178_956_970
