@@ -374,7 +374,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
     if colour != "as_published" and not re.fullmatch("#[0-9a-fA-F]{6}", colour):
         yield _problem(
             "data.transparency",
-            f"found '{colour}', expected as_published, or a colour as \"#rrggbb\", such as \"#ffffff\" for white",
+            f'found \'{colour}\', expected as_published, or a colour as "#rrggbb", such as "#ffffff" for white',
         )
     for path in ("name", "run_dir"):
         if not str(value_at(recipe, path)).strip():

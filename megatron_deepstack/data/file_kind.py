@@ -18,7 +18,9 @@ START_BYTES: Final = 1024
 _LFS: Final = re.compile(rb"version https://git-lfs\.github\.com/spec/")
 _LFS_SIZE: Final = re.compile(rb"^size (\d+)", re.MULTILINE)
 _ANNEX: Final = re.compile(rb"(\.\./)*(\.git)?/annex/objects/")
-_HTML: Final = re.compile(rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL)
+_HTML: Final = re.compile(
+    rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL
+)
 _XML: Final = re.compile(rb"<(\?xml|error|svg)\b", re.IGNORECASE)
 _TIKTOKEN: Final = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)$")
 _MAGIC: Final[dict[bytes, str]] = {
@@ -51,7 +53,7 @@ def what_file_is(start: bytes) -> str | None:
     if not start:
         return "an empty file (0 bytes): fetch or write it again"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text.strip(b"\0"):
+    if b"\0" in start and not text.strip(b"\0"):
         return "a file of zero bytes only, as a broken download or copy leaves it: fetch it again"
     if _LFS.match(text):
         size = _LFS_SIZE.search(text)

@@ -4,8 +4,9 @@ Decoding is Pillow's conversion to RGB, as the published preprocessing has it, w
 simplejpeg first, bit-equal and 1.5 times faster, because its strict mode notices damage in mid-file that Pillow turns
 into wrong pixels silently. What can be decoded as a whole although its file is damaged or cut short is kept and
 flagged; a file of which part of the picture is missing is quarantined, and so is whatever cannot be decoded: never a
-crash. What the conversion itself loses is flagged too, or avoided if the recipe says so: see `colours`. EXIF orientation is applied if the recipe says so (published: not; Pillow itself turns TIFFs). Resizing is
-Pillow's bicubic, stretched to the canvas without padding.
+crash. What the conversion itself loses is flagged too, or avoided if the recipe says so: see `colours`. EXIF
+orientation is applied if the recipe says so (published: not; Pillow itself turns TIFFs). Resizing is Pillow's bicubic,
+stretched to the canvas without padding.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import simplejpeg
 from PIL import Image
 
 from megatron_deepstack.config.choices import ImageResize, Orientation
-from megatron_deepstack.data.images.colours import ColourRules, to_rgb
 from megatron_deepstack.data.file_kind import what_file_is
+from megatron_deepstack.data.images.colours import ColourRules, to_rgb
 from megatron_deepstack.data.images.source import QuarantineError
 from megatron_deepstack.data.images.whole_file import find_damage
 from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ViewLayout, layout_views

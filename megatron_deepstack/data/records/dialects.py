@@ -147,7 +147,9 @@ def _turn(turn: Any, where: str, ignored: Collection[str], named: list[str]) -> 
 
 def _speaker_keys(turn: Any) -> tuple[str, str]:
     """The keys of a turn for who speaks and for what is said."""
-    return ("role", "content") if isinstance(turn, dict) and "role" in turn and "from" not in turn else ("from", "value")
+    return (
+        ("role", "content") if isinstance(turn, dict) and "role" in turn and "from" not in turn else ("from", "value")
+    )
 
 
 def _role(name: Any, where: str) -> Role:

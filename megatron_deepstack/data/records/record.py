@@ -158,4 +158,3 @@ def _check_placeholders(record: Record) -> None:
             f"has {len(record.images)} images, but {found} {IMAGE_TOKEN} in its conversations; write one "
             f"{IMAGE_TOKEN} where each image belongs"
         )
-

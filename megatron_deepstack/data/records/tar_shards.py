@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
+from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
 from megatron_deepstack.data.images.source import TarMember
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records.dialects import holds_talk, named_images
@@ -261,7 +262,10 @@ def _members(file: IO[bytes], location: Location) -> Iterator[tuple[tarfile.TarI
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
-        raise DataError(f"{location}: not a tar shard, or a damaged one: {error}. Fetch or write it again.") from error
+        file.seek(0)
+        what = what_file_is(file.read(START_BYTES))
+        reason = f"it is {what}" if what else f"{error}. Fetch or write it again"
+        raise DataError(f"{location}: not a tar shard, or a damaged one: {reason}.") from error
     if end != bytes(tarfile.BLOCKSIZE):
         what = "is cut short" if len(end) < tarfile.BLOCKSIZE else f"is damaged at byte {tar.offset}"
         raise DataError(f"{location}: the shard {what}: a tar ends with an empty block. Fetch or write it again.")

@@ -69,7 +69,11 @@ DEEP = {
         "99.6%",
     ),
     "32-bit TIFF": (encoded(Image.fromarray(ramp(0, 1e9, np.int32)), "TIFF"), ramp(0, 255, float), "99.8%"),
-    "32-bit TIFF with signs": (encoded(Image.fromarray(ramp(-1e9, 1e9, np.int32)), "TIFF"), ramp(0, 255, float), "100.0%"),
+    "32-bit TIFF with signs": (
+        encoded(Image.fromarray(ramp(-1e9, 1e9, np.int32)), "TIFF"),
+        ramp(0, 255, float),
+        "100.0%",
+    ),
     "unsigned 32-bit TIFF": (tiff(ramp(0, 2**32 - 1, np.uint32)[..., None], {339: (1,)}), ramp(0, 255, float), "99.8%"),
     "float TIFF of 0 to 1": (encoded(Image.fromarray(SHARE), "TIFF"), SHARE * 255, "between 0 and 1"),
     "float TIFF": (encoded(Image.fromarray(ramp(-5, 1000, np.float32)), "TIFF"), ramp(0, 255, float), "74.6%"),
@@ -152,9 +156,7 @@ def test_transparency_is_flagged_or_laid_on_a_colour(name: str) -> None:
     data = TRANSPARENT[name]
     published = decode_image(data, LIMIT)
     np.testing.assert_array_equal(published.pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    assert published.damage == (
-        "transparency: 83.3% of its pixels are not opaque, and the alpha channel is dropped"
-    )
+    assert published.damage == ("transparency: 83.3% of its pixels are not opaque, and the alpha channel is dropped")
     for colour, ground in (("#ffffff", (255, 255, 255)), ("#102030", (16, 32, 48))):
         laid = decode_image(data, LIMIT, colours=ColourRules(transparency=colour))
         assert laid.damage is None

@@ -53,7 +53,12 @@ DIALECTS = {
         "tools": "",
         "conversations": [{"role": "human", "content": ASKED}, {"role": "gpt", "content": ANSWERED}],
     },
-    "LLaMA-Factory, alpaca": {"images": ["p.jpg"], "instruction": "<image>", "input": "What is it?", "output": ANSWERED},
+    "LLaMA-Factory, alpaca": {
+        "images": ["p.jpg"],
+        "instruction": "<image>",
+        "input": "What is it?",
+        "output": ANSWERED,
+    },
     "LLaMA-Factory, alpaca without instruction": {
         "images": ["p.jpg"],
         "instruction": "",
@@ -202,7 +207,10 @@ FAULTS = {
     ),
     "two systems": (talk(FRENCH, *MESSAGES, system="Answer in German."), "has two system texts"),
     "a late system": (talk(*MESSAGES, FRENCH), "turn 2 has the role system, which only the first turn can have"),
-    "an image in the system": (talk({**FRENCH, "content": "<image>"}, {"role": "user", "content": "?"}, MESSAGES[1]), "its system text holds an <i"),
+    "an image in the system": (
+        talk({**FRENCH, "content": "<image>"}, {"role": "user", "content": "?"}, MESSAGES[1]),
+        "its system text holds an <i",
+    ),
     "a loss of no kind": (talk(MESSAGES[0], {**MESSAGES[1], "loss": "no"}), "turn 1 has 'no' as `loss`; true or false"),
     "a weight between": (talk(MESSAGES[0], {**MESSAGES[1], "weight": 0.5}), "turn 1 has 0.5 as `weight`"),
     "a question to learn": (talk({**MESSAGES[0], "loss": True}, MESSAGES[1]), "turn 0 is to be learned by its `loss`"),
@@ -212,14 +220,19 @@ FAULTS = {
         {"instruction": "a", "output": "b", "history": ["c"]},
         "item 0 of `history` is a text, a question and its answer were expected",
     ),
-    "an answer alone": ({"id": "b", "output": "b"}, r"has an answer, `output`, but no question \(instruction or input\)"),
+    "an answer alone": (
+        {"id": "b", "output": "b"},
+        r"has an answer, `output`, but no question \(instruction or input\)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_named(name: str, tmp_path: Path) -> None:
     item, fault = FAULTS[name]
-    with pytest.raises(DataError, match=rf"1 of 2 records cannot be used(.|\n)*records.jsonl, record 1 at line 2.*{fault}"):
+    with pytest.raises(
+        DataError, match=rf"1 of 2 records cannot be used(.|\n)*records.jsonl, record 1 at line 2.*{fault}"
+    ):
         read(GOOD, item, tmp_path=tmp_path)
 
 

@@ -199,7 +199,7 @@ def test_captions(tmp_path: Path) -> None:
         ),
         (
             [("1.jpg", JPEG), ("1.json", talk()), ("1.b.jpg", JPEG), ("1.b.json", talk())],
-            "names are cut at their first dot, so these are one sample: 1.json, 1.b.json, 1.jpg, 1.b.jpg; both 1.b.json",
+            "are cut at their first dot, so these are one sample: 1.json, 1.b.json, 1.jpg, 1.b.jpg; both 1.b.json",
         ),
         (
             [("1.json", talk(0)), ("1.b.json", talk(0))],
@@ -241,7 +241,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: b"", "not a tar shard, or a damaged one: empty file"),
+        (lambda data: b"", "not a tar shard, or a damaged one: it is an empty file"),
         (lambda data: b"text" * 1000, "not a tar shard, or a damaged one"),
         (gzip.compress, "a tar compressed with gzip. .*: unpack it, and name the .tar"),
         (lambda data: data[:2000], "not a tar shard, or a damaged one: unexpected end of data"),
