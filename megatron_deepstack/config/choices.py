@@ -122,6 +122,13 @@ class Orientation(StrEnum):
     EXIF = "exif"
 
 
+class DeepGrey(StrEnum):
+    """What is done about grey images of more than 8 bits, whose values above 255 become white as published."""
+
+    AS_PUBLISHED = "as_published"
+    SCALE = "scale"
+
+
 class Compression(StrEnum):
     """Codec of a store's views."""
 

@@ -120,6 +120,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         "processor": processor.describe(),
         "tokenizer": tokenizer.describe(),
         "template": str(recipe.data.template),
+        "ignore_keys": sorted(set(recipe.data.ignore_keys)),
         "images_per_part": recipe.data.images_per_part,
         "compression": str(recipe.data.compression),
     }

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from orchestration.preprocess.units import in_units
 from orchestration.preprocess.work import PartDone
 
 _SECONDS_BETWEEN_LINES: Final = 5.0
@@ -109,7 +110,7 @@ class JobProgress:
             f"{self.images}/{self.num_images} images",
             f"{self.records}/{self.num_records} records",
             f"{(self.images_now - images) / seconds:.0f} images/s",
-            f"{(self.bytes_now - written) / seconds / 1e6:.0f} MB/s",
+            f"{in_units((self.bytes_now - written) / seconds)}/s",
             f"ETA {_clock(self._seconds_left(seconds))}",
         ]
         return ", ".join([*parts, *([f"{self.quarantined} quarantined"] if self.quarantined else [])])

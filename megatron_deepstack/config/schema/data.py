@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final
 
-from megatron_deepstack.config.choices import Compression, ImageResize, Orientation, Template, Unreadable
-from megatron_deepstack.config.constraints import POSITIVE, SHARE, PathKind, Unit
+from megatron_deepstack.config.choices import Compression, DeepGrey, ImageResize, Orientation, Template, Unreadable
+from megatron_deepstack.config.constraints import POSITIVE, SHARE, Matches, PathKind, Unit
+
+_TRANSPARENCY: Final = Matches(
+    "as_published|#[0-9a-fA-F]{6}", 'as_published, or a colour as "#rrggbb", such as "#ffffff" for white'
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +21,9 @@ class DataConfig:
     """For `preprocess`: LLaVA-style JSON or JSON-lines files (also .gz), or WebDataset tar shards; one or several."""
     images: Annotated[str, PathKind.LOCATION] | None = None
     """Folder that the records' image paths are relative to; tar shards bring their own images."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of records, their turns and parts that `preprocess` passes over; any other key that nothing reads is an
+    error. A placeholder of another medium, such as `<video>`, that is named here is plain text."""
     tokenizer: Annotated[str, PathKind.LOCAL] | None = None
     """SentencePiece model file, or a Hugging Face tokenizer: its tokenizer.json, or the folder that holds it."""
     template: Template = Template.V1
@@ -35,6 +42,13 @@ class DataConfig:
     """Kernel that resizes images. `pillow` is bit-equal to the published preprocessing; `torch` rounds otherwise."""
     orientation: Orientation = Orientation.AS_STORED
     """Whether photos are turned as their EXIF tag says. The published preprocessing does not turn them."""
+    deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
+    """Grey images of more than 8 bits: `as_published` cuts values off at 255 and flags the image, `scale` brings them
+    to 8 bits: 0 to 65535 divided by 257, floats of 0 to 1 times 255, other values from the image's least to its
+    greatest; an image whose values all lie within 0 to 255 stays as it is."""
+    transparency: Annotated[str, _TRANSPARENCY] = "as_published"
+    """Images that are not opaque: `as_published` drops the alpha channel and flags the image; a colour as "#rrggbb"
+    (in quotes in a file, where YAML takes # for a comment) is what they are laid on."""
     compression: Compression = Compression.NONE
     """Codec of the views in the store. `zstd` takes about a quarter less space and reads slower."""
     max_image_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 178_956_970
