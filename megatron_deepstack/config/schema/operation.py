@@ -28,7 +28,8 @@ class HealthConfig:
     """When a run is in trouble, and what is done about it."""
 
     max_skipped_steps: Annotated[int, NOT_NEGATIVE, Unit("steps")] = 10
-    """Steps with a loss or gradient that is not finite are skipped; the run stops at more than this many in a row."""
+    """Steps with a loss or gradient that is not finite, or without any target, are skipped; the run stops at more than
+    this many in a row."""
     spike_factor: Annotated[float, NOT_NEGATIVE] = 2.0
     """A loss above this many times the median of the last `spike_window` steps, and above it by more than 0.1, is
     reported with its samples. 0 reports none."""
