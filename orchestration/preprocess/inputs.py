@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import IO, Final
@@ -45,7 +45,11 @@ class Inputs:
 
 
 def read_inputs(
-    patterns: Sequence[str], images: str | None, template: Template, ignore_keys: Sequence[str] = ()
+    patterns: Sequence[str],
+    images: str | None,
+    template: Template,
+    ignore_keys: Sequence[str] = (),
+    watch: Callable[[int], Callable[[IO[bytes]], IO[bytes]]] | None = None,
 ) -> Inputs:
     """Read and check all records of a job.
 
@@ -54,6 +58,7 @@ def read_inputs(
         images: Folder or URL of the images that lie in no tar shard, if there is one.
         template: How conversations will be written.
         ignore_keys: Keys of records that are passed over.
+        watch: From the number of files, a function that wraps each one to tell of its reading.
 
     Returns:
         The records, and where their images lie.
@@ -70,8 +75,10 @@ def read_inputs(
     faults, digests = Faults(), []
     records: list[Record] = []
     members: dict[str, TarMember] = {}
+    watched = (lambda file: file) if watch is None else watch(len(files))
     for location in files:
-        with _open(location) as file:
+        with _open(location) as opened:
+            file = watched(opened)
             if location in names:
                 shard = read_tar_shard(file, location.absolute(), names[location], rules, faults)
                 members.update(shard.members)

@@ -59,7 +59,7 @@ class JobProgress:
         """Since the job began."""
         return time.monotonic() - self._started
 
-    def restart_clock(self) -> None:
+    def restartclock(self) -> None:
         """Work begins now: what was needed to get there is not counted."""
         self._started = time.monotonic()
         self._recent = deque([(self._started, 0, 0, 0)])
@@ -111,7 +111,7 @@ class JobProgress:
             f"{self.records}/{self.num_records} records",
             f"{(self.images_now - images) / seconds:.0f} images/s",
             f"{in_units((self.bytes_now - written) / seconds)}/s",
-            f"ETA {_clock(self._seconds_left(seconds))}",
+            f"ETA {clock(self._seconds_left(seconds))}",
         ]
         return ", ".join([*parts, *([f"{self.quarantined} quarantined"] if self.quarantined else [])])
 
@@ -126,7 +126,8 @@ class JobProgress:
         return left * seconds / done if done else None
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """Seconds as hours, minutes and seconds."""
     if seconds is None:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)

@@ -21,6 +21,7 @@ from orchestration.preprocess.ledger import Ledger, claim_folder
 from orchestration.preprocess.parts import Part, Plan, make_plan
 from orchestration.preprocess.paths import check_paths
 from orchestration.preprocess.progress import JobProgress
+from orchestration.preprocess.reading import Reading
 from orchestration.preprocess.signals import stop_on_signals
 from orchestration.preprocess.space import check_space
 from orchestration.preprocess.summary import Summary, is_complete, nothing_done, write_report
@@ -55,7 +56,14 @@ def preprocess(
     check_paths(sources, images or data.images, words)
     model = load_tokenizer(words)
     _check_vocabulary(recipe, model)
-    inputs = read_inputs(sources, images or data.images, known_template(data.template), data.ignore_keys)
+    say = JobProgress(0, 0).say
+    inputs = read_inputs(
+        sources,
+        images or data.images,
+        known_template(data.template),
+        data.ignore_keys,
+        watch=lambda num_files: Reading(num_files, say).watch,
+    )
     plan = make_plan(recipe, inputs, model)
     root = Location.parse(output).absolute()
     with stop_on_signals(), hold_lease(root) as lease:

@@ -84,6 +84,12 @@ def as_tokenizer_config(path: Path) -> Any:
     return load_tokenizer(folder)
 
 
+def as_chat_template(path: Path) -> Any:
+    folder = write_chat_tokenizer(path.parent / "qwen", QWEN_TOKENS, QWEN_CONFIG)
+    path.rename(folder / "chat_template.jinja")
+    return load_tokenizer(folder)
+
+
 def as_records(path: Path) -> Any:
     return read_inputs([str(path.rename(path.with_name("records.json")))], None, Template.V1)
 
@@ -122,6 +128,7 @@ PLACES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "tokenizer.model": (as_tokenizer_model, DataError, "tokenizer.model: not a SentencePiece model: it is"),
     "tokenizer.json": (as_tokenizer_json, DataError, "not a Hugging Face tokenizer.json: it is"),
     "tokenizer_config.json": (as_tokenizer_config, DataError, "tokenizer_config.json is not JSON: it is"),
+    "chat_template.jinja": (as_chat_template, DataError, "chat_template.jinja is no template: it is"),
     "records": (as_records, DataError, "records.json: not a file of records: it is"),
     "tar shard": (as_shard, DataError, "shard.tar: not a tar shard, or a damaged one: it is"),
     "image": (as_image, QuarantineError, "not an image of a known format: it is"),

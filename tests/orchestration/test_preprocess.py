@@ -339,7 +339,7 @@ def test_other_layouts(corpus: Any, tmp_path: Path, variant: Variant) -> None:
         (
             {"records": None},
             ConfigError,
-            "data.records is not set: give JSON or JSON-lines files, or WebDataset tar shards there, or as data.records=",
+            "data.records is not set: give JSON or JSON-lines files, or WebDataset tar shards there, or as data.re",
         ),
         ({"images": None}, ConfigError, "data.images is not set: give the folder or URL that the image paths"),
         ({"tokenizer": None}, ConfigError, "data.tokenizer is not set"),

@@ -22,7 +22,8 @@ from megatron_deepstack.errors import DataError
 TOKENIZER_FILE: Final = "tokenizer.json"
 _TOKENS_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json")
 """Files that name the special tokens, the one that counts first."""
-KEPT_FILES: Final = (TOKENIZER_FILE, *_TOKENS_FILES, "chat_template.jinja")
+TEMPLATE_FILE: Final = "chat_template.jinja"
+KEPT_FILES: Final = (TOKENIZER_FILE, *_TOKENS_FILES, TEMPLATE_FILE)
 """Files of a tokenizer's folder that belong to it."""
 _USUAL_NAMES: Final = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.text.hf_tokenizer import KEPT_FILES, TOKENIZER_FILE, HuggingFaceTokenizer
+from megatron_deepstack.data.text.hf_tokenizer import KEPT_FILES, TEMPLATE_FILE, TOKENIZER_FILE, HuggingFaceTokenizer
 from megatron_deepstack.data.text.tokenizer import (
     GIVE_A_TOKENIZER,
     SENTENCEPIECE_FILE,
@@ -27,6 +28,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(content, str(path))
     beside = {name: file.with_name(name) for name in KEPT_FILES}
     files = {name: _read(other) for name, other in beside.items() if other.is_file()}
+    template = files.get(TEMPLATE_FILE)
+    if template and (what := what_file_is(template[:START_BYTES])):
+        raise DataError(f"{path}: {TEMPLATE_FILE} is no template: it is {what}")
     return HuggingFaceTokenizer({**files, TOKENIZER_FILE: content}, str(path))
 
 
