@@ -20,7 +20,7 @@ from typing import Final
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.problems import did_you_mean
 from megatron_deepstack.config.schema import LanguageConfig
-from megatron_deepstack.config.traits.hf_fields import HfField, fixed, read, shape
+from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, fixed, read, shape
 from megatron_deepstack.errors import ConfigError
 
 
@@ -113,7 +113,7 @@ _QWEN2 = FamilyTraits(
         model_types=("qwen2",),
         fields=llama_fields(
             num_kv_heads=32,
-            attention_bias=HfField(compared=False, written=False),  # transformers' Qwen2 does not look at it
+            attention_bias=IGNORED,  # transformers' Qwen2 does not look at it
             use_mrope=fixed(False),
         ),
         has_window_switch=True,
