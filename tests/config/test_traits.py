@@ -82,9 +82,9 @@ def test_switches_of_no_family_have_no_name_at_hugging_face() -> None:
 
 
 def test_unknown_names_are_errors_wherever_they_are_asked_for() -> None:
-    with pytest.raises(ConfigError, match="model.vision.kind: found 'clop', expected one of clip, siglip"):
+    with pytest.raises(ConfigError, match=r"model.vision.kind: found 'clop', expected one of clip, siglip"):
         tower_of(VisionConfig(kind="clop"))
-    with pytest.raises(ConfigError, match="model.language.family: found 'lama', expected one of llama"):
+    with pytest.raises(ConfigError, match=r"model.language.family: found 'lama', expected one of llama"):
         family_of(LanguageConfig(family="lama"))
 
 
@@ -143,7 +143,7 @@ def test_checkpoints_of_earlier_releases_are_resumed() -> None:
     old = {**ours, "model": {**ours["model"], "vision": {**vision, "class_token": True}, "language": language}}
     require_same(Path("step"), old, ours)
     old["model"]["vision"]["class_token"] = False
-    with pytest.raises(CheckpointError, match="model.vision.kind: 'siglip' in the checkpoint, 'clip' in the recipe"):
+    with pytest.raises(CheckpointError, match=r"model.vision.kind: 'siglip' in the checkpoint, 'clip' in the recipe"):
         require_same(Path("step"), old, ours)
 
 
