@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_deepstack.checkpoint.content.identity import identity, require_same
 from megatron_deepstack.config.choices import Sampler, Variant
@@ -19,6 +20,7 @@ from megatron_deepstack.config.traits.towers import TOWERS, tower_of
 from megatron_deepstack.config.traits.variants import VARIANTS, ViewLayout, variant_of_views
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.planning.samplers import SAMPLERS, sample_mosaic, stack_of_token
+from megatron_deepstack.testing.oracle.stacks import sample_stacks
 
 PACKAGES = ("megatron_deepstack", "orchestration", "tools")
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,9 @@ def test_a_sampler_gives_every_token_once(sampler: Sampler, grid: tuple[int, int
     crop, token = sample_mosaic(sampler, 4, grid)
     assert crop.shape == token.shape == (gw * gh, 16)
     assert sorted(zip(crop.flat, token.flat, strict=True)) == [(c, t) for c in range(gw * gh) for t in range(16)]
+    pixels = torch.arange(gw * gh * 16).reshape(gw * gh, 16, 1)
+    for stack, expected in enumerate(sample_stacks(pixels, grid, sampler)):  # the oracle's, written with tensors
+        assert pixels[crop[stack], token[stack]].tolist() == expected.tolist()
     taken = stack_of_token(sampler, 4, grid)
     assert np.bincount(taken.flat).tolist() == [16] * (gw * gh)
 
