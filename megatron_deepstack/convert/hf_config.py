@@ -58,6 +58,9 @@ _PUBLISHED: Mapping[str, HfField] = {
     **dict.fromkeys(
         (
             "decoder",
+            "deepstack_interval",
+            "deepstack_sampling",
+            "deepstack_start_id",
             "freeze_backbone",
             "freeze_mm_mlp_adapter",
             "freeze_mm_vision_resampler",
@@ -73,6 +76,7 @@ _PUBLISHED: Mapping[str, HfField] = {
             "mm_vision_select_layer",
             "mm_vision_tower",
             "mm_vision_tower_lr",
+            "num_crops",
             "stacks",
             "tune_mm_mlp_adapter",
             "tune_mm_vision_resampler",

@@ -147,6 +147,8 @@ def test_checkpoints_of_earlier_releases_are_resumed() -> None:
     language = {key: value for key, value in ours["model"]["language"].items() if key != "family"}
     old = {**ours, "model": {**ours["model"], "vision": {**vision, "class_token": True}, "language": language}}
     require_same(Path("step"), old, ours)
+    named = replace(recipe, model=replace(recipe.model, language=LanguageConfig(family="llama")))
+    require_same(Path("step"), old, identity(named, plan_hash="p", tokenizer_sha256="t"))
     old["model"]["vision"]["class_token"] = False
     with pytest.raises(CheckpointError, match=r"model.vision.kind: 'siglip' in the checkpoint, 'clip' in the recipe"):
         require_same(Path("step"), old, ours)

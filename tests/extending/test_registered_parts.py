@@ -119,6 +119,15 @@ def test_a_name_is_given_once() -> None:
         register_family("llama", FamilyTraits())
 
 
+def test_a_row_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="family 'odd': has_linear_biases comes with biases on query, key and value"):
+        register_family("odd", FamilyTraits(has_linear_biases=True))
+    with pytest.raises(
+        ConfigError, match=r"family 'odd': found switches \['bias'\], expected some of qkv_bias, qk_norm"
+    ):
+        register_family("odd", FamilyTraits(switches={"bias": True}))
+
+
 def test_cost_and_footprint_follow_from_the_row() -> None:
     """The class token runs through the layers of a view; the parameters are transformers' own number of them."""
     siglip = replace(MODEL, vision=replace(VISION, kind="siglip"))

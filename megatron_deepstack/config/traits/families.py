@@ -23,6 +23,9 @@ from megatron_deepstack.config.schema import LanguageConfig
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, fixed, read, shape
 from megatron_deepstack.errors import ConfigError
 
+SWITCHES: Final = ("qkv_bias", "qk_norm", "tied_embeddings")
+"""Fields of `model.language` that a family may fix."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfDecoder:
@@ -142,8 +145,14 @@ def register_family(name: str, traits: FamilyTraits) -> None:
         traits: What it stands for.
 
     Raises:
-        ConfigError: Another family has that name.
+        ConfigError: Another family has that name, or the row contradicts itself.
     """
+    unknown = sorted(set(traits.switches) - set(SWITCHES))
+    if unknown:
+        raise ConfigError([f"family '{name}': found switches {unknown}, expected some of {', '.join(SWITCHES)}"])
+    if traits.has_linear_biases and traits.switches.get("qkv_bias") is not True:
+        text = "has_linear_biases comes with biases on query, key and value; add the switch qkv_bias: True"
+        raise ConfigError([f"family '{name}': {text}"])
     if _families.get(name, traits) != traits:
         raise ConfigError([f"model.language.family: '{name}' is another family's name already; choose another"])
     _families[name] = traits
