@@ -241,7 +241,7 @@ def test_they_compute_what_transformers_computes(ranks: Pools, case: ReferenceCa
 
 
 def test_the_oracle_knows_them(case: ReferenceCase) -> None:
-    """Measured: logits 1.1e-6 apart."""
+    """Measured: logits 2.1e-6 apart."""
     for ours, theirs in zip(oracle_forward(MODEL, case.weights, case.samples), case.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -263,7 +263,9 @@ def test_an_export_is_read_back(ranks: Pools, case: ReferenceCase, tmp_path: Pat
     read = published_source(tmp_path / "out", model=MODEL)
     for name, tensor in case.weights.items():
         if "post_layernorm" not in name and "pooler" not in name:  # no feature passes these
-            assert torch.equal(read(name, tuple(tensor.shape)), tensor), name
+            padded = naming is Naming.HUGGING_FACE and len(tensor) == LANGUAGE.vocab_size  # by the image token
+            shape = (64, *tensor.shape[1:]) if padded else tuple(tensor.shape)
+            assert torch.equal(read(name, shape)[: len(tensor)], tensor), name
     with pytest.raises(CheckpointError, match=r"model.vision.kind: 'vit' in the checkpoint, 'clip' in the recipe"):
         published_source(tmp_path / "out", model=replace(MODEL, vision=replace(VISION, kind="clip")))
     with pytest.raises(CheckpointError, match="another model than the recipe"):
@@ -274,9 +276,13 @@ def test_an_export_is_read_back(ranks: Pools, case: ReferenceCase, tmp_path: Pat
         theirs, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert all("pooler" in name for name in report["missing_keys"])  # a head that no feature passes
         assert not report["unexpected_keys"]
-        with torch.no_grad():
-            logits = theirs(input_ids=case.samples[1].tokens[None]).logits[0, :, :61]
-        torch.testing.assert_close(logits, case.logits[1], atol=1e-5, rtol=1e-5)
+        for sample, expected in zip(case.samples, case.logits, strict=True):
+            image = sample.tokens == IMAGE_TOKEN_ID
+            tokens = sample.tokens.masked_fill(image, theirs.config.image_token_id)
+            tokens = tokens.repeat_interleave(torch.where(image, 16, 1))
+            with torch.no_grad():
+                logits = theirs(input_ids=tokens[None], pixel_values=sample.pixel_values).logits[0, :, :61]
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)  # measured: 2.0e-6
 
 
 def test_stacks_go_in_front_of_the_new_decoder(ranks: Pools, case: ReferenceCase) -> None:
