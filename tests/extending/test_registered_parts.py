@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from megatron_deepstack.config.schema import (
     VisionConfig,
 )
 from megatron_deepstack.config.traits.families import FamilyTraits, register_family
-from megatron_deepstack.config.traits.towers import register_tower
+from megatron_deepstack.config.traits.installed import GROUP, load_installed_parts
+from megatron_deepstack.config.traits.towers import register_tower, tower_of
 from megatron_deepstack.convert.export import export_model
 from megatron_deepstack.convert.hf_names import Naming, by_published_name, leading_ones
 from megatron_deepstack.convert.published import published_source
@@ -117,6 +119,35 @@ def test_a_name_is_given_once() -> None:
         register_tower("clip", new_parts.VIT)
     with pytest.raises(ConfigError, match="'llama' is another family's name already"):
         register_family("llama", FamilyTraits())
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package with an entry point, as pip leaves one behind, whose module is still to be written."""
+    about = tmp_path / "more_towers-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: more-towers\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{GROUP}]\nmore = more_towers:register\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_installed_parts.cache_clear()
+    yield tmp_path
+    load_installed_parts.cache_clear()
+    sys.modules.pop("more_towers", None)
+
+
+def test_an_installed_package_adds_its_own(installed: Path) -> None:
+    """So that the command line, and ranks that it starts, know them without a program of one's own."""
+    (installed / "more_towers.py").write_text(
+        "from new_parts import VIT, register_tower\ndef register():\n    register_tower('installed_vit', VIT)\n"
+    )
+    recipe = load_recipe(recipe_file(installed, RECIPE.replace("kind: vit", "kind: installed_vit")))
+    assert tower_of(recipe.model.vision) == new_parts.VIT
+
+
+def test_an_installed_package_that_fails_is_named(installed: Path) -> None:
+    (installed / "more_towers.py").write_text("import no_such_module\n")
+    with pytest.raises(ConfigError, match=r"package more-towers .* more_towers:register .* No module named 'no_such"):
+        load_recipe(recipe_file(installed, RECIPE.replace("kind: vit", "kind: another_vit")))
 
 
 def test_a_row_that_contradicts_itself_is_refused() -> None:

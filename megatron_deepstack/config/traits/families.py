@@ -21,6 +21,7 @@ from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.problems import did_you_mean
 from megatron_deepstack.config.schema import LanguageConfig
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, fixed, read, shape
+from megatron_deepstack.config.traits.installed import load_installed_parts
 from megatron_deepstack.errors import ConfigError
 
 SWITCHES: Final = ("qkv_bias", "qk_norm", "tied_embeddings")
@@ -167,9 +168,17 @@ def family_of(language: LanguageConfig) -> FamilyTraits:
     if language.family is None:
         fitting = (family for family in _families.values() if family.is_recognised and fits(language, family))
         return next(fitting, _OF_SWITCHES_ALONE)
-    if language.family not in _families:
+    traits = find_family(language.family)
+    if traits is None:
         raise ConfigError([f"model.language.family: {unknown_family(language.family)}"])
-    return _families[language.family]
+    return traits
+
+
+def find_family(name: str) -> FamilyTraits | None:
+    """The row of that name, also one that an installed package adds; None if there is none."""
+    if name not in _families:
+        load_installed_parts()
+    return _families.get(name)
 
 
 def fits(language: LanguageConfig, family: FamilyTraits) -> bool:

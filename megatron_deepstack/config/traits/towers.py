@@ -17,6 +17,7 @@ from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.problems import did_you_mean
 from megatron_deepstack.config.schema import VisionConfig
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, fixed, read, shape
+from megatron_deepstack.config.traits.installed import load_installed_parts
 from megatron_deepstack.errors import ConfigError
 
 
@@ -143,9 +144,17 @@ def tower_of(vision: VisionConfig) -> TowerTraits:
     Raises:
         ConfigError: No tower has that name.
     """
-    if vision.kind not in _towers:
+    traits = find_tower(vision.kind)
+    if traits is None:
         raise ConfigError([f"model.vision.kind: {unknown_tower(vision.kind)}"])
-    return _towers[vision.kind]
+    return traits
+
+
+def find_tower(kind: str) -> TowerTraits | None:
+    """The row of that name, also one that an installed package adds; None if there is none."""
+    if kind not in _towers:
+        load_installed_parts()
+    return _towers.get(kind)
 
 
 def unknown_tower(kind: str) -> str:
