@@ -14,8 +14,8 @@ from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
-from megatron_deepstack.config.traits.families import FAMILIES, fits, unknown_family
-from megatron_deepstack.config.traits.towers import TOWERS, unknown_tower
+from megatron_deepstack.config.traits.families import find_family, fits, unknown_family
+from megatron_deepstack.config.traits.towers import find_tower, unknown_tower
 from megatron_deepstack.config.traits.variants import variant_without_crops
 from megatron_deepstack.errors import ConfigError, LayoutError
 
@@ -85,10 +85,11 @@ def _vision(recipe: Recipe) -> Iterator[Problem]:
             f"found {vision.select_layer}, expected -1 (the last layer's output) to -{vision.num_layers} "
             f"(the first layer's output), or 1 to {vision.num_layers} counted up from there",
         )
-    if vision.kind not in TOWERS:
+    tower = find_tower(vision.kind)
+    if tower is None:
         yield _problem("model.vision.kind", unknown_tower(vision.kind))
-    elif vision.activation not in TOWERS[vision.kind].activations:
-        known = ", ".join(TOWERS[vision.kind].activations)
+    elif vision.activation not in tower.activations:
+        known = ", ".join(tower.activations)
         yield _problem(
             "model.vision.activation model.vision.kind",
             f"found {vision.activation}, expected one of {known}, which the tower {vision.kind} may have",
@@ -113,10 +114,17 @@ def _language(recipe: Recipe) -> Iterator[Problem]:
             "model.language.num_kv_heads model.language.num_heads",
             f"{kv_heads} key/value heads do not divide model.language.num_heads {heads}",
         )
-    if language.family is not None and language.family not in FAMILIES:
+    yield from _family(language)
+
+
+def _family(language: LanguageConfig) -> Iterator[Problem]:
+    if language.family is None:
+        return
+    family = find_family(language.family)
+    if family is None:
         yield _problem("model.language.family", unknown_family(language.family))
-    elif language.family is not None and not fits(language, FAMILIES[language.family]):
-        wanted = FAMILIES[language.family].switches
+    elif not fits(language, family):
+        wanted = family.switches
         shown = ", ".join(f"{name}: {str(value).lower()}" for name, value in wanted.items())
         yield _problem(
             " ".join(("model.language.family", *(f"model.language.{name}" for name in wanted))),

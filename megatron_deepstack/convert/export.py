@@ -32,7 +32,17 @@ _BICUBIC = 3
 
 
 def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None:
-    """Raise before anything is loaded: ConfigError for a variant without such names, CheckpointError for `output`."""
+    """Refuse before anything is loaded.
+
+    Args:
+        model: The recipe's model.
+        output: The folder to be written.
+        naming: Whose names the export has.
+
+    Raises:
+        ConfigError: Hugging Face has no such variant, tower or decoder.
+        CheckpointError: `output` exists and is not an empty folder.
+    """
     if naming is Naming.HUGGING_FACE:
         if not model.variant.traits.is_llava:
             raise ConfigError(
@@ -49,9 +59,17 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
 def export_model(
     rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a model that this rank holds whole (no tp, one stage) into the new folder `output`, whole or not at all.
+    """Write a model that this rank holds whole (no tp, one stage) into a new folder, whole or not at all.
 
-    Tensors keep the model's dtype. The files of `tokenizer` are written beside them.
+    Args:
+        rank_model: The model; its tensors keep their dtype.
+        model: The recipe's model.
+        output: The folder.
+        naming: Whose names the export has.
+        tokenizer: Its files are written beside the tensors.
+
+    Raises:
+        ConfigError, CheckpointError: See `require_exportable`.
     """
     require_exportable(model, output, naming)
     tensors = published_tensors(rank_model)

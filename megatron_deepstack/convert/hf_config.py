@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
+from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.sizes import used_layers
-from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder, family_of
-from megatron_deepstack.config.traits.hf_fields import NO_INFLUENCE, NOT_SO, HfField, fixed
+from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder, family_of, llama_fields
+from megatron_deepstack.config.traits.hf_fields import IGNORED, NO_INFLUENCE, NOT_SO, HfField, fixed
 from megatron_deepstack.config.traits.towers import TOWERS, tower_of
 from megatron_deepstack.config.traits.variants import Variant
 from megatron_deepstack.convert.hf_facts import CONFIG, language_facts, vision_facts
@@ -28,7 +28,6 @@ from megatron_deepstack.convert.hf_rope import ROPE_KEYS, WINDOW_KEYS, rope_diff
 from megatron_deepstack.convert.hf_written import select_strategy
 from megatron_deepstack.errors import CheckpointError
 
-_ANY = HfField(compared=False)
 _LLAVA: Mapping[str, HfField] = {
     "projector_hidden_act": fixed("gelu"),
     "multimodal_projector_bias": fixed(True),
@@ -47,7 +46,7 @@ _LLAVA: Mapping[str, HfField] = {
             "vision_feature_select_strategy",
             "vocab_size",
         ),
-        _ANY,
+        IGNORED,
     ),
 }
 """Keys of `LlavaConfig` and `LlavaNextConfig` beside the two models' own; features are compared apart."""
@@ -58,7 +57,10 @@ _PUBLISHED: Mapping[str, HfField] = {
     "mm_vision_select_feature": HfField(fixed=("patch", "cls_patch"), default="patch"),
     **dict.fromkeys(
         (
-            "decoder_model_type",
+            "decoder",
+            "deepstack_interval",
+            "deepstack_sampling",
+            "deepstack_start_id",
             "freeze_backbone",
             "freeze_mm_mlp_adapter",
             "freeze_mm_vision_resampler",
@@ -74,6 +76,7 @@ _PUBLISHED: Mapping[str, HfField] = {
             "mm_vision_select_layer",
             "mm_vision_tower",
             "mm_vision_tower_lr",
+            "num_crops",
             "stacks",
             "tune_mm_mlp_adapter",
             "tune_mm_vision_resampler",
@@ -82,7 +85,7 @@ _PUBLISHED: Mapping[str, HfField] = {
             "vision_config",
             "vision_tower_pretrained",
         ),
-        _ANY,
+        IGNORED,
     ),
 }
 """Keys that the DeepStack and LLaVA releases, and our exports, have beside their decoder's."""
@@ -97,7 +100,7 @@ _PAIR: Mapping[str, HfField] = dict.fromkeys(
         "vision_config",
         "vision_config_dict",
     ),
-    _ANY,
+    IGNORED,
 )
 _RELEASES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 """`model_type` of releases that have a decoder's keys at the top, and that decoder's."""
@@ -156,10 +159,11 @@ def _differences(config: Mapping[str, Any], model: ModelConfig, seq_length: int 
         yield from _unequal("", config, _PAIR, {})
         yield from _tower({"model_type": _TOWER_PAIRS[model_type], **_section(vision)}, model)
     elif model_type in _RELEASES or model_type in set(Variant):
-        own = _own_decoder(model.language)
-        decoder = _RELEASES.get(model_type) or config.get("decoder_model_type", own)
         yield from _feature(config, "mm_vision_select_layer", model)
-        yield from _decoder({**config, "model_type": decoder}, _PUBLISHED, model, seq_length)
+        if model_type in _RELEASES:
+            yield from _decoder({**config, "model_type": _RELEASES[model_type]}, _PUBLISHED, model, seq_length)
+        else:
+            yield from _own_decoder(config, model, seq_length)
         if isinstance(vision, Mapping):
             yield from _tower({"model_type": "clip_vision_model", **vision}, model)
     elif any(model_type in known.model_types for _, known in _decoders()):
@@ -178,10 +182,15 @@ def _decoders() -> list[tuple[str, HfDecoder]]:
     return [(name, family.hugging_face) for name, family in FAMILIES.items() if family.hugging_face is not None]
 
 
-def _own_decoder(language: LanguageConfig) -> str:
-    """What an export of earlier releases does not say: judged by its tensors, as it is the recipe's own."""
-    known = family_of(language).hugging_face
-    return "llama" if known is None else known.model_types[0]
+def _own_decoder(config: Mapping[str, Any], model: ModelConfig, seq_length: int | None) -> Iterator[str]:
+    """An export of ours says the switches itself; of earlier releases they show in the tensors' names."""
+    language = model.language
+    facts = {"family": language.family, "qkv_bias": language.qkv_bias, "qk_norm": language.qk_norm}
+    for key, value in _section(config.get("decoder")).items():
+        if key not in facts or value != facts[key]:
+            yield _other("model.language", key, value, facts.get(key))
+    known = family_of(language).hugging_face or HfDecoder(model_types=(), fields=llama_fields())
+    yield from _numbers(config, known, _PUBLISHED, model, seq_length)
 
 
 def _unknown_type(key: str, value: Any) -> str:
@@ -224,14 +233,26 @@ def _decoder(
             yield _other("model.language", switch, value, facts[switch])
     if family.has_linear_biases is not own.has_linear_biases:
         yield _other("model.language", "family", f"{model_type} (biases: {family.has_linear_biases})", language.family)
+    yield from _numbers(text, known, more, model, seq_length)
+
+
+def _numbers(
+    text: Mapping[str, Any],
+    known: HfDecoder,
+    more: Mapping[str, HfField],
+    model: ModelConfig,
+    seq_length: int | None,
+) -> Iterator[str]:
+    """The keys of a decoder's config, of a family that is settled."""
+    language = model.language
     heads = text.get("num_attention_heads") or known.fields["num_attention_heads"].default
     width = text.get("hidden_size") or language.hidden_size
     if isinstance(heads, int) and heads:
         text = {**text}
         _fill(text, "num_key_value_heads", known, heads)
         _fill(text, "head_dim", known, width // heads)
-    special = ROPE_KEYS | WINDOW_KEYS
-    yield from _unequal("model.language", text, {**known.fields, **more}, facts, special)
+    fields, special = {**known.fields, **more}, ROPE_KEYS | WINDOW_KEYS
+    yield from _unequal("model.language", text, fields, language_facts(language), special)
     yield from rope_differences(text, language)
     yield from window_differences(text, known, language.num_layers, seq_length)
 

@@ -106,11 +106,11 @@ def llava_config(model: ModelConfig, vocab_size: int, image_token: int, num_imag
 
 def published_config(model: ModelConfig) -> dict[str, Any]:
     """Config beside published names. Its `model_type` is none of transformers', which would drop the vision tower."""
-    family, tower = family_of(model.language), tower_of(model.vision)
+    language, tower = model.language, tower_of(model.vision)
     return {
         "model_type": str(model.variant),
-        **({} if family.hugging_face is None else {"decoder_model_type": family.hugging_face.model_types[0]}),
-        **text_config(model.language, model.language.vocab_size),
+        "decoder": {"family": language.family, "qkv_bias": language.qkv_bias, "qk_norm": language.qk_norm},
+        **text_config(language, language.vocab_size),
         **({} if tower.hugging_face is None else {"vision_config": vision_config(model.vision)}),
         "mm_vision_select_layer": model.vision.select_layer,
         "stacks": plain(model.stacks),

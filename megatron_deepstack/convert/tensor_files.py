@@ -27,7 +27,17 @@ SHARD_BYTES = 5 * 10**9
 
 
 def files_by_name(path: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it. Raises CheckpointError where nothing readable is found."""
+    """Where each tensor of a checkpoint lies.
+
+    Args:
+        path: A folder, or a single file.
+
+    Returns:
+        Tensor name to the file that holds it.
+
+    Raises:
+        CheckpointError: Nothing readable is found, or files that an index names are missing.
+    """
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file or folder; expected a safetensors file or a Hugging Face folder with {SINGLE}"
@@ -66,7 +76,11 @@ def _names(file: Path) -> list[str]:
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor on the CPU, in the dtype it has in the file."""
+    """One tensor on the CPU, in the dtype it has in the file.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     if file.suffix != ".safetensors":
         return _torch_file(file)[name]
     try:

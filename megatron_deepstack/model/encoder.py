@@ -51,7 +51,14 @@ class VisualEncoder(MegatronModule):
             self.newline = torch.nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """ViT features (N, P * P, C) -> rows (N * P * P + 1, H), the newline last (zero where there is none)."""
+        """From the tower's features to rows. Not collective.
+
+        Args:
+            features: (N, P * P, C) of N views, or of N images where stacks enter the ViT.
+
+        Returns:
+            Rows (N * P * P + 1, H), the newline last; zero where the variant has none.
+        """
         rows = self.projector(features).reshape(-1, self.hidden_size)
         newline = rows.new_zeros(1, self.hidden_size) if self.newline is None else self.newline[None]
         return torch.cat([rows, newline.to(rows.dtype)])

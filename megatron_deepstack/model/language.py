@@ -125,11 +125,17 @@ class LanguageChunk(LanguageModule):
         visual: VisualInputs = NO_VISUAL_INPUTS,
         packs: Packs | None = None,
     ) -> torch.Tensor:
-        """Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
-        logits (S, B, V / tp).
+        """One micro-batch through the chunk. Collective over tp and cp.
 
-        `tokens_BS` and `labels_BS` are this rank's cp shard in zigzag order, int64; ignored labels may hold any id
-        that is not negative. `packs` says where the samples of a packed row (B = 1) end. Collective over tp and cp.
+        Args:
+            tokens_BS: int64, this rank's cp shard in zigzag order.
+            labels_BS: int64, likewise; ignored labels may hold any id that is not negative. None asks for logits.
+            visual: Rows that this chunk adds.
+            packs: Where the samples of a packed row (B = 1) end.
+
+        Returns:
+            Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
+            logits (S, B, V / tp).
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
         rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)

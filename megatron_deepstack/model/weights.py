@@ -81,7 +81,16 @@ Rules = dict[str, Rule]
 
 
 def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) -> Rules:
-    """Rules of a decoder chunk's parameters, by our local parameter name; with `lora_rank` those of adapters too."""
+    """What a decoder chunk's parameters are made of.
+
+    Args:
+        chunk: The chunk.
+        model: The recipe's model.
+        lora_rank: Rank of its adapters, whose rules are then given too; 0 for none.
+
+    Returns:
+        Rules by the parameter's name in the chunk.
+    """
     language = model.language
     vocabulary = (language.vocab_size, language.hidden_size)
     known = {
@@ -171,7 +180,15 @@ def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
 
 
 def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
-    """Rules of the encoder's parameters, by our local parameter name; nothing is split."""
+    """What the encoder's parameters are made of; nothing is split.
+
+    Args:
+        encoder: The encoder.
+        model: The recipe's model.
+
+    Returns:
+        Rules by the parameter's name in the encoder.
+    """
     vision, hidden = model.vision, model.language.hidden_size
     c, p = vision.hidden_size, vision.patch_size
     embeddings = f"{VISION_PREFIX}embeddings."
@@ -238,7 +255,15 @@ def _select(module: torch.nn.Module, known: Rules) -> Rules:
 
 
 def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_ranks: int) -> None:
-    """Set every parameter of `module` from full published tensors; `rank` of `num_ranks` is the tp shard."""
+    """Set every parameter of a module from full published tensors. Not collective.
+
+    Args:
+        module: Changed in place.
+        rules: Rules of all its parameters.
+        source: Published name and shape to the full tensor, of any float dtype.
+        rank: The tp rank whose shard is taken.
+        num_ranks: Ranks that share a tensor.
+    """
     for name, parameter in module.named_parameters():
         rule = rules[name]
         tensors = [source(n, shape) for n, shape in zip(rule.names, rule.shapes, strict=True)]

@@ -26,9 +26,17 @@ from megatron_deepstack.planning.vit_stacks import STACKS_IN_VIT, plan_vit_stack
 def training_flops(
     model: ModelConfig, trainable: Collection[Part], lora: LoraConfig, lengths: Sequence[int], num_units: int
 ) -> float:
-    """Forward and backward of a step: decoder over samples of `lengths` tokens, encoder over `num_units` views.
+    """FLOPs of a step, forward and backward.
 
-    A unit is what the plan deals to ranks: a view, or for DeepStack-V an image with all its views.
+    Args:
+        model: The recipe's model.
+        trainable: Parts that learn.
+        lora: Adapters of the decoder; rank 0 for none.
+        lengths: Tokens of each sample, visual ones included, padding not.
+        num_units: What the plan deals to ranks: views, or images with all their views where stacks enter the ViT.
+
+    Returns:
+        Operations, two per multiply-add, of all ranks together.
     """
     encoder = num_units * (_vision_training(model, trainable) + _projector_training(model, trainable))
     return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)

@@ -30,13 +30,21 @@ def part_parameters(model: ModelConfig) -> dict[Part, int]:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of one checkpoint: every weight, and the optimizer's state of those that learn."""
+    """Bytes of one checkpoint: every weight, and the optimizer's state of those that learn."""
     weights = sum(part_parameters(recipe.model).values()) + _adapters(recipe)
     return weights * _weight_bytes(recipe) + _learned(recipe) * _state_bytes(recipe)
 
 
 def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
-    """Memory of weights, gradients and optimizer on the fullest rank."""
+    """Memory of weights, gradients and optimizer on the fullest rank.
+
+    Args:
+        recipe: The recipe.
+        num_ranks: Ranks of the whole run, over which a distributed optimizer is shared out.
+
+    Returns:
+        Bytes, without activations.
+    """
     parallel, parameters = recipe.parallel, part_parameters(recipe.model)
     shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
     everyone = num_ranks if parallel.distributed_optimizer else 1

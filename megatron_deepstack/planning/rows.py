@@ -46,7 +46,15 @@ class ImageRows:
 
 
 def image_rows(model: ModelConfig, grid: Grid) -> ImageRows:
-    """All rows of an image with this grid under the model's variant and sampler."""
+    """All rows of an image under the model's variant and sampler.
+
+    Args:
+        model: The recipe's model.
+        grid: Columns and rows of the image's crops.
+
+    Returns:
+        The rows, base tokens first, then stack after stack; read-only arrays, shared by all callers.
+    """
     return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), grid)
 
 

@@ -30,7 +30,11 @@ def layout_of(variant: Variant) -> ViewLayout:
 
 @lru_cache(maxsize=64)
 def candidate_grids(num_crops: int) -> tuple[Grid, ...]:
-    """All grids of at most `num_crops` crops except 1x1, in the published order, which breaks ties."""
+    """All grids of at most `num_crops` crops except 1x1, in the published order, which breaks ties.
+
+    Raises:
+        ConfigError: There are none.
+    """
     sides = range(1, num_crops + 1)
     grids = tuple((gw, gh) for gw in sides for gh in sides if 1 < gw * gh <= num_crops)
     if not grids:
@@ -39,10 +43,22 @@ def candidate_grids(num_crops: int) -> tuple[Grid, ...]:
 
 
 def best_grid(width: int, height: int, crop_size: int, num_crops: int) -> Grid:
-    """Grid whose canvas of `crop_size`-pixel crops keeps most of a `width` x `height` image (LLaVA-NeXT's rule).
+    """Grid whose canvas of crops keeps most of an image (LLaVA-NeXT's rule).
 
     The image is thought to be fitted into the canvas with its aspect ratio kept: most effective pixels win, then the
     least wasted canvas, then the earlier candidate. (Afterwards the image is stretched over the whole canvas.)
+
+    Args:
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        crop_size: Side of a crop, in pixels.
+        num_crops: Most crops an image may have.
+
+    Returns:
+        Columns and rows of crops.
+
+    Raises:
+        ConfigError: `num_crops` leaves no grid.
     """
 
     def fit(grid: Grid) -> tuple[int, int]:

@@ -26,9 +26,16 @@ class VitStackPlan:
 
 
 def plan_vit_stacks(model: ModelConfig) -> VitStackPlan:
-    """Slots of DeepStack-V. Stacks run from `stacks.start` on; those beyond the selected feature are reported.
+    """Where the stacks go in the ViT. They run from `stacks.start` on; those beyond the selected feature are reported.
 
-    Raises SlotError if not even the first stack has a place, or if `stacks.slots` does not name a layer for each.
+    Args:
+        model: A model whose variant adds its stacks in the ViT.
+
+    Returns:
+        Layers of the stacks that find one, and the numbers of those that do not.
+
+    Raises:
+        SlotError: Not even the first stack has a place, or `stacks.slots` does not name a layer for each.
     """
     vision, stacks = model.vision, model.stacks
     feature = used_layers(vision)

@@ -7,13 +7,14 @@ continuing with others would train something that no recipe describes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.renamed import saved_model_with_present_names
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.errors import CheckpointError
 
 _BEFORE: Mapping[str, Any] = {"lora": {"rank": 0}}
@@ -42,6 +43,9 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that weights alone depend on."""
     model = asdict(recipe.model)
     del model["layers"]
+    language = recipe.model.language
+    if family_of(language) == family_of(replace(language, family=None)):
+        model["language"]["family"] = None  # named or recognised, it is the same decoder
     lora = _plain(asdict(recipe.lora)) if recipe.lora.rank else {"rank": 0}
     return {"model": _plain(model), "lora": lora}
 

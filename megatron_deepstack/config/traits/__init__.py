@@ -8,6 +8,7 @@ from known properties is one more row, and a program of its own can add rows wit
     variants     which views a variant looks at, what stands in the sequence, where stacks enter
     towers       what a vision tower is made of, and how Hugging Face names it
     families     what a decoder family computes, and how Hugging Face names it
+    installed    rows that other installed packages add
     hf_fields    how a row says what the keys of a Hugging Face config.json mean
 
 Begin with `variants`: it is the shortest, and shows the form of the others.

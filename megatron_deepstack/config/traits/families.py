@@ -20,8 +20,12 @@ from typing import Final
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.problems import did_you_mean
 from megatron_deepstack.config.schema import LanguageConfig
-from megatron_deepstack.config.traits.hf_fields import HfField, fixed, read, shape
+from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, fixed, read, shape
+from megatron_deepstack.config.traits.installed import load_installed_parts
 from megatron_deepstack.errors import ConfigError
+
+SWITCHES: Final = ("qkv_bias", "qk_norm", "tied_embeddings")
+"""Fields of `model.language` that a family may fix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +117,7 @@ _QWEN2 = FamilyTraits(
         model_types=("qwen2",),
         fields=llama_fields(
             num_kv_heads=32,
-            attention_bias=HfField(compared=False, written=False),  # transformers' Qwen2 does not look at it
+            attention_bias=IGNORED,  # transformers' Qwen2 does not look at it
             use_mrope=fixed(False),
         ),
         has_window_switch=True,
@@ -142,8 +146,14 @@ def register_family(name: str, traits: FamilyTraits) -> None:
         traits: What it stands for.
 
     Raises:
-        ConfigError: Another family has that name.
+        ConfigError: Another family has that name, or the row contradicts itself.
     """
+    unknown = sorted(set(traits.switches) - set(SWITCHES))
+    if unknown:
+        raise ConfigError([f"family '{name}': found switches {unknown}, expected some of {', '.join(SWITCHES)}"])
+    if traits.has_linear_biases and traits.switches.get("qkv_bias") is not True:
+        text = "has_linear_biases comes with biases on query, key and value; add the switch qkv_bias: True"
+        raise ConfigError([f"family '{name}': {text}"])
     if _families.get(name, traits) != traits:
         raise ConfigError([f"model.language.family: '{name}' is another family's name already; choose another"])
     _families[name] = traits
@@ -158,9 +168,17 @@ def family_of(language: LanguageConfig) -> FamilyTraits:
     if language.family is None:
         fitting = (family for family in _families.values() if family.is_recognised and fits(language, family))
         return next(fitting, _OF_SWITCHES_ALONE)
-    if language.family not in _families:
+    traits = find_family(language.family)
+    if traits is None:
         raise ConfigError([f"model.language.family: {unknown_family(language.family)}"])
-    return _families[language.family]
+    return traits
+
+
+def find_family(name: str) -> FamilyTraits | None:
+    """The row of that name, also one that an installed package adds; None if there is none."""
+    if name not in _families:
+        load_installed_parts()
+    return _families.get(name)
 
 
 def fits(language: LanguageConfig, family: FamilyTraits) -> bool:

@@ -45,6 +45,9 @@ def fixed(*values: Any, default: Any = None, written: bool = False) -> HfField:
     return HfField(fixed=values, default=values[0] if default is None else default, written=written)
 
 
+IGNORED: Final = HfField(compared=False, written=False)
+"""A key that changes nothing in one kind of model, although it may in another."""
+
 _THE_FILE = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
     dtype finetuning_task model_type name_or_path prefix problem_type task_specific_params tokenizer_class torch_dtype

@@ -16,7 +16,8 @@ from typing import Final
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.problems import did_you_mean
 from megatron_deepstack.config.schema import VisionConfig
-from megatron_deepstack.config.traits.hf_fields import HfField, fixed, read, shape
+from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, fixed, read, shape
+from megatron_deepstack.config.traits.installed import load_installed_parts
 from megatron_deepstack.errors import ConfigError
 
 
@@ -69,7 +70,7 @@ class TowerTraits:
         return int(self.has_class_token)
 
 
-_SIZES: Mapping[str, HfField] = {
+SIZE_FIELDS: Mapping[str, HfField] = {
     "hidden_size": shape("hidden_size"),
     "intermediate_size": shape("ffn_hidden_size"),
     "num_hidden_layers": shape("num_layers"),
@@ -77,24 +78,25 @@ _SIZES: Mapping[str, HfField] = {
     "patch_size": shape("patch_size"),
     "num_channels": fixed(3),
 }
+"""Keys that the configs of all towers have alike."""
 _CLIP_FIELDS: Mapping[str, HfField] = {
-    **_SIZES,
+    **SIZE_FIELDS,
     "num_attention_heads": read("num_heads", default=12),
     "hidden_act": read("activation", default="quick_gelu"),
     "layer_norm_eps": read("layernorm_epsilon", default=1e-5),
     "attention_dropout": fixed(0.0),
     "dropout": fixed(0.0),
-    "tie_word_embeddings": HfField(compared=False, written=False),
-    "projection_dim": HfField(compared=False, written=False),  # of CLIP's own head, which no feature passes
-    "vocab_size": HfField(compared=False, written=False),  # LLaVA's configs carry it here, where nothing reads it
+    "tie_word_embeddings": IGNORED,
+    "projection_dim": IGNORED,  # of CLIP's own head, which no feature passes
+    "vocab_size": IGNORED,  # LLaVA's configs carry it here, where nothing reads it
 }
 _SIGLIP_FIELDS: Mapping[str, HfField] = {
-    **_SIZES,
+    **SIZE_FIELDS,
     "num_attention_heads": read("num_heads", default=12),
     "hidden_act": read("activation", default="gelu_pytorch_tanh"),
     "layer_norm_eps": read("layernorm_epsilon", default=1e-6),
     "attention_dropout": fixed(0.0),
-    "tie_word_embeddings": HfField(compared=False, written=False),
+    "tie_word_embeddings": IGNORED,
     # the pooling head has tensors of its own, which no feature passes; an export has none
     "vision_use_head": HfField(fixed=(False, True), default=True, written=True),
 }
@@ -142,9 +144,17 @@ def tower_of(vision: VisionConfig) -> TowerTraits:
     Raises:
         ConfigError: No tower has that name.
     """
-    if vision.kind not in _towers:
+    traits = find_tower(vision.kind)
+    if traits is None:
         raise ConfigError([f"model.vision.kind: {unknown_tower(vision.kind)}"])
-    return _towers[vision.kind]
+    return traits
+
+
+def find_tower(kind: str) -> TowerTraits | None:
+    """The row of that name, also one that an installed package adds; None if there is none."""
+    if kind not in _towers:
+        load_installed_parts()
+    return _towers.get(kind)
 
 
 def unknown_tower(kind: str) -> str:
