@@ -59,7 +59,7 @@ class JobProgress:
         """Since the job began."""
         return time.monotonic() - self._started
 
-    def restartclock(self) -> None:
+    def restart_clock(self) -> None:
         """Work begins now: what was needed to get there is not counted."""
         self._started = time.monotonic()
         self._recent = deque([(self._started, 0, 0, 0)])
