@@ -39,6 +39,8 @@ class Commit:
 
     facts: Mapping[str, Any]
     """Identity of the run."""
+    samples: Mapping[str, Any]
+    """What the run reads, for people."""
     layout: Mapping[str, int]
     num_ranks: int
     recipe_text: str
@@ -54,7 +56,14 @@ class Commit:
         files = self._finish(partial, metadata)
         write_manifest(
             partial,
-            Manifest(step=step, facts=dict(self.facts), files=files, layout=dict(self.layout), made_with=made_with()),
+            Manifest(
+                step=step,
+                facts=dict(self.facts),
+                files=files,
+                layout=dict(self.layout),
+                made_with=made_with(),
+                samples=dict(self.samples),
+            ),
         )
         (partial / LOCK).unlink(missing_ok=True)
         publish(partial, final)

@@ -7,7 +7,7 @@ training does not wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -192,40 +192,94 @@ def _merge(samples: Sequence[_Row]) -> _Row:
     )
 
 
-def open_training_reader(recipe: Recipe, share: Share) -> StepReader:
-    """Reader of the recipe's training data, one store or a mixture, for one rank.
+OpenStore = Callable[[Recipe, str | None], Store]
+"""From a recipe and a path of its data section to the open store: `checked_store` or `known_store`."""
 
-    Raises ConfigError where the recipe names none, else as `open_reader` does.
+
+def checked_store(recipe: Recipe, path: str | None) -> Store:
+    """Open a store after checking that it fits the recipe: tokenizer, processor, lengths of all samples.
+
+    Args:
+        recipe: The run's recipe.
+        path: Folder or URL; None where the recipe names none.
+
+    Returns:
+        The open store.
+
+    Raises:
+        ConfigError: No path.
+        StoreError: The store is unusable or made for something else.
+        DataError: It is empty, a sample is too long, or the tokenizer cannot be read.
     """
-    data = recipe.data
-    if data.stores is None:
-        samples: Samples = _open_checked(recipe, data.store)
-    else:
-        samples = Mixture([_open_checked(recipe, path) for path in data.stores], data.weights)
-    return StepReader(samples, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
-
-
-def open_reader(recipe: Recipe, path: str | None, share: Share) -> StepReader:
-    """Reader of the one store at `path` for one rank, after checking that it fits the recipe.
-
-    It stops at what cannot be read: held-out samples have nobody to leave them out. Raises ConfigError without a path,
-    StoreError where the store is unusable or made for something else, DataError where it is empty or a sample is too
-    long.
-    """
-    return StepReader(_open_checked(recipe, path), recipe.model, recipe.parallel, recipe.train, share)
-
-
-def _open_checked(recipe: Recipe, path: str | None) -> Store:
-    if path is None:
-        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
-    data = recipe.data
-    cache = CacheConfig.of(data)
-    store = Store.open(path, verify_checksums=data.verify_checksums, cache=cache)
+    store = known_store(recipe, path)
     check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
     check_lengths(store, recipe.model, recipe.train)
     if len(store) == 0:
         raise DataError(f"{path}: the store holds no samples; preprocess records whose images can be read")
     return store
+
+
+def known_store(recipe: Recipe, path: str | None) -> Store:
+    """Open a store that another process of this machine has checked.
+
+    Args:
+        recipe: The run's recipe.
+        path: Folder or URL; None where the recipe names none.
+
+    Returns:
+        The open store.
+
+    Raises:
+        ConfigError: No path.
+        StoreError: The store is missing or unfinished.
+    """
+    if path is None:
+        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
+    data = recipe.data
+    return Store.open(path, verify_checksums=data.verify_checksums, cache=CacheConfig.of(data))
+
+
+def open_training_reader(recipe: Recipe, share: Share, open_store: OpenStore = checked_store) -> StepReader:
+    """Reader of the recipe's training data, one store or a mixture, for one rank.
+
+    Args:
+        recipe: The run's recipe.
+        share: What this rank reads.
+        open_store: How stores are opened.
+
+    Returns:
+        The reader.
+
+    Raises:
+        ConfigError: The recipe names no store.
+        DeepStackError: As `open_store` does.
+    """
+    data = recipe.data
+    if data.stores is None:
+        samples: Samples = open_store(recipe, data.store)
+    else:
+        samples = Mixture([open_store(recipe, path) for path in data.stores], data.weights)
+    return StepReader(samples, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
+
+
+def open_reader(recipe: Recipe, path: str | None, share: Share, open_store: OpenStore = checked_store) -> StepReader:
+    """Reader of the one store at `path` for one rank.
+
+    It stops at what cannot be read: held-out samples have nobody to leave them out.
+
+    Args:
+        recipe: The run's recipe.
+        path: Folder or URL; None where the recipe names none.
+        share: What this rank reads.
+        open_store: How the store is opened.
+
+    Returns:
+        The reader.
+
+    Raises:
+        DeepStackError: As `open_store` does.
+    """
+    return StepReader(open_store(recipe, path), recipe.model, recipe.parallel, recipe.train, share)
 
 
 def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
