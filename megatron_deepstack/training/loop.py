@@ -280,6 +280,8 @@ class _Loop:
         if saved is not None:
             waited = f"training waited {saved.stall_seconds:.2f} s of {saved.seconds:.2f} s"
             self.log.say(f"saved {saved.path}: {waited}")
+            for fault in saved.faults:
+                self.log.say(fault)
 
 
 def _mean(loss: StepLoss) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,9 +72,10 @@ def train_under_torchrun(load: Callable[[], Recipe], stop_after: int | None, tel
     from megatron_deepstack.training.metrics.wandb_run import require_wandb
     from megatron_deepstack.training.session import is_first_of_node
 
-    join(DEFAULT_SECONDS if recipe is None else collective_seconds(recipe), problem)
+    with _undisturbed():
+        join(DEFAULT_SECONDS if recipe is None else collective_seconds(recipe), problem)
     assert recipe is not None
-    with _named(), _whose_connections_broke(), ExitStack() as held:
+    with ExitStack() as held, _undisturbed(), _named(), _whose_connections_broke():
         with phase():
             if is_first_of_node():
                 check_run_folder(recipe)
@@ -101,6 +103,19 @@ def _run(recipe: Recipe, stop_after: int | None, asked: Callable[[], bool]) -> N
     groups = create_groups(recipe.parallel, recipe.train.seed, collective_seconds(recipe))
     settle()
     run(recipe, groups, stop_after, asked)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a rank that has met an error say it and leave with its own exit code.
+
+    torchrun sends SIGTERM to the other ranks as soon as it sees one end, and the one that has to speak may be slower.
+    """
+    try:
+        yield
+    except DeepStackError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
 
 
 @contextmanager

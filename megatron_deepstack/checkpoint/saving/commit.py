@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Commit:
     recipe_text: str
     keep: int
     keep_every: int
+    faults: list[str] = field(default_factory=list)
+    """Lines for the user on older checkpoints that could not be deleted; whoever tells them takes them away."""
 
     def run(self, final: Path, step: int, metadata: Metadata) -> int:
         """Make the partial folder of `final` whole, then delete superfluous checkpoints; returns its size in bytes.
@@ -67,7 +69,7 @@ class Commit:
         )
         (partial / LOCK).unlink(missing_ok=True)
         publish(partial, final)
-        prune(final.parent.parent, step, keep=self.keep, keep_every=self.keep_every)
+        self.faults.extend(prune(final.parent.parent, step, keep=self.keep, keep_every=self.keep_every))
         return sum(size for size, _ in files.values())
 
     def _finish(self, partial: Path, metadata: Metadata) -> dict[str, tuple[int, int]]:

@@ -58,6 +58,8 @@ class Saved:
     """Part of that spent waiting for the save before it."""
     seconds: float
     """Time from its beginning until it was whole."""
+    faults: tuple[str, ...] = ()
+    """On rank 0, a line on each older checkpoint that should have been deleted and could not."""
 
 
 class _State(IntEnum):
@@ -243,8 +245,10 @@ class Saver:
                 stall_seconds=flight.stall_seconds,
                 waited_seconds=flight.waited_seconds,
                 seconds=time.perf_counter() - flight.begun,
+                faults=tuple(self._commit.faults),
             )
         )
+        self._commit.faults.clear()
 
     def _fail(self, flight: _Flight) -> None:
         """Every rank is here. Ends the writers that still write, removes the folder if it is this run's, raises."""

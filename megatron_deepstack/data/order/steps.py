@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -81,6 +82,33 @@ class _Row:
     """For each image the place in `members` of its sample."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a row's pixels and samples lie in the store; what is left of a `_Row` once it is planned."""
+
+    images: tuple[int, ...]
+    members: tuple[int, ...]
+    image_members: tuple[int, ...]
+
+    @classmethod
+    def of(cls, row: _Row) -> _Places:
+        return cls(row.images, row.members, row.image_members)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSamples:
+    """Samples of a replica with everything but their pixels."""
+
+    plan: StepPlan
+    samples: Indices
+    """Store indices, int64 (micro-batches, micro_batch_size)."""
+    num_tokens: int
+    """Tokens of the samples, visual ones included, padding not."""
+    num_images: int
+    rows: tuple[tuple[_Places, ...], ...]
+    """By micro-batch and row."""
+
+
 class StepReader:
     """Reads steps of a store, or a mixture of stores, for one rank."""
 
@@ -112,6 +140,20 @@ class StepReader:
 
     def load_samples(self, step: int, samples: Indices) -> LoadedStep:
         """The same for chosen samples, (micro-batches, micro_batch_size) store indices."""
+        return self.read(step, self.plan_samples(samples))
+
+    def plan_samples(self, samples: Indices) -> PlannedSamples:
+        """Plan chosen samples, without reading pixels.
+
+        Args:
+            samples: Store indices, int64 (micro-batches, micro_batch_size).
+
+        Returns:
+            The plan, which `read` takes any number of times.
+
+        Raises:
+            DataError: A sample does not fit `train.seq_length`.
+        """
         read = [[self._read(int(i)) for i in row] for row in samples]
         packed = self.train.batching is Batching.PACKED
         rows = self._pack([one for row in read for one in row]) if packed else read
@@ -120,15 +162,36 @@ class StepReader:
         plan = plan_step(
             self.model, self.parallel, batches, self.share.replica_rank, packed=packed, precision=precision
         )
-        pixels, unreadable = self._pixels(step, rows, plan.routes.units)
-        return LoadedStep(
-            step=step,
+        return PlannedSamples(
             plan=plan,
-            pixels=pixels,
             samples=samples,
             num_tokens=sum(one.planned.sequence.length for row in read for one in row),
             num_images=sum(len(one.images) for row in read for one in row),
-            members=tuple(tuple(row.members for row in batch) for batch in rows),
+            rows=tuple(tuple(_Places.of(row) for row in batch) for batch in rows),
+        )
+
+    def read(self, step: int, planned: PlannedSamples) -> LoadedStep:
+        """Read the pixels of planned samples.
+
+        Args:
+            step: 0-based, for messages.
+            planned: What `plan_samples` gave.
+
+        Returns:
+            The step, ready to run.
+
+        Raises:
+            StoreError: As `load` does.
+        """
+        pixels, unreadable = self._pixels(step, planned.rows, planned.plan.routes.units)
+        return LoadedStep(
+            step=step,
+            plan=planned.plan,
+            pixels=pixels,
+            samples=planned.samples,
+            num_tokens=planned.num_tokens,
+            num_images=planned.num_images,
+            members=tuple(tuple(row.members for row in batch) for batch in planned.rows),
             unreadable=unreadable,
         )
 
@@ -146,7 +209,7 @@ class StepReader:
         return [[row] for row in (*rows, *[_Row(filler())] * (wanted - len(rows)))]
 
     def _pixels(
-        self, step: int, rows: list[list[_Row]], units: Sequence[EncodeUnit]
+        self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit]
     ) -> tuple[np.ndarray, tuple[UnreadableSample, ...]]:
         """Views of the units in order, read in one call, and whose could not be read."""
         size = self.model.vision.image_size
@@ -159,7 +222,7 @@ class StepReader:
         return out, ()
 
     def _read_singly(
-        self, step: int, rows: list[list[_Row]], units: Sequence[EncodeUnit], out: np.ndarray
+        self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit], out: np.ndarray
     ) -> tuple[UnreadableSample, ...]:
         """Read unit by unit after one went wrong; raises StoreError, or blackens what cannot be read."""
         found: dict[Where, UnreadableSample] = {}
@@ -297,6 +360,13 @@ def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index
     return PlannedSample(sequence=sequence, grids=grids)
 
 
+class Loads(Protocol):
+    """What gives a step by its number."""
+
+    def load(self, step: int) -> LoadedStep:
+        """The 0-based step."""
+
+
 class Prefetcher:
     """Iterates over steps `first` to `stop - 1`, each prepared in a thread while the one before is trained.
 
@@ -304,7 +374,7 @@ class Prefetcher:
     the iteration, however that ends.
     """
 
-    def __init__(self, reader: StepReader, first: int, stop: int) -> None:
+    def __init__(self, reader: Loads, first: int, stop: int) -> None:
         self.reader, self.first, self.stop = reader, first, stop
 
     def __iter__(self) -> Iterator[LoadedStep]:
