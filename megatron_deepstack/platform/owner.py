@@ -72,11 +72,19 @@ def is_here(owner: Owner) -> bool:
     return owner.machine == machine_start()
 
 
-def lives(owner: Owner, look: Callable[[], object | None], *, patience_seconds: float, beat_seconds: float) -> bool:
+def lives(
+    owner: Owner,
+    seen: object,
+    look: Callable[[], object | None],
+    *,
+    patience_seconds: float,
+    beat_seconds: float,
+) -> bool:
     """Whether an owner is still at work; takes up to `patience_seconds` if it is on another machine.
 
     Args:
         owner: As read from its file.
+        seen: What `look` returned when it was read.
         look: What is to be seen of the owner now; None once it has given back what it held.
         patience_seconds: Longest silence of a living owner.
         beat_seconds: Between two signs of life.
@@ -86,11 +94,10 @@ def lives(owner: Owner, look: Callable[[], object | None], *, patience_seconds: 
     """
     if is_here(owner):
         return still_runs(owner.pid, owner.started)
-    before = look()
     deadline = time.monotonic() + patience_seconds
-    while before is not None and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         time.sleep(beat_seconds / 2)
         now = look()
-        if now != before:
+        if now != seen:
             return now is not None
     return False

@@ -81,7 +81,7 @@ def _acquire(run_dir: Path, handle: int, what: str, tell: Callable[[str], None])
                     f"{run_dir}: {_who(owner)} worked here last and did not say that it ended; waiting up to "
                     f"{PATIENCE_SECONDS:.0f} s for a sign of life"
                 )
-            if lives(owner, lambda: _look(file), patience_seconds=PATIENCE_SECONDS, beat_seconds=BEAT_SECONDS):
+            if lives(owner, before, lambda: _look(file), patience_seconds=PATIENCE_SECONDS, beat_seconds=BEAT_SECONDS):
                 raise _taken(run_dir, owner)
         with writing(file):
             if locked:

@@ -105,14 +105,15 @@ def _acquire(root: Location) -> Owner:
                     f"{root}: another preprocessing job is writing this store ({holder}). "
                     "Wait for it, or stop it and run this command again."
                 ) from None
-            file.delete()
+            with suppress(FileNotFoundError):  # its owner has just given it back
+                file.delete()
         else:
             return me
 
 
 def _is_alive(file: Location, holder: Owner) -> bool:
     """Whether a lease's owner is still at work; takes up to `PATIENCE_SECONDS` if it is on another machine."""
-    return lives(holder, lambda: _read(file), patience_seconds=PATIENCE_SECONDS, beat_seconds=BEAT_SECONDS)
+    return lives(holder, holder, lambda: _read(file), patience_seconds=PATIENCE_SECONDS, beat_seconds=BEAT_SECONDS)
 
 
 def _read(file: Location) -> Owner | None:
