@@ -10,7 +10,7 @@ import pytest
 
 from megatron_deepstack.config.schema import HealthConfig
 from megatron_deepstack.errors import HealthError
-from megatron_deepstack.training.guard.health import Health, earlier_records, some
+from megatron_deepstack.training.guard.health import NO_TARGET, NOT_READ, Health, earlier_records, some
 
 CONFIG = HealthConfig(max_skipped_steps=2, spike_factor=2.0, spike_window=6, max_unreadable_samples=3)
 
@@ -65,6 +65,31 @@ def test_too_many_skipped_steps_in_a_row() -> None:
     for words in ("step 4: sample-3-0, sample-3-1", "step 5: sample-4-0", "step 6: sample-5-0"):
         assert words in str(caught.value)
     assert "step 3:" not in str(caught.value)
+
+
+def test_steps_without_targets_count_and_the_advice_fits() -> None:
+    health = fresh()
+    for _ in range(3):
+        assert not health.take(None, applied=False, unreadable=0, because=NO_TARGET)
+    with pytest.raises(HealthError, match=r"3 steps in a row were left out .*all loss masks are zero") as caught:
+        health.require_well(3, ids_of)
+    assert "`megatron-deepstack store verify` finds what is damaged" in str(caught.value)
+    assert "learning rate" not in str(caught.value)
+
+
+def test_a_process_that_learned_nothing_is_no_success() -> None:
+    """Steps of earlier processes do not count, but one applied step does."""
+    records = [{"step": 1, "loss": 1.0, "applied": True}, {"step": 2, "loss": None, "applied": False}]
+    health = Health.of(CONFIG, records)
+    health.require_learned(2, 2, ids_of)
+    health.take(None, applied=False, unreadable=1, because=NOT_READ)
+    with pytest.raises(
+        HealthError, match=r"all 1 steps from step 3 on .*no sample could be read.*no checkpoint"
+    ) as caught:
+        health.require_learned(2, 3, ids_of)
+    assert "step 3: sample-2-0, sample-2-1" in str(caught.value)
+    health.take(1.0, applied=True, unreadable=0)
+    health.require_learned(2, 4, ids_of)
 
 
 def test_too_many_unreadable_samples() -> None:
