@@ -55,7 +55,8 @@ def out_of_reach(path: Path, name: str, error: OSError) -> OutOfReach | None:
         return None
     return OutOfReach(
         f"{path}: {name} cannot be read ({error.strerror or error}). That says nothing about what it holds, so no "
-        "older checkpoint is taken in its place. Look at its permissions and its file system, then run the same command again"
+        "older checkpoint is taken in its place. Look at its permissions and its file system, then run the same "
+        "command again"
     )
 
 
