@@ -54,7 +54,7 @@ def torchrun(folder: Path, *overrides: str) -> tuple[int, str]:
 
 def exit_codes(said: str) -> list[int]:
     """Of the ranks, from torchrun's summary."""
-    return [int(code) for code in re.findall(r"exitcode *: (-?\d+)", said)]
+    return [int(code) for code in re.findall(r"^ +exitcode +: (-?\d+)", said, flags=re.MULTILINE)]
 
 
 def ours(said: str) -> str:
