@@ -111,7 +111,7 @@ FAILURES: dict[str, tuple[type[DeepStackError], str]] = {
     "both refuse": (ConfigError, r"^one thing\nanother$"),
     "bug": (RankError, r"(?s)^rank 1 \(pid \d+\) raised:\n.*_misbehave.*a bug of a test$"),
     "hang": (HangError, r"^rank 1 .* found the run hanging"),
-    "asked": (PreemptedError, r"stopped on request.*run the same command again"),
+    "asked": (PreemptedError, r"^stopped on request$"),
 }
 
 

@@ -172,7 +172,7 @@ def test_steps_without_anything_to_learn_are_left_out_and_end_the_run(
     expected = (
         f"2 steps in a row were left out (the last one: {reason}); health.max_skipped_steps allows 1"
         if limit == 1
-        else f"nothing was learned: all 3 steps from step 1 on were left out (the last one: {reason})"
+        else f"nothing was learned: all 3 steps were left out (the last one: {reason})"
     )
     assert expected in first[1]
     assert "step 2: tiny-" in first[1], "samples are named"

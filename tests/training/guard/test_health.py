@@ -77,19 +77,18 @@ def test_steps_without_targets_count_and_the_advice_fits() -> None:
     assert "learning rate" not in str(caught.value)
 
 
-def test_a_process_that_learned_nothing_is_no_success() -> None:
-    """Steps of earlier processes do not count, but one applied step does."""
-    records = [{"step": 1, "loss": 1.0, "applied": True}, {"step": 2, "loss": None, "applied": False}]
-    health = Health.of(CONFIG, records)
-    health.require_learned(2, 2, ids_of)
+def test_a_run_that_learned_nothing_is_no_success() -> None:
+    """From its records a resumed run judges as one without interruption; one applied step is enough."""
+    skipped = {"step": 1, "loss": None, "applied": False}
+    Health.of(CONFIG, [{"step": 1, "loss": 1.0, "applied": True}, {**skipped, "step": 2}]).require_learned(2, ids_of)
+    fresh().require_learned(0, ids_of)
+    health = Health.of(CONFIG, [skipped])
     health.take(None, applied=False, unreadable=1, because=NOT_READ)
-    with pytest.raises(
-        HealthError, match=r"all 1 steps from step 3 on .*no sample could be read.*no checkpoint"
-    ) as caught:
-        health.require_learned(2, 3, ids_of)
-    assert "step 3: sample-2-0, sample-2-1" in str(caught.value)
+    with pytest.raises(HealthError, match=r"nothing was learned: all 2 steps .*no sample could be read") as caught:
+        health.require_learned(2, ids_of)
+    assert "step 2: sample-1-0, sample-1-1" in str(caught.value)
     health.take(1.0, applied=True, unreadable=0)
-    health.require_learned(2, 4, ids_of)
+    health.require_learned(3, ids_of)
 
 
 def test_too_many_unreadable_samples() -> None:
