@@ -17,6 +17,8 @@ from megatron_deepstack.model.build import merge_adapters
 from megatron_deepstack.parallel.groups import Groups, create_groups
 from megatron_deepstack.platform.local_ranks import launch_ranks
 
+_STOPPED = "export: stopped on request; {output} was not made. Run the same command again"
+
 
 def export_run(run_dir: str | Path, output: str | Path, naming: Naming = Naming.PUBLISHED) -> Path:
     """Write the newest whole checkpoint of `run_dir` into the new folder `output`, and return it.
@@ -25,7 +27,7 @@ def export_run(run_dir: str | Path, output: str | Path, naming: Naming = Naming.
     """
     recipe = one_rank_recipe(run_dir)
     require_exportable(recipe.model, Path(output), naming)
-    launch_ranks(_export_on_new_rank, 1, recipe, str(output), naming)
+    launch_ranks(_export_on_new_rank, 1, recipe, str(output), naming, stopped=_STOPPED.format(output=output))
     return Path(output)
 
 

@@ -21,6 +21,8 @@ from megatron_deepstack.errors import DeepStackError, HangError, PreemptedError,
 
 SETTLE_SECONDS = 2.0
 """After a rank's collective broke, the time in which another rank's death or error is still taken for the cause."""
+STOPPED = "stopped on request"
+_BROKEN = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process")
 _EXIT_SECONDS = 60.0
 """Longest that a rank may take to leave after its result, or after it saved on request."""
 
@@ -53,10 +55,12 @@ class Ending:
 
     @property
     def blame(self) -> int:
-        """The lower, the likelier the cause: killed, failed as expected, ended itself in silence, raised."""
+        """The lower, the likelier the cause: killed, failed as expected, ended itself in silence, raised, cut off."""
         if self.report is None:
             return 0 if self.exit_code < 0 else 2
-        return 1 if self.report.error is not None else 3
+        if self.report.error is not None:
+            return 1
+        return 4 if is_broken_connection((self.report.trace or "").strip().rpartition("\n")[2]) else 3
 
     def as_error(self) -> DeepStackError:
         """What the user is told."""
@@ -64,6 +68,18 @@ class Ending:
         if self.report is None:
             return _silent_end(who, self.exit_code)
         return self.report.error or RankError(f"{who} raised:\n{(self.report.trace or '').rstrip()}")
+
+
+def is_broken_connection(words: str) -> bool:
+    """Whether what a rank raised is a consequence of another rank's end.
+
+    Args:
+        words: Of the exception.
+
+    Returns:
+        True where gloo or NCCL say that another process has closed a connection.
+    """
+    return any(one in words.lower() for one in _BROKEN)
 
 
 def cause(endings: Iterable[Ending]) -> Ending:
@@ -74,9 +90,12 @@ def cause(endings: Iterable[Ending]) -> Ending:
 class Gang:
     """Started ranks. Each leads a process group of its own, so that nothing a rank has started outlives it."""
 
-    def __init__(self, processes: Sequence[BaseProcess], pipes: Sequence[Connection]) -> None:
-        """`processes[r]` is rank r and sends its `Report` to `pipes[r]`."""
-        self.processes, self.pipes = processes, pipes
+    def __init__(self, processes: Sequence[BaseProcess], pipes: Sequence[Connection], stopped: str = STOPPED) -> None:
+        """`processes[r]` is rank r and sends its `Report` to `pipes[r]`.
+
+        `stopped` is what the user is told of ranks that end on request and say nothing themselves.
+        """
+        self.processes, self.pipes, self._stopped = processes, pipes, stopped
         self._exits = [_exit_handle(process) for process in processes]
         self._endings: dict[int, Ending] = {}
         self._stopping = False
@@ -159,10 +178,7 @@ class Gang:
     def _error(self) -> DeepStackError:
         first = cause(self._endings.values())
         if self._stopping and first.report is None and first.exit_code in (-signal.SIGTERM, -signal.SIGKILL):
-            return PreemptedError(
-                "stopped on request before there was anything new to save; run the same command again to go on from "
-                "the newest checkpoint"
-            )
+            return PreemptedError(self._stopped)
         return first.as_error()
 
 

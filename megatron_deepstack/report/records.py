@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.platform.strict_json import from_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _read_lines(file: Path) -> Sequence[Mapping[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line) if line.strip() else None
+            record = from_line(line) if line.strip() else None
         except ValueError as error:
             if number == len(lines):
                 continue

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_deepstack.checkpoint.content.identity import identity, require_same
-from megatron_deepstack.checkpoint.folder import MANIFEST, Manifest, fingerprint, verify, write_manifest
+from megatron_deepstack.checkpoint.content.identity import identity, require_same, require_same_run
+from megatron_deepstack.checkpoint.folder import (
+    MANIFEST,
+    Manifest,
+    OutOfReach,
+    checkpoint_path,
+    fingerprint,
+    newest_whole,
+    verify,
+    write_manifest,
+)
 from megatron_deepstack.checkpoint.verification import shares
 from megatron_deepstack.config.schema import LoraConfig, Recipe
 from megatron_deepstack.errors import CheckpointError
@@ -75,6 +87,43 @@ def test_damage_is_named(folder: Path, damage: object, words: str) -> None:
         verify(folder)
 
 
+AWAY = (errno.EACCES, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT)
+
+
+@pytest.mark.parametrize("number", AWAY, ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", [MANIFEST, "data"])
+def test_what_cannot_be_read_at_present_is_not_taken_for_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    """An older checkpoint in its place would throw away the work since."""
+    run_dir = folder.parent / "run"
+    newest = checkpoint_path(run_dir, 2)
+    newest.parent.mkdir(parents=True)
+    folder.rename(newest)
+    opened = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: refuse(path, encoding=encoding).read())
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read .*no older checkpoint is taken in its place"):
+        newest_whole(run_dir)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN], ids=errno.errorcode.get)
+def test_a_broken_disk_is_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(path: Path) -> tuple[int, int]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("megatron_deepstack.checkpoint.folder.fingerprint", refuse)
+    with pytest.raises(CheckpointError, match="data cannot be read") as caught:
+        verify(folder)
+    assert not isinstance(caught.value, OutOfReach)
+
+
 def test_reading_is_shared_evenly() -> None:
     files = {f"part{n}": (size, 0) for n, size in enumerate([50, 10, 10, 30, 5, 0])}
     assert shares(files, 2) == [["part0", "part4"], ["part3", "part1", "part2", "part5"]]
@@ -90,6 +139,34 @@ def test_adapters_are_part_of_the_identity() -> None:
     adapted = identity(Recipe(lora=LoraConfig(rank=4)), plan_hash="a", tokenizer_sha256="b")
     with pytest.raises(CheckpointError, match=r"lora.rank: 0 in the checkpoint, 4 in the recipe"):
         require_same(Path("old"), old, adapted)
+
+
+NOW = {"stores": ["new.zarr"], "num_samples": 12}
+
+
+@pytest.mark.parametrize("then", [{"stores": ["old.zarr"], "num_samples": 8}, {}], ids=["told", "older checkpoint"])
+def test_other_samples_are_told_in_words_of_the_recipe(then: dict[str, object]) -> None:
+    """No recipe has a plan hash; its stores and numbers of samples are what a user knows."""
+    saved = identity(Recipe(), plan_hash="a", tokenizer_sha256="b")
+    ours = identity(Recipe(), plan_hash="c", tokenizer_sha256="b")
+    manifest = Manifest(step=3, facts=saved, files={}, samples=then)
+    with pytest.raises(CheckpointError) as caught:
+        require_same_run(Path("old"), manifest, ours, NOW)
+    message = str(caught.value)
+    assert ("trained on 8 samples of old.zarr" if then else "trained on other samples") in message
+    assert "the recipe now reads 12 samples of new.zarr" in message
+    assert "Set data.store (or data.stores and weights) back" in message
+    assert "another run_dir" in message
+    assert "plan_hash" not in message
+    require_same_run(Path("old"), manifest, saved, NOW)
+
+
+def test_another_tokenizer_is_told_in_words_of_the_recipe() -> None:
+    saved = identity(Recipe(), plan_hash="a", tokenizer_sha256="b")
+    ours = identity(Recipe(), plan_hash="a", tokenizer_sha256="d")
+    with pytest.raises(CheckpointError, match=r"another tokenizer.*preprocess with that tokenizer") as caught:
+        require_same_run(Path("old"), Manifest(step=3, facts=saved, files={}), ours, NOW)
+    assert "tokenizer_sha256" not in str(caught.value)
 
 
 def test_nodes_that_do_not_share_the_folder_are_named(tmp_path: Path) -> None:

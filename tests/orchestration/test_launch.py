@@ -29,10 +29,13 @@ from megatron_deepstack.errors import (
     LayoutError,
     PreemptedError,
     RankError,
+    RunFolderError,
 )
 from megatron_deepstack.planning.footprint import checkpoint_bytes, part_parameters, rank_bytes
 from megatron_deepstack.platform.network import interface_of
 from megatron_deepstack.platform.process import process_start
+from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.platform.write_whole import partial_of
 from megatron_deepstack.testing.tiny import tiny_recipe
 from orchestration.launch.before import probe
 from orchestration.launch.before.checks import Finding, Link, failures, in_words, judge
@@ -52,11 +55,10 @@ from orchestration.launch.driver.record import (
     Tail,
     last_lines,
     newest_step,
-    only_driver,
     read_record,
     write_record,
 )
-from orchestration.launch.driver.run import rank_environment
+from orchestration.launch.driver.run import launch, rank_environment
 from orchestration.launch.driver.stopping import request_stop, wants_it_now
 from orchestration.launch.gang.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
 from orchestration.launch.gang.rank import RankFailed
@@ -358,17 +360,19 @@ class TestRecord:
             assert found is not None
             assert found.lost is lost
 
-    def test_a_second_driver_is_refused(self, tmp_path: Path) -> None:
-        with only_driver(tmp_path):
-            write_record(tmp_path, LaunchRecord())
-            words = f"process {os.getpid()} on .* is launching this run already"
-            with pytest.raises(ClusterError, match=words), only_driver(tmp_path):
-                pass
-        with only_driver(tmp_path):
-            pass
-        write_record(tmp_path, LaunchRecord(host="elsewhere", machine="elsewhere", pid=7))
-        with pytest.raises(ClusterError, match="process 7 on elsewhere is launching"), only_driver(tmp_path):
-            pass
+    def test_a_second_driver_is_refused_beside_any_kind_of_first(self, tmp_path: Path) -> None:
+        """Before Ray or anything else of the launch has begun: the record of the run that goes on stays as it is."""
+        for what in ("train", "torchrun", "launch"):
+            with run_lock(tmp_path, what, print):
+                words = rf"`{what}` \(process {os.getpid()} on .* trains in this run folder already"
+                with pytest.raises(RunFolderError, match=words):
+                    launch(replace(Recipe(), run_dir=str(tmp_path)))
+            assert read_record(tmp_path) is None
+
+    def test_a_run_folder_that_cannot_be_written_is_refused_at_once(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("")
+        with pytest.raises(RunFolderError, match=r"run_dir: .*run cannot be written"):
+            launch(replace(Recipe(), run_dir=str(tmp_path / "run")))
 
     def test_a_growing_log(self, tmp_path: Path) -> None:
         path = tmp_path / "log"
@@ -387,7 +391,7 @@ class TestRecord:
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
     """A run folder in which this process cannot write its record: a folder is where the unfinished file would be."""
-    obstacle = tmp_path / "full" / f".launch.json.{os.getpid()}.partial"
+    obstacle = partial_of(tmp_path / "full" / "launch.json")
     obstacle.mkdir(parents=True)
     return obstacle
 
@@ -417,7 +421,7 @@ class TestFullDisk:
         run_dir = Path(recipe.run_dir)
 
         def fill_up(*_: object) -> None:
-            (run_dir / f".launch.json.{os.getpid()}.partial").mkdir()
+            partial_of(run_dir / "launch.json").mkdir()
             raise ends
 
         monkeypatch.setattr(run, "_cluster", fill_up)

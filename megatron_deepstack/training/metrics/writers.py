@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import RunFolderError
+from megatron_deepstack.platform.run_folder import writing
+from megatron_deepstack.platform.strict_json import to_line
 from megatron_deepstack.training.guard.health import earlier_records
 from megatron_deepstack.training.metrics.console import StepConsole
 from megatron_deepstack.training.metrics.record import StepRecord
@@ -37,16 +41,20 @@ class MetricsLog:
     def __init__(self, recipe: Recipe, *, first_step: int, writes: bool) -> None:
         """What a run that went further than its checkpoint left of steps after `first_step` is dropped.
 
-        Raises ConfigError where Weights & Biases is wanted and cannot be reached.
+        Raises ConfigError where Weights & Biases is wanted and cannot be reached, RunFolderError where the run folder
+        cannot be written.
         """
         self.console: StepConsole | None = None
+        self.run_dir = Path(recipe.run_dir)
         self.sinks: list[Sink] = []
         if not writes:
             return
         folder = RunFolder(recipe.run_dir)
-        self.sinks += [JsonLines(folder.metrics, first_step), Board(folder.tensorboard, first_step)]
-        if recipe.logging.wandb_project is not None:
-            self.sinks.append(WandbRun(recipe))
+        with writing(self.run_dir):
+            self.sinks += [JsonLines(folder.metrics, first_step)]
+            self.sinks += [Board(folder.tensorboard, first_step)]
+            if recipe.logging.wandb_project is not None:
+                self.sinks.append(WandbRun(recipe))
         self.console = StepConsole(
             Console(file=sys.stdout, highlight=False, soft_wrap=True),
             first_step=first_step,
@@ -60,10 +68,16 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Closes what is open. Where the run ends with an error this is the one that is told, not a later one here."""
         if self.console is not None:
             self.console.close()
         for sink in self.sinks:
-            sink.close()
+            try:
+                with writing(self.run_dir):
+                    sink.close()
+            except RunFolderError:
+                if error is None:
+                    raise
 
     def say(self, text: str) -> None:
         """A line on the console of rank 0."""
@@ -71,9 +85,10 @@ class MetricsLog:
             self.console.say(text)
 
     def add(self, record: StepRecord) -> None:
-        """Write one step."""
-        for sink in self.sinks:
-            sink.add(record)
+        """Write one step. Raises RunFolderError where the disk refuses."""
+        with writing(self.run_dir):
+            for sink in self.sinks:
+                sink.add(record)
         if self.console is not None:
             self.console.add(record)
 
@@ -87,7 +102,7 @@ class JsonLines:
 
     def add(self, record: StepRecord) -> None:
         """Write one step."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.write(to_line(asdict(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -100,7 +115,14 @@ class Board:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Hides what runs before this one wrote of steps after `first_step`, all of it where the run begins anew."""
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_thread
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def _of_thread(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's own thread keeps what the disk answers, and the next call raises it: no traceback here."""
+        if type(args.thread).__module__ != EventFileWriter.__module__:
+            self._hook(args)
 
     def add(self, record: StepRecord) -> None:
         """Write one step."""
@@ -110,7 +132,10 @@ class Board:
 
     def close(self) -> None:
         """Write what is still held back."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 def _drop_after(file: Path, last_step: int) -> None:
@@ -119,7 +144,7 @@ def _drop_after(file: Path, last_step: int) -> None:
         return
     partial = file.with_name(file.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(record) + "\n" for record in earlier_records(file, last_step))
+        out.writelines(to_line(record) + "\n" for record in earlier_records(file, last_step))
         out.flush()
         os.fsync(out.fileno())
     partial.replace(file)

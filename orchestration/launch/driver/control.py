@@ -5,7 +5,6 @@ Neither needs Ray or the machine that the driver runs on; the run folder is shar
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import ClusterError, ConfigError
+from megatron_deepstack.platform.strict_json import from_line
 from orchestration.launch.driver.record import LaunchRecord, State, last_lines, newest_step, read_record
 from orchestration.launch.driver.stopping import request_stop
 
@@ -113,7 +113,7 @@ def _recent(run_dir: Path) -> tuple[dict[str, Any], ...]:
     found = []
     for line in last_lines(RunFolder(run_dir).metrics, _RECENT):
         with suppress(ValueError):
-            found.append(dict(json.loads(line)))
+            found.append(dict(from_line(line)))
     return tuple(found)
 
 
