@@ -16,6 +16,7 @@ from megatron_deepstack.platform.network import interface_of
 from orchestration.launch.before.checks import Finding, Link, failures, in_words, judge
 from orchestration.launch.before.placement import Demand, Node, Seat, neighbours
 from orchestration.launch.before.probe import NodeFacts, Questions, forget_tokens, gather, tokens_seen
+from orchestration.launch.environment import RankEnvironment, take
 
 _ANSWER_SECONDS: Final = 180.0
 """For a node to start a process, import torch, and look."""
@@ -34,10 +35,10 @@ def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: st
 
 
 def check_cluster(
-    ray: Any, recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str, environment: Mapping[str, str]
+    ray: Any, recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str, environment: RankEnvironment
 ) -> tuple[Finding, ...]:
     """The checks on every node that ranks will run on."""
-    questions = Questions(recipe, folder)
+    questions = Questions(recipe, folder, environment.private)
     nodes = list({seat.node.id: seat.node for seat in seats}.values())
     probes = {node.id: _probe_on(ray, node, demand, seats, environment) for node in nodes}
     try:
@@ -67,6 +68,7 @@ class Probe:
 
     def gather(self, questions: Questions, address: str, token: str) -> NodeFacts:
         """See `probe.gather`."""
+        take(questions.environment)
         return gather(questions, address, token)
 
     def tokens_seen(self, questions: Questions) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ class Probe:
         return try_link(rank, address, port, _LINK_SECONDS)
 
 
-def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], environment: Mapping[str, str]) -> Any:
+def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], environment: RankEnvironment) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ranks_here = sum(seat.node.id == node.id for seat in seats)
@@ -100,7 +102,7 @@ def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], envir
             num_cpus=0,
             num_gpus=ranks_here if demand.uses_gpus else 0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-            runtime_env={"env_vars": dict(environment)},
+            runtime_env={"env_vars": dict(environment.shown)},
         )
         .remote()
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group
@@ -15,8 +15,8 @@ from orchestration.launch.before.checks import Finding
 from orchestration.launch.before.placement import Demand, Seat
 from orchestration.launch.driver.control import Status
 from orchestration.launch.driver.record import LaunchRecord, RankPlace, State
+from orchestration.launch.environment import RankEnvironment
 
-_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _UNSEEN = ("PYTHONWARNINGS",)
 _ROWS = 16
 """Ranks that are listed one by one; more are listed by node."""
@@ -52,15 +52,15 @@ def whole_plan(
     demand: Demand,
     seats: Sequence[Seat],
     findings: Sequence[Finding],
-    environment: Mapping[str, str],
+    environment: RankEnvironment,
     *,
     cluster: str,
     resumes_from: str,
 ) -> Group:
     """All that `launch` would do."""
     launching = recipe.launch
-    shown = sorted((name, value) for name, value in environment.items() if name not in _UNSEEN)
-    variables = "\n".join(f"    {name}={_shown(name, value)}" for name, value in shown)
+    variables = {**environment.shown, **dict.fromkeys(environment.private, "(set)")}
+    listed = "\n".join(f"    {name}={value}" for name, value in sorted(variables.items()) if name not in _UNSEEN)
     lines = (
         f"cluster    {cluster}",
         f"ranks      {demand.num_ranks} workers of Ray Train, each with {demand.unit}",
@@ -69,7 +69,7 @@ def whole_plan(
         f"starts     {resumes_from}",
         f"restarts   {launching.max_failures} at most (launch.max_failures), after a worker or node has died; waits "
         f"{launching.start_seconds:.0f} s for nodes (launch.start_seconds)",
-        f"variables of each rank, besides RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...:\n{variables}",
+        f"variables of each rank, besides RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...:\n{listed}",
     )
     return Group(*map(Text, lines), seats_table(seats), checks_table(findings))
 
@@ -130,7 +130,3 @@ def _rows(seats: Sequence[Seat]) -> list[list[Seat]]:
 
 def _span(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-
-
-def _shown(name: str, value: str) -> str:
-    return "(set)" if any(word in name.upper() for word in _SECRETS) else value

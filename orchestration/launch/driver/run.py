@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,8 +38,9 @@ from orchestration.launch.driver.record import (
     write_record,
 )
 from orchestration.launch.driver.stopping import forget_request, is_for_a_node, stop_signals, wants_it_now
+from orchestration.launch.environment import RankEnvironment, rank_environment
 from orchestration.launch.gang.policy import diagnose
-from orchestration.launch.gang.rank import Job
+from orchestration.launch.gang.rank import RankTask
 
 HEALTH_SECONDS: Final = 600.0
 """Silence of a worker process after which Ray calls it dead, beyond the recipe's own limit for a hang."""
@@ -47,10 +48,6 @@ _FOLLOW_SECONDS: Final = 0.5
 _LEFT_NODE: Final = "a node was taken back, and the ranks saved before that"
 START_RETRY_SECONDS: Final = 30.0
 """Longest wait for slots that were free a moment ago, before others are looked for."""
-_FORWARDED: Final = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "NVTE_", "OMP_", "HF_", "WANDB_", "AWS_", "FSSPEC_")
-"""Variables of the driver that ranks on other nodes get too, by their first letters."""
-_NOT_FORWARDED: Final = ("CUDA_VISIBLE_DEVICES",)
-_RANK_ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def launch(
@@ -183,9 +180,9 @@ def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | N
         os.environ.update(ray_train_settings(recipe))
         from orchestration.launch.gang.trainer import gang_trainer
 
-        job = Job(recipe, os.getcwd(), stop_after)
+        task = RankTask(recipe, os.getcwd(), stop_after, environment.private)
         while True:
-            fit = _Fit(gang_trainer(job, run_dir, demand, environment, START_RETRY_SECONDS))
+            fit = _Fit(gang_trainer(task, run_dir, demand, environment.shown, START_RETRY_SECONDS))
             _follow(fit, follower, run_dir, second)
             if fit.stopped_with is None or not is_for_a_node(run_dir):
                 break
@@ -210,7 +207,7 @@ def _follow(fit: _Fit, follower: Follower, run_dir: Path, second: threading.Even
 
 
 def _check(
-    recipe: Recipe, record: LaunchRecord, demand: Demand, seats: Sequence[Seat], environment: Mapping[str, str]
+    recipe: Recipe, record: LaunchRecord, demand: Demand, seats: Sequence[Seat], environment: RankEnvironment
 ) -> int:
     """Number of checks, which all passed; raises ClusterError otherwise."""
     if record.cluster:
@@ -248,16 +245,6 @@ def ray_train_settings(recipe: Recipe) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # ranks print into files of the run
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # ranks work where the driver does
     }
-
-
-def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of every rank: what torchrun's users set for NCCL, torch, storage and the like, and our defaults."""
-    forwarded = {
-        name: value
-        for name, value in environment.items()
-        if (name.startswith(_FORWARDED) and name not in _NOT_FORWARDED) or name == "PYTHONWARNINGS"
-    }
-    return _RANK_ENVIRONMENT | forwarded
 
 
 def _told(error: Exception, record: LaunchRecord) -> DeepStackError:
