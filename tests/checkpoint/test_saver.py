@@ -14,7 +14,7 @@ import torch
 from trained_rank import TrainedRank, differing, saving_recipe
 
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, partial_path, step_folders, verify
-from megatron_deepstack.checkpoint.saving.writer import FileTask, WriteTask, StagedTensor, _reply_to
+from megatron_deepstack.checkpoint.saving.writer import FileTask, StagedTensor, WriteTask, _reply_to
 from megatron_deepstack.config.choices import Part, Precision, SaveMode
 from megatron_deepstack.config.schema import CheckpointConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import CheckpointError

@@ -33,7 +33,10 @@ class TestWaiting:
                 raise ClusterError(what)
             return "seats"
 
-        assert self.wait(look, since=time.monotonic() - 30) == ("seats", ["two", "one"])
+        assert self.wait(look, since=time.monotonic() - 30) == (
+            "seats",
+            ["two; at most 60 s (launch.start_seconds)", "one; at most 60 s (launch.start_seconds)"],
+        )
 
     def missing(self) -> str:
         raise ClusterError("2 are missing")
