@@ -7,7 +7,8 @@ our own are assertions instead and keep their traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 
 class DeepStackError(Exception):
@@ -18,6 +19,10 @@ class DeepStackError(Exception):
     """Whether the same command may well succeed if it is started again: something died or hung, nobody was wrong."""
     rank: int | None = None
     """The rank that met it alone, such as a view that only it reads; None where all ranks say the same."""
+    host: str | None = None
+    """Where that rank runs; None where it is not known, or does not matter."""
+    agreed: bool = False
+    """Whether every rank raises this same error, so that one of them prints it and the others only leave."""
 
 
 class ConfigError(DeepStackError):
@@ -29,9 +34,9 @@ class ConfigError(DeepStackError):
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
-        """Errors travel from ranks to their launcher."""
-        return type(self), (self.problems,)
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]], dict[str, object]]:
+        """Errors travel from ranks to their launcher, with the rank that met them."""
+        return type(self), (self.problems,), self.__dict__
 
 
 class LayoutError(ConfigError):
@@ -102,3 +107,45 @@ class LocationError(DeepStackError):
     """An object store or another remote service could not be reached, or failed."""
 
     exit_code = 11
+
+
+class RunFolderError(DeepStackError):
+    """A run folder cannot be used: another process works in it, or it cannot be written, or its disk is full."""
+
+    exit_code = 12
+
+
+Failure = TypeVar("Failure", bound=DeepStackError)
+
+
+def of_all_ranks(error: Failure) -> Failure:
+    """Mark an error that every rank raises alike, so that the command line prints it once.
+
+    Args:
+        error: What all ranks came to by an agreement: the same class with the same words.
+
+    Returns:
+        The same error, to be raised.
+    """
+    error.agreed = True
+    return error
+
+
+def agreed_error(found: Mapping[int, tuple[str, DeepStackError]], num_ranks: int) -> DeepStackError:
+    """The one error that all ranks raise after some or all of them met one.
+
+    Args:
+        found: By rank its host and what it met; at least one entry.
+        num_ranks: All ranks, those that met nothing included.
+
+    Returns:
+        The error of the lowest rank. It names rank and host, unless every rank said the same or the error was agreed
+        on already.
+    """
+    rank = min(found)
+    host, error = found[rank]
+    everyone = len(found) == num_ranks and len({str(other) for _, other in found.values()}) == 1
+    if not error.agreed and not everyone:
+        error.rank, error.host = rank, host
+    error.agreed = True
+    return error

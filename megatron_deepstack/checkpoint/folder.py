@@ -44,6 +44,8 @@ class Manifest:
     """Ranks on each axis when it was written, for information and for states that belong to a rank."""
     made_with: dict[str, str] = field(default_factory=dict)
     """Versions of the programs that wrote it."""
+    samples: dict[str, Any] = field(default_factory=dict)
+    """What the run read when it was written: `stores` and `num_samples`. Empty in older ones."""
     version: int = FORMAT_VERSION
 
 
@@ -86,9 +88,10 @@ def manifest_to_json(manifest: Manifest) -> str:
         "facts": manifest.facts,
         "layout": manifest.layout,
         "made_with": manifest.made_with,
+        "samples": manifest.samples,
         "files": manifest.files,
     }
-    return json.dumps(content, indent=1)
+    return json.dumps(content, indent=1, allow_nan=False)
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -198,6 +201,7 @@ def manifest_from_json(path: Path, text: str) -> Manifest:
             files={str(name): (int(size), int(crc)) for name, (size, crc) in raw["files"].items()},
             layout=dict(raw.get("layout", {})),
             made_with=dict(raw.get("made_with", {})),
+            samples=dict(raw.get("samples", {})),
             version=int(raw["version"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

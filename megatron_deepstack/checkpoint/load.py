@@ -21,6 +21,7 @@ from megatron_deepstack.checkpoint.folder import Checkpoint
 from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.parallel.agree import phase
 
 
 def load(
@@ -40,9 +41,10 @@ def load(
     if layout is not None and checkpoint.manifest.layout == layout:
         state["random"] = sharded_random_states()
     asked = {part: list(weights) for part, weights in state["model"].items()}  # the common part could bring others
-    check_contents(checkpoint.path)
-    if keeps_extra_states(model):
-        check_extra_states(checkpoint.path)
+    with phase():
+        check_contents(checkpoint.path)
+        if keeps_extra_states(model):
+            check_extra_states(checkpoint.path)
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint.path))
     except (CheckpointingException, CheckpointException) as error:

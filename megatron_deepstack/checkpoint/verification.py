@@ -28,7 +28,7 @@ def remove_leftovers_together(run_dir: str | Path) -> None:
     if dist.get_rank() == 0:
         try:
             remove_leftovers(run_dir)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             fault = str(error)
     if fault := from_first_rank(fault):
         raise CheckpointError(fault)
@@ -39,9 +39,11 @@ def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[
 
     What exists is rank 0's word, so that ranks whose file systems lag do not part ways.
     """
-    names = json.loads(from_first_rank(json.dumps([str(path) for _, path in reversed(step_folders(run_dir))])))
+    said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
+    if said["fault"]:
+        raise CheckpointError(said["fault"])
     faults: list[str] = []
-    for name in names:
+    for name in said["names"]:
         try:
             return verify_together(Path(name)), faults
         except CheckpointError as error:
@@ -49,6 +51,14 @@ def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[
     if faults:
         raise none_whole(run_dir, faults)
     return None, []
+
+
+def _listed(run_dir: str | Path) -> str:
+    try:
+        names, fault = [str(path) for _, path in reversed(step_folders(run_dir))], ""
+    except OSError as error:
+        names, fault = [], f"{run_dir}: its checkpoints cannot be listed ({error}); look whether the folder is well"
+    return json.dumps({"names": names, "fault": fault})
 
 
 def verify_together(path: Path) -> Checkpoint:

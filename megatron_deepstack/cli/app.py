@@ -34,12 +34,18 @@ class Verbs(TyperGroup):
 
 
 def _fail(error: DeepStackError) -> NoReturn:
-    """Say what is wrong, once: under torchrun every rank comes here, but for what one of them met alone."""
-    if error.rank is None and os.environ.get("RANK", "0") != "0":
+    """Say what is wrong, once. What all ranks of torchrun raise alike is said by the one that met it, or by the first.
+
+    What a rank meets alone it says itself: nobody else knows.
+    """
+    rank = os.environ.get("RANK", "0")
+    if error.agreed and rank != str(error.rank or 0):
         raise typer.Exit(error.exit_code)
     console = Console(stderr=True)
     lines = error.problems if isinstance(error, ConfigError) else (str(error),)
     title = f"{len(lines)} problems" if len(lines) > 1 else "error"
+    if error.rank is not None:
+        title += f" on rank {error.rank}" + (f" ({error.host})" if error.host else "")
     console.print(Text(title, style="bold red"))
     for line in lines:
         console.print(Text(f"  {line}"), soft_wrap=True)

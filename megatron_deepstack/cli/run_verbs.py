@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
-from megatron_deepstack.errors import ConfigError, DataError
+from megatron_deepstack.errors import ConfigError, DataError, of_all_ranks
 
 
 @app.command()
@@ -28,28 +28,34 @@ def train(
 
     After SIGTERM or Ctrl-C it saves and leaves with exit code 75; the same command goes on from there.
     """
-    from megatron_deepstack.config.check import require
-    from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
-
-    loaded = load_checked_recipe(recipe, overrides or ())
-    require(loaded, () if loaded.data.stores else ("data.store",), "train")
-    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if started:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _refuse_under_torchrun(ranks, restarts)
-    num_ranks = int(os.environ["WORLD_SIZE"]) if started else ranks or model_ranks(loaded.parallel)
-    check_world(loaded, num_ranks)
-    if started:
-        from megatron_deepstack.training.main import train as run_rank
+        from megatron_deepstack.training.main import train_under_torchrun
 
-        run_rank(loaded, stop_after=stop_after)
+        num_ranks = int(os.environ["WORLD_SIZE"])
+        train_under_torchrun(lambda: _recipe_to_train(recipe, overrides or [], num_ranks), stop_after, say)
         return
+    loaded = _recipe_to_train(recipe, overrides or [], ranks)
+    from megatron_deepstack.planning.check import model_ranks
     from megatron_deepstack.report.plan_text import plan_table
 
+    num_ranks = ranks or model_ranks(loaded.parallel)
     Console().print(plan_table(loaded))
     say(f"train: starting {num_ranks} {'process' if num_ranks == 1 else 'processes'}, run folder {loaded.run_dir}")
     from megatron_deepstack.training.launch import train_here
 
     train_here(loaded, num_ranks=num_ranks, say=say, stop_after=stop_after, restarts=restarts)
+
+
+def _recipe_to_train(recipe: str, overrides: list[str], ranks: int | None) -> Any:
+    """The recipe, fit to be trained on so many ranks. Raises ConfigError."""
+    from megatron_deepstack.config.check import require
+    from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
+
+    loaded = load_checked_recipe(recipe, overrides)
+    require(loaded, () if loaded.data.stores else ("data.store",), "train")
+    check_world(loaded, ranks or model_ranks(loaded.parallel))
+    return loaded
 
 
 def _refuse_under_torchrun(ranks: int | None, restarts: int) -> None:
@@ -66,7 +72,7 @@ def _refuse_under_torchrun(ranks: int | None, restarts: int) -> None:
             f"--max-restarts={restarts}"
         )
     if problems:
-        raise ConfigError(problems)
+        raise of_all_ranks(ConfigError(problems))
 
 
 @app.command()

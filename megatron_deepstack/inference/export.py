@@ -17,6 +17,7 @@ from megatron_deepstack.parallel.groups import Groups, create_groups
 from megatron_deepstack.platform.local_ranks import launch_ranks
 
 RECIPE = "recipe.yaml"
+_STOPPED = "export: stopped on request; {output} was not made. Run the same command again"
 
 
 def export_run(run_dir: str | Path, output: str | Path, naming: Naming = Naming.PUBLISHED) -> Path:
@@ -26,7 +27,7 @@ def export_run(run_dir: str | Path, output: str | Path, naming: Naming = Naming.
     """
     recipe = one_rank_recipe(run_dir)
     require_exportable(recipe.model, Path(output), naming)
-    launch_ranks(_export_on_new_rank, 1, recipe, str(output), naming)
+    launch_ranks(_export_on_new_rank, 1, recipe, str(output), naming, stopped=_STOPPED.format(output=output))
     return Path(output)
 
 

@@ -12,6 +12,7 @@ from megatron_deepstack.inference.main import Answer, Score, answer_store, open_
 from megatron_deepstack.platform.local_ranks import launch_ranks
 
 SHOWN = 20
+_STOPPED = "generate: stopped on request; no answers were written. The same command begins anew"
 
 
 def generate(recipe: Recipe, *, store: str | None, limit: int | None, max_new_tokens: int) -> Score:
@@ -26,7 +27,7 @@ def generate(recipe: Recipe, *, store: str | None, limit: int | None, max_new_to
     open_questions(recipe, path)
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline
-    answers: list[Answer] = launch_ranks(answer_store, num_ranks, recipe, path, limit, max_new_tokens)
+    answers: list[Answer] = launch_ranks(answer_store, num_ranks, recipe, path, limit, max_new_tokens, stopped=_STOPPED)
     score = Score.of(answers)
     _show(answers, score)
     return score

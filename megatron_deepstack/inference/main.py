@@ -28,6 +28,8 @@ from megatron_deepstack.inference.generate import generate_answers
 from megatron_deepstack.inference.questions import Question, read_question
 from megatron_deepstack.model.build import build_model
 from megatron_deepstack.parallel.groups import Groups, create_groups
+from megatron_deepstack.platform.run_folder import writing
+from megatron_deepstack.platform.write_whole import write_whole
 from megatron_deepstack.step.engine import Engine
 
 MICRO_BATCH_SIZE = 8
@@ -181,6 +183,5 @@ def _answer(question: Question, ids: list[int], tokenizer: Tokenizer, store: str
 
 def _write(file: Path, answers: list[Answer]) -> None:
     lines = [json.dumps({name: getattr(answer, name) for name in Answer.__slots__}) + "\n" for answer in answers]
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.rename(file)
+    with writing(file):
+        write_whole(file, "".join(lines))

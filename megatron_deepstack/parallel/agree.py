@@ -1,13 +1,21 @@
-"""What all ranks must know alike before they decide: small numbers, summed or gathered over the whole run."""
+"""What all ranks must know alike before they decide: small numbers over the whole run, and errors of a phase.
+
+A rank that meets an expected error while the run starts cannot simply leave: the others would wait for it, and end with
+a broken connection in place of its message. So the start-up is cut into phases, and after each all ranks tell each
+other whether they came through.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_deepstack.errors import DeepStackError, agreed_error
 from megatron_deepstack.platform.device import local_device
 
 
@@ -30,3 +38,39 @@ def any_over_ranks(flags: np.ndarray) -> np.ndarray:
     found = torch.from_numpy(flags.astype(np.uint8)).to(local_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.cpu().numpy().astype(bool)
+
+
+@contextmanager
+def phase() -> Iterator[None]:
+    """A phase of the start-up, which all ranks leave together. Collective over all ranks.
+
+    The block may hold collectives only if no rank can raise before them what the others do not.
+
+    Yields:
+        Once; no rank comes behind the block before every rank has ended it.
+
+    Raises:
+        DeepStackError: The same on every rank, if any rank met one in the block. It names the rank that met it.
+    """
+    problem: DeepStackError | None = None
+    try:
+        yield
+    except DeepStackError as error:
+        problem = error
+    agree(problem)
+
+
+def agree(problem: DeepStackError | None) -> None:
+    """Tell all ranks what this one met. Collective over all ranks.
+
+    Args:
+        problem: An expected error of this rank, or None.
+
+    Raises:
+        DeepStackError: On every rank, if any rank met one; see `errors.agreed_error`.
+    """
+    everyone: list[tuple[str, DeepStackError] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, None if problem is None else (socket.gethostname(), problem))
+    found = {rank: met for rank, met in enumerate(everyone) if met is not None}
+    if found:
+        raise agreed_error(found, len(everyone)) from problem

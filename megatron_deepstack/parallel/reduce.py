@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,11 +45,19 @@ def gather_last_dim(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     return torch.cat(shards, dim=-1)
 
 
-def sum_over_replicas(values: list[int]) -> list[int]:
-    """Sum of numbers that every rank of a replica knows alike, over replicas. Collective over dp."""
-    totals = torch.tensor(values, dtype=torch.int64, device=local_device())
+def sum_over_replicas(values: Sequence[float]) -> list[float]:
+    """Sum of numbers that every rank of a replica knows alike, over replicas. Collective over dp.
+
+    Args:
+        values: Counts or FLOPs of this replica. The FLOPs of a large step pass the range of 64-bit whole numbers, so
+            all are summed as float64, which is exact for counts up to 2^53.
+
+    Returns:
+        The sums, in the same order.
+    """
+    totals = torch.tensor(values, dtype=torch.float64, device=local_device())
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-    return [int(total) for total in totals]
+    return totals.tolist()
 
 
 def sum_over_model(values: list[int], groups: Groups) -> list[int]:

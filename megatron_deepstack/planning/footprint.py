@@ -33,6 +33,21 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return weights * _weight_bytes(recipe) + _learned(recipe) * _state_bytes(recipe)
 
 
+def checkpoints_at_once(recipe: Recipe) -> int:
+    """Checkpoints that lie in the run folder at a time, the one that is being written included.
+
+    Args:
+        recipe: The run's recipe.
+
+    Returns:
+        At least 1. Where all are kept, and of those that are kept for good, only the first few count: whoever keeps
+        them moves them away.
+    """
+    every, steps = recipe.checkpoint.interval, recipe.train.steps
+    saves = -(-steps // every) if every else 1
+    return max(1, min(saves, (recipe.checkpoint.keep or 2) + 1))
+
+
 def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
     """Memory of weights, gradients and optimizer on the fullest rank."""
     parallel, parameters = recipe.parallel, part_parameters(recipe.model)

@@ -21,6 +21,7 @@ from megatron_deepstack.errors import DeepStackError, HangError, PreemptedError,
 
 SETTLE_SECONDS = 2.0
 """After a rank's collective broke, the time in which another rank's death or error is still taken for the cause."""
+STOPPED = "stopped on request"
 _EXIT_SECONDS = 60.0
 """Longest that a rank may take to leave after its result, or after it saved on request."""
 
@@ -74,9 +75,12 @@ def cause(endings: Iterable[Ending]) -> Ending:
 class Gang:
     """Started ranks. Each leads a process group of its own, so that nothing a rank has started outlives it."""
 
-    def __init__(self, processes: Sequence[BaseProcess], pipes: Sequence[Connection]) -> None:
-        """`processes[r]` is rank r and sends its `Report` to `pipes[r]`."""
-        self.processes, self.pipes = processes, pipes
+    def __init__(self, processes: Sequence[BaseProcess], pipes: Sequence[Connection], stopped: str = STOPPED) -> None:
+        """`processes[r]` is rank r and sends its `Report` to `pipes[r]`.
+
+        `stopped` is what the user is told of ranks that end on request and say nothing themselves.
+        """
+        self.processes, self.pipes, self._stopped = processes, pipes, stopped
         self._exits = [_exit_handle(process) for process in processes]
         self._endings: dict[int, Ending] = {}
         self._stopping = False
@@ -159,10 +163,7 @@ class Gang:
     def _error(self) -> DeepStackError:
         first = cause(self._endings.values())
         if self._stopping and first.report is None and first.exit_code in (-signal.SIGTERM, -signal.SIGKILL):
-            return PreemptedError(
-                "stopped on request before there was anything new to save; run the same command again to go on from "
-                "the newest checkpoint"
-            )
+            return PreemptedError(self._stopped)
         return first.as_error()
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_deepstack.errors import DeepStackError
 from megatron_deepstack.platform.device import require_devices
-from megatron_deepstack.platform.gang import Gang, Report
+from megatron_deepstack.platform.gang import STOPPED, Gang, Report
 from megatron_deepstack.platform.parent import die_with_parent
 
 _LOOPBACK = "127.0.0.1"
@@ -34,12 +34,25 @@ _ENVIRONMENT = {
 }
 
 
-def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> Any:
-    """Run a module-level `function(*args)` in each of `num_ranks` processes; returns rank 0's result.
+def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, stopped: str = STOPPED) -> Any:
+    """Run a module-level `function(*args)` in each of `num_ranks` processes. When a rank fails the others are ended.
 
-    When a rank fails the others are ended. Raises the error of errors.py that a rank raised, RankError where one
-    died or raised anything else, HangError where the ranks found themselves hanging, PreemptedError where this
-    process was asked to stop; each names the rank. LayoutError, before any starts, where they outnumber the GPUs.
+    Args:
+        function: What each rank runs; found by its name there.
+        num_ranks: Processes.
+        args: For `function`; they are pickled.
+        stopped: What the user is told where this process was asked to stop and the ranks had nothing to say: what
+            became of the work, and how to go on.
+
+    Returns:
+        Rank 0's result.
+
+    Raises:
+        DeepStackError: The error of errors.py that a rank raised; it names the rank that met it alone.
+        RankError: A rank died, or raised anything else; its message names it.
+        HangError: The ranks found themselves hanging.
+        PreemptedError: This process was asked to stop.
+        LayoutError: The ranks outnumber the GPUs; none was started.
     """
     require_devices(num_ranks)
     listener = socket.create_server((_LOOPBACK, 0))
@@ -47,7 +60,7 @@ def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> An
     store = dist.TCPStore(
         _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
     )
-    gang = _start(function, args, num_ranks, port)
+    gang = _start(function, args, num_ranks, port, stopped)
     try:
         with _stop_signals(gang):
             return gang.wait()
@@ -55,7 +68,7 @@ def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> An
         del store
 
 
-def _start(function: Callable[..., Any], args: tuple[Any, ...], num_ranks: int, port: int) -> Gang:
+def _start(function: Callable[..., Any], args: tuple[Any, ...], num_ranks: int, port: int, stopped: str) -> Gang:
     saved = dict(os.environ)
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     context = multiprocessing.get_context("spawn")
@@ -74,7 +87,7 @@ def _start(function: Callable[..., Any], args: tuple[Any, ...], num_ranks: int, 
     finally:
         os.environ.clear()
         os.environ.update(saved)
-    return Gang(processes, pipes)
+    return Gang(processes, pipes, stopped)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.platform.strict_json import from_line
 
 METRICS = "metrics.jsonl"
 ANSWERS = "answers.jsonl"
@@ -93,7 +93,7 @@ def _read_lines(file: Path) -> Sequence[Mapping[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line) if line.strip() else None
+            record = from_line(line) if line.strip() else None
         except ValueError as error:
             if number == len(lines):
                 continue

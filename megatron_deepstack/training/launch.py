@@ -6,13 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.order.steps import Share, open_reader, open_training_reader
 from megatron_deepstack.errors import DeepStackError, HangError
 from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.training.before import check_run_folder
 from megatron_deepstack.training.guard.watchdog import last_hang
 from megatron_deepstack.training.main import train
 from megatron_deepstack.training.metrics.wandb_run import require_wandb
 from megatron_deepstack.training.retry import Failure, failure_of, is_worth_a_retry
+from megatron_deepstack.training.session import check_data
+
+_STOPPED = (
+    "stopped on request before there was anything new to save; run the same command again to go on from the newest "
+    "checkpoint"
+)
 
 
 def train_here(
@@ -25,15 +32,35 @@ def train_here(
 ) -> None:
     """Train on `num_ranks` processes of this machine and wait for them.
 
-    After a failure that another attempt may not meet, all ranks start again from the newest whole checkpoint, at most
-    `restarts` times; `say` is told why. Raises the error that ended the last attempt. What can be found wrong with
-    stores and checkpoints without ranks is found before they start.
+    What can be found wrong with stores, run folder and checkpoints without ranks is found before they start, and no
+    other `train`, torchrun or `launch` works in the run folder meanwhile. After a failure that another attempt may not
+    meet, all ranks start again from the newest whole checkpoint.
+
+    Args:
+        recipe: The run's recipe.
+        num_ranks: Processes.
+        say: Prints a line for the user.
+        stop_after: Save and end after that many steps in all; None: at the end.
+        restarts: How often to start again at most; `say` is told why.
+
+    Raises:
+        DeepStackError: What ended the last attempt.
+        RunFolderError: The run folder cannot be written or has too little room, or another process trains in it.
     """
-    _check_data(recipe)
+    require_wandb(recipe)
+    check_data(recipe)
+    check_run_folder(recipe)
+    with run_lock(Path(recipe.run_dir), "train", say):
+        _attempts(recipe, num_ranks, say, stop_after, restarts)
+
+
+def _attempts(
+    recipe: Recipe, num_ranks: int, say: Callable[[str], None], stop_after: int | None, restarts: int
+) -> None:
     previous: Failure | None = None
     for left in range(restarts, -1, -1):
         try:
-            launch_ranks(train, num_ranks, recipe, stop_after)
+            launch_ranks(train, num_ranks, recipe, stop_after, stopped=_STOPPED)
             return
         except DeepStackError as error:
             found = _in_full(recipe, error)
@@ -44,14 +71,6 @@ def train_here(
                 raise type(found)(f"{found}\n{_advice(restarts)}") from None
             say(f"{found}\nstarting all ranks again from the newest whole checkpoint; restarts left: {left - 1}")
             previous = failure
-
-
-def _check_data(recipe: Recipe) -> None:
-    require_wandb(recipe)
-    alone = Share(dp=0, num_replicas=1, replica_rank=0)
-    open_training_reader(recipe, alone)
-    if recipe.train.validation_interval and recipe.data.validation_store is not None:
-        open_reader(recipe, recipe.data.validation_store, alone)
 
 
 def _in_full(recipe: Recipe, error: DeepStackError) -> DeepStackError:

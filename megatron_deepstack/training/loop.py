@@ -23,49 +23,74 @@ from megatron_deepstack.config.choices import Part, Unreadable
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.order.steps import LoadedStep, Prefetcher
-from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedError
-from megatron_deepstack.parallel.agree import sum_over_ranks
+from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedError, of_all_ranks
+from megatron_deepstack.parallel.agree import phase, sum_over_ranks
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import of_every_rank
 from megatron_deepstack.planning.cost import stage_weights
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import max_memory_bytes
+from megatron_deepstack.platform.run_folder import writing
+from megatron_deepstack.platform.write_whole import write_whole
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
-from megatron_deepstack.training.guard.health import Health, earlier_records, some
+from megatron_deepstack.training.guard.health import NO_TARGET, NOT_FINITE, NOT_READ, Health, earlier_records, some
 from megatron_deepstack.training.guard.preemption import StopRequest, never
 from megatron_deepstack.training.guard.stragglers import Stragglers
 from megatron_deepstack.training.guard.unreadable import leave_out_unreadable
 from megatron_deepstack.training.guard.watchdog import PATIENT, Watchdog
+from megatron_deepstack.training.metrics.console import say
 from megatron_deepstack.training.metrics.observe import Observer
 from megatron_deepstack.training.metrics.record import StepRecord
 from megatron_deepstack.training.metrics.throughput import Throughput
 from megatron_deepstack.training.metrics.writers import MetricsLog
 from megatron_deepstack.training.optim.groups import group_table
 from megatron_deepstack.training.optim.optimizer import StepNorm
-from megatron_deepstack.training.session import Resumption, Session, resume, start_session
+from megatron_deepstack.training.session import Resumption, Session, begin, resume, start_session
 from megatron_deepstack.training.validation import Validation
 
 
 def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Callable[[], bool] = never) -> None:
-    """Train on a rank whose groups exist. Collective over all ranks. See `training.main.train`."""
+    """Train on a rank whose groups exist. Collective over all ranks.
+
+    Args:
+        recipe: The run's recipe.
+        groups: The process groups.
+        stop_after: Save and end after that many steps in all; None: at the recipe's end.
+        asked: Called in each step; whether the launcher wants this rank to save and stop.
+
+    Raises:
+        DeepStackError: See `training.main.train`.
+    """
     run_dir, rank = Path(recipe.run_dir), dist.get_rank()
-    with (
-        StopRequest(asked) as request,
-        Watchdog(run_dir, rank, dist.get_world_size(), recipe.health.hang_seconds) as watchdog,
-    ):
-        session = start_session(recipe, groups)
-        resumption = resume(session)
-        if rank == 0:
-            _write_run_files(run_dir, recipe)
-        with (
-            closing(session.saver),
-            MetricsLog(recipe, first_step=resumption.step, writes=rank == 0) as log,
-        ):
-            _greet(log, session, resumption)
-            stop = min(recipe.train.steps, stop_after or recipe.train.steps)
-            _Loop(session, log, request, watchdog, resumption.step, stop).run()
+    stop = min(recipe.train.steps, stop_after or recipe.train.steps)
+    with phase(), writing(run_dir):
+        guard = Watchdog(run_dir, rank, dist.get_world_size(), recipe.health.hang_seconds)
+    with StopRequest(asked) as request, guard as watchdog:
+        beginning = begin(recipe, groups)
+        if beginning.step >= stop:
+            if rank == 0:
+                say(_nothing_to_do(recipe, beginning.step, stop_after))
+            return
+        session = start_session(recipe, groups, beginning)
+        with closing(session.saver):
+            resumption = resume(session)
+            with phase():
+                if rank == 0:
+                    _write_run_files(run_dir, recipe)
+                records = MetricsLog(recipe, first_step=resumption.step, writes=rank == 0)
+            with records as log:
+                _greet(log, session, resumption)
+                _Loop(session, log, request, watchdog, resumption.step, stop).run()
+
+
+def _nothing_to_do(recipe: Recipe, done: int, stop_after: int | None) -> str:
+    """What a run says that is where it was to come to."""
+    steps = recipe.train.steps
+    if done >= steps:
+        return f"nothing to do: {done} of {steps} steps are done; raise train.steps to go on"
+    return f"nothing to do: {done} of {steps} steps are done, and --stop-after asks for {stop_after}; raise it to go on"
 
 
 def _greet(log: MetricsLog, session: Session, resumption: Resumption) -> None:
@@ -81,15 +106,16 @@ def _greet(log: MetricsLog, session: Session, resumption: Resumption) -> None:
 class _Agreement:
     """What all ranks settle before a step's gradients are applied, in one reduction."""
 
-    loss: float
+    loss: float | None
+    """Mean over all targets; None where there is none."""
     asked: bool
     """This rank was asked to stop."""
     stop: bool = False
     """Any rank was."""
 
     def __call__(self, gradient_norm: float) -> bool:
-        """Whether loss and gradient are finite on every rank. Collective over all ranks."""
-        sound = math.isfinite(self.loss) and math.isfinite(gradient_norm)
+        """Whether there is a loss, and it and the gradient are finite on every rank. Collective over all ranks."""
+        sound = self.loss is not None and math.isfinite(self.loss) and math.isfinite(gradient_norm)
         num_unsound, num_asked = sum_over_ranks([not sound, self.asked])
         self.stop = num_asked > 0
         return num_unsound == 0
@@ -119,7 +145,7 @@ class _Loop:
             done = loaded.step + 1
             asked = self._step(loaded, begin)
             self._require_well(done)
-            if self._save_due(done) or asked:
+            if asked or (self._save_due(done) and self.health.learned):
                 self._begin_save(done)
             self._say_saved(self.session.saver.poll())
             if asked and done < self.stop:
@@ -133,7 +159,7 @@ class _Loop:
         try:
             yield from Prefetcher(self.session.reader, self.first, self.stop)
         except DeepStackError as error:
-            error.rank = dist.get_rank()
+            error.rank, error.host = dist.get_rank(), socket.gethostname()
             raise
 
     def _step(self, loaded: LoadedStep, begin: float) -> bool:
@@ -144,7 +170,7 @@ class _Loop:
             self.clock.add("data", time.perf_counter() - begin)
             loaded, unreadable = self._readable(loaded)
             loss = forward_backward(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels), self.clock)
-            agreement = _Agreement(loss.mean, self.request.asked)
+            agreement = _Agreement(_mean(loss), self.request.asked)
             with self.clock.part("optimizer"):
                 norm = self.session.optimizer.step(loaded.step, agreement)
             seconds = time.perf_counter() - begin
@@ -176,17 +202,19 @@ class _Loop:
         step, lr = loaded.step, self.session.optimizer.lr
         parts = self.clock.take()
         slow, slow_line = self.stragglers.take(parts["data"] + self.clock.work.take())
-        spike = self.health.take(loss.mean, norm.applied, len(unreadable))
+        mean, because = _mean(loss), "" if norm.applied else self._why_left_out(loss, len(unreadable))
+        spike = self.health.take(mean, norm.applied, len(unreadable), because)
         samples = self.session.reader.sample_ids(step) if spike or not norm.applied else ()
         if slow:
             self.log.say(slow_line)
         if samples:
-            what = "loss stands out" if norm.applied else "loss or gradient not finite, step left out"
-            self.log.say(f"step {step + 1}: {what} (loss {loss.mean:.4f}); samples {some(samples)}")
+            what = "loss stands out" if norm.applied else f"left out, {because}"
+            told = "" if mean is None else f" (loss {mean:.4f})"
+            self.log.say(f"step {step + 1}: {what}{told}; samples {some(samples)}")
         speed = self.throughput.of(loaded.plan, loaded.num_tokens, loaded.num_images, step_seconds)
         return StepRecord(
             step=step + 1,
-            loss=loss.mean,
+            loss=mean,
             gradient_norm=norm.gradient_norm,
             lr=lr(Part.LANGUAGE, step),
             lr_by_part={str(part): lr(part, step) for part in self.session.recipe.train.trainable},
@@ -196,6 +224,7 @@ class _Loop:
             memory_bytes=max_memory_bytes(),
             seconds=parts,
             applied=norm.applied,
+            skipped_because=because,
             resumed=step == self.first > 0,
             validation_loss=validation_loss,
             skipped_steps=self.health.skipped_in_row,
@@ -207,12 +236,24 @@ class _Loop:
             stall_seconds=self.session.saver.take_stall_seconds(),
         )
 
+    def _why_left_out(self, loss: StepLoss, num_unreadable: int) -> str:
+        """In words; the same on every rank."""
+        if loss.num_tokens:
+            return NOT_FINITE
+        if num_unreadable == self.session.recipe.train.global_batch_size:
+            return NOT_READ
+        return NO_TARGET + (f" ({num_unreadable} samples could not be read)" if num_unreadable else "")
+
     def _require_well(self, done: int) -> None:
+        """Raise HealthError, on every rank alike, where the run must not go on or has ended without learning."""
+        ids_of = self.session.reader.sample_ids
         try:
-            self.health.require_well(done, self.session.reader.sample_ids)
-        except HealthError:
+            self.health.require_well(done, ids_of)
+            if done == self.stop:
+                self.health.require_learned(self.first, done, ids_of)
+        except HealthError as error:
             self._finish_save()  # every rank is here, and a save in flight is of a step before the trouble
-            raise
+            raise of_all_ranks(error) from None
 
     def _save_due(self, done: int) -> bool:
         every = self.session.recipe.checkpoint.interval
@@ -228,15 +269,24 @@ class _Loop:
 
     def _leave(self, done: int) -> None:
         self._finish_save()
-        raise PreemptedError(
-            f"asked to stop: saved after step {done} of {self.session.recipe.train.steps}; run the same command again "
-            "to go on from there"
+        raise of_all_ranks(
+            PreemptedError(
+                f"asked to stop: saved after step {done} of {self.session.recipe.train.steps}; run the same command "
+                "again to go on from there"
+            )
         )
 
     def _say_saved(self, saved: Saved | None) -> None:
         if saved is not None:
             waited = f"training waited {saved.stall_seconds:.2f} s of {saved.seconds:.2f} s"
             self.log.say(f"saved {saved.path}: {waited}")
+            for fault in saved.faults:
+                self.log.say(fault)
+
+
+def _mean(loss: StepLoss) -> float | None:
+    """Mean loss per target; None where no sample of any rank has one: a mean of nothing is not 0."""
+    return loss.mean if loss.num_tokens else None
 
 
 def _weights_of_ranks(session: Session) -> list[int]:
@@ -256,9 +306,9 @@ def _health_after(recipe: Recipe, first: int) -> Health:
 
 def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
     """The resolved recipe, and the stage plan that reports draw."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
     slots = decoder_slots(recipe.model)
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     stages = [{**asdict(chunk), "slots": chunk_slots(chunk, slots)} for chunk in chunks]
-    (run_dir / "plan.json").write_text(json.dumps({"stages": stages}, indent=1), encoding="utf-8")
+    with writing(run_dir):
+        write_whole(run_dir / "recipe.yaml", recipe_to_yaml(recipe))
+        write_whole(run_dir / "plan.json", json.dumps({"stages": stages}, indent=1, allow_nan=False))

@@ -1,25 +1,70 @@
-"""A rank's part of a run, set up: groups, model, gradient buffers, optimizer, and what a checkpoint must agree with."""
+"""A rank's part of a run, set up in phases that all ranks leave together: an error of one is told once, by its name.
+
+1. stores         checked by the first rank of each node, then opened by every rank
+2. layers         what this recipe builds can run on every rank, and is the same on all
+3. checkpoint     the newest whole one is found; only where there is none are starting weights read
+4. model          decoder chunks and encoder, filled where there is no checkpoint
+5. resumption     weights, optimizer and random states of the checkpoint
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_deepstack.checkpoint.content.identity import identity, require_same
+from megatron_deepstack.checkpoint.content.identity import differences, identity, require_same_run
 from megatron_deepstack.checkpoint.content.state import allocate_states
+from megatron_deepstack.checkpoint.folder import Checkpoint
 from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.saving.commit import layout_of
 from megatron_deepstack.checkpoint.saving.saver import Saver
 from megatron_deepstack.checkpoint.verification import newest_whole_together, remove_leftovers_together
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.data.order.steps import Share, StepReader, open_training_reader
+from megatron_deepstack.data.order.steps import (
+    Share,
+    StepReader,
+    checked_store,
+    known_store,
+    open_reader,
+    open_training_reader,
+)
+from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.model.build import build_model, fill_model, freeze
+from megatron_deepstack.model.fp8 import require_fp8
 from megatron_deepstack.model.init import random_source
+from megatron_deepstack.model.specs import uses_transformer_engine
+from megatron_deepstack.parallel.agree import phase
 from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.parallel.reduce import from_first_rank
 from megatron_deepstack.step.engine import Engine, build_engine
 from megatron_deepstack.training.optim.optimizer import Optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where a run goes on, and with what data; known before anything is built."""
+
+    reader: StepReader
+    held_out: StepReader | None
+    """Of the validation store, where the recipe evaluates."""
+    facts: dict[str, Any]
+    """Identity of the run, see `checkpoint.identity`."""
+    samples: dict[str, Any]
+    """What the run reads, for the words of a checkpoint that belongs to other data."""
+    checkpoint: Checkpoint | None
+    """The newest whole one; None for a fresh start."""
+    passed_over: tuple[str, ...]
+    """A line on each newer checkpoint that was not whole."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return 0 if self.checkpoint is None else self.checkpoint.manifest.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,42 +75,94 @@ class Session:
     groups: Groups
     engine: Engine
     optimizer: Optimizer
-    reader: StepReader
-    facts: dict[str, Any]
-    """Identity of the run, see `checkpoint.identity`."""
+    beginning: Beginning
     saver: Saver
     """Checkpoints of the run."""
 
+    @property
+    def reader(self) -> StepReader:
+        """Of the training data."""
+        return self.beginning.reader
 
-def start_session(recipe: Recipe, groups: Groups) -> Session:
-    """Build a run on this rank, its weights initialised. Collective over all ranks.
 
-    Raises before anything is built where store and recipe do not fit.
+def begin(recipe: Recipe, groups: Groups) -> Beginning:
+    """Phases 1 to 3: open the data and find the newest whole checkpoint. Collective over all ranks.
+
+    Args:
+        recipe: The run's recipe.
+        groups: The process groups.
+
+    Returns:
+        Where the run goes on.
+
+    Raises:
+        DeepStackError: The same on every rank, with the rank that met it: a store or tokenizer is missing or does not
+            fit, this rank cannot run the recipe's layers, no checkpoint is whole, or the newest belongs to another
+            model or other data.
     """
-    reader = open_training_reader(recipe, share_of(groups))
+    reader, held_out = _open_data(recipe, share_of(groups))
+    facts = identity(recipe, plan_hash=reader.store.plan_hash, tokenizer_sha256=reader.store.tokenizer_sha256)
+    samples = {"stores": _stores(recipe), "num_samples": len(reader.store)}
+    with phase():
+        layers = _layers(recipe)
+    with phase():
+        _require_alike({**facts, "layers": layers})
+    with phase():
+        remove_leftovers_together(recipe.run_dir)
+        checkpoint, faults = newest_whole_together(recipe.run_dir)
+        if checkpoint is not None:
+            require_same_run(checkpoint.path, checkpoint.manifest, facts, samples)
+    return Beginning(reader, held_out, facts, samples, checkpoint, tuple(faults))
+
+
+def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = None) -> Session:
+    """Phase 4: build a run on this rank. Collective over all ranks.
+
+    Weights are initialised only where there is no checkpoint to take them from: starting weights (`train.init_from`)
+    may be gone by then, and are large.
+
+    Args:
+        recipe: The run's recipe.
+        groups: The process groups.
+        beginning: What `begin` found; found here if it is not given.
+
+    Returns:
+        The session; `resume` follows.
+
+    Raises:
+        DeepStackError: As `begin` does, or where starting weights are missing or do not fit.
+    """
+    beginning = beginning or begin(recipe, groups)
     train = recipe.train
     model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
-    source = random_source(recipe.model, recipe.train.seed, recipe.train.init_std)
-    if recipe.train.init_from is not None:
-        source = published_source(recipe.train.init_from, fallback=source, model=recipe.model)
-    fill_model(model, source, groups.decoder.tp)
-    freeze(model, recipe.train.trainable)
+    with phase():
+        if beginning.checkpoint is None:
+            source = random_source(recipe.model, train.seed, train.init_std)
+            if train.init_from is not None:
+                source = published_source(train.init_from, fallback=source, model=recipe.model)
+            fill_model(model, source, groups.decoder.tp)
+        freeze(model, train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
     optimizer = Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
-    facts = identity(recipe, plan_hash=reader.store.plan_hash, tokenizer_sha256=reader.store.tokenizer_sha256)
     return Session(
         recipe=recipe,
         groups=groups,
         engine=engine,
         optimizer=optimizer,
-        reader=reader,
-        facts=facts,
-        saver=Saver(recipe, model, optimizer.chained, facts, groups.axes),
+        beginning=beginning,
+        saver=Saver(recipe, model, optimizer.chained, beginning.facts, groups.axes, beginning.samples),
     )
 
 
 def share_of(groups: Groups) -> Share:
-    """What this rank reads."""
+    """What this rank reads.
+
+    Args:
+        groups: The process groups.
+
+    Returns:
+        Its share.
+    """
     return Share(dp=groups.place.dp, num_replicas=groups.axes.dp, replica_rank=groups.replica_rank)
 
 
@@ -82,17 +179,83 @@ class Resumption:
 
 
 def resume(session: Session) -> Resumption:
-    """Load the newest whole checkpoint of the run folder, if it has any; else begin anew. Collective over all ranks.
+    """Phase 5: load the checkpoint that was found, if there was one; else begin anew. Collective over all ranks.
 
-    Raises CheckpointError if none is whole, if the newest belongs to another model or other data, or if the folder's
-    file system has no locks.
+    Args:
+        session: What `start_session` built.
+
+    Returns:
+        Where the run goes on.
+
+    Raises:
+        CheckpointError: On every rank, if the checkpoint cannot be read into this model.
     """
-    remove_leftovers_together(session.recipe.run_dir)
-    checkpoint, faults = newest_whole_together(session.recipe.run_dir)
+    checkpoint = session.beginning.checkpoint
     if checkpoint is None:
         allocate_states(session.optimizer.chained)
         return Resumption(step=0, path=None, passed_over=())
-    require_same(checkpoint.path, checkpoint.manifest.facts, session.facts)
     layout = layout_of(session.groups.axes, session.recipe.parallel)
-    load(checkpoint, session.engine.model, session.optimizer.chained, layout)
-    return Resumption(step=checkpoint.manifest.step, path=checkpoint.path, passed_over=tuple(faults))
+    with phase():
+        load(checkpoint, session.engine.model, session.optimizer.chained, layout)
+    return Resumption(step=checkpoint.manifest.step, path=checkpoint.path, passed_over=session.beginning.passed_over)
+
+
+def is_first_of_node() -> bool:
+    """Whether this rank does what one rank of each machine does; LOCAL_RANK says so.
+
+    Returns:
+        True for the first, and where nothing says which it is.
+    """
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def check_data(recipe: Recipe) -> None:
+    """Open all stores of a recipe once and check that they fit it. Needs no process group.
+
+    Args:
+        recipe: The run's recipe.
+
+    Raises:
+        DeepStackError: As `data.order.steps.checked_store` does.
+    """
+    alone = Share(dp=0, num_replicas=1, replica_rank=0)
+    open_training_reader(recipe, alone, checked_store)
+    if _evaluates(recipe):
+        open_reader(recipe, recipe.data.validation_store, alone, checked_store)
+
+
+def _open_data(recipe: Recipe, share: Share) -> tuple[StepReader, StepReader | None]:
+    """Collective over all ranks. The checks read every sample's length, so one rank of each node does them."""
+    with phase():
+        if is_first_of_node():
+            check_data(recipe)
+    with phase():
+        path = recipe.data.tokenizer
+        if path is not None and not Path(path).exists():
+            raise DataError(f"data.tokenizer: {path} is not there; expected a tokenizer that every node can read")
+        reader = open_training_reader(recipe, share, known_store)
+        held_out = open_reader(recipe, recipe.data.validation_store, share, known_store) if _evaluates(recipe) else None
+    return reader, held_out
+
+
+def _evaluates(recipe: Recipe) -> bool:
+    return bool(recipe.train.validation_interval) and recipe.data.validation_store is not None
+
+
+def _stores(recipe: Recipe) -> list[str]:
+    return [path for path in (recipe.data.store, *(recipe.data.stores or ())) if path is not None]
+
+
+def _layers(recipe: Recipe) -> str:
+    """Whose layers this rank builds. Raises ConfigError where it cannot build the recipe's."""
+    require_fp8(recipe.train.precision, recipe.train.fp8_scaling, recipe.model.layers)
+    return "transformer_engine" if uses_transformer_engine(recipe.model.layers) else "local"
+
+
+def _require_alike(mine: Mapping[str, Any]) -> None:
+    """Raise ConfigError on a rank whose model, data or layers differ from rank 0's. Collective over all ranks."""
+    first = json.loads(from_first_rank(json.dumps(mine)))
+    different = [f"{name}: {ours}, and on rank 0 {theirs}" for name, ours, theirs in differences(mine, first)]
+    if different:
+        advice = "give every rank the same recipe, stores of the same content, and the same packages"
+        raise ConfigError([f"{one}; {advice}" for one in different])

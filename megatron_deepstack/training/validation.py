@@ -1,16 +1,49 @@
-"""Loss on held-out samples, in the run's own layout."""
+"""Loss on held-out samples, in the run's own layout: the same batches each time, prepared ahead in a thread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
 
-from megatron_deepstack.data.order.steps import StepReader, open_reader
+from megatron_deepstack.data.order.steps import LoadedStep, PlannedSamples, Prefetcher, StepReader
 from megatron_deepstack.step.train_step import VisualPass
-from megatron_deepstack.training.session import Session, share_of
+from megatron_deepstack.training.session import Session
+
+_KEPT_PLANS: Final = 16
+"""Batches whose plans are kept from one evaluation to the next: 12 MB each for 128 samples of one view and four stacks.
+Later batches are planned anew, beside the forward pass of the batch before."""
+
+
+@dataclass(slots=True)
+class HeldOutBatches:
+    """The whole batches of a held-out store, in store order, as this rank's replica sees them."""
+
+    reader: StepReader
+    _plans: dict[int, PlannedSamples] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Batches; one for a store smaller than a batch, whose samples repeat."""
+        return max(len(self.reader.store) // self.reader.train.global_batch_size, 1)
+
+    def load(self, step: int) -> LoadedStep:
+        """The 0-based batch. Raises StoreError where its pixels cannot be read."""
+        planned = self._plans.get(step)
+        if planned is None:
+            planned = self.reader.plan_samples(self._samples(step))
+            if len(self._plans) < _KEPT_PLANS:
+                self._plans[step] = planned
+        return self.reader.read(step, planned)
+
+    def _samples(self, batch: int) -> np.ndarray:
+        """int64 (micro-batches, micro_batch_size): store indices, dealt as in training."""
+        train, share = self.reader.train, self.reader.share
+        size = train.global_batch_size
+        order = (batch * size + np.arange(size)) % len(self.reader.store)
+        return order.reshape(-1, share.num_replicas, train.micro_batch_size)[:, share.dp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,38 +51,46 @@ class Validation:
     """Evaluates at intervals over the whole batches of the held-out store."""
 
     session: Session
-    reader: StepReader
+    batches: HeldOutBatches
     interval: int
 
     @classmethod
     def of(cls, session: Session) -> Validation | None:
-        """The recipe's validation, or None where it asks for none. Raises StoreError if the store does not fit."""
-        recipe = session.recipe
-        if not recipe.train.validation_interval or recipe.data.validation_store is None:
+        """The recipe's validation.
+
+        Args:
+            session: The run, whose held-out store is open where the recipe evaluates.
+
+        Returns:
+            None where the recipe asks for none.
+        """
+        reader = session.beginning.held_out
+        if reader is None:
             return None
-        reader = open_reader(recipe, recipe.data.validation_store, share_of(session.groups))
-        return cls(session, reader, recipe.train.validation_interval)
+        return cls(session, HeldOutBatches(reader), session.recipe.train.validation_interval)
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
         return step % self.interval == 0 or step == self.session.recipe.train.steps
 
-    def loss(self, progress: Callable[[str], None]) -> float:
+    def loss(self, progress: Callable[[str], None]) -> float | None:
         """Mean loss per target over the held-out samples, in store order. Collective over all ranks.
 
-        `progress` is told of every batch. Samples are dealt as in training; what does not fill a last batch is left
-        out, but for a store smaller than one batch, whose samples repeat.
+        What does not fill a last batch is left out, but for a store smaller than one batch, whose samples repeat.
+
+        Args:
+            progress: Told of every batch.
+
+        Returns:
+            The mean; None where no held-out sample has a target.
+
+        Raises:
+            StoreError: A sample cannot be read; on the rank that reads it.
         """
-        train, share = self.session.recipe.train, self.reader.share
-        num_samples = len(self.reader.store)
         total, num_tokens = 0.0, 0
-        num_batches = max(num_samples // train.global_batch_size, 1)
-        for batch in range(num_batches):
-            progress(f"validation batch {batch + 1} of {num_batches}")
-            order = (batch * train.global_batch_size + np.arange(train.global_batch_size)) % num_samples
-            mine = order.reshape(-1, share.num_replicas, train.micro_batch_size)[:, share.dp]
-            loaded = self.reader.load_samples(batch, mine)
+        for loaded in Prefetcher(self.batches, 0, len(self.batches)):
+            progress(f"validation batch {loaded.step + 1} of {len(self.batches)}")
             rows = VisualPass(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels))
             loss = rows.losses(loaded.plan)
             total, num_tokens = total + loss.total, num_tokens + loss.num_tokens
-        return total / num_tokens if num_tokens else 0.0
+        return total / num_tokens if num_tokens else None

@@ -13,44 +13,18 @@ nevertheless write at once, no harm is done: they can only be of the same plan, 
 from __future__ import annotations
 
 import json
-import os
 import threading
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Final
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.writer import json_bytes, write_error
 from megatron_deepstack.errors import LocationError, StoreError
-from megatron_deepstack.platform.process import machine_start, process_start, still_runs
+from megatron_deepstack.platform.owner import BEAT_SECONDS, PATIENCE_SECONDS, Owner, lives, this_process
 
 LEASE_FILE: Final = ".lock"
-BEAT_SECONDS: Final = 5.0
-"""Between two writings of a lease by its owner."""
-PATIENCE_SECONDS: Final = 30.0
-"""A lease of another machine that stays the same for so long has no owner any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """Who holds a lease."""
-
-    host: str
-    machine: str
-    """`machine_start` there; process ids mean something within it only."""
-    pid: int
-    started: float
-    """When the process began, so that another of the same id is not taken for it."""
-    token: str
-    """Of this lease alone."""
-    beat: int = 0
-    """Times it has been rewritten."""
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
 
 
 class Lease:
@@ -118,7 +92,7 @@ def read_token(root: Location) -> str:
 
 def _acquire(root: Location) -> Owner:
     file = root.child(LEASE_FILE)
-    me = _this_process()
+    me = this_process("preprocess")
     while True:
         try:
             file.create(json_bytes(asdict(me)))
@@ -131,26 +105,15 @@ def _acquire(root: Location) -> Owner:
                     f"{root}: another preprocessing job is writing this store ({holder}). "
                     "Wait for it, or stop it and run this command again."
                 ) from None
-            file.delete()
+            with suppress(FileNotFoundError):  # its owner has just given it back
+                file.delete()
         else:
             return me
 
 
 def _is_alive(file: Location, holder: Owner) -> bool:
     """Whether a lease's owner is still at work; takes up to `PATIENCE_SECONDS` if it is on another machine."""
-    if holder.machine == machine_start():
-        return still_runs(holder.pid, holder.started)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(BEAT_SECONDS / 2)
-        found = _read(file)
-        if found != holder:
-            return found is not None
-    return False
-
-
-def _this_process() -> Owner:
-    return Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), uuid.uuid4().hex)
+    return lives(holder, holder, lambda: _read(file), patience_seconds=PATIENCE_SECONDS, beat_seconds=BEAT_SECONDS)
 
 
 def _read(file: Location) -> Owner | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.checkpoint.content.identity import identity, require_same
+from megatron_deepstack.checkpoint.content.identity import identity, require_same, require_same_run
 from megatron_deepstack.checkpoint.folder import MANIFEST, Manifest, fingerprint, verify, write_manifest
 from megatron_deepstack.checkpoint.verification import shares
 from megatron_deepstack.config.schema import LoraConfig, Recipe
@@ -90,6 +90,34 @@ def test_adapters_are_part_of_the_identity() -> None:
     adapted = identity(Recipe(lora=LoraConfig(rank=4)), plan_hash="a", tokenizer_sha256="b")
     with pytest.raises(CheckpointError, match=r"lora.rank: 0 in the checkpoint, 4 in the recipe"):
         require_same(Path("old"), old, adapted)
+
+
+NOW = {"stores": ["new.zarr"], "num_samples": 12}
+
+
+@pytest.mark.parametrize("then", [{"stores": ["old.zarr"], "num_samples": 8}, {}], ids=["told", "older checkpoint"])
+def test_other_samples_are_told_in_words_of_the_recipe(then: dict[str, object]) -> None:
+    """No recipe has a plan hash; its stores and numbers of samples are what a user knows."""
+    saved = identity(Recipe(), plan_hash="a", tokenizer_sha256="b")
+    ours = identity(Recipe(), plan_hash="c", tokenizer_sha256="b")
+    manifest = Manifest(step=3, facts=saved, files={}, samples=then)
+    with pytest.raises(CheckpointError) as caught:
+        require_same_run(Path("old"), manifest, ours, NOW)
+    message = str(caught.value)
+    assert ("trained on 8 samples of old.zarr" if then else "trained on other samples") in message
+    assert "the recipe now reads 12 samples of new.zarr" in message
+    assert "Set data.store (or data.stores and weights) back" in message
+    assert "another run_dir" in message
+    assert "plan_hash" not in message
+    require_same_run(Path("old"), manifest, saved, NOW)
+
+
+def test_another_tokenizer_is_told_in_words_of_the_recipe() -> None:
+    saved = identity(Recipe(), plan_hash="a", tokenizer_sha256="b")
+    ours = identity(Recipe(), plan_hash="a", tokenizer_sha256="d")
+    with pytest.raises(CheckpointError, match=r"another tokenizer.*preprocess with that tokenizer") as caught:
+        require_same_run(Path("old"), Manifest(step=3, facts=saved, files={}), ours, NOW)
+    assert "tokenizer_sha256" not in str(caught.value)
 
 
 def test_nodes_that_do_not_share_the_folder_are_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from megatron_deepstack.checkpoint.folder import (
 from megatron_deepstack.checkpoint.saving.retention import FolderLock, prune, remove_leftovers, superfluous
 from megatron_deepstack.checkpoint.verification import remove_leftovers_together
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.platform.run_lock import NO_LOCKS
 from megatron_deepstack.testing.ranks import RankPool
 
 Pools = Callable[[int], RankPool]
@@ -114,25 +115,48 @@ def test_a_deletion_that_is_cut_short_leaves_a_leftover_and_no_damaged_checkpoin
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
 
 
-def without_locks(patched: pytest.MonkeyPatch) -> None:
+def flock_answers(patched: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     patched.setattr("fcntl.flock", refuse)
 
 
-def test_a_folder_without_locks_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_locks(monkeypatch)
+@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+def test_without_locks_the_runs_own_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Who trains holds the run folder by a record there; saves and their leftovers need no other lock."""
+    flock_answers(monkeypatch, number)
+    partial = partial_path(checkpoint_path(tmp_path, 2))
+    FolderLock(partial).release()
+    assert remove_leftovers(tmp_path) == [partial]
+
+
+def test_other_answers_are_told_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock_answers(monkeypatch, errno.EIO)
     handles = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(CheckpointError, match=r"No locks available.*Lustre with `flock`.*set run_dir"):
+    with pytest.raises(CheckpointError, match=r"cannot be locked \(Input/output error.*set run_dir to another one"):
         FolderLock(partial_path(checkpoint_path(tmp_path, 2)))
     assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (2, 4):
+        make(tmp_path, step)
+
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    (fault,) = prune(tmp_path, 4, keep=1, keep_every=0)
+    assert "step_00000002: no longer needed (checkpoint.keep 1), and could not be deleted" in fault
+    assert "Permission denied" in fault
+    assert "tried again after the next save" in fault
 
 
 def leftovers_without_locks(rank: int, run_dir: Path) -> str:
     with pytest.MonkeyPatch.context() as patched:
         if rank == 0:
-            without_locks(patched)
+            flock_answers(patched, errno.EIO)
         try:
             remove_leftovers_together(run_dir)
         except CheckpointError as error:

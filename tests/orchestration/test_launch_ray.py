@@ -45,7 +45,7 @@ def test_a_run_of_two_ranks_and_nothing_private_in_what_ray_keeps(
 
 
 def _what_ray_keeps() -> str:
-    """All that Ray's head holds on actors, jobs, tasks and workers, as it is sent to the dashboard and the state API."""
+    """All that the head of Ray holds on actors, jobs, tasks and workers, as the dashboard gets it."""
     import ray
 
     state: Any = ray._private.state.state

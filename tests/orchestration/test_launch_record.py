@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from megatron_deepstack.errors import (
     ClusterError,
     ConfigError,
     PreemptedError,
+    RunFolderError,
 )
 from megatron_deepstack.platform.process import process_start
+from megatron_deepstack.platform.run_lock import run_lock
 from orchestration.launch.driver import run
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import (
@@ -27,7 +30,6 @@ from orchestration.launch.driver.record import (
     State,
     Tail,
     last_lines,
-    only_driver,
     read_record,
     write_record,
 )
@@ -76,17 +78,19 @@ class TestRecord:
             assert found is not None
             assert found.lost is lost
 
-    def test_a_second_driver_is_refused(self, tmp_path: Path) -> None:
-        with only_driver(tmp_path):
-            write_record(tmp_path, LaunchRecord())
-            words = f"process {os.getpid()} on .* is launching this run already"
-            with pytest.raises(ClusterError, match=words), only_driver(tmp_path):
-                pass
-        with only_driver(tmp_path):
-            pass
-        write_record(tmp_path, LaunchRecord(host="elsewhere", machine="elsewhere", pid=7))
-        with pytest.raises(ClusterError, match="process 7 on elsewhere is launching"), only_driver(tmp_path):
-            pass
+    def test_a_second_driver_is_refused_beside_any_kind_of_first(self, tmp_path: Path) -> None:
+        """Before Ray or anything else of the launch has begun: the record of the run that goes on stays as it is."""
+        for what in ("train", "torchrun", "launch"):
+            with run_lock(tmp_path, what, print):
+                words = rf"`{what}` \(process {os.getpid()} on .* trains in this run folder already"
+                with pytest.raises(RunFolderError, match=words):
+                    run.launch(replace(Recipe(), run_dir=str(tmp_path)))
+            assert read_record(tmp_path) is None
+
+    def test_a_run_folder_that_cannot_be_written_is_refused_at_once(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("")
+        with pytest.raises(RunFolderError, match=r"run_dir: .*run cannot be written"):
+            run.launch(replace(Recipe(), run_dir=str(tmp_path / "run")))
 
     def test_a_growing_log(self, tmp_path: Path) -> None:
         path = tmp_path / "log"

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_deepstack.checkpoint.folder import Manifest
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import CheckpointError
@@ -46,22 +47,88 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def require_same(path: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise CheckpointError that lists every fact of `ours` in which the checkpoint differs."""
-    differences = list(_differences({**_BEFORE, **saved}, ours, ""))
-    if differences:
-        listed = "\n  ".join(differences)
+    """Compare a checkpoint's facts with a recipe's.
+
+    Args:
+        path: The checkpoint, for the message.
+        saved: Its facts; what `ours` does not ask for is passed over.
+        ours: Facts of the recipe.
+
+    Raises:
+        CheckpointError: They differ; every fact that does is listed.
+    """
+    _require_none(path, [_in_words(*one) for one in differences({**_BEFORE, **saved}, ours)])
+
+
+def require_same_run(path: Path, manifest: Manifest, ours: Mapping[str, Any], samples: Mapping[str, Any]) -> None:
+    """Compare the facts of the checkpoint that a run is to go on from with the run's own.
+
+    Args:
+        path: The checkpoint, for the message.
+        manifest: Its manifest.
+        ours: Facts of the run, as `identity` gives them.
+        samples: What the run reads: `stores` and `num_samples`.
+
+    Raises:
+        CheckpointError: They differ. Of data the message says which stores then and now, and how many samples.
+    """
+    found = []
+    for name, saved, mine in differences({**_BEFORE, **manifest.facts}, ours):
+        if name == "data.plan_hash":
+            found.append(_other_samples(manifest.samples, samples))
+        elif name == "data.tokenizer_sha256":
+            found.append(
+                "data: the checkpoint was trained on samples that another tokenizer has cut (sha256 "
+                f"{str(saved)[:12]}, now {str(mine)[:12]}); set the store back, or preprocess with that tokenizer"
+            )
+        else:
+            found.append(_in_words(name, saved, mine))
+    _require_none(path, found)
+
+
+def _other_samples(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    told = f"{then['num_samples']} samples of {_names(then)}" if then else "other samples"
+    return (
+        f"data: it was trained on {told}, and the recipe now reads {now['num_samples']} samples of {_names(now)}, "
+        "which are not the same: other records, images or settings of `preprocess`. A run goes on with the samples "
+        "that it began with. Set data.store (or data.stores and weights) back to them, or train on the new ones in "
+        "another run_dir, from these weights if you `export` them and name them in train.init_from"
+    )
+
+
+def _names(samples: Mapping[str, Any]) -> str:
+    return " and ".join(map(str, samples["stores"])) or "no store"
+
+
+def _require_none(path: Path, found: list[str]) -> None:
+    if found:
+        listed = "\n  ".join(found)
         raise CheckpointError(
             f"{path}: this checkpoint belongs to another run:\n  {listed}\nUse the recipe it was made with "
             "(recipe.yaml in its folder), or another run_dir."
         )
 
 
-def _differences(saved: Any, ours: Any, where: str) -> Iterator[str]:
+def _in_words(name: str, saved: Any, ours: Any) -> str:
+    return f"{name}: {saved!r} in the checkpoint, {ours!r} in the recipe"
+
+
+def differences(saved: Any, ours: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two sets of facts differ.
+
+    Args:
+        saved: One of them.
+        ours: The other one; what it does not hold is not compared.
+        where: Path of both within what is compared.
+
+    Yields:
+        The path with dots, the value in `saved` (None where it is missing), the value in `ours`.
+    """
     if isinstance(ours, Mapping) and isinstance(saved, Mapping):
         for key in ours:
-            yield from _differences(saved.get(key), ours[key], f"{where}.{key}" if where else str(key))
+            yield from differences(saved.get(key), ours[key], f"{where}.{key}" if where else str(key))
     elif saved != ours:
-        yield f"{where}: {saved!r} in the checkpoint, {ours!r} in the recipe"
+        yield where, saved, ours
 
 
 def _plain(value: Any) -> Any:

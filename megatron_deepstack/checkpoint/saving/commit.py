@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,15 @@ class Commit:
 
     facts: Mapping[str, Any]
     """Identity of the run."""
+    samples: Mapping[str, Any]
+    """What the run reads, for people."""
     layout: Mapping[str, int]
     num_ranks: int
     recipe_text: str
     keep: int
     keep_every: int
+    faults: list[str] = field(default_factory=list)
+    """Lines for the user on older checkpoints that could not be deleted; whoever tells them takes them away."""
 
     def run(self, final: Path, step: int, metadata: Metadata) -> int:
         """Make the partial folder of `final` whole, then delete superfluous checkpoints; returns its size in bytes.
@@ -54,11 +58,18 @@ class Commit:
         files = self._finish(partial, metadata)
         write_manifest(
             partial,
-            Manifest(step=step, facts=dict(self.facts), files=files, layout=dict(self.layout), made_with=made_with()),
+            Manifest(
+                step=step,
+                facts=dict(self.facts),
+                files=files,
+                layout=dict(self.layout),
+                made_with=made_with(),
+                samples=dict(self.samples),
+            ),
         )
         (partial / LOCK).unlink(missing_ok=True)
         publish(partial, final)
-        prune(final.parent.parent, step, keep=self.keep, keep_every=self.keep_every)
+        self.faults.extend(prune(final.parent.parent, step, keep=self.keep, keep_every=self.keep_every))
         return sum(size for size, _ in files.values())
 
     def _finish(self, partial: Path, metadata: Metadata) -> dict[str, tuple[int, int]]:

@@ -1,16 +1,19 @@
-"""Which checkpoints stay: the newest, every so-manyth for good, and nothing of saves and deletions cut short."""
+"""Which checkpoints stay: the newest, those at multiples of a step number for good, and no leftovers.
+
+Leftovers are what saves and deletions leave behind that were cut short. They are removed unless a living process is
+writing them.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_deepstack.checkpoint.folder import REMOVED, checkpoints_folder, looks_whole, remove, step_folders
-from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.errors import CheckpointError, RunFolderError
+from megatron_deepstack.platform.run_lock import take_lock
 
 LOCK = ".being_written"
 """File in a partial folder that its writer holds locked."""
@@ -27,22 +30,47 @@ def superfluous(whole: Sequence[int], committed: int, *, keep: int, keep_every: 
     return [step for step in old if not (keep_every and step % keep_every == 0)]
 
 
-def prune(run_dir: str | Path, committed: int, *, keep: int, keep_every: int) -> None:
+def prune(run_dir: str | Path, committed: int, *, keep: int, keep_every: int) -> list[str]:
     """Delete superfluous checkpoints. Call after a commit: the one of step `committed` is whole.
 
     Folders that are visibly damaged do not count among the `keep`.
+
+    Args:
+        run_dir: The run folder.
+        committed: Steps of the checkpoint just written.
+        keep: The newest that stay; 0: all.
+        keep_every: Those at multiples of it stay too; 0: none.
+
+    Returns:
+        A line for the user on each that could not be deleted, since it takes the room that `keep` promises.
     """
+    faults = []
     folders = dict(step_folders(run_dir))
     whole = [step for step, path in folders.items() if looks_whole(path)]
     for step in superfluous(whole, committed, keep=keep, keep_every=keep_every):
-        with suppress(OSError):  # what cannot go now is tried again after the next save
+        try:
             remove(folders[step])
+        except OSError as error:
+            faults.append(
+                f"{folders[step]}: no longer needed (checkpoint.keep {keep}), and could not be deleted ({error}); it "
+                "is tried again after the next save"
+            )
+    return faults
 
 
 def remove_leftovers(run_dir: str | Path) -> list[Path]:
     """Delete what interrupted saves and deletions left behind, but not what a living process is writing.
 
-    Returns what was deleted. Raises CheckpointError where it cannot be found out whether a process is writing.
+    On a file system without locks nothing is being written: the process that trains holds the run folder (`run_lock`).
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        What was deleted.
+
+    Raises:
+        CheckpointError: It cannot be found out whether a process is writing.
     """
     folder = checkpoints_folder(run_dir)
     leftovers = sorted(folder.glob(f"step_*{REMOVED}"))
@@ -69,26 +97,29 @@ class FolderLock:
     """Held by rank 0 on a partial folder while its save lives; the system lets go of it when the process dies."""
 
     def __init__(self, partial: Path) -> None:
-        """Create the folder if need be and lock it.
+        """Create the folder if need be and lock it; where the file system offers no locks only the run's own is left.
 
-        Raises BeingWritten if another process holds it, CheckpointError if the file system has no locks, and OSError.
+        Args:
+            partial: The folder that a save writes.
+
+        Raises:
+            BeingWritten: Another process holds it.
+            CheckpointError: The file system's answer is neither a lock, nor that it is held, nor that there are none.
+            OSError: The folder cannot be made.
         """
         partial.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            taken = take_lock(self._handle, partial / LOCK)
+        except RunFolderError as error:
+            self.release()
+            raise CheckpointError(str(error)) from error
+        if taken is False:
             self.release()
             raise BeingWritten(
                 f"{partial}: another process is writing this checkpoint; two runs share a run_dir. Stop one of them, "
                 "or give it a run_dir of its own"
-            ) from None
-        except OSError as error:
-            self.release()
-            raise CheckpointError(
-                f"{partial}: this folder cannot be locked ({error}), so two runs could write one checkpoint. Mount its "
-                "file system with locks (NFS without `nolock`, Lustre with `flock`), or set run_dir to another one"
-            ) from error
+            )
 
     def release(self) -> None:
         """Let go; a second call does nothing."""

@@ -35,7 +35,7 @@ from megatron_deepstack.checkpoint.saving.retention import FolderLock
 from megatron_deepstack.config.choices import SaveMode
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.errors import CheckpointError, of_all_ranks
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.parallel.groups import Axes
 from megatron_deepstack.parallel.reduce import of_every_rank, start_lowest_over_ranks
@@ -58,6 +58,8 @@ class Saved:
     """Part of that spent waiting for the save before it."""
     seconds: float
     """Time from its beginning until it was whole."""
+    faults: tuple[str, ...] = ()
+    """On rank 0, a line on each older checkpoint that should have been deleted and could not."""
 
 
 class _State(IntEnum):
@@ -117,11 +119,19 @@ class Saver:
     """Checkpoints of a run. `begin`, `poll` and `finish` are collective over all ranks."""
 
     def __init__(
-        self, recipe: Recipe, model: RankModel, optimizer: ChainedOptimizer, facts: Mapping[str, Any], axes: Axes
+        self,
+        recipe: Recipe,
+        model: RankModel,
+        optimizer: ChainedOptimizer,
+        facts: Mapping[str, Any],
+        axes: Axes,
+        samples: Mapping[str, Any] | None = None,
     ) -> None:
+        """`facts` and `samples`: what each manifest says of the run's identity and of what it reads."""
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self._commit = Commit(
             facts=facts,
+            samples=samples or {},
             layout=layout_of(axes, recipe.parallel),
             num_ranks=axes.world_size,
             recipe_text=recipe_to_yaml(recipe),
@@ -235,8 +245,10 @@ class Saver:
                 stall_seconds=flight.stall_seconds,
                 waited_seconds=flight.waited_seconds,
                 seconds=time.perf_counter() - flight.begun,
+                faults=tuple(self._commit.faults),
             )
         )
+        self._commit.faults.clear()
 
     def _fail(self, flight: _Flight) -> None:
         """Every rank is here. Ends the writers that still write, removes the folder if it is this run's, raises."""
@@ -246,10 +258,12 @@ class Saver:
         if flight.lock is not None:
             shutil.rmtree(partial_path(flight.final), ignore_errors=True)
         found = "\n  ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
-        raise CheckpointError(
-            f"{flight.final}: the checkpoint after step {flight.step} could not be written:\n  {found}\n"
-            f"{self._what_is_left()} Mend the disk (space, quota, permissions; checkpoint.keep bounds what is used), "
-            "then run the same command again"
+        raise of_all_ranks(
+            CheckpointError(
+                f"{flight.final}: the checkpoint after step {flight.step} could not be written:\n  {found}\n"
+                f"{self._what_is_left()} Mend the disk (space, quota, permissions; checkpoint.keep bounds what is "
+                "used), then run the same command again"
+            )
         )
 
     def _what_is_left(self) -> str:

@@ -7,9 +7,10 @@ training does not wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -81,6 +82,33 @@ class _Row:
     """For each image the place in `members` of its sample."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a row's pixels and samples lie in the store; what is left of a `_Row` once it is planned."""
+
+    images: tuple[int, ...]
+    members: tuple[int, ...]
+    image_members: tuple[int, ...]
+
+    @classmethod
+    def of(cls, row: _Row) -> _Places:
+        return cls(row.images, row.members, row.image_members)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSamples:
+    """Samples of a replica with everything but their pixels."""
+
+    plan: StepPlan
+    samples: Indices
+    """Store indices, int64 (micro-batches, micro_batch_size)."""
+    num_tokens: int
+    """Tokens of the samples, visual ones included, padding not."""
+    num_images: int
+    rows: tuple[tuple[_Places, ...], ...]
+    """By micro-batch and row."""
+
+
 class StepReader:
     """Reads steps of a store, or a mixture of stores, for one rank."""
 
@@ -112,6 +140,20 @@ class StepReader:
 
     def load_samples(self, step: int, samples: Indices) -> LoadedStep:
         """The same for chosen samples, (micro-batches, micro_batch_size) store indices."""
+        return self.read(step, self.plan_samples(samples))
+
+    def plan_samples(self, samples: Indices) -> PlannedSamples:
+        """Plan chosen samples, without reading pixels.
+
+        Args:
+            samples: Store indices, int64 (micro-batches, micro_batch_size).
+
+        Returns:
+            The plan, which `read` takes any number of times.
+
+        Raises:
+            DataError: A sample does not fit `train.seq_length`.
+        """
         read = [[self._read(int(i)) for i in row] for row in samples]
         packed = self.train.batching is Batching.PACKED
         rows = self._pack([one for row in read for one in row]) if packed else read
@@ -120,15 +162,36 @@ class StepReader:
         plan = plan_step(
             self.model, self.parallel, batches, self.share.replica_rank, packed=packed, precision=precision
         )
-        pixels, unreadable = self._pixels(step, rows, plan.routes.units)
-        return LoadedStep(
-            step=step,
+        return PlannedSamples(
             plan=plan,
-            pixels=pixels,
             samples=samples,
             num_tokens=sum(one.planned.sequence.length for row in read for one in row),
             num_images=sum(len(one.images) for row in read for one in row),
-            members=tuple(tuple(row.members for row in batch) for batch in rows),
+            rows=tuple(tuple(_Places.of(row) for row in batch) for batch in rows),
+        )
+
+    def read(self, step: int, planned: PlannedSamples) -> LoadedStep:
+        """Read the pixels of planned samples.
+
+        Args:
+            step: 0-based, for messages.
+            planned: What `plan_samples` gave.
+
+        Returns:
+            The step, ready to run.
+
+        Raises:
+            StoreError: As `load` does.
+        """
+        pixels, unreadable = self._pixels(step, planned.rows, planned.plan.routes.units)
+        return LoadedStep(
+            step=step,
+            plan=planned.plan,
+            pixels=pixels,
+            samples=planned.samples,
+            num_tokens=planned.num_tokens,
+            num_images=planned.num_images,
+            members=tuple(tuple(row.members for row in batch) for batch in planned.rows),
             unreadable=unreadable,
         )
 
@@ -146,7 +209,7 @@ class StepReader:
         return [[row] for row in (*rows, *[_Row(filler())] * (wanted - len(rows)))]
 
     def _pixels(
-        self, step: int, rows: list[list[_Row]], units: Sequence[EncodeUnit]
+        self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit]
     ) -> tuple[np.ndarray, tuple[UnreadableSample, ...]]:
         """Views of the units in order, read in one call, and whose could not be read."""
         size = self.model.vision.image_size
@@ -159,7 +222,7 @@ class StepReader:
         return out, ()
 
     def _read_singly(
-        self, step: int, rows: list[list[_Row]], units: Sequence[EncodeUnit], out: np.ndarray
+        self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit], out: np.ndarray
     ) -> tuple[UnreadableSample, ...]:
         """Read unit by unit after one went wrong; raises StoreError, or blackens what cannot be read."""
         found: dict[Where, UnreadableSample] = {}
@@ -192,40 +255,94 @@ def _merge(samples: Sequence[_Row]) -> _Row:
     )
 
 
-def open_training_reader(recipe: Recipe, share: Share) -> StepReader:
-    """Reader of the recipe's training data, one store or a mixture, for one rank.
+OpenStore = Callable[[Recipe, str | None], Store]
+"""From a recipe and a path of its data section to the open store: `checked_store` or `known_store`."""
 
-    Raises ConfigError where the recipe names none, else as `open_reader` does.
+
+def checked_store(recipe: Recipe, path: str | None) -> Store:
+    """Open a store after checking that it fits the recipe: tokenizer, processor, lengths of all samples.
+
+    Args:
+        recipe: The run's recipe.
+        path: Folder or URL; None where the recipe names none.
+
+    Returns:
+        The open store.
+
+    Raises:
+        ConfigError: No path.
+        StoreError: The store is unusable or made for something else.
+        DataError: It is empty, a sample is too long, or the tokenizer cannot be read.
     """
-    data = recipe.data
-    if data.stores is None:
-        samples: Samples = _open_checked(recipe, data.store)
-    else:
-        samples = Mixture([_open_checked(recipe, path) for path in data.stores], data.weights)
-    return StepReader(samples, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
-
-
-def open_reader(recipe: Recipe, path: str | None, share: Share) -> StepReader:
-    """Reader of the one store at `path` for one rank, after checking that it fits the recipe.
-
-    It stops at what cannot be read: held-out samples have nobody to leave them out. Raises ConfigError without a path,
-    StoreError where the store is unusable or made for something else, DataError where it is empty or a sample is too
-    long.
-    """
-    return StepReader(_open_checked(recipe, path), recipe.model, recipe.parallel, recipe.train, share)
-
-
-def _open_checked(recipe: Recipe, path: str | None) -> Store:
-    if path is None:
-        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
-    data = recipe.data
-    cache = CacheConfig.of(data)
-    store = Store.open(path, verify_checksums=data.verify_checksums, cache=cache)
+    store = known_store(recipe, path)
     check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
     check_lengths(store, recipe.model, recipe.train)
     if len(store) == 0:
         raise DataError(f"{path}: the store holds no samples; preprocess records whose images can be read")
     return store
+
+
+def known_store(recipe: Recipe, path: str | None) -> Store:
+    """Open a store that another process of this machine has checked.
+
+    Args:
+        recipe: The run's recipe.
+        path: Folder or URL; None where the recipe names none.
+
+    Returns:
+        The open store.
+
+    Raises:
+        ConfigError: No path.
+        StoreError: The store is missing or unfinished.
+    """
+    if path is None:
+        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
+    data = recipe.data
+    return Store.open(path, verify_checksums=data.verify_checksums, cache=CacheConfig.of(data))
+
+
+def open_training_reader(recipe: Recipe, share: Share, open_store: OpenStore = checked_store) -> StepReader:
+    """Reader of the recipe's training data, one store or a mixture, for one rank.
+
+    Args:
+        recipe: The run's recipe.
+        share: What this rank reads.
+        open_store: How stores are opened.
+
+    Returns:
+        The reader.
+
+    Raises:
+        ConfigError: The recipe names no store.
+        DeepStackError: As `open_store` does.
+    """
+    data = recipe.data
+    if data.stores is None:
+        samples: Samples = open_store(recipe, data.store)
+    else:
+        samples = Mixture([open_store(recipe, path) for path in data.stores], data.weights)
+    return StepReader(samples, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
+
+
+def open_reader(recipe: Recipe, path: str | None, share: Share, open_store: OpenStore = checked_store) -> StepReader:
+    """Reader of the one store at `path` for one rank.
+
+    It stops at what cannot be read: held-out samples have nobody to leave them out.
+
+    Args:
+        recipe: The run's recipe.
+        path: Folder or URL; None where the recipe names none.
+        share: What this rank reads.
+        open_store: How the store is opened.
+
+    Returns:
+        The reader.
+
+    Raises:
+        DeepStackError: As `open_store` does.
+    """
+    return StepReader(open_store(recipe, path), recipe.model, recipe.parallel, recipe.train, share)
 
 
 def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
@@ -243,6 +360,13 @@ def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index
     return PlannedSample(sequence=sequence, grids=grids)
 
 
+class Loads(Protocol):
+    """What gives a step by its number."""
+
+    def load(self, step: int) -> LoadedStep:
+        """The 0-based step."""
+
+
 class Prefetcher:
     """Iterates over steps `first` to `stop - 1`, each prepared in a thread while the one before is trained.
 
@@ -250,7 +374,7 @@ class Prefetcher:
     the iteration, however that ends.
     """
 
-    def __init__(self, reader: StepReader, first: int, stop: int) -> None:
+    def __init__(self, reader: Loads, first: int, stop: int) -> None:
         self.reader, self.first, self.stop = reader, first, stop
 
     def __iter__(self) -> Iterator[LoadedStep]:

@@ -6,7 +6,6 @@ resumption; so a resumed run judges as one without interruption, and no checkpoi
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +16,17 @@ from typing import Any, Final
 
 from megatron_deepstack.config.schema import HealthConfig
 from megatron_deepstack.errors import HealthError
+from megatron_deepstack.platform.strict_json import from_line
 
 _LEAST_RISE: Final = 0.1
 """Nats per target by which a loss must stand out: where a task is learned, batches of 0.01 and 0.03 are both usual."""
 
+NOT_FINITE: Final = "loss or gradient not finite"
+NO_TARGET: Final = "no sample has a target: all loss masks are zero"
+NOT_READ: Final = "no sample could be read"
+"""Why a step is left out."""
+_LISTED: Final = 16
+"""Steps that an error lists."""
 IdsOf = Callable[[int], Sequence[str]]
 """From a 0-based step to the ids of its samples, over all replicas."""
 
@@ -34,6 +40,10 @@ class Health:
     """Steps left out one after another, the last one included."""
     unreadable: int = 0
     """Samples left out so far."""
+    because: str = ""
+    """Why the last step that was left out was."""
+    learned: int = 0
+    """Steps applied since this process began; records of earlier ones do not count."""
     losses: deque[float] = field(default_factory=deque)
     """Of the last applied steps, at most `spike_window`."""
 
@@ -42,15 +52,32 @@ class Health:
         """What the records of earlier steps amount to."""
         health = cls(config, losses=deque(maxlen=max(config.spike_window, 1)))
         for record in records:
-            health.take(float(record["loss"]), bool(record["applied"]), int(record.get("unreadable", 0)))
+            loss = None if record["loss"] is None else float(record["loss"])
+            because = str(record.get("skipped_because", ""))
+            health.take(loss, bool(record["applied"]), int(record.get("unreadable", 0)), because)
+        health.learned = 0
         return health
 
-    def take(self, loss: float, applied: bool, unreadable: int) -> bool:
-        """Remember a step; whether its loss stands out of those before it."""
+    def take(self, loss: float | None, applied: bool, unreadable: int, because: str = "") -> bool:
+        """Remember a step.
+
+        Args:
+            loss: Mean loss per target; None where no sample had a target.
+            applied: Whether the optimizer took the step.
+            unreadable: Samples that were left out of it.
+            because: Why it was not applied.
+
+        Returns:
+            Whether its loss stands out of those before it.
+        """
         self.unreadable += unreadable
-        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
-        spike = applied and self._stands_out(loss)
-        if applied and math.isfinite(loss):
+        if not applied:
+            self.skipped_in_row, self.because = self.skipped_in_row + 1, because or NOT_FINITE
+            return False
+        self.skipped_in_row, self.learned = 0, self.learned + 1
+        assert loss is not None, "a step without a target was applied"
+        spike = self._stands_out(loss)
+        if math.isfinite(loss):
             self.losses.append(loss)
         return spike
 
@@ -68,9 +95,9 @@ class Health:
             steps = range(done - self.skipped_in_row, done)
             listed = "\n".join(f"  step {step + 1}: {some(ids_of(step))}" for step in steps)
             raise HealthError(
-                f"{self.skipped_in_row} steps in a row had a loss or gradient that is not finite and were left out; "
-                f"health.max_skipped_steps allows {limit}. Their samples:\n{listed}\nLook at these samples, lower the "
-                "learning rate or optimizer.clip_grad, or train in fp32; the checkpoints before them are untouched."
+                f"{self.skipped_in_row} steps in a row were left out (the last one: {self.because}); "
+                f"health.max_skipped_steps allows {limit}. Their samples:\n{listed}\n{self._advice()}; the checkpoints "
+                "before them are untouched."
             )
         most = self.config.max_unreadable_samples
         if self.unreadable > most:
@@ -79,6 +106,32 @@ class Health:
                 f"health.max_unreadable_samples allows {most}. metrics.jsonl names them under `unreadable_samples`; "
                 "`megatron-deepstack store verify` finds what is damaged."
             )
+
+    def require_learned(self, first: int, done: int, ids_of: IdsOf) -> None:
+        """End a run whose steps were all left out, so that it does not look like a success. The same on every rank.
+
+        Args:
+            first: Steps that were done before this process began.
+            done: Steps done now.
+            ids_of: From a step to its samples.
+
+        Raises:
+            HealthError: This process has done steps, and applied none.
+        """
+        if done > first and not self.learned:
+            listed = "\n".join(f"  step {step + 1}: {some(ids_of(step))}" for step in range(first, done)[:_LISTED])
+            raise HealthError(
+                f"nothing was learned: all {done - first} steps from step {first + 1} on were left out (the last one: "
+                f"{self.because}), and no checkpoint was saved. Their samples:\n{listed}\n{self._advice()}."
+            )
+
+    def _advice(self) -> str:
+        if self.because == NOT_FINITE:
+            return "Look at these samples, lower the learning rate or optimizer.clip_grad, or train in fp32"
+        return (
+            "`megatron-deepstack store verify` finds what is damaged, `store show` what of a sample is learned; mend "
+            "the store, or leave such records out"
+        )
 
 
 def some(ids: Sequence[str], limit: int = 16) -> str:
@@ -94,7 +147,7 @@ def earlier_records(file: Path, num_steps: int) -> list[dict[str, Any]]:
     records = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = from_line(line)
             if record["step"] <= num_steps:
                 records.append(record)
         except (ValueError, KeyError, TypeError):

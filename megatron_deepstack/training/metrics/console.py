@@ -65,7 +65,7 @@ class StepConsole:
 
 def _columns(record: StepRecord) -> Iterator[tuple[str, str, str]]:
     """Name, value and unit of what every line shows."""
-    yield "loss", f"{record.loss:.4f}", ""
+    yield "loss", "none" if record.loss is None else f"{record.loss:.4f}", ""
     yield "lr", f"{record.lr:.2e}", ""
     yield "grad", f"{record.gradient_norm:.2f}", ""
     yield "", f"{record.tokens_per_second:,.0f}", " tokens/s"
@@ -85,7 +85,16 @@ def _remarks(record: StepRecord) -> Iterator[tuple[str, str]]:
     if record.spike:
         yield "SPIKE", "bold red"
     if not record.applied:
-        yield "SKIPPED: loss or gradient not finite", "bold red"
+        yield f"SKIPPED: {record.skipped_because}", "bold red"
+
+
+def say(text: str) -> None:
+    """A line on the console, where there is no log of steps yet.
+
+    Args:
+        text: The line.
+    """
+    Console(highlight=False, soft_wrap=True).print(Text(text))
 
 
 def _clock(seconds: float) -> str:

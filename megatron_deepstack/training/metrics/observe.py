@@ -16,6 +16,8 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.host_clock import Offset, clock_offsets
 from megatron_deepstack.platform.device import has_gpu
+from megatron_deepstack.platform.run_folder import writing
+from megatron_deepstack.platform.write_whole import write_whole
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.timeline import Interval, Timeline
 
@@ -40,11 +42,14 @@ class Observer:
     @contextmanager
     def _profile(self, number: int) -> Iterator[None]:
         folder = Path(self.recipe.run_dir) / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu() else [])]
         with profile(activities=activities) as profiler:
             yield
-        profiler.export_chrome_trace(str(folder / f"rank_{dist.get_rank()}_step_{number}.json"))
+        file = folder / f"rank_{dist.get_rank()}_step_{number}.json"
+        with writing(file):
+            profiler.export_chrome_trace(str(file))
 
     @contextmanager
     def _timeline(self, number: int, clock: StepClock) -> Iterator[None]:
@@ -60,7 +65,8 @@ class Observer:
         if everyone is not None:
             document = timeline_document(self.recipe, number, everyone, offsets)
             file = Path(self.recipe.run_dir) / f"timeline_step_{number}.json"
-            file.write_text(json.dumps(document), encoding="utf-8")
+            with writing(file):
+                write_whole(file, json.dumps(document, allow_nan=False))
 
 
 def timeline_document(recipe: Recipe, step: int, ranks: list[dict[str, Any]], offsets: list[Offset]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ class StepRecord:
 
     step: int
     """Steps done, this one included."""
-    loss: float
-    """Mean loss per target over the global batch."""
+    loss: float | None
+    """Mean loss per target over the global batch; None where no sample had a target."""
     gradient_norm: float
     lr: float
     num_targets: int
@@ -28,7 +28,9 @@ class StepRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Time by part of the step on rank 0."""
     applied: bool = True
-    """The optimizer step was carried out (gradients were finite)."""
+    """The optimizer step was carried out: loss and gradients were finite, and there was something to learn."""
+    skipped_because: str = ""
+    """Why not, where it was not."""
     resumed: bool = False
     """First step after a resumption."""
     validation_loss: float | None = None

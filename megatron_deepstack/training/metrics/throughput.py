@@ -63,11 +63,11 @@ class Throughput:
         """Speed of a step that took `seconds`; counts are the replica's. Collective over dp."""
         recipe = self.recipe
         mine = training_flops(recipe.model, recipe.train.trainable, recipe.lora, plan.lengths, plan.num_units)
-        tokens, images, flops = sum_over_replicas([num_tokens, num_images, round(mine)])
+        tokens, images, flops = sum_over_replicas([num_tokens, num_images, mine])
         rate = flops / seconds / _TERA
         return Speed(
-            num_tokens=tokens,
-            num_images=images,
+            num_tokens=int(tokens),
+            num_images=int(images),
             tokens_per_second=tokens / seconds,
             tokens_per_second_per_rank=tokens / seconds / self.num_ranks,
             images_per_second=images / seconds,

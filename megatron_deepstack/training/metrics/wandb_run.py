@@ -14,6 +14,7 @@ from typing import Any
 from megatron_deepstack.config.build import plain
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.platform.write_whole import write_whole
 from megatron_deepstack.training.metrics.record import StepRecord
 
 _ID_FILE = "wandb_run_id"
@@ -72,5 +73,5 @@ class WandbRun:
 def _run_id(file: Path) -> str:
     """The run's id there, made once."""
     if not file.exists():
-        file.write_text(secrets.token_hex(8), encoding="utf-8")
+        write_whole(file, secrets.token_hex(8))
     return file.read_text(encoding="utf-8").strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -14,6 +13,9 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import RunFolderError
+from megatron_deepstack.platform.run_folder import writing
+from megatron_deepstack.platform.strict_json import to_line
 from megatron_deepstack.training.guard.health import earlier_records
 from megatron_deepstack.training.metrics.console import StepConsole
 from megatron_deepstack.training.metrics.record import StepRecord
@@ -36,16 +38,20 @@ class MetricsLog:
     def __init__(self, recipe: Recipe, *, first_step: int, writes: bool) -> None:
         """What a run that went further than its checkpoint left of steps after `first_step` is dropped.
 
-        Raises ConfigError where Weights & Biases is wanted and cannot be reached.
+        Raises ConfigError where Weights & Biases is wanted and cannot be reached, RunFolderError where the run folder
+        cannot be written.
         """
         self.console: StepConsole | None = None
+        self.run_dir = Path(recipe.run_dir)
         self.sinks: list[Sink] = []
         if not writes:
             return
-        run_dir = Path(recipe.run_dir)
-        self.sinks += [JsonLines(run_dir / "metrics.jsonl", first_step), Board(run_dir / "tensorboard", first_step)]
-        if recipe.logging.wandb_project is not None:
-            self.sinks.append(WandbRun(recipe))
+        run_dir = self.run_dir
+        with writing(run_dir):
+            self.sinks += [JsonLines(run_dir / "metrics.jsonl", first_step)]
+            self.sinks += [Board(run_dir / "tensorboard", first_step)]
+            if recipe.logging.wandb_project is not None:
+                self.sinks.append(WandbRun(recipe))
         self.console = StepConsole(
             Console(file=sys.stdout, highlight=False, soft_wrap=True),
             first_step=first_step,
@@ -59,10 +65,16 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Closes what is open. Where the run ends with an error this is the one that is told, not a later one here."""
         if self.console is not None:
             self.console.close()
         for sink in self.sinks:
-            sink.close()
+            try:
+                with writing(self.run_dir):
+                    sink.close()
+            except RunFolderError:
+                if error is None:
+                    raise
 
     def say(self, text: str) -> None:
         """A line on the console of rank 0."""
@@ -70,9 +82,10 @@ class MetricsLog:
             self.console.say(text)
 
     def add(self, record: StepRecord) -> None:
-        """Write one step."""
-        for sink in self.sinks:
-            sink.add(record)
+        """Write one step. Raises RunFolderError where the disk refuses."""
+        with writing(self.run_dir):
+            for sink in self.sinks:
+                sink.add(record)
         if self.console is not None:
             self.console.add(record)
 
@@ -86,7 +99,7 @@ class JsonLines:
 
     def add(self, record: StepRecord) -> None:
         """Write one step."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.write(to_line(asdict(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -118,7 +131,7 @@ def _drop_after(file: Path, last_step: int) -> None:
         return
     partial = file.with_name(file.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(record) + "\n" for record in earlier_records(file, last_step))
+        out.writelines(to_line(record) + "\n" for record in earlier_records(file, last_step))
         out.flush()
         os.fsync(out.fileno())
     partial.replace(file)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.planning.footprint import checkpoint_bytes, rank_bytes
+from megatron_deepstack.planning.footprint import checkpoint_bytes, checkpoints_at_once, rank_bytes
+from megatron_deepstack.platform.run_folder import size_text
 from orchestration.launch.before.placement import Seat
 from orchestration.launch.before.probe import Fact, NodeFacts, differing, files_of, stores_of
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,11 @@ def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_
         yield Finding(one.address, "GPUs", f"{found} seen by torch", f"{ranks_here}", found >= ranks_here)
         needed, least = rank_bytes(recipe, num_ranks), min(one.gpu_memories, default=0)
         yield Finding(
-            one.address, "GPU memory", _gib(least), f"{_gib(needed)} for weights and optimizer", least >= needed
+            one.address,
+            "GPU memory",
+            size_text(least),
+            f"{size_text(needed)} for weights and optimizer",
+            least >= needed,
         )
     yield Finding(
         one.address,
@@ -98,14 +101,14 @@ def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_
     )
     if _has_relative_paths(recipe):
         yield _of_fact(one.address, "working folder", one.folder, "the driver's, which relative paths start from")
-    kept = (recipe.checkpoint.keep or 2) + 1
+    kept = max(checkpoints_at_once(recipe) - one.num_checkpoints, 1)
     needed = kept * checkpoint_bytes(recipe)
     if not one.run_dir.fault:
         yield Finding(
             one.address,
             "disk",
-            f"{_gib(one.free_bytes)} free",
-            f"{_gib(needed)} for {kept} checkpoints",
+            f"{size_text(one.free_bytes)} free",
+            f"{size_text(needed)} for {kept} checkpoint{'s' if kept > 1 else ''}",
             one.free_bytes >= needed,
         )
 
@@ -151,7 +154,3 @@ def _of_fact(node: str, check: str, fact: Fact, expected: str) -> Finding:
 def _has_relative_paths(recipe: Recipe) -> bool:
     paths = (recipe.run_dir, *stores_of(recipe), *files_of(recipe))
     return any("://" not in path and not PurePath(path).is_absolute() for path in paths)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / (1 << 20):.1f} MiB"

@@ -19,10 +19,12 @@ from pathlib import Path
 import megatron_deepstack
 import orchestration
 from megatron_deepstack import __version__
+from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.attributes import finished_attributes
 from megatron_deepstack.platform.network import interface_of
+from megatron_deepstack.platform.run_folder import write_probe
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "ray", "zarr", "numpy")
 TOKENS = ".launch-tokens"
@@ -56,6 +58,8 @@ class NodeFacts:
     """Plan hash by path."""
     files: dict[str, Fact] = field(default_factory=dict)
     """Other paths that ranks read."""
+    num_checkpoints: int = 0
+    """In the run folder already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ def gather(questions: Questions, address: str, token: str) -> NodeFacts:
         free_bytes=0 if written.fault else shutil.disk_usage(run_dir).free,
         stores={path: _find(partial(_plan_hash, path)) for path in stores_of(recipe)},
         files={path: _find(partial(_readable, path)) for path in files_of(recipe)},
+        num_checkpoints=0 if written.fault else len(step_folders(run_dir)),
     )
 
 
@@ -127,12 +132,7 @@ def _enter(folder: str) -> str:
 
 
 def _write_token(run_dir: Path, token: str) -> str:
-    path = run_dir / TOKENS / token
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(token)
-        file.flush()
-        os.fsync(file.fileno())
+    write_probe(run_dir / TOKENS / token, token)
     return token
 
 

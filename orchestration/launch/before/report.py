@@ -83,7 +83,8 @@ def status_text(status: Status) -> str:
     if last is not None:
         left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
         speed = f"{last['tokens_per_second']:,.0f} tokens/s"
-        lines.append(f"  step       {last['step']} of {status.num_steps}, loss {last['loss']:.4f}, {speed}{left}")
+        loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
+        lines.append(f"  step       {last['step']} of {status.num_steps}, loss {loss}, {speed}{left}")
     lines.append(f"  checkpoint {'none yet' if status.checkpoint is None else f'after step {status.checkpoint}'}")
     if record is not None:
         lines += _launch_lines(record, status.state)

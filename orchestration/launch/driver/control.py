@@ -5,7 +5,6 @@ Neither needs Ray or the machine that the driver runs on; the run folder is shar
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from megatron_deepstack.errors import ClusterError, ConfigError
+from megatron_deepstack.platform.strict_json import from_line
 from orchestration.launch.driver.record import LaunchRecord, State, last_lines, newest_step, read_record
 from orchestration.launch.driver.stopping import request_stop
 
@@ -112,7 +112,7 @@ def _recent(run_dir: Path) -> tuple[dict[str, Any], ...]:
     found = []
     for line in last_lines(run_dir / "metrics.jsonl", _RECENT):
         with suppress(ValueError):
-            found.append(dict(json.loads(line)))
+            found.append(dict(from_line(line)))
     return tuple(found)
 
 

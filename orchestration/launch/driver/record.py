@@ -7,20 +7,18 @@ the driver reads it from there.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_deepstack.errors import ClusterError, ConfigError
+from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.platform.process import machine_start, process_start, still_runs
+from megatron_deepstack.platform.write_whole import write_whole
 
 STOP_FILE: Final = "stop.request"
 HEARTBEAT_SECONDS: Final = 5.0
@@ -107,7 +105,7 @@ class LaunchRecord:
 def write_record(run_dir: Path, record: LaunchRecord) -> None:
     """Replace `launch.json`."""
     record.heartbeat = time.time()
-    write_whole(run_dir / "launch.json", json.dumps(asdict(record), indent=1) + "\n")
+    write_whole(run_dir / "launch.json", json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
 
 
 def read_record(run_dir: Path) -> LaunchRecord | None:
@@ -123,36 +121,6 @@ def read_record(run_dir: Path) -> LaunchRecord | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"{path}: not a record of `launch` ({error}); remove it"]) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Give a file its content at once; a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-@contextmanager
-def only_driver(run_dir: Path) -> Iterator[None]:
-    """Be the one driver of a run; raises ClusterError while another one is alive, here or on another machine."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    before = read_record(run_dir)
-    if before is not None and before.host != socket.gethostname() and not (before.state.over or before.lost):
-        raise ClusterError(_taken(run_dir, f"process {before.pid} on {before.host}"))
-    with (run_dir / ".launch.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = f"process {before.pid} on {before.host}" if before is not None else "a process of this machine"
-            raise ClusterError(_taken(run_dir, holder)) from error
-        yield
-
-
-def _taken(run_dir: Path, holder: str) -> str:
-    return (
-        f"{run_dir}: {holder} is launching this run already. Follow it with `megatron-deepstack status {run_dir}`, end "
-        f"it with `megatron-deepstack stop {run_dir}`, or take another run_dir"
-    )
 
 
 class Events:

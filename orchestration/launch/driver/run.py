@@ -20,6 +20,8 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError, DeepStackError, PreemptedError, RankError
 from megatron_deepstack.planning.check import check_plan, check_world, model_ranks
 from megatron_deepstack.platform.device import gpu_memories
+from megatron_deepstack.platform.run_folder import require_writable
+from megatron_deepstack.platform.run_lock import run_lock
 from megatron_deepstack.training.guard.watchdog import PATIENT
 from orchestration.cluster import import_ray, ray_session
 from orchestration.launch.before.checks import Finding
@@ -35,7 +37,6 @@ from orchestration.launch.driver.record import (
     LaunchRecord,
     State,
     newest_step,
-    only_driver,
     write_record,
 )
 from orchestration.launch.driver.stopping import forget_request, is_for_a_node, stop_signals
@@ -57,12 +58,14 @@ def launch(
 
     `address`: an existing cluster, whose nodes see the store and `run_dir` under the same paths; otherwise Ray runs on
     this machine alone. Raises PreemptedError after a stop on request, RankError when the budget of restarts is used
-    up, ClusterError for what the cluster lacks, and any expected failure that a rank raised.
+    up, ClusterError for what the cluster lacks, RunFolderError where the run folder cannot be written or another
+    process trains in it, and any expected failure that a rank raised.
     """
     run_dir = Path(recipe.run_dir).absolute()
     address = address or os.environ.get("RAY_ADDRESS")
     check_plan(recipe)
-    with only_driver(run_dir):
+    require_writable(run_dir)
+    with run_lock(run_dir, "launch", _tell):
         forget_request(run_dir)
         Events(run_dir).clear()
         record = LaunchRecord(cluster=address or "", max_failures=recipe.launch.max_failures)
@@ -88,6 +91,11 @@ def launch(
             raise
         finally:
             _write_end(run_dir, record)
+
+
+def _tell(line: str) -> None:
+    """A line before there is anything to follow."""
+    Console(highlight=False, soft_wrap=True).print(f"launch: {line}", markup=False)
 
 
 def _write_end(run_dir: Path, record: LaunchRecord) -> None:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestration.launch.driver.record import STOP_FILE, LaunchRecord, State, write_whole
+from megatron_deepstack.platform.write_whole import write_whole
+from orchestration.launch.driver.record import STOP_FILE, LaunchRecord, State
 
 
 @contextmanager

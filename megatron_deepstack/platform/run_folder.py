@@ -1,0 +1,130 @@
+"""A run folder that can be written, found out before ranks start, and told in one line where it cannot.
+
+`writing` stands around whatever the run writes into its folder, so that a disk that fills up later also ends in one
+line.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from megatron_deepstack.errors import RunFolderError
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_GIB: Final = 1 << 30
+
+
+def require_writable(run_dir: Path) -> None:
+    """Make the run folder if need be, and write a small file there.
+
+    Args:
+        run_dir: The recipe's `run_dir`.
+
+    Raises:
+        RunFolderError: It is a file, read-only, full, or belongs to somebody else.
+    """
+    probe = run_dir / f".writable.{os.uname().nodename}.{os.getpid()}"
+    try:
+        write_probe(probe, "this folder can be written\n")
+        probe.unlink()
+    except OSError as error:
+        raise RunFolderError(
+            f"run_dir: {run_dir} cannot be written ({said_by(error)}); expected a folder that can be made or written "
+            f"here. {_advice(error)}"
+        ) from error
+
+
+def write_probe(path: Path, text: str) -> None:
+    """Write a file and bring it to the disk; its folder is made if need be.
+
+    Args:
+        path: The file.
+        text: Its content.
+
+    Raises:
+        OSError: The folder cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def require_room(run_dir: Path, needed_bytes: int, what: str) -> None:
+    """Compare the free space of the run folder's file system with what is needed.
+
+    Args:
+        run_dir: The recipe's `run_dir`, which is there.
+        needed_bytes: Bytes that the run is going to write.
+        what: What needs them, for the message.
+
+    Raises:
+        RunFolderError: There is less.
+    """
+    free_bytes = shutil.disk_usage(run_dir).free
+    if free_bytes < needed_bytes:
+        raise RunFolderError(
+            f"run_dir: {run_dir} has {size_text(free_bytes)} free; expected {size_text(needed_bytes)} for {what}. "
+            "Make room, keep fewer (checkpoint.keep), or set run_dir to a larger disk"
+        )
+
+
+def size_text(num_bytes: int) -> str:
+    """A number of bytes for people.
+
+    Args:
+        num_bytes: Bytes.
+
+    Returns:
+        In GiB, or in MiB where it is small.
+    """
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / (1 << 20):.1f} MiB"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the disk answers in the block into an error of one line.
+
+    Args:
+        path: What is being written in the run folder, for the message.
+
+    Raises:
+        RunFolderError: In place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({said_by(error)}). {_advice(error)} and run the same command again: it goes "
+            "on from the newest checkpoint"
+        ) from error
+
+
+def said_by(error: OSError) -> str:
+    """The system's words, with the file that they are about.
+
+    Args:
+        error: What the system raised.
+
+    Returns:
+        Such as `No space left on device: 'runs/a/metrics.jsonl'`.
+    """
+    words = error.strerror or str(error) or type(error).__name__
+    return f"{words}: {str(error.filename)!r}" if error.filename else words
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in _FULL:
+        return "Make room on that disk, raise its quota, or set run_dir to another one"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "Remove the file that is in the way, or set run_dir to a folder"
+    if error.errno == errno.EROFS:
+        return "Mount that file system for writing, or set run_dir to another one"
+    return "Change its permissions, or set run_dir to a folder that you may write"
