@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -22,8 +23,11 @@ from megatron_deepstack.errors import (
     ClusterError,
     ConfigError,
 )
+from megatron_deepstack.platform.owner import this_process
 from megatron_deepstack.platform.process import process_start
-from orchestration.launch.before.report import status_text
+from megatron_deepstack.platform.run_lock import OWNER_FILE, run_lock
+from megatron_deepstack.training.guard.heartbeat import Heartbeats
+from orchestration.launch.before.report import status_document, status_text
 from orchestration.launch.driver import control
 from orchestration.launch.driver.record import (
     STOP_FILE,
@@ -96,12 +100,77 @@ class TestControl:
         result = CliRunner().invoke(app, ["status", str(running)])
         assert (result.exit_code, "lost" in result.output) == (1, True)
 
-    def test_status_of_a_run_of_another_launcher(self, running: Path) -> None:
+    def test_status_of_a_run_of_train(self, running: Path) -> None:
+        """Who works there, since when, and what rank 0 does; then that nobody does any more."""
         (running / "launch.json").unlink()
-        result = CliRunner().invoke(app, ["status", str(running)])
-        assert (result.exit_code, "trained by another launcher" in result.output) == (0, True)
+        beats = Heartbeats(running, 0, 1)
+        beats.write("step 11")
+        beats.close()
+        with run_lock(running, "train", print):
+            result = CliRunner().invoke(app, ["status", str(running)], env={"COLUMNS": "200"})
+            assert result.exit_code == 0, result.output
+            for words in (
+                f"{running}: running", f"started by train: process {os.getpid()} on {socket.gethostname()}, since 2",
+                f"ranks      1 on {socket.gethostname()}; rank 0 in step 11", "step       10 of 40",
+            ):  # fmt: skip
+                assert words in result.output
+            words = rf"not started by `launch`; `kill {os.getpid()}` on {socket.gethostname()} to stop it"
+            with pytest.raises(ConfigError, match=words):
+                control.stop(running, now=False, wait_seconds=0)
+        result = CliRunner().invoke(app, ["status", str(running)], env={"COLUMNS": "200"})
+        assert (result.exit_code, "not running" in result.output) == (0, True)
+        assert "started by train or torchrun, not `launch`; no process works in the folder now" in result.output
         with pytest.raises(ConfigError, match="not started by `launch`; send SIGTERM"):
             control.stop(running, now=False, wait_seconds=0)
+
+    @pytest.mark.parametrize(
+        ("changes", "state"),
+        [
+            ({}, "running"),
+            ({"started": 1.0}, "lost"),
+            ({"machine": "elsewhere"}, "running"),
+            ({"machine": "elsewhere", "age": 3600.0}, "lost"),
+        ],
+        ids=["here", "here, killed", "elsewhere", "elsewhere, killed"],
+    )
+    def test_status_of_a_run_of_train_by_its_owner(self, running: Path, changes: dict[str, Any], state: str) -> None:
+        """A launch before it, in the same folder, is over and tells nothing of this one."""
+        changed(running, state=State.FAILED, outcome="an earlier launch", exit_code=7)
+        age = changes.pop("age", 0.0)
+        owner = replace(this_process("torchrun"), **changes)
+        (running / OWNER_FILE).write_text(json.dumps(asdict(owner)))
+        os.utime(running / OWNER_FILE, (time.time() - age, time.time() - age))
+        found = control.status_of(running)
+        assert (found.state, found.launcher, found.exit_code) == (state, "torchrun", int(state == "lost"))
+
+    def test_status_of_a_finished_run_of_train(self, running: Path) -> None:
+        (running / "launch.json").unlink()
+        line = {"step": 40, "loss": 0.1, "tokens_per_second": 1.0, "step_seconds": 2.0}
+        (running / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        assert control.status_of(running).state == "finished"
+
+    def test_status_as_json(self, running: Path) -> None:
+        result = CliRunner().invoke(app, ["status", str(running), "--json"])
+        found = json.loads(result.output)
+        expected = {
+            "run_dir": str(running), "state": "running", "launcher": "launch", "step": 10, "num_steps": 40, "loss": 0.1,
+            "tokens_per_second": 1000, "seconds_left": 60.0, "checkpoint": 6, "max_failures": 3, "exit_code": 0,
+            "cluster": None, "because": "", "waiting_for": "", "ranks": [],
+        }  # fmt: skip
+        assert {name: found[name] for name in expected} == expected
+        assert found["driver"] == {"host": socket.gethostname(), "pid": os.getpid(), "since": process_start()}
+        assert [one["reason"] for one in found["restarts"]] == ["rank 1 (pid 5 on host) died: killed"]
+
+    def test_json_of_a_run_that_has_not_begun(self, running: Path) -> None:
+        (running / "launch.json").unlink()
+        (running / "metrics.jsonl").unlink()
+        found = status_document(control.status_of(running))
+        assert (found["step"], found["loss"], found["driver"], found["ranks"]) == (0, None, None, [])
+
+    def test_json_holds_no_number_that_json_has_not(self, running: Path) -> None:
+        line = '{"step": 3, "loss": null, "tokens_per_second": 1.0, "step_seconds": 2.0}\n'
+        (running / "metrics.jsonl").write_text(line)
+        assert status_document(control.status_of(running))["loss"] is None
 
     def test_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no run is there"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.training.guard.node_board import Beat
 from orchestration.launch.before.checks import Finding
 from orchestration.launch.before.placement import Demand, Seat
 from orchestration.launch.driver.control import Status
@@ -88,7 +92,59 @@ def status_text(status: Status) -> str:
     lines.append(f"  checkpoint {'none yet' if status.checkpoint is None else f'after step {status.checkpoint}'}")
     if record is not None:
         lines += _launch_lines(record, status.state)
+    else:
+        lines += _local_lines(status)
     return "\n".join(lines)
+
+
+def status_document(status: Status) -> dict[str, Any]:
+    """A run as values for JSON: numbers that are not known, or not finite, are None."""
+    record, last, owner = status.record, status.recent[-1] if status.recent else {}, status.owner
+    driver = record if record is not None else owner
+    started = record.pid_since if record is not None else owner.started if owner is not None else None
+    places = {one.rank: asdict(one) for one in record.ranks} if record is not None else {}
+    known = sorted(places) or sorted(status.beats)
+    return {
+        "run_dir": str(status.run_dir),
+        "state": status.state,
+        "launcher": status.launcher,
+        "because": record.outcome if record is not None else "",
+        "step": last.get("step", 0),
+        "num_steps": status.num_steps,
+        "loss": _finite(last.get("loss")),
+        "tokens_per_second": _finite(last.get("tokens_per_second")),
+        "seconds_left": _finite(status.seconds_left),
+        "checkpoint": status.checkpoint,
+        "driver": None if driver is None else {"host": driver.host, "pid": driver.pid, "since": started},
+        "cluster": record.cluster or None if record is not None else None,
+        "ranks": [_rank_document(rank, places.get(rank, {}), status.beats.get(rank)) for rank in known],
+        "waiting_for": record.waiting_for if record is not None else "",
+        "restarts": [asdict(one) for one in record.restarts] if record is not None else [],
+        "max_failures": record.max_failures if record is not None else None,
+        "exit_code": status.exit_code,
+    }
+
+
+def _rank_document(rank: int, place: Mapping[str, Any], beat: Beat | None) -> dict[str, Any]:
+    said = {} if beat is None else {"host": beat.host, "pid": beat.pid, "doing": beat.doing}
+    return {"rank": rank, "host": None, "address": None, "pid": None, "doing": None, **said, **place}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _local_lines(status: Status) -> list[str]:
+    """What is known of a run that has no driver of `launch`."""
+    owner = status.owner
+    if owner is None:
+        return [f"  started by {status.launcher}, not `launch`; no process works in the folder now"]
+    lines = [f"  started by {status.launcher}: {owner}, since {owner.since}"]
+    first = status.beats.get(0)
+    if first is not None:
+        hosts = ", ".join(sorted({one.host for one in status.beats.values()}))
+        lines.append(f"  ranks      {len(status.beats)} on {hosts}; rank 0 in {first.doing}")
+    return lines
 
 
 def _launch_lines(record: LaunchRecord, state: str) -> list[str]:
