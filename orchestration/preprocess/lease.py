@@ -62,7 +62,10 @@ class Lease:
         self._heart.join()
         with suppress(OSError, LocationError):  # whoever comes next finds that its process is gone
             if self._stolen_by is None:
-                _replace(self._root, self._file.read_bytes(), self.owner, None)
+                found = self._file.read_bytes()
+                owner = _owner(found)
+                if owner is not None and owner.token == self.owner.token:
+                    _replace(self._root, found, self.owner, None)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):

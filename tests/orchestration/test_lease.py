@@ -123,10 +123,21 @@ def owner_of(**changes: Any) -> Owner:
     return replace(Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), "left"), **changes)
 
 
+@pytest.fixture
+def threads_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unfinished files are named after their process; here threads stand for processes."""
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return threading.get_ident if name == "getpid" else getattr(os, name)
+
+    monkeypatch.setattr(location, "os", Os())
+
+
 GONE: dict[str, Any] = {"pid": 2**22 - 1}
 
 
-def test_one_of_many_takes_a_lease_over(root: Location, fast: None) -> None:
+def test_one_of_many_takes_a_lease_over(root: Location, fast: None, threads_as_processes: None) -> None:
     """The others are told of the one that holds it, and of nothing else."""
     write_lease(root, **GONE)
     together, ends = threading.Barrier(8), []
@@ -180,7 +191,7 @@ def test_a_claimant_that_died_is_no_obstacle(root: Location, fast: None) -> None
         assert names(root) == {LEASE_FILE}
 
 
-def test_a_living_claimant_is_waited_for(root: Location, fast: None) -> None:
+def test_a_living_claimant_is_waited_for(root: Location, fast: None, threads_as_processes: None) -> None:
     write_lease(root, **GONE)
     claim = root.child(f"{lease._CLAIM}left")
     claim.create(json.dumps(asdict(owner_of(token="claimant"))).encode())
@@ -201,7 +212,7 @@ def test_a_living_claimant_is_waited_for(root: Location, fast: None) -> None:
     assert read_token(root) == "claimant"
 
 
-def test_giving_back_leaves_anothers_lease(root: Location, fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_giving_back_leaves_anothers_lease(root: Location, fast: None) -> None:
     with hold_lease(root) as held:
         held._released.set()
         held._heart.join()
