@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
+from megatron_deepstack.errors import StoreError
 
 ENVIRONMENT = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
 MAX_SECONDS = 0.5
@@ -96,6 +98,35 @@ def test_what_torchrun_decides_is_refused_beside_it(recipe, monkeypatch):
     assert "--ranks 4: torchrun has started 2 already; leave it out" in result.output
     assert "--restarts 3: a rank cannot start the others again; leave it out" in result.output
     assert "torchrun --max-restarts=3" in result.output
+
+
+@pytest.mark.parametrize(
+    ("rank", "of_rank", "agreed", "title"),
+    [
+        (None, None, False, "error"),
+        (None, 3, False, "error on rank 3 (there)"),
+        ("1", None, False, "error"),
+        ("1", 1, False, "error on rank 1 (there)"),
+        ("1", 1, True, "error on rank 1 (there)"),
+        ("0", 1, True, None),
+        ("0", None, True, "error"),
+        ("1", None, True, None),
+    ],
+)
+def test_each_error_is_said_by_one_rank_and_swallowed_by_none(monkeypatch, capsys, rank, of_rank, agreed, title):
+    """What a rank meets alone it says; what all raise the rank says that met it, or the first."""
+    from megatron_deepstack.cli.app import _fail
+
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    error = StoreError("it is gone")
+    error.rank, error.host, error.agreed = of_rank, None if of_rank is None else "there", agreed
+    with pytest.raises(typer.Exit) as caught:
+        _fail(error)
+    assert caught.value.exit_code == StoreError.exit_code
+    said = capsys.readouterr().err
+    assert said == ("" if title is None else f"{title}\n  it is gone\n")
 
 
 def test_all_problems_at_once(recipe):

@@ -7,9 +7,11 @@ whole: it is named and passed over, and the newest whole one is taken.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,34 @@ REMOVED = ".removed"
 """Ending of folders that are being deleted."""
 _PREFIX = "step_"
 _BLOCK_BYTES = 1 << 22
+
+
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+"""What file systems answer of files that are gone or broken; any other answer says nothing about their content."""
+
+
+class OutOfReach(CheckpointError):
+    """A checkpoint cannot be read at present (permissions, a server that is away): it may well be whole."""
+
+
+def out_of_reach(path: Path, name: str, error: OSError) -> OutOfReach | None:
+    """What an error of the file system says about a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        name: The file that was read.
+        error: What the system answered.
+
+    Returns:
+        None if the file is gone or broken; else an error: to go on from an older checkpoint would throw away work.
+    """
+    if error.errno in _DAMAGE:
+        return None
+    return OutOfReach(
+        f"{path}: {name} cannot be read ({error.strerror or error}). That says nothing about what it holds, so no "
+        "older checkpoint is taken in its place. Look at its permissions and its file system, then run the same "
+        "command again"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +147,15 @@ def remove(folder: Path) -> None:
 def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files match its manifest, and a line on each newer one that does not.
 
-    None if the run has no checkpoint at all. Raises CheckpointError if it has some and none is whole: starting over
-    silently would throw the work away.
+    None if the run has no checkpoint at all. Raises CheckpointError if it has some and none is whole, or if one cannot
+    be read at present: starting over silently would throw the work away.
     """
     faults: list[str] = []
     for _, path in reversed(step_folders(run_dir)):
         try:
             return verify(path), faults
+        except OutOfReach:
+            raise
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
@@ -156,16 +188,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     for name, (size, _) in manifest.files.items():
         file = path / name
-        if not file.is_file():
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise out_of_reach(path, name, error) or CheckpointError(f"{path}: the file {name} is missing") from error
+        if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"{path}: the file {name} is missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, {size} were written")
+        if found.st_size != size:
+            raise CheckpointError(f"{path}: {name} has {found.st_size} bytes, {size} were written")
     return Checkpoint(path=path, manifest=manifest)
 
 
 def verify_content(checkpoint: Checkpoint, name: str) -> None:
     """Compare one file's checksum with the manifest's. Raises CheckpointError."""
-    if fingerprint(checkpoint.path / name) != checkpoint.manifest.files[name]:
+    try:
+        found = fingerprint(checkpoint.path / name)
+    except OSError as error:
+        raise out_of_reach(checkpoint.path, name, error) or CheckpointError(
+            f"{checkpoint.path}: {name} cannot be read ({error})"
+        ) from error
+    if found != checkpoint.manifest.files[name]:
         raise CheckpointError(f"{checkpoint.path}: {name} is damaged (its crc32c differs from the one recorded)")
 
 
@@ -182,7 +224,8 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: its {MANIFEST} is missing or damaged ({error})") from error
+        away = out_of_reach(path, MANIFEST, error) if isinstance(error, OSError) else None
+        raise away or CheckpointError(f"{path}: its {MANIFEST} is missing or damaged ({error})") from error
     return manifest_from_json(path, text)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import torch.distributed as dist
 
 from megatron_deepstack.checkpoint.folder import (
     Checkpoint,
+    OutOfReach,
     manifest_from_json,
     manifest_to_json,
     none_whole,
@@ -46,6 +48,8 @@ def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[
     for name in said["names"]:
         try:
             return verify_together(Path(name)), faults
+        except OutOfReach:
+            raise
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
@@ -67,14 +71,21 @@ def verify_together(path: Path) -> Checkpoint:
     Raises CheckpointError with the same words on every rank.
     """
     said = json.loads(from_first_rank(_opened(path) if dist.get_rank() == 0 else ""))
-    if said["fault"]:
-        raise CheckpointError(said["fault"])
+    _raise_for([said])
     checkpoint = Checkpoint(path=path, manifest=manifest_from_json(path, said["manifest"]))
     share = shares(checkpoint.manifest.files, dist.get_world_size())[dist.get_rank()]
-    faults = [fault for fault in of_every_rank(_fault_in(checkpoint, share)) if fault]
+    _raise_for([json.loads(one) for one in of_every_rank(_fault_in(checkpoint, share))])
+    return checkpoint
+
+
+def _raise_for(said: Sequence[Mapping[str, str]]) -> None:
+    """Raise what ranks have found; that one cannot read a file weighs more than that another file is damaged."""
+    away = [one["away"] for one in said if one["away"]]
+    if away:
+        raise OutOfReach("; ".join(away))
+    faults = [one["fault"] for one in said if one["fault"]]
     if faults:
         raise CheckpointError("; ".join(faults))
-    return checkpoint
 
 
 def shares(files: Mapping[str, tuple[int, int]], num_ranks: int) -> list[list[str]]:
@@ -89,20 +100,34 @@ def shares(files: Mapping[str, tuple[int, int]], num_ranks: int) -> list[list[st
 
 
 def _opened(path: Path) -> str:
-    try:
-        manifest, fault = manifest_to_json(open_checkpoint(path).manifest), ""
-    except CheckpointError as error:
-        manifest, fault = "", str(error)
-    return json.dumps({"manifest": manifest, "fault": fault})
+    manifest, found = "", _Found()
+    with found:
+        manifest = manifest_to_json(open_checkpoint(path).manifest)
+    return json.dumps({"manifest": manifest, **found.words})
 
 
 def _fault_in(checkpoint: Checkpoint, names: list[str]) -> str:
-    """What is wrong with these files; empty if nothing is."""
-    for name in names:
-        try:
+    """What is wrong with these files, as JSON."""
+    found = _Found()
+    with found:
+        for name in names:
             verify_content(checkpoint, name)
-        except CheckpointError as error:
-            return str(error)
-        except OSError as error:
-            return f"{checkpoint.path}: {name} cannot be read ({error})"
-    return ""
+    return json.dumps(found.words)
+
+
+class _Found:
+    """A context manager that keeps what is wrong with a checkpoint, in words that travel between ranks."""
+
+    def __init__(self) -> None:
+        self.words = {"fault": "", "away": ""}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, CheckpointError):
+            self.words["away" if isinstance(error, OutOfReach) else "fault"] = str(error)
+            return True
+        return False

@@ -304,7 +304,8 @@ class HealthConfig:
     """When a run is called sick, and what is done."""
 
     max_skipped_steps: int = 10
-    """Steps with a loss or gradient that is not finite are skipped; the run stops at more than this many in a row."""
+    """Steps with a loss or gradient that is not finite, or without any target, are skipped; the run stops at more than
+    this many in a row."""
     spike_factor: float = 2.0
     """A loss above this many times the median of the last `spike_window` steps, and above it by more than 0.1, is
     flagged with its samples; 0: never."""

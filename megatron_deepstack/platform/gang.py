@@ -22,6 +22,7 @@ from megatron_deepstack.errors import DeepStackError, HangError, PreemptedError,
 SETTLE_SECONDS = 2.0
 """After a rank's collective broke, the time in which another rank's death or error is still taken for the cause."""
 STOPPED = "stopped on request"
+_BROKEN = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process")
 _EXIT_SECONDS = 60.0
 """Longest that a rank may take to leave after its result, or after it saved on request."""
 
@@ -54,10 +55,12 @@ class Ending:
 
     @property
     def blame(self) -> int:
-        """The lower, the likelier the cause: killed, failed as expected, ended itself in silence, raised."""
+        """The lower, the likelier the cause: killed, failed as expected, ended itself in silence, raised, cut off."""
         if self.report is None:
             return 0 if self.exit_code < 0 else 2
-        return 1 if self.report.error is not None else 3
+        if self.report.error is not None:
+            return 1
+        return 4 if is_broken_connection((self.report.trace or "").strip().rpartition("\n")[2]) else 3
 
     def as_error(self) -> DeepStackError:
         """What the user is told."""
@@ -65,6 +68,18 @@ class Ending:
         if self.report is None:
             return _silent_end(who, self.exit_code)
         return self.report.error or RankError(f"{who} raised:\n{(self.report.trace or '').rstrip()}")
+
+
+def is_broken_connection(words: str) -> bool:
+    """Whether what a rank raised is a consequence of another rank's end.
+
+    Args:
+        words: Of the exception.
+
+    Returns:
+        True where gloo or NCCL say that another process has closed a connection.
+    """
+    return any(one in words.lower() for one in _BROKEN)
 
 
 def cause(endings: Iterable[Ending]) -> Ending:

@@ -28,7 +28,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: The disk refuses; the file is as it was.
     """
-    partial = _partial(path)
+    partial = partial_of(path)
     try:
         _write(partial, text)
         partial.replace(path)
@@ -49,7 +49,7 @@ def create_whole(path: Path, text: str) -> None:
         FileExistsError: The file is there.
         OSError: The disk refuses, or offers neither hard links nor a rename that replaces nothing.
     """
-    partial = _partial(path)
+    partial = partial_of(path)
     try:
         _write(partial, text)
         try:
@@ -65,7 +65,15 @@ def create_whole(path: Path, text: str) -> None:
             partial.unlink()
 
 
-def _partial(path: Path) -> Path:
+def partial_of(path: Path) -> Path:
+    """Where a file's content lies before it has its name; of this process and host alone.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A path in the same folder.
+    """
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
 
 

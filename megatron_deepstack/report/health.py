@@ -38,7 +38,8 @@ def _events_of(record: Mapping[str, Any], resumed: bool) -> Iterator[Event]:
     if record.get("applied") is False:
         loss = record.get("loss")
         what = "loss" if isinstance(loss, float) and not math.isfinite(loss) else "gradient"
-        yield Event(step, "left out", f"{what} not finite{samples}")
+        because = str(record.get("skipped_because") or f"{what} not finite")  # older records do not say it
+        yield Event(step, "left out", f"{because}{samples}")
     if record.get("spike"):
         yield Event(step, "spike", f"loss {record.get('loss', math.nan):.4g}{samples}")
     if record.get("unreadable"):

@@ -250,7 +250,7 @@ class _Loop:
         try:
             self.health.require_well(done, ids_of)
             if done == self.stop:
-                self.health.require_learned(self.first, done, ids_of)
+                self.health.require_learned(done, ids_of)
         except HealthError as error:
             self._finish_save()  # every rank is here, and a save in flight is of a step before the trouble
             raise of_all_ranks(error) from None
@@ -299,8 +299,10 @@ def _health_after(recipe: Recipe, first: int) -> Health:
     """Health of a run after `first` steps: rank 0 reads the records, all learn the counts. Collective."""
     file = Path(recipe.run_dir) / "metrics.jsonl"
     health = Health.of(recipe.health, earlier_records(file, first) if dist.get_rank() == 0 else ())
-    skipped, unreadable = sum_over_ranks([health.skipped_in_row, health.unreadable])
+    skipped, unreadable, learned = sum_over_ranks([health.skipped_in_row, health.unreadable, health.learned])
     health.skipped_in_row, health.unreadable = int(skipped), int(unreadable)
+    known = sum_over_ranks([file.is_file() and dist.get_rank() == 0])[0] > 0
+    health.learned = int(learned) if known else first  # without records nothing says that a checkpoint learned nothing
     return health
 
 

@@ -13,9 +13,6 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DeepStackError, RankError
 from megatron_deepstack.training.guard.preemption import never
 
-_BROKEN = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process")
-"""What gloo and NCCL say where another process has closed a connection."""
-
 
 def train(recipe: Recipe, stop_after: int | None = None, asked: Callable[[], bool] = never) -> None:
     """Train `recipe` on this rank, from the newest checkpoint of its run folder if there is one.
@@ -134,28 +131,17 @@ def _whose_connections_broke() -> Iterator[None]:
     """In place of the traceback of a rank that another one has left, a line that says so: that one says why."""
     import torch.distributed as dist
 
+    from megatron_deepstack.platform.gang import is_broken_connection
+
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        if not is_broken_connection(error):
+        if not is_broken_connection(str(error)):
             raise
         raise RankError(
             "the connection to another rank is broken, since that one has ended; what it printed says why "
             f"({str(error).splitlines()[0]})"
         ) from error
-
-
-def is_broken_connection(error: BaseException) -> bool:
-    """Whether an exception of torch is a consequence of another rank's end.
-
-    Args:
-        error: What a collective raised.
-
-    Returns:
-        True where its words are those of a connection that another process has closed.
-    """
-    words = str(error).lower()
-    return any(one in words for one in _BROKEN)
 
 
 def collective_seconds(recipe: Recipe) -> float:

@@ -243,7 +243,13 @@ def _evaluates(recipe: Recipe) -> bool:
 
 
 def _stores(recipe: Recipe) -> list[str]:
-    return [path for path in (recipe.data.store, *(recipe.data.stores or ())) if path is not None]
+    """The stores that are read, of a mixture with their weights, in words."""
+    data = recipe.data
+    if data.stores is None:
+        return [] if data.store is None else [data.store]
+    if data.weights is None:
+        return list(data.stores)
+    return [f"{path} (weight {weight:g})" for path, weight in zip(data.stores, data.weights, strict=True)]
 
 
 def _layers(recipe: Recipe) -> str:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_deepstack.checkpoint.content.identity import identity, require_same, require_same_run
-from megatron_deepstack.checkpoint.folder import MANIFEST, Manifest, fingerprint, verify, write_manifest
+from megatron_deepstack.checkpoint.folder import (
+    MANIFEST,
+    Manifest,
+    OutOfReach,
+    checkpoint_path,
+    fingerprint,
+    newest_whole,
+    verify,
+    write_manifest,
+)
 from megatron_deepstack.checkpoint.verification import shares
 from megatron_deepstack.config.schema import LoraConfig, Recipe
 from megatron_deepstack.errors import CheckpointError
@@ -73,6 +85,43 @@ def test_damage_is_named(folder: Path, damage: object, words: str) -> None:
     damage(folder)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=words):
         verify(folder)
+
+
+AWAY = (errno.EACCES, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT)
+
+
+@pytest.mark.parametrize("number", AWAY, ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", [MANIFEST, "data"])
+def test_what_cannot_be_read_at_present_is_not_taken_for_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    """An older checkpoint in its place would throw away the work since."""
+    run_dir = folder.parent / "run"
+    newest = checkpoint_path(run_dir, 2)
+    newest.parent.mkdir(parents=True)
+    folder.rename(newest)
+    opened = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: refuse(path, encoding=encoding).read())
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read .*no older checkpoint is taken in its place"):
+        newest_whole(run_dir)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN], ids=errno.errorcode.get)
+def test_a_broken_disk_is_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(path: Path) -> tuple[int, int]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("megatron_deepstack.checkpoint.folder.fingerprint", refuse)
+    with pytest.raises(CheckpointError, match="data cannot be read") as caught:
+        verify(folder)
+    assert not isinstance(caught.value, OutOfReach)
 
 
 def test_reading_is_shared_evenly() -> None:

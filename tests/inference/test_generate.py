@@ -99,7 +99,7 @@ def test_what_was_asked_and_answered_is_shown_as_it_is(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ("Is it [/b]?", "[bold]", "1:100:3")
-    monkeypatch.setattr(launch, "launch_ranks", lambda *_: [Answer("0", *texts, False, "s", None)])
+    monkeypatch.setattr(launch, "launch_ranks", lambda *_, **__: [Answer("0", *texts, False, "s", None)])
     monkeypatch.setattr(launch, "require_checkpoint", lambda _: None)
     launch.generate(recipe, store=recipe.data.store, limit=None, max_new_tokens=5)
     shown = capsys.readouterr().out

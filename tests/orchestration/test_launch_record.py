@@ -21,6 +21,7 @@ from megatron_deepstack.errors import (
 )
 from megatron_deepstack.platform.process import process_start
 from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.platform.write_whole import partial_of
 from orchestration.launch.driver import run
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import (
@@ -109,7 +110,7 @@ class TestRecord:
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
     """A run folder in which this process cannot write its record: a folder is where the unfinished file would be."""
-    obstacle = tmp_path / "full" / f".launch.json.{os.getpid()}.partial"
+    obstacle = partial_of(tmp_path / "full" / "launch.json")
     obstacle.mkdir(parents=True)
     return obstacle
 
@@ -139,7 +140,7 @@ class TestFullDisk:
         run_dir = Path(recipe.run_dir)
 
         def fill_up(*_: object) -> None:
-            (run_dir / f".launch.json.{os.getpid()}.partial").mkdir()
+            partial_of(run_dir / "launch.json").mkdir()
             raise ends
 
         monkeypatch.setattr(run, "_cluster", fill_up)

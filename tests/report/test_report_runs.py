@@ -75,6 +75,11 @@ EVENTS = {
         "loss not finite; samples a",
     ),
     "gradient": ({"applied": False}, "left out", "gradient not finite"),
+    "nothing to learn": (
+        {"applied": False, "loss": None, "skipped_because": "no sample could be read"},
+        "left out",
+        "no sample could be read",
+    ),
     "spike": ({"spike": True, "samples": ["b"]}, "spike", "loss 1.333; samples b"),
     "unreadable": ({"unreadable": 2, "unreadable_samples": ["c", "d"]}, "unreadable", "2 samples left out .* c, d"),
     "slow": ({"slow_ranks": [3, 5]}, "slow", "ranks 3, 5"),

@@ -90,9 +90,9 @@ def _other_samples(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     told = f"{then['num_samples']} samples of {_names(then)}" if then else "other samples"
     return (
         f"data: it was trained on {told}, and the recipe now reads {now['num_samples']} samples of {_names(now)}, "
-        "which are not the same: other records, images or settings of `preprocess`. A run goes on with the samples "
-        "that it began with. Set data.store (or data.stores and weights) back to them, or train on the new ones in "
-        "another run_dir, from these weights if you `export` them and name them in train.init_from"
+        "which are not the same: other records, images, settings of `preprocess`, order or weights. A run goes on with "
+        "the samples that it began with. Set data.store (or data.stores and weights) back to them, or train on the new "
+        "ones in another run_dir, from these weights if you `export` them and name them in train.init_from"
     )
 
 

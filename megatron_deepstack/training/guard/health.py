@@ -43,7 +43,7 @@ class Health:
     because: str = ""
     """Why the last step that was left out was."""
     learned: int = 0
-    """Steps applied since this process began; records of earlier ones do not count."""
+    """Steps applied so far."""
     losses: deque[float] = field(default_factory=deque)
     """Of the last applied steps, at most `spike_window`."""
 
@@ -55,7 +55,6 @@ class Health:
             loss = None if record["loss"] is None else float(record["loss"])
             because = str(record.get("skipped_because", ""))
             health.take(loss, bool(record["applied"]), int(record.get("unreadable", 0)), because)
-        health.learned = 0
         return health
 
     def take(self, loss: float | None, applied: bool, unreadable: int, because: str = "") -> bool:
@@ -107,22 +106,21 @@ class Health:
                 "`megatron-deepstack store verify` finds what is damaged."
             )
 
-    def require_learned(self, first: int, done: int, ids_of: IdsOf) -> None:
+    def require_learned(self, done: int, ids_of: IdsOf) -> None:
         """End a run whose steps were all left out, so that it does not look like a success. The same on every rank.
 
         Args:
-            first: Steps that were done before this process began.
-            done: Steps done now.
+            done: Steps done, those before a resumption included.
             ids_of: From a step to its samples.
 
         Raises:
-            HealthError: This process has done steps, and applied none.
+            HealthError: None of them was applied.
         """
-        if done > first and not self.learned:
-            listed = "\n".join(f"  step {step + 1}: {some(ids_of(step))}" for step in range(first, done)[:_LISTED])
+        if done and not self.learned:
+            listed = "\n".join(f"  step {step + 1}: {some(ids_of(step))}" for step in range(done)[:_LISTED])
             raise HealthError(
-                f"nothing was learned: all {done - first} steps from step {first + 1} on were left out (the last one: "
-                f"{self.because}), and no checkpoint was saved. Their samples:\n{listed}\n{self._advice()}."
+                f"nothing was learned: all {done} steps were left out (the last one: {self.because}), and no "
+                f"checkpoint was saved at their end. Their samples:\n{listed}\n{self._advice()}."
             )
 
     def _advice(self) -> str:

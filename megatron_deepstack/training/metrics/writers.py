@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_deepstack.config.schema import Recipe
@@ -112,7 +114,14 @@ class Board:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Hides what runs before this one wrote of steps after `first_step`, all of it where the run begins anew."""
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_thread
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def _of_thread(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's own thread keeps what the disk answers, and the next call raises it: no traceback here."""
+        if type(args.thread).__module__ != EventFileWriter.__module__:
+            self._hook(args)
 
     def add(self, record: StepRecord) -> None:
         """Write one step."""
@@ -122,7 +131,10 @@ class Board:
 
     def close(self) -> None:
         """Write what is still held back."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 def _drop_after(file: Path, last_step: int) -> None:

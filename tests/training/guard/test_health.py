@@ -10,7 +10,7 @@ import pytest
 
 from megatron_deepstack.config.schema import HealthConfig
 from megatron_deepstack.errors import HealthError
-from megatron_deepstack.training.guard.health import Health, earlier_records, some
+from megatron_deepstack.training.guard.health import NO_TARGET, NOT_READ, Health, earlier_records, some
 
 CONFIG = HealthConfig(max_skipped_steps=2, spike_factor=2.0, spike_window=6, max_unreadable_samples=3)
 
@@ -65,6 +65,30 @@ def test_too_many_skipped_steps_in_a_row() -> None:
     for words in ("step 4: sample-3-0, sample-3-1", "step 5: sample-4-0", "step 6: sample-5-0"):
         assert words in str(caught.value)
     assert "step 3:" not in str(caught.value)
+
+
+def test_steps_without_targets_count_and_the_advice_fits() -> None:
+    health = fresh()
+    for _ in range(3):
+        assert not health.take(None, applied=False, unreadable=0, because=NO_TARGET)
+    with pytest.raises(HealthError, match=r"3 steps in a row were left out .*all loss masks are zero") as caught:
+        health.require_well(3, ids_of)
+    assert "`megatron-deepstack store verify` finds what is damaged" in str(caught.value)
+    assert "learning rate" not in str(caught.value)
+
+
+def test_a_run_that_learned_nothing_is_no_success() -> None:
+    """From its records a resumed run judges as one without interruption; one applied step is enough."""
+    skipped = {"step": 1, "loss": None, "applied": False}
+    Health.of(CONFIG, [{"step": 1, "loss": 1.0, "applied": True}, {**skipped, "step": 2}]).require_learned(2, ids_of)
+    fresh().require_learned(0, ids_of)
+    health = Health.of(CONFIG, [skipped])
+    health.take(None, applied=False, unreadable=1, because=NOT_READ)
+    with pytest.raises(HealthError, match=r"nothing was learned: all 2 steps .*no sample could be read") as caught:
+        health.require_learned(2, ids_of)
+    assert "step 2: sample-1-0, sample-1-1" in str(caught.value)
+    health.take(1.0, applied=True, unreadable=0)
+    health.require_learned(3, ids_of)
 
 
 def test_too_many_unreadable_samples() -> None:

@@ -18,12 +18,12 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_deepstack.config.schema import LoggingConfig, Recipe, TrainConfig
-from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.errors import ConfigError, RunFolderError
 from megatron_deepstack.training.metrics import wandb_run
 from megatron_deepstack.training.metrics.console import StepConsole
 from megatron_deepstack.training.metrics.record import StepRecord
 from megatron_deepstack.training.metrics.wandb_run import WandbRun, require_wandb
-from megatron_deepstack.training.metrics.writers import JsonLines, MetricsLog
+from megatron_deepstack.training.metrics.writers import Board, JsonLines, MetricsLog
 
 
 def record(step: int, **changes: object) -> StepRecord:
@@ -119,6 +119,41 @@ def test_the_history_outlives_a_disk_that_is_full_at_the_start(tmp_path: Path, m
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_steps_without_a_finite_loss_are_json_to_every_parser(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    because = {"applied": False, "skipped_because": "loss or gradient not finite"}
+    with MetricsLog(recipe_in(tmp_path), first_step=0, writes=True) as log:
+        log.add(record(1, loss=math.nan, gradient_norm=math.inf, **because))
+        log.add(record(2, loss=None, applied=False, skipped_because="no sample could be read"))
+    JsonLines(tmp_path / "metrics.jsonl", 2).close()  # written again by a resumption
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    nan, none = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert (nan["loss"], nan["gradient_norm"]) == (None, None)
+    assert nan["not_finite"] == {"loss": "nan", "gradient_norm": "inf"}
+    assert none["loss"] is None
+    assert "not_finite" not in none
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the sinks meets it; what closing meets afterwards does not take the place of the first error."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for kind in (JsonLines, Board):
+        log = MetricsLog(recipe_in(tmp_path), first_step=0, writes=True)
+        words = r"cannot be written \(No space left on device\)\. Make room .*goes on from the newest checkpoint"
+        (sink,) = [one for one in log.sinks if isinstance(one, kind)]
+        monkeypatch.setattr(sink, "add", full)
+        monkeypatch.setattr(sink, "close", full)
+        with pytest.raises(RunFolderError, match=words), log:
+            log.add(record(1))
+    with pytest.raises(RunFolderError), MetricsLog(recipe_in(tmp_path), first_step=0, writes=True) as log:
+        monkeypatch.setattr(log.sinks[0], "close", full)
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLog(recipe_in(tmp_path, wandb_project="p"), first_step=0, writes=False) as log:
         log.add(record(1))
@@ -154,7 +189,14 @@ def test_what_the_loop_says_is_printed_as_it_is(tmp_path: Path, capsys: pytest.C
 
 EVENTS = {
     "spike": ({"spike": True}, "SPIKE"),
-    "skipped": ({"applied": False, "loss": math.nan}, "SKIPPED: loss or gradient not finite"),
+    "skipped": (
+        {"applied": False, "loss": math.nan, "skipped_because": "loss or gradient not finite"},
+        "SKIPPED: loss or gradient not finite",
+    ),
+    "nothing to learn": (
+        {"applied": False, "loss": None, "skipped_because": "no sample could be read"},
+        "SKIPPED: no sample could be read",
+    ),
     "unreadable": ({"unreadable": 2}, "2 unreadable"),
 }
 
