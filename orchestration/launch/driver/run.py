@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -205,7 +206,7 @@ def _run(
         task = RankTask(recipe, os.getcwd(), stop_after, environment.private)
         while True:
             trainer = gang_trainer(task, run_dir, demand, environment.shown, START_RETRY_SECONDS)
-            fit = Background("ray train", lambda trainer=trainer: trainer.fit().return_value)
+            fit = Background("ray train", partial(_fit, trainer))
             follow(fit, follower, run_dir, second)
             if fit.result is None or not is_for_a_node(run_dir):
                 break
@@ -216,6 +217,11 @@ def _run(
         raise _told(fit.error, record) from fit.error
     if fit.result is not None:
         raise PreemptedError(fit.result)
+
+
+def _fit(trainer: Any) -> Any:
+    """What rank 0 said of a stop on request; None at the end of the run."""
+    return trainer.fit().return_value
 
 
 def _what_is_checked(record: LaunchRecord, seats: Sequence[Seat]) -> str:
