@@ -9,10 +9,14 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
+from rich.console import Console
+
 from megatron_deepstack.errors import ClusterError, ConfigError, DeepStackError
+from megatron_deepstack.platform.scratch import Scratch
+from orchestration.ray_folder import disk_fault, given_to_ray, ray_folder
 
 _OBJECT_STORE_BYTES: Final = 128 * 2**20
 """Ray's shared memory on a machine of our own: workers write in place, little travels through it."""
@@ -37,6 +41,7 @@ def ray_session(
     a runtime environment, which takes 3 s to begin with. Ray is shut down at the end if it was started or joined
     here.
     A Ray started here has `workers` CPUs, and `gpus` GPUs (all of the machine's if None).
+    Its sockets and logs lie in a folder of this machine that is removed at the end; see `ray_folder`.
     Without an `address` the environment's RAY_ADDRESS counts, which `ray job submit` sets. Raises ConfigError if no
     cluster answers there, ClusterError if one does not let us in, or if Ray does not start here.
     """
@@ -45,19 +50,22 @@ def ray_session(
     if ray.is_initialized():
         yield False
         return
-    if address is not None:
-        _join(ray, address)
-    else:
-        with _environment({**environment, **_NO_METRICS}), _kept_to_loopback():
-            _start(ray, workers, gpus)
-    try:
+    with ExitStack() as at_the_end:
+        if address is not None:
+            _join(ray, address)
+        else:
+            folder, passed_over = ray_folder(os.environ)
+            at_the_end.enter_context(folder)
+            for line in passed_over:
+                Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {line}", markup=False)
+            with _environment({**environment, **_NO_METRICS}), _kept_to_loopback():
+                _start(ray, workers, gpus, folder)
+        at_the_end.callback(ray.shutdown)
         yield address is None
-    finally:
-        ray.shutdown()
 
 
-def _start(ray: Any, workers: int | None, gpus: int | None) -> None:
-    """Start Ray here. On an overloaded machine it gives up after a minute, with a bare Exception."""
+def _start(ray: Any, workers: int | None, gpus: int | None, folder: Scratch) -> None:
+    """Start Ray here, in `folder`. On an overloaded machine it gives up after a minute, with a bare Exception."""
     try:
         ray.init(
             address="local",
@@ -68,15 +76,28 @@ def _start(ray: Any, workers: int | None, gpus: int | None) -> None:
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
             _node_ip_address=_LOOPBACK,
+            _temp_dir=str(given_to_ray(folder)),
         )
     except DeepStackError:
         raise
     except Exception as error:
         ray.shutdown()
-        raise ClusterError(
-            f"Ray does not start on this machine: {error} See its load, its free memory and Ray's logs in "
-            "/tmp/ray/session_latest/logs, then run the same command again."
-        ) from error
+        raise ClusterError(_why_not_started(folder, str(error))) from error
+
+
+def _why_not_started(folder: Scratch, said: str) -> str:
+    """What kept Ray from starting here, and what to do; `said` is what Ray says, which seldom knows."""
+    fault = disk_fault(folder.path)
+    if fault:
+        return (
+            f"Ray does not start on this machine: its folder {folder.path} {fault}. Make room there, or name another "
+            f"folder in RAY_TMPDIR, then run the same command again. Ray said: {said}"
+        )
+    folder.kept = True
+    return (
+        f"Ray does not start on this machine: {said} See its load, its free memory and Ray's logs in "
+        f"{given_to_ray(folder)}/session_latest/logs (kept until the next start), then run the same command again."
+    )
 
 
 def _join(ray: Any, address: str) -> None:
@@ -120,7 +141,8 @@ def _kept_to_loopback() -> Iterator[None]:
     Ray 2.60 puts the machine's public address in its place, so that other nodes could join, and its servers then listen
     on every interface; seen with 127.0.0.2 too. A Ray for one job on one machine has no other nodes.
     """
-    services: Any = importlib.import_module("ray._private.services")
+    from orchestration.ray_private import services
+
     resolve = services.resolve_ip_for_localhost
     services.resolve_ip_for_localhost = lambda host: host
     try:

@@ -44,17 +44,25 @@ def launch(
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")
+    ] = False,
 ) -> None:
     """Show what a run is doing: step, loss, time left, restarts and why, ranks and nodes, newest checkpoint.
 
     Leaves with 0 while the run goes on or has finished, with the run's own exit code if it stopped or failed, and with
     1 if its driver is gone without a word.
     """
-    from orchestration.launch.before.report import status_text
+    from json import dumps
+
+    from orchestration.launch.before.report import status_document, status_text
     from orchestration.launch.driver.control import status_of
 
     found = status_of(run)
-    say(status_text(found))
+    if json:
+        typer.echo(dumps(status_document(found), indent=2, allow_nan=False))
+    else:
+        say(status_text(found))
     raise typer.Exit(found.exit_code)
 
 

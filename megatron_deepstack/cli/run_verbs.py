@@ -44,9 +44,9 @@ def train(
     num_ranks = ranks or model_ranks(loaded.parallel)
     Console().print(plan_table(loaded))
     say(f"train: starting {num_ranks} {'process' if num_ranks == 1 else 'processes'}, run folder {loaded.run_dir}")
-    from megatron_deepstack.training.launch import launch
+    from megatron_deepstack.training.launch import train_here
 
-    launch(loaded, num_ranks=num_ranks, say=say, stop_after=stop_after, restarts=restarts)
+    train_here(loaded, num_ranks=num_ranks, say=say, stop_after=stop_after, restarts=restarts)
 
 
 def _recipe_to_train(recipe: str, overrides: list[str], ranks: int | None) -> Any:

@@ -13,6 +13,7 @@ from megatron_deepstack.training.before import check_run_folder
 from megatron_deepstack.training.guard.watchdog import last_hang
 from megatron_deepstack.training.main import train
 from megatron_deepstack.training.metrics.wandb_run import require_wandb
+from megatron_deepstack.training.retry import Failure, failure_of, is_worth_a_retry
 from megatron_deepstack.training.session import check_data
 
 _STOPPED = (
@@ -21,7 +22,7 @@ _STOPPED = (
 )
 
 
-def launch(
+def train_here(
     recipe: Recipe,
     *,
     num_ranks: int,
@@ -56,26 +57,20 @@ def launch(
 def _attempts(
     recipe: Recipe, num_ranks: int, say: Callable[[str], None], stop_after: int | None, restarts: int
 ) -> None:
-    previous: DeepStackError | None = None
+    previous: Failure | None = None
     for left in range(restarts, -1, -1):
         try:
             launch_ranks(train, num_ranks, recipe, stop_after, stopped=_STOPPED)
             return
         except DeepStackError as error:
             found = _in_full(recipe, error)
-            if not is_worth_a_retry(found, previous):
+            failure = failure_of(found)
+            if not is_worth_a_retry(failure, previous):
                 raise found from None
             if not left:
                 raise type(found)(f"{found}\n{_advice(restarts)}") from None
             say(f"{found}\nstarting all ranks again from the newest whole checkpoint; restarts left: {left - 1}")
-            previous = found
-
-
-def is_worth_a_retry(error: DeepStackError, previous: DeepStackError | None) -> bool:
-    """Whether to start again: not after a mistake, nor after an exception that the attempt before ended with too."""
-    trace = str(error).partition("\n")[2]
-    repeated = previous is not None and trace and trace == str(previous).partition("\n")[2]
-    return error.retryable and not repeated
+            previous = failure
 
 
 def _in_full(recipe: Recipe, error: DeepStackError) -> DeepStackError:

@@ -14,7 +14,7 @@ import torch
 from trained_rank import TrainedRank, differing, saving_recipe
 
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, partial_path, step_folders, verify
-from megatron_deepstack.checkpoint.saving.writer import FileJob, Job, StagedTensor, _reply_to
+from megatron_deepstack.checkpoint.saving.writer import FileTask, StagedTensor, WriteTask, _reply_to
 from megatron_deepstack.config.choices import Part, Precision, SaveMode
 from megatron_deepstack.config.schema import CheckpointConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import CheckpointError
@@ -199,7 +199,7 @@ def test_a_full_disk_is_named_wherever_torch_meets_it(tmp_path: Path, num_floats
     (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
     memory = mmap.mmap(-1, 4 * num_floats)
     tensors = [StagedTensor(("weight", None, None), torch.float32, (num_floats,), 0)] * 20
-    reply = _reply_to(Job(str(tmp_path), 0, [FileJob("__0_0.distcp", [], tensors)], {}), memory)
+    reply = _reply_to(WriteTask(str(tmp_path), 0, [FileTask("__0_0.distcp", [], tensors)], {}), memory)
     assert reply.error is not None
     assert "No space left on device" in reply.error
 

@@ -18,7 +18,7 @@ from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import write_tiny_store
-from megatron_deepstack.training.guard.heartbeat import read_beat
+from megatron_deepstack.training.guard.heartbeat import read_beats
 
 DEADLINE_SECONDS = 240.0
 """For anything that a run should come to; passing it is a failure, never a measurement."""
@@ -122,9 +122,7 @@ class TrainCommand:
 
     def pid(self, rank: int) -> int:
         """Process of a rank, as its heartbeat says."""
-        beat = read_beat(self.run_dir / "heartbeats" / f"rank_{rank:05d}.json")
-        assert beat is not None
-        return beat.pid
+        return read_beats(self.run_dir)[rank].pid
 
     def hit(self, rank: int, number: signal.Signals) -> int:
         """Send a signal to a rank; the newest step then."""

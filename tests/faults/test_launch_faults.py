@@ -27,6 +27,7 @@ from orchestration.launch.driver.record import read_record
 
 Pools = Callable[[int], RankPool]
 RecordFault = Callable[..., None]
+pytestmark = pytest.mark.slow
 STEPS, INTERVAL = 150, 10
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from preprocess_jobs import RECIPE, Work
 
 from megatron_deepstack.config.load import load_recipe
-from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.images.pictures import decode_image
 from megatron_deepstack.data.images.source import QuarantineError
+from megatron_deepstack.testing.tiny import tiny_recipe as tiny_model_recipe
 from megatron_deepstack.testing.tiny_data import (
     jpeg_bytes,
     record,
@@ -94,6 +95,13 @@ def local_ray(s3_server: str) -> Iterator[None]:
     """Ray with two workers, which know the S3 server from their environment."""
     with ray_session(2, None, WORKER_ENVIRONMENT):
         yield
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """A recipe of two stages to launch, whose store and tokenizer are nowhere."""
+    recipe = tiny_model_recipe(parallel=ParallelConfig(pipeline=2))
+    return replace(recipe, run_dir=str(tmp_path / "run"), data=replace(recipe.data, store="/s", tokenizer="/t"))
 
 
 def damaged_jpeg() -> bytes:

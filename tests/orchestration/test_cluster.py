@@ -1,15 +1,18 @@
 """Reaching a Ray cluster."""
 
 import socket
+import stat
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from megatron_deepstack.errors import ClusterError, ConfigError
-from orchestration import cluster
+from megatron_deepstack.platform.scratch import hold_new
+from orchestration import cluster, ray_folder
 
 
 @pytest.fixture
@@ -94,12 +97,41 @@ def test_a_ray_of_our_own_is_out_of_reach_of_other_machines(local_ray: None) -> 
     assert [one for one in listening if not one[1].startswith(("127.", "::ffff:127.", "::1"))] == []
 
 
-def test_a_ray_that_does_not_start_is_an_error_of_ours() -> None:
+@pytest.mark.parametrize(
+    ("free_mib", "words", "kept"),
+    [
+        (4096, r"The current node timed out during startup\. See its load, .* in FOLDER/r/session_latest/logs", True),
+        (1, r"its folder FOLDER is on a full disk: 1\.0 MiB free, expected 32 MiB\. Make room there, or name another "
+            r"folder in RAY_TMPDIR, .* Ray said: The current node timed out", False),
+    ],
+    ids=["slow machine", "full disk"],
+)  # fmt: skip
+def test_a_ray_that_does_not_start_is_an_error_of_ours(
+    free_mib: int, words: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of the cause is said; logs that the error names are left there."""
+
     def give_up(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
     shut = []
     never = SimpleNamespace(init=give_up, shutdown=lambda: shut.append(True))
-    with pytest.raises(ClusterError, match=r"Ray does not start on this machine: The current node timed out"):
-        cluster._start(never, workers=2, gpus=0)
+    with hold_new(tmp_path, "x") as folder:
+        disk = SimpleNamespace(f_bavail=free_mib, f_frsize=1 << 20, f_files=9, f_favail=9)
+        monkeypatch.setattr(ray_folder.os, "statvfs", lambda _: disk)
+        with pytest.raises(ClusterError, match=words.replace("FOLDER", str(folder.path))):
+            cluster._start(never, workers=2, gpus=0, folder=folder)
     assert shut
+    assert folder.path.exists() is kept
+
+
+def test_ray_lives_in_a_folder_of_ours(local_ray: None) -> None:
+    """A private one; and its socket paths are no longer than what is asked of a place allows."""
+    import ray
+
+    node = ray._private.worker._global_node
+    given = Path(node.get_session_dir_path()).parent
+    assert (given.name, given.parent.name.rstrip("0123456789")) == (ray_folder._INNER, f"{ray_folder._KIND}-")
+    assert stat.S_IMODE(given.parent.stat().st_mode) == 0o700
+    sockets = list((Path(node.get_session_dir_path()) / "sockets").iterdir())
+    assert max(len(f"/{path.relative_to(given)}") for path in sockets) <= len(ray_folder._BELOW)

@@ -20,7 +20,7 @@ from orchestration.launch.driver.record import STOP_FILE, Events
 from orchestration.launch.driver.run import ray_train_settings
 from orchestration.launch.driver.stopping import is_for_a_node, request_stop
 from orchestration.launch.gang.policy import End
-from orchestration.launch.gang.rank import Job, RankFailed
+from orchestration.launch.gang.rank import RankFailed, RankTask
 
 DEMAND = Demand(4, ParallelConfig(tensor=2, pipeline=2), 3, True)
 PLACES = ["pid 10 on a", "pid 11 on a", "pid 12 on b", "pid 13 on b"]
@@ -30,10 +30,10 @@ PLACES = ["pid 10 on a", "pid 11 on a", "pid 12 on b", "pid 13 on b"]
 def gang(tmp_path: Path) -> Any:
     """A gang in a run folder of its own, as in Ray Train's controller, four ranks at work."""
     import_ray(None)
-    from orchestration.launch.gang.callback import Gang
+    from orchestration.launch.gang.callback import GangCallback
 
     Events(tmp_path).clear()
-    made = Gang(DEMAND, tmp_path, 0.0)
+    made = GangCallback(DEMAND, tmp_path, 0.0)
     made.workers_for_test = [_worker(rank) for rank in range(4)]
     made.after_worker_group_start(SimpleNamespace(get_workers=lambda: made.workers_for_test))
     return made
@@ -59,7 +59,7 @@ def test_the_trainer(tmp_path: Path) -> None:
 
     launching = LaunchConfig(max_failures=5, start_seconds=120.0, storage=str(tmp_path / "shared"))
     recipe = replace(tiny_recipe(), launch=launching)
-    trainer = gang_trainer(Job(recipe, "/", None), tmp_path, DEMAND, {"OMP_NUM_THREADS": "1"}, 30.0)
+    trainer = gang_trainer(RankTask(recipe, "/", None), tmp_path, DEMAND, {"OMP_NUM_THREADS": "1"}, 30.0)
     assert trainer.run_config.failure_config.max_failures == 5
     assert trainer.run_config.failure_config.controller_failure_limit == 4 + 5
     assert trainer.run_config.failure_config.max_preemption_failures == -1

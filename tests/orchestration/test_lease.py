@@ -105,8 +105,119 @@ def test_an_owner_that_was_taken_over_notices(root: Location, fast: None) -> Non
         root.child(LEASE_FILE).delete()
         write_lease(root, host="far", token="another")
         when(lambda: held._stolen_by is not None)
-        with pytest.raises(StoreError, match="on far has taken over this store"):
+        with pytest.raises(
+            StoreError,
+            match=r"on far has taken over this store\. Either this process could not renew .* by hand",
+        ):
             held.check()
+    assert read_token(root) == "another"
+
+
+def names(root: Location) -> set[str]:
+    """What lies in the store's folder; of a bucket what is known to be written."""
+    known = [LEASE_FILE, *(f"{lease._CLAIM}{token}" for token in ("left", "claimant"))]
+    return {name for name in known if root.child(name).exists()}
+
+
+def owner_of(**changes: Any) -> Owner:
+    return replace(Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), "left"), **changes)
+
+
+@pytest.fixture
+def threads_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unfinished files are named after their process; here threads stand for processes."""
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return threading.get_ident if name == "getpid" else getattr(os, name)
+
+    monkeypatch.setattr(location, "os", Os())
+
+
+GONE: dict[str, Any] = {"pid": 2**22 - 1}
+
+
+def test_one_of_many_takes_a_lease_over(root: Location, fast: None, threads_as_processes: None) -> None:
+    """The others are told of the one that holds it, and of nothing else."""
+    write_lease(root, **GONE)
+    together, ends = threading.Barrier(8), []
+
+    def take() -> None:
+        together.wait(60)
+        try:
+            with hold_lease(root) as held:
+                together.wait(60)
+                held.check()
+                ends.append("held")
+        except StoreError as error:
+            ends.append(str(error).partition(" (")[0])
+            together.wait(60)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ends) == sorted(["held", *[f"{root}: another preprocessing job is writing this store"] * 7])
+    assert names(root) == set()
+
+
+def test_a_lease_that_is_taken_over_meanwhile_is_left_alone(
+    root: Location, fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at its dead owner and our claim another process may have been quicker."""
+    write_lease(root, **GONE)
+    is_alive = lease._is_alive
+
+    def too_late(file: Location, holder: Owner) -> bool:
+        alive = is_alive(file, holder)
+        if holder.token == "left":
+            with root.child(LEASE_FILE).write() as stream:
+                stream.write(json.dumps(asdict(owner_of(token="quicker"))).encode())
+        return alive
+
+    monkeypatch.setattr(lease, "_is_alive", too_late)
+    with pytest.raises(StoreError, match="another preprocessing job is writing this store"):
+        hold_lease(root).__enter__()
+    assert read_token(root) == "quicker"
+    assert names(root) == {LEASE_FILE}
+
+
+def test_a_claimant_that_died_is_no_obstacle(root: Location, fast: None) -> None:
+    write_lease(root, **GONE)
+    root.child(f"{lease._CLAIM}left").create(json.dumps(asdict(owner_of(token="claimant", **GONE))).encode())
+    with hold_lease(root) as held:
+        assert read_token(root) == held.owner.token
+        assert names(root) == {LEASE_FILE}
+
+
+def test_a_living_claimant_is_waited_for(root: Location, fast: None, threads_as_processes: None) -> None:
+    write_lease(root, **GONE)
+    claim = root.child(f"{lease._CLAIM}left")
+    claim.create(json.dumps(asdict(owner_of(token="claimant"))).encode())
+    over = threading.Event()
+
+    def finish() -> None:
+        over.wait(60)
+        with root.child(LEASE_FILE).write() as stream:
+            stream.write(json.dumps(asdict(owner_of(token="claimant"))).encode())
+        claim.delete()
+
+    other = threading.Thread(target=finish)
+    other.start()
+    threading.Timer(0.2, over.set).start()
+    with pytest.raises(StoreError, match="another preprocessing job is writing this store"):
+        hold_lease(root).__enter__()
+    other.join()
+    assert read_token(root) == "claimant"
+
+
+def test_giving_back_leaves_anothers_lease(root: Location, fast: None) -> None:
+    with hold_lease(root) as held:
+        held._released.set()
+        held._heart.join()
+        with root.child(LEASE_FILE).write() as stream:
+            stream.write(json.dumps(asdict(owner_of(token="another"))).encode())
     assert read_token(root) == "another"
 
 

@@ -17,7 +17,7 @@ import pytest
 from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import LocationError, StoreError
-from orchestration.launch.before.probe import Answer, Questions, gather
+from orchestration.launch.before.probe import Fact, Questions, gather
 from orchestration.preprocess.lease import hold_lease
 
 
@@ -66,7 +66,7 @@ def test_launch_asks_a_node_about_a_store_in_a_bucket(
     recipe = Recipe(run_dir=str(tmp_path), data=DataConfig(stores=(f"{bucket}/store", f"{bucket}/none")))
     found = gather(Questions(recipe, str(tmp_path)), "127.0.0.1", "token").stores
     attributes = json.loads(Location.parse(f"{bucket}/store/zarr.json").read_bytes())["attributes"]
-    assert found[f"{bucket}/store"] == Answer(value=attributes["plan_hash"])
+    assert found[f"{bucket}/store"] == Fact(value=attributes["plan_hash"])
     assert "no such folder" in found[f"{bucket}/none"].fault
 
 

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megatron_deepstack.checkpoint.saving.plan import RankPlan
-from megatron_deepstack.checkpoint.saving.writer import FileJob, Job, Reply, StagedTensor
+from megatron_deepstack.checkpoint.saving.writer import FileTask, Reply, StagedTensor, WriteTask
 from megatron_deepstack.platform.host_memory import HostMemory, lay_out, start_copies
 
 _START = (
@@ -75,31 +75,31 @@ class Background:
         self._memory.reserve(num_bytes)
         places = iter(offsets)
         files = [
-            FileJob(
+            FileTask(
                 name=file.name,
                 objects=file.objects,
                 tensors=[StagedTensor(item, t.dtype, tuple(t.shape), next(places)) for item, t in file.tensors],
             )
             for file in plan.files
         ]
-        job = Job(folder=str(folder), rank=rank, files=files, small_files=plan.small_files)
+        task = WriteTask(folder=str(folder), rank=rank, files=files, small_files=plan.small_files)
         copies = [(self._memory.view(o, t), t) for o, t in zip(offsets, tensors, strict=True)]
         self.staged.clear()
         end_copies = start_copies(copies)
-        return Work(lambda: self._stage_and_write(end_copies, before, job))
+        return Work(lambda: self._stage_and_write(end_copies, before, task))
 
     def close(self) -> None:
         """End the process and give the memory back; a save in flight is lost."""
         self._end()
 
-    def _stage_and_write(self, end_copies: Callable[[], None], before: Callable[[], None], job: Job) -> int:
+    def _stage_and_write(self, end_copies: Callable[[], None], before: Callable[[], None], task: WriteTask) -> int:
         try:
             end_copies()
         finally:
             self.staged.set()
         before()
         try:
-            self._pipe.send(job)
+            self._pipe.send(task)
             reply: Reply = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise OSError(f"its writer process ended with exit code {self._process.wait()}") from error

@@ -1,6 +1,6 @@
 """The process that writes a rank's checkpoint files while training goes on.
 
-Each rank starts one, which waits for jobs on a pipe. A job names files and where in the shared host memory their
+Each rank starts one, which waits for tasks on a pipe. A task names files and where in the shared host memory their
 tensors lie; their content is what PyTorch's distributed checkpoints hold. Checksums are taken of the bytes as they are
 written, each file is fsynced, and last comes a note of what lies where. The process ends with its rank, and ignores
 the signals that ask a job to leave: its rank decides.
@@ -44,7 +44,7 @@ class StagedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class FileJob:
+class FileTask:
     """One data file."""
 
     name: str
@@ -53,18 +53,18 @@ class FileJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class WriteTask:
     """What one rank writes of a checkpoint."""
 
     folder: str
     rank: int
-    files: list[FileJob]
+    files: list[FileTask]
     small_files: Mapping[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The end of a job: bytes written, or what went wrong."""
+    """The end of a task: bytes written, or what went wrong."""
 
     num_bytes: int
     error: str | None
@@ -98,17 +98,17 @@ class ChecksummedFile:
         return self.num_bytes, int.from_bytes(self._checksum.digest(), "big")
 
 
-def write_job(job: Job, memory: mmap.mmap) -> int:
-    """Write the files of a job and then its note; returns the bytes written. Raises OSError."""
-    folder = Path(job.folder)
+def write_task(task: WriteTask, memory: mmap.mmap) -> int:
+    """Write the files of a task and then its note; returns the bytes written. Raises OSError."""
+    folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, tuple[int, int]] = {}
     items: list[list[Any]] = []
-    for name, content in job.small_files.items():
+    for name, content in task.small_files.items():
         stream = ChecksummedFile(folder / name)
         stream.write(content)
         files[name] = stream.close()
-    for file in job.files:
+    for file in task.files:
         stream = ChecksummedFile(folder / file.name)
         for item, content in file.objects:
             begin = stream.num_bytes
@@ -119,7 +119,7 @@ def write_job(job: Job, memory: mmap.mmap) -> int:
             torch.save(_tensor(tensor, memory), cast(IO[bytes], stream))
             items.append([*tensor.item, file.name, begin, stream.num_bytes - begin])
         files[file.name] = stream.close()
-    note = ChecksummedFile(folder / NOTE.format(rank=job.rank))
+    note = ChecksummedFile(folder / NOTE.format(rank=task.rank))
     note.write(json.dumps({"files": files, "items": items}).encode())
     note.close()
     return sum(size for size, _ in files.values())
@@ -147,16 +147,16 @@ def serve(pipe_handle: int, memory_handle: int) -> None:
 def _answer_jobs(pipe: Connection, memory_handle: int) -> None:
     memory = None
     while True:
-        job: Job = pipe.recv()
+        task: WriteTask = pipe.recv()
         size = os.fstat(memory_handle).st_size
         if size and (memory is None or len(memory) != size):
             memory = mmap.mmap(memory_handle, size)
-        pipe.send(_reply_to(job, memory or mmap.mmap(-1, 1)))
+        pipe.send(_reply_to(task, memory or mmap.mmap(-1, 1)))
 
 
-def _reply_to(job: Job, memory: mmap.mmap) -> Reply:
+def _reply_to(task: WriteTask, memory: mmap.mmap) -> Reply:
     try:
-        return Reply(num_bytes=write_job(job, memory), error=None)
+        return Reply(num_bytes=write_task(task, memory), error=None)
     except Exception as error:
         said = _cause(error)
         return Reply(num_bytes=0, error=str(said) or repr(said))

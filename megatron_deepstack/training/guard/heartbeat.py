@@ -1,7 +1,9 @@
-"""Heartbeats: a small file per rank in the run folder, rewritten every few seconds by a thread of the rank.
+"""Heartbeats: every rank beats every few seconds, and one file per node in the run folder tells of all its ranks.
 
 Files and not messages, since a rank must be heard of when the one it would talk to is stopped or dead. A rank that
-waits in a collective still beats; one that is stopped, swapped out or gone does not.
+waits in a collective still beats; one that is stopped, swapped out or gone does not. Ranks leave their beats on their
+node's board; the node's first rank writes them into its file. Where that rank falls silent the next one writes, so that
+a node is told of as long as any of its ranks lives.
 """
 
 from __future__ import annotations
@@ -9,65 +11,89 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Final
 
 from megatron_deepstack.config.run_folder import RunFolder
+from megatron_deepstack.training.guard.node_board import Beat, NodeBoard, beat_of
 
+FOLDER: Final = "heartbeats"
+_SILENT_BEATS: Final = 3
+"""Beats of this rank in which another of its node has not beaten once, before it no longer counts as the writer."""
 
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """What a rank says of itself."""
-
-    rank: int
-    host: str
-    pid: int
-    number: int
-    """Counts up as long as the process runs."""
-    doing: str
-    """What it was last known to begin, such as `step 12`."""
-    hanging: bool = False
-    """The rank has found the run hanging and is about to end."""
-
-    @property
-    def place(self) -> str:
-        """For messages."""
-        return f"rank {self.rank} (pid {self.pid} on {self.host}, in {self.doing})"
+_FIRST_BEATS: Final = 2
+"""Beats that every rank writes itself, so that `status` and others hear of it at once."""
 
 
 class Heartbeats:
-    """The folder of all ranks' beats, as one rank sees it."""
+    """The beats of all ranks, as one rank sees them."""
 
     def __init__(self, run_dir: Path, rank: int, num_ranks: int) -> None:
+        """Make the folder of the nodes' files; raises OSError where that fails."""
         self.folder, self.rank, self.num_ranks = RunFolder(run_dir).heartbeats, rank, num_ranks
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._host, self._number = socket.gethostname(), 0
+        self.board = NodeBoard(run_dir, rank)
+        self._host, self._number, self._since = socket.gethostname(), 0, time.time()
+        self._heard: dict[int, tuple[int, int]] = {}
+        """By rank of this node: the number of its last beat, and our beats since it came."""
 
-    def write(self, doing: str, *, hanging: bool = False) -> None:
-        """Beat once. A disk that refuses costs this beat alone: the next one may get through, and training goes on."""
+    def write(self, doing: str, *, hanging: bool = False, last: bool = False) -> None:
+        """Beat once; `last`: no other beat follows.
+
+        A disk that refuses costs this beat alone: the next one may get through, and training goes on.
+        """
         self._number += 1
-        beat = Beat(self.rank, self._host, os.getpid(), self._number, doing, hanging)
-        partial = self._file(self.rank).with_suffix(".partial")
-        with suppress(OSError):
-            partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-            partial.replace(self._file(self.rank))
+        self.board.put(Beat(self.rank, self._host, os.getpid(), self._number, doing, hanging, self._since))
+        beats = self.board.beats()
+        self._listen(beats)
+        if last or self.is_writer or self._number <= _FIRST_BEATS:
+            partial = self.folder / f".{self.board.name}.{self.rank}.partial"
+            with suppress(OSError):
+                text = json.dumps([asdict(beat) for _, beat in sorted(beats.items())])
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(self.folder / f"{self.board.name}.json")
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank is the first one of its node that still beats."""
+        return not any(rank < self.rank and waited < _SILENT_BEATS for rank, (_, waited) in self._heard.items())
 
     def read(self) -> dict[int, Beat]:
-        """Every rank's last beat; ranks that never beat are missing."""
-        found = (read_beat(self._file(rank)) for rank in range(self.num_ranks))
-        return {beat.rank: beat for beat in found if beat is not None}
+        """Every rank's last beat, of this node at first hand; ranks that never beat are missing."""
+        found = newest([*read_beats(self.folder.parent).values(), *self.board.beats().values()])
+        return {rank: beat for rank, beat in found.items() if rank < self.num_ranks}
 
-    def _file(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank:05d}.json"
+    def close(self) -> None:
+        """Leave the node's board."""
+        self.board.close()
+
+    def _listen(self, beats: dict[int, Beat]) -> None:
+        for rank, beat in beats.items():
+            number, waited = self._heard.get(rank, (-1, 0))
+            self._heard[rank] = (beat.number, 0 if beat.number != number else waited + 1)
 
 
-def read_beat(file: Path) -> Beat | None:
-    """A beat from its file; None where there is none, or none of this format."""
-    try:
-        return Beat(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+def read_beats(run_dir: Path) -> dict[int, Beat]:
+    """Every rank's last beat as the files of the nodes tell it, by rank. Files that are none of ours are left out."""
+    found: list[Beat] = []
+    for file in (run_dir / FOLDER).glob("*.json"):
+        with suppress(OSError, ValueError, TypeError):
+            found += [beat_of(raw) for raw in json.loads(file.read_text(encoding="utf-8"))]
+    return newest(found)
+
+
+def newest(beats: Iterable[Beat]) -> dict[int, Beat]:
+    """The last beat of each rank; a rank may have been on another node in an earlier attempt."""
+    found: dict[int, Beat] = {}
+    for beat in beats:
+        other = found.get(beat.rank)
+        if other is None or (beat.since, beat.number) >= (other.since, other.number):
+            found[beat.rank] = beat
+    return found
 
 
 def silent_ranks(before: dict[int, Beat], after: dict[int, Beat], num_ranks: int) -> tuple[int, ...]:

@@ -19,16 +19,20 @@ from types import TracebackType
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import HangError
-from megatron_deepstack.training.guard.heartbeat import Beat, Heartbeats, silent_ranks
+from megatron_deepstack.training.guard.heartbeat import Heartbeats, silent_ranks
+from megatron_deepstack.training.guard.node_board import Beat
 
 PATIENT = 3.0
 """Factor on `hang_seconds` for loading, a first step (kernels are built, memory is laid out) and saving."""
 _LONGEST_BEAT_SECONDS = 10.0
+_FIRST_BEAT_SECONDS = 1.0
+"""Until the second beat."""
 _BEATS_TO_TELL = 3
 """The rank that tells must be the first to end: launchers end the others with it."""
 _CALL = "hang.txt"
-_BEATS_TO_WATCH = 7
-"""Beats within which a live rank is heard of; at the longest beat more than the minute that NFS may keep old files."""
+_BEATS_TO_WATCH = 8
+"""Beats within which a live rank is heard of through its node's file; at the longest beat more than the minute that NFS
+may keep old files and the beat that a node's file may be behind its ranks."""
 
 
 class Watchdog:
@@ -56,7 +60,9 @@ class Watchdog:
     ) -> None:
         self._closed.set()
         self._thread.join()
-        self.beats.write("nothing: it has ended" if error is None else f"nothing: {type(error).__name__} ended it")
+        end = "it has ended" if error is None else f"{type(error).__name__} ended it"
+        self.beats.write(f"nothing: {end}", last=True)
+        self.beats.close()
 
     def progress(self, doing: str, patience: float = 1.0) -> None:
         """The rank has come to something new, which may take `patience` times as long as a step."""
@@ -64,7 +70,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         self.beats.write(self._state[0])
-        while not self._closed.wait(self.beat_seconds):
+        seconds = min(self.beat_seconds, _FIRST_BEAT_SECONDS)
+        while not self._closed.wait(seconds):
+            seconds = self.beat_seconds
             doing, since, patience = self._state
             self.beats.write(doing)
             waited = time.monotonic() - since
@@ -82,6 +90,7 @@ class Watchdog:
         """Show this rank's stacks, find the silent ranks, and let the first of the others say what is known."""
         if not self._is_called():
             _write(self._called, f"rank {self.beats.rank} has waited {waited:.0f} s\n")
+        self.beats.board.pass_on_call()
         self._dump_stacks(doing)
         before = self.beats.read()
         self._beat_while_ending(doing, _BEATS_TO_WATCH)
@@ -110,7 +119,12 @@ class Watchdog:
         sys.stderr.flush()
 
     def _is_called(self) -> bool:
-        return self._last_call() != self._earlier_call
+        """Whether any rank has called a hang; one rank of each node looks for the file that all nodes share."""
+        board = self.beats.board
+        if not board.is_called and self.beats.is_writer and self._last_call() != self._earlier_call:
+            board.pass_on_call()
+            return True
+        return board.is_called
 
     def _last_call(self) -> int:
         """When a hang was last called in this run folder, in nanoseconds; 0: never."""

@@ -11,7 +11,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.footprint import checkpoint_bytes, checkpoints_at_once, rank_bytes
 from megatron_deepstack.platform.run_folder import size_text
 from orchestration.launch.before.placement import Seat
-from orchestration.launch.before.probe import Answer, NodeFacts, differing, files_of, stores_of
+from orchestration.launch.before.probe import Fact, NodeFacts, differing, files_of, stores_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_
         one.interface is not None,
     )
     if _has_relative_paths(recipe):
-        yield _of_answer(one.address, "working folder", one.folder, "the driver's, which relative paths start from")
+        yield _of_fact(one.address, "working folder", one.folder, "the driver's, which relative paths start from")
     kept = max(checkpoints_at_once(recipe) - one.num_checkpoints, 1)
     needed = kept * checkpoint_bytes(recipe)
     if not one.run_dir.fault:
@@ -115,19 +115,19 @@ def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_
 
 def _stores(recipe: Recipe, one: NodeFacts, facts: Sequence[NodeFacts]) -> Iterator[Finding]:
     for path in stores_of(recipe):
-        answer = one.stores[path]
+        fact = one.stores[path]
         hashes = Counter(other.stores[path].value for other in facts if not other.stores[path].fault)
         usual = hashes.most_common(1)[0][0] if hashes else ""
-        if answer.fault:
-            yield Finding(one.address, f"store {path}", answer.fault, "a finished store, readable here", False)
+        if fact.fault:
+            yield Finding(one.address, f"store {path}", fact.fault, "a finished store, readable here", False)
         else:
-            same = answer.value == usual
-            yield Finding(one.address, f"store {path}", f"plan {answer.value[:12]}", f"plan {usual[:12]}", same)
+            same = fact.value == usual
+            yield Finding(one.address, f"store {path}", f"plan {fact.value[:12]}", f"plan {usual[:12]}", same)
 
 
 def _files(recipe: Recipe, one: NodeFacts) -> Iterator[Finding]:
     for path in files_of(recipe):
-        yield _of_answer(one.address, path, one.files[path], "readable here")
+        yield _of_fact(one.address, path, one.files[path], "readable here")
 
 
 def _shared(one: NodeFacts, facts: Sequence[NodeFacts], seen: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
@@ -147,8 +147,8 @@ def _link(link: Link) -> Finding:
     return Finding(nodes, "all-reduce", found, "a way through", link.seconds is not None)
 
 
-def _of_answer(node: str, check: str, answer: Answer, expected: str) -> Finding:
-    return Finding(node, check, answer.fault or answer.value, expected, not answer.fault)
+def _of_fact(node: str, check: str, fact: Fact, expected: str) -> Finding:
+    return Finding(node, check, fact.fault or fact.value, expected, not fact.fault)
 
 
 def _has_relative_paths(recipe: Recipe) -> bool:

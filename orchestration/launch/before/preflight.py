@@ -13,13 +13,14 @@ from typing import Any, Final
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError
 from megatron_deepstack.platform.network import interface_of
-from orchestration.launch.before.checks import Finding, Link, failures, in_words, judge
+from orchestration.launch.before.checks import Finding, failures, in_words, judge
+from orchestration.launch.before.links import LINK_SECONDS, ROUND_SECONDS, rounds_of, try_links
 from orchestration.launch.before.placement import Demand, Node, Seat, neighbours
 from orchestration.launch.before.probe import NodeFacts, Questions, forget_tokens, gather, tokens_seen
+from orchestration.launch.environment import RankEnvironment, take
 
 _ANSWER_SECONDS: Final = 180.0
 """For a node to start a process, import torch, and look."""
-_LINK_SECONDS: Final = 60.0
 
 
 def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str) -> tuple[Finding, ...]:
@@ -34,16 +35,16 @@ def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: st
 
 
 def check_cluster(
-    ray: Any, recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str, environment: Mapping[str, str]
+    ray: Any, recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str, environment: RankEnvironment
 ) -> tuple[Finding, ...]:
     """The checks on every node that ranks will run on."""
-    questions = Questions(recipe, folder)
+    questions = Questions(recipe, folder, environment.private)
     nodes = list({seat.node.id: seat.node for seat in seats}.values())
     probes = {node.id: _probe_on(ray, node, demand, seats, environment) for node in nodes}
     try:
         facts, lost = _ask(ray, nodes, {n.id: probes[n.id].gather.remote(questions, n.address, n.id) for n in nodes})
         seen_by_id, _ = _ask(ray, nodes, {n.id: probes[n.id].tokens_seen.remote(questions) for n in nodes})
-        links = [_try(ray, probes, pair) for pair in neighbours(seats)]
+        links = try_links(ray, probes, neighbours(seats))
     finally:
         forget_tokens(Path(recipe.run_dir))
         for probe in probes.values():
@@ -53,6 +54,11 @@ def check_cluster(
         return lost
     seen = {node.address: seen_by_id.get(node.id, ()) for node in nodes}
     return (*lost, *judge(recipe, seats, heard, seen, links, uses_gpus=demand.uses_gpus))
+
+
+def longest_check_seconds(seats: Sequence[Seat]) -> float:
+    """Longest that `check_cluster` may take."""
+    return 2 * _ANSWER_SECONDS + len(rounds_of(neighbours(seats))) * ROUND_SECONDS
 
 
 def require_sound(findings: Sequence[Finding]) -> None:
@@ -67,6 +73,7 @@ class Probe:
 
     def gather(self, questions: Questions, address: str, token: str) -> NodeFacts:
         """See `probe.gather`."""
+        take(questions.environment)
         return gather(questions, address, token)
 
     def tokens_seen(self, questions: Questions) -> tuple[str, ...]:
@@ -87,10 +94,10 @@ class Probe:
 
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface_of(own) or "")
-        return try_link(rank, address, port, _LINK_SECONDS)
+        return try_link(rank, address, port, LINK_SECONDS)
 
 
-def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], environment: Mapping[str, str]) -> Any:
+def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], environment: RankEnvironment) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ranks_here = sum(seat.node.id == node.id for seat in seats)
@@ -100,7 +107,7 @@ def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], envir
             num_cpus=0,
             num_gpus=ranks_here if demand.uses_gpus else 0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-            runtime_env={"env_vars": dict(environment)},
+            runtime_env={"env_vars": dict(environment.shown)},
         )
         .remote()
     )
@@ -122,18 +129,3 @@ def _ask(ray: Any, nodes: Sequence[Node], questions: Mapping[str, Any]) -> tuple
 
 def _silence(node: Node, fault: str) -> Finding:
     return Finding(node.address, "a process of ours", fault, "an answer", False)
-
-
-def _try(ray: Any, probes: Mapping[str, Any], pair: tuple[Node, Node]) -> Link:
-    first, second = pair
-    try:
-        port = ray.get(probes[first.id].open_meeting_point.remote(first.address), timeout=_LINK_SECONDS)
-        sides = [
-            probes[node.id].try_link.remote(rank, node.address, first.address, port) for rank, node in enumerate(pair)
-        ]
-        seconds = max(ray.get(sides, timeout=2 * _LINK_SECONDS))
-    except ray.exceptions.GetTimeoutError:
-        return Link(first.address, second.address, None, f"no way through within {2 * _LINK_SECONDS:.0f} s")
-    except ray.exceptions.RayError as error:
-        return Link(first.address, second.address, None, str(error).strip().splitlines()[-1])
-    return Link(first.address, second.address, seconds)

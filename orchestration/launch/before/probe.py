@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ TOKENS = ".launch-tokens"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Fact:
     """What was found: a value, or what stood in the way."""
 
     value: str = ""
@@ -48,15 +48,15 @@ class NodeFacts:
     versions: dict[str, str]
     gpu_memories: tuple[int, ...]
     interface: str | None
-    folder: Answer
+    folder: Fact
     """The working folder that relative paths start from."""
-    run_dir: Answer
+    run_dir: Fact
     """The token that was written there."""
     free_bytes: int
     """Of the file system of the run folder."""
-    stores: dict[str, Answer] = field(default_factory=dict)
+    stores: dict[str, Fact] = field(default_factory=dict)
     """Plan hash by path."""
-    files: dict[str, Answer] = field(default_factory=dict)
+    files: dict[str, Fact] = field(default_factory=dict)
     """Other paths that ranks read."""
     num_checkpoints: int = 0
     """In the run folder already."""
@@ -68,15 +68,17 @@ class Questions:
 
     recipe: Recipe
     folder: str
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Private variables, without which stores in buckets cannot be read."""
 
 
 def gather(questions: Questions, address: str, token: str) -> NodeFacts:
     """All facts of this node; `token` is the name of the file it leaves in the run folder."""
     from megatron_deepstack.platform.device import gpu_memories
 
-    folder = _answer(partial(_enter, questions.folder))
+    folder = _find(partial(_enter, questions.folder))
     recipe, run_dir = questions.recipe, Path(questions.recipe.run_dir)
-    written = _answer(partial(_write_token, run_dir, token))
+    written = _find(partial(_write_token, run_dir, token))
     return NodeFacts(
         address=address,
         host=socket.gethostname(),
@@ -86,8 +88,8 @@ def gather(questions: Questions, address: str, token: str) -> NodeFacts:
         folder=folder,
         run_dir=written,
         free_bytes=0 if written.fault else shutil.disk_usage(run_dir).free,
-        stores={path: _answer(partial(_plan_hash, path)) for path in stores_of(recipe)},
-        files={path: _answer(partial(_readable, path)) for path in files_of(recipe)},
+        stores={path: _find(partial(_plan_hash, path)) for path in stores_of(recipe)},
+        files={path: _find(partial(_readable, path)) for path in files_of(recipe)},
         num_checkpoints=0 if written.fault else len(step_folders(run_dir)),
     )
 
@@ -116,12 +118,12 @@ def files_of(recipe: Recipe) -> tuple[str, ...]:
     return (*tokenizer, *(recipe.train.init_from or ()))
 
 
-def _answer(find: Callable[[], str]) -> Answer:
+def _find(find: Callable[[], str]) -> Fact:
     try:
-        return Answer(value=find())
+        return Fact(value=find())
     except Exception as error:
         text = str(error) or type(error).__name__
-        return Answer(fault=text.splitlines()[0])
+        return Fact(fault=text.splitlines()[0])
 
 
 def _enter(folder: str) -> str:

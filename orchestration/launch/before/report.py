@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.training.guard.node_board import Beat
 from orchestration.launch.before.checks import Finding
 from orchestration.launch.before.placement import Demand, Seat
 from orchestration.launch.driver.control import Status
 from orchestration.launch.driver.record import LaunchRecord, RankPlace, State
+from orchestration.launch.environment import RankEnvironment
 
-_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _UNSEEN = ("PYTHONWARNINGS",)
 _ROWS = 16
 """Ranks that are listed one by one; more are listed by node."""
@@ -52,15 +56,15 @@ def whole_plan(
     demand: Demand,
     seats: Sequence[Seat],
     findings: Sequence[Finding],
-    environment: Mapping[str, str],
+    environment: RankEnvironment,
     *,
     cluster: str,
     resumes_from: str,
 ) -> Group:
     """All that `launch` would do."""
     launching = recipe.launch
-    shown = sorted((name, value) for name, value in environment.items() if name not in _UNSEEN)
-    variables = "\n".join(f"    {name}={_shown(name, value)}" for name, value in shown)
+    variables = {**environment.shown, **dict.fromkeys(environment.private, "(set)")}
+    listed = "\n".join(f"    {name}={value}" for name, value in sorted(variables.items()) if name not in _UNSEEN)
     lines = (
         f"cluster    {cluster}",
         f"ranks      {demand.num_ranks} workers of Ray Train, each with {demand.unit}",
@@ -69,7 +73,7 @@ def whole_plan(
         f"starts     {resumes_from}",
         f"restarts   {launching.max_failures} at most (launch.max_failures), after a worker or node has died; waits "
         f"{launching.start_seconds:.0f} s for nodes (launch.start_seconds)",
-        f"variables of each rank, besides RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...:\n{variables}",
+        f"variables of each rank, besides RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...:\n{listed}",
     )
     return Group(*map(Text, lines), seats_table(seats), checks_table(findings))
 
@@ -88,7 +92,59 @@ def status_text(status: Status) -> str:
     lines.append(f"  checkpoint {'none yet' if status.checkpoint is None else f'after step {status.checkpoint}'}")
     if record is not None:
         lines += _launch_lines(record, status.state)
+    else:
+        lines += _local_lines(status)
     return "\n".join(lines)
+
+
+def status_document(status: Status) -> dict[str, Any]:
+    """A run as values for JSON: numbers that are not known, or not finite, are None."""
+    record, last, owner = status.record, status.recent[-1] if status.recent else {}, status.owner
+    driver = record if record is not None else owner
+    started = record.pid_since if record is not None else owner.started if owner is not None else None
+    places = {one.rank: asdict(one) for one in record.ranks} if record is not None else {}
+    known = sorted(places) or sorted(status.beats)
+    return {
+        "run_dir": str(status.run_dir),
+        "state": status.state,
+        "launcher": status.launcher,
+        "because": record.outcome if record is not None else "",
+        "step": last.get("step", 0),
+        "num_steps": status.num_steps,
+        "loss": _finite(last.get("loss")),
+        "tokens_per_second": _finite(last.get("tokens_per_second")),
+        "seconds_left": _finite(status.seconds_left),
+        "checkpoint": status.checkpoint,
+        "driver": None if driver is None else {"host": driver.host, "pid": driver.pid, "since": started},
+        "cluster": record.cluster or None if record is not None else None,
+        "ranks": [_rank_document(rank, places.get(rank, {}), status.beats.get(rank)) for rank in known],
+        "waiting_for": record.waiting_for if record is not None else "",
+        "restarts": [asdict(one) for one in record.restarts] if record is not None else [],
+        "max_failures": record.max_failures if record is not None else None,
+        "exit_code": status.exit_code,
+    }
+
+
+def _rank_document(rank: int, place: Mapping[str, Any], beat: Beat | None) -> dict[str, Any]:
+    said = {} if beat is None else {"host": beat.host, "pid": beat.pid, "doing": beat.doing}
+    return {"rank": rank, "host": None, "address": None, "pid": None, "doing": None, **said, **place}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _local_lines(status: Status) -> list[str]:
+    """What is known of a run that has no driver of `launch`."""
+    owner = status.owner
+    if owner is None:
+        return [f"  started by {status.launcher}, not `launch`; no process works in the folder now"]
+    lines = [f"  started by {status.launcher}: {owner}, since {owner.since}"]
+    first = status.beats.get(0)
+    if first is not None:
+        hosts = ", ".join(sorted({one.host for one in status.beats.values()}))
+        lines.append(f"  ranks      {len(status.beats)} on {hosts}; rank 0 in {first.doing}")
+    return lines
 
 
 def _launch_lines(record: LaunchRecord, state: str) -> list[str]:
@@ -131,7 +187,3 @@ def _rows(seats: Sequence[Seat]) -> list[list[Seat]]:
 
 def _span(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-
-
-def _shown(name: str, value: str) -> str:
-    return "(set)" if any(word in name.upper() for word in _SECRETS) else value

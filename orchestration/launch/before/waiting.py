@@ -23,7 +23,8 @@ def wait_for_seats(
     tell: Callable[[str], None],
     asked_to_stop: Callable[[], bool],
 ) -> Found:
-    """What `seats` gives, once it raises ClusterError no more; `tell` hears what is missing, each time it changes.
+    """What `seats` gives, once it raises ClusterError no more; `tell` hears what is missing, each time it changes,
+    and how long the wait may take.
 
     `since` is the moment (of time.monotonic) that the wait began. Raises the ClusterError after `seconds`,
     PreemptedError if asked to stop, and at once what no waiting mends.
@@ -43,5 +44,5 @@ def wait_for_seats(
                 ) from error
             if waited > _QUIET_SECONDS and str(error) != said:
                 said = str(error)
-                tell(said)
+                tell(f"{said}; at most {seconds:.0f} s (launch.start_seconds)")
         time.sleep(_POLL_SECONDS)

@@ -9,16 +9,22 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import ClusterError, ConfigError
+from megatron_deepstack.platform.owner import Owner, is_here
+from megatron_deepstack.platform.process import still_runs
+from megatron_deepstack.platform.run_lock import OWNER_FILE, read_owner
 from megatron_deepstack.platform.strict_json import from_line
-from orchestration.launch.driver.record import LaunchRecord, State, last_lines, newest_step, read_record
+from megatron_deepstack.training.guard.heartbeat import read_beats
+from megatron_deepstack.training.guard.node_board import Beat
+from orchestration.launch.driver.record import STALE_SECONDS, LaunchRecord, State, last_lines, newest_step, read_record
 from orchestration.launch.driver.stopping import request_stop
 
 _LOOK_SECONDS = 0.5
@@ -32,12 +38,18 @@ class Status:
     run_dir: Path
     state: str
     record: LaunchRecord | None
-    """None if the run was not started by `launch`."""
+    """None if the run was not started by `launch`, or by something else since."""
     num_steps: int
     recent: tuple[dict[str, Any], ...]
     """Metrics of the last steps."""
     checkpoint: int | None
     """Step of the newest checkpoint."""
+    launcher: str = "launch"
+    """What has started the run last, as far as known: `launch`, `train` or `torchrun`."""
+    owner: Owner | None = None
+    """Who works in the run folder now."""
+    beats: Mapping[int, Beat] = field(default_factory=dict)
+    """What each rank last said, by rank."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -60,7 +72,28 @@ def status_of(run_dir: Path) -> Status:
     recipe = RunFolder(run_dir).recipe
     if record is None and not recipe.is_file():
         raise ConfigError([f"{run_dir}: no run is there (neither launch.json nor recipe.yaml); expected a run_dir"])
-    return Status(run_dir, _state(record), record, _num_steps(recipe), _recent(run_dir), newest_step(run_dir))
+    owner = read_owner(run_dir / OWNER_FILE)
+    num_steps, recent = _num_steps(recipe), _recent(run_dir)
+    if record is not None and (owner is None or owner.what == "launch"):
+        state, launcher = "lost" if record.lost else str(record.state), "launch"
+    else:
+        record, launcher = None, owner.what if owner is not None else "train or torchrun"
+        state = _state_without_record(run_dir, owner, recent, num_steps)
+    beats = read_beats(run_dir)
+    return Status(run_dir, state, record, num_steps, recent, newest_step(run_dir), launcher, owner, beats)
+
+
+def _state_without_record(
+    run_dir: Path, owner: Owner | None, recent: Sequence[Mapping[str, Any]], num_steps: int
+) -> str:
+    """What a run of `train` or torchrun is doing: they give the folder back at their end, whatever end it is."""
+    if owner is not None:
+        if is_here(owner):
+            return "running" if still_runs(owner.pid, owner.started) else "lost"
+        with suppress(OSError):
+            age = time.time() - (run_dir / OWNER_FILE).stat().st_mtime
+            return "running" if age < STALE_SECONDS else "lost"
+    return "finished" if recent and recent[-1]["step"] >= num_steps else "not running"
 
 
 def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
@@ -70,7 +103,9 @@ def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
     """
     record = read_record(run_dir)
     if record is None:
-        raise ConfigError([f"{run_dir}: not started by `launch`; send SIGTERM to its `train` process to stop it"])
+        owner = read_owner(run_dir / OWNER_FILE)
+        who = f"`kill {owner.pid}` on {owner.host}" if owner is not None else "send SIGTERM to its `train` process"
+        raise ConfigError([f"{run_dir}: not started by `launch`; {who} to stop it, it saves first"])
     if record.state.over:
         return f"nothing to stop: {record.state}, {record.outcome}"
     if record.lost:
@@ -100,12 +135,6 @@ def _end_of_wait(run_dir: Path, record: LaunchRecord, waited: float, *, now: boo
             os.kill(record.pid, signal.SIGKILL)
             return f"{who} had not ended after {waited:.0f} s and was killed; its ranks end with it"
     return f"{who} is gone"
-
-
-def _state(record: LaunchRecord | None) -> str:
-    if record is None:
-        return "trained by another launcher"
-    return "lost" if record.lost else record.state
 
 
 def _recent(run_dir: Path) -> tuple[dict[str, Any], ...]:

@@ -1,17 +1,17 @@
 """The driver of a launched run: start Ray Train, follow the gang, tell the user, keep the record.
 
-Ray Train works in a thread; the main thread follows what ranks print and what happens to the gang, hands a signal or a
-request to stop on to the ranks, and writes `launch.json`. Killed at any moment, it takes the gang with it, and the
-same command goes on from the newest whole checkpoint.
+The checks, then Ray Train, work in a thread; the main thread follows what ranks print and what happens to the gang,
+hands a signal or a request to stop on to the ranks, and writes `launch.json`, by which other shells see that it lives.
+Killed at any moment, it takes the gang with it, and the same command goes on from the newest whole checkpoint.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,12 +24,14 @@ from megatron_deepstack.planning.check import check_plan, check_world, model_ran
 from megatron_deepstack.platform.device import gpu_memories
 from megatron_deepstack.platform.run_folder import require_writable
 from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.training.guard.watchdog import PATIENT
 from orchestration.cluster import import_ray, ray_session
 from orchestration.launch.before.checks import Finding
 from orchestration.launch.before.placement import Demand, Node, Seat, check_groups_fit, demand_of, place
-from orchestration.launch.before.preflight import check_cluster, check_here, require_sound
+from orchestration.launch.before.preflight import check_cluster, check_here, longest_check_seconds, require_sound
 from orchestration.launch.before.report import whole_plan
 from orchestration.launch.before.waiting import wait_for_seats
+from orchestration.launch.driver.background import Background, follow
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import (
     STOP_FILE,
@@ -39,20 +41,16 @@ from orchestration.launch.driver.record import (
     newest_step,
     write_record,
 )
-from orchestration.launch.driver.stopping import forget_request, is_for_a_node, stop_signals, wants_it_now
+from orchestration.launch.driver.stopping import forget_request, is_for_a_node, stop_signals
+from orchestration.launch.environment import RankEnvironment, rank_environment
 from orchestration.launch.gang.policy import diagnose
-from orchestration.launch.gang.rank import Job
+from orchestration.launch.gang.rank import RankTask
 
 HEALTH_SECONDS: Final = 600.0
 """Silence of a worker process after which Ray calls it dead, beyond the recipe's own limit for a hang."""
-_FOLLOW_SECONDS: Final = 0.5
 _LEFT_NODE: Final = "a node was taken back, and the ranks saved before that"
 START_RETRY_SECONDS: Final = 30.0
 """Longest wait for slots that were free a moment ago, before others are looked for."""
-_FORWARDED: Final = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "NVTE_", "OMP_", "HF_", "WANDB_", "AWS_", "FSSPEC_")
-"""Variables of the driver that ranks on other nodes get too, by their first letters."""
-_NOT_FORWARDED: Final = ("CUDA_VISIBLE_DEVICES",)
-_RANK_ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def launch(
@@ -75,8 +73,11 @@ def launch(
         record = LaunchRecord(cluster=address or "", max_failures=recipe.launch.max_failures)
         write_record(run_dir, record)
         try:
+            follower = Follower(run_dir, record)
+            where = f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"
+            follower.say(f"launch: {where}; 5 to 20 s as a rule, at most about a minute")
             with _cluster(recipe, num_ranks, address):
-                _run(recipe, run_dir, record, num_ranks, stop_after)
+                _run(recipe, run_dir, record, follower, num_ranks, stop_after)
             record.state, record.outcome, record.exit_code = State.FINISHED, "finished", 0
         except PreemptedError as error:
             record.state, record.outcome, record.exit_code = State.STOPPED, str(error), error.exit_code
@@ -171,9 +172,14 @@ def _seats_there(recipe: Recipe, num_ranks: int | None) -> tuple[Demand, tuple[S
     return demand, place(demand, nodes)
 
 
-def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | None, stop_after: int | None) -> None:
-    follower = Follower(run_dir, record)
-
+def _run(
+    recipe: Recipe,
+    run_dir: Path,
+    record: LaunchRecord,
+    follower: Follower,
+    num_ranks: int | None,
+    stop_after: int | None,
+) -> None:
     def look_for_seats() -> tuple[Demand, tuple[Seat, ...]]:
         follower.look()
         return _seats_there(recipe, num_ranks)
@@ -188,38 +194,57 @@ def _run(recipe: Recipe, run_dir: Path, record: LaunchRecord, num_ranks: int | N
         )
         record.num_ranks = demand.num_ranks
         environment = rank_environment(os.environ)
-        follower.say(f"launch: {_check(recipe, record, demand, seats, environment)} checks passed")
+        follower.say(_what_is_checked(record, seats))
+        checks = Background("checks", lambda: _check(recipe, record, demand, seats, environment))
+        follow(checks, follower, run_dir, second)
+        follower.say(f"launch: {checks.outcome()} checks passed")
+        if (run_dir / STOP_FILE).exists():
+            raise PreemptedError("stopped on request before ranks were started; the same command starts them")
+        follower.say(_what_is_waited_for(recipe, demand))
         os.environ.update(ray_train_settings(recipe))
         from orchestration.launch.gang.trainer import gang_trainer
 
-        job = Job(recipe, os.getcwd(), stop_after)
+        task = RankTask(recipe, os.getcwd(), stop_after, environment.private)
         while True:
-            fit = _Fit(gang_trainer(job, run_dir, demand, environment, START_RETRY_SECONDS))
-            _follow(fit, follower, run_dir, second)
-            if fit.stopped_with is None or not is_for_a_node(run_dir):
+            trainer = gang_trainer(task, run_dir, demand, environment.shown, START_RETRY_SECONDS)
+            fit = Background("ray train", partial(_fit, trainer))
+            follow(fit, follower, run_dir, second)
+            if fit.result is None or not is_for_a_node(run_dir):
                 break
             forget_request(run_dir)
             follower.note_restart(time.time(), _LEFT_NODE, ())
             follower.say(f"launch: {_LEFT_NODE}; going on on other nodes")
     if fit.error is not None:
         raise _told(fit.error, record) from fit.error
-    if fit.stopped_with is not None:
-        raise PreemptedError(fit.stopped_with)
+    if fit.result is not None:
+        raise PreemptedError(fit.result)
 
 
-def _follow(fit: _Fit, follower: Follower, run_dir: Path, second: threading.Event) -> None:
-    """See Ray Train through to its end; raises PreemptedError if the run is to end at once."""
-    fit.start()
-    while fit.is_alive():
-        fit.join(_FOLLOW_SECONDS)
-        follower.look()
-        if second.is_set() or wants_it_now(run_dir):
-            raise PreemptedError("ended at once on request; the same command goes on from the newest checkpoint")
-    follower.look()
+def _fit(trainer: Any) -> Any:
+    """What rank 0 said of a stop on request; None at the end of the run."""
+    return trainer.fit().return_value
+
+
+def _what_is_checked(record: LaunchRecord, seats: Sequence[Seat]) -> str:
+    if not record.cluster:
+        return "launch: checking this machine"
+    nodes = len({seat.node.id for seat in seats})
+    longest = longest_check_seconds(seats) / 60
+    what = "checking 1 node" if nodes == 1 else f"checking {nodes} nodes and the links between them"
+    return f"launch: {what}; a node's process needs 10 to 30 s to start, at most {longest:.0f} min in all"
+
+
+def _what_is_waited_for(recipe: Recipe, demand: Demand) -> str:
+    minutes = PATIENT * recipe.health.hang_seconds / 60
+    limit = f"at most {minutes:.0f} min" if minutes else "without a limit (health.hang_seconds 0)"
+    return (
+        f"launch: starting {demand.num_ranks} ranks: workers within {recipe.launch.start_seconds:.0f} s "
+        f"(launch.start_seconds), then weights, checkpoint and the first step, {limit}"
+    )
 
 
 def _check(
-    recipe: Recipe, record: LaunchRecord, demand: Demand, seats: Sequence[Seat], environment: Mapping[str, str]
+    recipe: Recipe, record: LaunchRecord, demand: Demand, seats: Sequence[Seat], environment: RankEnvironment
 ) -> int:
     """Number of checks, which all passed; raises ClusterError otherwise."""
     if record.cluster:
@@ -228,23 +253,6 @@ def _check(
         findings = check_here(recipe, demand, seats, os.getcwd())
     require_sound(findings)
     return len(findings)
-
-
-class _Fit(threading.Thread):
-    """Ray Train at work."""
-
-    def __init__(self, trainer: Any) -> None:
-        super().__init__(name="ray train", daemon=True)
-        self._trainer = trainer
-        self.error: Exception | None = None
-        self.stopped_with: str | None = None
-        """What rank 0 said of a stop on request."""
-
-    def run(self) -> None:
-        try:
-            self.stopped_with = self._trainer.fit().return_value
-        except Exception as error:
-            self.error = error
 
 
 def ray_train_settings(recipe: Recipe) -> dict[str, str]:
@@ -257,16 +265,6 @@ def ray_train_settings(recipe: Recipe) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # ranks print into files of the run
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # ranks work where the driver does
     }
-
-
-def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of every rank: what torchrun's users set for NCCL, torch, storage and the like, and our defaults."""
-    forwarded = {
-        name: value
-        for name, value in environment.items()
-        if (name.startswith(_FORWARDED) and name not in _NOT_FORWARDED) or name == "PYTHONWARNINGS"
-    }
-    return _RANK_ENVIRONMENT | forwarded
 
 
 def _told(error: Exception, record: LaunchRecord) -> DeepStackError:

@@ -3,7 +3,7 @@
 One object travels to the controller and follows the run there. Ray Train brings restarts and their budget, health
 checks and the order of ranks; this adds what it does not know: tensor-parallel groups stay on one node, a mistake is
 not retried, the wait for missing nodes has an end, and all of it is written down for the driver and for `status`.
-The hooks are Ray Train's own callbacks, of which only some are called public; they are met in this file alone.
+The hooks are Ray Train's own callbacks, of which only some are called public; see `orchestration.ray_private`.
 
 Import it after `orchestration.cluster.import_ray`, which makes settings that Ray reads when it is imported.
 """
@@ -20,16 +20,23 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from megatron_deepstack.training.guard.watchdog import last_hang
+from megatron_deepstack.training.retry import Failure, is_worth_a_retry
 from orchestration.launch.before.placement import Demand, Node, place
 from orchestration.launch.before.waiting import wait_for_seats
 from orchestration.launch.driver.record import STOP_FILE, Events
 from orchestration.launch.driver.stopping import forget_request, is_for_a_node, request_stop
-from orchestration.launch.gang.policy import Diagnosis, End, Failure, diagnose, end_of_exception, is_worth_a_retry
+from orchestration.launch.gang.policy import Diagnosis, End, RankEnd, diagnose, end_of_exception
 from orchestration.launch.gang.rank import RankFailed, enter, open_meeting_point
+from orchestration.ray_private import (
+    ControllerCallback,
+    WorkerGroupCallback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+    available_resources_per_node,
+    cluster_state,
+)
 
 _NODE_LABEL = "ray.io/node-id"
 _SETTLE_SECONDS = 2.0
@@ -88,7 +95,7 @@ class MeetingConfig(TorchConfig):
         return Rendezvous
 
 
-class Gang(ControllerCallback, WorkerGroupCallback):
+class GangCallback(ControllerCallback, WorkerGroupCallback):
     """Follows the run in the controller."""
 
     def __init__(self, demand: Demand, run_dir: Path, start_seconds: float) -> None:
@@ -97,7 +104,7 @@ class Gang(ControllerCallback, WorkerGroupCallback):
         self._waiting_since: float | None = None
         self._hang_before = ""
         self._workers: Sequence[Any] = ()
-        self._previous: Diagnosis | None = None
+        self._previous: Failure | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Wait for the slots and pin each rank to its node; the context's list of labels is made for that."""
@@ -131,9 +138,9 @@ class Gang(ControllerCallback, WorkerGroupCallback):
             self._events.add("running")
         elif name == "RestartingState" and hasattr(current_state.training_failed_error, "worker_failures"):
             diagnosis = self._diagnose(current_state.training_failed_error.worker_failures)
-            if not is_worth_a_retry(diagnosis, self._previous):
+            if not is_worth_a_retry(diagnosis.failure, self._previous):
                 raise RunEnded(diagnosis)
-            self._previous = diagnosis
+            self._previous = diagnosis.failure
             self._note(diagnosis.text, [failure.rank for failure in diagnosis.causes])
         elif name == "PreemptingState" and type(previous_state).__name__ != name:
             self._leave_nodes(current_state.preemption_info)
@@ -181,42 +188,42 @@ class Gang(ControllerCallback, WorkerGroupCallback):
         except ray.exceptions.GetTimeoutError:
             return None
 
-    def _failures(self, errors: dict[int, Exception]) -> list[Failure]:
+    def _failures(self, errors: dict[int, Exception]) -> list[RankEnd]:
         return failures_of(errors, [f"pid {w.metadata.pid} on {w.metadata.hostname}" for w in self._workers])
 
 
-def failures_of(errors: dict[int, Exception], places: Sequence[str]) -> list[Failure]:
+def failures_of(errors: dict[int, Exception], places: Sequence[str]) -> list[RankEnd]:
     """Ray's and our exceptions, by rank, as failures."""
     return [_failure(rank, error, places[rank] if rank < len(places) else "") for rank, error in errors.items()]
 
 
-def _failure(rank: int, error: Exception, where: str) -> Failure:
+def _failure(rank: int, error: Exception, where: str) -> RankEnd:
     if isinstance(error, WorkerHealthCheckFailedError):
         error = error.health_check_failure
     if isinstance(error, RankFailed):
         end = End.REFUSED if error.error is not None else end_of_exception(error.kind, error.text)
-        return Failure(rank, error.where, end, error.text, error.error)
+        return RankEnd(rank, error.where, end, error.text, error.error)
     if isinstance(error, WorkerHealthCheckTimeoutError):
-        return Failure(rank, where, End.SILENT, "its process has not answered Ray's health checks")
+        return RankEnd(rank, where, End.SILENT, "its process has not answered Ray's health checks")
     if isinstance(error, OutOfMemoryError):
-        return Failure(rank, where, End.DIED, "Ray ended it because the node ran out of memory")
+        return RankEnd(rank, where, End.DIED, "Ray ended it because the node ran out of memory")
     if isinstance(error, RayActorError):
         return _death(rank, str(error), where)
-    return Failure(rank, where, End.RAISED, f"{type(error).__name__}: {error}")
+    return RankEnd(rank, where, End.RAISED, f"{type(error).__name__}: {error}")
 
 
-def _death(rank: int, said: str, where: str) -> Failure:
+def _death(rank: int, said: str, where: str) -> RankEnd:
     """An actor's death in our words; Ray's own run over ten lines of possible causes."""
     if "node has died" in said or "node was terminated" in said:
-        return Failure(rank, where, End.NODE_DIED, "Ray has lost the node")
+        return RankEnd(rank, where, End.NODE_DIED, "Ray has lost the node")
     text = "its process was killed or crashed; the kernel kills when memory runs out (see dmesg there)"
-    return Failure(rank, where, End.DIED, text)
+    return RankEnd(rank, where, End.DIED, text)
 
 
 def nodes_now(*, free: bool) -> tuple[Node, ...]:
     """The cluster's nodes that are there to stay, with all they have or only with what is free."""
-    available = ray._private.state.available_resources_per_node() if free else {}
-    leaving = ray._private.state.state.get_draining_nodes()
+    available = available_resources_per_node() if free else {}
+    leaving = cluster_state.get_draining_nodes()
     nodes = []
     for node in ray.nodes():
         if not node["Alive"] or node["NodeID"] in leaving:

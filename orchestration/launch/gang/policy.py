@@ -1,7 +1,7 @@
-"""Why a gang failed, and whether to start it again: pure decisions about what its ranks said last.
+"""Why a gang failed: a pure decision about what its ranks said last.
 
 When one rank dies the others fail with it, as their collectives break; so the failure to tell the user is not the first
-that is seen, but the likeliest cause. A mistake that the next attempt would repeat is not tried again.
+that is seen, but the likeliest cause. Whether the gang starts again is decided in `training.retry`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from megatron_deepstack.errors import DeepStackError, RankError
+from megatron_deepstack.training.retry import Failure, is_cut_off
 
 
 class End(IntEnum):
@@ -31,22 +32,8 @@ class End(IntEnum):
     """A broken connection to another rank: a consequence as a rule."""
 
 
-_CUT_OFF_WORDS = (
-    "connection closed by peer",
-    "connection reset",
-    "connection refused",
-    "broken pipe",
-    "gloo",
-    "nccl",
-    "socket",
-    "timed out waiting",
-    "store->get",
-)
-_CUT_OFF_KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "RuntimeError")
-
-
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RankEnd:
     """How one rank ended."""
 
     rank: int
@@ -63,7 +50,7 @@ class Failure:
 class Diagnosis:
     """One failure of a gang."""
 
-    causes: tuple[Failure, ...]
+    causes: tuple[RankEnd, ...]
     """The ranks to blame, most often one."""
     followers: tuple[int, ...]
     """Ranks that failed with them."""
@@ -75,6 +62,12 @@ class Diagnosis:
         who = f"{_ranks([failure.rank for failure in self.causes])} ({first.where})"
         also = f"; {_ranks(self.followers)} failed with it" if self.followers else ""
         return f"{who} {_WORDS[first.end]}{first.text}{also}"
+
+    @property
+    def failure(self) -> Failure:
+        """What the decision about another attempt needs."""
+        first = self.causes[0]
+        return Failure(first.error, first.text if first.end is End.RAISED else "")
 
     @property
     def error(self) -> DeepStackError:
@@ -96,31 +89,15 @@ _WORDS = {
 
 def end_of_exception(kind: str, text: str) -> End:
     """Whether an exception of a rank is its own or a broken connection to another."""
-    lowered = text.lower()
-    broken = kind in _CUT_OFF_KINDS and any(word in lowered for word in _CUT_OFF_WORDS)
-    return End.CUT_OFF if broken else End.RAISED
+    return End.CUT_OFF if is_cut_off(kind, text) else End.RAISED
 
 
-def diagnose(failures: Sequence[Failure]) -> Diagnosis:
+def diagnose(failures: Sequence[RankEnd]) -> Diagnosis:
     """Pick the cause; `failures` are of one attempt and at least one."""
     worst = min(failure.end for failure in failures)
     causes = tuple(sorted((one for one in failures if one.end is worst), key=lambda one: one.rank))
     blamed = {failure.rank for failure in causes}
     return Diagnosis(causes, tuple(sorted(one.rank for one in failures if one.rank not in blamed)))
-
-
-def is_worth_a_retry(diagnosis: Diagnosis, previous: Diagnosis | None) -> bool:
-    """Whether another attempt may end otherwise, budget aside.
-
-    Not after a mistake of the user or a stop on request, and not after an exception of our own code that the attempt
-    before ended with too.
-    """
-    first = diagnosis.causes[0]
-    if first.end is End.REFUSED:
-        return bool(getattr(first.error, "retryable", False))
-    if first.end is End.RAISED and previous is not None:
-        return previous.causes[0].text != first.text
-    return True
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,22 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DeepStackError, PreemptedError
 from megatron_deepstack.platform.network import interface_of
 from orchestration.launch.driver.record import STOP_FILE, rank_log
+from orchestration.launch.environment import take
 
 _kept: list[Any] = []
 """The store that ranks meet in lives as long as the process of rank 0."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RankTask:
     """What every rank is told."""
 
     recipe: Recipe
     folder: str
     """Working folder of the driver, which relative paths of the recipe start from."""
     stop_after: int | None
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Private variables, set in the rank's process."""
 
 
 class RankFailed(Exception):
@@ -46,15 +49,16 @@ class RankFailed(Exception):
         return type(self), (self.where, self.kind, self.text, self.error)
 
 
-def run_rank(job: Job) -> str | None:
+def run_rank(task: RankTask) -> str | None:
     """Train; returns None at the end of the run, or the message of a stop on request. Raises RankFailed."""
+    take(task.environment)
     try:
-        if os.path.isdir(job.folder):  # or the checks have found all paths to be absolute
-            os.chdir(job.folder)
-        speak_into(rank_log(Path(job.recipe.run_dir), int(os.environ["RANK"])))
+        if os.path.isdir(task.folder):  # or the checks have found all paths to be absolute
+            os.chdir(task.folder)
+        speak_into(rank_log(Path(task.recipe.run_dir), int(os.environ["RANK"])))
         from megatron_deepstack.training.main import train
 
-        train(job.recipe, job.stop_after, _asked(Path(job.recipe.run_dir)))
+        train(task.recipe, task.stop_after, _asked(Path(task.recipe.run_dir)))
     except PreemptedError as error:
         return str(error)
     except DeepStackError as error:

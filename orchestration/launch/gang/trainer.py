@@ -7,27 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
 from orchestration.launch.before.placement import Demand
-from orchestration.launch.gang.callback import Gang, MeetingConfig
-from orchestration.launch.gang.rank import Job, run_rank
+from orchestration.launch.gang.callback import GangCallback, MeetingConfig
+from orchestration.launch.gang.rank import RankTask, run_rank
+from orchestration.ray_private import FailureConfig, RunConfig, ScalingConfig
 
 
 def gang_trainer(
-    job: Job, run_dir: Path, demand: Demand, environment: Mapping[str, str], start_retry_seconds: float
+    task: RankTask, run_dir: Path, demand: Demand, environment: Mapping[str, str], start_retry_seconds: float
 ) -> Any:
-    """A trainer whose `fit()` runs `job` on the gang, again after failures, and returns what rank 0 returned.
+    """A trainer whose `fit()` runs `task` on the gang, again after failures, and returns what rank 0 returned.
 
     Workers that fail to start are another budget of Ray Train's: as many tries as there is time for, and the restarts.
     """
-    launching = job.recipe.launch
+    launching = task.recipe.launch
     start_tries = int(launching.start_seconds // start_retry_seconds)
 
     def train_loop() -> Any:
-        return run_rank(job)
+        return run_rank(task)
 
-    callbacks: Any = [Gang(demand, run_dir, launching.start_seconds)]
+    callbacks: Any = [GangCallback(demand, run_dir, launching.start_seconds)]
     run_config: Any = RunConfig(
         name="launch",
         storage_path=str(Path(launching.storage).absolute() if launching.storage else run_dir / "ray"),

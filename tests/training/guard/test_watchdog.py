@@ -1,10 +1,9 @@
-"""The watchdog: who is silent, who waits, what is said; and heartbeats that never show half a file."""
+"""The watchdog: who is silent, who waits, and what is said."""
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +13,8 @@ import pytest
 
 from megatron_deepstack.errors import CheckpointError, HangError, RankError
 from megatron_deepstack.platform.local_ranks import launch_ranks
-from megatron_deepstack.training.guard.heartbeat import Beat, Heartbeats, read_beat, silent_ranks
+from megatron_deepstack.training.guard.heartbeat import read_beats, silent_ranks
+from megatron_deepstack.training.guard.node_board import Beat
 from megatron_deepstack.training.guard.watchdog import PATIENT, Watchdog, hang_message, last_hang
 
 
@@ -41,19 +41,6 @@ def test_the_message_names_ranks_and_hosts() -> None:
     assert "waiting: rank 0 (pid 100 on node0, in step 12)" in message
     assert "run/stacks" in message
     assert "every rank is alive" in hang_message(beats, (), 2, 31.4, 30.0, Path("run/stacks"))
-
-
-def test_heartbeats_are_files(tmp_path: Path) -> None:
-    ours, theirs = Heartbeats(tmp_path, 0, 3), Heartbeats(tmp_path, 1, 3)
-    ours.write("step 1")
-    ours.write("step 2")
-    theirs.write("loading", hanging=True)
-    (tmp_path / "heartbeats" / "rank_00002.json").write_text('{"rank": 2, "ho')
-    assert ours.read() == {
-        0: Beat(0, socket.gethostname(), os.getpid(), 2, "step 2"),
-        1: Beat(1, socket.gethostname(), os.getpid(), 1, "loading", True),
-    }
-    assert read_beat(tmp_path / "nothing.json") is None
 
 
 def _watched(folder: str, behaviour: str) -> str:
@@ -86,9 +73,8 @@ def _a_place_to_be_found() -> None:
 def test_progress_is_left_alone(tmp_path: Path, behaviour: str) -> None:
     assert launch_ranks(_watched, 2, str(tmp_path), behaviour) == "ended"
     assert last_hang(tmp_path) == ""
-    ended = read_beat(tmp_path / "heartbeats" / "rank_00001.json")
-    assert ended is not None
-    assert ended.doing == "nothing: it has ended"
+    assert read_beats(tmp_path)[1].doing == "nothing: it has ended"
+    assert len(list((tmp_path / "heartbeats").iterdir())) == 1, "one file for the node, and nothing unfinished"
 
 
 @pytest.mark.parametrize("behaviour", ["one stops", "both stop"])

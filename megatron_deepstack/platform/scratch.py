@@ -1,0 +1,157 @@
+"""Scratch folders: private folders of this machine that vanish when no process holds them any more.
+
+Each holder keeps a shared lock on a file in the folder. The kernel drops the lock of a process that is killed, so a
+folder whose lock is free is a leftover: the last holder removes its folder, and whoever makes a new one removes the
+leftovers beside it first.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+MEMORY: Final = Path("/dev/shm")
+"""Files here live in memory, where the system offers it."""
+_LOCK: Final = ".held"
+_PROBE_BYTES: Final = 1 << 16
+NUMBER_DIGITS: Final = 3
+"""Of the number in the name of a new folder, at most."""
+
+
+class Scratch:
+    """A scratch folder that this process holds. A context manager; `release` may be called more than once."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        """Use `hold` or `hold_new`."""
+        self.path, self._lock = folder, lock
+        self.kept = False
+        """Leave the folder there at the end, for somebody to read."""
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Hold the folder no longer; the last holder removes it."""
+        if self._lock < 0:
+            return
+        try:
+            if not self.kept and _lock_alone(self._lock):
+                shutil.rmtree(self.path, ignore_errors=True)
+        finally:
+            with suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
+            os.close(self._lock)
+            self._lock = -1
+
+
+def hold(parent: Path, name: str) -> Scratch:
+    """Hold the folder `name` in `parent`, which is made if it is not there; several processes may hold it.
+
+    Args:
+        parent: An existing folder, such as `MEMORY` or the system's temporary folder.
+        name: The same in all processes that share the folder: its kind, a dash, and what tells it from others.
+
+    Returns:
+        The folder, held. It is readable by this user alone.
+
+    Raises:
+        OSError: It cannot be made, or is another user's.
+    """
+    folder = parent / name
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} is another user's")
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # removed by its last holder at this moment
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _is_at(lock, folder / _LOCK):
+                return Scratch(folder, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def hold_new(parent: Path, kind: str) -> Scratch:
+    """Hold a new folder in `parent` that nobody else knows; the leftovers of its kind there are removed first.
+
+    Args:
+        parent: An existing folder.
+        kind: What the folder is for, in one short word. It is named after it: the kind, a dash and a number.
+
+    Returns:
+        The folder, held.
+
+    Raises:
+        OSError: It cannot be made or written, a full disk included.
+    """
+    sweep(parent, kind)
+    held = hold(parent, _make_new(parent, kind))
+    try:
+        probe = held.path / ".probe"
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError:
+        held.release()
+        raise
+    return held
+
+
+def sweep(parent: Path, kind: str) -> None:
+    """Remove this user's folders of a kind that no process holds. Whatever cannot be removed stays."""
+    with suppress(OSError):
+        for folder in _of_kind(parent, kind):
+            with suppress(OSError):
+                lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    if _lock_alone(lock) and _is_at(lock, folder / _LOCK):
+                        shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)
+
+
+def _make_new(parent: Path, kind: str) -> str:
+    """Name of a new folder, short since paths of sockets are."""
+    for number in range(10**NUMBER_DIGITS):
+        with suppress(FileExistsError):
+            (parent / f"{kind}-{number}").mkdir(mode=0o700)
+            return f"{kind}-{number}"
+    raise FileExistsError(errno.EEXIST, f"{parent} holds {10**NUMBER_DIGITS} folders {kind}-*")
+
+
+def _of_kind(parent: Path, kind: str) -> Iterable[Path]:
+    return [path for path in parent.glob(f"{kind}-*") if path.is_dir() and path.stat().st_uid == os.getuid()]
+
+
+def _lock_alone(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(lock: int, path: Path) -> bool:
+    """Whether an open file is still the one at its path, and not one that was removed meanwhile."""
+    try:
+        there = path.stat()
+    except OSError:
+        return False
+    held = os.fstat(lock)
+    return (held.st_ino, held.st_dev) == (there.st_ino, there.st_dev)

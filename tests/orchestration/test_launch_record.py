@@ -1,0 +1,152 @@
+"""What a launched run writes down: its record, its events, its logs; and what a full disk does to that."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import (
+    ClusterError,
+    ConfigError,
+    PreemptedError,
+    RunFolderError,
+)
+from megatron_deepstack.platform.process import process_start
+from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.platform.write_whole import partial_of
+from orchestration.launch.driver import run
+from orchestration.launch.driver.follow import Follower
+from orchestration.launch.driver.record import (
+    Events,
+    LaunchRecord,
+    Restart,
+    State,
+    Tail,
+    last_lines,
+    read_record,
+    write_record,
+)
+
+
+class TestRecord:
+    def test_it_comes_back_as_it_was(self, tmp_path: Path) -> None:
+        record = LaunchRecord(cluster="10.0.0.1:6379", num_ranks=2, max_failures=3)
+        record.restarts.append(Restart(1.5, "rank 1 died", (1,)))
+        record.state = State.RUNNING
+        write_record(tmp_path, record)
+        assert read_record(tmp_path) == record
+        assert [path.name for path in tmp_path.iterdir()] == ["launch.json"]
+
+    def test_none_and_damaged(self, tmp_path: Path) -> None:
+        assert read_record(tmp_path) is None
+        (tmp_path / "launch.json").write_text("{}")
+        with pytest.raises(ConfigError, match="not a record of `launch`"):
+            read_record(tmp_path)
+
+    def test_a_driver_that_is_gone_is_lost(self, tmp_path: Path) -> None:
+        with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+            gone.wait()
+        assert LaunchRecord(state=State.RUNNING, pid=gone.pid).lost
+        assert not LaunchRecord(state=State.RUNNING).lost
+        assert not LaunchRecord(state=State.FAILED, pid=gone.pid).lost
+        elsewhere = LaunchRecord(state=State.RUNNING, host="elsewhere", machine="elsewhere", pid=1)
+        assert not elsewhere.lost
+        elsewhere.heartbeat -= 3600
+        assert elsewhere.lost
+
+    def test_another_process_with_the_drivers_number_is_not_the_driver(self) -> None:
+        """A restarted machine or container gives the same name and the same low numbers again."""
+        assert LaunchRecord(state=State.RUNNING, pid_since=process_start() - 3600).lost
+        before_a_restart = LaunchRecord(state=State.RUNNING, machine="an earlier start of it", heartbeat=0.0)
+        assert before_a_restart.host == socket.gethostname()
+        assert before_a_restart.lost
+
+    def test_a_record_of_an_earlier_version_is_judged_by_its_heartbeat(self, tmp_path: Path) -> None:
+        write_record(tmp_path, LaunchRecord(state=State.RUNNING))
+        raw = json.loads((tmp_path / "launch.json").read_text())
+        for beat, lost in ((raw["heartbeat"], False), (raw["heartbeat"] - 3600, True)):
+            earlier = {name: value for name, value in raw.items() if name not in ("machine", "pid_since")}
+            (tmp_path / "launch.json").write_text(json.dumps({**earlier, "pid": 2**22 + 1, "heartbeat": beat}))
+            found = read_record(tmp_path)
+            assert found is not None
+            assert found.lost is lost
+
+    def test_a_second_driver_is_refused_beside_any_kind_of_first(self, tmp_path: Path) -> None:
+        """Before Ray or anything else of the launch has begun: the record of the run that goes on stays as it is."""
+        for what in ("train", "torchrun", "launch"):
+            with run_lock(tmp_path, what, print):
+                words = rf"`{what}` \(process {os.getpid()} on .* trains in this run folder already"
+                with pytest.raises(RunFolderError, match=words):
+                    run.launch(replace(Recipe(), run_dir=str(tmp_path)))
+            assert read_record(tmp_path) is None
+
+    def test_a_run_folder_that_cannot_be_written_is_refused_at_once(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("")
+        with pytest.raises(RunFolderError, match=r"run_dir: .*run cannot be written"):
+            run.launch(replace(Recipe(), run_dir=str(tmp_path / "run")))
+
+    def test_a_growing_log(self, tmp_path: Path) -> None:
+        path = tmp_path / "log"
+        tail = Tail(path, from_start=True)
+        assert tail.lines() == []
+        path.write_text("one\ntwo")
+        assert tail.lines() == ["one"]
+        with path.open("a") as file:
+            file.write(" more\nthree\n")
+        assert tail.lines() == ["two more", "three"]
+        assert Tail(path, from_start=False).lines() == []
+        assert last_lines(path, 2) == ["two more", "three"]
+        assert last_lines(tmp_path / "none", 2) == []
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A run folder in which this process cannot write its record: a folder is where the unfinished file would be."""
+    obstacle = partial_of(tmp_path / "full" / "launch.json")
+    obstacle.mkdir(parents=True)
+    return obstacle
+
+
+class TestFullDisk:
+    def test_a_heartbeat_that_cannot_be_written_is_left_out(self, full: Path) -> None:
+        run_dir, record = full.parent, LaunchRecord()
+        with pytest.raises(OSError, match="directory"):
+            write_record(run_dir, record)
+        Events(run_dir).clear()
+        follower = Follower(run_dir, record)
+        Events(run_dir).add("running")
+        follower.look()
+        assert record.state is State.RUNNING
+        assert read_record(run_dir) is None
+        full.rmdir()
+        Events(run_dir).add("start")
+        follower.look()
+        assert read_record(run_dir) == record
+
+    @pytest.mark.parametrize(
+        "ends", [ClusterError("no nodes"), PreemptedError("asked to stop")], ids=["fails", "stops"]
+    )
+    def test_the_run_keeps_its_own_end(
+        self, recipe: Recipe, ends: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run_dir = Path(recipe.run_dir)
+
+        def fill_up(*_: object) -> None:
+            partial_of(run_dir / "launch.json").mkdir()
+            raise ends
+
+        monkeypatch.setattr(run, "_cluster", fill_up)
+        with pytest.raises(type(ends)) as caught:
+            run.launch(recipe)
+        assert caught.value is ends
+        said = capsys.readouterr().err
+        assert f"launch: {run_dir}/launch.json could not be written: Is a directory. The run is" in said
+        assert f"({ends}), but `status` will call it lost; make room or fix the folder" in said
