@@ -43,6 +43,8 @@ LAYOUTS = [
     ("tp2-pp2-sp", 4, 1, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
     ("pp2-dp2-zero", 4, 1, ParallelConfig(pipeline=2, distributed_optimizer=True)),
     ("pp2-cp2", 4, 1, ParallelConfig(pipeline=2, context=2)),
+    ("tp2-cp2", 4, 1, ParallelConfig(tensor=2, context=2)),
+    ("tp2-cp2-sp", 4, 1, ParallelConfig(tensor=2, context=2, sequence_parallel=True)),
     ("pp2-recompute", 2, 1, ParallelConfig(pipeline=2, recompute=Recompute.FULL, recompute_num_layers=2)),
 ]
 
@@ -112,6 +114,13 @@ MODELS = [
 def test_model_on_four_stages(ranks: Pools, model: ModelConfig) -> None:
     """Every member of the family with a pipeline of four."""
     _compare(ranks, 4, 1, ParallelConfig(pipeline=4), model)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp2-cp2", "tp2-cp2-sp"])
+def test_any_resolution_in_quarters(ranks: Pools, sequence_parallel: bool) -> None:
+    """Rows and newlines of an any-resolution context, whose positions are dealt to zigzag chunks and then to shards."""
+    parallel = ParallelConfig(tensor=2, context=2, sequence_parallel=sequence_parallel)
+    _compare(ranks, 4, 1, parallel, dict(MODELS)["any-resolution"])
 
 
 @pytest.mark.parametrize(
