@@ -85,7 +85,11 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "parallel", "precision", "trainable"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS]
+    ("num_ranks", "parallel", "precision", "trainable"),
+    [
+        pytest.param(*row[1:], id=row[0], marks=[pytest.mark.slow] * (row[0] not in ("pp2-vpp2-bf16", "dp2-zero")))
+        for row in LAYOUTS
+    ],
 )
 def test_what_was_is_saved_while_training_goes_on(
     ranks: Pools,

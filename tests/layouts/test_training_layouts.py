@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,12 @@ LAYOUTS = [
 ]
 
 
+def rows(table: list[tuple[Any, ...]], quick: set[str]) -> list[Any]:
+    """The rows of a table as parameters by their ids; `make test` runs the quick ones."""
+    assert quick <= {row[0] for row in table}
+    return [pytest.param(*row[1:], id=row[0], marks=[pytest.mark.slow] * (row[0] not in quick)) for row in table]
+
+
 @lru_cache(maxsize=32)
 def _one_rank(pools: Pools, model: ModelConfig, trainable: tuple[Part, ...]) -> Trial:
     recipe = tiny_recipe(model, trainable=trainable)
@@ -77,7 +84,8 @@ def _compare(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "batch", "parallel"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS]
+    ("num_ranks", "batch", "parallel"),
+    rows(LAYOUTS, {"pp2-vpp2", "tp2-sp", "cp2", "dp2-zero", "pp4", "tp2-cp2-sp", "pp2-recompute"}),
 )
 def test_layout_equals_one_rank(ranks: Pools, num_ranks: int, batch: int, parallel: ParallelConfig) -> None:
     """DeepStack-L, stacks spread over the whole depth, all parts trained."""
@@ -110,7 +118,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("model", [row[1] for row in MODELS], ids=[row[0] for row in MODELS])
+@pytest.mark.parametrize("model", rows(MODELS, {"published-start", "vit-stacks", "any-resolution", "grouped-tied"}))
 def test_model_on_four_stages(ranks: Pools, model: ModelConfig) -> None:
     """Every member of the family with a pipeline of four."""
     _compare(ranks, 4, 1, ParallelConfig(pipeline=4), model)

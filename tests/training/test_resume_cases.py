@@ -50,8 +50,8 @@ CASES = {
     "pp2-dp2-zero": Case(4, replace(PP2, distributed_optimizer=True)),
     "tp2-dp2-zero-bf16": Case(4, replace(ZERO, tensor=2), precision=Precision.BF16),
 }
-"""Every layout, placement, way of batching, set of trained parts, precision, way of saving and kind of stop is in a case;
-those that do not touch each other (what is trained, how it is saved, where it stops) share one."""
+"""Every layout, placement, way of batching, set of trained parts, precision, way of saving and kind of stop is in one;
+those that do not touch each other (what is trained, how it is saved, where it stops) share a case."""
 QUICK = 3
 """How many of them `make test` runs."""
 
