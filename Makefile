@@ -1,5 +1,6 @@
 # make demo     set up, then the whole main job on a drawn data set (no GPU needed)
-# make test     set up with the test extra, then lint, types and every test but the faults'
+# make test     set up with the test extra, then lint, types and what a change usually breaks: minutes on two cores
+# make test-all set up with the test extra, then every test that `make test` leaves out, but the faults'
 # make setup    only the set-up; nothing is installed twice
 # make faults   set up with the test extra, then only the suite that kills, stops and damages; prints its table
 # make layouts  set up with the test extra, then only the suites that compare layouts and resumed runs
@@ -21,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 RUN := $(BIN)/megatron-deepstack
 DEMO := demo-run
 
-.PHONY: setup demo test faults layouts lint
+.PHONY: setup demo test test-all faults layouts lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -56,10 +57,14 @@ lint: $(TESTABLE)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --ignore tests/faults
+	$(BIN)/python -m pytest --ignore tests/faults -m "not slow"
+
+test-all: $(TESTABLE)
+	$(BIN)/python -m pytest --ignore tests/faults -m slow
 
 faults: $(TESTABLE)
 	DEEPSTACK_SOAK_KILLS=20 $(BIN)/python -m pytest tests/faults
 
 layouts: $(TESTABLE)
-	$(BIN)/python -m pytest tests/layouts tests/training/test_resume.py tests/training/test_resume_cases.py
+	$(BIN)/python -m pytest tests/layouts tests/checkpoint/test_resharding.py \
+	  tests/training/test_resume.py tests/training/test_resume_cases.py

@@ -1,18 +1,15 @@
-"""Fixtures shared by all rooms: pools of ranks started once per world size, and the reference data."""
+"""Fixtures shared by all rooms: pools of ranks started once per world size, a bucket, and the reference data."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
+from reference_folder import pytest_terminal_summary, reference  # noqa: F401 - a fixture, and a hook
 
 from megatron_deepstack.platform.garbage import settle
 from megatron_deepstack.testing.ranks import RankPool
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_finish() -> None:
@@ -33,15 +30,6 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for started in pools.values():
         started.close()
-
-
-@pytest.fixture(scope="session")
-def reference() -> Path:
-    """The published numbers: $DEEPSTACK_REFERENCE, or shared/reference beside the repository."""
-    folder = Path(os.environ.get("DEEPSTACK_REFERENCE", REPOSITORY.parent / "shared" / "reference"))
-    if not folder.is_dir():
-        pytest.skip(f"no reference data at {folder}; set DEEPSTACK_REFERENCE to its folder")
-    return folder
 
 
 @pytest.fixture

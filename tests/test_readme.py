@@ -134,6 +134,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_lines_for_own_data_run_on_real_photographs(workplace):
     said = {words[0]: run(words, workplace) for words in commands("megatron-deepstack", section("On your own data"))}
     assert "4 samples, 4 images" in said["preprocess"]

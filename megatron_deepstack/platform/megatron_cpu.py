@@ -9,6 +9,7 @@ whole process, so it is called by the entry points of training processes and by 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -110,8 +111,19 @@ def _replace_random_states() -> None:
 
 
 def _disable_jit() -> None:
-    """`torch.compile` on a CPU asks for a C++ compiler and a minute per process; the fused functions are small."""
-    torch.compiler.set_stance("force_eager")
+    """`torch.compile` on a CPU asks for a C++ compiler and a minute per process; the fused functions are small.
+
+    Megatron decorates them while it is imported, which loads the whole compiler: 2.3 of the 4.5 seconds of CPU that a
+    process takes to import it. So nothing is compiled at all, and where Megatron is there already, nothing is used.
+    """
+    if "megatron.core" in sys.modules:
+        torch.compiler.set_stance("force_eager")
+    torch.compile = _as_it_is  # type: ignore[assignment]
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """Takes the place of `torch.compile`, as a decorator with or without arguments: the function itself."""
+    return (lambda later: later) if function is None else function
 
 
 def _redirect_rng_tracker() -> None:

@@ -55,17 +55,38 @@ most 2.5e-8 in the published numbers, where every other tensor's largest entry e
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """Largest absolute difference over the largest entry of `expected`, or `floor`; infinite where NaN appears."""
+    """Largest absolute difference over the largest entry of `expected`, or `floor`; infinite where NaN appears.
+
+    Args:
+        actual: any shape, float.
+        expected: of the same shape. Another shape is infinitely wrong, and is not broadcast.
+        floor: the smallest scale, for tensors that hold rounding noise only.
+    """
+    if actual.shape != expected.shape:
+        return float("inf")
     difference = (actual - expected).abs().max()
     scale = max(float(expected.abs().max()), floor, torch.finfo(torch.float32).tiny)
     return float("inf") if torch.isnan(difference) else float(difference) / scale
 
 
 def worst(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest `relative_error` over all names of `expected` and the name it belongs to; missing names are infinite."""
-    floor = NOISE_FLOOR * max((float(value.abs().max()) for value in expected.values()), default=0.0)
-    errors = [
-        (relative_error(actual[name], value, floor) if name in actual else float("inf"), name)
-        for name, value in expected.items()
-    ]
-    return max(errors, default=(0.0, ""))
+    """The largest `relative_error` over all names of two sets of tensors.
+
+    Args:
+        actual: tensors by name.
+        expected: tensors by the same names, at least one.
+
+    Returns:
+        The error and the name that it belongs to. A name that stands on one side only is infinitely wrong: the result
+        names it, and says which side has it.
+
+    Raises:
+        AssertionError: nothing is expected, so that the comparison could not fail.
+    """
+    assert expected, f"nothing is expected, so nothing would be compared with {len(actual)} tensors"
+    one_sided = [f"{name}, which is missing" for name in expected if name not in actual]
+    one_sided += [f"{name}, which is not expected" for name in actual if name not in expected]
+    if one_sided:
+        return float("inf"), "; ".join(one_sided[:8])
+    floor = NOISE_FLOOR * max(float(value.abs().max()) for value in expected.values())
+    return max((relative_error(actual[name], value, floor), name) for name, value in expected.items())

@@ -157,6 +157,9 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     die_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
     adapt_megatron()
+    from megatron_deepstack.testing.writers import lend_writers
+
+    lend_writers()
     _worlds.update(folder=folder, rank=rank, num_ranks=num_ranks, number=0)
     join_by_file(Path(folder) / "rendezvous-0", rank, num_ranks)
     while True:

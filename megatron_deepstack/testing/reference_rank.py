@@ -96,8 +96,8 @@ def _logits_error(
     """Largest absolute error of any logit at a sample's own positions, over all ranks."""
 
     logits = VisualPass(engine, plan, pixels).logits(plan)
-    error = torch.zeros(1)
-    for batch, local_BSV in zip(mine, logits, strict=False):
+    error, num_compared = torch.zeros(1), torch.zeros(1)
+    for batch, local_BSV in zip(mine, logits, strict=True) if logits else ():  # only the last stage has logits
         full_BSV = gather_last_dim(local_BSV, engine.groups.decoder.tp)
         full_BSV = gather_sequence(full_BSV.transpose(0, 1), engine.groups.decoder.cp).transpose(0, 1)
         for index, ours in zip(batch, full_BSV, strict=True):
@@ -105,5 +105,9 @@ def _logits_error(
                 expected = case.logits[index]
                 difference = (ours[: len(expected), : expected.shape[1]] - expected).abs().max()
                 error = torch.maximum(error, torch.nan_to_num(difference, nan=float("inf")))
+                num_compared += 1
     dist.all_reduce(error, op=dist.ReduceOp.MAX)
+    dist.all_reduce(num_compared)
+    copies = engine.groups.axes.tp * engine.groups.axes.cp
+    assert num_compared == copies * len(case.samples), f"{int(num_compared)} of {copies} x {len(case.samples)} compared"
     return float(error)

@@ -56,7 +56,7 @@ def write_then_read(rank: int, recipe: Recipe, version: int) -> list[str]:
     return differing(again.state(), trained.state())
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 @pytest.mark.parametrize(
     "parallel",

@@ -18,35 +18,29 @@ from megatron_deepstack.testing.ranks import RankPool
 Pools = Callable[[int], RankPool]
 
 
-def train_and_save(rank: int, recipe: Recipe) -> Path:
+def train_and_save(rank: int, recipe: Recipe) -> tuple[Path, float]:
+    """The checkpoint after two steps, and the loss of the third."""
     trained = TrainedRank(recipe)
     for _ in range(2):
         trained.step()
-    return _save(trained)
+    return _save_and_train(trained)
 
 
-def load_and_save(rank: int, recipe: Recipe, path: Path) -> Path:
-    trained = TrainedRank(replace(recipe, train=replace(recipe.train, seed=99)))
+def load_and_save(rank: int, recipe: Recipe, path: Path) -> tuple[Path, float]:
+    """The checkpoint of two steps written again by this layout, and the loss of the third step in it."""
+    trained = TrainedRank(recipe, initial_seed=99)
     trained.load(path)
     assert trained.done == 2
-    return _save(trained)
+    return _save_and_train(trained)
 
 
-def load_and_train(rank: int, recipe: Recipe, path: Path) -> float:
-    """Loss of the third step."""
-    trained = TrainedRank(recipe)
-    trained.load(path)
-    loss = trained.step()
-    trained.saver.close()
-    return loss
-
-
-def _save(trained: TrainedRank) -> Path:
+def _save_and_train(trained: TrainedRank) -> tuple[Path, float]:
     trained.saver.begin(trained.done)
     saved = trained.saver.finish()
     assert saved is not None
+    loss = trained.step()
     trained.saver.close()
-    return saved.path
+    return saved.path, loss
 
 
 ZERO = ParallelConfig(distributed_optimizer=True)
@@ -63,20 +57,29 @@ LAYOUTS = {
     "tp2-dp2-zero": (4, replace(ZERO, tensor=2)),
     "pp2-dp2-zero": (4, replace(ZERO, pipeline=2)),
 }
+FP32, BF16 = Precision.FP32, Precision.BF16
 CHANGES = [
-    ("pp4", "pp2", "one"),
-    ("dp4-zero", "dp2-zero", "one"),
-    ("one", "dp2-zero", "pp4"),
-    ("pp2-vpp2", "tp2-sp", "tp2-dp2-zero"),
-    ("tp2-dp2-zero", "pp2-dp2-zero", "cp2"),
-    ("cp2", "dp2", "pp2-vpp2"),
+    (FP32, "pp4", "pp2", "one"),
+    (BF16, "pp2-vpp2", "tp2-sp", "tp2-dp2-zero"),
+    (FP32, "one", "dp2-zero", "tp2-sp"),
+    (BF16, "dp4-zero", "dp2-zero", "one"),
+    (FP32, "tp2-dp2-zero", "pp2-dp2-zero", "cp2"),
+    (BF16, "cp2", "pp4", "pp2-dp2-zero"),
+    (FP32, "dp2", "pp2-vpp2", "dp4-zero"),
+    (BF16, "pp2", "dp2"),
 ]
+"""Each layout reads or writes in both precisions."""
 
 
-@pytest.mark.parametrize("chain", CHANGES, ids=[">".join(chain) for chain in CHANGES])
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize(
+    ("precision", "chain"),
+    [
+        pytest.param(precision, chain, id=f"{precision}-{'>'.join(chain)}", marks=[pytest.mark.slow] * (number > 1))
+        for number, (precision, *chain) in enumerate(CHANGES)
+    ],
+)
 def test_tensors_survive_a_change_of_layout(
-    ranks: Pools, tmp_path: Path, chain: tuple[str, ...], precision: Precision
+    ranks: Pools, tmp_path: Path, chain: list[str], precision: Precision
 ) -> None:
     """Fewer ranks and more, with and without the distributed optimizer; then the next step's loss is the same."""
     found: list[State] = []
@@ -86,23 +89,23 @@ def test_tensors_survive_a_change_of_layout(
         num_ranks, parallel = LAYOUTS[name]
         recipe = saving_recipe(tmp_path / name, parallel, precision=precision)
         pool = ranks(num_ranks)
-        path = (pool.run(train_and_save, recipe) if path is None else pool.run(load_and_save, recipe, path))[0]
+        path, loss = (pool.run(train_and_save, recipe) if path is None else pool.run(load_and_save, recipe, path))[0]
         found.append(ranks(1).run(plain_tensors, str(path))[0])
-        losses.append(pool.run(load_and_train, recipe, path)[0])
+        losses.append(loss)
     names = list(found[0])
     assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in names)
     assert any("fp32_param" in name for name in names) == (precision is Precision.BF16)
     for later in found[1:]:
         assert differing(later, found[0]) == []
-    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=2e-5 if precision is Precision.FP32 else 5e-3)
+    assert losses[1:] == pytest.approx(losses[:1] * len(losses[1:]), rel=2e-5 if precision is Precision.FP32 else 5e-3)
 
 
 def test_adapters_survive_a_change_of_layout(ranks: Pools, tmp_path: Path) -> None:
     lora = LoraConfig(rank=4)
     written = replace(saving_recipe(tmp_path / "pp2", ParallelConfig(pipeline=2)), lora=lora)
-    first = ranks(2).run(train_and_save, written)[0]
+    first, _ = ranks(2).run(train_and_save, written)[0]
     read = replace(saving_recipe(tmp_path / "tp2", ParallelConfig(tensor=2)), lora=lora)
-    second = ranks(2).run(load_and_save, read, first)[0]
+    second, _ = ranks(2).run(load_and_save, read, first)[0]
     ours, theirs = (ranks(1).run(plain_tensors, str(path))[0] for path in (first, second))
     assert differing(ours, theirs) == []
 
@@ -119,7 +122,7 @@ def refusal(rank: int, recipe: Recipe, path: Path) -> str:
 
 def test_norms_are_named_as_transformer_engine_names_them(ranks: Pools, tmp_path: Path) -> None:
     """Its layers own them together with the linears behind, and so each kind of layers reads the other's."""
-    path = ranks(2).run(train_and_save, saving_recipe(tmp_path, ZERO))[0]
+    path, _ = ranks(2).run(train_and_save, saving_recipe(tmp_path, ZERO))[0]
     names = set(ranks(1).run(plain_tensors, str(path))[0])
     for norm in ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"):
         assert {f"decoder.layers.{norm}", f"optimizer.state.exp_avg.decoder.layers.{norm}"} <= names
@@ -138,7 +141,7 @@ def test_what_does_not_fit_is_refused_alike_on_every_rank(
     ranks: Pools, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     recipe = saving_recipe(tmp_path)
-    path = ranks(2).run(train_and_save, recipe)[0]
+    path, _ = ranks(2).run(train_and_save, recipe)[0]
     other = replace(recipe, model=replace(recipe.model, language=replace(recipe.model.language, **change)))
     first, second = ranks(2).run(refusal, other, path)
     assert first == second

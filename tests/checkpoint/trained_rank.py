@@ -22,7 +22,8 @@ def saving_recipe(folder: Path, parallel: ParallelConfig | None = None, **change
 class TrainedRank:
     """Model, optimizer and saver of one rank of a pool. Every method is collective."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, initial_seed: int | None = None) -> None:
+        """Weights are drawn from `initial_seed` where it is given, and the order of samples from the recipe's seed."""
         from megatron_deepstack.checkpoint.saving.saver import Saver
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
@@ -32,7 +33,7 @@ class TrainedRank:
 
         self.recipe, self.groups = recipe, groups_for(recipe.parallel)
         self.model = build_model(recipe.model, recipe.parallel, recipe.train.precision, self.groups, recipe.lora)
-        fill_model(self.model, random_source(recipe.model, recipe.train.seed), self.groups.decoder.tp)
+        fill_model(self.model, random_source(recipe.model, initial_seed or recipe.train.seed), self.groups.decoder.tp)
         freeze(self.model, recipe.train.trainable)
         self.engine = build_engine(self.model, recipe.model, recipe.parallel, self.groups)
         self.optimizer = Optimizer(self.engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)

@@ -78,6 +78,7 @@ def test_every_layout_gives_the_same_text(ranks: Pools, recipe: Recipe) -> None:
         assert ranks(num_ranks).run(train_and_answer, recipe, parallel)[0] == expected
 
 
+@pytest.mark.slow
 def test_questions_in_a_bucket_are_answered_and_reported(
     ranks: Pools, recipe: Recipe, bucket: str, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_mixed_batches import NUM_SAMPLES, oracle_sample
+from test_training_layouts import rows
 
 from megatron_deepstack.config.choices import LoraTarget, Part, Precision, Recompute
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe
@@ -125,9 +126,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "batch", "parallel"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS]
-)
+@pytest.mark.parametrize(("num_ranks", "batch", "parallel"), rows(LAYOUTS, {"tp2-sp", "pp2-vpp2", "dp2-zero"}))
 def test_layout_equals_one_rank(ranks: Pools, num_ranks: int, batch: int, parallel: ParallelConfig) -> None:
     """Three steps; and the gradients of a step whose B is not zero."""
     one, recipe = lora_recipe(), lora_recipe(parallel)
@@ -158,6 +157,7 @@ def test_only_adapters_and_projector_move(ranks: Pools) -> None:
 
 
 @pytest.mark.parametrize("target", list(LoraTarget))
+@pytest.mark.slow
 def test_one_target_alone(ranks: Pools, target: LoraTarget) -> None:
     """Each linear can be adapted by itself, under tensor and sequence parallelism."""
     one = lora_recipe(targets=(target,))
@@ -190,6 +190,7 @@ def test_merging_adds_the_product(ranks: Pools, parallel: ParallelConfig) -> Non
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_bf16_is_near_float32(ranks: Pools) -> None:
     recipe = lora_recipe(ParallelConfig(tensor=2))
     low: Trial = ranks(2).run(run_trial, replace(recipe, train=replace(recipe.train, precision=Precision.BF16)))[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_deepstack.config.choices import Batching, Part, Variant
-from megatron_deepstack.config.schema import ModelConfig, Recipe, StackConfig
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, StackConfig
 from megatron_deepstack.data.order.sampler import global_batch
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.planning.tokens import IGNORE_INDEX
@@ -62,24 +62,39 @@ def expected(recipe: Recipe, shapes: dict[str, tuple[int, ...]], max_tokens: int
     return float(loss), weights
 
 
-MODELS = [
-    ("l", tiny_model()),
-    ("v", tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(start=0))),
-    ("hd", tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(start=1))),
-    ("llava", tiny_model(variant=Variant.LLAVA)),
-    ("anyres", tiny_model(variant=Variant.LLAVA_ANYRES)),
-]
+MODELS = {
+    Variant.DEEPSTACK_L: tiny_model(),
+    Variant.DEEPSTACK_V: tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(start=0)),
+    Variant.DEEPSTACK_HD: tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(start=1)),
+    Variant.LLAVA: tiny_model(variant=Variant.LLAVA),
+    Variant.LLAVA_ANYRES: tiny_model(variant=Variant.LLAVA_ANYRES),
+    Variant.IN_SEQUENCE: tiny_model(variant=Variant.IN_SEQUENCE),
+}
+PP2, TP2_SP = ParallelConfig(pipeline=2), ParallelConfig(tensor=2, sequence_parallel=True)
+LAYOUTS = {
+    Variant.DEEPSTACK_L: TP2_SP,
+    Variant.DEEPSTACK_V: PP2,
+    Variant.DEEPSTACK_HD: TP2_SP,
+    Variant.LLAVA: PP2,
+    Variant.LLAVA_ANYRES: TP2_SP,
+    Variant.IN_SEQUENCE: ParallelConfig(context=2),
+}
 
 
-@pytest.mark.parametrize("batching", list(Batching))
-@pytest.mark.parametrize("model", [row[1] for row in MODELS], ids=[row[0] for row in MODELS])
-def test_mixed_batch_equals_the_oracle(
-    ranks: Callable[[int], RankPool], model: ModelConfig, batching: Batching
-) -> None:
-    """Four samples with 0, 1 and 2 images on unlike grids in one micro-batch, or in one pack."""
-    recipe = tiny_recipe(model, micro_batch_size=1 if batching is Batching.PACKED else 4)
-    recipe = replace(recipe, train=replace(recipe.train, batching=batching, seq_length=1024))
+@pytest.mark.parametrize("variant", list(Variant))
+def test_a_mixed_pack_equals_the_oracle(ranks: Callable[[int], RankPool], variant: Variant) -> None:
+    """Four samples with 0, 1 and 2 images on unlike grids in one pack."""
+    recipe = tiny_recipe(MODELS[variant])
+    recipe = replace(recipe, train=replace(recipe.train, batching=Batching.PACKED, seq_length=1024))
     _check(ranks(1), recipe, None)
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_a_mixed_batch_on_two_ranks_equals_the_oracle(ranks: Callable[[int], RankPool], variant: Variant) -> None:
+    """The same four in one micro-batch, side by side and padded, with the model or the sequence cut in two."""
+    recipe = tiny_recipe(MODELS[variant], LAYOUTS[variant], micro_batch_size=4)
+    recipe = replace(recipe, train=replace(recipe.train, seq_length=1024))
+    _check(ranks(2), recipe, None)
 
 
 def test_truncated_images_equal_the_oracle(ranks: Callable[[int], RankPool]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.testing.compare import worst
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.trial import Trial, run_trial
@@ -68,5 +69,4 @@ def test_the_result_is_the_same(ranks: Pools) -> None:
         for overlap in (True, False)
     ]
     assert trials[0].losses == trials[1].losses
-    for name, parameter in trials[0].parameters.items():
-        torch.testing.assert_close(parameter, trials[1].parameters[name], rtol=0, atol=0)
+    assert worst(trials[0].parameters, trials[1].parameters)[0] == 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,10 +44,17 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("num_ranks", "batch", "parallel"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS]
-)
+def _cells() -> list[Any]:
+    """Every case under every layout; `make test` runs each layout with one case and each case under two or three."""
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(*layout[1:], case, id=f"{layout[0]}-{case}", marks=slow * (row % len(CASES) != column))
+        for row, layout in enumerate(LAYOUTS)
+        for column, case in enumerate(CASES)
+    ]
+
+
+@pytest.mark.parametrize(("num_ranks", "batch", "parallel", "case"), _cells())
 def test_case_under_layout(
     ranks: Callable[[int], RankPool],
     reference: Path,

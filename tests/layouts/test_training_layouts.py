@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 
@@ -43,8 +44,16 @@ LAYOUTS = [
     ("tp2-pp2-sp", 4, 1, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
     ("pp2-dp2-zero", 4, 1, ParallelConfig(pipeline=2, distributed_optimizer=True)),
     ("pp2-cp2", 4, 1, ParallelConfig(pipeline=2, context=2)),
+    ("tp2-cp2", 4, 1, ParallelConfig(tensor=2, context=2)),
+    ("tp2-cp2-sp", 4, 1, ParallelConfig(tensor=2, context=2, sequence_parallel=True)),
     ("pp2-recompute", 2, 1, ParallelConfig(pipeline=2, recompute=Recompute.FULL, recompute_num_layers=2)),
 ]
+
+
+def rows(table: list[tuple[Any, ...]], quick: set[str]) -> list[Any]:
+    """The rows of a table as parameters by their ids; `make test` runs the quick ones."""
+    assert quick <= {row[0] for row in table}
+    return [pytest.param(*row[1:], id=row[0], marks=[pytest.mark.slow] * (row[0] not in quick)) for row in table]
 
 
 @lru_cache(maxsize=32)
@@ -75,7 +84,8 @@ def _compare(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "batch", "parallel"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS]
+    ("num_ranks", "batch", "parallel"),
+    rows(LAYOUTS, {"pp2-vpp2", "tp2-sp", "cp2", "dp2-zero", "pp4", "tp2-cp2-sp", "pp2-recompute"}),
 )
 def test_layout_equals_one_rank(ranks: Pools, num_ranks: int, batch: int, parallel: ParallelConfig) -> None:
     """DeepStack-L, stacks spread over the whole depth, all parts trained."""
@@ -108,10 +118,17 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("model", [row[1] for row in MODELS], ids=[row[0] for row in MODELS])
+@pytest.mark.parametrize("model", rows(MODELS, {"published-start", "vit-stacks", "any-resolution", "grouped-tied"}))
 def test_model_on_four_stages(ranks: Pools, model: ModelConfig) -> None:
     """Every member of the family with a pipeline of four."""
     _compare(ranks, 4, 1, ParallelConfig(pipeline=4), model)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp2-cp2", "tp2-cp2-sp"])
+def test_any_resolution_in_quarters(ranks: Pools, sequence_parallel: bool) -> None:
+    """Rows and newlines of an any-resolution context, whose positions are dealt to zigzag chunks and then to shards."""
+    parallel = ParallelConfig(tensor=2, context=2, sequence_parallel=sequence_parallel)
+    _compare(ranks, 4, 1, parallel, dict(MODELS)["any-resolution"])
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ def test_killed_anywhere_the_same_command_goes_on(
     same_store(serial, output)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_of_ray_goes_on_from_what_was_done(
     corpus: Any, serial: Path, local_ray: None, tmp_path: Path, same_store: Same
 ) -> None:

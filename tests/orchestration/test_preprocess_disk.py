@@ -45,6 +45,7 @@ def fill(folder: Path, leave_bytes: int) -> Path:
     return filler
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_half_way(
     heavy: Work, small_disk: Path, same_store: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:

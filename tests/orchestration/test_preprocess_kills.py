@@ -18,6 +18,8 @@ Same = Callable[[Path, Path], None]
 AGENTS = ("ray::DashboardA", "ray::RuntimeEnvA")
 """Names of Ray's agents, as far as the kernel keeps them."""
 
+pytestmark = pytest.mark.slow
+
 
 def untouched(before: dict[Path, int]) -> bool:
     return all(path.stat().st_mtime_ns == changed for path, changed in before.items())

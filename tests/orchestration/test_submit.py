@@ -77,6 +77,7 @@ def submitted(command: list[str], head: Head) -> subprocess.CompletedProcess[str
     return done
 
 
+@pytest.mark.slow
 def test_a_submitted_job_makes_the_same_store(
     heavy: Work, head: Head, tmp_path: Path, same_store: Callable[[Path, Path], None]
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_submitted_job_makes_the_same_store(
     assert "holds the store of another plan" in refused.stdout
 
 
+@pytest.mark.slow
 def test_a_submitted_launch_trains(head: Head, tmp_path: Path) -> None:
     """The job's driver is a process of the cluster; its ranks are two more."""
     store = write_tiny_store(tmp_path / "store.zarr")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from megatron_deepstack.testing.oracle import OracleSample, oracle_forward, orac
 from megatron_deepstack.testing.oracle.stacks import mosaic, sample_stacks
 from megatron_deepstack.testing.reference_case import load_case
 
-REFERENCE = Path(os.environ.get("DEEPSTACK_REFERENCE", Path(__file__).parents[3] / "shared" / "reference"))
 CASES = ("l_square", "l_start0_interval2", "l_mixed_grids", "l_text_only_sample", "v_layer2", "hd_anyres")
 
 # Worst of the six cases, float32 on torch 2.13 CPU: logits 6.1e-6 absolute (entries up to 5), loss 9.5e-7,
@@ -25,16 +23,9 @@ CASES = ("l_square", "l_start0_interval2", "l_mixed_grids", "l_text_only_sample"
 LOGITS_ATOL, LOSS_ATOL, GRAD_RTOL, NOISE_ATOL = 1.2e-5, 2e-6, 1.5e-5, 1e-7
 
 
-@pytest.fixture(params=CASES)
-def case_path(request: pytest.FixtureRequest) -> Path:
-    path = REFERENCE / "deepstack" / f"{request.param}.safetensors"
-    if not path.exists():
-        pytest.skip(f"reference data not found: {path} (set DEEPSTACK_REFERENCE to the reference folder)")
-    return path
-
-
-def test_oracle_equals_published_numbers(case_path: Path) -> None:
-    case = load_case(case_path)
+@pytest.mark.parametrize("name", CASES)
+def test_oracle_equals_published_numbers(reference: Path, name: str) -> None:
+    case = load_case(reference / "deepstack" / name)
     weights = {name: weight.clone().requires_grad_() for name, weight in case.weights.items()}
     logits = oracle_forward(case.model, weights, case.samples, max_tokens=case.max_tokens)
     loss = oracle_loss(case.model, logits, case.samples, max_tokens=case.max_tokens)
@@ -177,6 +168,7 @@ def test_text_only_sample_needs_no_image() -> None:
     [
         pytest.param(Variant.LLAVA, 1, 4, id="llava"),
         pytest.param(Variant.LLAVA_ANYRES, 3, 4 + 2 * (4 + 1), id="llava_anyres"),
+        pytest.param(Variant.IN_SEQUENCE, 3, 4 * 3, id="in_sequence"),
         pytest.param(Variant.DEEPSTACK_L, 3, 4, id="deepstack_l"),
         pytest.param(Variant.DEEPSTACK_V, 3, 4, id="deepstack_v"),
         pytest.param(Variant.DEEPSTACK_HD, 15, 4 + 2 * (4 + 1), id="deepstack_hd"),

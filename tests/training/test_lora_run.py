@@ -75,6 +75,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.slow
 def test_resuming_under_a_layout_is_exact(
     ranks: Pools, recipe: Recipe, tmp_path: Path, parallel: ParallelConfig
 ) -> None:

@@ -42,6 +42,7 @@ def losses(recipe: Recipe) -> list[float]:
     return [record["loss"] for record in records(recipe)]
 
 
+@pytest.mark.slow
 def test_resumed_bit_for_bit_and_alike_in_every_layout(ranks: Pools, recipe: Recipe, tmp_path: Path) -> None:
     halves = replace(recipe, run_dir=str(tmp_path / "halves"))
     ranks(1).run(train_on_rank, recipe, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, verify
-from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import CheckpointError, DataError, RankError, StoreError
 from megatron_deepstack.testing.ranks import RankPool, groups_for
@@ -54,53 +55,44 @@ def records_of(run_dir: str | Path) -> list[tuple[int, float, float]]:
     return [(r["step"], r["loss"], r["gradient_norm"]) for r in map(json.loads, lines)]
 
 
-LAYOUTS = [
-    ("pp2", 2, ParallelConfig(pipeline=2)),
-    ("pp2-vpp2", 2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
-    ("tp2-sp", 2, ParallelConfig(tensor=2, sequence_parallel=True)),
-    ("dp2-zero", 2, ParallelConfig(distributed_optimizer=True)),
-]
+@pytest.fixture(scope="module")
+def whole(ranks: Pools, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run on two stages that nothing stopped."""
+    run = replace(recipe, run_dir=str(tmp_path_factory.mktemp("whole") / "run"))
+    ranks(2).run(train_on_rank, run, None)
+    assert len(records_of(run.run_dir)) == STEPS
+    return run
 
 
-@pytest.mark.parametrize(("num_ranks", "parallel"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
-def test_resumed_run_is_bitwise_the_same(
-    ranks: Pools, recipe: Recipe, tmp_path: Path, num_ranks: int, parallel: ParallelConfig, precision: Precision
-) -> None:
-    """The stop falls inside an epoch whose end (8 samples, 3 a step) falls inside a later batch."""
-    recipe = replace(
-        recipe,
-        parallel=parallel,
-        train=replace(recipe.train, precision=precision, global_batch_size=4, micro_batch_size=1),
-    )
-    whole, halves = (replace(recipe, run_dir=str(tmp_path / name)) for name in ("whole", "halves"))
-    pool = ranks(num_ranks)
-    pool.run(train_on_rank, whole, None)
-    pool.run(train_on_rank, halves, 3)
-    assert records_of(halves.run_dir)[-1][0] == 3
-    pool.run(train_on_rank, halves, None)
-    assert records_of(halves.run_dir) == records_of(whole.run_dir)
-    assert len(records_of(whole.run_dir)) == STEPS
-
-
-def test_another_layout_goes_on(ranks: Pools, recipe: Recipe, tmp_path: Path) -> None:
-    """A checkpoint of two stages read by two tp ranks, and by one rank: the same losses within rounding."""
-    whole = replace(recipe, run_dir=str(tmp_path / "whole"))
-    ranks(2).run(train_on_rank, whole, None)
-    for number, parallel in ((2, ParallelConfig(tensor=2)), (1, ParallelConfig())):
-        other = replace(recipe, run_dir=str(tmp_path / f"other{number}"))
-        ranks(2).run(train_on_rank, other, 3)
-        ranks(number).run(train_on_rank, replace(other, parallel=parallel), None)
-        for ours, theirs in zip(records_of(other.run_dir), records_of(whole.run_dir), strict=True):
-            assert ours == pytest.approx(theirs, rel=2e-5)
+@pytest.fixture(scope="module")
+def written(ranks: Pools, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, stopped after four steps, with checkpoints after two and four."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run = replace(recipe, run_dir=str(folder), checkpoint=replace(recipe.checkpoint, interval=2))
+    ranks(2).run(train_on_rank, run, 4)
+    assert records_of(folder)[-1][0] == 4
+    return folder
 
 
 @pytest.fixture
-def stopped(ranks: Pools, recipe: Recipe, tmp_path: Path) -> Recipe:
-    """A run with checkpoints after two and four steps."""
-    run = replace(recipe, run_dir=str(tmp_path / "run"), checkpoint=replace(recipe.checkpoint, interval=2))
-    ranks(2).run(train_on_rank, run, 4)
-    return run
+def stopped(recipe: Recipe, written: Path, tmp_path: Path) -> Recipe:
+    """A copy of the stopped run of the test's own."""
+    shutil.copytree(written, tmp_path / "run")
+    return replace(recipe, run_dir=str(tmp_path / "run"), checkpoint=replace(recipe.checkpoint, interval=2))
+
+
+def test_resumed_run_is_bitwise_the_same(ranks: Pools, whole: Recipe, stopped: Recipe) -> None:
+    """Epochs of 8 samples end inside batches of 3. `test_resume_cases` has every layout."""
+    ranks(2).run(train_on_rank, stopped, None)
+    assert records_of(stopped.run_dir) == records_of(whole.run_dir)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig()], ids=["tp2", "one"])
+def test_another_layout_goes_on(ranks: Pools, whole: Recipe, stopped: Recipe, parallel: ParallelConfig) -> None:
+    """A checkpoint of two stages read by two tp ranks, and by one rank: the same losses within rounding."""
+    ranks(parallel.tensor).run(train_on_rank, replace(stopped, parallel=parallel), None)
+    for ours, theirs in zip(records_of(stopped.run_dir), records_of(whole.run_dir), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
 
 
 def damage(run: Recipe, step: int, how: str) -> None:

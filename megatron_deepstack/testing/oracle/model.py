@@ -74,6 +74,8 @@ def expand_labels(model: ModelConfig, sample: OracleSample) -> Tensor:
 def num_rows_of_image(model: ModelConfig, grid: Grid) -> int:
     """V, the sequence positions that an image occupies."""
     side = vision.num_patches_per_side(model.vision)
+    if model.variant is Variant.IN_SEQUENCE:
+        return side * side * (1 + grid[0] * grid[1])
     if model.variant in (Variant.DEEPSTACK_HD, Variant.LLAVA_ANYRES):
         return side * side + grid[1] * side * (grid[0] * side + 1)
     return side * side
@@ -90,6 +92,8 @@ def image_rows(
         return views_NVH[0], []
     if model.variant is Variant.DEEPSTACK_L:
         return views_NVH[0], stacks.sample_stacks(views_NVH[1:], grid, model.stacks.sampler)
+    if model.variant is Variant.IN_SEQUENCE:
+        return torch.cat([views_NVH[0], *stacks.sample_stacks(views_NVH[1:], grid, model.stacks.sampler)]), []
     if model.variant in (Variant.DEEPSTACK_HD, Variant.LLAVA_ANYRES):
         return _any_resolution_rows(model, views_NVH, grid, weights["model.image_newline"])
     raise NotImplementedError(f"the oracle does not define variant {model.variant}")

@@ -171,6 +171,7 @@ def read_all(url: str, cache: CacheConfig, seed: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_processes_share_a_small_cache(url: str, tmp_path: Path) -> None:
     small = CacheConfig(str(tmp_path / "small"), 10 * VIEW_BYTES)
     with get_context("spawn").Pool(2) as pool:

@@ -102,6 +102,7 @@ def _train_with_a_slow_rank(rank: int, recipe: Recipe, slow: int, where: str) ->
 
 
 @pytest.mark.parametrize(("slow", "where"), [(0, "data"), (1, "encode"), (1, "layers")])
+@pytest.mark.slow
 def test_a_slow_rank_is_named(ranks: Pools, tmp_path: Path, slow: int, where: str) -> None:
     """Of two stages the other one waits just as long for each step, and is not named."""
     store = write_tiny_store(tmp_path / "store.zarr")

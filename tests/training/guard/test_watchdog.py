@@ -117,6 +117,7 @@ def _hangs_on_a_full_disk(folder: str) -> None:
         _a_place_to_be_found()
 
 
+@pytest.mark.slow
 def test_a_hang_on_a_full_disk_is_shown_and_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """No beat, stack or call can be written: each rank finds the hang by itself and says so on its standard error."""
     with pytest.raises(HangError, match="found the run hanging"):

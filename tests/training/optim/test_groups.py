@@ -130,6 +130,8 @@ def test_each_part_decays_at_its_own_rate(ranks: Pools, parallel: ParallelConfig
     """Without gradients Adam moves nothing, and decoupled decay multiplies matrices by 1 - lr x decay."""
     recipe = replace(tiny_recipe(parallel=parallel), optimizer=RATES)
     before, after = ranks(2).run(step_without_gradients, recipe)[0]
+    assert before.keys() == after.keys()
+    assert {True, False} == {"mm_projector" in name for name in before}
     for name, value in before.items():
         factor = 1.0
         if value.dim() > 1 and "mm_projector" in name:
