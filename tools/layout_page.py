@@ -1,4 +1,4 @@
-"""Write the README's layout: every source file with the first line of its docstring. `--check` only compares."""
+"""Write docs/layout.md: every source file with the first line of its docstring. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- layout, written by tools/readme_tree.py -->\n```\n", "```\n<!-- end of layout -->"
+PAGE = ROOT / "docs" / "layout.md"
+_HEAD = """# Layout
+
+Every source file with the first line of its docstring. Written by `python tools/layout_page.py`.
+
+"""
 _OTHERS = {
+    "docs/": "guides, architecture, generated pages",
+    "examples/": "recipes for your own data",
     "Makefile": "setup, demo, test, lint",
     "constraints.txt": "exact versions that are tested together",
     "pyproject.toml": "settings of ruff, mypy and pytest",
@@ -21,11 +27,11 @@ _COLUMN = 34
 
 
 def tree() -> str:
-    """The layout as the README shows it, without its frame."""
+    """The tree as text, one line a folder or file."""
     lines = []
     for top in ("megatron_deepstack", "orchestration", "tools"):
         lines += _folder(ROOT / top, 0)
-    lines.append(_line("tests/", _OTHERS["tests/"]))
+    lines += [_line(name, _OTHERS[name]) for name in ("tests/", "docs/", "examples/")]
     lines += [_line(name, _OTHERS[name]) for name in ("Makefile", "setup.py", "constraints.txt", "pyproject.toml")]
     return "\n".join(lines) + "\n"
 
@@ -53,19 +59,16 @@ def _line(name: str, text: str) -> str:
     return f"{name:<{_COLUMN}}{text}".rstrip()
 
 
-def written(readme: str) -> str:
-    """The README with the current layout in its frame."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{tree()}{END}{after}"
+def page() -> str:
+    """The whole page."""
+    return f"{_HEAD}```\n{tree()}```\n"
 
 
 def main() -> None:
     """Compare or write; the exit code is 1 if `--check` finds a difference."""
-    readme = README.read_text(encoding="utf-8")
     if "--check" in sys.argv:
-        sys.exit(readme != written(readme) and "README.md: the layout is not current; run python tools/readme_tree.py")
-    README.write_text(written(readme), encoding="utf-8")
+        sys.exit(PAGE.read_text(encoding="utf-8") != page() and f"{PAGE}: is stale; run python tools/layout_page.py")
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
