@@ -30,6 +30,7 @@ from megatron_deepstack.parallel.reduce import of_every_rank
 from megatron_deepstack.planning.cost import stage_weights
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import max_memory_bytes
+from megatron_deepstack.run_folder.recipe import record_start_folder
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
@@ -257,6 +258,7 @@ def _health_after(recipe: Recipe, first: int) -> Health:
 def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
     """The resolved recipe, and the stage plan that reports draw."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    record_start_folder(run_dir)
     (run_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
     slots = decoder_slots(recipe.model)
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
