@@ -1,6 +1,6 @@
 """The command line; each module registers its verbs with the one application."""
 
-from megatron_deepstack.cli import data_verbs, launch_verbs, reference_verbs, run_verbs, store_verbs
+from megatron_deepstack.cli import data_verbs, first_verbs, launch_verbs, reference_verbs, run_verbs, store_verbs
 from megatron_deepstack.cli.app import app, main
 
-__all__ = ["app", "data_verbs", "launch_verbs", "main", "reference_verbs", "run_verbs", "store_verbs"]
+__all__ = ["app", "data_verbs", "first_verbs", "launch_verbs", "main", "reference_verbs", "run_verbs", "store_verbs"]

@@ -45,6 +45,7 @@ class Verbs(TyperGroup):
             path = _path(ctx, cmd_name)
             command.rich_help_panel = group_of(path)  # type: ignore[attr-defined]
             command.epilog = examples_text(path)
+            command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
         return command
 
 
