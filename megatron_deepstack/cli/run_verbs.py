@@ -128,7 +128,9 @@ def export(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run, or of several to compare.")],
-    output: Annotated[Path | None, typer.Option(help="File to write; by default in the first run's folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; by default in the first run's folder.")
+    ] = None,
 ) -> None:
     """Write RUN/report.html: losses, speed, events, recipe, answers; or one page that compares several runs.
 

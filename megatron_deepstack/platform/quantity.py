@@ -16,6 +16,11 @@ def flop_rate(tflops_per_second: float) -> tuple[str, str]:
     return (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"), f"{prefix}FLOP/s"
 
 
+def flop_scale(unit: str) -> float:
+    """What a number of TFLOP/s is multiplied with to be in `unit`."""
+    return next((1e12 / size for size, prefix in _PREFIXES if unit == f"{prefix}FLOP/s"), 1e12)
+
+
 def data_size(num_bytes: float) -> str:
     """Bytes in powers of ten: 1500000 is `1.5 MB`."""
     size, unit = next(((size, unit) for size, unit in _BYTES if num_bytes >= size), (1.0, "bytes"))

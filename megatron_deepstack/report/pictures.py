@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.errors import DeepStackError, StoreError
 from megatron_deepstack.report.svg import Markup, element
 
 _MAX_SIDE = 336
@@ -21,16 +22,36 @@ _GRID_SIDE = 260
 
 
 class Pictures:
-    """Opens each store once."""
+    """Opens each store once. What cannot be shown is left out and told of once for each reason."""
 
     def __init__(self) -> None:
         self._open = cache(Store.open)
+        self._absent: dict[str, tuple[str, int]] = {}
+        """By store why it has no pictures, and how many were wanted."""
+        self._untold: set[str] = set()
 
     def views(self, store: str, image: int) -> Markup:
-        """The global view, and beside it the crops as a grid where the store has any.
+        """The global view, and beside it the crops as a grid where the store has any; a few words if that fails."""
+        try:
+            if store in self._absent:
+                raise StoreError(self._absent[store][0])
+            return self._views(store, image)
+        except (DeepStackError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            self._absent[store] = (reason, self._absent.get(store, ("", 0))[1] + 1)
+            self._untold.add(store)
+            return element("p", "no picture", class_="absent")
 
-        Raises StoreError if the store is gone or damaged.
-        """
+    def told(self) -> list[str]:
+        """A line for each store whose pictures are missing, since the last call."""
+        lines = [
+            f"{self._absent[store][1]} pictures are missing, since their store cannot be read: {self._absent[store][0]}"
+            for store in sorted(self._untold)
+        ]
+        self._untold.clear()
+        return lines
+
+    def _views(self, store: str, image: int) -> Markup:
         opened = self._open(store)
         stored = opened.image(image)
         gw, gh = stored.grid
