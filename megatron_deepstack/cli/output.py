@@ -12,9 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")]
 
 
 def print_json(document: Mapping[str, Any] | list[Any]) -> None:

@@ -95,9 +95,7 @@ def generate(
         from megatron_deepstack.inference.launch import generate as answer
         from megatron_deepstack.inference.launch import show
 
-        done = answer(
-            loaded, held_out=held_out, store=store, limit=limit, max_new_tokens=max_new_tokens, say=tell
-        )
+        done = answer(loaded, held_out=held_out, store=store, limit=limit, max_new_tokens=max_new_tokens, say=tell)
     if as_json:
         print_json({"run": str(run), **done.document()})
     else:

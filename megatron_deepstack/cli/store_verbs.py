@@ -73,7 +73,8 @@ def show(
 
     store, model = load(path, recipe)
     numbers = chosen(store, sample, number, seed)
-    write_page(output, store, model, numbers, tokenizer_for(store, tokenizer, recipe))
+    text = tokenizer_for(store, tokenizer, recipe)
+    write_page(output, store, model, numbers, text, slots_known=recipe is not None)
     say(f"store show: {len(numbers)} of {len(store)} samples in {output}")
 
 
@@ -86,7 +87,8 @@ def stats(
 ) -> None:
     """Count what a store holds: sizes, grids, views, tokens with and without images."""
     from megatron_deepstack.storekeeping.choose import load
-    from megatron_deepstack.storekeeping.stats import drawn, statistics
+    from megatron_deepstack.storekeeping.stats import statistics
+    from megatron_deepstack.storekeeping.stats_drawing import drawn
 
     found = statistics(*load(path, recipe))
     if as_json:
@@ -95,7 +97,7 @@ def stats(
         _print_stats(found)
     if svg is not None:
         try:
-            svg.write_text(drawn(found, f"{path}: sizes of images and samples") + "\n", encoding="utf-8")
+            svg.write_text(drawn(found, f"Sizes of images and samples in {path}") + "\n", encoding="utf-8")
         except OSError as error:
             raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error
 

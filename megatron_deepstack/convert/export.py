@@ -124,8 +124,8 @@ def require_room(output: Path, num_bytes: int) -> None:
         ) from error
     if free < num_bytes:
         raise DataError(
-            f"{output}: about {data_size(num_bytes)} are needed, {above} has {data_size(free)} free; make room, or name "
-            "a folder elsewhere"
+            f"{output}: about {data_size(num_bytes)} are needed, {above} has {data_size(free)} free; make room, or "
+            "name a folder elsewhere"
         )
 
 

@@ -99,7 +99,9 @@ def stoppable(verb: str, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except PreemptedError as error:
-        raise PreemptedError(f"{verb}: stopped on request; nothing was written, the same command begins anew") from error
+        raise PreemptedError(
+            f"{verb}: stopped on request; nothing was written, the same command begins anew"
+        ) from error
 
 
 def show(done: Answered) -> None:

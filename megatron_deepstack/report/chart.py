@@ -1,8 +1,8 @@
 """Line and area charts by Bokeh: values under the pointer, and zoom along the steps.
 
 A page holds Bokeh's script once and each chart as JSON, so that it is one file that needs no network. Measured with
-five charts of 480 steps: 1.3 MB a page, of which 1.27 MB are the script; Plotly's script alone is 4.8 MB. Bokeh needs no
-`eval` for what is drawn here, so the page's policy can forbid it.
+five charts of 480 steps: 1.34 MB a page, of which 1.27 MB are the script; Plotly's script alone is 4.8 MB. Bokeh needs
+no `eval` for what is drawn here, so the page's policy can forbid it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,11 @@ class Charts:
         figure = _figure()
         columns = {"step": np.array(steps, dtype=np.float64)[shown], "all": tops[-1][shown]}
         for number, (below, above) in enumerate(zip(np.vstack([0 * tops[:1], tops[:-1]]), tops, strict=True)):
-            columns |= {f"low{number}": below[shown], f"high{number}": above[shown], f"part{number}": table[number][shown]}
+            columns |= {
+                f"low{number}": below[shown],
+                f"high{number}": above[shown],
+                f"part{number}": table[number][shown],
+            }
         source = _source(columns)
         for number, (_, colour, _) in enumerate(parts):
             figure.varea("step", f"low{number}", f"high{number}", source=source, fill_color=colour, fill_alpha=0.85)
@@ -90,10 +94,11 @@ class Charts:
         return self._place(figure, title, [(label, colour) for label, colour, _ in parts])
 
     def _place(self, figure: Any, title: str, legend: Sequence[tuple[str, str]]) -> Markup:
+        from bokeh.core.types import ID
         from bokeh.embed import json_item
 
         name = f"chart-{len(self.items) + 1}"
-        self.items[name] = json_item(figure, name)
+        self.items[name] = json_item(figure, ID(name))
         entries = [element("span", element("i", style=f"background: {colour}"), label) for label, colour in legend]
         place = element("div", id=name, class_="chart", role="img", aria_label=title)
         return element("div", *([element("p", *entries, class_="legend")] if entries else []), place)
@@ -190,7 +195,7 @@ def _add_hover(figure: Any, renderers: Sequence[Any], tooltips: Sequence[tuple[s
 
 
 def _draw_marks(figure: Any, marks: Sequence[tuple[float, str]]) -> None:
-    from bokeh.models import Label, Span
+    from bokeh.models.annotations import Label, Span
 
     for step, label in marks:
         figure.add_layout(Span(location=step, dimension="height", line_color=_GREY, line_dash="dashed"))

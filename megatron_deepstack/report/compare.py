@@ -133,7 +133,10 @@ def _memory(metrics: Metrics) -> str:
 def _losses(runs: Sequence[Run], charts: Charts) -> list[Markup]:
     drawn = [_overlaid(charts, runs, "loss", "Training loss by step")]
     if any(run.metrics.series("validation_loss") for run in runs):
-        drawn += [element("h3", "validation loss"), _overlaid(charts, runs, "validation_loss", "Validation loss by step")]
+        drawn += [
+            element("h3", "validation loss"),
+            _overlaid(charts, runs, "validation_loss", "Validation loss by step"),
+        ]
     return drawn
 
 

@@ -19,6 +19,7 @@ from megatron_deepstack.errors import DataError
 from megatron_deepstack.report.chart import Charts, library_script
 from megatron_deepstack.report.svg import Markup, element, joined
 
+
 def document(title: str, charts: Charts, *children: str | Markup) -> str:
     """A whole page's HTML.
 
@@ -84,8 +85,7 @@ def table(
     top = element("tr", *(element("th", name, scope="col") for name in head))
     marks: Sequence[str | None] = kinds or [None] * len(rows)
     lines = [
-        element("tr", *(_cell(cell) for cell in row), data_kind=kind)
-        for row, kind in zip(rows, marks, strict=True)
+        element("tr", *(_cell(cell) for cell in row), data_kind=kind) for row, kind in zip(rows, marks, strict=True)
     ]
     style = "plain sortable" if sortable else "plain"
     return element("div", element("table", top, *lines, class_=style), class_="wide")

@@ -145,9 +145,7 @@ def _answers(answers: Sequence[Answer], pictures: Pictures) -> Iterator[Markup]:
     listed = answers[:_MOST_LISTED]
     more = f"the first {len(listed)} of {len(answers)}" if len(listed) < len(answers) else f"all {len(answers)}"
     ordered = sorted(enumerate(listed), key=lambda pair: (pair[1].correct, pair[0]))
-    rows = [
-        (f"{number}", _kind(answer), answer.question, answer.answer, answer.expected) for number, answer in ordered
-    ]
+    rows = [(f"{number}", _kind(answer), answer.question, answer.answer, answer.expected) for number, answer in ordered]
     yield element("h3", more, style="margin-top: 18px")
     head = ("number", "result", "question", "answer", "expected")
     yield table(head, rows, sortable=True, kinds=[_kind(answer) for _, answer in ordered])
@@ -159,9 +157,18 @@ def _kind(answer: Answer) -> str:
 
 def _filter() -> Markup:
     """Chooses cards and rows of its section; hidden where scripts do not run."""
-    options = [element("option", name, value=value) for name, value in (("all", ""), ("wrong", "wrong"), ("right", "right"))]
+    options = [
+        element("option", name, value=value) for name, value in (("all", ""), ("wrong", "wrong"), ("right", "right"))
+    ]
     words = element("label", "words ", Markup('<input type="search">'))
-    return element("p", words, element("label", "show ", element("select", *options)), element("output"), class_="filter", hidden="")
+    return element(
+        "p",
+        words,
+        element("label", "show ", element("select", *options)),
+        element("output"),
+        class_="filter",
+        hidden="",
+    )
 
 
 def _answer(answer: Answer, pictures: Pictures) -> Markup:

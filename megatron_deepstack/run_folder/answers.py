@@ -67,9 +67,7 @@ class Score:
         share = f"exact match {self.correct} of {self.total}"
         if self.total == 1:
             return share
-        return (
-            f"{share} = {self.correct / self.total:.1%}; chance (the commonest answer every time) {self.chance:.1%}"
-        )
+        return f"{share} = {self.correct / self.total:.1%}; chance (the commonest answer every time) {self.chance:.1%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,9 @@ def write_answers(file: Path, answers: Sequence[Answer]) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    lines = [json.dumps({item.name: getattr(answer, item.name) for item in fields(Answer)}) + "\n" for answer in answers]
+    lines = [
+        json.dumps({item.name: getattr(answer, item.name) for item in fields(Answer)}) + "\n" for answer in answers
+    ]
     partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(exist_ok=True)

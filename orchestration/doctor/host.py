@@ -46,10 +46,8 @@ def look(folder: Path) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    found = f"{platform.python_version()} at {sys.executable}"
-    if sys.version_info >= (3, 11):
-        return Finding("Python", State.GOOD, found)
-    return Finding("Python", State.LACKING, found, "install Python 3.11 or later: make PYTHON=python3.11 setup")
+    """Older ones than are supported do not come here: the package does not install into them."""
+    return Finding("Python", State.GOOD, f"{platform.python_version()} at {sys.executable}; supported is 3.11 or later")
 
 
 def _packages() -> Iterator[Finding]:
@@ -78,9 +76,7 @@ def _packages() -> Iterator[Finding]:
         if one.specifier.contains(there, prereleases=True):
             fitting.append(f"{one.name} {there}")
         else:
-            yield Finding(
-                f"package {one.name}", State.LACKING, f"{there}, supported is {one.specifier}", _install(one)
-            )
+            yield Finding(f"package {one.name}", State.LACKING, f"{there}, supported is {one.specifier}", _install(one))
     yield Finding("packages", State.GOOD, ", ".join(fitting))
 
 
@@ -103,7 +99,10 @@ def _threads() -> Finding:
     if value.isdigit() and 0 < int(value) <= cores:
         return Finding(subject, State.GOOD, value)
     return Finding(
-        subject, State.NOTE, f"{value}, with {cores} cores", "export OMP_NUM_THREADS=1: each rank starts so many threads"
+        subject,
+        State.NOTE,
+        f"{value}, with {cores} cores",
+        "export OMP_NUM_THREADS=1: each rank starts so many threads",
     )
 
 
@@ -209,7 +208,10 @@ def _loopback() -> Finding:
                 server.accept()[0].close()
     except OSError as error:
         return Finding(
-            "ports on loopback", State.LACKING, f"127.0.0.1: {error}", "ranks meet there: allow TCP on the loopback interface"
+            "ports on loopback",
+            State.LACKING,
+            f"127.0.0.1: {error}",
+            "ranks meet there: allow TCP on the loopback interface",
         )
     name = socket.gethostname()
     with suppress(OSError):
