@@ -68,7 +68,7 @@ def export_model(
         config = llava_config(model, vocab_size, image_token, tokens_per_view(model.vision))
     some = next(iter(tensors.values()))
     config["dtype"] = str(some.dtype).removeprefix("torch.")
-    with _new_folder(output) as partial:
+    with new_folder(output) as partial:
         _write_weights(partial, {to_naming(name, naming): tensor for name, tensor in tensors.items()})
         _write_json(partial / CONFIG, config)
         _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
@@ -84,7 +84,7 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when all is in it; after a failure nothing of it is left.
 
     Raises:

@@ -24,7 +24,8 @@ def flop_scale(unit: str) -> float:
 def data_size(num_bytes: float) -> str:
     """Bytes in powers of ten: 1500000 is `1.5 MB`."""
     size, unit = next(((size, unit) for size, unit in _BYTES if num_bytes >= size), (1.0, "bytes"))
-    return f"{num_bytes / size:.0f} {unit}" if size == 1.0 else f"{num_bytes / size:.3g} {unit}"
+    value = num_bytes / size
+    return f"{value:.0f} {unit}" if size == 1.0 or value >= 100 else f"{value:.3g} {unit}"
 
 
 def count(value: float, unit: str) -> str:

@@ -154,7 +154,8 @@ def test_lines_fit_a_terminal_and_keep_what_matters(width: int) -> None:
     )
     steps.add(record(1, mfu=0.417, spike=True))
     steps.close()
-    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", out.getvalue()).splitlines() if "loss" in line]
+    printed = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()))
+    lines = [line for line in printed if "loss" in line]
     assert [("loss 4.0000" in line, "SPIKE" in line, len(line) <= width) for line in lines] == [(True, True, True)]
 
 
