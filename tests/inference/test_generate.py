@@ -115,9 +115,7 @@ def test_what_was_asked_and_answered_is_shown_as_it_is(
     texts = ("Is it [/b]?", "[bold]", "1:100:3")
     monkeypatch.setattr(launch, "launch_ranks", lambda *_: [Answer("0", *texts, False, "s", None)])
     monkeypatch.setattr(launch, "require_checkpoint", lambda _: None)
-    launch.show(
-        launch.generate(recipe, held_out=None, store=recipe.data.store, limit=None, max_new_tokens=5)
-    )
+    launch.show(launch.generate(recipe, held_out=None, store=recipe.data.store, limit=None, max_new_tokens=5))
     shown = capsys.readouterr().out
     assert [text for text in texts if text not in shown] == []
 

@@ -22,14 +22,21 @@ def answers(store: str, *texts: str) -> list[Answer]:
 
 
 def test_another_store_leaves_the_held_out_answers_alone(tmp_path: Path) -> None:
-    stores = {"held": str(tmp_path / "held.zarr"), "other": str(tmp_path / "b" / "other.zarr"), "url": "s3://b/held.zarr"}
+    stores = {
+        "held": str(tmp_path / "held.zarr"),
+        "other": str(tmp_path / "b" / "other.zarr"),
+        "url": "s3://b/held.zarr",
+    }
     files = {name: answers_file(tmp_path, store, held_out=stores["held"], first=None) for name, store in stores.items()}
     assert files["held"] == tmp_path / "answers.jsonl"
     assert len(set(files.values())) == 3
     for name, file in files.items():
         write_answers(file, answers(stores[name], "yes", "no"))
-    assert [one.title for one in read_answer_sets(tmp_path)][0] == "Held-out questions"
-    assert sorted(one.title for one in read_answer_sets(tmp_path))[1:] == ["Questions of held.zarr", "Questions of other.zarr"]
+    assert next(one.title for one in read_answer_sets(tmp_path)) == "Held-out questions"
+    assert sorted(one.title for one in read_answer_sets(tmp_path))[1:] == [
+        "Questions of held.zarr",
+        "Questions of other.zarr",
+    ]
     assert {answer.store for answer in read_answers(tmp_path)} == {stores["held"]}
 
 

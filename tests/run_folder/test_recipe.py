@@ -22,7 +22,10 @@ from megatron_deepstack.run_folder.recipe import (
 )
 
 DATA = DataConfig(
-    records=("data/train.json",), tokenizer="data/tokenizer.model", store="s3://bucket/x.zarr", validation_store="v.zarr"
+    records=("data/train.json",),
+    tokenizer="data/tokenizer.model",
+    store="s3://bucket/x.zarr",
+    validation_store="v.zarr",
 )
 
 
