@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_deepstack.cli.app import Verbs, app, say
 from megatron_deepstack.cli.output import JsonOption, print_json
@@ -23,11 +22,16 @@ StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL o
 
 @contextmanager
 def _shards_done(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, moved by (shards done, shards in all)."""
-    columns = (TextColumn(f"store {verb}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """A bar on the terminal, lines elsewhere, moved by (shards done, shards in all)."""
+    from megatron_deepstack.platform.progress import WorkProgress
+
+    with WorkProgress(f"store {verb}", 1, "shards") as progress:
+
+        def at(done: int, total: int) -> None:
+            progress.total = total
+            progress.at(done)
+
+        yield at
 
 
 @stores.command()

@@ -57,7 +57,7 @@ class WorkProgress:
         """Show that `done` of the units are done; parts of one count."""
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, state=self.state(done))
+            self._bar.update(self._task, completed=done, total=self.total, state=self.state(done))
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._console.print(Text(f"{self.verb}: {self.state(done)}"), soft_wrap=True)
