@@ -132,7 +132,7 @@ def load_engine(recipe: Recipe, groups: Groups) -> Engine:
     started = time.monotonic()
     load(checkpoint, model, None)
     if groups.replica_rank == 0:
-        print(f"read {checkpoint.path.name} in {time.monotonic() - started:.1f} s", file=sys.stderr)
+        print(f"checkpoint {checkpoint.path.name} read in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return Engine(
         model=model,
         model_config=recipe.model,

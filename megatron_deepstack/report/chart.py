@@ -199,8 +199,17 @@ def _draw_marks(figure: Any, marks: Sequence[tuple[float, str]]) -> None:
 
     for step, label in marks:
         figure.add_layout(Span(location=step, dimension="height", line_color=_GREY, line_dash="dashed"))
-        place = {"x": step, "y": _HEIGHT - 70, "y_units": "screen", "x_offset": 5}
-        figure.add_layout(Label(text=label, text_color=_GREY, text_font_size="12px", **place))
+        figure.add_layout(
+            Label(
+                text=label,
+                text_color=_GREY,
+                text_font_size="12px",
+                x=step,
+                y=_HEIGHT - 70,
+                y_units="screen",
+                x_offset=5,
+            )
+        )
 
 
 def drawn_places(values: Sequence[float]) -> Sequence[int]:
