@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.errors import DeepStackError, StoreError
+from megatron_deepstack.errors import DeepStackError
 from megatron_deepstack.report.svg import Markup, element
 
 _MAX_SIDE = 336
@@ -22,37 +21,41 @@ _GRID_SIDE = 260
 
 
 class Pictures:
-    """Opens each store once. What cannot be shown is left out and told of once for each reason."""
+    """Opens each store once. What cannot be shown is left out, and `told` says how many pictures and why."""
 
     def __init__(self) -> None:
-        self._open = cache(Store.open)
-        self._absent: dict[str, tuple[str, int]] = {}
-        """By store why it has no pictures, and how many were wanted."""
-        self._untold: set[str] = set()
+        self._open: dict[str, Store | DeepStackError | OSError] = {}
+        """By path or URL the store, or why it cannot be opened: a service that is away is not asked again."""
+        self._absent: dict[str, list[str]] = {}
+        """By store the reason of each picture that is missing."""
 
     def views(self, store: str, image: int) -> Markup:
         """The global view, and beside it the crops as a grid where the store has any; a few words if that fails."""
         try:
-            if store in self._absent:
-                raise StoreError(self._absent[store][0])
-            return self._views(store, image)
-        except (DeepStackError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            self._absent[store] = (reason, self._absent.get(store, ("", 0))[1] + 1)
-            self._untold.add(store)
+            return self._views(self._opened(store), image)
+        except (DeepStackError, OSError, IndexError) as error:
+            self._absent.setdefault(store, []).append(str(error).splitlines()[0])
             return element("p", "no picture", class_="absent")
 
     def told(self) -> list[str]:
-        """A line for each store whose pictures are missing, since the last call."""
-        lines = [
-            f"{self._absent[store][1]} pictures are missing, since their store cannot be read: {self._absent[store][0]}"
-            for store in sorted(self._untold)
+        """A line for each store of which pictures are missing, since the last call."""
+        absent, self._absent = self._absent, {}
+        return [
+            f"{len(reasons)} pictures of {store} are missing: {reasons[0]}" for store, reasons in sorted(absent.items())
         ]
-        self._untold.clear()
-        return lines
 
-    def _views(self, store: str, image: int) -> Markup:
-        opened = self._open(store)
+    def _opened(self, store: str) -> Store:
+        if store not in self._open:
+            try:
+                self._open[store] = Store.open(store)
+            except (DeepStackError, OSError) as error:
+                self._open[store] = error
+        found = self._open[store]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _views(self, opened: Store, image: int) -> Markup:
         stored = opened.image(image)
         gw, gh = stored.grid
         views = opened.read_views(image, range(min(stored.count, 1 + gw * gh)))

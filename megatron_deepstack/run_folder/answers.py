@@ -113,6 +113,24 @@ def _place(store: str) -> str:
     return os.path.realpath(location.local_path()) if location.is_local else str(location).rstrip("/")
 
 
+def require_writable(file: Path) -> None:
+    """Raise DataError, before the work is done, if a file of answers could not be written. Leaves nothing behind."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        partial.write_text("", encoding="utf-8")
+        partial.unlink()
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def _not_written(file: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{file}: the answers cannot be written: {error.strerror or error}; they belong into the run folder, so make "
+        "room there, make it writable, or copy the run elsewhere"
+    )
+
+
 def write_answers(file: Path, answers: Sequence[Answer]) -> None:
     """Write a file of answers, whole or not at all. Call on one rank.
 
@@ -128,7 +146,7 @@ def write_answers(file: Path, answers: Sequence[Answer]) -> None:
         partial.write_text("".join(lines), encoding="utf-8")
         partial.rename(file)
     except OSError as error:
-        raise DataError(f"{file}: the answers cannot be written: {error.strerror or error}") from error
+        raise _not_written(file, error) from error
 
 
 def read_answer_sets(run: Path) -> list[AnswerSet]:

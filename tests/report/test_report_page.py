@@ -157,6 +157,7 @@ def test_wrong_answers_come_first_and_all_are_in_a_table_that_sorts_and_filters(
 GONE = {
     "store that is gone": (StoreError("somewhere.zarr: not a store: it has no zarr.json"), "it has no zarr.json"),
     "bucket that is not reached": (LocationError("s3://b/x: cannot be reached"), "cannot be reached"),
+    "store of other pictures": (IndexError("image 7 of 3"), "image 7 of 3"),
     "disk that fails": (OSError(5, "Input/output error"), "Input/output error"),
 }
 
@@ -168,12 +169,26 @@ def test_without_its_store_the_page_is_written_without_pictures_and_says_so(run,
 
     monkeypatch.setattr(FakeStore, "open", fail)
     page = Tags(write_report(run).read_text(encoding="utf-8"))
-    (line,) = (text for text in page.texts if "pictures are missing" in text)
-    assert line.startswith("2 pictures are missing, since their store cannot be read")
+    (line,) = (text for text in page.texts if "are missing" in text)
+    assert line.startswith("2 pictures of somewhere.zarr are missing: ")
     assert words in line
     assert page.texts.count("no picture") == 2
     assert "dog" in page.texts
     assert not [tag for tag, _ in page.seen if tag == "img"]
+
+
+def test_one_damaged_picture_costs_no_other(run, monkeypatch):
+    whole = FakeStore.read_views
+
+    def damaged(self: FakeStore, image: int, views: range) -> np.ndarray:
+        if image == 0:
+            raise StoreError("view 0 of image 0 is damaged")
+        return whole(self, image, views)
+
+    monkeypatch.setattr(FakeStore, "read_views", damaged)
+    page = Tags(write_report(run).read_text(encoding="utf-8"))
+    assert sum(tag == "img" for tag, _ in page.seen) == 1 + 3
+    assert "1 pictures of somewhere.zarr are missing: view 0 of image 0 is damaged" in page.texts
 
 
 def test_answers_to_other_stores_have_sections_of_their_own(run):
