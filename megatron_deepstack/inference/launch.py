@@ -15,6 +15,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError, PreemptedError
 from megatron_deepstack.inference.main import answer_store, open_questions, require_checkpoint
 from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, require_writable
 
 SHOWN = 20
@@ -89,7 +90,7 @@ def generate(
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline
     asked, ranks = first or len(opened), "1 process" if num_ranks == 1 else f"{num_ranks} processes"
-    say(f"generate: {asked} questions of {path} in {ranks}; starting takes some seconds")
+    say(f"generate: {number_of(asked, 'question')} of {path} in {ranks}; starting takes some seconds")
     arguments = (recipe, path, limit, max_new_tokens, str(file))
     answers = stoppable("generate", lambda: launch_ranks(answer_store, num_ranks, *arguments))
     return Answered(store=path, file=file, answers=answers)

@@ -28,6 +28,11 @@ def data_size(num_bytes: float) -> str:
     return f"{value:.0f} {unit}" if size == 1.0 or value >= 100 else f"{value:.3g} {unit}"
 
 
+def number_of(number: int, noun: str) -> str:
+    """`1 question`, `1,200 questions`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def count(value: float, unit: str) -> str:
     """A whole number of things, or a size where they are `bytes`."""
     return data_size(value) if unit == "bytes" else f"{int(value):,}"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import DeepStackError
+from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.report.svg import Markup, element
 
 _MAX_SIDE = 336
@@ -41,7 +42,8 @@ class Pictures:
         """A line for each store of which pictures are missing, since the last call."""
         absent, self._absent = self._absent, {}
         return [
-            f"{len(reasons)} pictures of {store} are missing: {reasons[0]}" for store, reasons in sorted(absent.items())
+            f"no picture for {number_of(len(reasons), 'answer')} from {store}: {reasons[0]}"
+            for store, reasons in sorted(absent.items())
         ]
 
     def _opened(self, store: str) -> Store:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.platform.quantity import number_of
 
 HELD_OUT: Final = "answers.jsonl"
 OTHERS: Final = "answers"
@@ -87,7 +88,7 @@ class AnswerSet:
         store = self.answers[0].store if self.answers else None
         name = Location.parse(store).name if store else self.file.stem
         first = _FIRST.search(self.file.stem)
-        return f"First {first[1]} questions of {name}" if first else f"Questions of {name}"
+        return f"First {number_of(int(first[1]), 'question')} of {name}" if first else f"Questions of {name}"
 
 
 def answers_file(run: str | Path, store: str, *, held_out: str | None, first: int | None) -> Path:

@@ -95,7 +95,7 @@ def test_questions_in_a_bucket_are_answered_and_reported(
     asked = CliRunner().invoke(app, ["generate", recipe.run_dir, *changes, "--store", url, "--limit", "1", "--json"])
     assert asked.exit_code == 0, asked.output
     document = json.loads(asked.stdout)
-    assert f"generate: 1 questions of {url} in 1 process" in asked.stderr
+    assert f"generate: 1 question of {url} in 1 process" in asked.stderr
     result = CliRunner().invoke(app, ["report", recipe.run_dir])
     assert result.exit_code == 0, result.output
     first, second = read_answer_sets(Path(recipe.run_dir))

@@ -169,8 +169,8 @@ def test_without_its_store_the_page_is_written_without_pictures_and_says_so(run,
 
     monkeypatch.setattr(FakeStore, "open", fail)
     page = Tags(write_report(run).read_text(encoding="utf-8"))
-    (line,) = (text for text in page.texts if "are missing" in text)
-    assert line.startswith("2 pictures of somewhere.zarr are missing: ")
+    (line,) = (text for text in page.texts if "no picture for" in text)
+    assert line.startswith("no picture for 2 answers from somewhere.zarr: ")
     assert words in line
     assert page.texts.count("no picture") == 2
     assert "dog" in page.texts
@@ -188,7 +188,7 @@ def test_one_damaged_picture_costs_no_other(run, monkeypatch):
     monkeypatch.setattr(FakeStore, "read_views", damaged)
     page = Tags(write_report(run).read_text(encoding="utf-8"))
     assert sum(tag == "img" for tag, _ in page.seen) == 1 + 3
-    assert "1 pictures of somewhere.zarr are missing: view 0 of image 0 is damaged" in page.texts
+    assert "no picture for 1 answer from somewhere.zarr: view 0 of image 0 is damaged" in page.texts
 
 
 def test_answers_to_other_stores_have_sections_of_their_own(run):
@@ -197,7 +197,7 @@ def test_answers_to_other_stores_have_sections_of_their_own(run):
     other = json.loads(held_out.splitlines()[2]) | {"store": "/data/cats.zarr"}
     (run / "answers" / "cats.zarr-12345678-first-1.jsonl").write_text(json.dumps(other) + "\n")
     page = Tags(write_report(run).read_text(encoding="utf-8"))
-    assert page.texts.index("Held-out questions") < page.texts.index("First 1 questions of cats.zarr")
+    assert page.texts.index("Held-out questions") < page.texts.index("First 1 question of cats.zarr")
     assert "answers exactly right (33.3%; the commonest answer every time: 33.3%)" in page.texts
 
 
