@@ -15,13 +15,14 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_deepstack*", "orchestration*"]),
     package_data={
-        "megatron_deepstack": ["recipes/*.yaml", "report/*.css"],
+        "megatron_deepstack": ["recipes/*.yaml", "report/*.css", "report/*.js"],
         "orchestration": ["manifests/*.yaml", "manifests/*.sh", "manifests/*.sbatch"],
     },
     entry_points={"console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"]},
     install_requires=[
         "Pillow>=11",
         "PyYAML>=6",
+        "bokeh>=3.6,<4",
         "fsspec>=2025.3",
         "google-crc32c>=1.5",
         "megatron-core>=0.16.1,<0.20",

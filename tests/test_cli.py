@@ -31,7 +31,7 @@ def recipe(tmp_path: Path) -> str:
 
 QUICK = {
     "help": (("--help",), 0, "check-reference"),
-    "nothing": ((), 2, "Commands"),
+    "nothing": ((), 2, "Before anything starts"),
     "version": (("--version",), 0, "0.1"),
     "help of a verb": (("train", "--help"), 0, "--stop-after"),
     "typo in a verb": (("trian",), 2, "Did you mean 'train'?"),

@@ -18,6 +18,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from megatron_deepstack import __version__
+from megatron_deepstack.cli.catalogue import examples_text, group_of, place_of
+from megatron_deepstack.cli.output import complete_recipe
 from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DeepStackError
 
@@ -32,6 +34,25 @@ class Verbs(TyperGroup):
             if ctx.find_root().params.get("debug"):
                 traceback.print_exception(error)
             _fail(error)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of the work."""
+        return sorted(super().list_commands(ctx), key=lambda name: place_of(_path(ctx, name)))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, with its group and its examples for `--help`."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            path = _path(ctx, cmd_name)
+            command.rich_help_panel = group_of(path)  # type: ignore[attr-defined]
+            command.epilog = examples_text(path)
+            command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
+        return command
+
+
+def _path(ctx: Any, name: str) -> str:
+    """`train`, or `store show` for a verb of a group."""
+    return name if ctx.parent is None else f"{ctx.info_name} {name}"
 
 
 def _fail(error: DeepStackError) -> NoReturn:
@@ -57,13 +78,19 @@ app = typer.Typer(
     name="megatron-deepstack",
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Train DeepStack multimodal language models: images and JSON in, checkpoint and answers out.",
 )
 
 RecipeArgument = Annotated[
-    str, PathKind.LOCAL, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a recipe (demo).")
+    str,
+    PathKind.LOCAL,
+    typer.Argument(
+        metavar="RECIPE",
+        help="YAML file, or the name of a recipe (`recipes` lists them).",
+        autocompletion=complete_recipe,
+    ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="Changes to the recipe.")]
 
@@ -87,6 +114,11 @@ def _options(
 def say(line: object) -> None:
     """One line for the user, as it is."""
     Console().print(Text(str(line)), soft_wrap=True)
+
+
+def tell(line: object) -> None:
+    """One line about what is being done, on stderr, so that stdout holds results only."""
+    Console(stderr=True).print(Text(str(line)), soft_wrap=True)
 
 
 _KNOWN_WARNINGS = (

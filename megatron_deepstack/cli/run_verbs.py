@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
+from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say, tell
+from megatron_deepstack.cli.output import JsonOption, print_json, stdout_for_results
 from megatron_deepstack.config.constraints import PathKind
-from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.errors import ConfigError, DataError, of_all_ranks
 
 
@@ -88,28 +87,35 @@ def generate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
+    as_json: JsonOption = False,
 ) -> None:
-    """Answer the questions of a held-out store with a run's newest checkpoint, and score exact matches."""
-    loaded = _recipe_of_run(run, overrides or [])
-    from megatron_deepstack.inference.launch import generate as answer
+    """Answer the questions of a held-out store with a run's newest checkpoint, and score exact matches.
 
-    answer(loaded, store=store, limit=limit, max_new_tokens=max_new_tokens)
+    A store is what `preprocess` makes of records: the first answer of each is what is expected. Answers to the run's
+    data.validation_store go to RUN/answers.jsonl; those to another store, or to the first questions only, go to a file
+    of their own in RUN/answers/. Relative paths of the run's recipe count from where it was started.
+    """
+    from megatron_deepstack.planning.check import checked
+    from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run, recipe_of_run
 
+    held_out = recipe_of_run(run).data.validation_store
+    loaded = checked(*checkable_recipe_of_run(run, overrides or []))
+    with stdout_for_results(as_json):
+        from megatron_deepstack.inference.launch import generate as answer
+        from megatron_deepstack.inference.launch import show
 
-def _recipe_of_run(run: Path, overrides: list[str]) -> Any:
-    """The recipe a run was made with; the run may lie elsewhere by now, under a name that YAML reads otherwise."""
-    from megatron_deepstack.planning.check import load_checked_recipe
-
-    file = RunFolder(run).recipe
-    if not file.is_file():
-        raise ConfigError([f"{run}: holds no {RECIPE_FILE}; expected the run_dir of a finished or stopped `train`"])
-    return replace(load_checked_recipe(file, overrides), run_dir=str(run))
+        done = answer(loaded, held_out=held_out, store=store, limit=limit, max_new_tokens=max_new_tokens, say=tell)
+    if as_json:
+        print_json({"run": str(run), **done.document()})
+    else:
+        show(done)
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to create.")],
+    overrides: Overrides = None,
     naming: Annotated[
         str,
         typer.Option(
@@ -123,15 +129,20 @@ def export(
     from megatron_deepstack.convert.hf_names import Naming
     from megatron_deepstack.inference.export import export_run
 
-    say(f"export: {export_run(run, output, Naming(naming))}")
+    say(f"export: {export_run(run, output, Naming(naming), overrides or (), say=tell)}")
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run, or of several to compare.")],
-    output: Annotated[Path | None, typer.Option(help="File to write; by default in the first run's folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; by default in the first run's folder.")
+    ] = None,
 ) -> None:
-    """Write RUN/report.html: losses, speed, events, recipe, answers; or one page that compares several runs."""
+    """Write RUN/report.html: losses, speed, events, recipe, answers; or one page that compares several runs.
+
+    The page is one file that needs no network. Open it in a browser.
+    """
     from megatron_deepstack.report.compare import write_comparison
     from megatron_deepstack.report.page import write_report
 
@@ -144,6 +155,7 @@ def plan(
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Check the layout for this many processes.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the plan as a drawing to this file too.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show which stage holds which layers and stacks. Starts nothing."""
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
@@ -151,7 +163,12 @@ def plan(
 
     loaded = load_checked_recipe(recipe, overrides or ())
     check_world(loaded, ranks or model_ranks(loaded.parallel))
-    Console().print(plan_table(loaded))
+    if as_json:
+        from megatron_deepstack.report.plan_document import plan_document
+
+        print_json(plan_document(loaded, ranks or model_ranks(loaded.parallel)))
+    else:
+        Console().print(plan_table(loaded, Console().width))
     if svg is not None:
         from megatron_deepstack.report.stages import stage_drawing
 

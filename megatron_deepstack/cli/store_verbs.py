@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_deepstack.cli.app import Verbs, app, say
+from megatron_deepstack.cli.output import JsonOption, print_json
 from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 
@@ -25,28 +25,38 @@ StorePath = Annotated[
 
 @contextmanager
 def _shards_done(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, moved by (shards done, shards in all)."""
-    columns = (TextColumn(f"store {verb}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """A bar on the terminal, lines elsewhere, moved by (shards done, shards in all)."""
+    from megatron_deepstack.platform.progress import WorkProgress
+
+    with WorkProgress(f"store {verb}", 1, "shards") as progress:
+
+        def at(done: int, total: int) -> None:
+            progress.total = total
+            progress.at(done)
+
+        yield at
 
 
 @stores.command()
 def verify(
     path: StorePath,
     processes: Annotated[int | None, typer.Option(min=1, help="Shards read at a time; by default all CPUs.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check every checksum, count and reference of a store, and list all damage."""
     from megatron_deepstack.storekeeping.verify import verify as find_damage
 
     with _shards_done("verify") as progress:
         found = find_damage(path, processes=processes, progress=progress)
-    for damage in found:
+    if as_json:
+        faults = [{"where": one.where, "what": one.what, "advice": one.advice} for one in found]
+        print_json({"store": path, "whole": not found, "faults": faults})
+    for damage in () if as_json else found:
         say(damage)
     if found:
         raise StoreError(f"{path}: {len(found)} {'fault' if len(found) == 1 else 'faults'}, listed above")
-    say(f"{path}: whole; every checksum, count and reference is right")
+    if not as_json:
+        say(f"{path}: whole; every checksum, count and reference is right")
 
 
 RecipeOption = Annotated[
@@ -74,7 +84,8 @@ def show(
 
     store, model = load(path, recipe)
     numbers = chosen(store, sample, number, seed)
-    write_page(output, store, model, numbers, tokenizer_for(store, tokenizer, recipe))
+    text = tokenizer_for(store, tokenizer, recipe)
+    write_page(output, store, model, numbers, text, slots_known=recipe is not None)
     say(f"store show: {len(numbers)} of {len(store)} samples in {output}")
 
 
@@ -83,24 +94,34 @@ def stats(
     path: StorePath,
     recipe: RecipeOption = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the histograms into this file too.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Count what a store holds: sizes, grids, views, tokens with and without images."""
     from megatron_deepstack.storekeeping.choose import load
-    from megatron_deepstack.storekeeping.stats import drawn, statistics
+    from megatron_deepstack.storekeeping.stats import statistics
+    from megatron_deepstack.storekeeping.stats_drawing import drawn
 
     found = statistics(*load(path, recipe))
-    _print_stats(found)
+    if as_json:
+        print_json({"store": path, **found.document()})
+    else:
+        _print_stats(found)
     if svg is not None:
         try:
-            svg.write_text(drawn(found, f"{path}: sizes of images and samples") + "\n", encoding="utf-8")
+            svg.write_text(drawn(found, f"Sizes of images and samples in {path}") + "\n", encoding="utf-8")
         except OSError as error:
             raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error
+
+
+_LONGEST_BAR = 40
+"""Columns of the terminal, where there is room."""
 
 
 def _print_stats(found: Any) -> None:
     from rich.table import Table
 
     console = Console(markup=False, emoji=False)
+    room = max(console.width - 2, 20)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for fact in found.facts:
         facts.add_row(*fact)
@@ -108,8 +129,11 @@ def _print_stats(found: Any) -> None:
     for histogram in found.histograms:
         most = max((count for _, count in histogram.bins), default=1)
         table = Table(histogram.title, histogram.of, "", box=None, padding=(0, 2, 0, 0), title_justify="left")
+        taken = max((len(label) for label, _ in histogram.bins), default=0)
+        taken = max(taken, min(len(histogram.title), room // 2)) + max(len(histogram.of), len(f"{most:,}")) + 6
+        longest = max(min(_LONGEST_BAR, room - taken), 1)
         for label, count in histogram.bins:
-            table.add_row(label, f"{count:,}", "\u2588" * max(round(40 * count / most), count > 0))
+            table.add_row(label, f"{count:,}", "\u2588" * max(round(longest * count / most), count > 0))
         console.print()
         console.print(table)
 

@@ -62,6 +62,17 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     return recipe, problems
 
 
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[Problem]]:
+    """A recipe that is loaded already with overrides on top, and the problems of both, as `read_recipe` has them."""
+    problems: list[Problem] = []
+    given = _escaped(plain(recipe))
+    for override in overrides:
+        given = _apply(given, override, problems)
+    changed = build_recipe(_resolved(given, problems), problems)
+    problems += without_echoes(find_problems(changed), problems)
+    return changed, problems
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML, every field written out; `load_recipe` reads back an equal one."""
     return write_yaml(_escaped(plain(recipe)))

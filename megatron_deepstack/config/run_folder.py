@@ -3,7 +3,9 @@
 recipe.yaml            the recipe, resolved; every checkpoint holds a copy
 plan.json              which stage holds which layers and stacks
 metrics.jsonl          a line for each logged step
-answers.jsonl          what `generate` answered
+answers.jsonl          what `generate` answered to the held-out questions
+answers/               the same of other stores, a file each
+started_in.txt         the folder that relative paths of the recipe count from
 checkpoints/           checkpoints, whole or being written
 tensorboard/           metrics once more, for TensorBoard
 profile/               traces of torch.profiler
@@ -46,8 +48,18 @@ class RunFolder:
 
     @property
     def answers(self) -> Path:
-        """A JSON line for each answered question."""
+        """A JSON line for each answered question of the run's held-out store."""
         return self.path / "answers.jsonl"
+
+    @property
+    def other_answers(self) -> Path:
+        """Folder of the answers to other stores, or to beginnings of stores."""
+        return self.path / "answers"
+
+    @property
+    def started_in(self) -> Path:
+        """Holds the absolute path of the folder in which the run was started."""
+        return self.path / "started_in.txt"
 
     @property
     def checkpoints(self) -> Path:

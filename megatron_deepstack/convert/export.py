@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view
@@ -21,9 +25,11 @@ from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
 from megatron_deepstack.convert.hf_written import hf_tower, llava_config, published_config
 from megatron_deepstack.convert.tensor_files import write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.errors import CheckpointError, ConfigError, DataError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX
+from megatron_deepstack.platform.progress import WorkProgress
+from megatron_deepstack.platform.quantity import data_size
 
 PREPROCESSOR = "preprocessor_config.json"
 VOCABULARY_MULTIPLE = 64
@@ -82,17 +88,65 @@ def export_model(
         config = llava_config(model, vocab_size, image_token, tokens_per_view(model.vision))
     some = next(iter(tensors.values()))
     config["dtype"] = str(some.dtype).removeprefix("torch.")
+    with new_folder(output) as partial:
+        _write_weights(partial, _renamed(tensors, model, naming))
+        _write_json(partial / CONFIG, config)
+        _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
+        for name, content in ({} if tokenizer is None else tokenizer.files).items():
+            (partial / name).write_bytes(content)
+
+
+def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The tensors, with a line or a bar on stderr of how far it is."""
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with WorkProgress("export", total, "bytes") as progress:
+        write_tensors(folder, tensors, progress=progress.at)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when all is in it; after a failure nothing of it is left.
+
+    Raises:
+        DataError: The file system is full or may not be written.
+    """
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tensors(partial, _renamed(tensors, model, naming))
-    _write_json(partial / CONFIG, config)
-    _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
-    for name, content in ({} if tokenizer is None else tokenizer.files).items():
-        (partial / name).write_bytes(content)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"{output}: cannot be written: {reason}; nothing of it is left. Name a folder on a file system with room"
+        ) from error
+
+
+def require_room(output: Path, num_bytes: int) -> None:
+    """Raise DataError unless `output` can be created and the file system has room for it. Leaves nothing behind.
+
+    Args:
+        output: The folder that is going to be made.
+        num_bytes: Size of the weights; the other files are small beside them.
+    """
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=above):
+            free = shutil.disk_usage(above).free
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be created: {error.strerror or error} (tried in {above}); name a folder that may be "
+            "written"
+        ) from error
+    if free < num_bytes:
+        raise DataError(
+            f"{output}: about {data_size(num_bytes)} are needed, {above} has {data_size(free)} free; make room, or "
+            "name a folder elsewhere"
+        )
 
 
 def _renamed(tensors: dict[str, torch.Tensor], model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -112,17 +113,27 @@ def _torch_file(file: Path) -> Mapping[str, torch.Tensor]:
     return tensors
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write safetensors into `folder` as Hugging Face does: one file, or several with an index."""
+def write_tensors(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[float], None] = lambda num_bytes: None,
+) -> None:
+    """Write safetensors into `folder` as Hugging Face does: one file, or several with an index.
+
+    `progress` is told the bytes that are written, after each file.
+    """
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
         _write(folder / SINGLE, tensors, shards[0])
         return
-    weight_map = {}
+    weight_map, written = {}, 0
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write(folder / file, tensors, names)
         weight_map.update(dict.fromkeys(names, file))
+        written += sum(tensors[name].nbytes for name in names)
+        progress(written)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -142,4 +153,8 @@ def _shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int) -> list[list[
 
 
 def _write(file: Path, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
+    """One file, readable for whom the umask says; safetensors itself creates it for its owner alone."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
     save_file({name: tensors[name].contiguous() for name in names}, str(file), metadata={"format": "pt"})
+    file.chmod(mode)

@@ -2,51 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_deepstack.config.load import load_recipe
-from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
-from megatron_deepstack.convert.export import export_model, require_exportable
+from megatron_deepstack.convert.export import export_model, require_exportable, require_room
 from megatron_deepstack.convert.hf_names import Naming
+from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import CheckpointError, DataError
-from megatron_deepstack.inference.main import load_engine
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.inference.main import load_engine, require_checkpoint
 from megatron_deepstack.model.build import merge_adapters
 from megatron_deepstack.parallel.groups import Groups, create_groups
+from megatron_deepstack.planning.footprint import weight_bytes
 from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.platform.quantity import data_size
+from megatron_deepstack.run_folder.recipe import recipe_of_run
 
 _STOPPED = "export: stopped on request; {output} was not made. Run the same command again"
 
 
-def export_run(run_dir: str | Path, output: str | Path, naming: Naming = Naming.PUBLISHED) -> Path:
-    """Write the newest whole checkpoint of `run_dir` into the new folder `output`, and return it.
+def export_run(
+    run_dir: str | Path,
+    output: str | Path,
+    naming: Naming = Naming.PUBLISHED,
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write the newest whole checkpoint of a run into the new folder `output`, and return it.
 
-    Starts one rank of its own, which holds the whole model in memory. Raises ConfigError, CheckpointError, DataError.
+    Starts one rank of its own, which holds the whole model in memory.
+
+    Args:
+        run_dir: The run folder.
+        output: Folder to create.
+        naming: Names of the tensors.
+        overrides: Changes to the run's recipe, such as `data.tokenizer=...`.
+        say: Told what is about to be done.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: Before the rank starts where that can be known by then.
+        PreemptedError: It was asked to stop.
     """
-    recipe = one_rank_recipe(run_dir)
+    recipe = one_rank_recipe(run_dir, overrides)
     require_exportable(recipe.model, Path(output), naming)
+    require_checkpoint(recipe)
+    _tokenizer(recipe)
+    size = weight_bytes(recipe)
+    require_room(Path(output), size)
+    say(f"export: {run_dir} -> {output}, about {data_size(size)}; one process starts and reads the checkpoint")
     launch_ranks(_export_on_new_rank, 1, recipe, str(output), naming, stopped=_STOPPED.format(output=output))
     return Path(output)
 
 
-def one_rank_recipe(run_dir: str | Path) -> Recipe:
+def one_rank_recipe(run_dir: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe a run was made with, for one rank; the run may lie elsewhere by now."""
-    file = RunFolder(run_dir).recipe
-    if not file.is_file():
-        raise CheckpointError(f"{run_dir}: holds no {RECIPE_FILE}; name the folder of a run")
-    return replace(load_recipe(file), run_dir=str(run_dir), parallel=ParallelConfig())
+    return replace(recipe_of_run(run_dir, overrides), parallel=ParallelConfig())
 
 
 def export_on_rank(recipe: Recipe, output: str, naming: Naming, groups: Groups) -> None:
     """Load and write on the only rank of `groups`."""
-    path = recipe.data.tokenizer
-    if path is not None and not Path(path).exists():
-        raise DataError(f"data.tokenizer: {path} is not there, and belongs into the export; restore it")
-    tokenizer = None if path is None else load_tokenizer(path)
+    tokenizer = _tokenizer(recipe)
     model = merge_adapters(load_engine(recipe, groups).model)
     export_model(model, recipe.model, Path(output), naming, tokenizer)
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer | None:
+    path = recipe.data.tokenizer
+    if path is None:
+        return None
+    if not Path(path).exists():
+        raise DataError(
+            f"data.tokenizer: {Path(path).absolute()} is not there, and belongs into the export; restore it, or name "
+            "another place of it with data.tokenizer=PATH behind the output folder"
+        )
+    return load_tokenizer(path)
 
 
 def _export_on_new_rank(recipe: Recipe, output: str, naming: Naming) -> None:

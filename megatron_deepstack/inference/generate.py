@@ -6,7 +6,7 @@ once; then each forward-only schedule adds one token to every answer. Right padd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +24,17 @@ from megatron_deepstack.step.train_step import VisualPass
 
 
 def generate_answers(
-    engine: Engine, store: Store, questions: Sequence[Sequence[Question]], stop_ids: Sequence[int], max_new_tokens: int
+    engine: Engine,
+    store: Store,
+    questions: Sequence[Sequence[Question]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> list[list[list[int]]]:
     """Token ids of each answer, up to the first of `stop_ids`, by micro-batch and place.
 
     `questions` are one replica's micro-batches, all of one size. Collective over the replica; every rank gets the
-    answers.
+    answers. `progress` is told the share of the work that is done, after each token.
     """
     model, place = engine.model_config, engine.groups
     planned = [[plan_question(q, store, model, max_new_tokens) for q in batch] for batch in questions]
@@ -43,6 +48,7 @@ def generate_answers(
         for step in range(max_new_tokens):
             logits = visual.logits(replace(plan, tokens=tuple(tokens)))
             chosen = _choose(logits, lengths + step - 1, engine.groups)
+            progress((step + 1) / max_new_tokens)
             answers[..., step] = np.where(running, chosen, stop_ids[0])
             running &= ~np.isin(chosen, stop_ids)
             if not running.any():

@@ -1,6 +1,11 @@
-"""Generating on this machine from one command: start the ranks, wait, print the table and the score."""
+"""Generating on this machine from one command: start the ranks, wait, and hand back the answers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -8,41 +13,98 @@ from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.inference.main import Answer, Score, answer_store, open_questions, require_checkpoint
+from megatron_deepstack.inference.main import answer_store, open_questions, require_checkpoint
 from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.platform.quantity import number_of
+from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, require_writable
 
 SHOWN = 20
-_STOPPED = "generate: stopped on request; no answers were written. The same command begins anew"
+_STOPPED = "generate: stopped on request; nothing was written, the same command begins anew"
 
 
-def generate(recipe: Recipe, *, store: str | None, limit: int | None, max_new_tokens: int) -> Score:
-    """Answer the questions of `store`, a folder or URL (default: `data.validation_store`), and print a table.
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What `generate` did."""
 
-    Raises CheckpointError and StoreError before any rank starts, RankError if one fails.
+    store: str
+    file: Path
+    """Where the answers are."""
+    answers: list[Answer]
+
+    @property
+    def score(self) -> Score:
+        """Exact matches."""
+        return Score.of(self.answers)
+
+    def document(self) -> dict[str, Any]:
+        """As one JSON document; `score` is null where no answer is known."""
+        score = self.score
+        known = {
+            "correct": score.correct,
+            "total": score.total,
+            "exact_match": score.correct / max(score.total, 1),
+            "chance": score.chance,
+        }
+        return {
+            "store": self.store,
+            "answers_file": str(self.file),
+            "score": known if score.total else None,
+            "answers": [
+                {name: getattr(answer, name) for name in ("id", "question", "answer", "expected", "correct", "image")}
+                for answer in self.answers
+            ],
+        }
+
+
+def generate(
+    recipe: Recipe,
+    *,
+    held_out: str | None,
+    store: str | None,
+    limit: int | None,
+    max_new_tokens: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> Answered:
+    """Answer the questions of a store with the run's newest checkpoint. Starts the ranks of one replica.
+
+    Args:
+        recipe: The run's, with overrides.
+        held_out: The run's own `data.validation_store`, before overrides.
+        store: Folder or URL of the questions; by default `data.validation_store`.
+        limit: Most questions to answer.
+        max_new_tokens: Longest answer.
+        say: Told what is about to be done.
+
+    Raises:
+        CheckpointError, StoreError, ConfigError: Before any rank starts.
+        RankError: A rank failed.
+        PreemptedError: It was asked to stop.
     """
     path = store if store is not None else recipe.data.validation_store
     if path is None:
         raise ConfigError(["data.validation_store: not set; name a store of questions with --store"])
     require_checkpoint(recipe)
-    open_questions(recipe, path)
+    opened, _ = open_questions(recipe, path)
+    first = limit if limit is not None and limit < len(opened) else None
+    file = answers_file(recipe.run_dir, path, held_out=held_out, first=first)
+    require_writable(file)
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline
-    answers: list[Answer] = launch_ranks(answer_store, num_ranks, recipe, path, limit, max_new_tokens, stopped=_STOPPED)
-    score = Score.of(answers)
-    _show(answers, score)
-    return score
+    asked, ranks = first or len(opened), "1 process" if num_ranks == 1 else f"{num_ranks} processes"
+    say(f"generate: {number_of(asked, 'question')} of {path} in {ranks}; starting takes some seconds")
+    arguments = (recipe, path, limit, max_new_tokens, str(file))
+    answers = launch_ranks(answer_store, num_ranks, *arguments, stopped=_STOPPED)
+    return Answered(store=path, file=file, answers=answers)
 
 
-def _show(answers: list[Answer], score: Score) -> None:
-    console = Console()
+def show(done: Answered) -> None:
+    """A table of the first answers, and the score, on stdout."""
+    console, answers = Console(), done.answers
     table = Table(title=f"first {min(SHOWN, len(answers))} of {len(answers)} questions", title_justify="left")
     for heading in ("question", "answer", "expected", ""):
         table.add_column(heading, overflow="fold")
     for answer in answers[:SHOWN]:
         table.add_row(*map(Text, (answer.question, answer.answer, answer.expected, "ok" if answer.correct else "")))
     console.print(table)
-    console.print(
-        f"exact match {score.correct} of {score.total} = {score.correct / max(score.total, 1):.1%}; "
-        f"chance (the commonest answer every time) {score.chance:.1%}",
-        highlight=False,
-    )
+    console.print(Text(done.score.words))
+    console.print(Text(f"answers in {done.file}"), soft_wrap=True)

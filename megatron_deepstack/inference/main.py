@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections import Counter
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +13,6 @@ from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.verification import newest_whole_together
 from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.location import Location
@@ -29,50 +26,28 @@ from megatron_deepstack.inference.generate import generate_answers
 from megatron_deepstack.inference.questions import Question, read_question
 from megatron_deepstack.model.build import build_model
 from megatron_deepstack.parallel.groups import Groups, create_groups
-from megatron_deepstack.platform.run_folder import writing
-from megatron_deepstack.platform.write_whole import write_whole
+from megatron_deepstack.platform.progress import WorkProgress
+from megatron_deepstack.run_folder.answers import Answer, write_answers
 from megatron_deepstack.step.engine import Engine
 
 MICRO_BATCH_SIZE = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One question with the model's answer."""
-
-    id: str
-    question: str
-    answer: str
-    expected: str
-    correct: bool
-    """The answer equals the expected one, surrounding white space aside."""
-    store: str
-    """Its absolute path or its URL, for a report written anywhere."""
-    image: int | None
-    """First image in the store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Exact matches, and what guessing would give."""
-
-    correct: int
-    total: int
-    chance: float
-    """Share of the commonest expected answer: the most that one fixed answer can reach."""
-
-    @classmethod
-    def of(cls, answers: list[Answer]) -> Score:
-        """Score of a list of answers."""
-        commonest = Counter(answer.expected for answer in answers).most_common(1)
-        chance = commonest[0][1] / len(answers) if answers else 0.0
-        return cls(correct=sum(answer.correct for answer in answers), total=len(answers), chance=chance)
-
-
-def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tokens: int) -> list[Answer]:
+def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tokens: int, file: str) -> list[Answer]:
     """Answer a store's questions with the newest whole checkpoint of `recipe.run_dir`. Collective over all ranks.
 
-    One replica only: the number of ranks is tensor x context x pipeline. Raises StoreError, CheckpointError, DataError.
+    Args:
+        recipe: The run's. One replica only: the number of ranks is tensor x context x pipeline.
+        store_path: Folder or URL of the store.
+        limit: Most questions to answer, from the first on; None for all.
+        max_new_tokens: Longest answer.
+        file: Where rank 0 writes the answers.
+
+    Returns:
+        The answers, in the store's order, on every rank.
+
+    Raises:
+        StoreError, CheckpointError, DataError: The store, the checkpoint or the file to write is not usable.
     """
     from megatron_deepstack.platform.megatron_cpu import adapt_megatron
     from megatron_deepstack.platform.process_group import join, leave
@@ -83,7 +58,7 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
     engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
     answers = answer_questions(recipe, engine, store, tokenizer, store_path, limit, max_new_tokens)
     if engine.groups.replica_rank == 0:
-        _write(RunFolder(recipe.run_dir).answers, answers)
+        write_answers(Path(file), answers)
     leave()
     return answers
 
@@ -102,11 +77,17 @@ def answer_questions(
     questions = [read_question(store, index, tokenizer) for index in range(count)]
     stops = stop_ids(store.attributes.tokenizer["template"], tokenizer)
     tokens: list[list[int]] = []
-    for first in range(0, count, MICRO_BATCH_SIZE * recipe.parallel.pipeline):
-        group = questions[first : first + MICRO_BATCH_SIZE * recipe.parallel.pipeline]
-        batches = _micro_batches(group, recipe.parallel)
-        answered = generate_answers(engine, store, batches, stops, max_new_tokens)
-        tokens += [row for batch in answered for row in batch][: len(group)]
+    with WorkProgress("generate", count, "questions", quiet=engine.groups.replica_rank != 0) as progress:
+        for first in range(0, count, MICRO_BATCH_SIZE * recipe.parallel.pipeline):
+            group = questions[first : first + MICRO_BATCH_SIZE * recipe.parallel.pipeline]
+            batches = _micro_batches(group, recipe.parallel)
+
+            def share(done: float, first: int = first, size: int = len(group)) -> None:
+                progress.at(first + size * done)
+
+            answered = generate_answers(engine, store, batches, stops, max_new_tokens, share)
+            tokens += [row for batch in answered for row in batch][: len(group)]
+            progress.at(len(tokens))
     return [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]
 
 
@@ -148,7 +129,10 @@ def load_engine(recipe: Recipe, groups: Groups) -> Engine:
     for module in modules:
         module.requires_grad_(False)
         module.eval()
+    started = time.monotonic()
     load(checkpoint, model, None)
+    if groups.replica_rank == 0:
+        print(f"checkpoint {checkpoint.path.name} read in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return Engine(
         model=model,
         model_config=recipe.model,
@@ -180,9 +164,3 @@ def _answer(question: Question, ids: list[int], tokenizer: Tokenizer, store: str
         store=str(Location.parse(store).absolute()),
         image=question.images[0] if question.images else None,
     )
-
-
-def _write(file: Path, answers: list[Answer]) -> None:
-    lines = [json.dumps({name: getattr(answer, name) for name in Answer.__slots__}) + "\n" for answer in answers]
-    with writing(file):
-        write_whole(file, "".join(lines))

@@ -35,6 +35,11 @@ from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, with the plan's problems reported in the same go."""
     recipe, problems = read_recipe(path, overrides)
+    return checked(recipe, problems)
+
+
+def checked(recipe: Recipe, problems: list[Problem]) -> Recipe:
+    """The recipe, if it has no problems and none of its plan either; else raises them all at once."""
     raise_problems(problems + without_echoes(find_plan_problems(recipe), problems))
     return recipe
 

@@ -29,6 +29,11 @@ def part_parameters(model: ModelConfig) -> dict[Part, int]:
     }
 
 
+def weight_bytes(recipe: Recipe) -> int:
+    """Size of the model's weights alone in the run's precision."""
+    return sum(part_parameters(recipe.model).values()) * _weight_bytes(recipe)
+
+
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of one checkpoint: every weight, and the optimizer's state of those that learn."""
     weights = sum(part_parameters(recipe.model).values()) + _adapters(recipe)

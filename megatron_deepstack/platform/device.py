@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from typing import Any
 
 import torch
 
@@ -75,6 +76,24 @@ def device_name() -> str:
 def compute_capability() -> tuple[int, int]:
     """CUDA's (major, minor) of this rank's GPU; (0, 0) without one."""
     return torch.cuda.get_device_capability() if has_gpu() else (0, 0)
+
+
+def cuda_facts() -> dict[str, Any]:
+    """Plain values about torch and its devices, for `doctor`.
+
+    Keys: `torch` (version), `cuda` (version that torch was built for, or empty), `nccl` (version, or empty), `devices`
+    (a list of name and bytes of memory).
+    """
+    nccl = ""
+    if has_gpu() and torch.distributed.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    names = [torch.cuda.get_device_name(index) for index in range(num_gpus())]
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "nccl": nccl,
+        "devices": [list(pair) for pair in zip(names, gpu_memories(), strict=True)],
+    }
 
 
 def gpu_memories() -> tuple[int, ...]:

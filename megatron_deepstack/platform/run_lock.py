@@ -26,7 +26,7 @@ from typing import Final
 
 from megatron_deepstack.errors import RunFolderError
 from megatron_deepstack.platform.owner import BEAT_SECONDS, PATIENCE_SECONDS, Owner, is_here, lives, this_process
-from megatron_deepstack.platform.run_folder import said_by, writing
+from megatron_deepstack.platform.run_disk import said_by, writing
 from megatron_deepstack.platform.write_whole import create_whole, write_whole
 
 LOCK_FILE: Final = ".run.lock"

@@ -11,15 +11,18 @@ from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.report.chart import Line, line_chart, running_mean
-from megatron_deepstack.report.frame import document, duration, section, table, write
+from megatron_deepstack.platform.quantity import flop_rate
+from megatron_deepstack.report.chart import Charts, Line, running_mean
+from megatron_deepstack.report.frame import document, duration, section, table, wide_drawing, write
 from megatron_deepstack.report.health import events
-from megatron_deepstack.report.page import require_run, summary
-from megatron_deepstack.report.records import Answer, Metrics, read_answers, read_metrics
+from megatron_deepstack.report.page import summary
+from megatron_deepstack.report.records import Metrics, read_metrics
 from megatron_deepstack.report.settings import differences
 from megatron_deepstack.report.speed import bars, median, seconds_by_part, timeline_caption
 from megatron_deepstack.report.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.timeline import RecordedStep, read_timelines, timeline_drawing
+from megatron_deepstack.run_folder.answers import Answer, Score, read_answers
+from megatron_deepstack.run_folder.recipe import require_run
 
 COMPARISON = "comparison.html"
 _GIB = 1 << 30
@@ -39,7 +42,7 @@ class Run:
 
 
 def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write the page to `output`, or into the first run's folder. Raises DataError if one is no run folder."""
+    """Write the page to `output`, or into the first run's folder. Raises ConfigError if one is no run folder."""
     for run in runs:
         require_run(run)
     if len({run.resolve() for run in runs}) < len(runs):
@@ -49,15 +52,16 @@ def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
 
 def comparison(folders: Sequence[Path]) -> str:
     """The page's HTML."""
-    runs = _read(folders)
+    runs, charts = _read(folders), Charts()
     title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     return document(
         title,
+        charts,
         element("h1", title),
         *(element("p", _dot(run), f"{run.label}: {summary(run.recipe)}") for run in runs),
         section("Results", _results(runs)),
-        section("Loss", *_losses(runs)),
-        section("Speed", *_speeds(runs)),
+        section("Loss", *_losses(runs, charts)),
+        section("Speed", *_speeds(runs, charts)),
         *_timelines(runs),
         section("Where the recipes differ", _differences(runs)),
     )
@@ -91,7 +95,7 @@ def _results(runs: Sequence[Run]) -> Markup:
         ("best validation", lambda run: _number(_lowest(run.metrics.series("validation_loss")))),
         ("exact match", lambda run: _score(run.answers)),
         ("tokens/s", lambda run: _number(median(run.metrics, "tokens_per_second"), ",.0f")),
-        ("TFLOP/s a rank", lambda run: _number(median(run.metrics, "tflops_per_second_per_rank"), ".3g")),
+        ("FLOP/s a rank", lambda run: _flops(median(run.metrics, "tflops_per_second_per_rank"))),
         ("MFU", lambda run: _number(median(run.metrics, "mfu"), ".1%")),
         ("memory", lambda run: _memory(run.metrics)),
         ("in steps", lambda run: duration(sum(value for _, value in run.metrics.series("step_seconds")))),
@@ -113,8 +117,13 @@ def _number(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else format(value, form)
 
 
+def _flops(tflops: float | None) -> str:
+    return "-" if tflops is None else " ".join(flop_rate(tflops))
+
+
 def _score(answers: Sequence[Answer]) -> str:
-    return f"{sum(answer.correct for answer in answers) / len(answers):.1%}" if answers else "-"
+    score = Score.of(answers)
+    return f"{score.correct / score.total:.1%}" if score.total else "-"
 
 
 def _memory(metrics: Metrics) -> str:
@@ -122,29 +131,32 @@ def _memory(metrics: Metrics) -> str:
     return f"{most / _GIB:.1f} GiB" if most else "-"
 
 
-def _losses(runs: Sequence[Run]) -> list[Markup]:
-    drawn = [_overlaid(runs, "loss", "Training loss by step")]
+def _losses(runs: Sequence[Run], charts: Charts) -> list[Markup]:
+    drawn = [_overlaid(charts, runs, "loss", "Training loss by step")]
     if any(run.metrics.series("validation_loss") for run in runs):
-        drawn += [element("h3", "validation loss"), _overlaid(runs, "validation_loss", "Validation loss by step")]
+        drawn += [
+            element("h3", "validation loss"),
+            _overlaid(charts, runs, "validation_loss", "Validation loss by step"),
+        ]
     return drawn
 
 
-def _overlaid(runs: Sequence[Run], name: str, title: str) -> Markup:
+def _overlaid(charts: Charts, runs: Sequence[Run], name: str, title: str) -> Markup:
     lines = []
     for run in runs:
         points = run.metrics.series(name)
         mean = points if name == "validation_loss" else running_mean(points)
         lines.append(Line(mean, run.colour, label=run.label, faint=points if len(runs) < 4 else ()))
-    return line_chart(lines, title=title)
+    return charts.lines(lines, title=title, log="loss" in name)
 
 
-def _speeds(runs: Sequence[Run]) -> list[Markup]:
+def _speeds(runs: Sequence[Run], charts: Charts) -> list[Markup]:
     means = [(run.label, _mean_seconds(run.metrics)) for run in runs]
     return [
         element("h3", "tokens per second"),
-        _overlaid(runs, "tokens_per_second", "Tokens per second by step"),
+        _overlaid(charts, runs, "tokens_per_second", "Tokens per second by step"),
         element("h3", "seconds of a mean step, by part, on rank 0"),
-        bars(means),
+        wide_drawing(bars(means)),
     ]
 
 
@@ -162,7 +174,7 @@ def _timelines(runs: Sequence[Run]) -> list[Markup]:
     parts: list[Markup] = []
     for run, step in chosen:
         parts.append(element("h3", f"{run.label}: step {step.step}, encoder {step.placement}"))
-        parts.append(timeline_drawing(step, seconds=longest))
+        parts.append(wide_drawing(timeline_drawing(step, seconds=longest)))
         parts.append(element("p", timeline_caption(step)))
     return [section("What each rank did when", *parts)]
 

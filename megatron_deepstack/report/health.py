@@ -13,6 +13,8 @@ from megatron_deepstack.report.svg import Markup, element
 
 _MOST_EVENTS = 60
 _MOST_SAMPLES = 12
+_SHOWN_STALL = 0.01
+"""Seconds in all from which stalls are worth a sentence."""
 _LONG_STALL = 0.5
 """Stalls are listed from this share of a step's time on."""
 
@@ -66,12 +68,12 @@ def health_section(metrics: Metrics) -> Iterator[Markup]:
     seconds = sum(value for _, value in metrics.series("step_seconds"))
     if not found:
         yield element("p", "No step was left out, no loss stood out, no rank was slow, and the run was never resumed.")
-    if stalls and seconds:
+    if seconds and stalls >= _SHOWN_STALL:
         share = stalls / seconds
         yield element("p", f"Saving held training up for {stalls:.2f} s in all, {share:.2%} of the steps' time.")
     if found:
         rows = [(str(event.step), _kind(event.kind), event.about) for event in found[:_MOST_EVENTS]]
-        yield table(("step", "what", ""), rows)
+        yield table(("step", "what", "details"), rows)
     if len(found) > _MOST_EVENTS:
         yield element("p", f"and {len(found) - _MOST_EVENTS} more")
 

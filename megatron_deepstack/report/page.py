@@ -1,61 +1,60 @@
-"""`report RUN`: one HTML page about a run that needs no network and no script.
+"""`report RUN`: one HTML page about a run that needs no network.
 
-Everything on it is read from the run folder and the stores it names.
+Everything on it is read from the run folder and the stores that its answers name. Without its script, which draws the
+charts, sorts and filters, all the rest is there. A store that is gone costs the pictures, not the page.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_deepstack.config.load import load_recipe
-from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.errors import DataError
-from megatron_deepstack.report.chart import Line, line_chart, running_mean
-from megatron_deepstack.report.frame import document, duration, facts, section, write
+from megatron_deepstack.report.chart import Charts, Line, running_mean
+from megatron_deepstack.report.frame import document, duration, facts, section, table, wide_drawing, write
 from megatron_deepstack.report.health import health_section
 from megatron_deepstack.report.pictures import Pictures
-from megatron_deepstack.report.records import Answer, Metrics, read_answers, read_metrics
+from megatron_deepstack.report.records import Metrics, read_metrics
 from megatron_deepstack.report.settings import recipe_table
 from megatron_deepstack.report.speed import median, speed_section, timeline_section
 from megatron_deepstack.report.stages import stage_drawing
 from megatron_deepstack.report.svg import PALETTE, Markup, element, joined
 from megatron_deepstack.report.timeline import read_timelines
+from megatron_deepstack.run_folder.answers import Answer, AnswerSet, Score, read_answer_sets
+from megatron_deepstack.run_folder.recipe import require_run
 
 REPORT = "report.html"
+_MOST_LISTED = 2000
+"""Answers in the table."""
 _MOST_SHOWN = 12
 """Answers shown with their pictures, of the right ones and of the wrong ones each."""
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
-    """Write the page to `output`, or into the run folder. Raises DataError if `run` is no run folder."""
+    """Write the page to `output`, or into the run folder. Raises ConfigError if `run` is no run folder."""
     require_run(run)
     return write(output or run / REPORT, page(run))
 
 
-def require_run(run: Path) -> None:
-    """Raise DataError if `run` is no run folder."""
-    if not RunFolder(run).recipe.is_file():
-        raise DataError(f"{run}: holds no {RECIPE_FILE}; expected the run_dir of a `train`")
-
-
 def page(run: Path) -> str:
     """The page's HTML."""
-    recipe, metrics, answers = load_recipe(RunFolder(run).recipe), read_metrics(run), read_answers(run)
-    timelines = read_timelines(run)
+    recipe, metrics, sets = load_recipe(RunFolder(run).recipe), read_metrics(run), read_answer_sets(run)
+    answers = next((one.answers for one in sets if one.held_out), ())
+    timelines, charts = read_timelines(run), Charts()
     return document(
         recipe.name,
+        charts,
         element("h1", recipe.name),
         element("p", summary(recipe)),
         facts(list(_facts(recipe, metrics, answers))),
-        section("Loss", *_loss(metrics)),
-        section("Speed", *speed_section(metrics)),
+        section("Loss", *_loss(metrics, charts)),
+        section("Speed", *speed_section(metrics, charts)),
         *([section("What each rank did when", *timeline_section(timelines))] if timelines else []),
         section("Events", *health_section(metrics)),
-        section("Which stack reaches which stage", stage_drawing(recipe)),
-        section("Held-out questions", *_answers(answers)),
+        section("Which stack reaches which stage", wide_drawing(stage_drawing(recipe))),
+        *_answer_sections(sets),
         section("Recipe", element("p", "As resolved; bold where it differs from the defaults."), recipe_table(recipe)),
     )
 
@@ -84,27 +83,30 @@ def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Itera
     if seconds := sum(value for _, value in metrics.series("step_seconds")):
         yield duration(seconds), "in training steps"
     if answers:
-        right = sum(answer.correct for answer in answers)
-        commonest = Counter(answer.expected for answer in answers).most_common(1)[0][1]
-        chance = f"the commonest answer every time: {commonest / len(answers):.1%}"
-        yield f"{right} / {len(answers)}", f"answers exactly right ({right / len(answers):.1%}; {chance})"
+        score = Score.of(answers)
+        chance = f"the commonest answer every time: {score.chance:.1%}"
+        if score.total:
+            share = score.correct / score.total
+            yield f"{score.correct} / {score.total}", f"answers exactly right ({share:.1%}; {chance})"
 
 
-def _loss(metrics: Metrics) -> Iterator[Markup]:
+def _loss(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
     marks = [(step, "resumed") for step in metrics.resumed_at]
     losses = metrics.series("loss")
-    yield line_chart([Line(running_mean(losses), PALETTE[0], faint=losses)], title="Training loss by step", marks=marks)
+    line = Line(running_mean(losses), PALETTE[0], "loss", faint=losses)
+    yield charts.lines([line], title="Training loss by step", marks=marks, log=True)
     if broken := metrics.num_not_finite("loss"):
         yield element("p", f"{broken} steps had a loss that is not a number and are not drawn.")
     if validation := metrics.series("validation_loss"):
         yield element("h3", "validation loss")
-        yield line_chart([Line(validation, PALETTE[2])], title="Validation loss by step")
+        yield charts.lines([Line(validation, PALETTE[2], "validation loss")], title="Validation loss by step", log=True)
     if norms := metrics.series("gradient_norm"):
         yield element("h3", "gradient norm")
-        yield line_chart([Line(running_mean(norms), PALETTE[6], faint=norms)], title="Gradient norm by step")
+        line = Line(running_mean(norms), PALETTE[6], "gradient norm", faint=norms)
+        yield charts.lines([line], title="Gradient norm by step", log=True)
     if rates := list(_rates(metrics)):
         yield element("h3", "learning rate")
-        yield line_chart(rates, title="Learning rate by step")
+        yield charts.lines(rates, title="Learning rate by step")
 
 
 def _rates(metrics: Metrics) -> Iterator[Line]:
@@ -114,15 +116,24 @@ def _rates(metrics: Metrics) -> Iterator[Line]:
         points = [(r["step"], r["lr_by_part"][part]) for r in metrics.records if part in (r.get("lr_by_part") or ())]
         yield Line(points, PALETTE[(5, 0, 2)[number % 3]], label=part)
     if not parts and (rates := metrics.series("lr")):
-        yield Line(rates, PALETTE[5])
+        yield Line(rates, PALETTE[5], "learning rate")
 
 
-def _answers(answers: Sequence[Answer]) -> Iterator[Markup]:
-    if not answers:
-        yield element("p", "None yet: run `megatron-deepstack generate` on this run, then the report again.")
-        return
+def _answer_sections(sets: Sequence[AnswerSet]) -> Iterator[Markup]:
+    """One section for each store that was asked, the held-out questions first."""
+    if not any(one.held_out for one in sets):
+        said = "None yet: run `megatron-deepstack generate` on this run, then the report again."
+        yield section("Held-out questions", element("p", said))
     pictures = Pictures()
-    for title, correct in (("right", True), ("wrong", False)):
+    for one in sets:
+        yield section(one.title, *_answers(one.answers, pictures))
+
+
+def _answers(answers: Sequence[Answer], pictures: Pictures) -> Iterator[Markup]:
+    """The wrong ones first, since they are what one looks for; then all of them as a table."""
+    yield element("p", Score.of(answers).words)
+    yield _filter()
+    for title, correct in (("wrong", False), ("right", True)):
         chosen = [answer for answer in answers if answer.correct is correct]
         if not chosen:
             continue
@@ -130,6 +141,35 @@ def _answers(answers: Sequence[Answer]) -> Iterator[Markup]:
         count = f"{len(chosen)}" if len(shown) == len(chosen) else f"{len(chosen)}, the first {len(shown)} of them"
         yield element("h3", f"{title}: {count}", style="margin-top: 14px")
         yield element("div", *(_answer(answer, pictures) for answer in shown), class_="answers")
+    for line in pictures.told():
+        yield element("p", line)
+    listed = answers[:_MOST_LISTED]
+    more = f"the first {len(listed)} of {len(answers)}" if len(listed) < len(answers) else f"all {len(answers)}"
+    ordered = sorted(enumerate(listed), key=lambda pair: (pair[1].correct, pair[0]))
+    rows = [(f"{number}", _kind(answer), answer.question, answer.answer, answer.expected) for number, answer in ordered]
+    yield element("h3", more, style="margin-top: 18px")
+    head = ("number", "result", "question", "answer", "expected")
+    yield table(head, rows, sortable=True, kinds=[_kind(answer) for _, answer in ordered])
+
+
+def _kind(answer: Answer) -> str:
+    return "right" if answer.correct else "wrong"
+
+
+def _filter() -> Markup:
+    """Chooses cards and rows of its section; hidden where scripts do not run."""
+    options = [
+        element("option", name, value=value) for name, value in (("all", ""), ("wrong", "wrong"), ("right", "right"))
+    ]
+    words = element("label", "words ", Markup('<input type="search">'))
+    return element(
+        "p",
+        words,
+        element("label", "show ", element("select", *options)),
+        element("output"),
+        class_="filter",
+        hidden="",
+    )
 
 
 def _answer(answer: Answer, pictures: Pictures) -> Markup:
@@ -139,4 +179,4 @@ def _answer(answer: Answer, pictures: Pictures) -> Markup:
     rows = (("question", answer.question, ""), ("answer", answer.answer, "said"), ("expected", answer.expected, ""))
     listed = [joined(element("dt", name), element("dd", value, class_=kind or None)) for name, value, kind in rows]
     kind = "answer" if answer.correct else "answer wrong"
-    return element("article", views, element("dl", *listed), class_=kind, title=answer.id)
+    return element("article", views, element("dl", *listed), class_=kind, title=answer.id, data_kind=_kind(answer))

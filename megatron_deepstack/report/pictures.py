@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.errors import DeepStackError
+from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.report.svg import Markup, element
 
 _MAX_SIDE = 336
@@ -21,17 +22,42 @@ _GRID_SIDE = 260
 
 
 class Pictures:
-    """Opens each store once."""
+    """Opens each store once. What cannot be shown is left out, and `told` says how many pictures and why."""
 
     def __init__(self) -> None:
-        self._open = cache(Store.open)
+        self._open: dict[str, Store | DeepStackError | OSError] = {}
+        """By path or URL the store, or why it cannot be opened: a service that is away is not asked again."""
+        self._absent: dict[str, list[str]] = {}
+        """By store the reason of each picture that is missing."""
 
     def views(self, store: str, image: int) -> Markup:
-        """The global view, and beside it the crops as a grid where the store has any.
+        """The global view, and beside it the crops as a grid where the store has any; a few words if that fails."""
+        try:
+            return self._views(self._opened(store), image)
+        except (DeepStackError, OSError, IndexError) as error:
+            self._absent.setdefault(store, []).append(str(error).splitlines()[0])
+            return element("p", "no picture", class_="absent")
 
-        Raises StoreError if the store is gone or damaged.
-        """
-        opened = self._open(store)
+    def told(self) -> list[str]:
+        """A line for each store of which pictures are missing, since the last call."""
+        absent, self._absent = self._absent, {}
+        return [
+            f"no picture for {number_of(len(reasons), 'answer')} from {store}: {reasons[0]}"
+            for store, reasons in sorted(absent.items())
+        ]
+
+    def _opened(self, store: str) -> Store:
+        if store not in self._open:
+            try:
+                self._open[store] = Store.open(store)
+            except (DeepStackError, OSError) as error:
+                self._open[store] = error
+        found = self._open[store]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _views(self, opened: Store, image: int) -> Markup:
         stored = opened.image(image)
         gw, gh = stored.grid
         views = opened.read_views(image, range(min(stored.count, 1 + gw * gh)))

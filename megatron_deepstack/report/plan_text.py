@@ -14,17 +14,25 @@ from megatron_deepstack.planning.slots import Chunk, decoder_slots, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 _MARKS = digits + ascii_lowercase
+_NARROW = 60
+"""Columns that the table takes at least."""
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
 
-def plan_table(recipe: Recipe) -> RenderableType:
-    """One row per chunk of the pipeline, its layers drawn as a strip with the stacks marked."""
+def plan_table(recipe: Recipe, width: int = 100) -> RenderableType:
+    """One row per chunk of the pipeline, its layers drawn as a strip with the stacks marked.
+
+    `width`: columns of the terminal; where a table would be cut into syllables, each chunk is a few lines instead.
+    """
     slots = decoder_slots(recipe.model)
     title = Text(f"Stage plan of {recipe.name}", style="table.title")
+    if width < _NARROW:
+        lines = [line for chunk in _chunks(recipe) for line in _narrow(chunk, recipe, slots)]
+        return Group(title, *lines, Text(_legend(recipe, slots), style="dim"))
     table = Table(title=title, title_justify="left", pad_edge=False)
     for heading in ("stage", "layers", "stacks added before", "holds", "strip"):
         table.add_column(heading, overflow="fold")
-    for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):
+    for chunk in _chunks(recipe):
         table.add_row(
             _stage(chunk, recipe.parallel.virtual_pipeline),
             _layers(chunk),
@@ -33,6 +41,20 @@ def plan_table(recipe: Recipe) -> RenderableType:
             _strip(chunk, slots),
         )
     return Group(table, Text(_legend(recipe, slots), style="dim"))
+
+
+def _chunks(recipe: Recipe) -> Sequence[Chunk]:
+    return stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+
+
+def _narrow(chunk: Chunk, recipe: Recipe, slots: Sequence[int]) -> list[Text]:
+    """A chunk without a table."""
+    layers = _layers(chunk)
+    layers = "no layers" if layers == "none" else f"layer {layers}" if layers.isdigit() else f"layers {layers}"
+    lines = [Text(f"stage {_stage(chunk, recipe.parallel.virtual_pipeline)}: {layers}", style="bold")]
+    lines += [Text(f"  stacks {_stacks(chunk, slots)}")] if _stacks(chunk, slots) != "-" else []
+    lines += [Text(f"  holds {_ends(chunk)}")] if _ends(chunk) != "-" else []
+    return [*lines, Text("  ").append_text(_strip(chunk, slots))]
 
 
 def _stage(chunk: Chunk, virtual_pipeline: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from megatron_deepstack.report.chart import Line, Point, line_chart, running_mean, stacked_chart
+from megatron_deepstack.platform.quantity import flop_rate, flop_scale
+from megatron_deepstack.report.chart import Charts, Line, Point, running_mean
+from megatron_deepstack.report.frame import wide_drawing
 from megatron_deepstack.report.records import Metrics
 from megatron_deepstack.report.svg import FAINT, Markup, drawing, element, rect, text
 from megatron_deepstack.report.timeline import COLOURS, RecordedStep, timeline_drawing
@@ -43,23 +45,28 @@ def seconds_by_part(metrics: Metrics) -> dict[str, list[Point]]:
     return {name: points for name, points in parts.items() if any(value for _, value in points)}
 
 
-def speed_section(metrics: Metrics) -> Iterator[Markup]:
+def speed_section(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
     """Tokens per second, model FLOP/s or their share of the peak, and time by part."""
     tokens = metrics.series("tokens_per_second")
     yield element("h3", "tokens per second")
-    yield line_chart([Line(running_mean(tokens), "#0072b2", faint=tokens)], title="Tokens per second by step")
+    line = Line(running_mean(tokens), "#0072b2", "tokens/s", faint=tokens)
+    yield charts.lines([line], title="Tokens per second by step")
     shares = [(step, 100 * value) for step, value in metrics.series("mfu")]
     flops = metrics.series("tflops_per_second_per_rank")
     if shares:
         yield element("h3", "MFU, percent")
-        yield line_chart([Line(running_mean(shares), "#009e73", faint=shares)], title="MFU by step")
+        yield charts.lines([Line(running_mean(shares), "#009e73", "MFU, %", faint=shares)], title="MFU by step")
     elif flops:
-        yield element("h3", "model TFLOP/s a rank")
-        yield line_chart([Line(running_mean(flops), "#009e73", faint=flops)], title="Model TFLOP/s a rank by step")
+        _, unit = flop_rate(max(value for _, value in flops))
+        scale = flop_scale(unit)
+        points = [(step, value * scale) for step, value in flops]
+        yield element("h3", f"model {unit} a rank")
+        line = Line(running_mean(points), "#009e73", unit, faint=points)
+        yield charts.lines([line], title=f"Model {unit} a rank by step")
     if parts := seconds_by_part(metrics):
         yield element("h3", "seconds of a step, by part, on rank 0")
         areas = [(_with_share(name, parts), PARTS[name], running_mean(points)) for name, points in parts.items()]
-        yield stacked_chart(areas, title="Seconds of each step by part")
+        yield charts.areas(areas, title="Seconds of each step by part")
 
 
 def _with_share(name: str, parts: dict[str, list[Point]]) -> str:
@@ -71,7 +78,7 @@ def timeline_section(steps: Sequence[RecordedStep]) -> Iterator[Markup]:
     """The recorded steps."""
     for step in steps:
         yield element("h3", f"step {step.step}, encoder {step.placement}")
-        yield timeline_drawing(step)
+        yield wide_drawing(timeline_drawing(step))
         yield element("p", timeline_caption(step))
 
 
@@ -89,7 +96,7 @@ def bars(rows: Sequence[tuple[str, dict[str, float]]]) -> Markup:
     width, left, height = 900.0, 190.0, 30.0
     longest = max((sum(seconds.values()) for _, seconds in rows), default=0.0)
     if not longest:
-        return line_chart((), title="Seconds of a step by part")
+        return element("p", "no values were recorded")
     parts = []
     for number, (label, seconds) in enumerate(rows):
         y, x = 34 + number * (height + 10), left

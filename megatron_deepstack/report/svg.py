@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 
 
@@ -72,3 +73,13 @@ PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8
 def stack_colour(stack: int) -> str:
     """Colour of a stack; repeats after the palette's end."""
     return PALETTE[stack % len(PALETTE)]
+
+
+def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` multiples of 1, 2 or 5 times a power of ten that enclose low and high."""
+    span = max(high - low, abs(high) * 1e-6, 1e-12)
+    unit = 10 ** math.floor(math.log10(span / count))
+    step = next(unit * factor for factor in (1, 2, 5, 10, 20) if span / (unit * factor) <= count)
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
+    return [index * step for index in range(first, last + 1)]

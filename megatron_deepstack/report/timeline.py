@@ -15,8 +15,7 @@ from typing import Any
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.report.chart import round_ticks
-from megatron_deepstack.report.svg import FAINT, LINE, Markup, drawing, element, rect, text
+from megatron_deepstack.report.svg import FAINT, LINE, Markup, drawing, element, rect, round_ticks, text
 
 _WIDTH, _LEFT, _RIGHT = 1000.0, 118.0, 74.0
 _TOP, _ROW, _GAP, _BOTTOM = 40.0, 30.0, 9.0, 40.0

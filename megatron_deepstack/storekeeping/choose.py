@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.run_folder import RECIPE_FILE
+from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.check import load_checked_recipe
+from megatron_deepstack.run_folder.recipe import recipe_of_run
 from megatron_deepstack.storekeeping.model import model_for
 
 
@@ -21,12 +24,20 @@ def load(path: str, recipe: str | None) -> tuple[Store, ModelConfig]:
     Raises ConfigError for the recipe, StoreError where the store is unusable or does not fit it.
     """
     store = Store.open(path)
-    return store, model_for(store, None if recipe is None else load_checked_recipe(recipe).model)
+    return store, model_for(store, None if recipe is None else _recipe(recipe).model)
+
+
+def _recipe(text: str) -> Recipe:
+    """A recipe's file or name, or a run: its folder, or the recipe.yaml in it."""
+    folder = Path(text) if Path(text).is_dir() else Path(text).parent
+    if (folder / RECIPE_FILE).is_file() and Path(text) in (folder, folder / RECIPE_FILE):
+        return recipe_of_run(folder)
+    return load_checked_recipe(text)
 
 
 def tokenizer_for(store: Store, path: str | None, recipe: str | None) -> Tokenizer | None:
     """The tokenizer at `path`, or the recipe's; None without either. Raises DataError if it is not the store's."""
-    source = path or (load_checked_recipe(recipe).data.tokenizer if recipe is not None else None)
+    source = path or (_recipe(recipe).data.tokenizer if recipe is not None else None)
     if source is None:
         return None
     found = load_tokenizer(source)

@@ -37,20 +37,35 @@ _FIGURE_SIDE: Final = 300
 
 
 def write_page(
-    file: Path, store: Store, model: ModelConfig, samples: Sequence[int], tokenizer: Tokenizer | None
+    file: Path,
+    store: Store,
+    model: ModelConfig,
+    samples: Sequence[int],
+    tokenizer: Tokenizer | None,
+    *,
+    slots_known: bool = True,
 ) -> None:
     """Write the page about the numbered samples.
+
+    `slots_known`: the model is a recipe's. Else it was guessed from the store, which knows nothing of slots.
 
     Raises StoreError for damage met, DataError if the file cannot be written.
     """
     try:
-        file.write_text(page(store, model, samples, tokenizer), encoding="utf-8")
+        file.write_text(page(store, model, samples, tokenizer, slots_known=slots_known), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
-def page(store: Store, model: ModelConfig, samples: Sequence[int], tokenizer: Tokenizer | None) -> str:
-    """The page's HTML."""
+def page(
+    store: Store,
+    model: ModelConfig,
+    samples: Sequence[int],
+    tokenizer: Tokenizer | None,
+    *,
+    slots_known: bool = True,
+) -> str:
+    """The page's HTML; arguments as of `write_page`."""
     lengths = expanded_lengths(store, model)
     sections = [_sample(store, model, number, int(lengths[number]), tokenizer) for number in samples]
     body = element(
@@ -58,7 +73,7 @@ def page(store: Store, model: ModelConfig, samples: Sequence[int], tokenizer: To
         element("h1", store.name),
         element("p", f"{len(samples)} of {len(store):,} samples, as {model.variant} reads them"),
         element("p", _advice(tokenizer)),
-        _legend(model),
+        _legend(model, slots_known),
         *sections,
         element("footer", f"megatron-deepstack {__version__}"),
     )
@@ -75,15 +90,25 @@ def page(store: Store, model: ModelConfig, samples: Sequence[int], tokenizer: To
 
 def _advice(tokenizer: Tokenizer | None) -> str:
     shown = "Green text is learned." if tokenizer else "Green tokens are learned; --tokenizer turns them into text."
-    return f"{shown} A picture under the pointer is shown without its stacks' colours."
+    return (
+        f"{shown} A picture under the pointer, or touched, is shown without its stacks' colours. Yellow lines on a "
+        "global view are the borders of its crops."
+    )
 
 
-def _legend(model: ModelConfig) -> Markup:
+def _legend(model: ModelConfig, slots_known: bool) -> Markup:
+    """The stacks' colours, and before which layers they are added where that is known."""
     names = slot_names(model) if stack_maps(model, (2, 2)) else []
     items = [
-        element("span", element("i", style=f"background: {stack_colour(k)}"), f"stack {k}, added before {name}")
+        element(
+            "span",
+            element("i", style=f"background: {stack_colour(k)}"),
+            f"stack {k}, added before {name}" if slots_known else f"stack {k}",
+        )
         for k, name in enumerate(names)
     ]
+    if names and not slots_known:
+        items.append(element("span", "--recipe says before which layers they are added"))
     return element("p", *items, class_="legend")
 
 

@@ -1,10 +1,10 @@
-"""`store stats`: how large images and samples of a store are, as numbers, histograms, and a picture of them."""
+"""`store stats`: how large images and samples of a store are, as numbers and histograms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.quarantine import QUARANTINE_FILE, flagged_by_reason, in_words
 from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.report.svg import FAINT, PALETTE, Markup, drawing, rect, text
 
 _MOST_BINS: Final = 24
 _PERCENTILES: Final = (50, 90, 99, 99.9)
@@ -37,14 +36,46 @@ class Statistics:
     flagged: dict[str, int]
     """Images that are stored but flagged, by the kind of the reason, the commonest first."""
     histograms: tuple[Histogram, ...]
+    numbers: Mapping[str, Any]
+    """The facts for programs: plain values, sizes in bytes."""
+
+    def document(self) -> dict[str, Any]:
+        """As one JSON document."""
+        histograms = [
+            {
+                "title": one.title,
+                "of": one.of,
+                "bins": [{"label": label, "count": count} for label, count in one.bins],
+            }
+            for one in self.histograms
+        ]
+        return {**self.numbers, "histograms": histograms}
 
 
 def statistics(store: Store, model: ModelConfig) -> Statistics:
     """Counts, percentiles and histograms; `model` says how many tokens an image takes."""
     lengths = expanded_lengths(store, model)
     flagged = flagged_by_reason(store.location)
-    facts = tuple(_facts(store, model, lengths, flagged))
-    return Statistics(facts, flagged, tuple(_histograms(store, lengths)))
+    facts, histograms = tuple(_facts(store, model, lengths, flagged)), tuple(_histograms(store, lengths))
+    return Statistics(facts, flagged, histograms, {**_numbers(store, model, lengths), "flagged_by_reason": flagged})
+
+
+def _numbers(store: Store, model: ModelConfig, lengths: np.ndarray) -> dict[str, Any]:
+    shares = np.percentile(lengths, _PERCENTILES, method="inverted_cdf").tolist() if len(lengths) else []
+    return {
+        "samples": len(store),
+        "images": store.num_images,
+        "counts": dict(store.attributes.counts),
+        "variant": str(model.variant),
+        "view_pixels": store.crop_size,
+        "pixel_bytes": store.pixels.view_bytes * int(store.array("images/count").sum()),
+        "compression": str(store.pixels.compression),
+        "tokens_with_images": int(lengths.sum()),
+        "longest_sample": int(lengths.max()) if len(lengths) else 0,
+        "sample_length_percentiles": {
+            f"{share:g}": int(value) for share, value in zip(_PERCENTILES, shares, strict=bool(shares))
+        },
+    }
 
 
 def _facts(store: Store, model: ModelConfig, lengths: np.ndarray, flagged: dict[str, int]) -> Iterator[tuple[str, str]]:
@@ -116,43 +147,3 @@ def _round_widths() -> Iterator[int]:
     while True:
         yield from (power, 2 * power, 5 * power)
         power *= 10
-
-
-_PANEL: Final = (440, 300)
-_COLUMNS: Final = 2
-_PLOT: Final = (16, 52, 408, 190)
-"""Left, top, width and height of the bars in a panel."""
-_MOST_LABELS: Final = 6
-_WIDEST: Final = 70
-"""Pixels of the widest bar."""
-
-
-def drawn(stats: Statistics, title: str) -> Markup:
-    """The histograms as one SVG drawing."""
-    width, height = _PANEL
-    panels = [
-        part
-        for k, histogram in enumerate(stats.histograms)
-        for part in _panel(histogram, k % _COLUMNS * width, k // _COLUMNS * height, PALETTE[k % len(PALETTE)])
-    ]
-    num_rows = -(-len(stats.histograms) // _COLUMNS)
-    paper = rect(0, 0, width * _COLUMNS, height * num_rows, fill="#ffffff")
-    return drawing(width * _COLUMNS, height * num_rows, title, paper, *panels)
-
-
-def _panel(histogram: Histogram, x: float, y: float, colour: str) -> Iterator[Markup]:
-    left, top, width, height = _PLOT
-    yield text(x + left, y + 24, histogram.title, text_anchor="start", size=14, font_weight="600")
-    if not histogram.bins:
-        yield text(x + left, y + 48, f"no {histogram.of}", text_anchor="start", fill=FAINT)
-        return
-    most = max(count for _, count in histogram.bins)
-    yield text(x + left, y + 42, f"{histogram.of}; highest bar {most:,}", text_anchor="start", fill=FAINT, size=11)
-    step = min(width / len(histogram.bins), _WIDEST)
-    labelled = -(-len(histogram.bins) // _MOST_LABELS)
-    for k, (label, count) in enumerate(histogram.bins):
-        tall = height * count / most
-        yield rect(x + left + k * step + 0.5, y + top + height - tall, max(step - 1, 0.5), tall, fill=colour)
-        if k % labelled == 0:
-            short = label.partition(" to ")[0]
-            yield text(x + left + (k + 0.5) * step, y + top + height + 16, short, size=11, fill=FAINT)

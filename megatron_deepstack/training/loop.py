@@ -31,8 +31,9 @@ from megatron_deepstack.parallel.reduce import of_every_rank
 from megatron_deepstack.planning.cost import stage_weights
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.platform.device import max_memory_bytes
-from megatron_deepstack.platform.run_folder import writing
+from megatron_deepstack.platform.run_disk import writing
 from megatron_deepstack.platform.write_whole import write_whole
+from megatron_deepstack.run_folder.recipe import record_start_folder
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
@@ -313,5 +314,6 @@ def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     stages = [{**asdict(chunk), "slots": chunk_slots(chunk, slots)} for chunk in chunks]
     with writing(run_dir):
+        record_start_folder(run_dir)
         write_whole(RunFolder(run_dir).recipe, recipe_to_yaml(recipe))
         write_whole(RunFolder(run_dir).plan, json.dumps({"stages": stages}, indent=1, allow_nan=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
 from megatron_deepstack.config.choices import Precision, Variant
@@ -22,10 +24,10 @@ from megatron_deepstack.config.schema import (
     Recipe,
     VisionConfig,
 )
-from megatron_deepstack.convert.export import export_model, require_exportable
+from megatron_deepstack.convert.export import export_model, new_folder, require_exportable, require_room
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.errors import CheckpointError, ConfigError, DataError
 from megatron_deepstack.inference.export import export_on_rank, export_run, one_rank_recipe
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.testing.ranks import RankPool, groups_for
@@ -130,8 +132,62 @@ def test_a_rank_of_its_own(trained: Path, tmp_path: Path) -> None:
         "tokenizer.model",
     ]
     assert published_source(output, model=LLAVA)("lm_head.weight", (500, 32)).abs().max() > 0
+    modes = {file.stat().st_mode & 0o777 for file in output.iterdir()}
+    assert modes == {0o666 & ~_umask()}, "the weights are readable for whom the other files are"
     with pytest.raises(CheckpointError, match="nothing is overwritten"):
         export_run(trained, output)
+
+
+def _umask() -> int:
+    """Of this process; it can be read only by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def test_overrides_name_a_tokenizer_that_has_moved(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.model"
+    moved.write_bytes((trained.parent / "tokenizer.model").read_bytes())
+    gone = ["data.tokenizer=gone.model"]
+    with pytest.raises(DataError, match=rf"{tmp_path}/gone.model is not there.*data.tokenizer=PATH"):
+        export_run(trained, tmp_path / "out", overrides=[f"data.tokenizer={tmp_path}/gone.model"])
+    assert one_rank_recipe(trained, [*gone, f"data.tokenizer={moved}"]).data.tokenizer == str(moved)
+    with pytest.raises(ConfigError, match=r"did you mean 'data\.tokenizer'"):
+        export_run(trained, tmp_path / "out", overrides=["data.tokeniser=x"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_or_is_too_small_is_said_before_anything_starts(
+    trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"out: cannot be created: Not a directory \(tried in .*file\)"):
+        export_run(trained, tmp_path / "file" / "out")
+    with pytest.raises(DataError, match="cannot be created"):
+        require_room(Path("/proc/out"), 1)
+    with pytest.raises(DataError, match=r"about 1000 TB are needed, .* free; make room"):
+        require_room(tmp_path / "deep" / "out", 10**15)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+FULL = {
+    "the system's": OSError(28, "No space left on device"),
+    "safetensors' own": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_a_disk_that_fills_up_leaves_a_line_and_no_folder(tmp_path: Path, error: Exception) -> None:
+    words = r"out: cannot be written: .*No space left on device.*nothing of it is left"
+
+    def fill_up() -> None:
+        with new_folder(tmp_path / "out") as partial:
+            (partial / "half").write_text("written")
+            raise error
+
+    with pytest.raises(DataError, match=words):
+        fill_up()
+    assert list(tmp_path.iterdir()) == []
 
 
 def export_built(rank: int, model: ModelConfig, output: str) -> None:
@@ -173,5 +229,5 @@ def test_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="nothing is overwritten"):
         require_exportable(tiny_model(), tmp_path, Naming.PUBLISHED)
-    with pytest.raises(CheckpointError, match=r"holds no recipe.yaml"):
+    with pytest.raises(ConfigError, match=r"holds no recipe.yaml"):
         one_rank_recipe(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,11 @@ from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import CheckpointError, StoreError
+from megatron_deepstack.errors import CheckpointError, PreemptedError, StoreError
 from megatron_deepstack.inference import launch
-from megatron_deepstack.inference.main import Answer, Score, open_questions, require_checkpoint
+from megatron_deepstack.inference.main import open_questions, require_checkpoint
 from megatron_deepstack.inference.questions import read_question
-from megatron_deepstack.report.records import read_answers
+from megatron_deepstack.run_folder.answers import Answer, Score, read_answer_sets, read_answers
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
@@ -82,16 +83,29 @@ def test_every_layout_gives_the_same_text(ranks: Pools, recipe: Recipe) -> None:
 def test_questions_in_a_bucket_are_answered_and_reported(
     ranks: Pools, recipe: Recipe, bucket: str, tmp_path: Path
 ) -> None:
-    """By the command line, with copies where data.cache_dir says; the report finds the store again by its URL."""
+    """By the command line, with copies where data.cache_dir says; the report finds the store again by its URL.
+
+    The run's held-out answers stay, stdout holds one JSON document, and stderr says what is done.
+    """
+    held_out = Path(recipe.run_dir) / "answers.jsonl"
     ranks(2).run(train_two_steps, recipe)
     url = f"{bucket}/store.zarr"
     preprocess(recipe, url, workers=0)
     changes = [f"data.cache_dir={tmp_path / 'cache'}", "parallel.pipeline=1"]
-    for verb in (["generate", recipe.run_dir, *changes, "--store", url, "--limit", "1"], ["report", recipe.run_dir]):
-        result = CliRunner().invoke(app, verb)
-        assert result.exit_code == 0, result.output
-    (answer,) = read_answers(Path(recipe.run_dir))
+    held_out.write_text('{"id": "0", "question": "?", "answer": "a", "expected": "a", "correct": true}\n')
+    asked = CliRunner().invoke(app, ["generate", recipe.run_dir, *changes, "--store", url, "--limit", "1", "--json"])
+    assert asked.exit_code == 0, asked.output
+    document = json.loads(asked.stdout)
+    assert f"generate: 1 question of {url} in 1 process" in asked.stderr
+    result = CliRunner().invoke(app, ["report", recipe.run_dir])
+    assert result.exit_code == 0, result.output
+    first, second = read_answer_sets(Path(recipe.run_dir))
+    assert [answer.id for answer in read_answers(Path(recipe.run_dir))] == ["0"] == [a.id for a in first.answers]
+    (answer,) = second.answers
     assert answer.store == url
+    assert (document["answers_file"], document["answers"][0]["answer"]) == (str(second.file), answer.answer)
+    assert set(document) == {"run", "store", "answers_file", "score", "answers"}
+    held_out.unlink()
     assert any((tmp_path / "cache/copies").iterdir())
     assert "global view" in (Path(recipe.run_dir) / "report.html").read_text(encoding="utf-8")
 
@@ -102,9 +116,18 @@ def test_what_was_asked_and_answered_is_shown_as_it_is(
     texts = ("Is it [/b]?", "[bold]", "1:100:3")
     monkeypatch.setattr(launch, "launch_ranks", lambda *_, **__: [Answer("0", *texts, False, "s", None)])
     monkeypatch.setattr(launch, "require_checkpoint", lambda _: None)
-    launch.generate(recipe, store=recipe.data.store, limit=None, max_new_tokens=5)
+    launch.show(launch.generate(recipe, held_out=None, store=recipe.data.store, limit=None, max_new_tokens=5))
     shown = capsys.readouterr().out
     assert [text for text in texts if text not in shown] == []
+
+
+def test_a_stopped_generate_speaks_of_itself_not_of_training() -> None:
+    def stopped() -> None:
+        raise PreemptedError("run the same command again to go on from the newest checkpoint")
+
+    with pytest.raises(PreemptedError) as caught:
+        launch.stoppable("generate", stopped)
+    assert str(caught.value) == "generate: stopped on request; nothing was written, the same command begins anew"
 
 
 def test_questions_of_a_store(recipe: Recipe) -> None:

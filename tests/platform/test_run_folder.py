@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.errors import RunFolderError
-from megatron_deepstack.platform.run_folder import require_room, require_writable, size_text, writing
+from megatron_deepstack.platform.run_disk import require_room, require_writable, size_text, writing
 from megatron_deepstack.platform.write_whole import create_whole, write_whole
 
 Mount = Callable[..., Path]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -15,13 +17,13 @@ import pytest
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, StackConfig
-from megatron_deepstack.errors import DataError
+from megatron_deepstack.errors import ConfigError, DataError, LocationError, StoreError
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.report import pictures
-from megatron_deepstack.report.chart import Line, line_chart, round_ticks, running_mean, stacked_chart
 from megatron_deepstack.report.page import write_report
-from megatron_deepstack.report.records import read_answers, read_metrics
+from megatron_deepstack.report.records import read_metrics
 from megatron_deepstack.report.stages import stage_drawing
+from megatron_deepstack.run_folder.answers import read_answers
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 
 HOSTILE = "<script>alert('x')</script>\"&"
@@ -78,7 +80,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.seen.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -109,8 +111,14 @@ def test_the_page_holds_what_the_run_did(run):
 
 def test_text_from_data_and_model_stays_text(run):
     page = Tags(write_report(run).read_text(encoding="utf-8"))
-    assert not [tag for tag, _ in page.seen if tag == "script"]
-    assert page.texts.count(HOSTILE) == 4  # heading, question, answer, and the name in the recipe
+    # Heading, name in the recipe, and the question and the answer on their cards and in the table.
+    assert page.texts.count(HOSTILE) == 6
+    assert [HOSTILE in text for text in page.texts if "Bokeh" in text] == [False, False]
+
+
+def scripts_of(text: str) -> list[str]:
+    """Contents of the scripts that a browser runs."""
+    return re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
 
 
 def test_the_page_asks_nothing_of_the_network(run):
@@ -119,9 +127,78 @@ def test_the_page_asks_nothing_of_the_network(run):
         for name, value in attributes.items():
             if name in ("src", "href", "srcset", "action"):
                 assert value.startswith("data:image/"), (name, value)
+    for script in scripts_of(text):
+        text = text.replace(script, "")
     assert "url(" not in text
-    assert "default-src 'none'" in text.replace("&#x27;", "'")
     assert set(re.findall(r"https?://[^\"\s]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_the_policy_allows_the_page_its_own_scripts_by_their_hashes_and_nothing_else(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    (policy,) = (found["content"] for tag, found in Tags(text).seen if found.get("http-equiv"))
+    rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
+    hashes = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in scripts_of(text)]
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == " ".join(f"'sha256-{one}'" for one in hashes)
+    assert len(hashes) == 2
+
+
+def test_wrong_answers_come_first_and_all_are_in_a_table_that_sorts_and_filters(run):
+    page = Tags(write_report(run).read_text(encoding="utf-8"))
+    assert page.texts.index("wrong: 2") < page.texts.index("right: 1")
+    cards = [found["data-kind"] for tag, found in page.seen if tag == "article"]
+    rows = [found["data-kind"] for tag, found in page.seen if tag == "tr" and "data-kind" in found]
+    assert cards == rows == ["wrong", "wrong", "right"]
+    assert "plain sortable" in [found.get("class") for tag, found in page.seen if tag == "table"]
+    # What needs the script is hidden until the script shows it.
+    assert [found for tag, found in page.seen if found.get("class") == "filter"] == [{"class": "filter", "hidden": ""}]
+
+
+GONE = {
+    "store that is gone": (StoreError("somewhere.zarr: not a store: it has no zarr.json"), "it has no zarr.json"),
+    "bucket that is not reached": (LocationError("s3://b/x: cannot be reached"), "cannot be reached"),
+    "store of other pictures": (IndexError("image 7 of 3"), "image 7 of 3"),
+    "disk that fails": (OSError(5, "Input/output error"), "Input/output error"),
+}
+
+
+@pytest.mark.parametrize(("error", "words"), GONE.values(), ids=GONE)
+def test_without_its_store_the_page_is_written_without_pictures_and_says_so(run, monkeypatch, error, words):
+    def fail(path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(FakeStore, "open", fail)
+    page = Tags(write_report(run).read_text(encoding="utf-8"))
+    (line,) = (text for text in page.texts if "no picture for" in text)
+    assert line.startswith("no picture for 2 answers from somewhere.zarr: ")
+    assert words in line
+    assert page.texts.count("no picture") == 2
+    assert "dog" in page.texts
+    assert not [tag for tag, _ in page.seen if tag == "img"]
+
+
+def test_one_damaged_picture_costs_no_other(run, monkeypatch):
+    whole = FakeStore.read_views
+
+    def damaged(self: FakeStore, image: int, views: range) -> np.ndarray:
+        if image == 0:
+            raise StoreError("view 0 of image 0 is damaged")
+        return whole(self, image, views)
+
+    monkeypatch.setattr(FakeStore, "read_views", damaged)
+    page = Tags(write_report(run).read_text(encoding="utf-8"))
+    assert sum(tag == "img" for tag, _ in page.seen) == 1 + 3
+    assert "no picture for 1 answer from somewhere.zarr: view 0 of image 0 is damaged" in page.texts
+
+
+def test_answers_to_other_stores_have_sections_of_their_own(run):
+    held_out = (run / "answers.jsonl").read_text()
+    (run / "answers").mkdir()
+    other = json.loads(held_out.splitlines()[2]) | {"store": "/data/cats.zarr"}
+    (run / "answers" / "cats.zarr-12345678-first-1.jsonl").write_text(json.dumps(other) + "\n")
+    page = Tags(write_report(run).read_text(encoding="utf-8"))
+    assert page.texts.index("Held-out questions") < page.texts.index("First 1 question of cats.zarr")
+    assert "answers exactly right (33.3%; the commonest answer every time: 33.3%)" in page.texts
 
 
 VIEWS = {
@@ -148,7 +225,7 @@ def test_a_run_without_answers_or_metrics_has_a_page_too(run):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(DataError, match=r"holds no recipe\.yaml"):
+    with pytest.raises(ConfigError, match=r"holds no recipe\.yaml"):
         write_report(tmp_path)
 
 
@@ -208,64 +285,3 @@ def test_every_stack_is_drawn_to_the_cell_of_its_slot():
         if part.tag.endswith("text") and part.text.isdigit() and float(part.attrib["y"]) > 200
     }
     assert ends == pytest.approx([layers[slot] for slot in slots], abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 0), (1, 1), (-3, 4), (0.1203, 3.2), (1e-9, 2e-9), (1e8, 1e8 + 1), (5, 5 + 1e-14)]
-)
-def test_ticks_enclose_the_values_and_are_few(low, high):
-    ticks = round_ticks(low, high)
-    assert ticks[0] <= low + abs(low) * 1e-9
-    assert ticks[-1] >= high - abs(high) * 1e-9
-    assert 2 <= len(ticks) <= 8
-
-
-def test_running_mean_keeps_length_and_constants():
-    points = [(step, 2.0) for step in range(100)]
-    assert running_mean(points) == points
-    assert running_mean([]) == []
-
-
-@pytest.mark.parametrize("num", [1, 2, 3, 61, 180, 1001])
-def test_running_mean_is_that_of_the_values_around(num):
-    """To rounding (worst measured 1e-15), also after one value beside which all others vanish."""
-    values = np.random.default_rng(num).lognormal(size=num)
-    values[num // 3] = 1e30
-    half = max(1, num // 60)
-    near = [values[max(0, index - half) : index + half + 1] for index in range(num)]
-    means = running_mean(list(enumerate(values.tolist())))
-    assert [step for step, _ in means] == list(range(num))
-    assert [mean for _, mean in means] == pytest.approx([part.mean() for part in near], rel=1e-13)
-
-
-def corners(drawn, kind):
-    """Points of a chart's lines or areas, in the order in which they are drawn."""
-    shapes = [part for part in ElementTree.fromstring(drawn).iter() if part.tag.endswith(kind)]
-    return [[tuple(map(float, pair.split(","))) for pair in shape.attrib["points"].split()] for shape in shapes]
-
-
-def test_a_long_run_is_drawn_with_few_points_and_all_its_extremes():
-    values = np.random.default_rng(0).normal(size=100_000)
-    values[[7, 31_415]] = -50, 50
-    (_, short), (_, long) = (
-        corners(line_chart([Line(points, "#000000", faint=points)], title="t"), "polyline")
-        for points in (list(enumerate(values[:2000].tolist())), list(enumerate(values.tolist())))
-    )
-    assert len(short) == 2000
-    assert 1000 < len(long) <= 2000
-    assert (long[0][0], long[-1][0]) == (short[0][0], short[-1][0]), "from the first step to the last"
-    assert min(long, key=lambda point: point[1])[0] == pytest.approx(64 + 820 * 0.31415, abs=0.1)
-    assert max(long, key=lambda point: point[1])[0] == pytest.approx(64, abs=0.1)
-
-
-def test_areas_of_a_long_run_share_their_few_steps():
-    points = [(step, 1.0 + step % 7) for step in range(50_000)]
-    low, high = corners(stacked_chart([("a", "#000000", points), ("b", "#111111", points)], title="t"), "polygon")
-    assert len(low) == len(high) <= 2 * 2000
-    assert [x for x, _ in low] == [x for x, _ in high]
-    assert high[len(high) // 2 :] == low[: len(low) // 2][::-1], "one stands on the other"
-
-
-def test_chart_of_one_point():
-    drawn = ElementTree.fromstring(line_chart([Line([(1, 0.5)], "#000000")], title="one"))
-    assert drawn.tag.endswith("svg")

@@ -17,8 +17,7 @@ from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import OptimizerConfig, ParallelConfig, Recipe
-from megatron_deepstack.errors import DataError
-from megatron_deepstack.report.chart import Line, line_chart, stacked_chart
+from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.report.compare import write_comparison
 from megatron_deepstack.report.health import events
 from megatron_deepstack.report.page import write_report
@@ -118,10 +117,6 @@ def test_parts_of_a_step_add_up_to_it() -> None:
         "schedule": [(1, 1.0), (2, 1.0)],
         "other": [(1, 0.5), (2, 0.5)],
     }
-    drawn = stacked_chart([(name, "#000000", points) for name, points in parts.items()], title="parts")
-    areas = [part for part in ElementTree.fromstring(drawn).iter() if part.tag.endswith("polygon")]
-    assert len(areas) == 3
-    assert ElementTree.fromstring(stacked_chart((), title="none")).tag.endswith("svg")
     assert ElementTree.fromstring(bars([("a", {}), ("b", {"data": 1.0})])).tag.endswith("svg")
 
 
@@ -196,8 +191,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     for words in ("parallel.encoder_placement", "inline", "1.25", "50.0%", "10,002", f"other ({second})"):
         assert words in texts, words
     assert "optimizer.lr" not in texts
-    assert sum(tag == "polyline" for tag, _ in page.seen) >= 2 * 2 * 2
-    assert not [tag for tag, _ in page.seen if tag == "script"]
+    assert sum(found.get("class") == "chart" for _, found in page.seen) == 3
     assert f"{HOSTILE}: step 3, encoder spread" in page.texts
 
 
@@ -205,7 +199,7 @@ def test_a_run_is_not_compared_with_itself_or_with_nothing(tmp_path: Path) -> No
     run = write_run(tmp_path / "a", Recipe(), [record(1)])
     with pytest.raises(DataError, match="the same run is named twice"):
         write_comparison([run, tmp_path / "." / "a"])
-    with pytest.raises(DataError, match=r"holds no recipe\.yaml"):
+    with pytest.raises(ConfigError, match=r"holds no recipe\.yaml"):
         write_comparison([run, tmp_path])
 
 
@@ -224,11 +218,3 @@ def test_the_verb_takes_one_run_or_several(tmp_path: Path) -> None:
     wanted = tmp_path / "both.html"
     assert CliRunner().invoke(app, ["report", str(first), str(second), "--output", str(wanted)]).exit_code == 0
     assert "second" in wanted.read_text(encoding="utf-8")
-
-
-def test_lines_share_one_pair_of_axes() -> None:
-    root = ElementTree.fromstring(
-        line_chart([Line([(1, 0.0), (10, 1.0)], "#111111", "low"), Line([(5, 9.0), (20, 2.0)], "#222222")], title="two")
-    )
-    texts = {part.text for part in root.iter() if part.tag.endswith("text")}
-    assert {"low", "0", "10", "20"} <= texts

@@ -1,5 +1,6 @@
 """`store show` and `store stats`: what they say is what is stored, text stays text, and nothing is fetched."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +24,8 @@ from megatron_deepstack.storekeeping.choose import chosen, tokenizer_for
 from megatron_deepstack.storekeeping.model import model_for
 from megatron_deepstack.storekeeping.show import page
 from megatron_deepstack.storekeeping.stack_map import NO_STACK, mosaics, slot_names, stack_maps
-from megatron_deepstack.storekeeping.stats import drawn, statistics
+from megatron_deepstack.storekeeping.stats import statistics
+from megatron_deepstack.storekeeping.stats_drawing import drawn
 from megatron_deepstack.testing.tiny_data import write_tokenizer
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 
@@ -193,3 +195,52 @@ def test_the_verbs(tmp_path: Path) -> None:
     assert (result.exit_code, "was made for something else" in result.output) == (4, True)
     result = CliRunner().invoke(app, ["store", "stats", str(root), "--svg", str(tmp_path / "no/where.svg")])
     assert (result.exit_code, "cannot be written" in result.output) == (3, True)
+
+
+def test_the_drawing_has_axes_every_label_every_number_and_a_dark_theme(store: Store) -> None:
+    stats = statistics(store, model_for(store, None))
+    svg = drawn(stats, "sizes")
+    root = ElementTree.fromstring(svg)
+    texts = [part.text for part in root.iter() if part.tag.endswith("}text")]
+    for histogram in stats.histograms:
+        assert histogram.title in texts
+        assert {label for label, _ in histogram.bins} <= set(texts)
+        assert {f"{count:,}" for _, count in histogram.bins} <= set(texts)
+    assert texts.count("0") >= len(stats.histograms), "each axis begins at 0"
+    titles = [part.text for part in root.iter() if part.tag.endswith("}title")]
+    assert "2 x 2: 2 images" in titles
+    assert "prefers-color-scheme: dark" in svg
+
+
+def test_slots_are_stated_only_where_a_recipe_says_them(store: Store) -> None:
+    """The store knows nothing of slots; the default ones may be another run's."""
+    guessed, asked = (page(store, model_for(store, None), [0], None, slots_known=known) for known in (False, True))
+    assert "added before layer" not in guessed
+    assert "--recipe says before which layers" in guessed
+    assert "stack 3, added before layer 4" in asked
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100])
+def test_bars_fit_the_terminal(tmp_path: Path, columns: int) -> None:
+    root = write_tiny_store(tmp_path / "store")
+    result = CliRunner().invoke(app, ["store", "stats", str(root)], env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0
+    assert "\u2588" in result.output
+    assert "\u2026" not in result.output
+
+
+def test_json_is_the_only_thing_on_stdout(tmp_path: Path) -> None:
+    root = write_tiny_store(tmp_path / "store")
+    result = CliRunner().invoke(app, ["store", "stats", str(root), "--json"])
+    found = json.loads(result.stdout)
+    assert (found["samples"], found["images"], found["counts"]["samples"]) == (12, 9, 12)
+    assert {"view_pixels", "pixel_bytes", "tokens_with_images", "longest_sample"} <= set(found)
+    assert sum(one["count"] for one in found["histograms"][1]["bins"]) == 8
+    result = CliRunner().invoke(app, ["store", "verify", str(root), "--json", "--processes", "1"])
+    assert json.loads(result.stdout) == {"store": str(root), "whole": True, "faults": []}
+    shard = root / shard_path(0)
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    result = CliRunner().invoke(app, ["store", "verify", str(root), "--json", "--processes", "1"])
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["whole"]) == (4, False)
+    assert set(found["faults"][0]) == {"where", "what", "advice"}

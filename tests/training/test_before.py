@@ -15,7 +15,7 @@ from megatron_deepstack.checkpoint.folder import checkpoint_path
 from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.errors import DeepStackError, PreemptedError, RankError, RunFolderError
 from megatron_deepstack.planning.footprint import checkpoint_bytes, checkpoints_at_once
-from megatron_deepstack.platform import run_folder
+from megatron_deepstack.platform import run_disk as run_folder
 from megatron_deepstack.platform.gang import STOPPED, Gang
 from megatron_deepstack.platform.run_lock import OWNER_FILE, run_lock
 from megatron_deepstack.testing.tiny import tiny_recipe

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from megatron_deepstack.platform.quantity import clock, flop_rate
 from megatron_deepstack.training.metrics.record import StepRecord
 
 _GIB = 1 << 30
@@ -22,7 +24,12 @@ class StepConsole:
         self._begin = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+            columns = (
+                TextColumn("training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[left]}"),
+            )
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("training", total=num_steps, completed=first_step, left="")
             self._bar.start()
@@ -33,7 +40,7 @@ class StepConsole:
 
     def add(self, record: StepRecord) -> None:
         """A line about the step if it is due, and the bar moved on."""
-        left = _clock(self._seconds_left(record.step))
+        left = clock(self._seconds_left(record.step))
         if self._bar is not None:
             self._bar.update(self._task, completed=record.step, left=f"{left} left")
         due = record.step % self.interval == 0 or record.step in (self.first_step + 1, self.num_steps)
@@ -46,34 +53,58 @@ class StepConsole:
             self._bar.stop()
 
     def _line(self, record: StepRecord, left: str) -> Text:
+        """The step's line. On a terminal too narrow for all of it the least important columns are left out."""
+        remarks = Text.assemble(*((f"  {words}", style) for words, style in _remarks(record)))
+        columns, dropped = list(_columns(record)), list(_FIRST_TO_GO)
+        while True:
+            line = self._with_columns(record, columns)
+            if self._bar is None:
+                line.append(f"  left {left}")
+            line.append_text(remarks)
+            fits = not self.console.is_terminal or line.cell_len <= self.console.width
+            if fits or not dropped:
+                return line
+            gone = dropped.pop(0)
+            columns = [column for column in columns if column.kind != gone]
+
+    def _with_columns(self, record: StepRecord, columns: Sequence[_Column]) -> Text:
         width = len(str(self.num_steps))
         line = Text()
         line.append(f"step {record.step:>{width}}/{self.num_steps}", style="dim")
-        for name, value, unit in _columns(record):
-            line.append(f"  {name} " if name else "  ", style="dim")
-            line.append(value, style="bold" if name == "loss" else "")
-            line.append(unit, style="dim")
-        if self._bar is None:
-            line.append(f"  left {left}")
-        for words, style in _remarks(record):
-            line.append(f"  {words}", style=style)
+        for column in columns:
+            line.append(f"  {column.name} " if column.name else "  ", style="dim")
+            line.append(column.value, style="bold" if column.kind == "loss" else "")
+            line.append(column.unit, style="dim")
         return line
 
     def _seconds_left(self, step: int) -> float:
         return (time.monotonic() - self._begin) / (step - self.first_step) * (self.num_steps - step)
 
 
-def _columns(record: StepRecord) -> Iterator[tuple[str, str, str]]:
-    """Name, value and unit of what every line shows."""
-    yield "loss", "none" if record.loss is None else f"{record.loss:.4f}", ""
-    yield "lr", f"{record.lr:.2e}", ""
-    yield "grad", f"{record.gradient_norm:.2f}", ""
-    yield "", f"{record.tokens_per_second:,.0f}", " tokens/s"
-    yield "", f"{record.tflops_per_second_per_rank:.3g}", " TFLOP/s a rank"
+class _Column(NamedTuple):
+    """What every line shows of one thing."""
+
+    kind: str
+    name: str
+    value: str
+    unit: str = ""
+
+
+_FIRST_TO_GO = ("memory", "data", "grad", "flops", "lr", "mfu", "tokens")
+"""Kinds of columns in the order in which a narrow terminal does without them; the loss stays."""
+
+
+def _columns(record: StepRecord) -> Iterator[_Column]:
+    yield _Column("loss", "loss", "none" if record.loss is None else f"{record.loss:.4f}")
+    yield _Column("lr", "lr", f"{record.lr:.2e}")
+    yield _Column("grad", "grad", f"{record.gradient_norm:.2f}")
+    yield _Column("tokens", "", f"{record.tokens_per_second:,.0f}", " tokens/s")
+    rate, unit = flop_rate(record.tflops_per_second_per_rank)
+    yield _Column("flops", "", rate, f" {unit} a rank")
     if record.mfu is not None:
-        yield "MFU", f"{record.mfu:.1%}", ""
-    yield "data", f"{record.seconds.get('data', 0.0) / max(record.step_seconds, 1e-9):.0%}", ""
-    yield "", f"{record.memory_bytes / _GIB:.1f}", " GiB"
+        yield _Column("mfu", "MFU", f"{record.mfu:.1%}")
+    yield _Column("data", "data", f"{record.seconds.get('data', 0.0) / max(record.step_seconds, 1e-9):.0%}")
+    yield _Column("memory", "", f"{record.memory_bytes / _GIB:.1f}", " GiB")
 
 
 def _remarks(record: StepRecord) -> Iterator[tuple[str, str]]:
@@ -95,10 +126,3 @@ def say(text: str) -> None:
         text: The line.
     """
     Console(highlight=False, soft_wrap=True).print(Text(text))
-
-
-def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as short as they can be read."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

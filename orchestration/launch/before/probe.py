@@ -24,7 +24,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.attributes import finished_attributes
 from megatron_deepstack.platform.network import interface_of
-from megatron_deepstack.platform.run_folder import write_probe
+from megatron_deepstack.platform.run_disk import write_probe
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "ray", "zarr", "numpy")
 TOKENS = ".launch-tokens"

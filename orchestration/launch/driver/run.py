@@ -22,7 +22,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError, DeepStackError, PreemptedError, RankError
 from megatron_deepstack.planning.check import check_plan, check_world, model_ranks
 from megatron_deepstack.platform.device import gpu_memories
-from megatron_deepstack.platform.run_folder import require_writable
+from megatron_deepstack.platform.run_disk import require_writable
 from megatron_deepstack.platform.run_lock import run_lock
 from megatron_deepstack.training.guard.watchdog import PATIENT
 from orchestration.cluster import import_ray, ray_session

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -178,6 +179,27 @@ def test_plain_lines_say_what_happened() -> None:
     assert "MFU 41.7%  data 20%  3.0 GiB  left " in line
     assert line.endswith("  validation loss 1.2500")
     assert "\x1b" not in line
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_lines_fit_a_terminal_and_keep_what_matters(width: int) -> None:
+    out = io.StringIO()
+    steps = StepConsole(
+        Console(file=out, force_terminal=True, width=width, color_system=None), first_step=0, num_steps=100, interval=1
+    )
+    steps.add(record(1, mfu=0.417, spike=True))
+    steps.close()
+    printed = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()))
+    lines = [line for line in printed if "loss" in line]
+    assert [("loss 4.0000" in line, "SPIKE" in line, len(line) <= width) for line in lines] == [(True, True, True)]
+
+
+@pytest.mark.parametrize(
+    ("tflops", "shown"), [(412.0, "412 TFLOP/s"), (0.00637, "6.37 GFLOP/s"), (1.5e-6, "1.5 MFLOP/s"), (0.0, "0 FLOP/s")]
+)
+def test_speeds_have_a_unit_that_fits(tflops: float, shown: str) -> None:
+    (line,) = lines_of(False, record(1, tflops_per_second_per_rank=tflops))
+    assert f"  {shown} a rank" in line
 
 
 def test_what_the_loop_says_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

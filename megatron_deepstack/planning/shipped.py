@@ -1,0 +1,67 @@
+"""The recipes that come with the package, each in a line: what it is, which model, and what it was laid out for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from megatron_deepstack.config.load import RECIPES, load_recipe
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.planning.check import model_ranks
+from megatron_deepstack.planning.footprint import part_parameters
+
+_MADE_FOR: Final = re.compile(r"(Eight H100|[A-Z]\w+ H100|two processes without a GPU)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """One recipe of the package."""
+
+    name: str
+    about: str
+    """The first sentence of its file."""
+    variant: str
+    parameters: int
+    """Of the whole model."""
+    made_for: str
+    """Machines that its layout was chosen for, in the words of its file; empty where that says none."""
+    layout: str
+    """Ranks of one replica by axis, such as `TP 2 x PP 4`."""
+    ranks_per_replica: int
+
+
+def shipped_recipes() -> list[Shipped]:
+    """All of them, by name."""
+    return [_shipped(file.stem) for file in sorted(RECIPES.glob("*.yaml"))]
+
+
+def _shipped(name: str) -> Shipped:
+    recipe = load_recipe(name)
+    words = _opening_comment(name)
+    made_for = _MADE_FOR.search(words)
+    return Shipped(
+        name=name,
+        about=re.split(r"[.;](?= |$)", words, maxsplit=1)[0],
+        variant=str(recipe.model.variant),
+        parameters=sum(part_parameters(recipe.model).values()),
+        made_for=made_for[0] if made_for else "",
+        layout=_layout(recipe),
+        ranks_per_replica=model_ranks(recipe.parallel),
+    )
+
+
+def _opening_comment(name: str) -> str:
+    """The lines of comment at the top of a recipe's file, as one text."""
+    lines = []
+    for line in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").strip())
+    return " ".join(lines)
+
+
+def _layout(recipe: Recipe) -> str:
+    parallel = recipe.parallel
+    axes = (("TP", parallel.tensor), ("PP", parallel.pipeline), ("CP", parallel.context))
+    return " x ".join(f"{name} {size}" for name, size in axes if size > 1) or "one rank"
