@@ -69,6 +69,8 @@ class RankRoutes:
     """What this rank encodes; unit u yields local rows u * tokens_per_view onwards; the newline is the last row."""
     num_units: int
     """Units of the whole replica, each counted once."""
+    num_replica_rows: int
+    """Rows that the units of the whole replica make; newlines not counted."""
     num_local_rows: int
     """Rows of the local table, the newline included."""
     send_rows: Index
@@ -142,6 +144,7 @@ def plan_routes(
     return RankRoutes(
         units=_encode_units(images, mine),
         num_units=num_units,
+        num_replica_rows=num_units * view_tokens,
         num_local_rows=num_local,
         send_rows=local_rows(sent.rows, mine.start * view_tokens, num_local),
         send_splits=sent.splits,

@@ -205,10 +205,12 @@ def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
     assert not len(sent) or int(sent["src_row"].max()) < num_local, "a route names a row its rank does not make"
     uses = np.bincount(backwards["src_row"], minlength=num_local)
     assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
+    num_units = len({unit for units in step.units for unit in units})
     chunks, stored_rows = _chunk_rows(step, received, step.stage_of_rank[rank])
     return RankRoutes(
         units=step.units[rank],
-        num_units=len({unit for units in step.units for unit in units}),
+        num_units=num_units,
+        num_replica_rows=num_units * step.view_tokens,
         num_local_rows=num_local,
         send_rows=np.ascontiguousarray(sent["src_row"]),
         send_splits=_counts(sent["dst"], num_ranks),
