@@ -88,11 +88,12 @@ class Mixture:
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
         """Samples of 0-based step `step`, (batch_size,)."""
-        if self._streams is None or self._streams[0] != seed:
-            self._streams = seed, [StoreStream(seed, k, len(store)) for k, store in enumerate(self.stores)]
+        streams = self._streams
+        if streams is None or streams[0] != seed:
+            streams = self._streams = seed, [StoreStream(seed, k, len(store)) for k, store in enumerate(self.stores)]
         chosen, numbers = mixed_batch(seed, step, batch_size, self.weights)
         out = np.empty(batch_size, np.int64)
-        for k, stream in enumerate(self._streams[1]):
+        for k, stream in enumerate(streams[1]):
             here = chosen == k
             if here.any():
                 out[here] = self._first_sample[k] + stream.take(numbers[here])
