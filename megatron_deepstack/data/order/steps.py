@@ -112,6 +112,7 @@ class StepReader:
 
     def load_samples(self, step: int, samples: Indices) -> LoadedStep:
         """The same for chosen samples, (micro-batches, micro_batch_size) store indices."""
+        self.store.prepare(samples.reshape(-1))
         read = [[self._read(int(i)) for i in row] for row in samples]
         packed = self.train.batching is Batching.PACKED
         rows = self._pack([one for row in read for one in row]) if packed else read
@@ -231,7 +232,7 @@ def _open_checked(recipe: Recipe, path: str | None) -> Store:
 def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
     """A stored sample, expanded. Raises DataError if it does not fit `train.seq_length`."""
     sample = store.sample(index)
-    grids = tuple(store.image(image).grid for image in sample.images)
+    grids = tuple(store.grid(image) for image in sample.images)
     sequence = expand(
         sample.id,
         sample.tokens,
