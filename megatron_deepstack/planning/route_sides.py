@@ -213,16 +213,25 @@ def send(
         for image, block in blocks(own, slots):
             kept = _of_units(image, block, mine)
             rows.append(_replica_rows(image, block.row[kept], view_tokens))
-            shards.append(place.shards.shard_of(block.cell[kept] + np.int64(image.start)).astype(np.uint16))
-        shard = np.concatenate(shards)
-        ordered = np.concatenate(rows)[_order(shard)]
-        counts = count_by_rank(shard, num_shards)
+            if num_shards > 1:
+                shards.append(place.shards.shard_of(block.cell[kept] + np.int64(image.start)).astype(np.uint16))
+        ordered = np.concatenate(rows)
+        counts: tuple[int, ...] = (len(ordered),)
+        if num_shards > 1:
+            shard = np.concatenate(shards)
+            ordered, counts = ordered[_order(shard)], count_by_rank(shard, num_shards)
         for part, count in zip(np.split(ordered, np.cumsum(counts)[:-1]), counts, strict=True):
             rows_of += [part] * copies
             splits += [count] * copies
             returned.append(part)
             returned_splits += [count] + [0] * (copies - 1)
-    return Sent(np.concatenate(rows_of), tuple(splits), np.concatenate(returned), tuple(returned_splits))
+    together = np.concatenate(returned)
+    return Sent(
+        rows=together if copies == 1 else np.concatenate(rows_of),
+        splits=tuple(splits),
+        returned=together,
+        returned_splits=tuple(returned_splits),
+    )
 
 
 def send_to_self(place: Place, rows: Index) -> Sent:

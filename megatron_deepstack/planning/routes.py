@@ -138,7 +138,10 @@ def plan_routes(
     stored = store(received, by_stage[place.pp], slots)
     sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine, view_tokens)
     num_local = len(mine) * view_tokens + 1
-    returned = local_rows(sent.returned, mine.start * view_tokens, num_local)
+    send_rows = local_rows(sent.rows, mine.start * view_tokens, num_local)
+    returned = send_rows
+    if sent.returned is not sent.rows:
+        returned = local_rows(sent.returned, mine.start * view_tokens, num_local)
     uses = np.bincount(returned, minlength=num_local)
     assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
     return RankRoutes(
@@ -146,7 +149,7 @@ def plan_routes(
         num_units=num_units,
         num_replica_rows=num_units * view_tokens,
         num_local_rows=num_local,
-        send_rows=local_rows(sent.rows, mine.start * view_tokens, num_local),
+        send_rows=send_rows,
         send_splits=sent.splits,
         receive_splits=count_by_rank(received.source, place.num_ranks),
         stored_rows=stored.rows,

@@ -122,19 +122,18 @@ class RemoteArray:
             with self._cache.one_at_a_time(name):
                 found = self._read_copy(block, name)
                 if found is None:
-                    found = fetched = self._fetch(block)
-                    self._cache.keep(name, fetched + google_crc32c.value(fetched).to_bytes(4, "little"))
-        rows = np.frombuffer(found, self._array.dtype).reshape(-1, *self._array.row_shape)
-        rows.flags.writeable = False
-        return rows
+                    found = self._fetch(block)
+                    self._cache.keep(name, found + google_crc32c.value(found).to_bytes(4, "little"))
+        return np.frombuffer(found, self._array.dtype).reshape(-1, *self._array.row_shape)
 
-    def _read_copy(self, block: int, name: str) -> bytes | memoryview | None:
+    def _read_copy(self, block: int, name: str) -> bytes | None:
         """The block's bytes; None if there is no copy, or a damaged one."""
         size = self._bytes_of(block)
         copy = memoryview(bytearray(size + 4))
         if not self._cache.read_into(name, copy):
             return None
-        return copy[:size] if google_crc32c.value(copy[:size]) == int.from_bytes(copy[size:], "little") else None
+        data = bytes(copy[:size])
+        return data if google_crc32c.value(data) == int.from_bytes(copy[size:], "little") else None
 
     def _fetch(self, block: int) -> bytes:
         chunk, row = divmod(block * self._block_rows, index_chunk_rows(self._rows))

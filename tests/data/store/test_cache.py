@@ -162,5 +162,5 @@ def test_held_folders_go_when_unused_for_an_hour(tmp_path: Path, hours: int, sta
 
 def test_a_held_folder_larger_than_the_limit(tmp_path: Path) -> None:
     cache = BoundedFolder(CacheConfig(str(tmp_path), 100))
-    with pytest.raises(StoreError, match="data.cache_gib allows .* less than the 101 bytes of the index of x; raise"):
+    with pytest.raises(StoreError, match=r"data.cache_gib allows .* less than the 101 bytes of the index of x; raise"):
         cache.reserve_held(101, "the index of x")
