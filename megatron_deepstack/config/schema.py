@@ -164,9 +164,9 @@ class DataConfig:
     verify_checksums: bool = True
     """Check each view's crc32c when it is read."""
     cache_dir: str | None = None
-    """Folder for local copies of shards of a store in an object store; a temporary one if absent."""
+    """Folder for local copies of what is read of stores in an object store; a temporary one if absent."""
     cache_gib: float = 64.0
-    """Most GiB of such copies kept on a node; the least recently used go first."""
+    """Most GiB of such copies kept on a node, of views, tokens and index arrays; the least recently used go first."""
     unreadable: Unreadable = Unreadable.STOP
     """A sample whose views cannot be read stops the run with its id, or is left out of the loss and counted."""
 

@@ -68,6 +68,7 @@ class ReceivedRows:
 
         def keep(leaf: torch.Tensor) -> None:
             assert name in self._without_gradient, f"rows {name} were used in two backwards"
+            assert leaf.grad is not None
             del self._without_gradient[name]
             leaf.data.copy_(leaf.grad)
             leaf.grad = None

@@ -17,7 +17,7 @@ from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
 
 Pools = Callable[[int], RankPool]
 WIDTH = 96
-MODEL = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(slots=(0, 1, 1, 2)))
+MODEL = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(slots=(0, 1, 2, 3)))
 
 
 def routes_of(parallel: ParallelConfig, rank: int, model: ModelConfig = MODEL) -> tuple[RankRoutes, int]:
@@ -79,10 +79,11 @@ def test_rows_are_held_once(ranks: Pools, parallel: ParallelConfig) -> None:
     results = ranks(num_ranks).run(run_step, parallel, 1)
     local = 1 / num_ranks  # rows that the rank made or whose gradients it gets, in copies of what rank 0 receives
     sending, schedule, returning = results[0][1]
-    # Measured: 1.19, 1.13 and 1.19 for one rank and two; sending and returning hold the local table besides.
-    assert sending < 1.25
-    assert schedule < 1.2
-    assert returning < 1.25 + local
+    # Measured, the local table taken off: sending 1.10 to 1.27, returning 1.10 to 1.14; the schedule 1.30 with its
+    # hidden states. Four copies were held where leaves, their gradients and tables stood side by side.
+    assert sending < 1.3 + local
+    assert schedule < 1.4
+    assert returning < 1.2 + local
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)

@@ -103,7 +103,7 @@ class StoreStream:
 
 def _permutation(key: Sequence[int], length: int) -> Order:
     """Shuffled numbers below `length`; which type holds them does not change their order."""
-    order: Order = np.arange(length, dtype=np.uint32 if length <= 2**32 else np.int64)
+    order: Order = np.arange(length, dtype=np.uint32) if length <= 2**32 else np.arange(length, dtype=np.int64)
     np.random.Generator(np.random.PCG64(list(key))).shuffle(order)
     order.setflags(write=False)
     return order

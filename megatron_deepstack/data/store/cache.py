@@ -200,13 +200,15 @@ class BoundedFolder:
                     yield status.st_mtime_ns, status.st_size, path
 
     def _held_folders(self) -> Iterator[tuple[int, int, str]]:
-        """The same of each held folder."""
+        """The same of each held folder; of its bytes those of arrays, which `reserve_held` counted, not of documents."""
         if not self.held.is_dir():
             return
         for folder in self.held.iterdir():
             size = 0
             for inside, _, names in os.walk(folder):
                 for name in names:
+                    if name.startswith(".") or name.endswith(".json"):
+                        continue
                     with suppress(FileNotFoundError):
                         size += os.stat(os.path.join(inside, name)).st_size
             yield last_use_of_held(folder), size, str(folder)

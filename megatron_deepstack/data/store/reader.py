@@ -117,8 +117,10 @@ class Store:
             pixels = _read_pixels_shape(folder)
             index: dict[str, ArrayReader] = {}
             for name in INDEX_ARRAYS:
-                blocks = copies is not None and name in BY_BLOCKS
-                index[name] = RemoteArray(location, folder, name, copies) if blocks else IndexReader(folder, name)
+                if copies is not None and name in BY_BLOCKS:
+                    index[name] = RemoteArray(location, folder, name, copies)
+                else:
+                    index[name] = IndexReader(folder, name)
             shards: Shards = LocalShards(folder, pixels)
             if copies is not None:
                 shards = RemoteShards(location, folder.name, pixels, copies)
