@@ -21,6 +21,7 @@ setup(
     entry_points={"console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"]},
     install_requires=[
         "Pillow>=11",
+        "PyYAML>=6",
         "fsspec>=2025.3",
         "google-crc32c>=1.5",
         "megatron-core>=0.16.1,<0.20",
@@ -41,7 +42,6 @@ setup(
     ],
     extras_require={
         "test": [
-            "PyYAML>=6",
             "flask>=3",
             "flask-cors>=5",
             "hypothesis>=6",

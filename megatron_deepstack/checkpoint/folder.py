@@ -17,6 +17,7 @@ from typing import Any
 
 import google_crc32c
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -67,7 +68,7 @@ def partial_path(final: Path) -> Path:
 
 def checkpoints_folder(run_dir: str | Path) -> Path:
     """Where a run's checkpoints lie."""
-    return Path(run_dir) / "checkpoints"
+    return RunFolder(run_dir).checkpoints
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from megatron_deepstack import __version__
+from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DeepStackError
 
 
@@ -55,7 +56,9 @@ app = typer.Typer(
     help="Train DeepStack multimodal language models: images and JSON in, checkpoint and answers out.",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a recipe (demo).")]
+RecipeArgument = Annotated[
+    str, PathKind.LOCAL, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a recipe (demo).")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="Changes to the recipe.")]
 
 

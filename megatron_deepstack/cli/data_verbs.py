@@ -54,14 +54,17 @@ def preprocess(
 
 def _summary(done: Any) -> str:
     """What preprocessing did, in two lines; a third tells of trouble."""
+    from megatron_deepstack.data.store.quarantine import in_words
+    from orchestration.preprocess.units import in_units
+
     seconds = f"{done.seconds:.1f} s, {done.images_per_second:.0f} images/s"
     where = f" on {len(done.nodes)} nodes" if len(done.nodes) > 1 else ""
-    work = f"{done.written_bytes / 1e6:.0f} MB in {seconds}{where}"
+    work = f"{in_units(done.written_bytes)} in {seconds}{where}"
     if done.parts_done_before == done.parts:
         work = "the store is complete already, no part was left to do"
     trouble = [
         f"{done.quarantined} images quarantined and {done.dropped} samples with them" if done.quarantined else "",
-        f"{done.flagged} images damaged but stored" if done.flagged else "",
+        f"{done.flagged} images flagged but stored ({in_words(done.flagged_by_reason)})" if done.flagged else "",
         f"{done.parts_done_again} parts done again after their worker or node died" if done.parts_done_again else "",
     ]
     lines = [

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
+from megatron_deepstack.config.constraints import PathKind
+from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.errors import ConfigError, DataError
 
 
@@ -74,7 +76,9 @@ def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
     overrides: Overrides = None,
     store: Annotated[
-        str | None, typer.Option(help="Folder or URL of questions; by default the run's data.validation_store.")
+        str | None,
+        PathKind.LOCATION,
+        typer.Option(help="Folder or URL of questions; by default the run's data.validation_store."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
@@ -90,9 +94,9 @@ def _recipe_of_run(run: Path, overrides: list[str]) -> Any:
     """The recipe a run was made with; the run may lie elsewhere by now, under a name that YAML reads otherwise."""
     from megatron_deepstack.planning.check import load_checked_recipe
 
-    file = run / "recipe.yaml"
+    file = RunFolder(run).recipe
     if not file.is_file():
-        raise ConfigError([f"{run}: holds no recipe.yaml; expected the run_dir of a finished or stopped `train`"])
+        raise ConfigError([f"{run}: holds no {RECIPE_FILE}; expected the run_dir of a finished or stopped `train`"])
     return replace(load_checked_recipe(file, overrides), run_dir=str(run))
 
 

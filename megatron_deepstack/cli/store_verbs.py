@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_deepstack.cli.app import Verbs, app, say
+from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 
 stores = typer.Typer(cls=Verbs, no_args_is_help=True, help="Look at finished stores, and make new ones of them.")
 app.add_typer(stores, name="store")
 
-StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of a finished store.")]
+StorePath = Annotated[
+    str, PathKind.LOCATION, typer.Argument(metavar="STORE", help="Folder or URL of a finished store.")
+]
 
 
 @contextmanager
@@ -47,7 +50,9 @@ def verify(
 
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="Model that looks at it; by default the one its views were made for.")
+    str | None,
+    PathKind.LOCAL,
+    typer.Option("--recipe", help="Model that looks at it; by default the one its views were made for."),
 ]
 
 
@@ -59,7 +64,9 @@ def show(
     seed: Annotated[int, typer.Option(min=0, help="Which samples are drawn.")] = 0,
     sample: Annotated[list[int] | None, typer.Option(min=0, help="Numbers of samples to show instead.")] = None,
     recipe: RecipeOption = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the store; by default the recipe's.")] = None,
+    tokenizer: Annotated[
+        str | None, PathKind.LOCAL, typer.Option(help="Tokenizer of the store; by default the recipe's.")
+    ] = None,
 ) -> None:
     """Write one HTML page of samples: pictures, grids, tokens in their stacks' colours, texts and what is learned."""
     from megatron_deepstack.storekeeping.choose import chosen, load, tokenizer_for
@@ -109,8 +116,8 @@ def _print_stats(found: Any) -> None:
 
 @stores.command()
 def merge(
-    output: Annotated[str, typer.Argument(metavar="OUT", help="Store to create.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Finished stores, two or more.")],
+    output: Annotated[str, PathKind.LOCAL, typer.Argument(metavar="OUT", help="Store to create.")],
+    inputs: Annotated[list[str], PathKind.LOCAL, typer.Argument(metavar="IN...", help="Finished stores, two or more.")],
 ) -> None:
     """Make one store of several that were preprocessed alike. Shards are linked, images in several kept once."""
     from megatron_deepstack.storekeeping.merge import merge as put_together
@@ -126,9 +133,11 @@ def merge(
 
 @stores.command()
 def split(
-    path: Annotated[str, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Store to create for the larger side.")],
-    heldout: Annotated[str, typer.Argument(metavar="HELDOUT", help="Store to create for the samples drawn.")],
+    path: Annotated[str, PathKind.LOCAL, typer.Argument(metavar="STORE", help="Folder of a finished store.")],
+    train: Annotated[str, PathKind.LOCAL, typer.Argument(metavar="TRAIN", help="Store to create for the larger side.")],
+    heldout: Annotated[
+        str, PathKind.LOCAL, typer.Argument(metavar="HELDOUT", help="Store to create for the samples drawn.")
+    ],
     fraction: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the samples to hold out.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Number of samples to hold out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which samples are drawn.")] = 0,

@@ -20,12 +20,12 @@ VISION: Mapping[str, VisionConfig] = {
     "clip_vit_l14_224": VisionConfig(image_size=224),
     "clip_vit_l14_336": VisionConfig(),
     "siglip_so400m_14_384": VisionConfig(
+        kind="siglip",
         image_size=384,
         hidden_size=1152,
         ffn_hidden_size=4304,
         num_layers=27,
         activation=Activation.GELU_TANH,
-        class_token=False,
         layernorm_epsilon=1e-6,
         mean=_HALF,
         std=_HALF,

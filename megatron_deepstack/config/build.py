@@ -1,23 +1,42 @@
 """From a plain mapping to a Recipe, strictly.
 
-Each value must have the type its field declares; the only conversion is from a whole number to a float. Unknown
-keys, wrong types and unknown names of an enum are collected with their dotted path; a bad field keeps its default,
-so that the rest can still be checked in the same go. What the values mean together is left to `check`.
+Each value must have the type its field declares. Converted is only what cannot be meant otherwise: a whole number to a
+float and back, `yes` for a truth, `~` at the start of a path, and the text that an interpolation such as
+`${oc.env:NAME}` ends in. Unknown keys, wrong types and unknown names of an enum are collected with their dotted path; a
+bad field keeps its default, so that the rest can still be checked in the same go. What the values mean together is left
+to `check`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeVar
 
+from megatron_deepstack.config.constraints import PathError, expand_home
+from megatron_deepstack.config.fields import FieldType, leaves, members
 from megatron_deepstack.config.problems import Problem, did_you_mean
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.yaml_text import NotYaml, number_hint, parse_scalar, read_yaml
 
 T = TypeVar("T")
+
+_TRUTHS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""Words for a truth in YAML 1.1; `y` and `n` are not, in practice."""
+
+
+class Interpolated(str):
+    """A text that an interpolation resolved to, which is converted as its field's type."""
+
+    source: str
+    """The interpolation as written, such as `${oc.env:STEPS}`."""
+
+    def __new__(cls, text: str, source: str) -> Interpolated:
+        made = super().__new__(cls, text)
+        made.source = source
+        return made
 
 
 class _Refused(Exception):
@@ -31,53 +50,38 @@ def build_recipe(mapping: Mapping[Any, Any], problems: list[Problem]) -> Recipe:
 
 def field_paths() -> tuple[str, ...]:
     """Dotted paths of all fields of a recipe, without the sections themselves."""
-    return tuple(_leaves(Recipe, ""))
-
-
-def _leaves(schema: type[Any], prefix: str) -> list[str]:
-    paths = []
-    for name, hint in _hints(schema).items():
-        paths += _leaves(_as_type(hint), f"{prefix}{name}.") if is_dataclass(hint) else [f"{prefix}{name}"]
-    return paths
-
-
-def _hints(schema: type[Any]) -> dict[str, Any]:
-    """Field names and resolved types of a dataclass, in order."""
-    return get_type_hints(schema)
+    return tuple(field.path for field in leaves(Recipe))
 
 
 def _section(schema: type[T], value: object, path: str, problems: list[Problem]) -> T:
-    """One dataclass; an empty YAML section (None) is its defaults."""
-    hints = _hints(schema)
-    if value is None:
+    """One dataclass; an empty YAML section (null) is its defaults."""
+    known = members(schema)
+    if value is None or value == "~":
         return schema()
     if not isinstance(value, Mapping):
-        text = f"found {_show(value)}, expected a section with keys {', '.join(hints)}"
+        text = f"found {_show(value)}, expected a section with keys {', '.join(known)}"
         problems.append(Problem(paths=(path,), text=text))
         return schema()
     prefix = f"{path}." if path else ""
     good: dict[str, Any] = {}
     for key, item in value.items():
-        if key in hints:
-            _fill(good, key, hints[key], item, prefix + key, problems)
+        if key in known:
+            _fill(good, key, known[key], item, prefix + key, problems)
         else:
-            problems.append(_unknown(list(hints), str(key), item, prefix))
+            problems.append(_unknown(list(known), str(key), item, prefix))
     return schema(**good)
 
 
-def _fill(good: dict[str, Any], key: str, hint: Any, item: object, path: str, problems: list[Problem]) -> None:
-    if is_dataclass(hint):
-        good[key] = _section(_as_type(hint), item, path, problems)
+def _fill(
+    good: dict[str, Any], key: str, kind: type[Any] | FieldType, item: object, path: str, problems: list[Problem]
+) -> None:
+    if not isinstance(kind, FieldType):
+        good[key] = _section(kind, item, path, problems)
         return
     try:
-        good[key] = _convert(hint, item)
+        good[key] = _convert(kind, _typed(kind, item) if isinstance(item, Interpolated) else item)
     except _Refused as refusal:
         problems.append(Problem(paths=(path,), text=f"found {_show(item)}, expected {refusal}"))
-
-
-def _as_type(hint: Any) -> type[Any]:
-    assert isinstance(hint, type), hint
-    return hint
 
 
 def _unknown(siblings: Sequence[str], key: str, value: object, prefix: str) -> Problem:
@@ -92,58 +96,78 @@ def _unknown(siblings: Sequence[str], key: str, value: object, prefix: str) -> P
     return Problem(paths=(f"{prefix}{key}",), text=f"unknown key{shown}{hint}")
 
 
-def _convert(hint: Any, value: object) -> Any:
+def _typed(kind: FieldType, text: Interpolated) -> object:
+    """What an interpolation's text means to a field of this kind, as if it were written there."""
+    if kind.optional and parse_scalar(text) is None:
+        return None
+    if kind.item is str and not (kind.many and text.startswith("[")):
+        return str(text)
+    try:
+        return read_yaml(text)
+    except NotYaml:
+        return str(text)  # which is refused, and shown
+
+
+def _convert(kind: FieldType, value: object) -> Any:
     """`value` as the field's type, or _Refused with what was expected."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        inner = [option for option in get_args(hint) if option is not NoneType]
-        assert len(inner) == 1, f"{hint}: only X | None is supported"
-        return None if value is None else _convert(inner[0], value)
-    if origin is tuple:
-        return _tuple(get_args(hint), value)
-    if issubclass(hint, StrEnum):
-        return _enum(hint, value)
-    return _SCALARS[hint](value)
+    if value == "~" and (kind.optional or kind.path):
+        if kind.item is str:
+            home = ", or ~/ for the home folder" if kind.path else ""
+            raise _Refused(f"{_PATH if kind.path else 'text'}; `~` alone is null to YAML: write null for none{home}")
+        return None
+    if value is None and kind.optional:
+        return None
+    return _tuple(kind, value) if kind.many else _item(kind, value)
 
 
-def _tuple(items: Sequence[Any], value: object) -> tuple[Any, ...]:
-    if items == (str, Ellipsis) and isinstance(value, str):
-        return (_str(value),)  # one of what there may be several
+def _tuple(kind: FieldType, value: object) -> tuple[Any, ...]:
+    if kind.item is str and isinstance(value, str):
+        return (_item(kind, value),)  # one of what there may be several
     if not isinstance(value, (list, tuple)):
-        raise _Refused(f"a list of {_plural(items[0])}")
-    if items[-1] is Ellipsis:
-        return tuple(_convert(items[0], item) for item in value)
-    if len(value) != len(items):
-        raise _Refused(f"a list of {len(items)} values")
-    return tuple(_convert(hint, item) for hint, item in zip(items, value, strict=True))
+        raise _Refused(f"a list of {_plural(kind.item)}")
+    if kind.length is not None and len(value) != kind.length:
+        raise _Refused(f"a list of {kind.length} values")
+    return tuple(_item(kind, item) for item in value)
 
 
-def _plural(hint: Any) -> str:
+def _plural(item: type[Any]) -> str:
     """What a list's items may be, in words."""
-    if issubclass(hint, StrEnum):
-        return f"names out of {', '.join(hint)}, such as [{next(iter(hint))}]"
-    if hint is str:
+    if issubclass(item, StrEnum):
+        return f"names out of {', '.join(item)}, such as [{next(iter(item))}]"
+    if item is str:
         return "texts, or one text"
     return "numbers, such as [1, 2]"
 
 
-def _enum(hint: type[StrEnum], value: object) -> StrEnum:
-    names = [str(member) for member in hint]
+def _item(kind: FieldType, value: object) -> Any:
+    """One value, or one of a list's."""
+    if isinstance(value, Interpolated):
+        value = _typed(FieldType(item=kind.item), value)
+    if kind.path is not None:
+        return _path(value)
+    return _enum(kind.item, value) if issubclass(kind.item, StrEnum) else _SCALARS[kind.item](value)
+
+
+def _enum(item: type[StrEnum], value: object) -> StrEnum:
+    names = [str(member) for member in item]
     if isinstance(value, str) and value in names:
-        return hint(value)
+        return item(value)
     near = did_you_mean(value, names) if isinstance(value, str) else ""
     raise _Refused(f"one of {', '.join(names)}{near}")
 
 
 def _bool(value: object) -> bool:
-    if not isinstance(value, bool):
+    truth = _TRUTHS.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(truth, bool):
         raise _Refused("true or false")
-    return value
+    return truth
 
 
 def _int(value: object) -> int:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # 1e3
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _Refused("a whole number")
+        raise _Refused(f"a whole number{_hint(value)}")
     if abs(value) >= 2**63:
         raise _Refused("a whole number of at most 63 bits")
     return value
@@ -151,21 +175,33 @@ def _int(value: object) -> int:
 
 def _float(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Refused("a number")
+        raise _Refused(f"a number{_hint(value)}")
     if not math.isfinite(value) or abs(value) > 1e300:
         raise _Refused("a finite number")
     return float(value)
 
 
+def _hint(value: object) -> str:
+    return number_hint(value) if isinstance(value, str) else ""
+
+
 def _str(value: object) -> str:
     if isinstance(value, str) and "\0" not in value:
-        return value
+        return str(value)
     if isinstance(value, (int, float)):
         raise _Refused("text; put it in quotes (in an override: 'section.field=\"...\"')")
     raise _Refused("text")
 
 
-_SCALARS: dict[Any, Callable[[object], Any]] = {bool: _bool, int: _int, float: _float, str: _str}
+def _path(value: object) -> str:
+    try:
+        return expand_home(_str(value))
+    except PathError as error:
+        raise _Refused(str(error)) from error
+
+
+_PATH: Final = "a path"
+_SCALARS: Final[dict[Any, Callable[[object], Any]]] = {bool: _bool, int: _int, float: _float, str: _str}
 
 
 def _show(value: object) -> str:
@@ -173,20 +209,13 @@ def _show(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = "a section" if isinstance(value, Mapping) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    shown = text if len(text) <= 80 else f"{text[:77]}..."
+    return f"{shown} (from {value.source})" if isinstance(value, Interpolated) else shown
 
 
 def defaults(schema: type[Any]) -> dict[str, Any]:
     """The defaults of a schema as nested plain values, which interpolations may refer to."""
-    values: dict[str, Any] = {}
-    hints = _hints(schema)
-    for item in fields(schema):
-        hint = hints[item.name]
-        if is_dataclass(hint):
-            values[item.name] = defaults(_as_type(hint))
-        else:
-            assert item.default is not MISSING, f"{schema.__name__}.{item.name} needs a default"
-            values[item.name] = plain(item.default)
+    values: dict[str, Any] = plain(schema())
     return values
 
 

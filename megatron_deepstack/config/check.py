@@ -6,119 +6,18 @@ of ranks are in `planning.check`; what files contain is checked where they are o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import reduce
-from math import prod
 
-from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part, Variant
-from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems
+from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part
+from megatron_deepstack.config.fields import leaves
+from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
+from megatron_deepstack.config.traits.families import find_family, fits, unknown_family
+from megatron_deepstack.config.traits.towers import find_tower, unknown_tower
+from megatron_deepstack.config.traits.variants import variant_without_crops
 from megatron_deepstack.errors import ConfigError, LayoutError
-
-TEMPLATES = ("plain", "v1", "llama_3", "qwen")
-"""Names of the conversation templates."""
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A test of one number and how to say it."""
-
-    expected: str
-    holds: Callable[[float], bool]
-
-
-_POSITIVE = Range("a number above 0", lambda value: value > 0)
-_NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
-_SHARE = Range("a share from 0 to 1", lambda value: 0 <= value <= 1)
-_BELOW_ONE = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
-_SEED = Range("a seed from 0 to 2147483647", lambda value: 0 <= value < 2**31)
-
-_RANGES: dict[str, Range] = {
-    **dict.fromkeys(
-        (
-            "model.vision.image_size",
-            "model.vision.patch_size",
-            "model.vision.hidden_size",
-            "model.vision.ffn_hidden_size",
-            "model.vision.num_layers",
-            "model.vision.num_heads",
-            "model.vision.layernorm_epsilon",
-            "model.vision.std",
-            "model.language.vocab_size",
-            "model.language.hidden_size",
-            "model.language.ffn_hidden_size",
-            "model.language.num_layers",
-            "model.language.num_heads",
-            "model.language.num_kv_heads",
-            "model.language.head_dim",
-            "model.language.norm_epsilon",
-            "model.language.rope_theta",
-            "model.stacks.num_crops",
-            "data.max_image_pixels",
-            "data.images_per_part",
-            "parallel.tensor",
-            "parallel.pipeline",
-            "parallel.virtual_pipeline",
-            "parallel.context",
-            "parallel.recompute_num_layers",
-            "optimizer.lr",
-            "optimizer.epsilon",
-            "train.steps",
-            "train.global_batch_size",
-            "train.micro_batch_size",
-            "train.seq_length",
-            "train.init_std",
-            "train.log_interval",
-            "data.max_image_seconds",
-            "data.cache_gib",
-            "data.weights",
-            "lora.alpha",
-            "health.spike_window",
-            "logging.peak_tflops",
-            "logging.profile_steps",
-            "logging.timeline_steps",
-            "launch.ranks",
-            "launch.cpus_per_rank",
-            "launch.start_seconds",
-        ),
-        _POSITIVE,
-    ),
-    **dict.fromkeys(
-        (
-            "model.stacks.start",
-            "model.stacks.interval",
-            "parallel.layers_per_stage",
-            "parallel.encoder_chunk_views",
-            "optimizer.vision_lr",
-            "optimizer.projector_lr",
-            "optimizer.min_lr",
-            "optimizer.weight_decay",
-            "optimizer.clip_grad",
-            "train.validation_interval",
-            "checkpoint.interval",
-            "checkpoint.keep",
-            "checkpoint.keep_every",
-            "optimizer.vision_weight_decay",
-            "optimizer.projector_weight_decay",
-            "lora.rank",
-            "health.max_skipped_steps",
-            "health.spike_factor",
-            "health.max_unreadable_samples",
-            "health.straggler_factor",
-            "health.straggler_window",
-            "health.hang_seconds",
-            "logging.profile_ranks",
-            "launch.max_failures",
-        ),
-        _NOT_NEGATIVE,
-    ),
-    "data.max_quarantined": _SHARE,
-    "optimizer.warmup_fraction": _SHARE,
-    "optimizer.beta1": _BELOW_ONE,
-    "optimizer.beta2": _BELOW_ONE,
-    "train.seed": _SEED,
-}
 
 
 def find_problems(recipe: Recipe) -> list[Problem]:
@@ -147,13 +46,20 @@ def value_at(recipe: Recipe, path: str) -> object:
 
 
 def out_of_range(recipe: Recipe) -> Iterator[Problem]:
-    """Numbers that no recipe may have, each looked at alone."""
-    for path, allowed in _RANGES.items():
-        value = value_at(recipe, path)
+    """Values that no recipe may have, each field looked at alone; the ranges stand in the schema."""
+    for field in leaves(Recipe):
+        kind, value = field.type, value_at(recipe, field.path)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
-        if not all(allowed.holds(item) for item in values):
-            shown = list(value) if isinstance(value, tuple) else value
-            yield Problem(paths=(path,), text=f"found {shown}, expected {allowed.expected}")
+        expected = ""
+        if kind.range is not None and not all(map(kind.range.holds, values)):
+            expected = f"{kind.range} ({kind.unit})" if kind.unit else str(kind.range)
+        elif kind.form is not None and not all(map(kind.form.holds, values)):
+            expected = kind.form.words
+        if expected:
+            shown = list(value) if isinstance(value, tuple) else repr(value) if isinstance(value, str) else value
+            yield Problem(paths=(field.path,), text=f"found {shown}, expected {expected}")
+        if kind.not_blank and not str(value).strip():
+            yield Problem(paths=(field.path,), text="is empty, expected text")
 
 
 def _problem(paths: str, text: str, kind: type[ConfigError] = ConfigError) -> Problem:
@@ -179,6 +85,15 @@ def _vision(recipe: Recipe) -> Iterator[Problem]:
             f"found {vision.select_layer}, expected -1 (the last layer's output) to -{vision.num_layers} "
             f"(the first layer's output), or 1 to {vision.num_layers} counted up from there",
         )
+    tower = find_tower(vision.kind)
+    if tower is None:
+        yield _problem("model.vision.kind", unknown_tower(vision.kind))
+    elif vision.activation not in tower.activations:
+        known = ", ".join(tower.activations)
+        yield _problem(
+            "model.vision.activation model.vision.kind",
+            f"found {vision.activation}, expected one of {known}, which the tower {vision.kind} may have",
+        )
 
 
 def _language(recipe: Recipe) -> Iterator[Problem]:
@@ -199,23 +114,34 @@ def _language(recipe: Recipe) -> Iterator[Problem]:
             "model.language.num_kv_heads model.language.num_heads",
             f"{kv_heads} key/value heads do not divide model.language.num_heads {heads}",
         )
+    yield from _family(language)
 
 
-def head_width(language: LanguageConfig) -> int:
-    """Width of one attention head of the decoder."""
-    return language.head_dim if language.head_dim is not None else language.hidden_size // language.num_heads
+def _family(language: LanguageConfig) -> Iterator[Problem]:
+    if language.family is None:
+        return
+    family = find_family(language.family)
+    if family is None:
+        yield _problem("model.language.family", unknown_family(language.family))
+    elif not fits(language, family):
+        wanted = family.switches
+        shown = ", ".join(f"{name}: {str(value).lower()}" for name, value in wanted.items())
+        yield _problem(
+            " ".join(("model.language.family", *(f"model.language.{name}" for name in wanted))),
+            f"{language.family} has {shown}; set these, or leave the family out, which then follows from them",
+        )
 
 
 def _stacks(recipe: Recipe) -> Iterator[Problem]:
     stacks, variant = recipe.model.stacks, recipe.model.variant
     least = 4 if stacks.grid is GridRule.FIXED_2X2 else 2
-    if variant is not Variant.LLAVA and stacks.num_crops < least:
+    if variant.traits.has_crops and stacks.num_crops < least:
         yield _problem(
             "model.stacks.num_crops model.stacks.grid model.variant",
             f"{stacks.num_crops} leaves no grid of crops under grid rule {stacks.grid}, which needs at least {least}; "
-            f"for a model without crops use model.variant=llava",
+            f"for a model without crops use model.variant={variant_without_crops()}",
         )
-    if variant.stacks_in_vit and stacks.grid is not GridRule.FIXED_2X2:
+    if variant.traits.stacks_in_vit and stacks.grid is not GridRule.FIXED_2X2:
         yield _problem(
             "model.stacks.grid model.variant",
             f"{stacks.grid} gives images different numbers of crops, and {variant} needs four of each; "
@@ -287,12 +213,6 @@ def _sequence_split(seq_length: int, parallel: ParallelConfig) -> Iterator[Probl
         )
 
 
-def sequence_multiple(parallel: ParallelConfig) -> int:
-    """What a padded sequence's length must be a multiple of."""
-    over_tensor = parallel.tensor if parallel.sequence_parallel else 1
-    return prod((over_tensor, 2 * parallel.context if parallel.context > 1 else 1))
-
-
 def nearest_divisor(size: int, wanted: int) -> int:
     """The divisor of `size` nearest to `wanted`."""
     candidates = [divisor for divisor in range(1, min(size, 2 * wanted) + 1) if size % divisor == 0]
@@ -306,7 +226,7 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.global_batch_size train.micro_batch_size",
             f"{train.global_batch_size} is not a multiple of train.micro_batch_size {train.micro_batch_size}",
         )
-    tokens = (vision.image_size // vision.patch_size) ** 2 if vision.patch_size else 0
+    tokens = tokens_per_view(vision) if vision.patch_size else 0
     if tokens >= train.seq_length:
         yield _problem(
             "train.seq_length model.vision.image_size model.vision.patch_size",
@@ -362,16 +282,4 @@ def _stores(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _names(recipe: Recipe) -> Iterator[Problem]:
-    template = recipe.data.template
-    if template not in TEMPLATES:
-        yield _problem(
-            "data.template",
-            f"found '{template}', expected one of {', '.join(TEMPLATES)}{did_you_mean(template, TEMPLATES)}",
-        )
-    for path in ("name", "run_dir"):
-        if not str(value_at(recipe, path)).strip():
-            yield _problem(path, "is empty, expected text")
-
-
-_RULES = (_vision, _language, _stacks, _layout, _training, _stores, _names)
+_RULES = (_vision, _language, _stacks, _layout, _training, _stores)

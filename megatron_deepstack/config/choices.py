@@ -1,28 +1,17 @@
-"""The choices a recipe offers: one enum per question that has named answers."""
+"""The choices a recipe offers: one enum per question that has named answers.
+
+`Variant` stands beside the table of what each variant is, in `traits.variants`, and is offered here with the others.
+"""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-
-class Variant(StrEnum):
-    """Which member of the DeepStack family is trained (arXiv 2406.04334, section 3)."""
-
-    DEEPSTACK_L = "deepstack_l"
-    DEEPSTACK_V = "deepstack_v"
-    DEEPSTACK_HD = "deepstack_hd"
-    LLAVA = "llava"
-    LLAVA_ANYRES = "llava_anyres"
-    IN_SEQUENCE = "in_sequence"
-
-    @property
-    def stacks_in_vit(self) -> bool:
-        """Stacks are added inside the ViT, so that an image's views are encoded together."""
-        return self is Variant.DEEPSTACK_V
+from megatron_deepstack.config.traits.variants import Variant as Variant
 
 
 class Sampler(StrEnum):
-    """How the mosaic of crops is cut into stacks."""
+    """How the mosaic of crops is cut into stacks; what each does stands in `planning.samplers`."""
 
     DILATED_2D = "2d"
     SEQUENTIAL_1D = "1d"
@@ -37,11 +26,12 @@ class GridRule(StrEnum):
 
 
 class Activation(StrEnum):
-    """Activation of the vision tower's MLP."""
+    """Activation of an MLP; which of them a tower or a decoder family has stands in their tables."""
 
     QUICK_GELU = "quick_gelu"
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"
+    SILU = "silu"
 
 
 class EncoderPlacement(StrEnum):
@@ -107,6 +97,17 @@ class LrSchedule(StrEnum):
     CONSTANT = "constant"
 
 
+class Template(StrEnum):
+    """How a conversation is written as text."""
+
+    PLAIN = "plain"
+    V1 = "v1"
+    """Vicuna's."""
+    LLAMA_3 = "llama_3"
+    QWEN = "qwen"
+    """ChatML."""
+
+
 class ImageResize(StrEnum):
     """Resizing kernel of the preprocessing."""
 
@@ -119,6 +120,13 @@ class Orientation(StrEnum):
 
     AS_STORED = "as_stored"
     EXIF = "exif"
+
+
+class DeepGrey(StrEnum):
+    """What is done about grey images of more than 8 bits, whose values above 255 become white as published."""
+
+    AS_PUBLISHED = "as_published"
+    SCALE = "scale"
 
 
 class Compression(StrEnum):

@@ -1,13 +1,12 @@
 """Recipes from YAML files and `section.field=value` overrides, and back to YAML.
 
-OmegaConf reads the YAML, merges and resolves `${...}`; the strict part is ours (`build`). Precedence, lowest
+OmegaConf resolves `${...}`; reading YAML (`yaml_text`) and the strict part (`build`) are ours. Precedence, lowest
 first: schema defaults, a section's `architecture`, the file named by `base:`, the file itself, the overrides. One
 file is one run, and the resolved recipe written beside a run reads back as exactly the same Recipe.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_deepstack.config import architectures
-from megatron_deepstack.config.build import build_recipe, defaults, plain
+from megatron_deepstack.config.build import Interpolated, build_recipe, defaults, plain
 from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.constraints import PathError, expand_home
 from megatron_deepstack.config.problems import Problem, did_you_mean, raise_problems, without_echoes
+from megatron_deepstack.config.renamed import with_present_names
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.yaml_text import read_value, read_yaml, write_yaml
 from megatron_deepstack.errors import ConfigError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -32,6 +34,8 @@ _ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "language": architectures.LANGUAGE,
 }
 _MAX_RECIPE_BYTES = 1 << 20
+_INDICATORS = ("*", "&", "!", "%", "@", "`", "|", ">")
+"""What means something to YAML at the start of a value, and a glob pattern or a name to a person."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -53,19 +57,22 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     given = _read(find_recipe(path), ())
     for override in overrides:
         given = _apply(given, override, problems)
-    recipe = build_recipe(_resolved(given, problems), problems)
+    recipe = build_recipe(_resolved(with_present_names(given, problems), problems), problems)
     problems += without_echoes(find_problems(recipe), problems)
     return recipe, problems
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML, every field written out; `load_recipe` reads back an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(plain(recipe))))
+    return write_yaml(_escaped(plain(recipe)))
 
 
 def find_recipe(path: str | Path) -> Path:
     """The file behind a path, or behind the bare name of a recipe of the package."""
-    file = Path(path)
+    try:
+        file = Path(expand_home(str(path)))
+    except PathError as error:
+        raise ConfigError([f"recipe '{path}': expected {error}"]) from error
     with suppress(OSError):  # a name too long for the file system is no file either
         if file.is_file():
             return file
@@ -104,30 +111,32 @@ def _parse(file: Path) -> dict[Any, Any]:
     if len(content) > _MAX_RECIPE_BYTES:
         raise ConfigError([f"{file}: more than 1 MiB is no recipe; expected a page of YAML"])
     try:
-        given = OmegaConf.load(io.StringIO(text))
+        given = read_yaml(text)
+        OmegaConf.create(given)  # interpolations that cannot be read, keys that are no words
     except Exception as error:  # PyYAML lets IndexError and others through for odd tags
         raise ConfigError([f"{file}: is not valid YAML: {_one_line(error)}"]) from error
-    if not isinstance(given, DictConfig) or given._is_interpolation():
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
         raise ConfigError([f"{file}: found a list or a bare value, expected sections such as `model:` and `train:`"])
-    return _container(given)
-
-
-def _container(given: DictConfig | ListConfig) -> dict[Any, Any]:
-    values = OmegaConf.to_container(given)
-    assert isinstance(values, dict)
-    return values
+    return given
 
 
 def _apply(given: dict[Any, Any], override: str, problems: list[Problem]) -> dict[Any, Any]:
     """`given` with one `section.field=value`."""
-    key, equals, _ = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals or any(not part or part != part.strip() for part in key.split(".")):
         problems.append(Problem(paths=("",), text=f"override '{override}': expected section.field=value"))
         return given
     try:
-        return _over(given, _container(OmegaConf.from_dotlist([override])))
+        change = read_value(text)
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        OmegaConf.create(change)
+        return _over(given, change)
     except Exception as error:  # as in _parse
-        problems.append(Problem(paths=(key,), text=f"override '{override}' cannot be read: {_one_line(error)}"))
+        quotes = "; put the value in quotes" if text[:1] in _INDICATORS else ""
+        problems.append(Problem(paths=(key,), text=f"override '{override}' cannot be read: {_one_line(error)}{quotes}"))
         return given
 
 
@@ -184,9 +193,12 @@ def _nested(item: object) -> bool:
 
 def _items(node: DictConfig | ListConfig, keys: Sequence[Any], path: str, problems: list[Problem]) -> list[Any]:
     pairs = []
+    written: Any = OmegaConf.to_container(node)
     for key in keys:
         try:
-            pairs.append((key, node[key]))
+            item = node[key]
+            is_text = isinstance(item, str) and OmegaConf.is_interpolation(node, key)
+            pairs.append((key, Interpolated(item, written[key]) if is_text else item))
         except (OmegaConfBaseException, ValueError) as error:
             place = f"{path}.{key}".lstrip(".")
             problems.append(Problem(paths=(place,), text=f"cannot be resolved: {_one_line(error)}"))

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
-from megatron_deepstack.convert.hf_config import CONFIG, llava_config, published_config
-from megatron_deepstack.convert.hf_names import Naming, to_naming
+from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.convert.hf_facts import CONFIG
+from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
+from megatron_deepstack.convert.hf_written import hf_tower, llava_config, published_config
 from megatron_deepstack.convert.tensor_files import write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX
-from megatron_deepstack.planning.rows import tokens_per_view
 
 PREPROCESSOR = "preprocessor_config.json"
 VOCABULARY_MULTIPLE = 64
@@ -31,9 +32,19 @@ _BICUBIC = 3
 
 
 def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None:
-    """Raise before anything is loaded: ConfigError for a variant without such names, CheckpointError for `output`."""
+    """Refuse before anything is loaded.
+
+    Args:
+        model: The recipe's model.
+        output: The folder to be written.
+        naming: Whose names the export has.
+
+    Raises:
+        ConfigError: Hugging Face has no such variant, tower or decoder.
+        CheckpointError: `output` exists and is not an empty folder.
+    """
     if naming is Naming.HUGGING_FACE:
-        if model.variant is not Variant.LLAVA:
+        if not model.variant.traits.is_llava:
             raise ConfigError(
                 [
                     f"model.variant: transformers has no model that computes {model.variant}; export with "
@@ -48,9 +59,17 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
 def export_model(
     rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a model that this rank holds whole (no tp, one stage) into the new folder `output`, whole or not at all.
+    """Write a model that this rank holds whole (no tp, one stage) into a new folder, whole or not at all.
 
-    Tensors keep the model's dtype. The files of `tokenizer` are written beside them.
+    Args:
+        rank_model: The model; its tensors keep their dtype.
+        model: The recipe's model.
+        output: The folder.
+        naming: Whose names the export has.
+        tokenizer: Its files are written beside the tensors.
+
+    Raises:
+        ConfigError, CheckpointError: See `require_exportable`.
     """
     require_exportable(model, output, naming)
     tensors = published_tensors(rank_model)
@@ -58,14 +77,15 @@ def export_model(
         config = published_config(model)
     else:
         vocab_size, image_token = _with_image_token(tensors, model.language.vocab_size)
-        _add_final_norm(tensors, model.vision.hidden_size)
+        if hf_tower(model.vision).final_norm and not tower_of(model.vision).has_post_norm:
+            _add_final_norm(tensors, model.vision.hidden_size)
         config = llava_config(model, vocab_size, image_token, tokens_per_view(model.vision))
     some = next(iter(tensors.values()))
     config["dtype"] = str(some.dtype).removeprefix("torch.")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_tensors(partial, {to_naming(name, naming): tensor for name, tensor in tensors.items()})
+    write_tensors(partial, _renamed(tensors, model, naming))
     _write_json(partial / CONFIG, config)
     _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
     for name, content in ({} if tokenizer is None else tokenizer.files).items():
@@ -73,6 +93,15 @@ def export_model(
     if output.exists():
         output.rmdir()
     partial.rename(output)
+
+
+def _renamed(tensors: dict[str, torch.Tensor], model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
+    """The tensors under the names, and in the shapes, that the naming has for them."""
+    found = {}
+    for name, tensor in tensors.items():
+        ones = leading_ones(name, model) if naming is Naming.HUGGING_FACE else 0
+        found[to_naming(name, naming, model)] = tensor.reshape((1,) * ones + tuple(tensor.shape))
+    return found
 
 
 def published_tensors(rank_model: RankModel) -> dict[str, torch.Tensor]:
@@ -115,8 +144,9 @@ def _add_final_norm(tensors: dict[str, torch.Tensor], width: int) -> None:
 def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
     """How a global view is made, for transformers: a plain bicubic resize, without padding or cropping."""
     size = {"height": vision.image_size, "width": vision.image_size}
+    known = tower_of(vision).hugging_face
     return {
-        "image_processor_type": "CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor",
+        "image_processor_type": "CLIPImageProcessor" if known is None else known.image_processor,
         "do_convert_rgb": True,
         "do_resize": True,
         "size": size,

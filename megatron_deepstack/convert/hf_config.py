@@ -1,9 +1,13 @@
-"""Hugging Face's config.json: what it says of a model beyond the tensors' shapes, and writing one for an export.
+"""Is what a checkpoint's config.json describes what the recipe computes?
 
-Shapes do not show the number of heads, epsilons, the rotary base or the activation; a checkpoint loaded with another
-value runs, and is wrong. `require_same_model` compares them, and layers, biases and norms where a config tells them. A
-decoder is written as the family whose mathematics the recipe asks for: Qwen3 with norms on queries and keys, Qwen2 with
-biases on them, else LLaMA.
+The shapes of tensors do not show the number of heads, epsilons, the rotary base, windows, multipliers or the
+activation; a checkpoint loaded with another value runs, and is wrong. So a config is accepted only where its
+`model_type` is known and every key is understood (`config.traits.hf_fields`); whatever differs or is not understood
+is refused by name.
+
+A config speaks of a decoder, of a vision tower, or of both: LLaVA's hold `text_config` and `vision_config`, the
+DeepStack and LLaVA releases have the decoder's keys beside some of their own, and CLIP's and SigLIP's hold a tower,
+and a text encoder that no model of ours uses.
 """
 
 from __future__ import annotations
@@ -13,33 +17,101 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_deepstack.config.build import plain
-from megatron_deepstack.config.choices import Activation
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
-from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import used_layers
+from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder, family_of, llama_fields
+from megatron_deepstack.config.traits.hf_fields import IGNORED, NO_INFLUENCE, NOT_SO, HfField, fixed
+from megatron_deepstack.config.traits.towers import TOWERS, tower_of
+from megatron_deepstack.config.traits.variants import Variant
+from megatron_deepstack.convert.hf_facts import CONFIG, language_facts, vision_facts
+from megatron_deepstack.convert.hf_rope import ROPE_KEYS, WINDOW_KEYS, rope_differences, window_differences
+from megatron_deepstack.convert.hf_written import select_strategy
+from megatron_deepstack.errors import CheckpointError
 
-CONFIG = "config.json"
-_ACTIVATIONS = {
-    Activation.QUICK_GELU: "quick_gelu",
-    Activation.GELU: "gelu",
-    Activation.GELU_TANH: "gelu_pytorch_tanh",
+_LLAVA: Mapping[str, HfField] = {
+    "projector_hidden_act": fixed("gelu"),
+    "multimodal_projector_bias": fixed(True),
+    **dict.fromkeys(
+        (
+            "ignore_index",
+            "image_grid_pinpoints",
+            "image_seq_length",
+            "image_token_id",
+            "image_token_index",
+            "text_config",
+            "tie_word_embeddings",
+            "use_image_newline_parameter",
+            "vision_config",
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+            "vocab_size",
+        ),
+        IGNORED,
+    ),
 }
-_VISION_DEFAULTS = {
-    "clip_vision_model": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12},
-    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_attention_heads": 12},
+"""Keys of `LlavaConfig` and `LlavaNextConfig` beside the two models' own; features are compared apart."""
+_PUBLISHED: Mapping[str, HfField] = {
+    "mm_projector_type": fixed("mlp2x_gelu"),
+    "mm_resampler_type": fixed(None),
+    "mm_use_im_start_end": fixed(False),
+    "mm_vision_select_feature": HfField(fixed=("patch", "cls_patch"), default="patch"),
+    **dict.fromkeys(
+        (
+            "decoder",
+            "deepstack_interval",
+            "deepstack_sampling",
+            "deepstack_start_id",
+            "freeze_backbone",
+            "freeze_mm_mlp_adapter",
+            "freeze_mm_vision_resampler",
+            "image_aspect_ratio",
+            "image_crop_resolution",
+            "image_grid_pinpoints",
+            "image_split_resolution",
+            "mm_hidden_size",
+            "mm_patch_merge_type",
+            "mm_projector_lr",
+            "mm_tunable_parts",
+            "mm_use_im_patch_token",
+            "mm_vision_select_layer",
+            "mm_vision_tower",
+            "mm_vision_tower_lr",
+            "num_crops",
+            "stacks",
+            "tune_mm_mlp_adapter",
+            "tune_mm_vision_resampler",
+            "unfreeze_mm_vision_tower",
+            "use_mm_proj",
+            "vision_config",
+            "vision_tower_pretrained",
+        ),
+        IGNORED,
+    ),
 }
-"""What transformers takes for keys that a config leaves out."""
-_DECODER_FAMILIES = {
-    "llama": {"qkv_bias": False, "qk_norm": False},
-    "mistral": {"qkv_bias": False, "qk_norm": False},
-    "qwen2": {"qkv_bias": True, "qk_norm": False},
-    "qwen3": {"qkv_bias": False, "qk_norm": True},
-}
-"""Biases and norms on queries and keys by `model_type`; other families are judged by their tensors alone."""
+"""Keys that the DeepStack and LLaVA releases, and our exports, have beside their decoder's."""
+_TOWER_PAIRS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""Configs that hold a tower and a text encoder, and what their `vision_config` is if it does not say."""
+_PAIR: Mapping[str, HfField] = dict.fromkeys(
+    (
+        "logit_scale_init_value",
+        "projection_dim",
+        "text_config",
+        "text_config_dict",
+        "vision_config",
+        "vision_config_dict",
+    ),
+    IGNORED,
+)
+_RELEASES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+"""`model_type` of releases that have a decoder's keys at the top, and that decoder's."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint's folder, or beside a file; empty where there is none."""
+    """config.json of a checkpoint's folder, or beside a file; empty where there is none.
+
+    Raises:
+        CheckpointError: The file is not a JSON object.
+    """
     file = (path if path.is_dir() else path.parent) / CONFIG
     if not file.is_file():
         return {}
@@ -52,161 +124,202 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def require_same_model(config: Mapping[str, Any], model: ModelConfig, where: str) -> None:
-    """Raise CheckpointError with every setting in which a checkpoint's config differs from the recipe's model."""
-    found = list(_differences(config, model))
+def require_same_model(
+    config: Mapping[str, Any], model: ModelConfig, where: str, seq_length: int | None = None
+) -> None:
+    """Refuse a config that describes other mathematics than the recipe's.
+
+    Args:
+        config: Content of a config.json; empty where a checkpoint has none, and then nothing is asked.
+        model: The recipe's model.
+        where: The checkpoint, for the message.
+        seq_length: `train.seq_length`, up to which an attention window makes no difference; without it none may be.
+
+    Raises:
+        CheckpointError: With every key that differs, or that is not understood.
+    """
+    found = list(_differences(config, model, seq_length)) if config else []
     if found:
         listed = "\n  ".join(found)
         raise CheckpointError(f"{where}: its {CONFIG} describes another model than the recipe:\n  {listed}")
 
 
-def _differences(config: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
-    for text in (config.get("text_config"), config):
-        if isinstance(text, Mapping) and _is_decoder(text):
-            yield from _compare("model.language", _decoder_facts(text), _language_facts(model.language))
-            break
-    for vision in (config.get("vision_config"), config):
-        if isinstance(vision, Mapping) and "patch_size" in vision:
-            yield from _compare("model.vision", _tower_facts(vision, config), _vision_facts(model.vision))
-            break
+def _differences(config: Mapping[str, Any], model: ModelConfig, seq_length: int | None) -> Iterator[str]:
+    model_type = str(config.get("model_type"))
+    text, vision = config.get("text_config"), config.get("vision_config")
+    if model_type in ("llava", "llava_next") and isinstance(text, Mapping):
+        yield from _unequal("", config, _LLAVA, {})
+        yield from _feature({"vision_feature_layer": -2, **config}, "vision_feature_layer", model)
+        strategy = config.get("vision_feature_select_strategy", "default")
+        if strategy != select_strategy(model.vision):
+            yield f"vision_feature_select_strategy: {strategy!r}, computed is {select_strategy(model.vision)!r}"
+        yield from _decoder({"model_type": "llama", **text}, {}, model, seq_length)
+        yield from _tower({"model_type": "clip_vision_model", **_section(vision)}, model)
+    elif model_type in _TOWER_PAIRS:
+        yield from _unequal("", config, _PAIR, {})
+        yield from _tower({"model_type": _TOWER_PAIRS[model_type], **_section(vision)}, model)
+    elif model_type in _RELEASES or model_type in set(Variant):
+        yield from _feature(config, "mm_vision_select_layer", model)
+        if model_type in _RELEASES:
+            yield from _decoder({**config, "model_type": _RELEASES[model_type]}, _PUBLISHED, model, seq_length)
+        else:
+            yield from _own_decoder(config, model, seq_length)
+        if isinstance(vision, Mapping):
+            yield from _tower({"model_type": "clip_vision_model", **vision}, model)
+    elif any(model_type in known.model_types for _, known in _decoders()):
+        yield from _decoder(config, {}, model, seq_length)
+    elif any(model_type in known.hugging_face.model_types for known in TOWERS.values() if known.hugging_face):
+        yield from _tower(config, model)
+    else:
+        yield _unknown_type("model_type", config.get("model_type"))
 
 
-def _is_decoder(config: Mapping[str, Any]) -> bool:
-    return "rms_norm_eps" in config and "num_attention_heads" in config
+def _section(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
-def _compare(section: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+def _decoders() -> list[tuple[str, HfDecoder]]:
+    return [(name, family.hugging_face) for name, family in FAMILIES.items() if family.hugging_face is not None]
+
+
+def _own_decoder(config: Mapping[str, Any], model: ModelConfig, seq_length: int | None) -> Iterator[str]:
+    """An export of ours says the switches itself; of earlier releases they show in the tensors' names."""
+    language = model.language
+    facts = {"family": language.family, "qkv_bias": language.qkv_bias, "qk_norm": language.qk_norm}
+    for key, value in _section(config.get("decoder")).items():
+        if key not in facts or value != facts[key]:
+            yield _other("model.language", key, value, facts.get(key))
+    known = family_of(language).hugging_face or HfDecoder(model_types=(), fields=llama_fields())
+    yield from _numbers(config, known, _PUBLISHED, model, seq_length)
+
+
+def _unknown_type(key: str, value: Any) -> str:
+    decoders = dict.fromkeys(name for _, known in _decoders() for name in known.model_types)
+    towers = dict.fromkeys(
+        name for known in TOWERS.values() if known.hugging_face for name in known.hugging_face.model_types
+    )
+    return (
+        f"{key}: found {value!r}, and what such a model computes is not known here; known are the decoders "
+        f"{', '.join(decoders)}, the towers {', '.join(towers)} ({', '.join(_TOWER_PAIRS)}), llava and llava_next"
+    )
+
+
+def _feature(config: Mapping[str, Any], key: str, model: ModelConfig) -> Iterator[str]:
+    """The state of the tower that the projector was trained on."""
+    vision, theirs = model.vision, config.get(key)
+    if theirs is None:
+        return
+    layers = _section(config.get("vision_config")).get("num_hidden_layers", vision.num_layers)
+    if not isinstance(theirs, int) or (theirs if theirs >= 0 else layers + 1 + theirs) != used_layers(vision):
+        yield f"model.vision.select_layer: {theirs!r} in the checkpoint ({key}), {vision.select_layer} in the recipe"
+
+
+def _decoder(
+    text: Mapping[str, Any], more: Mapping[str, HfField], model: ModelConfig, seq_length: int | None
+) -> Iterator[str]:
+    """What a decoder's config says otherwise than the recipe; `more` are keys that may stand among its own."""
+    language, own = model.language, family_of(model.language)
+    model_type = str(text.get("model_type"))
+    speakers = [family for family in FAMILIES.values() if _speaks(family.hugging_face, model_type)]
+    if not speakers:
+        yield _unknown_type("text_config.model_type", text.get("model_type"))
+        return
+    family = own if own in speakers else speakers[0]
+    known = family.hugging_face
+    assert known is not None
+    facts = language_facts(language)
+    for switch, value in family.switches.items():
+        if facts[switch] is not value:
+            yield _other("model.language", switch, value, facts[switch])
+    if family.has_linear_biases is not own.has_linear_biases:
+        yield _other("model.language", "family", f"{model_type} (biases: {family.has_linear_biases})", language.family)
+    yield from _numbers(text, known, more, model, seq_length)
+
+
+def _numbers(
+    text: Mapping[str, Any],
+    known: HfDecoder,
+    more: Mapping[str, HfField],
+    model: ModelConfig,
+    seq_length: int | None,
+) -> Iterator[str]:
+    """The keys of a decoder's config, of a family that is settled."""
+    language = model.language
+    heads = text.get("num_attention_heads") or known.fields["num_attention_heads"].default
+    width = text.get("hidden_size") or language.hidden_size
+    if isinstance(heads, int) and heads:
+        text = {**text}
+        _fill(text, "num_key_value_heads", known, heads)
+        _fill(text, "head_dim", known, width // heads)
+    fields, special = {**known.fields, **more}, ROPE_KEYS | WINDOW_KEYS
+    yield from _unequal("model.language", text, fields, language_facts(language), special)
+    yield from rope_differences(text, language)
+    yield from window_differences(text, known, language.num_layers, seq_length)
+
+
+def _fill(text: dict[str, Any], key: str, known: HfDecoder, derived: int) -> None:
+    """Put the number that transformers derives for a key that is absent and has no default of its own."""
+    field = known.fields.get(key)
+    if field is not None and field.default is None and text.get(key) is None:
+        text[key] = derived
+
+
+def _speaks(known: HfDecoder | None, model_type: str) -> bool:
+    return known is not None and model_type in known.model_types
+
+
+def _tower(vision: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
+    """What a tower's config says otherwise than the recipe."""
+    own = tower_of(model.vision)
+    model_type = str(vision.get("model_type"))
+    speakers = {
+        kind: traits
+        for kind, traits in TOWERS.items()
+        if traits.hugging_face is not None and model_type in traits.hugging_face.model_types
+    }
+    if not speakers:
+        yield _unknown_type("vision_config.model_type", vision.get("model_type"))
+        return
+    kind = model.vision.kind if own in speakers.values() else next(iter(speakers))
+    if kind != model.vision.kind:
+        yield _other("model.vision", "kind", kind, model.vision.kind)
+    known = TOWERS[kind].hugging_face
+    assert known is not None
+    yield from _unequal("model.vision", vision, known.fields, vision_facts(model.vision))
+
+
+def _unequal(
+    section: str,
+    theirs: Mapping[str, Any],
+    fields: Mapping[str, HfField],
+    facts: Mapping[str, Any],
+    special: frozenset[str] = frozenset(),
+) -> Iterator[str]:
+    """Keys that say another thing than we compute, and keys that are not understood."""
+    for key, field in fields.items():
+        if field.reads is not None and field.compared:
+            value = theirs.get(key)
+            value = field.default if value is None else value
+            if value != facts[field.reads]:
+                yield _other(section, field.reads, value, facts[field.reads])
     for key, value in theirs.items():
-        if value != ours[key]:
-            yield f"{section}.{key}: {value!r} in the checkpoint, {ours[key]!r} in the recipe"
+        known = fields.get(key, NOT_SO.get(key))
+        if known is None and value is not None and key not in NO_INFLUENCE and key not in special:
+            yield (
+                f"{key}: found {_short(value)}, a key that is not known here and may change what the weights compute; "
+                f"remove it from {CONFIG} only if you know that it does not"
+            )
+        elif known is not None and known.fixed and value is not None and value not in known.fixed:
+            yield f"{key}: found {_short(value)}, computed is {known.fixed[0]!r}"
+    for key, field in fields.items():
+        if field.fixed and theirs.get(key) is None and field.default not in field.fixed:
+            yield f"{key}: absent, which transformers takes for {field.default!r}; computed is {field.fixed[0]!r}"
 
 
-def _decoder_facts(text: Mapping[str, Any]) -> dict[str, Any]:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    heads = text["num_attention_heads"]
-    return {
-        "num_heads": heads,
-        "num_kv_heads": text.get("num_key_value_heads") or heads,
-        "norm_epsilon": text["rms_norm_eps"],
-        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 10000.0)),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "tied_embeddings": text.get("tie_word_embeddings", False),
-        "activation": text.get("hidden_act", "silu"),
-        **_told(text),
-    }
+def _other(section: str, field: str, theirs: Any, ours: Any) -> str:
+    return f"{section}.{field}: {theirs!r} in the checkpoint, {ours!r} in the recipe"
 
 
-def _told(text: Mapping[str, Any]) -> dict[str, Any]:
-    """What only some configs say: the number of layers, and biases and norms that a family has or is given."""
-    told = dict(_DECODER_FAMILIES.get(str(text.get("model_type")), {}))
-    if "attention_bias" in text and text.get("model_type") != "qwen2":  # transformers' Qwen2 does not look at it
-        told["qkv_bias"] = bool(text["attention_bias"])
-    if "num_hidden_layers" in text:
-        told["num_layers"] = text["num_hidden_layers"]
-    return told
-
-
-def _language_facts(language: LanguageConfig) -> dict[str, Any]:
-    return {
-        "num_heads": language.num_heads,
-        "num_kv_heads": language.num_kv_heads or language.num_heads,
-        "norm_epsilon": language.norm_epsilon,
-        "rope_theta": language.rope_theta,
-        "rope_type": "default",
-        "tied_embeddings": language.tied_embeddings,
-        "activation": "silu",
-        "num_layers": language.num_layers,
-        "qkv_bias": language.qkv_bias,
-        "qk_norm": language.qk_norm,
-    }
-
-
-def _tower_facts(vision: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = "siglip_vision_model" if "siglip" in str(vision.get("model_type", config.get("model_type"))) else None
-    known = {**_VISION_DEFAULTS[kind or "clip_vision_model"], **vision}
-    return {
-        "num_heads": known["num_attention_heads"],
-        "activation": known["hidden_act"],
-        "layernorm_epsilon": known["layer_norm_eps"],
-        "class_token": kind is None,
-    }
-
-
-def _vision_facts(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "num_heads": vision.num_heads,
-        "activation": _ACTIVATIONS[vision.activation],
-        "layernorm_epsilon": vision.layernorm_epsilon,
-        "class_token": vision.class_token,
-    }
-
-
-def decoder_family(language: LanguageConfig) -> str:
-    """`model_type` of the decoder. Raises ConfigError for one that no family of transformers computes."""
-    if language.qk_norm and language.qkv_bias:
-        raise ConfigError(
-            ["model.language: transformers has no decoder with both qk_norm and qkv_bias; export with published names"]
-        )
-    return "qwen3" if language.qk_norm else "qwen2" if language.qkv_bias else "llama"
-
-
-def text_config(language: LanguageConfig, vocab_size: int) -> dict[str, Any]:
-    """A decoder's config, but for its family."""
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": language.hidden_size,
-        "intermediate_size": language.ffn_hidden_size,
-        "num_hidden_layers": language.num_layers,
-        "num_attention_heads": language.num_heads,
-        "num_key_value_heads": language.num_kv_heads or language.num_heads,
-        "head_dim": language.head_dim or language.hidden_size // language.num_heads,
-        "rms_norm_eps": language.norm_epsilon,
-        "rope_theta": language.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
-        "tie_word_embeddings": language.tied_embeddings,
-        "hidden_act": "silu",
-    }
-
-
-def vision_config(vision: VisionConfig) -> dict[str, Any]:
-    """A vision tower's config: CLIP with a class token, SigLIP (without its pooling head) else."""
-    return {
-        "model_type": "clip_vision_model" if vision.class_token else "siglip_vision_model",
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": _ACTIVATIONS[vision.activation],
-        "layer_norm_eps": vision.layernorm_epsilon,
-        **({} if vision.class_token else {"vision_use_head": False}),
-    }
-
-
-def llava_config(model: ModelConfig, vocab_size: int, image_token: int, num_image_tokens: int) -> dict[str, Any]:
-    """Config of `LlavaForConditionalGeneration`."""
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": image_token,
-        "image_seq_length": num_image_tokens,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": model.vision.select_layer,
-        "vision_feature_select_strategy": "default" if model.vision.class_token else "full",
-        "tie_word_embeddings": model.language.tied_embeddings,
-        "text_config": {"model_type": decoder_family(model.language), **text_config(model.language, vocab_size)},
-        "vision_config": vision_config(model.vision),
-    }
-
-
-def published_config(model: ModelConfig) -> dict[str, Any]:
-    """Config beside published names. Its `model_type` is none of transformers', which would drop the vision tower."""
-    return {
-        "model_type": str(model.variant),
-        **text_config(model.language, model.language.vocab_size),
-        "vision_config": vision_config(model.vision),
-        "mm_vision_select_layer": model.vision.select_layer,
-        "stacks": plain(model.stacks),
-    }
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,15 +2,21 @@
 
 The same tensor has several names: a checkpoint of a decoder or a vision tower alone, `LlavaForConditionalGeneration`
 in memory and, with other prefixes, on disk. They differ in prefixes only, so a table of prefixes is the whole mapping;
-the longest one that fits a name decides.
+the longest one that fits a name decides. A tower or a family that names its tensors otherwise has a table of its own in
+`config.traits`, which is tried before.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from functools import lru_cache
 
 from megatron_deepstack.config.choices import Part
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.traits.families import family_of
+from megatron_deepstack.config.traits.towers import HfTensor, tower_of
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
 
@@ -74,15 +80,91 @@ _TO_LLAVA: Mapping[str, str] = {
 """To LLaVA's names on disk, which transformers has read since it knows LLaVA and still writes."""
 
 
-def to_published(name: str) -> str | None:
-    """The published name of a tensor in any of the namings above; None for one that no model of ours holds."""
+_AROUND_TOWER = ("", "vision_model.", "model.vision_tower.", "vision_tower.")
+"""Prefixes under which a checkpoint may hold a tower whose tensors have names of their own."""
+_AROUND_DECODER = {"": "", "model.language_model.": "model.", "language_model.": ""}
+"""Prefixes around a decoder, and what stands there in a checkpoint of the decoder alone."""
+
+
+def to_published(name: str, model: ModelConfig | None = None) -> str | None:
+    """The published name of a tensor.
+
+    Args:
+        name: Its name in any of the namings above.
+        model: The recipe's model, whose tower and decoder may have tables of names of their own.
+
+    Returns:
+        The published name; None for a tensor that no model of ours holds.
+    """
+    if model is not None:
+        own = _own_to_published(name, model)
+        if own is not None:
+            return own
     return _renamed(name, _TO_PUBLISHED)
 
 
-def to_naming(published: str, naming: Naming) -> str:
-    """The name under which a published tensor is exported."""
+def _own_to_published(name: str, model: ModelConfig) -> str | None:
+    tower = {theirs.name: VISION_PREFIX + ours for ours, theirs in _tower_tensors(model).items()}
+    decoder = {theirs: ours for ours, theirs in _decoder_tensors(model).items()}
+    for around in _AROUND_TOWER if tower else ():
+        found = _by_template(name.removeprefix(around), tower) if name.startswith(around) else None
+        if found is not None:
+            return found
+    for around, alone in _AROUND_DECODER.items() if decoder else ():
+        found = _by_template(alone + name.removeprefix(around), decoder) if name.startswith(around) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _tower_tensors(model: ModelConfig) -> Mapping[str, HfTensor]:
+    known = tower_of(model.vision).hugging_face
+    return {} if known is None else known.tensors
+
+
+def _decoder_tensors(model: ModelConfig) -> Mapping[str, str]:
+    known = family_of(model.language).hugging_face
+    return {} if known is None else known.tensors
+
+
+def _by_template(name: str, templates: Mapping[str, str]) -> str | None:
+    """`name` with its beginning replaced by the longest template that fits; `{n}` is the same number in both."""
+    for template in sorted(templates, key=len, reverse=True):
+        match = _pattern(template).match(name)
+        if match is not None:
+            number = match.groupdict().get("n", "")
+            return templates[template].replace("{n}", number) + name[match.end() :]
+    return None
+
+
+@lru_cache(maxsize=512)
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{n\}", r"(?P<n>\d+)"))
+
+
+def leading_ones(published: str, model: ModelConfig) -> int:
+    """Dimensions of size 1 that Hugging Face has before those of a published tensor."""
+    local = published.removeprefix(VISION_PREFIX)
+    fitting = [ours for ours in _tower_tensors(model) if local != published and _pattern(ours).match(local)]
+    return _tower_tensors(model)[max(fitting, key=len)].leading_ones if fitting else 0
+
+
+def to_naming(published: str, naming: Naming, model: ModelConfig | None = None) -> str:
+    """The name under which a published tensor is exported.
+
+    Args:
+        published: Its published name.
+        naming: Whose names the export has.
+        model: The recipe's model, whose tower and decoder may have tables of names of their own.
+    """
     if naming is Naming.PUBLISHED:
         return published
+    if model is not None:
+        tower = {VISION_PREFIX + ours: f"vision_tower.{theirs.name}" for ours, theirs in _tower_tensors(model).items()}
+        decoder = {ours: f"language_model.{theirs}" for ours, theirs in _decoder_tensors(model).items()}
+        own = _by_template(published, {**tower, **decoder})
+        if own is not None:
+            return own
     renamed = _renamed(published, _TO_LLAVA)
     assert renamed is not None, f"{published}: LlavaForConditionalGeneration has no such tensor"
     return renamed
@@ -96,14 +178,20 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
     return prefixes[longest] + name.removeprefix(longest)
 
 
-def by_published_name(names: Iterable[str], where: str) -> dict[str, str]:
+def by_published_name(names: Iterable[str], where: str, model: ModelConfig | None = None) -> dict[str, str]:
     """Published name to the name in a checkpoint, for all tensors that have one.
 
-    Raises CheckpointError if two names of the checkpoint mean the same tensor; `where` names the checkpoint.
+    Args:
+        names: All names of the checkpoint.
+        where: The checkpoint, for the message.
+        model: The recipe's model, see `to_published`.
+
+    Raises:
+        CheckpointError: Two names of the checkpoint mean the same tensor.
     """
     found: dict[str, str] = {}
     for name in names:
-        published = to_published(name)
+        published = to_published(name, model)
         if published in found:
             raise CheckpointError(
                 f"{where}: {found[published]} and {name} are both {published}; a checkpoint may hold one model only"

@@ -29,17 +29,30 @@ _SHOWN = 3
 
 
 def published_source(
-    paths: str | Path | Sequence[str | Path], fallback: Source | None = None, model: ModelConfig | None = None
+    paths: str | Path | Sequence[str | Path],
+    fallback: Source | None = None,
+    model: ModelConfig | None = None,
+    seq_length: int | None = None,
 ) -> Source:
-    """Source of full float32 tensors in Hugging Face folders or files, under published or Hugging Face's names.
+    """Checkpoints on disk as a source of full tensors. Not collective; every rank may open its own.
 
-    Parts that no checkpoint holds come from `fallback`. CheckpointError names a tensor that is missing from a part a
-    checkpoint holds, or from all where there is no fallback, and one of another shape. With `model`, what a folder's
-    config.json says and shapes do not show (heads, norms, rotary base, ...) must agree too, and every tensor of a
-    decoder layer must have a place in it.
+    Args:
+        paths: Hugging Face folders or files, under published or Hugging Face's names.
+        fallback: Where parts come from that no checkpoint holds.
+        model: The recipe's model. With it, what a folder's config.json says and shapes do not show (heads, norms,
+            rotary base, ...) must agree too, and every tensor of a decoder layer must have a place in it.
+        seq_length: Longest sequence of the run, up to which an attention window makes no difference.
+
+    Returns:
+        A function of a tensor's published name and shape to the tensor, float32 on the CPU. It raises CheckpointError
+        for a tensor that is missing from a part a checkpoint holds, or from all where there is no fallback, and for
+        one of another shape.
+
+    Raises:
+        CheckpointError: Two checkpoints hold the same part, one holds nothing of ours, or one describes another model.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
-    checkpoints = [_open(Path(path), model) for path in paths]
+    checkpoints = [_open(Path(path), model, seq_length) for path in paths]
     _require_disjoint(checkpoints)
     where = ", ".join(str(path) for path in paths)
 
@@ -74,6 +87,7 @@ class _Checkpoint:
             raise CheckpointError(_missing(str(self.path), name, shape))
         own = self.names[name]
         tensor = read_tensor(self.files[own], own)
+        tensor = _without_leading_ones(tensor, len(shape))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self.path}: {own} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the "
@@ -82,16 +96,23 @@ class _Checkpoint:
         return tensor.float()
 
 
-def _open(path: Path, model: ModelConfig | None) -> _Checkpoint:
+def _without_leading_ones(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:
+    """Some programs keep a vector as (1, 1, C)."""
+    while tensor.ndim > num_dims and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
+
+
+def _open(path: Path, model: ModelConfig | None, seq_length: int | None) -> _Checkpoint:
     files = files_by_name(path)
-    names = by_published_name(files, str(path))
+    names = by_published_name(files, str(path), model)
     if not names:
         raise CheckpointError(
             f"{path}: no tensor has a name of a LLaMA-type decoder, a CLIP-type vision tower or a LLaVA model; "
             f"found {', '.join(sorted(files)[:3]) or 'none at all'}"
         )
     if model is not None:
-        require_same_model(read_config(path), model, str(path))
+        require_same_model(read_config(path), model, str(path), seq_length)
         _require_places(names, model, path)
     return _Checkpoint(path=path, files=files, names=names, parts=frozenset(part_of(name) for name in names))
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_deepstack.data.file_kind import what_is_at
 from megatron_deepstack.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -26,7 +27,17 @@ SHARD_BYTES = 5 * 10**9
 
 
 def files_by_name(path: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it. Raises CheckpointError where nothing readable is found."""
+    """Where each tensor of a checkpoint lies.
+
+    Args:
+        path: A folder, or a single file.
+
+    Returns:
+        Tensor name to the file that holds it.
+
+    Raises:
+        CheckpointError: Nothing readable is found, or files that an index names are missing.
+    """
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file or folder; expected a safetensors file or a Hugging Face folder with {SINGLE}"
@@ -47,7 +58,7 @@ def _from_index(index: Path) -> dict[str, Path]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): index.parent / file for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: cannot be read as an index of tensors: {error}") from error
+        raise CheckpointError(f"{index}: cannot be read as an index of tensors: {_reason(index, error)}") from error
     missing = sorted({file.name for file in files.values() if not file.is_file()})
     if missing:
         raise CheckpointError(f"{index}: names {', '.join(missing)}, not there; finish the download or the copy")
@@ -60,19 +71,31 @@ def _names(file: Path) -> list[str]:
             with safe_open(file, framework="pt") as opened:
                 return list(opened.keys())
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+            raise CheckpointError(f"{file}: cannot be read as safetensors: {_reason(file, error)}") from error
     return list(_torch_file(file))
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor on the CPU, in the dtype it has in the file."""
+    """One tensor on the CPU, in the dtype it has in the file.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     if file.suffix != ".safetensors":
         return _torch_file(file)[name]
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot read {name}: {error}") from error
+        raise CheckpointError(f"{file}: cannot read {name}: {_reason(file, error)}") from error
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """Why a file cannot be read: what it really is, or else what its reader says."""
+    what = what_is_at(file)
+    if what and (file.suffix == ".safetensors" or not what.startswith("a zip archive")):  # as PyTorch's own files are
+        return f"it is {what}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @lru_cache(maxsize=4)
@@ -82,7 +105,7 @@ def _torch_file(file: Path) -> Mapping[str, torch.Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{file}: cannot be read as safetensors or as a PyTorch file of tensors: {str(error).splitlines()[0]}"
+            f"{file}: cannot be read as safetensors or as a PyTorch file of tensors: {_reason(file, error)}"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file}: expected a PyTorch file that maps names to tensors")

@@ -63,6 +63,11 @@ class Location:
         """The last part of path or URL."""
         return self.text.rstrip("/").rpartition("/")[2]
 
+    @property
+    def looked_in(self) -> str:
+        """` (looked in FOLDER)` of a relative path, which counts from where a command is started; else empty."""
+        return f" (looked in {os.getcwd()})" if self.is_local and not self.local_path().is_absolute() else ""
+
     def local_path(self) -> Path:
         """The path of a local file or folder."""
         assert self.is_local, self.text

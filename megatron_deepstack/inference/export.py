@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_deepstack.config.load import load_recipe
+from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.convert.export import export_model, require_exportable
 from megatron_deepstack.convert.hf_names import Naming
@@ -15,8 +16,6 @@ from megatron_deepstack.inference.main import load_engine
 from megatron_deepstack.model.build import merge_adapters
 from megatron_deepstack.parallel.groups import Groups, create_groups
 from megatron_deepstack.platform.local_ranks import launch_ranks
-
-RECIPE = "recipe.yaml"
 
 
 def export_run(run_dir: str | Path, output: str | Path, naming: Naming = Naming.PUBLISHED) -> Path:
@@ -32,9 +31,9 @@ def export_run(run_dir: str | Path, output: str | Path, naming: Naming = Naming.
 
 def one_rank_recipe(run_dir: str | Path) -> Recipe:
     """The recipe a run was made with, for one rank; the run may lie elsewhere by now."""
-    file = Path(run_dir) / RECIPE
+    file = RunFolder(run_dir).recipe
     if not file.is_file():
-        raise CheckpointError(f"{run_dir}: holds no {RECIPE}; name the folder of a run")
+        raise CheckpointError(f"{run_dir}: holds no {RECIPE_FILE}; name the folder of a run")
     return replace(load_recipe(file), run_dir=str(run_dir), parallel=ParallelConfig())
 
 

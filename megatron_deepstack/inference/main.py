@@ -15,6 +15,7 @@ from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.verification import newest_whole_together
 from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.location import Location
@@ -80,7 +81,7 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
     engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
     answers = answer_questions(recipe, engine, store, tokenizer, store_path, limit, max_new_tokens)
     if engine.groups.replica_rank == 0:
-        _write(Path(recipe.run_dir) / "answers.jsonl", answers)
+        _write(RunFolder(recipe.run_dir).answers, answers)
     leave()
     return answers
 

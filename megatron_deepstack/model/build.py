@@ -46,7 +46,19 @@ def build_model(
 ) -> RankModel:
     """Build this rank's modules, uninitialised. Collective over tp, pp and the embedding group.
 
-    Raises ConfigError, before anything is built, where this rank cannot run the recipe's layers or precision.
+    Args:
+        model: The recipe's model.
+        parallel: The layout.
+        precision: Dtype of parameters and activations.
+        groups: Process groups of the layout.
+        lora: Adapters of the decoder; none by default.
+        fp8_scaling: How FP8 tensors are scaled, under that precision.
+
+    Returns:
+        Encoder and decoder chunks on this rank's device, with the rules of their parameters.
+
+    Raises:
+        ConfigError: This rank cannot run the recipe's layers or precision; nothing has been built then.
     """
     require_fp8(precision, fp8_scaling, model.layers)
     config = decoder_config(model.language, parallel, precision, fp8_scaling)
@@ -71,7 +83,13 @@ def build_model(
 
 
 def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distributed.ProcessGroup) -> None:
-    """Set all parameters from full published tensors."""
+    """Set all parameters from full published tensors. Not collective: every rank reads what it needs.
+
+    Args:
+        rank_model: What this rank holds; changed in place.
+        source: Published name and shape to the full tensor.
+        tp_group: The decoder's tp group, whose rank and size choose the shards.
+    """
     fill(rank_model.encoder, rank_model.encoder_rules, source, 0, 1)
     for chunk, rules in zip(rank_model.chunks, rank_model.chunk_rules, strict=True):
         fill(chunk, rules, source, tp_group.rank(), tp_group.size())
@@ -80,14 +98,19 @@ def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distribute
 def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
     """Let only the named parts learn, of a decoder with adapters these alone; unused ViT layers never do.
 
-    Raises ConfigError if nothing is left to train.
+    Args:
+        rank_model: What this rank holds; changed in place.
+        trainable: Parts that learn. The newline belongs to the projector.
+
+    Raises:
+        ConfigError: Nothing is left to train.
     """
     if not trainable:
         raise ConfigError(["train.trainable: empty; name at least one of vision, projector, language"])
     vit = rank_model.encoder.vit
     for parameter in vit.parameters():
         parameter.requires_grad_(Part.VISION in trainable)
-    for layer in vit.decoder.layers[vit.num_used_layers :]:
+    for layer in vit.unused_layers():
         layer.requires_grad_(False)
     rank_model.encoder.projector.requires_grad_(Part.PROJECTOR in trainable)
     if rank_model.encoder.newline is not None:

@@ -10,14 +10,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_deepstack.config.choices import Precision, Variant
+from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.model.megatron_config import vision_config
-from megatron_deepstack.model.vit import VisionTransformer, VitStacks
-from megatron_deepstack.planning.rows import tokens_per_view
+from megatron_deepstack.model.tower import build_tower
+from megatron_deepstack.model.vit import VitStacks
 from megatron_deepstack.planning.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
-
-VARIANTS_WITH_NEWLINE = (Variant.DEEPSTACK_HD, Variant.LLAVA_ANYRES)
 
 
 class Projector(torch.nn.Module):
@@ -41,18 +40,25 @@ class VisualEncoder(MegatronModule):
         config = vision_config(model.vision, precision)
         super().__init__(config=config)
         stacks = None
-        if model.variant.stacks_in_vit:
+        if model.variant.traits.stacks_in_vit:
             stacks = VitStacks(slots=plan_vit_stacks(model).slots, views_per_image=1 + STACKS_IN_VIT)
         self.view_tokens = tokens_per_view(model.vision)
         self.hidden_size = model.language.hidden_size
-        self.vit = VisionTransformer(config, model, groups, stacks)
+        self.vit = build_tower(config, model, groups, stacks)
         self.projector = Projector(model.vision.hidden_size, self.hidden_size, config.params_dtype)
         self.newline = None
-        if model.variant in VARIANTS_WITH_NEWLINE:
+        if model.variant.traits.has_newline:
             self.newline = torch.nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """ViT features (N, P * P, C) -> rows (N * P * P + 1, H), the newline last (zero where there is none)."""
+        """From the tower's features to rows. Not collective.
+
+        Args:
+            features: (N, P * P, C) of N views, or of N images where stacks enter the ViT.
+
+        Returns:
+            Rows (N * P * P + 1, H), the newline last; zero where the variant has none.
+        """
         rows = self.projector(features).reshape(-1, self.hidden_size)
         newline = rows.new_zeros(1, self.hidden_size) if self.newline is None else self.newline[None]
         return torch.cat([rows, newline.to(rows.dtype)])

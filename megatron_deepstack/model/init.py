@@ -21,7 +21,16 @@ _ADAPTER_INPUTS, _ADAPTER_OUTPUTS = "lora_A.weight", "lora_B.weight"
 
 
 def random_source(model: ModelConfig, seed: int, deviation: float = 0.02) -> Source:
-    """Published name and shape to its initial value, float32 on the CPU; `deviation` is that of matrices."""
+    """Initial values that no layout can change.
+
+    Args:
+        model: The recipe's model, whose depths scale what writes to the residual stream.
+        seed: The run's seed.
+        deviation: Standard deviation of matrices and embeddings.
+
+    Returns:
+        A function of published name and shape to the full tensor, float32 on the CPU.
+    """
 
     def draw(name: str, shape: Shape) -> torch.Tensor:
         if name.endswith(".bias"):

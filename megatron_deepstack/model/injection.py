@@ -17,15 +17,32 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 def add_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
-    """Hidden states with `rows_RH[r]` added at flat position `positions_R[r]` = s * B + b; out of place."""
+    """Hidden states with rows added, out of place; gradients flow to both.
+
+    Args:
+        hidden_SBH: Hidden states.
+        rows_RH: Rows to add, cast to the hidden states' dtype.
+        positions_R: int64, the flat position s * B + b of each row; several rows may share one.
+
+    Returns:
+        (S, B, H).
+    """
     flat = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
     return flat.index_add(0, positions_R, rows_RH.to(flat.dtype)).view_as(hidden_SBH)
 
 
 def put_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
-    """Hidden states with `rows_RH[r]` in place of what was at flat position `positions_R[r]`; out of place.
+    """Hidden states with rows in place of what was there, out of place.
 
     The base visual tokens take the placeholders' place, and no gradient reaches the embedding of the placeholder.
+
+    Args:
+        hidden_SBH: Hidden states.
+        rows_RH: Rows to put, cast to the hidden states' dtype.
+        positions_R: int64, the flat position s * B + b of each row; all different.
+
+    Returns:
+        (S, B, H).
     """
     flat = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
     return flat.index_copy(0, positions_R, rows_RH.to(flat.dtype)).view_as(hidden_SBH)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -25,6 +24,7 @@ from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.attention import Packs
 from megatron_deepstack.model.injection import put_rows
+from megatron_deepstack.model.rotary import build_rotary
 from megatron_deepstack.model.specs import decoder_block, respect_no_grad
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
@@ -86,12 +86,7 @@ class LanguageChunk(LanguageModule):
                 scatter_to_sequence_parallel=True,
                 tp_group=groups.tp,
             )
-        self.rotary = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=language.rope_theta,
-            cp_group=groups.cp,
-        )
+        self.rotary = build_rotary(language, config, groups)
         self.decoder = TransformerBlock(
             config=config,
             spec=decoder_block(language, layers, lora, chunk.first, chunk.stop, self.slots),
@@ -130,11 +125,17 @@ class LanguageChunk(LanguageModule):
         visual: VisualInputs = NO_VISUAL_INPUTS,
         packs: Packs | None = None,
     ) -> torch.Tensor:
-        """Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
-        logits (S, B, V / tp).
+        """One micro-batch through the chunk. Collective over tp and cp.
 
-        `tokens_BS` and `labels_BS` are this rank's cp shard in zigzag order, int64; ignored labels may hold any id
-        that is not negative. `packs` says where the samples of a packed row (B = 1) end. Collective over tp and cp.
+        Args:
+            tokens_BS: int64, this rank's cp shard in zigzag order.
+            labels_BS: int64, likewise; ignored labels may hold any id that is not negative. None asks for logits.
+            visual: Rows that this chunk adds.
+            packs: Where the samples of a packed row (B = 1) end.
+
+        Returns:
+            Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
+            logits (S, B, V / tp).
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
         rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)

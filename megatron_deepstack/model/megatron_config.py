@@ -8,6 +8,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Activation, Fp8Scaling, Precision, Recompute
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.config.sizes import head_width, num_kv_heads
+from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.model.fp8 import fp8_settings
 from megatron_deepstack.planning.slots import layers_per_chunk
 from megatron_deepstack.platform.device import has_gpu
@@ -22,7 +24,12 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP8: torch.bfloat16}
-ACTIVATIONS = {Activation.QUICK_GELU: _quick_gelu, Activation.GELU: F.gelu, Activation.GELU_TANH: _gelu_tanh}
+ACTIVATIONS = {
+    Activation.QUICK_GELU: _quick_gelu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: _gelu_tanh,
+    Activation.SILU: F.silu,
+}
 
 
 def decoder_config(
@@ -33,18 +40,19 @@ def decoder_config(
 ) -> TransformerConfig:
     """TransformerConfig of the decoder under a layout."""
     full = parallel.recompute is Recompute.FULL
+    family = family_of(language)
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
         num_attention_heads=language.num_heads,
-        num_query_groups=language.num_kv_heads or language.num_heads,
-        kv_channels=language.head_dim or language.hidden_size // language.num_heads,
+        num_query_groups=num_kv_heads(language),
+        kv_channels=head_width(language),
         layernorm_epsilon=language.norm_epsilon,
         qk_layernorm=language.qk_norm,
-        add_bias_linear=False,
+        add_bias_linear=family.has_linear_biases,
         add_qkv_bias=language.qkv_bias,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[family.activation],
         gated_linear_unit=True,
         normalization="RMSNorm",
         tensor_model_parallel_size=parallel.tensor,

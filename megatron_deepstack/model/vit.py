@@ -1,4 +1,4 @@
-"""A vision transformer of CLIP's or SigLIP's type on Megatron layers, with DeepStack-V's stacks before chosen layers.
+"""A vision transformer with fixed positions on Megatron layers, with DeepStack-V's stacks before chosen layers.
 
 Runs only the layers whose output is used (CLIP's feature is hidden state -2, so the last layer has no weight in the
 result). For DeepStack-V, global view and crops share the layers before the first slot; then the crops' patch tokens
@@ -18,8 +18,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import tokens_per_side, used_layers
+from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.specs import respect_no_grad, vit_layer
-from megatron_deepstack.planning.rows import sample_mosaic, tokens_per_side
+from megatron_deepstack.planning.samplers import sample_mosaic
+from megatron_deepstack.planning.views import FIXED_GRID
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +33,10 @@ class VitStacks:
     views_per_image: int
 
 
-def num_used_layers(num_layers: int, select_layer: int) -> int:
-    """Layers that must run for hidden state `select_layer` (Hugging Face's numbering: state i enters layer i)."""
-    return num_layers + 1 + select_layer if select_layer < 0 else select_layer
-
-
 class VisionTransformer(MegatronModule):
     """Patch embedding, position embedding, transformer layers; every rank holds all of it.
 
-    CLIP puts a class token before the patches and a norm after the embedding; SigLIP has neither, but a patch bias.
+    What stands around the layers (class token, biases, norms) is what the tower's row in `config.traits.towers` says.
     """
 
     def __init__(
@@ -52,21 +50,24 @@ class VisionTransformer(MegatronModule):
         vision = model.vision
         side = tokens_per_side(vision)
         dtype = config.params_dtype
+        traits = tower_of(vision)
         self.vision, self.stacks = vision, stacks
-        self.num_used_layers = num_used_layers(vision.num_layers, vision.select_layer)
+        self.num_leading = traits.num_leading_tokens
+        self.num_used_layers = used_layers(vision)
         self.patch_embedding = torch.nn.Conv2d(  # without padding: pixels beyond whole patches are not seen
             3,
             vision.hidden_size,
             kernel_size=vision.patch_size,
             stride=vision.patch_size,
-            bias=not vision.class_token,
+            bias=traits.has_patch_bias,
             dtype=dtype,
         )
-        num_tokens = side * side + int(vision.class_token)
+        num_tokens = side * side + self.num_leading
         self.position_embedding = torch.nn.Parameter(torch.empty(num_tokens, vision.hidden_size, dtype=dtype))
-        if vision.class_token:
+        if traits.has_class_token:
             self.class_embedding = torch.nn.Parameter(torch.empty(vision.hidden_size, dtype=dtype))
-            self.pre_norm = torch.nn.LayerNorm(vision.hidden_size, eps=vision.layernorm_epsilon, dtype=dtype)
+        self.pre_norm = self._norm(dtype) if traits.has_pre_norm else torch.nn.Identity()
+        self.post_norm = self._norm(dtype) if traits.has_post_norm else torch.nn.Identity()
         self.decoder = TransformerBlock(
             config=config, spec=vit_layer(), pre_process=True, post_process=False, pg_collection=groups
         )
@@ -76,13 +77,20 @@ class VisionTransformer(MegatronModule):
         self.register_buffer("mean", torch.tensor(vision.mean)[:, None, None] * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(vision.std)[:, None, None] * 255.0, persistent=False)
 
+    def _norm(self, dtype: torch.dtype) -> torch.nn.LayerNorm:
+        return torch.nn.LayerNorm(self.vision.hidden_size, eps=self.vision.layernorm_epsilon, dtype=dtype)
+
     @staticmethod
     def _stack_index(model: ModelConfig, stacks: VitStacks) -> torch.Tensor:
         """(stacks, P * P) index into an image's crops' patch tokens, (crops * P * P,)."""
         side = tokens_per_side(model.vision)
-        crop, token = sample_mosaic(model.stacks.sampler, side, (2, 2))
+        crop, token = sample_mosaic(model.stacks.sampler, side, FIXED_GRID)
         index = torch.from_numpy(crop * side * side + token)
         return index[: len(stacks.slots)]
+
+    def unused_layers(self) -> list[torch.nn.Module]:
+        """Layers after the one whose output is the selected feature."""
+        return list(self.decoder.layers[self.num_used_layers :])
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, image, image, 3) to normalised (N, 3, image, image) in the model's dtype, on its device."""
@@ -92,13 +100,11 @@ class VisionTransformer(MegatronModule):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, image, image) normalised -> patch features (N, P * P, C); with stacks (N / views, P * P, C)."""
         x_NTC = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        if self.vision.class_token:
+        if self.num_leading:
             x_NTC = torch.cat([self.class_embedding.expand(len(x_NTC), 1, -1), x_NTC], dim=1)
-        x_NTC = x_NTC + self.position_embedding
-        if self.vision.class_token:
-            x_NTC = self.pre_norm(x_NTC)
+        x_NTC = self.pre_norm(x_NTC + self.position_embedding)
         x_TNC = self._run_layers(x_NTC.transpose(0, 1).contiguous())
-        return x_TNC[int(self.vision.class_token) :].transpose(0, 1)
+        return self.post_norm(x_TNC[self.num_leading :].transpose(0, 1))
 
     def _run_layers(self, x_TNC: torch.Tensor) -> torch.Tensor:
         stacks_KMUC = None
@@ -119,11 +125,11 @@ class VisionTransformer(MegatronModule):
         assert self.stacks is not None
         tokens, _, width = x_TNC.shape
         x_TUVC = x_TNC.reshape(tokens, -1, self.stacks.views_per_image, width)
-        crops_VMUC = x_TUVC[int(self.vision.class_token) :, :, 1:].permute(2, 0, 1, 3)
+        crops_VMUC = x_TUVC[self.num_leading :, :, 1:].permute(2, 0, 1, 3)
         flat = crops_VMUC.reshape(-1, x_TUVC.shape[1], width)
         return x_TUVC[:, :, 0].contiguous(), flat[self.stack_index]
 
     def _add(self, x_TUC: torch.Tensor, stack_MUC: torch.Tensor) -> torch.Tensor:
         """The stack on the patch tokens; the class token is untouched."""
-        first = int(self.vision.class_token)
+        first = self.num_leading
         return torch.cat([x_TUC[:first], x_TUC[first:] + stack_MUC])

@@ -14,6 +14,8 @@ import torch
 
 from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
+from megatron_deepstack.config.sizes import head_width, num_kv_heads
+from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.planning.linears import linear_sizes
@@ -79,7 +81,16 @@ Rules = dict[str, Rule]
 
 
 def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) -> Rules:
-    """Rules of a decoder chunk's parameters, by our local parameter name; with `lora_rank` those of adapters too."""
+    """What a decoder chunk's parameters are made of.
+
+    Args:
+        chunk: The chunk.
+        model: The recipe's model.
+        lora_rank: Rank of its adapters, whose rules are then given too; 0 for none.
+
+    Returns:
+        Rules by the parameter's name in the chunk.
+    """
     language = model.language
     vocabulary = (language.vocab_size, language.hidden_size)
     known = {
@@ -99,8 +110,7 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
 def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
     language = model.language
     h, f = language.hidden_size, language.ffn_hidden_size
-    d = language.head_dim or h // language.num_heads
-    groups = language.num_kv_heads or language.num_heads
+    d, groups = head_width(language), num_kv_heads(language)
     q, kv = language.num_heads * d, groups * d
     attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
     input_norm = _plain(f"{prefix}input_layernorm.weight", (h,))
@@ -113,22 +123,27 @@ def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
         "self_attention.q_layernorm.weight": _plain(f"{prefix}self_attn.q_norm.weight", (d,)),
         "self_attention.k_layernorm.weight": _plain(f"{prefix}self_attn.k_norm.weight", (d,)),
         "self_attention.linear_proj.weight": _plain(f"{prefix}self_attn.o_proj.weight", (h, q), tp_dim=1),
+        "self_attention.linear_proj.bias": _plain(f"{prefix}self_attn.o_proj.bias", (h,)),
         "pre_mlp_layernorm.weight": mlp_norm,
         "mlp.linear_fc1.layer_norm_weight": mlp_norm,
-        "mlp.linear_fc1.weight": Rule(
-            names=(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"),
-            shapes=((f, h), (f, h)),
-            tp_dim=0,
-            concatenated=True,
-        ),
+        "mlp.linear_fc1.weight": _gate_and_up(prefix, "weight", (f, h)),
+        "mlp.linear_fc1.bias": _gate_and_up(prefix, "bias", (f,)),
         "mlp.linear_fc2.weight": _plain(f"{prefix}mlp.down_proj.weight", (h, f), tp_dim=1),
+        "mlp.linear_fc2.bias": _plain(f"{prefix}mlp.down_proj.bias", (h,)),
     }
+
+
+def _gate_and_up(prefix: str, kind: str, shape: Shape) -> Rule:
+    names = (f"{prefix}mlp.gate_proj.{kind}", f"{prefix}mlp.up_proj.{kind}")
+    return Rule(names=names, shapes=(shape, shape), tp_dim=0, concatenated=True)
 
 
 def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
     """Published names of the tensors that the decoder's layers are made of, without adapters."""
     language = model.language
     absent = set() if language.qkv_bias else {"self_attention.linear_qkv.bias"}
+    if not family_of(language).has_linear_biases:
+        absent |= {"self_attention.linear_proj.bias", "mlp.linear_fc1.bias", "mlp.linear_fc2.bias"}
     if not language.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
     return frozenset(
@@ -142,7 +157,7 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
 
 def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
     """An A per fused linear, a B per published one; names as other programs give them, where they have the same."""
-    groups = language.num_kv_heads or language.num_heads
+    groups = num_kv_heads(language)
     f, h = language.ffn_hidden_size, language.hidden_size
     sizes = linear_sizes(language)
     width, fused = sizes[LoraTarget.ATTENTION_OUTPUT][0], sizes[LoraTarget.QKV][1]
@@ -165,7 +180,15 @@ def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
 
 
 def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
-    """Rules of the encoder's parameters, by our local parameter name; nothing is split."""
+    """What the encoder's parameters are made of; nothing is split.
+
+    Args:
+        encoder: The encoder.
+        model: The recipe's model.
+
+    Returns:
+        Rules by the parameter's name in the encoder.
+    """
     vision, hidden = model.vision, model.language.hidden_size
     c, p = vision.hidden_size, vision.patch_size
     embeddings = f"{VISION_PREFIX}embeddings."
@@ -178,6 +201,8 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
         ),
         "vit.pre_norm.weight": _plain(f"{VISION_PREFIX}pre_layrnorm.weight", (c,)),
         "vit.pre_norm.bias": _plain(f"{VISION_PREFIX}pre_layrnorm.bias", (c,)),
+        "vit.post_norm.weight": _plain(f"{VISION_PREFIX}post_layernorm.weight", (c,)),
+        "vit.post_norm.bias": _plain(f"{VISION_PREFIX}post_layernorm.bias", (c,)),
         "projector.fc1.weight": _plain(f"{PROJECTOR_PREFIX}0.weight", (hidden, c)),
         "projector.fc1.bias": _plain(f"{PROJECTOR_PREFIX}0.bias", (hidden,)),
         "projector.fc2.weight": _plain(f"{PROJECTOR_PREFIX}2.weight", (hidden, hidden)),
@@ -230,7 +255,15 @@ def _select(module: torch.nn.Module, known: Rules) -> Rules:
 
 
 def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_ranks: int) -> None:
-    """Set every parameter of `module` from full published tensors; `rank` of `num_ranks` is the tp shard."""
+    """Set every parameter of a module from full published tensors. Not collective.
+
+    Args:
+        module: Changed in place.
+        rules: Rules of all its parameters.
+        source: Published name and shape to the full tensor, of any float dtype.
+        rank: The tp rank whose shard is taken.
+        num_ranks: Ranks that share a tensor.
+    """
     for name, parameter in module.named_parameters():
         rule = rules[name]
         tensors = [source(n, shape) for n, shape in zip(rule.names, rule.shapes, strict=True)]

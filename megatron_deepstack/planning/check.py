@@ -22,7 +22,6 @@ from megatron_deepstack.config.choices import (
     Precision,
     Recompute,
     RecomputeMethod,
-    Variant,
 )
 from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
@@ -71,7 +70,7 @@ def _slots(recipe: Recipe) -> Iterator[Problem]:
     model = recipe.model
     try:
         decoder_slots(model)
-        if model.variant is Variant.DEEPSTACK_V:
+        if model.variant.traits.stacks_in_vit:
             plan_vit_stacks(model)
     except ConfigError as error:
         yield from _problems_of(

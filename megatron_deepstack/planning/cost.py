@@ -16,8 +16,9 @@ from collections.abc import Collection, Sequence
 
 from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.config.sizes import tokens_per_view, used_layers
+from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.planning.linears import attention_widths, linear_sizes
-from megatron_deepstack.planning.rows import tokens_per_view
 from megatron_deepstack.planning.slots import stage_chunks
 from megatron_deepstack.planning.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 
@@ -25,9 +26,17 @@ from megatron_deepstack.planning.vit_stacks import STACKS_IN_VIT, plan_vit_stack
 def training_flops(
     model: ModelConfig, trainable: Collection[Part], lora: LoraConfig, lengths: Sequence[int], num_units: int
 ) -> float:
-    """Forward and backward of a step: decoder over samples of `lengths` tokens, encoder over `num_units` views.
+    """FLOPs of a step, forward and backward.
 
-    A unit is what the plan deals to ranks: a view, or for DeepStack-V an image with all its views.
+    Args:
+        model: The recipe's model.
+        trainable: Parts that learn.
+        lora: Adapters of the decoder; rank 0 for none.
+        lengths: Tokens of each sample, visual ones included, padding not.
+        num_units: What the plan deals to ranks: views, or images with all their views where stacks enter the ViT.
+
+    Returns:
+        Operations, two per multiply-add, of all ranks together.
     """
     encoder = num_units * (_vision_training(model, trainable) + _projector_training(model, trainable))
     return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
@@ -46,7 +55,7 @@ def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
     learned = Part.VISION in trainable
     passes = 3 if learned else 1
     vision = model.vision
-    if not model.variant.stacks_in_vit:
+    if not model.variant.traits.stacks_in_vit:
         return passes * _layers_flops(vision, used_layers(vision)) + (1 + learned) * _patch_flops(vision)
     shared = plan_vit_stacks(model).slots[0]
     views = 1 + STACKS_IN_VIT
@@ -88,11 +97,6 @@ def projector_flops(model: ModelConfig) -> float:
     return 2.0 * tokens_per_view(model.vision) * hidden * (model.vision.hidden_size + hidden)
 
 
-def used_layers(vision: VisionConfig) -> int:
-    """ViT layers that must run for the selected feature."""
-    return vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
-
-
 def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
     """Entries of all adapters' matrices: rank times (inputs + outputs) of each adapted linear."""
     sizes = linear_sizes(language)
@@ -113,7 +117,7 @@ def _causal_attention(language: LanguageConfig, length: int) -> float:
 
 
 def _layers_flops(vision: VisionConfig, num_layers: int) -> float:
-    c, tokens = vision.hidden_size, tokens_per_view(vision) + int(vision.class_token)
+    c, tokens = vision.hidden_size, tokens_per_view(vision) + tower_of(vision).num_leading_tokens
     weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
     return num_layers * (2 * tokens * weights + 4 * tokens * tokens * c)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import ModelConfig, Recipe, VisionConfig
-from megatron_deepstack.planning.cost import adapter_weights, linear_sizes
-from megatron_deepstack.planning.rows import tokens_per_view
+from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.cost import adapter_weights
+from megatron_deepstack.planning.linears import linear_sizes
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
 _GRADIENT_BYTES = 4
@@ -28,13 +30,21 @@ def part_parameters(model: ModelConfig) -> dict[Part, int]:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of one checkpoint: every weight, and the optimizer's state of those that learn."""
+    """Bytes of one checkpoint: every weight, and the optimizer's state of those that learn."""
     weights = sum(part_parameters(recipe.model).values()) + _adapters(recipe)
     return weights * _weight_bytes(recipe) + _learned(recipe) * _state_bytes(recipe)
 
 
 def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
-    """Memory of weights, gradients and optimizer on the fullest rank."""
+    """Memory of weights, gradients and optimizer on the fullest rank.
+
+    Args:
+        recipe: The recipe.
+        num_ranks: Ranks of the whole run, over which a distributed optimizer is shared out.
+
+    Returns:
+        Bytes, without activations.
+    """
     parallel, parameters = recipe.parallel, part_parameters(recipe.model)
     shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
     everyone = num_ranks if parallel.distributed_optimizer else 1
@@ -99,5 +109,8 @@ def _chunk_parameters(model: ModelConfig, chunk: Chunk) -> int:
 def _vision_parameters(vision: VisionConfig) -> int:
     c, f = vision.hidden_size, vision.ffn_hidden_size
     layer = 4 * (c + 1) * c + (c + 1) * f + (f + 1) * c + 4 * c
-    embedding = (3 * vision.patch_size**2 + tokens_per_view(vision) + 4) * c
+    traits = tower_of(vision)
+    norms = 2 * (int(traits.has_pre_norm) + int(traits.has_post_norm))
+    vectors = tokens_per_view(vision) + 2 * traits.num_leading_tokens + int(traits.has_patch_bias) + norms
+    embedding = (3 * vision.patch_size**2 + vectors) * c
     return vision.num_layers * layer + embedding

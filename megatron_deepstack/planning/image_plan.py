@@ -99,6 +99,6 @@ def _units(model: ModelConfig, grid: Grid, needed: npt.NDArray[np.int64]) -> tup
     """A unit per needed view, or one of all views where they meet inside the ViT."""
     if not len(needed):
         return ()
-    if model.variant.stacks_in_vit:
+    if model.variant.traits.stacks_in_vit:
         return (tuple(range(1 + grid[0] * grid[1])),)
     return tuple((int(view),) for view in needed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_deepstack.config.choices import Fp8Scaling, LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.sizes import head_width, num_kv_heads
 
 FP8_TOKENS = 32
 """A rank's tokens come in this multiple under FP8: every scaling's matrix products take it, none less than 16."""
@@ -28,5 +29,5 @@ def linear_sizes(language: LanguageConfig) -> dict[LoraTarget, tuple[int, int]]:
 
 def attention_widths(language: LanguageConfig) -> tuple[int, int]:
     """All query heads, and all key (or value) heads, side by side."""
-    width = language.num_heads * (language.head_dim or language.hidden_size // language.num_heads)
-    return width, width * (language.num_kv_heads or language.num_heads) // language.num_heads
+    width = head_width(language)
+    return language.num_heads * width, num_kv_heads(language) * width

@@ -118,7 +118,7 @@ def plan_routes(
         model: The model.
         parallel: The layout; tp x cp x pp ranks make a replica.
         micro_batches: The replica's samples, the same on all of its ranks, all micro-batches of one size.
-        seq_length: S, the padded length of all samples, which `length_multiple(parallel)` divides.
+        seq_length: S, the padded length of all samples, which `sequence_multiple(parallel)` divides.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
 
     Returns:

@@ -9,23 +9,24 @@ Legend: P tokens per view side, n = gw * gh crops, mosaic = the crops' tokens la
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Sampler, Variant
-from megatron_deepstack.config.schema import ModelConfig, VisionConfig
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import tokens_per_side
+from megatron_deepstack.config.sizes import tokens_per_view as tokens_per_view
+from megatron_deepstack.config.traits.variants import Context, StackSource
+from megatron_deepstack.planning.samplers import Index, sample_mosaic
 from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid
 
 BASE = -1
 """Stack number of the base visual tokens, which take the placeholders' place."""
 NEWLINE = -1
 """View number of the learned `image_newline` row."""
-
-Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +45,16 @@ class ImageRows:
     """Token within the view, row-major; 0 for the newline."""
 
 
-def tokens_per_side(vision: VisionConfig) -> int:
-    """P: patches along one side of a view."""
-    return vision.image_size // vision.patch_size
-
-
-def tokens_per_view(vision: VisionConfig) -> int:
-    """Feature rows the encoder returns for a view; the class token is not among them."""
-    return tokens_per_side(vision) ** 2
-
-
 def image_rows(model: ModelConfig, grid: Grid) -> ImageRows:
-    """All rows of an image with this grid under the model's variant and sampler."""
+    """All rows of an image under the model's variant and sampler.
+
+    Args:
+        model: The recipe's model.
+        grid: Columns and rows of the image's crops.
+
+    Returns:
+        The rows, base tokens first, then stack after stack; read-only arrays, shared by all callers.
+    """
     return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), grid)
 
 
@@ -66,18 +65,11 @@ def context_length(model: ModelConfig, grid: Grid) -> int:
 
 @lru_cache(maxsize=256)
 def _image_rows(variant: Variant, sampler: Sampler, side: int, grid: Grid) -> ImageRows:
-    base = _rows(BASE, np.arange(side * side), 0, np.arange(side * side))
-    if variant in (Variant.LLAVA, Variant.DEEPSTACK_V):
-        return _collect(side * side, [base])
-    if variant is Variant.DEEPSTACK_L:
-        return _collect(side * side, [base, *_stacks_of_crops(sampler, side, grid, first_view=1)])
-    if variant is Variant.IN_SEQUENCE:
-        return _all_in_sequence(base, _stacks_of_crops(sampler, side, grid, first_view=1), side)
-    context = _anyres_context(side, grid)
+    traits = variant.traits
+    context = _CONTEXTS[traits.context](sampler, side, grid)
     length = int(context[1].max()) + 1
-    if variant is Variant.LLAVA_ANYRES:
-        return _collect(length, [context])
-    return _collect(length, [context, *_anyres_stacks(sampler, side, grid, context)])
+    stacks = _STACKS[traits.stack_source](sampler, side, grid, context) if traits.stacks_in_decoder else []
+    return _collect(length, [context, *stacks])
 
 
 _Rows = tuple[Index, Index, Index, Index]
@@ -95,40 +87,23 @@ def _collect(length: int, parts: Iterable[_Rows]) -> ImageRows:
     return ImageRows(context_length=length, stack=stack, cell=cell, view=view, token=token)
 
 
-def sample_mosaic(sampler: Sampler, side: int, grid: Grid) -> tuple[Index, Index]:
-    """Crop (raster order) and token of every stack row: two arrays (gw * gh stacks, P * P cells).
-
-    `2d`: stack i gw + j is `mosaic[i::gh, j::gw]`, so a cell receives tokens of its own place in the picture.
-    `1d`: stack k is every n-th token of the row-major mosaic, from k. `grid`: stack k is crop k.
-    """
-    gw, gh = grid
-    num, cells = gw * gh, np.arange(side * side)
-    stack = np.arange(num)[:, None]
-    if sampler is Sampler.GRID:
-        return np.broadcast_to(stack, (num, side * side)), np.broadcast_to(cells, (num, side * side))
-    if sampler is Sampler.DILATED_2D:
-        y = cells // side * gh + stack // gw
-        x = cells % side * gw + stack % gw
-    else:
-        y, x = np.divmod(stack + cells * num, gw * side)
-    return y // side * gw + x // side, y % side * side + x % side
-
-
-def _stacks_of_crops(sampler: Sampler, side: int, grid: Grid, *, first_view: int) -> list[_Rows]:
-    crop, token = sample_mosaic(sampler, side, grid)
+def _global_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
+    """The tokens of the global view."""
     cells = np.arange(side * side)
-    return [_rows(k, cells, first_view + crop[k], token[k]) for k in range(len(crop))]
+    return _rows(BASE, cells, 0, cells)
 
 
-def _all_in_sequence(base: _Rows, stacks: list[_Rows], side: int) -> ImageRows:
+def _sequence_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
     """The baseline that lengthens the context: global tokens, then stack after stack."""
+    base = _global_context(sampler, side, grid)
     parts = [base]
-    for k, (_, cell, view, token) in enumerate(stacks, start=1):
+    for k, (_, cell, view, token) in enumerate(_crop_stacks(sampler, side, grid, base), start=1):
         parts.append(_rows(BASE, cell + k * side * side, view, token))
-    return _collect(side * side * len(parts), parts)
+    stack, cell, view, token = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return stack, cell, view, token
 
 
-def _anyres_context(side: int, grid: Grid) -> _Rows:
+def _mosaic_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
     """Global tokens, then the mosaic of the crops row by row, each row closed by the newline (paper, DeepStack-HD)."""
     gw, gh = grid
     y, column = np.divmod(np.arange(gh * side * (gw * side + 1)), gw * side + 1)
@@ -145,7 +120,14 @@ def _anyres_context(side: int, grid: Grid) -> _Rows:
     )
 
 
-def _anyres_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> list[_Rows]:
+def _crop_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> list[_Rows]:
+    """One stack a crop, on the cells of the global view, which come first in every context."""
+    crop, token = sample_mosaic(sampler, side, grid)
+    cells = np.arange(side * side)
+    return [_rows(k, cells, 1 + crop[k], token[k]) for k in range(len(crop))]
+
+
+def _high_res_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> list[_Rows]:
     """Each context view has 2x2 crops of its own; stack k lays them out as the context is, newlines included."""
     _, cell, view, token = context
     first_crop = 1 + grid[0] * grid[1]
@@ -160,3 +142,14 @@ def _anyres_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> l
         )
         for k in range(len(crop))
     ]
+
+
+_CONTEXTS: Mapping[Context, Callable[[Sampler, int, Grid], _Rows]] = {
+    Context.GLOBAL: _global_context,
+    Context.MOSAIC: _mosaic_context,
+    Context.SEQUENCE: _sequence_context,
+}
+_STACKS: Mapping[StackSource, Callable[[Sampler, int, Grid, _Rows], list[_Rows]]] = {
+    StackSource.CROPS: _crop_stacks,
+    StackSource.HIGH_RES: _high_res_stacks,
+}

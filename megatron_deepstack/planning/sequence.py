@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.config.sizes import sequence_multiple
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.linears import FP8_TOKENS
 from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -93,14 +94,8 @@ def expand(
 def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: Precision = Precision.FP32) -> int:
     """Common length of a step's micro-batches: the longest sample, rounded up to what splits and products need."""
     longest = max(lengths, default=1)
-    multiple = math.lcm(length_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
+    multiple = math.lcm(sequence_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
     return -(-longest // multiple) * multiple
-
-
-def length_multiple(parallel: ParallelConfig) -> int:
-    """Sequence lengths must divide by this: 2 cp zigzag chunks, times tp shards under sequence parallelism."""
-    multiple = 2 * parallel.context if parallel.context > 1 else 1
-    return multiple * (parallel.tensor if parallel.sequence_parallel else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +119,7 @@ class SequenceShards:
     """
 
     seq_length: int
-    """S: padded length of the whole sequence, which `length_multiple` divides."""
+    """S: padded length of the whole sequence, which `sequence_multiple` divides."""
     context: int
     tp_shards: int
     """tp under sequence parallelism, else 1: every tp rank holds all of its cp rank's positions."""

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.errors import LayoutError, SlotError
 from megatron_deepstack.planning.views import HIGH_RES_SIDE
 
 EMBEDDING = -1
 """Slot of the base visual tokens."""
-
-VARIANTS_WITH_DECODER_STACKS = (Variant.DEEPSTACK_L, Variant.DEEPSTACK_HD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,17 @@ class Chunk:
 def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None = None) -> tuple[int, ...]:
     """Layer of each stack, in stack order (paper, algorithm 1; published default 1, 2, 3, 4).
 
-    `num_stacks` defaults to `stacks.num_crops`, one stack per crop. Raises SlotError if a slot lies outside a
-    decoder of `num_layers` layers, or if `stacks.slots` is not of that length: a stack is never dropped silently.
+    Args:
+        stacks: The recipe's section.
+        num_layers: Layers of the decoder.
+        num_stacks: Number of stacks; `stacks.num_crops`, one for each crop, if absent.
+
+    Returns:
+        0-based global layers, one for each stack.
+
+    Raises:
+        SlotError: A slot lies outside the decoder, or `stacks.slots` is not of that length: a stack is never dropped
+            silently.
     """
     wanted = stacks.num_crops if num_stacks is None else num_stacks
     slots = stacks.slots
@@ -71,21 +78,30 @@ def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None 
 
 
 def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
-    """Slots of the decoder's stacks; empty for variants that inject nothing into the decoder."""
-    if model.variant not in VARIANTS_WITH_DECODER_STACKS:
+    """Slots of the decoder's stacks; empty for variants that inject nothing into the decoder.
+
+    Raises:
+        SlotError: A stack has no layer, see `stack_slots`.
+    """
+    if not model.variant.traits.stacks_in_decoder:
         return ()
     return stack_slots(model.stacks, model.language.num_layers, num_stacks=num_decoder_stacks(model))
 
 
 def num_decoder_stacks(model: ModelConfig) -> int:
-    """Stacks per context row: one per crop for L; the 2x2 high-res crops of each context view for HD."""
-    if model.variant is Variant.DEEPSTACK_HD:
-        return HIGH_RES_SIDE**2
-    return model.stacks.num_crops if model.variant is Variant.DEEPSTACK_L else 0
+    """Stacks per context row: one for each crop, or for each of the 2x2 high-res crops that a context view has."""
+    traits = model.variant.traits
+    if not traits.stacks_in_decoder:
+        return 0
+    return HIGH_RES_SIDE**2 if traits.stack_source is StackSource.HIGH_RES else model.stacks.num_crops
 
 
 def layers_per_chunk(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Decoder layers of each chunk in model order (chunk `v * pipeline + p`), even unless the recipe says otherwise."""
+    """Decoder layers of each chunk in model order (chunk `v * pipeline + p`), even unless the recipe says otherwise.
+
+    Raises:
+        LayoutError: The layers do not split evenly, or the recipe's counts do not fit.
+    """
     num_chunks = parallel.pipeline * parallel.virtual_pipeline
     if parallel.layers_per_stage is not None:
         given = parallel.layers_per_stage
@@ -142,7 +158,11 @@ def chunk_slots(chunk: Chunk, slots: Sequence[int]) -> tuple[int, ...]:
 
 
 def owner(slot: int, chunks: Sequence[Chunk]) -> int:
-    """Index into `chunks` of the one that adds this slot's rows."""
+    """Index into `chunks` of the one that adds this slot's rows.
+
+    Raises:
+        SlotError: None of them does.
+    """
     for index, chunk in enumerate(chunks):
         if chunk.owns(slot):
             return index

@@ -7,10 +7,10 @@ top. Grids are `(gw, gh)`: columns, rows. Everything here is arithmetic; pixels 
 
 from __future__ import annotations
 
-from enum import StrEnum
 from functools import lru_cache
 
 from megatron_deepstack.config.choices import GridRule, Variant
+from megatron_deepstack.config.traits.variants import ViewLayout
 from megatron_deepstack.errors import ConfigError
 
 Grid = tuple[int, int]
@@ -19,24 +19,22 @@ HIGH_RES_SIDE = 2
 """DeepStack-HD cuts each context view into this many high-res crops in each direction."""
 
 
-class ViewLayout(StrEnum):
-    """Views stored of an image, in order; each layout is a prefix of the next."""
-
-    GLOBAL = "global"
-    CROPS = "crops"
-    HIGH_RES = "high_res"
+FIXED_GRID: Grid = (2, 2)
+"""Grid of every image under the grid rule `fixed_2x2`."""
 
 
 def layout_of(variant: Variant) -> ViewLayout:
     """Views that `variant` looks at."""
-    if variant is Variant.LLAVA:
-        return ViewLayout.GLOBAL
-    return ViewLayout.HIGH_RES if variant is Variant.DEEPSTACK_HD else ViewLayout.CROPS
+    return variant.traits.views
 
 
 @lru_cache(maxsize=64)
 def candidate_grids(num_crops: int) -> tuple[Grid, ...]:
-    """All grids of at most `num_crops` crops except 1x1, in the published order, which breaks ties."""
+    """All grids of at most `num_crops` crops except 1x1, in the published order, which breaks ties.
+
+    Raises:
+        ConfigError: There are none.
+    """
     sides = range(1, num_crops + 1)
     grids = tuple((gw, gh) for gw in sides for gh in sides if 1 < gw * gh <= num_crops)
     if not grids:
@@ -45,10 +43,22 @@ def candidate_grids(num_crops: int) -> tuple[Grid, ...]:
 
 
 def best_grid(width: int, height: int, crop_size: int, num_crops: int) -> Grid:
-    """Grid whose canvas of `crop_size`-pixel crops keeps most of a `width` x `height` image (LLaVA-NeXT's rule).
+    """Grid whose canvas of crops keeps most of an image (LLaVA-NeXT's rule).
 
     The image is thought to be fitted into the canvas with its aspect ratio kept: most effective pixels win, then the
     least wasted canvas, then the earlier candidate. (Afterwards the image is stretched over the whole canvas.)
+
+    Args:
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        crop_size: Side of a crop, in pixels.
+        num_crops: Most crops an image may have.
+
+    Returns:
+        Columns and rows of crops.
+
+    Raises:
+        ConfigError: `num_crops` leaves no grid.
     """
 
     def fit(grid: Grid) -> tuple[int, int]:
@@ -63,7 +73,7 @@ def best_grid(width: int, height: int, crop_size: int, num_crops: int) -> Grid:
 def pick_grid(rule: GridRule, width: int, height: int, crop_size: int, num_crops: int) -> Grid:
     """Grid of a `width` x `height` image under `rule`."""
     if rule is GridRule.FIXED_2X2:
-        return (2, 2)
+        return FIXED_GRID
     return best_grid(width, height, crop_size, num_crops)
 
 
@@ -88,5 +98,5 @@ def most_views(layout: ViewLayout, rule: GridRule, num_crops: int) -> int:
     """Most views any image can have."""
     if layout is ViewLayout.GLOBAL:
         return layout_views(layout, (1, 1))
-    grids = ((2, 2),) if rule is GridRule.FIXED_2X2 else candidate_grids(num_crops)
+    grids = (FIXED_GRID,) if rule is GridRule.FIXED_2X2 else candidate_grids(num_crops)
     return max(layout_views(layout, grid) for grid in grids)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import used_layers
 from megatron_deepstack.errors import SlotError
+from megatron_deepstack.planning.views import FIXED_GRID
 
-STACKS_IN_VIT = 4
-"""Stacks of the fixed 2x2 grid."""
+STACKS_IN_VIT = FIXED_GRID[0] * FIXED_GRID[1]
+"""Stacks of an image: its crops, whose grid is the same for all images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,19 @@ class VitStackPlan:
 
 
 def plan_vit_stacks(model: ModelConfig) -> VitStackPlan:
-    """Slots of DeepStack-V. Stacks run from `stacks.start` on; those beyond the selected feature are reported.
+    """Where the stacks go in the ViT. They run from `stacks.start` on; those beyond the selected feature are reported.
 
-    Raises SlotError if not even the first stack has a place, or if `stacks.slots` does not name a layer for each.
+    Args:
+        model: A model whose variant adds its stacks in the ViT.
+
+    Returns:
+        Layers of the stacks that find one, and the numbers of those that do not.
+
+    Raises:
+        SlotError: Not even the first stack has a place, or `stacks.slots` does not name a layer for each.
     """
     vision, stacks = model.vision, model.stacks
-    feature = vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
+    feature = used_layers(vision)
     wanted = stacks.slots or tuple(stacks.start + k * stacks.interval for k in range(STACKS_IN_VIT))
     if len(wanted) != STACKS_IN_VIT:
         raise SlotError(

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_deepstack.config.load import load_recipe
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.report.chart import Line, line_chart, running_mean
 from megatron_deepstack.report.frame import document, duration, section, table, write
 from megatron_deepstack.report.health import events
 from megatron_deepstack.report.page import require_run, summary
-from megatron_deepstack.report.records import RECIPE, Answer, Metrics, read_answers, read_metrics
+from megatron_deepstack.report.records import Answer, Metrics, read_answers, read_metrics
 from megatron_deepstack.report.settings import differences
 from megatron_deepstack.report.speed import bars, median, seconds_by_part, timeline_caption
 from megatron_deepstack.report.svg import Markup, element, joined, stack_colour
@@ -63,7 +64,7 @@ def comparison(folders: Sequence[Path]) -> str:
 
 
 def _read(folders: Sequence[Path]) -> list[Run]:
-    recipes = [load_recipe(folder / RECIPE) for folder in folders]
+    recipes = [load_recipe(RunFolder(folder).recipe) for folder in folders]
     names = [recipe.name for recipe in recipes]
     return [
         Run(

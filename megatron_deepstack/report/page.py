@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_deepstack.config.load import load_recipe
+from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.report.chart import Line, line_chart, running_mean
 from megatron_deepstack.report.frame import document, duration, facts, section, write
 from megatron_deepstack.report.health import health_section
 from megatron_deepstack.report.pictures import Pictures
-from megatron_deepstack.report.records import RECIPE, Answer, Metrics, read_answers, read_metrics
+from megatron_deepstack.report.records import Answer, Metrics, read_answers, read_metrics
 from megatron_deepstack.report.settings import recipe_table
 from megatron_deepstack.report.speed import median, speed_section, timeline_section
 from megatron_deepstack.report.stages import stage_drawing
@@ -36,13 +37,13 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
 def require_run(run: Path) -> None:
     """Raise DataError if `run` is no run folder."""
-    if not (run / RECIPE).is_file():
-        raise DataError(f"{run}: holds no {RECIPE}; expected the run_dir of a `train`")
+    if not RunFolder(run).recipe.is_file():
+        raise DataError(f"{run}: holds no {RECIPE_FILE}; expected the run_dir of a `train`")
 
 
 def page(run: Path) -> str:
     """The page's HTML."""
-    recipe, metrics, answers = load_recipe(run / RECIPE), read_metrics(run), read_answers(run)
+    recipe, metrics, answers = load_recipe(RunFolder(run).recipe), read_metrics(run), read_answers(run)
     timelines = read_timelines(run)
     return document(
         recipe.name,

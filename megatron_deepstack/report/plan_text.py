@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.slots import Chunk, decoder_slots, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
@@ -74,7 +73,7 @@ def _legend(recipe: Recipe, slots: Sequence[int]) -> str:
     lines = ["E embedding with the global view's tokens, · layer, 0 1 2 ... layer with that stack, * with several"]
     if not slots:
         lines = [f"{recipe.model.variant} adds no stacks to the decoder; E embedding, · layer"]
-    if recipe.model.variant is Variant.DEEPSTACK_V:
+    if recipe.model.variant.traits.stacks_in_vit:
         plan = plan_vit_stacks(recipe.model)
         dropped = "".join(f", stack {stack} finds no layer" for stack in plan.dropped)
         lines.append(f"in the ViT, stacks enter before layers {', '.join(map(str, plan.slots))}{dropped}")

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import DataError
-
-METRICS = "metrics.jsonl"
-ANSWERS = "answers.jsonl"
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +49,7 @@ def read_metrics(run: Path) -> Metrics:
     by_step: dict[int, Mapping[str, Any]] = {}
     resumed = []
     previous = None
-    for record in _read_lines(run / METRICS):
+    for record in _read_lines(RunFolder(run).metrics):
         step = record.get("step")
         if not isinstance(step, int):
             continue
@@ -66,7 +63,8 @@ def read_metrics(run: Path) -> Metrics:
 
 def read_answers(run: Path) -> tuple[Answer, ...]:
     """Answers of a run's last `generate`; none if it was not run."""
-    return tuple(_answer(record, run / ANSWERS) for record in _read_lines(run / ANSWERS))
+    file = RunFolder(run).answers
+    return tuple(_answer(record, file) for record in _read_lines(file))
 
 
 def _answer(record: Mapping[str, Any], file: Path) -> Answer:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_deepstack.config.choices import Sampler, Variant
+from megatron_deepstack.config.choices import Sampler
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.planning.samplers import SAMPLERS, stack_of_token
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, decoder_slots, stage_chunks
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 from megatron_deepstack.report.svg import (
@@ -62,7 +63,7 @@ class _Row:
 
 def stage_drawing(recipe: Recipe) -> Markup:
     """The whole picture: views and stacks above, stages below, a curve from each stack to the layer of its slot."""
-    in_vit = recipe.model.variant is Variant.DEEPSTACK_V
+    in_vit = recipe.model.variant.traits.stacks_in_vit
     slots = plan_vit_stacks(recipe.model).slots if in_vit else decoder_slots(recipe.model)
     parts: list[Markup] = []
     stages_y = 380.0 if in_vit else 240.0
@@ -106,14 +107,8 @@ def _images(recipe: Recipe, *, has_stacks: bool) -> Markup:
         left = _MARGIN + _TILE + 36
         parts.append(text(left + _TILE / 2, _IMAGES_Y - 12, "crops, as a mosaic", size=13))
         parts += _mosaic(recipe.model.stacks.sampler, left, _IMAGES_Y)
-        note = {
-            Sampler.DILATED_2D: "every 2nd token",
-            Sampler.SEQUENTIAL_1D: "every 4th token",
-            Sampler.GRID: "by crop",
-        }
-        parts.append(
-            text(left + _TILE / 2, _IMAGES_Y + _TILE + 16, note[recipe.model.stacks.sampler], size=11, fill=FAINT)
-        )
+        note = SAMPLERS[recipe.model.stacks.sampler].note
+        parts.append(text(left + _TILE / 2, _IMAGES_Y + _TILE + 16, note, size=11, fill=FAINT))
         parts.append(_arrow(left + _TILE + 10, _IMAGES_Y + _TILE / 2, left + _TILE + 42))
     return joined(*parts)
 
@@ -129,16 +124,12 @@ def _page(x: float, y: float) -> list[Markup]:
 
 def _mosaic(sampler: Sampler, x: float, y: float) -> list[Markup]:
     """A 2x2 grid of crops, 4x4 tokens each, each token in the colour of the stack that takes it."""
-    side, gap = 8, 6.0
-    cell = (_TILE - gap) / side
+    stacks = stack_of_token(sampler, 4, (2, 2)).tolist()
+    gap = 6.0
+    cell = (_TILE - gap) / len(stacks)
     parts = []
-    for row in range(side):
-        for column in range(side):
-            stack = {
-                Sampler.DILATED_2D: row % 2 * 2 + column % 2,
-                Sampler.SEQUENTIAL_1D: (row * side + column) % 4,
-                Sampler.GRID: row // 4 * 2 + column // 4,
-            }[sampler]
+    for row, stacks_of_row in enumerate(stacks):
+        for column, stack in enumerate(stacks_of_row):
             left, top = x + column * cell + column // 4 * gap, y + row * cell + row // 4 * gap
             parts.append(rect(left, top, cell - 1, cell - 1, fill=stack_colour(stack)))
     return parts

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.report.chart import round_ticks
 from megatron_deepstack.report.svg import FAINT, LINE, Markup, drawing, element, rect, text
@@ -100,7 +101,7 @@ class RecordedStep:
 def read_timelines(run: Path) -> list[RecordedStep]:
     """The recorded steps of a run, in order. Raises DataError where a file is damaged."""
     steps = []
-    for file in run.glob("timeline_step_*.json"):
+    for file in RunFolder(run).timelines():
         try:
             steps.append(_recorded(json.loads(file.read_text(encoding="utf-8"))))
         except (ValueError, KeyError, TypeError) as error:

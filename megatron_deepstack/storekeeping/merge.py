@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -64,9 +64,13 @@ def _require_alike(first: Store, other: Store) -> None:
         )
 
 
+_BEFORE: Final = {"orientation": "as_stored", "deep_grey": "as_published", "transparency": "as_published"}
+"""What stores were made with that are older than these options."""
+
+
 def _pairs(first: Store, other: Store) -> Iterator[tuple[str, Any, Any]]:
     yield "compression", str(first.pixels.compression), str(other.pixels.compression)
     for group in ("processor", "tokenizer"):
         here, there = getattr(first.attributes, group), getattr(other.attributes, group)
         for name in dict.fromkeys((*here, *there)):
-            yield f"{group}.{name}", here.get(name), there.get(name)
+            yield f"{group}.{name}", here.get(name, _BEFORE.get(name)), there.get(name, _BEFORE.get(name))

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from megatron_deepstack.config.choices import GridRule, Variant
+from megatron_deepstack.config.choices import GridRule
 from megatron_deepstack.config.schema import ModelConfig, StackConfig, VisionConfig
+from megatron_deepstack.config.traits.variants import ViewLayout, variant_of_views
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.planning.views import ViewLayout
 
-_VARIANTS: Final = {
-    ViewLayout.GLOBAL: Variant.LLAVA,
-    ViewLayout.CROPS: Variant.DEEPSTACK_L,
-    ViewLayout.HIGH_RES: Variant.DEEPSTACK_HD,
-}
 _PATCH_SIZE: Final = 14
 
 
@@ -29,7 +24,7 @@ def model_for(store: Store, asked: ModelConfig | None) -> ModelConfig:
     made = store.attributes.processor
     side = int(made["crop_size"])
     return ModelConfig(
-        variant=_VARIANTS[ViewLayout(made["layout"])],
+        variant=variant_of_views(ViewLayout(made["layout"])),
         vision=VisionConfig(image_size=side, patch_size=min(_PATCH_SIZE, side)),
         stacks=StackConfig(num_crops=int(made["num_crops"]), grid=GridRule(made["grid"])),
     )

@@ -119,7 +119,7 @@ def _image(store: Store, model: ModelConfig, number: int) -> Markup:
 
 
 def _caption(image: StoredImage) -> str:
-    damage = "; damaged, see quarantine.jsonl" if image.status else ""
+    damage = "; flagged, see quarantine.jsonl" if image.status else ""
     return f"{image.path}, {image.size[0]} x {image.size[1]} pixels{damage}"
 
 

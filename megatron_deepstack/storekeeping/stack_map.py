@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows, sample_mosaic, tokens_per_side
+from megatron_deepstack.config.sizes import tokens_per_side
+from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows
+from megatron_deepstack.planning.samplers import sample_mosaic
 from megatron_deepstack.planning.slots import decoder_slots
-from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ViewLayout, layout_of
+from megatron_deepstack.planning.views import FIXED_GRID, HIGH_RES_SIDE, Grid, ViewLayout, layout_of
 from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 NO_STACK = -1
@@ -18,7 +20,7 @@ def stack_maps(model: ModelConfig, grid: Grid) -> dict[int, np.ndarray]:
     """By view, the stack of each of its tokens: int64 (P, P), NO_STACK for none; views without stacks are absent."""
     side = tokens_per_side(model.vision)
     if model.variant.stacks_in_vit:
-        crop, token = sample_mosaic(model.stacks.sampler, side, (2, 2))
+        crop, token = sample_mosaic(model.stacks.sampler, side, FIXED_GRID)
         stack = np.repeat(np.arange(len(crop)), crop.shape[1])
         view, token = 1 + crop.reshape(-1), token.reshape(-1)
     else:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.store.lengths import expanded_lengths
+from megatron_deepstack.data.store.quarantine import QUARANTINE_FILE, flagged_by_reason, in_words
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.report.svg import FAINT, PALETTE, Markup, drawing, rect, text
 
@@ -33,20 +34,26 @@ class Statistics:
     """A store in numbers."""
 
     facts: tuple[tuple[str, str], ...]
+    flagged: dict[str, int]
+    """Images that are stored but flagged, by the kind of the reason, the commonest first."""
     histograms: tuple[Histogram, ...]
 
 
 def statistics(store: Store, model: ModelConfig) -> Statistics:
     """Counts, percentiles and histograms; `model` says how many tokens an image takes."""
     lengths = expanded_lengths(store, model)
-    return Statistics(tuple(_facts(store, model, lengths)), tuple(_histograms(store, lengths)))
+    flagged = flagged_by_reason(store.location)
+    facts = tuple(_facts(store, model, lengths, flagged))
+    return Statistics(facts, flagged, tuple(_histograms(store, lengths)))
 
 
-def _facts(store: Store, model: ModelConfig, lengths: np.ndarray) -> Iterator[tuple[str, str]]:
+def _facts(store: Store, model: ModelConfig, lengths: np.ndarray, flagged: dict[str, int]) -> Iterator[tuple[str, str]]:
     counts = store.attributes.counts
     yield "samples", f"{len(store):,}"
     bad = f"{counts.get('quarantined', 0):,} quarantined, {counts.get('flagged', 0):,} flagged"
     yield "images", f"{store.num_images:,} ({bad})"
+    if flagged:
+        yield "flagged because of", f"{in_words(flagged)} (each is named in {QUARANTINE_FILE})"
     raw = store.pixels.view_bytes * int(store.array("images/count").sum())
     yield "views", f"{counts.get('views', 0):,} of {store.crop_size} pixels, {raw / 2**30:.2f} GiB before compression"
     yield "compression", str(store.pixels.compression)

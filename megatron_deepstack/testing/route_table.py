@@ -73,7 +73,7 @@ def _plan_units(
 def _unit_views(model: ModelConfig, grid: Grid, needed: Index) -> list[tuple[int, ...]]:
     if not len(needed):
         return []
-    if model.variant.stacks_in_vit:
+    if model.variant.traits.stacks_in_vit:
         return [tuple(range(1 + grid[0] * grid[1]))]
     return [(int(view),) for view in needed]
 

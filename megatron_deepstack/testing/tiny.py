@@ -112,7 +112,7 @@ def _sample(model: ModelConfig, rng: np.random.Generator, num_images: int) -> Ti
     tokens[places] = IMAGE_TOKEN_ID
     mask = (rng.random(length) < 0.6) & (tokens != IMAGE_TOKEN_ID)
     mask[-1] = True
-    candidates = ((2, 2),) if model.variant.stacks_in_vit else GRIDS[:5]
+    candidates = ((2, 2),) if model.variant.traits.stacks_in_vit else GRIDS[:5]
     grids = tuple(candidates[int(rng.integers(len(candidates)))] for _ in range(num_images))
     size = model.vision.image_size
     pixels = tuple(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_deepstack.checkpoint.saving.saver import Saved
 from megatron_deepstack.config.choices import Part, Unreadable
 from megatron_deepstack.config.load import recipe_to_yaml
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.order.steps import LoadedStep, Prefetcher
 from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedError
@@ -247,7 +248,7 @@ def _weights_of_ranks(session: Session) -> list[int]:
 
 def _health_after(recipe: Recipe, first: int) -> Health:
     """Health of a run after `first` steps: rank 0 reads the records, all learn the counts. Collective."""
-    file = Path(recipe.run_dir) / "metrics.jsonl"
+    file = RunFolder(recipe.run_dir).metrics
     health = Health.of(recipe.health, earlier_records(file, first) if dist.get_rank() == 0 else ())
     skipped, unreadable = sum_over_ranks([health.skipped_in_row, health.unreadable])
     health.skipped_in_row, health.unreadable = int(skipped), int(unreadable)
@@ -257,8 +258,8 @@ def _health_after(recipe: Recipe, first: int) -> Health:
 def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
     """The resolved recipe, and the stage plan that reports draw."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    RunFolder(run_dir).recipe.write_text(recipe_to_yaml(recipe), encoding="utf-8")
     slots = decoder_slots(recipe.model)
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     stages = [{**asdict(chunk), "slots": chunk_slots(chunk, slots)} for chunk in chunks]
-    (run_dir / "plan.json").write_text(json.dumps({"stages": stages}, indent=1), encoding="utf-8")
+    RunFolder(run_dir).plan.write_text(json.dumps({"stages": stages}, indent=1), encoding="utf-8")

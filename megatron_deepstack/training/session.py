@@ -47,7 +47,9 @@ def start_session(recipe: Recipe, groups: Groups) -> Session:
     model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
     source = random_source(recipe.model, recipe.train.seed, recipe.train.init_std)
     if recipe.train.init_from is not None:
-        source = published_source(recipe.train.init_from, fallback=source, model=recipe.model)
+        source = published_source(
+            recipe.train.init_from, fallback=source, model=recipe.model, seq_length=recipe.train.seq_length
+        )
     fill_model(model, source, groups.decoder.tp)
     freeze(model, recipe.train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)

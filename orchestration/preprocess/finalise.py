@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records.record import Record
+from megatron_deepstack.data.store.quarantine import QUARANTINE_FILE, image_line
 from megatron_deepstack.data.store.schema import FORMAT, VERSION, ImageStatus
 from megatron_deepstack.data.store.writer import (
     IndexWriters,
@@ -27,8 +28,6 @@ from megatron_deepstack.data.store.writer import (
 from orchestration.preprocess.ahead import ahead
 from orchestration.preprocess.ledger import PARTS_FOLDER, Ledger, text_path
 from orchestration.preprocess.parts import ImagePart, Plan, TextPart
-
-QUARANTINE_FILE: Final = "quarantine.jsonl"
 
 
 def begin_store(root: Location, plan: Plan) -> None:
@@ -64,12 +63,6 @@ def write_quarantine(root: Location, lines: Iterable[dict[str, Any]]) -> None:
     with atomic_file(root.child(QUARANTINE_FILE)) as file:
         for line in lines:
             file.write(json_line(line))
-
-
-def image_line(status: int, path: str, reason: str) -> dict[str, Any]:
-    """The line of that list that names an image."""
-    kind = "image quarantined" if status == ImageStatus.QUARANTINED else "image flagged"
-    return {"kind": kind, "path": path, "reason": reason}
 
 
 def _attributes(plan: Plan, *, counts: dict[str, int], complete: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import IO, Final
@@ -26,7 +26,7 @@ from megatron_deepstack.errors import ConfigError, DataError
 
 _TAR: Final = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 _RANGE: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_ADVICE: Final = "Give LLaVA-style JSON files or tar shards (data.records, or --records)."
+_ADVICE: Final = "Give files of records, JSON or JSON lines, or tar shards (data.records=...)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +44,41 @@ class Inputs:
     """Where all other images are."""
 
 
-def read_inputs(patterns: Sequence[str], images: str | None, template: Template) -> Inputs:
-    """Read and check all records of the files that `patterns` name; `images` is the folder of images, if there is one.
+def read_inputs(
+    patterns: Sequence[str],
+    images: str | None,
+    template: Template,
+    ignore_keys: Sequence[str] = (),
+    watch: Callable[[int], Callable[[IO[bytes]], IO[bytes]]] | None = None,
+) -> Inputs:
+    """Read and check all records of a job.
 
-    Raises DataError if a file is missing or holds no records, or if any record is faulty: the first ten are listed.
-    Raises ConfigError if records need an image folder and there is none.
+    Args:
+        patterns: Paths, glob patterns and URLs of files of records, and of tar shards.
+        images: Folder or URL of the images that lie in no tar shard, if there is one.
+        template: How conversations will be written.
+        ignore_keys: Keys of records that are passed over.
+        watch: From the number of files, a function that wraps each one to tell of its reading.
+
+    Returns:
+        The records, and where their images lie.
+
+    Raises:
+        DataError: A file is missing or holds no records, or any record is faulty; the first ten are listed.
+        ConfigError: Records need an image folder and there is none.
     """
     files = tuple(find_files(patterns))
     folder = None if images is None else Location.parse(images).absolute()
-    rules = RecordRules(template, os.path.normpath(folder.local_path()) if folder and folder.is_local else "")
+    local = os.path.normpath(folder.local_path()) if folder and folder.is_local else ""
+    rules = RecordRules(template, local, frozenset(ignore_keys))
     names = _shard_names(files)
     faults, digests = Faults(), []
     records: list[Record] = []
     members: dict[str, TarMember] = {}
+    watched = (lambda file: file) if watch is None else watch(len(files))
     for location in files:
-        with _open(location) as file:
+        with _open(location) as opened:
+            file = watched(opened)
             if location in names:
                 shard = read_tar_shard(file, location.absolute(), names[location], rules, faults)
                 members.update(shard.members)
@@ -114,7 +134,7 @@ def _matches(pattern: str) -> Sequence[Location]:
     folder = before[: before.rfind("/") + 1]
     found = Location.parse(folder or ".").list(pattern[len(folder) :])
     if not found:
-        raise DataError(f"{pattern}: no file matches (data.records, or --records)")
+        raise DataError(f"{pattern}: no file matches{location.looked_in} (data.records=...)")
     return found if folder else [Location.parse(os.path.normpath(str(item))) for item in found]
 
 
@@ -122,7 +142,8 @@ def _open(location: Location) -> IO[bytes]:
     try:
         return location.open_read()
     except OSError as error:
-        raise DataError(f"{location}: the records cannot be read: {error.strerror or error}. {_ADVICE}") from error
+        reason = f"{error.strerror or error}{location.looked_in}"
+        raise DataError(f"{location}: the records cannot be read: {reason}. {_ADVICE}") from error
 
 
 def _shard_names(files: Sequence[Location]) -> dict[Location, str]:
@@ -138,9 +159,9 @@ def _image_folder(folder: Location | None, shown: str) -> Location:
         raise ConfigError(
             [
                 "data.images is not set: give the folder or URL that the image paths in "
-                f"{shown} are relative to, there or with --images"
+                f"{shown} are relative to, in the recipe or as data.images=... behind it"
             ]
         )
     if folder.is_local and not folder.is_folder():
-        raise DataError(f"{folder}: no such image folder (data.images, or --images)")
+        raise DataError(f"{folder}: no such image folder (data.images=...)")
     return folder

@@ -119,14 +119,15 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         "images": len(images),
         "processor": processor.describe(),
         "tokenizer": tokenizer.describe(),
-        "template": recipe.data.template,
+        "template": str(recipe.data.template),
+        "ignore_keys": sorted(set(recipe.data.ignore_keys)),
         "images_per_part": recipe.data.images_per_part,
         "compression": str(recipe.data.compression),
     }
     return Plan(
         description,
         processor,
-        recipe.data.template,
+        str(recipe.data.template),
         inputs.records,
         images,
         recipe.data.images_per_part,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from orchestration.preprocess.units import in_units
 from orchestration.preprocess.work import PartDone
 
 _SECONDS_BETWEEN_LINES: Final = 5.0
@@ -109,8 +110,8 @@ class JobProgress:
             f"{self.images}/{self.num_images} images",
             f"{self.records}/{self.num_records} records",
             f"{(self.images_now - images) / seconds:.0f} images/s",
-            f"{(self.bytes_now - written) / seconds / 1e6:.0f} MB/s",
-            f"ETA {_clock(self._seconds_left(seconds))}",
+            f"{in_units((self.bytes_now - written) / seconds)}/s",
+            f"ETA {clock(self._seconds_left(seconds))}",
         ]
         return ", ".join([*parts, *([f"{self.quarantined} quarantined"] if self.quarantined else [])])
 
@@ -125,7 +126,8 @@ class JobProgress:
         return left * seconds / done if done else None
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """Seconds as hours, minutes and seconds."""
     if seconds is None:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)

@@ -19,7 +19,9 @@ from orchestration.preprocess.inputs import read_inputs
 from orchestration.preprocess.lease import Lease, hold_lease
 from orchestration.preprocess.ledger import Ledger, claim_folder
 from orchestration.preprocess.parts import Part, Plan, make_plan
+from orchestration.preprocess.paths import check_paths
 from orchestration.preprocess.progress import JobProgress
+from orchestration.preprocess.reading import Reading
 from orchestration.preprocess.signals import stop_on_signals
 from orchestration.preprocess.space import check_space
 from orchestration.preprocess.summary import Summary, is_complete, nothing_done, write_report
@@ -48,11 +50,20 @@ def preprocess(
     that cannot be reached), PreemptedError (SIGTERM or SIGINT).
     """
     data = recipe.data
-    model = load_tokenizer(_given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece model or tokenizer.json"))
-    _check_vocabulary(recipe, model)
+    words = _given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece model or tokenizer.json")
     sources = (records,) if records else data.records or ()
     _given(" ".join(sources), "records", "JSON or JSON-lines files, or WebDataset tar shards")
-    inputs = read_inputs(sources, images or data.images, known_template(data.template))
+    check_paths(sources, images or data.images, words)
+    model = load_tokenizer(words)
+    _check_vocabulary(recipe, model)
+    say = JobProgress(0, 0).say
+    inputs = read_inputs(
+        sources,
+        images or data.images,
+        known_template(data.template),
+        data.ignore_keys,
+        watch=lambda num_files: Reading(num_files, say).watch,
+    )
     plan = make_plan(recipe, inputs, model)
     root = Location.parse(output).absolute()
     with stop_on_signals(), hold_lease(root) as lease:
@@ -115,7 +126,7 @@ def _find_todo(ledger: Ledger, plan: Plan, progress: JobProgress, tally: Tally) 
 
 def _given(value: str | None, name: str, what: str) -> str:
     if not value:
-        raise ConfigError([f"data.{name} is not set: give {what} there or with --{name}"])
+        raise ConfigError([f"data.{name} is not set: give {what} there, or as data.{name}=... behind the recipe"])
     return value
 
 

@@ -24,6 +24,7 @@ from megatron_deepstack.data.store.schema import shard_index_bytes
 from megatron_deepstack.data.text.conversation import encode_conversation
 from megatron_deepstack.errors import StoreError
 from orchestration.preprocess.parts import ImagePart, Part, TextPart
+from orchestration.preprocess.units import in_units
 from orchestration.preprocess.work import Job
 
 _Item = TypeVar("_Item")
@@ -60,8 +61,9 @@ def check_space(job: Job, todo: Sequence[Part]) -> None:
         return
     need = estimate(job, image_parts)
     if need.num_bytes + text > free:
+        needed = in_units(need.num_bytes + text)
         raise StoreError(
-            f"{job.root}: about {_gb(need.num_bytes + text)} are needed ({need.basis}), {_gb(free)} are free there. "
+            f"{job.root}: about {needed} are needed ({need.basis}), {in_units(free)} are free there. "
             "Make room, give another folder as data.store, or set data.compression=zstd, which takes about a quarter "
             "less; then run the same command again."
         )
@@ -75,7 +77,7 @@ def estimate(job: Job, parts: Sequence[ImagePart]) -> Need:
     error = 3 * sizes.std(ddof=1) / math.sqrt(len(sizes)) if len(sizes) > 1 else 0.0
     mean = (sizes.mean() + error * (len(sample) < len(images))) * _MARGIN if len(sizes) else 0.0
     total = int(len(images) * (mean + _BYTES_PER_IMAGE)) + len(parts) * shard_index_bytes(job.pixels)
-    return Need(total, f"estimated from {len(sample)} of {len(images)} images, {mean / 1e6:.2f} MB each")
+    return Need(total, f"estimated from {len(sample)} of {len(images)} images, {in_units(mean)} each")
 
 
 def _worst_case(job: Job, parts: Sequence[ImagePart]) -> int:
@@ -111,7 +113,3 @@ def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
     if len(items) <= most:
         return list(items)
     return [items[len(items) * number // most] for number in range(most)]
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.store.quarantine import flagged_by_reason
 from megatron_deepstack.data.store.schema import METADATA_FILE
 from megatron_deepstack.data.store.writer import write_json
 from orchestration.preprocess.progress import JobProgress
@@ -23,6 +24,8 @@ class Summary:
     images: int
     flagged: int
     quarantined: int
+    flagged_by_reason: dict[str, int]
+    """Images that are flagged, by the kind of the reason, the commonest first."""
     views: int
     samples: int
     dropped: int
@@ -56,6 +59,7 @@ def _summary(root: Location, counts: Mapping[str, int], progress: JobProgress) -
     return Summary(
         store=str(root),
         **counts,
+        flagged_by_reason=flagged_by_reason(root),
         parts=progress.parts,
         images_done_before=progress.images - progress.images_now,
         parts_done_before=progress.parts - progress.nodes.total(),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.store.quarantine import QUARANTINE_FILE, image_line
 from megatron_deepstack.data.store.schema import ImageStatus
 from megatron_deepstack.errors import DataError
-from orchestration.preprocess.finalise import QUARANTINE_FILE, image_line, write_quarantine
+from orchestration.preprocess.finalise import write_quarantine
 from orchestration.preprocess.work import PartDone
 
 _SHOWN: Final = 10

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.config.check import _RANGES, find_problems, require, value_at
+from megatron_deepstack.config.check import find_problems, require
+from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
@@ -30,13 +31,17 @@ def found(tmp_path: Path) -> Callable[[dict[str, object]], ConfigError]:
     return problems
 
 
-@pytest.mark.parametrize("path", _RANGES)
+RANGED = {field.path: field for field in leaves(Recipe) if field.type.range is not None}
+
+
+@pytest.mark.parametrize("path", RANGED)
 def test_each_range_is_checked(found, path):
-    usual = value_at(Recipe(), path)
-    bad = [-1, -1, -1] if isinstance(usual, tuple) else [-1] if path == "parallel.layers_per_stage" else -1
+    kind = RANGED[path].type
+    bad = [-1] * (kind.length or 1) if kind.many else -1
     (problem,) = found({path: bad}).problems
     assert problem.startswith(f"{path}: found ")
-    assert "expected" in problem
+    assert f"expected {kind.range}" in problem
+    assert problem.endswith(f"({kind.unit})" if kind.unit else str(kind.range))
 
 
 RULES = {

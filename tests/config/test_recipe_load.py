@@ -120,7 +120,7 @@ REFUSED = {
     "key of another section": ("train: {lr: 3}", "train.lr: unknown key (value 3); did you mean 'optimizer.lr'?"),
     "nothing near": ("7: 8", "7: unknown key (value 8); known here: name, run_dir, model"),
     "bad enum": ("parallel: {recompute: ful}", "found 'ful', expected one of none, selective, full; did you mean"),
-    "enum that YAML reads as false": ("parallel: {recompute: off}", "parallel.recompute: found false, expected one of"),
+    "enum that YAML 1.1 reads as false": ("parallel: {recompute: off}", "recompute: found 'off', expected one of none"),
     "text for a number": ("train: {steps: many}", "train.steps: found 'many', expected a whole number"),
     "fraction for a whole number": ("train: {steps: 1.5}", "train.steps: found 1.5, expected a whole number"),
     "true for a number": ("train: {steps: true}", "train.steps: found true, expected a whole number"),

@@ -62,7 +62,7 @@ MODEL = ModelConfig(
 )
 SIGLIP = replace(
     MODEL,
-    vision=replace(MODEL.vision, class_token=False, activation=Activation.GELU_TANH, layernorm_epsilon=1e-6),
+    vision=replace(MODEL.vision, kind="siglip", activation=Activation.GELU_TANH, layernorm_epsilon=1e-6),
 )
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 PATCH = f"{VISION_PREFIX}embeddings.patch_embedding.weight"
@@ -182,11 +182,14 @@ def test_two_names_of_one_tensor_are_refused() -> None:
         ({"num_attention_heads": 6}, "model.language.num_heads: 6 in the checkpoint, 3 in the recipe"),
         ({"rms_norm_eps": 1e-6}, "model.language.norm_epsilon: 1e-06 in the checkpoint, 1e-05 in the recipe"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "model.language.rope_theta: 500000.0"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "model.language.rope_type: 'lin"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_scaling: found {'type': 'linear', 'factor': 2}; positions scaled as 'linear'",
+        ),
         ({"rope_parameters": None, "rope_theta": 1e6}, "model.language.rope_theta: 1000000.0"),
         ({"tie_word_embeddings": True}, "model.language.tied_embeddings: True"),
         ({"num_hidden_layers": 40}, "model.language.num_layers: 40 in the checkpoint, 2 in the recipe"),
-        ({"attention_bias": True}, "model.language.qkv_bias: True in the checkpoint, False in the recipe"),
+        ({"attention_bias": True}, "attention_bias: found True, computed is False"),
         ({"model_type": "qwen2"}, "model.language.qkv_bias: True in the checkpoint, False in the recipe"),
         ({"model_type": "qwen3"}, "model.language.qk_norm: True in the checkpoint, False in the recipe"),
     ],
@@ -257,7 +260,7 @@ def test_another_tower_is_refused(tmp_path: Path) -> None:
     SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         published_source(tmp_path, model=MODEL)
-    for field in ("activation", "layernorm_epsilon", "class_token"):
+    for field in ("activation", "layernorm_epsilon", "kind"):
         assert f"model.vision.{field}: " in str(caught.value)
 
 

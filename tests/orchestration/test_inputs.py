@@ -1,7 +1,10 @@
 """The files that a recipe names as records: patterns, order, what is refused."""
 
 import gzip
+import io
 import json
+import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.testing.tiny_data import record, write_records
+from orchestration.preprocess import reading
 from orchestration.preprocess.inputs import _shard_names, read_inputs
 
 
@@ -70,7 +74,7 @@ def test_faults_of_all_files_are_listed_together(tmp_path: Path) -> None:
     head, *listed, more = str(caught.value).splitlines()
     assert head == "11 of 12 records cannot be used; mend or remove them:"
     assert len(listed) == 10
-    assert listed[9].strip().startswith(f"{tmp_path}/b.jsonl, record 2 at line 3 (id ''): has no id")
+    assert listed[9].strip().startswith(f"{tmp_path}/b.jsonl, record 2 at line 3 (id ''): has the id ''")
     assert more.strip() == "... and 1 more"
 
 
@@ -87,6 +91,34 @@ def test_files_without_records(content: str | None, message: str, tmp_path: Path
         (tmp_path / "records.json").write_text(content)
     with pytest.raises(DataError, match=message):
         ids(f"{tmp_path}/records.json")
+
+
+def test_reading_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def later() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(reading.time, "monotonic", later)
+    files = [write_records(tmp_path / f"{name}.json", [record(name, [])]) for name in "abcd"]
+    with tarfile.open(tmp_path / "e.tar", "w") as tar:
+        for number in range(9):
+            data = json.dumps(record(number, [])).encode()
+            info = tarfile.TarInfo(f"{number}.json")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    said: list[str] = []
+    paths = [*map(str, files), f"{tmp_path}/e.tar"]
+    plain = read_inputs(paths, None, Template.V1)
+    watched = read_inputs(paths, None, Template.V1, watch=lambda number: reading.Reading(number, said.append).watch)
+    assert watched == plain
+    shares = [int(re.fullmatch(LINE, line)[1]) for line in said]  # type: ignore[index]
+    assert shares == sorted(shares)
+    assert len(shares) >= 3
+
+
+LINE = r"preprocess: reading records, file \d of 5, (\d+)% of all, ETA (\d:\d\d:\d\d|unknown)"
 
 
 def test_a_pattern_without_files(tmp_path: Path) -> None:

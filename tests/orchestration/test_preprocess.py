@@ -135,7 +135,7 @@ def test_the_command_says_that_a_store_is_complete_already(corpus: Any, serial: 
     assert f"{stores[0]}: 12 samples, 14 images" in old.output
     assert "of them learned; the store is complete already, no part was left to do" in old.output
     assert "images/s" not in old.output
-    assert re.search(r"of them learned; \d+ MB in [\d.]+ s, \d+ images/s", new.output)
+    assert re.search(r"of them learned; [\d.]+ [kM]B in [\d.]+ s, \d+ images/s", new.output)
     assert "complete already" not in new.output
 
 
@@ -339,7 +339,7 @@ def test_other_layouts(corpus: Any, tmp_path: Path, variant: Variant) -> None:
         (
             {"records": None},
             ConfigError,
-            "data.records is not set: give JSON or JSON-lines files, or WebDataset tar shards there or with --records",
+            "data.records is not set: give JSON or JSON-lines files, or WebDataset tar shards there, or as data.re",
         ),
         ({"images": None}, ConfigError, "data.images is not set: give the folder or URL that the image paths"),
         ({"tokenizer": None}, ConfigError, "data.tokenizer is not set"),

@@ -66,8 +66,8 @@ def test_lines_every_few_seconds_without_a_terminal(clock: list[float]) -> None:
         shown.add(PartDone("images", images=10, written_bytes=5_000_000), "node")
         shown.show()
     assert written.getvalue().splitlines() == [
-        "preprocess: 60/400 images, 0/1000 records, 10 images/s, 5 MB/s, ETA 0:00:34",
-        "preprocess: 120/400 images, 0/1000 records, 10 images/s, 5 MB/s, ETA 0:00:28",
+        "preprocess: 60/400 images, 0/1000 records, 10 images/s, 5.00 MB/s, ETA 0:00:34",
+        "preprocess: 120/400 images, 0/1000 records, 10 images/s, 5.00 MB/s, ETA 0:00:28",
     ]
 
 
@@ -79,14 +79,14 @@ def test_the_speed_is_that_of_the_last_half_minute(clock: list[float]) -> None:
     for _ in range(40):
         clock[0] += 1
         shown.add(PartDone("images", images=5, quarantined=(("a", "b"),)), "node")
-    assert shown.state().endswith("5 images/s, 0 MB/s, ETA 0:16:00, 40 quarantined")
+    assert shown.state().endswith("5 images/s, 0 B/s, ETA 0:16:00, 40 quarantined")
 
 
 def test_what_was_done_before_does_not_count_as_speed(clock: list[float]) -> None:
     shown = JobProgress(100, 10, Console(file=io.StringIO()))
     shown.add_earlier(PartDone("images", images=90))
     clock[0] += 10
-    assert shown.state() == "90/100 images, 0/10 records, 0 images/s, 0 MB/s, ETA unknown"
+    assert shown.state() == "90/100 images, 0/10 records, 0 images/s, 0 B/s, ETA unknown"
     shown.add(PartDone("images", images=10), "node")
     shown.add(PartDone("text", records=5), "node")
-    assert shown.state() == "100/100 images, 5/10 records, 1 images/s, 0 MB/s, ETA 0:00:10"
+    assert shown.state() == "100/100 images, 5/10 records, 1 images/s, 0 B/s, ETA 0:00:10"

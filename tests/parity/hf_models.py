@@ -27,7 +27,7 @@ SIGLIP = VisionConfig(
     num_layers=3,
     num_heads=2,
     activation=Activation.GELU_TANH,
-    class_token=False,
+    kind="siglip",
     layernorm_epsilon=1e-6,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
@@ -37,7 +37,7 @@ CLIP = VisionConfig(image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size
 
 def hf_tower(vision: VisionConfig) -> CLIPVisionConfig | SiglipVisionConfig:
     """transformers' config of a tower."""
-    kind = CLIPVisionConfig if vision.class_token else SiglipVisionConfig
+    kind = CLIPVisionConfig if vision.kind == "clip" else SiglipVisionConfig
     return kind(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.ffn_hidden_size,
@@ -45,7 +45,7 @@ def hf_tower(vision: VisionConfig) -> CLIPVisionConfig | SiglipVisionConfig:
         num_attention_heads=vision.num_heads,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
-        hidden_act="quick_gelu" if vision.class_token else "gelu_pytorch_tanh",
+        hidden_act="quick_gelu" if vision.kind == "clip" else "gelu_pytorch_tanh",
         layer_norm_eps=vision.layernorm_epsilon,
         attn_implementation="sdpa",
     )

@@ -59,7 +59,7 @@ def llava_case(
         text_config=hf_decoder(kind, language),
         vision_config=hf_tower(vision),
         image_token_index=0,
-        vision_feature_select_strategy="default" if vision.class_token else "full",
+        vision_feature_select_strategy="default" if vision.kind == "clip" else "full",
         tie_word_embeddings=language.tied_embeddings,
         attn_implementation="sdpa",
     )

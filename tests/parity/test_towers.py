@@ -12,6 +12,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.testing.compare import relative_error, worst
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 
@@ -58,12 +59,12 @@ def encode_on_rank(
 @pytest.mark.parametrize(("name", "vision"), TOWERS, ids=[row[0] for row in TOWERS])
 def test_tower(ranks: Callable[[int], RankPool], name: str, vision: VisionConfig) -> None:
     """Also where the picture is not a whole number of patches, and where the feature follows the last layer."""
-    tower = (CLIPVisionModel if vision.class_token else SiglipVisionModel)(hf_tower(vision))
+    tower = (CLIPVisionModel if vision.kind == "clip" else SiglipVisionModel)(hf_tower(vision))
     randomise(tower)
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(3, 3, vision.image_size, vision.image_size, generator=generator)
     states = tower(pixels.double(), output_hidden_states=True).hidden_states
-    expected = states[vision.select_layer][:, int(vision.class_token) :]
+    expected = states[vision.select_layer][:, tower_of(vision).num_leading_tokens :]
     cotangent = torch.randn(expected.shape, generator=generator)
     expected.backward(cotangent.double())
     model = llava_model(LANGUAGE, vision)

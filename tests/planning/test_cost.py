@@ -85,7 +85,7 @@ def test_decoder_costs_what_torch_counts(config: LanguageConfig, learned: bool) 
 
 
 SIGLIP = VisionConfig(
-    image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=48, num_layers=3, num_heads=2, class_token=False
+    image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=48, num_layers=3, num_heads=2, kind="siglip"
 )
 
 

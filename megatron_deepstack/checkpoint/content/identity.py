@@ -7,12 +7,14 @@ continuing with others would train something that no recipe describes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.renamed import saved_model_with_present_names
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.errors import CheckpointError
 
 _BEFORE: Mapping[str, Any] = {"lora": {"rank": 0}}
@@ -41,19 +43,28 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that weights alone depend on."""
     model = asdict(recipe.model)
     del model["layers"]
+    language = recipe.model.language
+    if family_of(language) == family_of(replace(language, family=None)):
+        model["language"]["family"] = None  # named or recognised, it is the same decoder
     lora = _plain(asdict(recipe.lora)) if recipe.lora.rank else {"rank": 0}
     return {"model": _plain(model), "lora": lora}
 
 
 def require_same(path: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise CheckpointError that lists every fact of `ours` in which the checkpoint differs."""
-    differences = list(_differences({**_BEFORE, **saved}, ours, ""))
+    differences = list(_differences(_with_present_names({**_BEFORE, **saved}), ours, ""))
     if differences:
         listed = "\n  ".join(differences)
         raise CheckpointError(
             f"{path}: this checkpoint belongs to another run:\n  {listed}\nUse the recipe it was made with "
             "(recipe.yaml in its folder), or another run_dir."
         )
+
+
+def _with_present_names(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint of an earlier release may use earlier names of fields."""
+    model = saved.get("model")
+    return {**saved, "model": saved_model_with_present_names(model)} if isinstance(model, Mapping) else saved
 
 
 def _differences(saved: Any, ours: Any, where: str) -> Iterator[str]:

@@ -26,10 +26,10 @@ from megatron_deepstack import __version__
 from megatron_deepstack.checkpoint.folder import Manifest, fingerprint, partial_path, publish, write_manifest
 from megatron_deepstack.checkpoint.saving.retention import LOCK, prune
 from megatron_deepstack.checkpoint.saving.writer import NOTE
+from megatron_deepstack.config.run_folder import RECIPE_FILE
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.parallel.groups import Axes
 
-RECIPE = "recipe.yaml"
 INDEX = ".metadata"
 
 
@@ -65,11 +65,11 @@ class Commit:
         """Write index and recipe, remove the notes; size and crc32c of every file."""
         files, results = _take_notes(partial, self.num_ranks)
         FileSystemWriter(partial).finish(_without_plans(metadata), [results])
-        with (partial / RECIPE).open("w", encoding="utf-8") as out:
+        with (partial / RECIPE_FILE).open("w", encoding="utf-8") as out:
             out.write(self.recipe_text)
             out.flush()
             os.fsync(out.fileno())
-        return {**files, **{name: fingerprint(partial / name) for name in (INDEX, RECIPE)}}
+        return {**files, **{name: fingerprint(partial / name) for name in (INDEX, RECIPE_FILE)}}
 
 
 def layout_of(axes: Axes, parallel: ParallelConfig) -> dict[str, int]:

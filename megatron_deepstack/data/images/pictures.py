@@ -4,8 +4,9 @@ Decoding is Pillow's conversion to RGB, as the published preprocessing has it, w
 simplejpeg first, bit-equal and 1.5 times faster, because its strict mode notices damage in mid-file that Pillow turns
 into wrong pixels silently. What can be decoded as a whole although its file is damaged or cut short is kept and
 flagged; a file of which part of the picture is missing is quarantined, and so is whatever cannot be decoded: never a
-crash. EXIF orientation is applied if the recipe says so (published: not; Pillow itself turns TIFFs). Resizing is
-Pillow's bicubic, stretched to the canvas without padding.
+crash. What the conversion itself loses is flagged too, or avoided if the recipe says so: see `colours`. EXIF
+orientation is applied if the recipe says so (published: not; Pillow itself turns TIFFs). Resizing is Pillow's bicubic,
+stretched to the canvas without padding.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import simplejpeg
 from PIL import Image
 
 from megatron_deepstack.config.choices import ImageResize, Orientation
+from megatron_deepstack.data.file_kind import what_file_is
+from megatron_deepstack.data.images.colours import ColourRules, to_rgb
 from megatron_deepstack.data.images.source import QuarantineError
 from megatron_deepstack.data.images.whole_file import find_damage
 from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ViewLayout, layout_views
@@ -53,18 +56,32 @@ class DecodedImage:
     pixels: np.ndarray
     """uint8 (height, width, 3)."""
     damage: str | None
-    """What is wrong with the file although it could be decoded."""
+    """What is wrong with the file although it could be decoded, or what its conversion to RGB lost."""
 
 
-def decode_image(data: bytes, max_pixels: int, orientation: Orientation = Orientation.AS_STORED) -> DecodedImage:
+def decode_image(
+    data: bytes,
+    max_pixels: int,
+    orientation: Orientation = Orientation.AS_STORED,
+    colours: ColourRules | None = None,
+) -> DecodedImage:
     """Decode any format Pillow knows, but for EPS, to RGB (the first frame of several).
 
-    Raises QuarantineError for data that is no image, cannot be decoded as a whole, or has more than `max_pixels`
-    pixels.
+    Args:
+        data: The file's bytes.
+        max_pixels: Most pixels that are decoded.
+        orientation: Whether the picture is turned as its EXIF tag says.
+        colours: What is done about deep greys and transparency; as published if None.
+
+    Returns:
+        The pixels, and why the image is flagged, if it is.
+
+    Raises:
+        QuarantineError: The data is no image, cannot be decoded as a whole, or has too many pixels.
     """
     image = _decode_jpeg(data, max_pixels) if data[:2] == _JPEG_START else None
     if image is None:
-        return _decode_with_pillow(data, max_pixels, orientation)
+        return _decode_with_pillow(data, max_pixels, orientation, colours)
     if orientation is Orientation.EXIF:
         image = _turn(image, *_orientation_in(data))
     return image
@@ -94,13 +111,19 @@ def _decode_strictly(data: bytes, max_pixels: int) -> np.ndarray | None:
     return None
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int, orientation: Orientation = Orientation.AS_STORED) -> DecodedImage:
+def _decode_with_pillow(
+    data: bytes,
+    max_pixels: int,
+    orientation: Orientation = Orientation.AS_STORED,
+    colours: ColourRules | None = None,
+) -> DecodedImage:
     with _pillow_limit(max_pixels):
         try:
             with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
                 _check_pixels(*image.size, max_pixels)
                 image.load()
-                decoded = DecodedImage(np.asarray(image.convert("RGB")), find_damage(data, image.format or ""))
+                pixels, lost = to_rgb(image, colours or ColourRules())
+                decoded = DecodedImage(pixels, find_damage(data, image.format or "") or lost)
                 if orientation is Orientation.EXIF:
                     decoded = _turn(decoded, *_orientation_of(image))
                 return decoded
@@ -109,7 +132,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int, orientation: Orientation =
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise QuarantineError(f"more pixels than data.max_image_pixels allows ({max_pixels}): {error}") from error
         except Image.UnidentifiedImageError as error:
-            raise QuarantineError("not an image of a known format") from error
+            what = what_file_is(data)
+            raise QuarantineError(f"not an image of a known format{f': it is {what}' if what else ''}") from error
         except Exception as error:
             # Damaged files make Pillow's parsers raise almost anything: OSError, SyntaxError, struct.error, KeyError...
             raise QuarantineError(f"cannot be decoded: {type(error).__name__}: {error}") from error

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.config.choices import GridRule, ImageResize, Orientation
+from megatron_deepstack.config.choices import DeepGrey, GridRule, ImageResize, Orientation
 from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
 from megatron_deepstack.data.images.pictures import decode_image, make_views
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ class ProcessedImage:
     grid: Grid
     size: tuple[int, int]
     damage: str | None
-    """What is wrong with the file although it could be decoded."""
+    """What is wrong with the file although it could be decoded, or what its conversion to RGB lost."""
     sha256: str
     """Of the file's bytes, in hexadecimal."""
 
@@ -46,6 +47,8 @@ class Processor:
     resize: ImageResize
     max_image_pixels: int
     orientation: Orientation = Orientation.AS_STORED
+    deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
+    transparency: str = AS_PUBLISHED
 
     @classmethod
     def of(cls, recipe: Recipe) -> Processor:
@@ -59,6 +62,8 @@ class Processor:
             resize=data.resize,
             max_image_pixels=data.max_image_pixels,
             orientation=data.orientation,
+            deep_grey=data.deep_grey,
+            transparency=data.transparency.lower(),
         )
 
     @property
@@ -72,7 +77,8 @@ class Processor:
 
     def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
         """Views of an image file's bytes, in the first rows of `out` if given. Raises QuarantineError for a bad one."""
-        image = decode_image(data, self.max_image_pixels, self.orientation)
+        colours = ColourRules(self.deep_grey, self.transparency)
+        image = decode_image(data, self.max_image_pixels, self.orientation, colours)
         height, width = image.pixels.shape[:2]
         if self.layout is ViewLayout.GLOBAL:
             grid = (1, 1)

@@ -1,17 +1,21 @@
-"""LLaVA-style records: conversations about images, from their JSON values.
+"""Records: conversations about images, from their JSON values in any of the dialects that `dialects` reads.
 
 Every record is checked before any work starts: a record is either usable as a whole or named in the error, the first
-ten with file, number and what is wrong. Ids may repeat, as they do in the published data.
+ten with file, number and what is wrong. Nothing that a record holds is dropped silently. Ids may repeat, as they do in
+the published data; a record without one gets its file and number as id.
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from megatron_deepstack.data.records.turns import Role, Turn
+from megatron_deepstack.data.records.dialects import kind_of, read_conversation
+from megatron_deepstack.data.records.keys import FaultError, how_to_ignore
+from megatron_deepstack.data.records.turns import Turn
 from megatron_deepstack.data.text.conversation import Template, check_turns
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN
@@ -37,6 +41,8 @@ class RecordRules:
     template: Template
     image_folder: str = ""
     """Absolute path of the local image folder, below which absolute image paths are taken; empty for none."""
+    ignore_keys: frozenset[str] = frozenset()
+    """Keys of records, turns and parts of them that are passed over."""
 
 
 class Faults:
@@ -47,10 +53,13 @@ class Faults:
         self.records = 0
         """Records seen, faulty or not."""
         self._listed: list[str] = []
+        self._unread: Counter[str] = Counter()
+        """Keys that nothing reads: in how many records."""
 
-    def add(self, where: str, fault: str) -> None:
-        """Count a faulty record."""
+    def add(self, where: str, fault: str, unread: Sequence[str] = ()) -> None:
+        """Count a faulty record; `unread` are keys of it that nothing reads."""
         self.total += 1
+        self._unread.update(unread)
         if self.total <= _SHOWN:
             self._listed.append(f"{where}: {fault}")
 
@@ -59,39 +68,69 @@ class Faults:
         if self.total:
             more = [f"... and {self.total - _SHOWN} more"] if self.total > _SHOWN else []
             head = f"{self.total} of {self.records} records cannot be used; mend or remove them:"
-            raise DataError("\n  ".join([head, *self._listed, *more]))
+            raise DataError("\n  ".join([head, *self._listed, *more]) + self._advice())
+
+    def _advice(self) -> str:
+        """How keys that nothing reads can be passed over."""
+        if not self._unread:
+            return ""
+        counted = ", ".join(f"`{key}` in {count} records" for key, count in self._unread.most_common(_SHOWN))
+        return f"\nNot read: {counted}. If these say nothing that is to be learned: {how_to_ignore(self._unread)}"
 
 
-def parse_record(item: Any, rules: RecordRules, faults: Faults, where: str) -> Record | None:
-    """One record from its JSON value; None, with what is wrong in `faults`, if it cannot be used.
+def parse_record(
+    item: Any, rules: RecordRules, faults: Faults, where: str, number: str, images: Sequence[str] | None = None
+) -> Record | None:
+    """One record from its JSON value.
 
-    Faults are: no id, no conversations, an unknown role, turns that the template cannot write, a number of `<image>`
-    other than that of the images, and an image path that leaves the image folder.
+    Faults are: no conversation, an unknown role, a key or a placeholder that nothing reads, turns that the template
+    cannot write, a number of `<image>` other than that of the images, and an image path that leaves the image folder.
+
+    Args:
+        item: The JSON value, in any dialect.
+        rules: What it is checked against.
+        faults: Takes what is wrong with it.
+        where: The record's place, for messages.
+        number: The id of a record that has none.
+        images: Its images, in place of those that it names.
+
+    Returns:
+        The record; None if it cannot be used.
     """
     faults.records += 1
     try:
-        return _parse(item, rules)
-    except _FaultError as fault:
+        return _parse(item, rules, number, images)
+    except FaultError as fault:
         name = f" (id {item['id']!r})" if isinstance(item, dict) and "id" in item else ""
-        faults.add(f"{where}{name}", str(fault))
+        faults.add(f"{where}{name}", str(fault), fault.keys)
         return None
 
 
-def _parse(item: Any, rules: RecordRules) -> Record:
+def _parse(item: Any, rules: RecordRules, number: str, images: Sequence[str] | None) -> Record:
     if not isinstance(item, dict):
-        raise _FaultError(f"is {_kind(item)}, an object was expected")
-    identifier = item.get("id")
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int) or identifier == "":
-        raise _FaultError("has no id; give each record a text or a whole number as `id`")
-    images = tuple(_place(path, rules.image_folder) for path in _parse_images(item.get("image")))
-    turns = tuple(_parse_turns(item.get("conversations")))
-    record = Record(_text(str(identifier), "its id"), images, turns)
+        raise FaultError(f"is {kind_of(item)}, an object was expected")
+    identifier = _identifier(item.get("id"), number)
+    talk = read_conversation(item, rules.ignore_keys)
+    places = tuple(_place(path, rules.image_folder) for path in (talk.images if images is None else images))
+    record = Record(identifier, places, talk.turns)
     _check_placeholders(record)
     try:
-        check_turns(turns, rules.template)
+        check_turns(record.turns, rules.template)
     except DataError as error:
-        raise _FaultError(str(error)) from error
+        raise FaultError(str(error)) from error
     return record
+
+
+def _identifier(value: Any, number: str) -> str:
+    if value is None:
+        return number
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise FaultError(f"has the id {value!r}; a text or a whole number was expected, or no `id` at all")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise FaultError("its id holds half of a surrogate pair, which is no character") from error
+    return str(value)
 
 
 def _place(path: str, folder: str) -> str:
@@ -99,58 +138,23 @@ def _place(path: str, folder: str) -> str:
     images they are given, and no other file of the machine."""
     normal = posixpath.normpath(path)
     if "://" in path:
-        raise _FaultError(f"`image` is the URL {path!r}; give its folder as data.images, and the path below it here")
+        raise FaultError(f"`image` is the URL {path!r}; give its folder as data.images, and the path below it here")
     if normal.startswith("/"):
         if not folder or not f"{normal}/".startswith(f"{folder.rstrip('/')}/"):
-            raise _FaultError(
+            raise FaultError(
                 f"`image` is {path!r}, outside the image folder {folder or '(none)'}; make it relative to the folder, "
-                "or give a folder that holds all images (data.images, or --images)"
+                "or give a folder that holds all images (data.images=...)"
             )
         return posixpath.relpath(normal, folder)
     if normal.split("/")[0] == "..":
-        raise _FaultError(f"`image` is {path!r}, which leaves the image folder")
+        raise FaultError(f"`image` is {path!r}, which leaves the image folder")
     return normal
-
-
-class _FaultError(Exception):
-    """What is wrong with one record."""
-
-
-def _parse_images(value: Any) -> Iterator[str]:
-    if value is None:
-        return
-    for path in value if isinstance(value, list) else [value]:
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise _FaultError(f"`image` holds {path!r}; a path, or a list of paths, was expected")
-        yield _text(path, "`image`")
-
-
-def _parse_turns(value: Any) -> Iterator[Turn]:
-    if not isinstance(value, list) or not value:
-        raise _FaultError(f"has no conversations: found {_kind(value)}, a list of turns was expected")
-    for number, turn in enumerate(value):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise _FaultError(f"turn {number} is not an object with a text as `value`")
-        role = turn.get("from")
-        if not isinstance(role, str) or role not in set(Role):
-            raise _FaultError(f"turn {number} has the unknown role {role!r}; known: {', '.join(Role)}")
-        yield Turn(Role(role), _text(turn["value"], f"turn {number}"))
 
 
 def _check_placeholders(record: Record) -> None:
     found = sum(turn.text.count(IMAGE_TOKEN) for turn in record.turns)
     if found != len(record.images):
-        raise _FaultError(f"has {len(record.images)} images, but {found} {IMAGE_TOKEN} in its conversations")
-
-
-def _text(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _FaultError(f"{where} holds half of a surrogate pair, which is no character") from error
-    return text
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", type(None): "nothing"}
-    return "an empty list" if value == [] else kinds.get(type(value), repr(value))
+        raise FaultError(
+            f"has {len(record.images)} images, but {found} {IMAGE_TOKEN} in its conversations; write one "
+            f"{IMAGE_TOKEN} where each image belongs"
+        )

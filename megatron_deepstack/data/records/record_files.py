@@ -10,12 +10,14 @@ import gzip
 import hashlib
 import io
 import json
+import posixpath
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
+from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
 from megatron_deepstack.data.records.record import Faults, Record, RecordRules, parse_record
 from megatron_deepstack.errors import DataError
 
@@ -48,7 +50,8 @@ def read_record_file(file: IO[bytes], path: str, rules: RecordRules, faults: Fau
     source = _HashedFile(file)
     records = []
     for number, (line, item) in enumerate(_read_values(source, path)):
-        parsed = parse_record(item, rules, faults, f"{path}, record {number} at line {line}")
+        where, numbered = f"{path}, record {number} at line {line}", f"{posixpath.basename(path)}:{number}"
+        parsed = parse_record(item, rules, faults, where, numbered)
         if parsed is not None:
             records.append(parsed)
     return RecordFile(source.hexdigest(), tuple(records))
@@ -58,7 +61,7 @@ def _read_values(source: _HashedFile, path: str) -> Iterator[tuple[int, Any]]:
     """Every value with the line it begins at, 1-based. JSON's and gzip's errors become DataErrors."""
     scanner = None
     try:
-        scanner = _Scanner(_as_text(source))
+        scanner = _Scanner(_as_text(source, path))
         yield from _list_items(scanner) if scanner.peek() == "[" else _loose_values(scanner)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error
@@ -71,10 +74,13 @@ def _read_values(source: _HashedFile, path: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}, line {line}: not JSON: {error}. {_FORM}") from error
 
 
-def _as_text(source: _HashedFile) -> io.TextIOWrapper:
+def _as_text(source: _HashedFile, path: str) -> io.TextIOWrapper:
     raw: Any = io.BufferedReader(source, _BUFFER_BYTES)
-    if raw.peek(2)[:2] == _GZIP_MAGIC:
+    start = raw.peek(START_BYTES)[:START_BYTES]
+    if start[:2] == _GZIP_MAGIC:
         raw = gzip.GzipFile(fileobj=raw)
+    elif start and (what := what_file_is(start)):
+        raise DataError(f"{path}: not a file of records: it is {what}. {_FORM}")
     return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
 
 

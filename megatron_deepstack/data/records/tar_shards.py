@@ -1,9 +1,12 @@
 """WebDataset tar shards: records and captions are read, images only noted, with the offset they are read at later.
 
-Members that follow each other and share a name up to its first dot belong together: KEY.json is a LLaVA-style record
-(its id is KEY if it has none), its images are KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... A KEY.txt beside an image, without
-a conversation, is a caption. Images are never unpacked, so a shard must not be compressed. A shard's digest covers
-names, sizes and times of all members and the content of its texts; like files in a folder, pixels are not read for it.
+Members that follow each other and share a name up to its first dot belong together: KEY.json is a record (its id is
+KEY if it has none), its images are KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... A KEY.txt beside an image, without a
+conversation, is a caption. Where names have dots of their own (photo.v2.jpg, photo.v2.json) and only such, each text
+takes the images that begin with its whole name; where that is not clear, the members are named in the error. What
+macOS puts beside files (`._NAME`, `.DS_Store`, `__MACOSX/`) is left out, as WebDataset leaves out names that begin with
+a dot. Images are never unpacked, so a shard must not be compressed. A shard's digest covers names, sizes and times of
+all members and the content of its texts; like files in a folder, pixels are not read for it.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
+from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
 from megatron_deepstack.data.images.source import TarMember
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.records.dialects import holds_talk, named_images
 from megatron_deepstack.data.records.record import Faults, Record, RecordRules, parse_record
 from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import DataError
@@ -42,6 +47,11 @@ _IMAGES: Final = {
 }
 """Endings of images in shards."""
 _TEXTS: Final = {"json", "txt"}
+_LEFT_OUT: Final = re.compile(
+    r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX(/.*)?|PaxHeaders?(\.[^/]*)?(/.*)?)$", re.IGNORECASE
+)
+"""Members that systems put beside files: resource forks, folder settings, extended headers unpacked as files."""
+_SHOWN_MEMBERS: Final = 6
 _MOST_TEXT_BYTES: Final = 1 << 28
 """Size of the largest record; a text that is larger is something else."""
 _COMPRESSED: Final = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -67,18 +77,21 @@ def read_tar_shard(file: IO[bytes], location: Location, name: str, rules: Record
     records: list[Record] = []
     members: dict[str, TarMember] = {}
     seen: set[str] = set()
-    for group in _groups(file, location, digest):
+    for group in (part for whole in _groups(file, location, digest) for part in whole.by_whole_names()):
         where = f"{location}, {group.key}"
         if group.key in seen:
             group.faults.append("its files do not lie next to each other in the shard")
         seen.add(group.key)
-        item = group.record(name, rules.template)
+        item = group.record(rules.template)
         if group.faults:
             faults.records += 1
             faults.add(where, group.faults[0])
-        elif item is not None and (record := parse_record(item, rules, faults, where)) is not None:
-            records.append(record)
-            members.update({posixpath.normpath(f"{name}/{path}"): member for path, member in group.images})
+        elif item is not None:
+            paths = [f"{name}/{path}" for path in group.image_names(item)]
+            record = parse_record(item, rules, faults, where, group.key, paths)
+            if record is not None:
+                records.append(record)
+                members.update({posixpath.normpath(f"{name}/{path}"): member for path, member in group.images})
     return TarShard(digest.hexdigest(), tuple(records), members)
 
 
@@ -88,27 +101,71 @@ class _Group:
 
     key: str
     texts: dict[str, bytes] = field(default_factory=dict)
+    """Contents by kind: `json`, `txt`, or with a dotted name before it, as in `v2.json`."""
     images: list[tuple[str, TarMember]] = field(default_factory=list)
     """Images by name."""
     others: list[str] = field(default_factory=list)
     """Names of what is neither."""
     faults: list[str] = field(default_factory=list)
 
-    def record(self, shard: str, template: Template) -> Any:
+    def by_whole_names(self) -> list[_Group]:
+        """Itself; or, if dots belong to its members' names, a group for each text, with the images of its name."""
+        dotted = [kind for kind in self.texts if "." in kind]
+        if not dotted:
+            return [self]
+        if self.texts.keys() & _TEXTS:
+            if clash := [kind for kind in dotted if self._is_record(kind)]:
+                self._cut(f"both {self.key}.{clash[0]} and another text lie beside it")
+            self.others += [f"{self.key}.{kind}" for kind in dotted]
+            self.texts = {kind: text for kind, text in self.texts.items() if kind in _TEXTS}
+            return [self]
+        stems = {f"{self.key}.{kind.rpartition('.')[0]}" for kind in dotted}
+        parts = {stem: _Group(stem, faults=list(self.faults)) for stem in sorted(stems)}
+        for kind in dotted:
+            stem, _, ending = kind.rpartition(".")
+            parts[f"{self.key}.{stem}"].texts[ending] = self.texts[kind]
+        for name, member in self.images:
+            owners = [stem for stem in stems if name.startswith(f"{stem}.")]
+            if not owners:
+                self._cut(f"{name} has the name of none of its texts")
+                return [self]
+            parts[max(owners, key=len)].images.append((name, member))
+        return list(parts.values())
+
+    def image_names(self, item: Any) -> list[str]:
+        """Names of its images in the order of their placeholders."""
+        return _in_order([name for name, _ in self.images], named_images(item) if isinstance(item, dict) else [])
+
+    def _is_record(self, kind: str) -> bool:
+        """A text with a dotted name is a record, or a caption of an image that bears its name."""
+        stem, _, ending = kind.rpartition(".")
+        if any(name.startswith(f"{self.key}.{stem}.") for name, _ in self.images):
+            return True
+        try:
+            return ending == "json" and holds_talk(json.loads(self.texts[kind]))
+        except (ValueError, RecursionError):
+            return False
+
+    def _cut(self, what: str) -> None:
+        names = [*(f"{self.key}.{kind}" for kind in self.texts), *(name for name, _ in self.images)]
+        more = f", ... ({len(names)} members)" if len(names) > _SHOWN_MEMBERS else ""
+        self.faults.append(
+            f"names are cut at their first dot, so these are one sample: {', '.join(names[:_SHOWN_MEMBERS])}{more}; "
+            f"{what}. Write names with one dot, or one text for each image with the same name"
+        )
+
+    def record(self, template: Template) -> Any:
         """The JSON value of its record; None if it holds none."""
         item = self._document() if "json" in self.texts else None
-        talks = isinstance(item, dict) and item.get("conversations") is not None
-        if not talks and "txt" in self.texts and self.images:
-            return self._caption(shard, template)
-        if item is None and self.images:
-            self.faults.append("has images, but neither a .json nor a .txt")
+        if not holds_talk(item) and "txt" in self.texts and self.images:
+            return self._caption(template)
+        if item is None and self.images and not self.faults:
+            shown = ", ".join([*(name for name, _ in self.images), *self.others][:_SHOWN_MEMBERS])
+            self.faults.append(f"has images, but neither a .json nor a .txt; names are cut at their first dot: {shown}")
         if "txt" in self.texts and "json" not in self.texts:
             beside = f"; beside it lies {', '.join(self.others)}" if self.others else ""
             self.faults.append(f"has a caption, but no image with a known ending{beside}")
-        if not isinstance(item, dict):
-            return item
-        paths = [f"{shard}/{name}" for name in _in_order([name for name, _ in self.images], item.get("image"))]
-        return {"id": self.key, **item, "image": paths}
+        return item
 
     def _document(self) -> Any:
         try:
@@ -117,23 +174,21 @@ class _Group:
             self.faults.append(f"its .json is not JSON: {error}")
             return None
 
-    def _caption(self, shard: str, template: Template) -> Any:
+    def _caption(self, template: Template) -> Any:
         if template is not Template.PLAIN:
             self.faults.append(f"holds a caption, which only data.template=plain learns; it is {template}")
         caption = self.texts["txt"].decode("utf-8", errors="surrogateescape").strip()
         turns = [("human", IMAGE_TOKEN * len(self.images)), ("gpt", caption)]
-        paths = [f"{shard}/{name}" for name in _in_order([name for name, _ in self.images], None)]
-        conversations = [{"from": role, "value": text} for role, text in turns]
-        return {"id": self.key, "image": paths, "conversations": conversations}
+        return {"id": self.key, "conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
-def _in_order(names: Sequence[str], listed: Any) -> list[str]:
+def _in_order(names: Sequence[str], listed: Sequence[str]) -> list[str]:
     """Images as the record lists them, if it names each by its last part; else by the numbers in their names."""
     ordered = sorted(names, key=_by_number)
-    if not isinstance(listed, list) or len(listed) != len(names):
+    if len(listed) != len(names):
         return ordered
     by_name = {posixpath.basename(name): name for name in names}
-    found = [by_name.get(posixpath.basename(item)) for item in listed if isinstance(item, str)]
+    found = [by_name.get(posixpath.basename(item)) for item in listed]
     chosen = [name for name in found if name is not None]
     return chosen if sorted(chosen) == sorted(names) else ordered
 
@@ -149,7 +204,7 @@ def _groups(file: IO[bytes], location: Location, digest: Any) -> Iterator[_Group
         digest.update(f"{info.name}\0{info.size}\0{info.mtime}\0{info.type!r}\0".encode("utf-8", "surrogateescape"))
         digest.update(text or b"")
         key, kind = _split(info.name)
-        if info.isdir():
+        if info.isdir() or _LEFT_OUT.search(info.name):
             continue
         if group is None or group.key != key:
             if group is not None:
@@ -162,13 +217,15 @@ def _groups(file: IO[bytes], location: Location, digest: Any) -> Iterator[_Group
 
 def _put(group: _Group, info: tarfile.TarInfo, kind: str, text: bytes | None, location: Location) -> None:
     ending = kind.rpartition(".")[2]
-    if kind not in _TEXTS and ending not in _IMAGES:
+    if ending not in _TEXTS and ending not in _IMAGES:
         group.others.append(info.name)
+    elif not posixpath.basename(group.key):
+        group.faults.append(f"{info.name} begins with a dot, which no sample's name does; rename it")
     elif not info.isreg() or info.issparse():
         group.faults.append(f"{info.name} is no plain file (a link, or sparse)")
     elif text is not None:
         group.texts[kind] = text
-    elif kind in _TEXTS:
+    elif ending in _TEXTS:
         group.faults.append(f"{info.name} has {info.size} bytes, too many for a record")
     elif any(name == info.name for name, _ in group.images):
         group.faults.append(f"{info.name} is in the shard twice")
@@ -185,6 +242,10 @@ def _split(name: str) -> tuple[str, str]:
     return posixpath.join(folder, stem), kind.lower()
 
 
+def _is_text(info: tarfile.TarInfo) -> bool:
+    return _split(info.name)[1].rpartition(".")[2] in _TEXTS and not _LEFT_OUT.search(info.name)
+
+
 def _members(file: IO[bytes], location: Location) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """Every member, with its content if it is a text. Raises DataError unless the tar is whole."""
     _refuse_compressed(file, location)
@@ -193,7 +254,7 @@ def _members(file: IO[bytes], location: Location) -> Iterator[tuple[tarfile.TarI
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # kept otherwise, for extraction by name
                 text = None
-                if _split(info.name)[1] in _TEXTS and info.isreg() and info.size <= _MOST_TEXT_BYTES:
+                if _is_text(info) and info.isreg() and info.size <= _MOST_TEXT_BYTES:
                     content = tar.extractfile(info)
                     assert content is not None
                     text = content.read()
@@ -201,7 +262,10 @@ def _members(file: IO[bytes], location: Location) -> Iterator[tuple[tarfile.TarI
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
-        raise DataError(f"{location}: not a tar shard, or a damaged one: {error}. Fetch or write it again.") from error
+        file.seek(0)
+        what = what_file_is(file.read(START_BYTES))
+        reason = f"it is {what}" if what else f"{error}. Fetch or write it again"
+        raise DataError(f"{location}: not a tar shard, or a damaged one: {reason}.") from error
     if end != bytes(tarfile.BLOCKSIZE):
         what = "is cut short" if len(end) < tarfile.BLOCKSIZE else f"is damaged at byte {tar.offset}"
         raise DataError(f"{location}: the shard {what}: a tar ends with an empty block. Fetch or write it again.")

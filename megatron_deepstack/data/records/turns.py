@@ -13,6 +13,8 @@ from megatron_deepstack.planning.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
 class Role(StrEnum):
     """Who speaks, by LLaVA's names."""
 
+    SYSTEM = "system"
+    """What the assistant is told before the conversation; only the first turn of a conversation can have it."""
     HUMAN = "human"
     GPT = "gpt"
 
@@ -23,6 +25,8 @@ class Turn:
 
     role: Role
     text: str
+    learned: bool = True
+    """Whether an answer is learned; False where its record says so. Other turns are never learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,17 @@ def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
+def system_of(turns: Sequence[Turn]) -> str | None:
+    """The system text of a conversation; None if it has none, so that the template writes its own."""
+    return turns[0].text if turns and turns[0].role is Role.SYSTEM else None
+
+
+def talk_of(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns after the system text."""
+    return turns[1:] if system_of(turns) is not None else turns
+
+
 def rounds_of(turns: Sequence[Turn]) -> Sequence[Turn]:
     """The turns from the first question on; an answer to nothing is left out, as published."""
-    return turns[1:] if turns and turns[0].role is Role.GPT else turns
+    talk = talk_of(turns)
+    return talk[1:] if talk and talk[0].role is Role.GPT else talk

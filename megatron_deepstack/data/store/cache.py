@@ -200,7 +200,7 @@ class BoundedFolder:
                     yield status.st_mtime_ns, status.st_size, path
 
     def _held_folders(self) -> Iterator[tuple[int, int, str]]:
-        """The same of each held folder; of its bytes those of arrays, which `reserve_held` counted, not of documents."""
+        """The same of each held folder, whose arrays count, as `reserve_held` counted them, and documents do not."""
         if not self.held.is_dir():
             return
         for folder in self.held.iterdir():

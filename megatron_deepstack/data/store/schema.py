@@ -32,7 +32,7 @@ class ImageStatus(IntEnum):
 
     STORED = 0
     FLAGGED = 1
-    """Stored, but the file is damaged; `quarantine.jsonl` says how."""
+    """Stored, but the file is damaged, or RGB shows less than is in it; `quarantine.jsonl` says how."""
     QUARANTINED = 2
     """Not stored: it has no views and no sample refers to it."""
 

@@ -37,16 +37,16 @@ class ChatFormat:
     clean: Callable[[str], str] = str
     """What is done to a message."""
 
-    def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
-        """Questions and answers in turn, without a beginning of the sequence."""
-        spans = [Span(self._system(tokenizer), False)]
+    def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer, *, system: str | None = None) -> list[Span]:
+        """Questions and answers in turn, without a beginning of the sequence; `system` replaces the format's own."""
+        spans = [Span(self._system(tokenizer, system), False)]
         for turn in rounds:
             if turn.role is Role.HUMAN:
                 spans.append(Span(self._said(_NAMES[turn.role], turn.text, tokenizer), False))
                 continue
             spans.append(Span(self._opening(_NAMES[turn.role], "", tokenizer), False))
             answer = encode_text(self._message(turn.text), tokenizer)
-            spans.append(Span([*answer, _control(self.end, tokenizer)], True))
+            spans.append(Span([*answer, _control(self.end, tokenizer)], turn.learned))
             spans.append(Span(tokenizer.encode(self.after_end), False))
         return spans
 
@@ -69,8 +69,9 @@ class ChatFormat:
         """Id of the token that ends a turn."""
         return _control(self.end, tokenizer)
 
-    def _system(self, tokenizer: Tokenizer) -> list[int]:
-        return self._said("system", self.system, tokenizer) if self.system else []
+    def _system(self, tokenizer: Tokenizer, given: str | None = None) -> list[int]:
+        text = self.system if given is None else given
+        return self._said("system", text, tokenizer) if text else []
 
     def _said(self, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
         opening = self._opening(name, self._message(text), tokenizer)

@@ -9,28 +9,25 @@ masked as a whole), the mask here is simply right; where it loses images (severa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Final
 
 import numpy as np
 
-from megatron_deepstack.data.records.turns import Role, Span, Turn, encode_text, image_first, rounds_of
+from megatron_deepstack.config.choices import Template
+from megatron_deepstack.data.records.turns import (
+    Role,
+    Span,
+    Turn,
+    encode_text,
+    image_first,
+    rounds_of,
+    system_of,
+    talk_of,
+)
 from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, ChatFormat
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
-
-
-class Template(StrEnum):
-    """How a conversation is written as text."""
-
-    PLAIN = "plain"
-    V1 = "v1"
-    """Vicuna's."""
-    LLAMA_3 = "llama_3"
-    QWEN = "qwen"
-    """ChatML."""
-
 
 _V1_SYSTEM: Final = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -42,7 +39,7 @@ _CHATS: Final[dict[Template, ChatFormat]] = {Template.LLAMA_3: LLAMA_3, Template
 
 
 def known_template(name: Template | str) -> Template:
-    """The template of that name; raises ConfigError for an unknown one."""
+    """The template of that name, as a store records it; raises ConfigError for an unknown one."""
     try:
         return Template(name)
     except ValueError:
@@ -53,9 +50,22 @@ def known_template(name: Template | str) -> Template:
 def encode_conversation(
     turns: Sequence[Turn], template: Template | str, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (int32, T) with one IMAGE_TOKEN_ID per `<image>`, and loss mask (uint8, T; 1 where the token is learned).
+    """A conversation as tokens.
 
-    Raises DataError for turns that the template cannot write, ConfigError for an unknown template.
+    A first turn of role `system` takes the place of the template's own system text: v1's line before the first
+    question, the system turn of ChatML, or a system turn in Llama 3's format, which has none of its own.
+
+    Args:
+        turns: The conversation; an answer whose `learned` is False is written, but not learned.
+        template: How it is written.
+        tokenizer: What makes tokens of the text.
+
+    Returns:
+        Tokens (int32, T) with one IMAGE_TOKEN_ID per `<image>`, and loss mask (uint8, T; 1 where the token is learned).
+
+    Raises:
+        DataError: The template cannot write these turns, or the tokenizer lacks a token that it writes.
+        ConfigError: The template is unknown.
     """
     known = known_template(template)
     check_turns(turns, known)
@@ -111,7 +121,12 @@ def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def check_turns(turns: Sequence[Turn], template: Template) -> None:
     """Raise DataError, saying what was found, if `template` cannot write these turns."""
+    system, turns = system_of(turns), talk_of(turns)
     roles = [turn.role for turn in turns]
+    if system is not None and template is Template.PLAIN:
+        raise DataError("has a system text, which template plain has no place for (data.template)")
+    if system is not None and IMAGE_TOKEN in system:
+        raise DataError(f"its system text holds an {IMAGE_TOKEN}; images belong to what the human says")
     found = ", ".join(roles[:6]) + (f", ... ({len(roles)} turns)" if len(roles) > 6 else "")
     if template is Template.PLAIN:
         if roles != [Role.HUMAN, Role.GPT] or IMAGE_TOKEN not in turns[0].text:
@@ -129,8 +144,8 @@ def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> l
     if template is Template.PLAIN:
         return begin + _write_plain(turns, tokenizer)
     if template is Template.V1:
-        return begin + _write_v1(rounds_of(turns), tokenizer)
-    return begin + _CHATS[template].write(rounds_of(turns), tokenizer)
+        return begin + _write_v1(rounds_of(turns), system_of(turns) or _V1_SYSTEM, tokenizer)
+    return begin + _CHATS[template].write(rounds_of(turns), tokenizer, system=system_of(turns))
 
 
 def _begin(template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -154,20 +169,21 @@ def _must_have(number: int | None, which: str, template: Template, tokenizer: To
 def _write_plain(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
     """The first turn gives only its images; the second, a caption, follows with a newline and is learned."""
     images = [IMAGE_TOKEN_ID] * turns[0].text.count(IMAGE_TOKEN)
-    return [Span(images, False), Span(encode_text(turns[1].text + "\n", tokenizer), True)]
+    return [Span(images, False), Span(encode_text(turns[1].text + "\n", tokenizer), turns[1].learned)]
 
 
-def _write_v1(rounds: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
+def _write_v1(rounds: Sequence[Turn], system: str, tokenizer: Tokenizer) -> list[Span]:
     """Vicuna's: a system line, then rounds of `USER: ... ASSISTANT: ...`, an end of sequence after each answer."""
     spans: list[Span] = []
     for number in range(0, len(rounds), 2):
-        system = f"{_V1_SYSTEM} " if number == 0 else ""
-        question = f"{system}{_V1_QUESTION}{image_first(rounds[number].text)}{_V1_ANSWER}"
-        spans += _question_and_answer(question, image_first(rounds[number + 1].text), tokenizer)
+        before, answer = (f"{system} " if number == 0 else ""), rounds[number + 1]
+        question = f"{before}{_V1_QUESTION}{image_first(rounds[number].text)}{_V1_ANSWER}"
+        asked, said = _question_and_answer(question, image_first(answer.text), tokenizer)
+        spans += [Span(asked, False), Span(said, answer.learned)]
     return spans
 
 
-def _question_and_answer(question: str, answer: str, tokenizer: Tokenizer) -> list[Span]:
+def _question_and_answer(question: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Question and answer are encoded as one text; the answer's tokens are those that follow the question's."""
     prefix = encode_text(question, tokenizer)
     tokens = encode_text(f"{question} {answer}", tokenizer)
@@ -176,4 +192,4 @@ def _question_and_answer(question: str, answer: str, tokenizer: Tokenizer) -> li
             f"{tokenizer.source}: the tokenizer makes tokens that reach from {question[-20:]!r} into the answer "
             f"{answer[:20]!r}, so that they can be neither learned nor left out. Use one that splits at spaces."
         )
-    return [Span(prefix, False), Span([*tokens[len(prefix) :], _end(Template.V1, tokenizer)], True)]
+    return prefix, [*tokens[len(prefix) :], _end(Template.V1, tokenizer)]

@@ -15,13 +15,15 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
 
-from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
+from megatron_deepstack.data.text.tokenizer import GIVE_A_TOKENIZER, Tokenizer
 from megatron_deepstack.errors import DataError
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 _TOKENS_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json")
 """Files that name the special tokens, the one that counts first."""
-KEPT_FILES: Final = (TOKENIZER_FILE, *_TOKENS_FILES, "chat_template.jinja")
+TEMPLATE_FILE: Final = "chat_template.jinja"
+KEPT_FILES: Final = (TOKENIZER_FILE, *_TOKENS_FILES, TEMPLATE_FILE)
 """Files of a tokenizer's folder that belong to it."""
 _USUAL_NAMES: Final = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>"),
@@ -40,7 +42,8 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._backend = Backend.from_buffer(files[TOKENIZER_FILE])
         except Exception as error:  # `tokenizers` raises plain Exceptions
-            raise DataError(f"{source}: not a Hugging Face tokenizer.json ({error})") from error
+            reason = _what_it_is(files[TOKENIZER_FILE]) or " ".join(str(error).split())
+            raise DataError(f"{source}: not a Hugging Face tokenizer.json: {reason}. {GIVE_A_TOKENIZER}") from error
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -102,7 +105,41 @@ def _token_name(key: str, documents: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
+_OTHER_DOCUMENTS: Final = {
+    "model_type": "a model's config.json",
+    "architectures": "a model's config.json",
+    "tokenizer_class": "a tokenizer_config.json",
+    "added_tokens_decoder": "a tokenizer_config.json",
+    "bos_token": "a special_tokens_map.json",
+    "eos_token": "a special_tokens_map.json",
+    "weight_map": "an index of weights",
+}
+"""What JSON objects without a tokenizer's `model` are, by a key of theirs."""
+
+
+def _what_it_is(content: bytes) -> str | None:
+    """What was given in place of a tokenizer.json; None if it is not known."""
+    what = what_file_is(content[:START_BYTES])
+    if what:
+        return f"it is {what}"
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        return f"it is not JSON: {error}"
+    if not isinstance(document, dict):
+        return f"it is JSON, but {'a list' if isinstance(document, list) else 'no object'}"
+    if isinstance(document.get("model"), dict):
+        return None
+    if document and all(isinstance(number, int) for number in document.values()):
+        return "it is a vocab.json, which lacks the merges and the rules that split a text"
+    known = next((name for key, name in _OTHER_DOCUMENTS.items() if key in document), None)
+    return f"it is {known}" if known else "it is JSON, but has no `model`, an object"
+
+
 def _read_object(name: str, content: bytes, source: str) -> dict[str, Any]:
+    what = what_file_is(content[:START_BYTES])
+    if what:
+        raise DataError(f"{source}: {name} is not JSON: it is {what}")
     try:
         document = json.loads(content)
     except ValueError as error:

@@ -15,10 +15,18 @@ from typing import Any, Final
 
 import sentencepiece
 
+from megatron_deepstack.data.file_kind import START_BYTES, is_tiktoken, what_file_is
 from megatron_deepstack.errors import DataError
 
 SENTENCEPIECE_FILE: Final = "tokenizer.model"
 """Name under which Hugging Face keeps a SentencePiece model."""
+GIVE_A_TOKENIZER: Final = (
+    "Give a SentencePiece .model file, or a Hugging Face tokenizer.json or its folder (data.tokenizer=...)."
+)
+TIKTOKEN_ADVICE: Final = (
+    "Such a file says nothing of special tokens and of how text is split: give the tokenizer.json of the same release "
+    "in Hugging Face's form (of Llama 3, it lies one folder above `original`), or its folder (data.tokenizer=...)."
+)
 
 
 class Tokenizer(ABC):
@@ -61,6 +69,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, source: str) -> None:
         """`model` is the content of the file `source`. Raises DataError if it is not a usable model."""
+        what = what_file_is(model[:START_BYTES])
+        if what:
+            advice = TIKTOKEN_ADVICE if is_tiktoken(model[:START_BYTES]) else GIVE_A_TOKENIZER
+            raise DataError(f"{source}: not a SentencePiece model: it is {what}. {advice}")
         self.model = model
         self.source = source
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -69,7 +81,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # SentencePiece raises RuntimeError or TypeError, by the kind of damage
             raise DataError(
-                f"{source}: not a SentencePiece model ({error}). Give a .model file, or a Hugging Face tokenizer.json."
+                f"{source}: not a SentencePiece model: it is damaged, or of another kind. {GIVE_A_TOKENIZER}"
             ) from error
         self.vocab_size = self._processor.vocab_size()
         bos_id, eos_id, pad_id = self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()

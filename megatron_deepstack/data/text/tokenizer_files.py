@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_deepstack.data.text.hf_tokenizer import KEPT_FILES, TOKENIZER_FILE, HuggingFaceTokenizer
-from megatron_deepstack.data.text.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer
+from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.text.hf_tokenizer import KEPT_FILES, TEMPLATE_FILE, TOKENIZER_FILE, HuggingFaceTokenizer
+from megatron_deepstack.data.text.tokenizer import (
+    GIVE_A_TOKENIZER,
+    SENTENCEPIECE_FILE,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 from megatron_deepstack.errors import DataError
 
 
@@ -17,10 +24,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = _file_in(Path(path))
     content = _read(file)
-    if file.suffix != ".json" and content.lstrip()[:1] != b"{":
+    if file.suffix != ".json" and content.lstrip()[:1] not in (b"{", b"["):
         return SentencePieceTokenizer(content, str(path))
     beside = {name: file.with_name(name) for name in KEPT_FILES}
     files = {name: _read(other) for name, other in beside.items() if other.is_file()}
+    template = files.get(TEMPLATE_FILE)
+    if template and (what := what_file_is(template[:START_BYTES])):
+        raise DataError(f"{path}: {TEMPLATE_FILE} is no template: it is {what}")
     return HuggingFaceTokenizer({**files, TOKENIZER_FILE: content}, str(path))
 
 
@@ -30,14 +40,12 @@ def _file_in(path: Path) -> Path:
     for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE):
         if (path / name).is_file():
             return path / name
-    raise DataError(f"{path}: the folder holds neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} (data.tokenizer)")
+    raise DataError(f"{path}: the folder holds neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE} (data.tokenizer=...)")
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path}: the tokenizer cannot be read: {error.strerror or error}. Give a SentencePiece .model file, or a "
-            "Hugging Face tokenizer.json or its folder (data.tokenizer, or --tokenizer)."
-        ) from error
+        reason = f"{error.strerror or error}{Location.parse(path).looked_in}"
+        raise DataError(f"{path}: the tokenizer cannot be read: {reason}. {GIVE_A_TOKENIZER}") from error

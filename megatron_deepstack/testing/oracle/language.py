@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.traits.families import family_of
 
 Weights = Mapping[str, Tensor]
 
@@ -41,9 +43,22 @@ def _layer(language: LanguageConfig, weights: Weights, name: str, x_BTH: Tensor)
     normed_BTH = _rms_norm(language, weights[name + "input_layernorm.weight"], x_BTH)
     x_BTH = x_BTH + _attention(language, weights, name + "self_attn.", normed_BTH)
     normed_BTH = _rms_norm(language, weights[name + "post_attention_layernorm.weight"], x_BTH)
-    gate = F.silu(normed_BTH @ weights[name + "mlp.gate_proj.weight"].T)
-    up = normed_BTH @ weights[name + "mlp.up_proj.weight"].T
-    return x_BTH + (gate * up) @ weights[name + "mlp.down_proj.weight"].T
+    gate = _activate(family_of(language).activation, _linear(weights, name + "mlp.gate_proj", normed_BTH))
+    up = _linear(weights, name + "mlp.up_proj", normed_BTH)
+    return x_BTH + _linear(weights, name + "mlp.down_proj", gate * up)
+
+
+def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """With a bias where the family has one."""
+    return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
+
+
+def _activate(activation: Activation, x: Tensor) -> Tensor:
+    if activation is Activation.QUICK_GELU:
+        return x * torch.sigmoid(1.702 * x)
+    if activation is Activation.SILU:
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation is Activation.GELU_TANH else "none")
 
 
 def _attention(language: LanguageConfig, weights: Weights, name: str, x_BTH: Tensor) -> Tensor:
@@ -64,7 +79,7 @@ def _attention(language: LanguageConfig, weights: Weights, name: str, x_BTH: Ten
     scores_BATT = query_BATD @ key_BATD.transpose(-1, -2) / math.sqrt(query_BATD.shape[-1])
     future_TT = torch.ones(scores_BATT.shape[-2:], dtype=torch.bool, device=x_BTH.device).triu(1)
     probabilities_BATT = scores_BATT.masked_fill(future_TT, -math.inf).softmax(-1)
-    return (probabilities_BATT @ value_BATD).transpose(1, 2).flatten(2) @ weights[name + "o_proj.weight"].T
+    return _linear(weights, name + "o_proj", (probabilities_BATT @ value_BATD).transpose(1, 2).flatten(2))
 
 
 def _rotate(language: LanguageConfig, x_BATD: Tensor) -> Tensor:

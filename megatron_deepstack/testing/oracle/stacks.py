@@ -47,6 +47,7 @@ def sample_stacks(crops: Tensor, grid: Grid, sampler: Sampler) -> list[Tensor]:
     picture = mosaic(crops, grid)
     if sampler is Sampler.SEQUENTIAL_1D:
         return [picture.flatten(0, 1)[k :: gw * gh] for k in range(gw * gh)]
+    assert sampler is Sampler.DILATED_2D, f"the oracle does not know the sampler {sampler}"
     return [picture[i::gh, j::gw].flatten(0, 1) for i in range(gh) for j in range(gw)]
 
 

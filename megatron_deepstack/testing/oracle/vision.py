@@ -1,4 +1,4 @@
-"""ViT of CLIP's or SigLIP's type and projector, and DeepStack-V's stacking inside the ViT (paper section 3.3).
+"""ViT with learned positions and projector, and DeepStack-V's stacking inside the ViT (paper section 3.3).
 
 Shapes: N views, S patch side of a view (image_size / patch_size), T tokens of a view (S*S, plus 1 with a class token),
 C vision width, H decoder width, A heads.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import VisionConfig
+from megatron_deepstack.config.traits.towers import tower_of
 
 Weights = Mapping[str, Tensor]
 PREFIX = "model.vision_tower.vision_tower.vision_model."
@@ -31,16 +32,18 @@ def num_layers_run(vision: VisionConfig) -> int:
 
 
 def embed_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) -> Tensor:
-    """Patches and positions: (N, T, C); CLIP's with class token and LayerNorm, SigLIP's with a bias instead."""
+    """Patches and positions: (N, T, C); with a class token, a patch bias and a LayerNorm where the tower has them."""
     kernel, bias = (weights.get(f"{PREFIX}embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
     assert kernel is not None
     patches_NCSS = F.conv2d(pixels_N3HW.to(kernel.dtype), kernel, bias, stride=vision.patch_size)
     hidden_NTC = patches_NCSS.flatten(2).transpose(1, 2)
     positions_TC = weights[PREFIX + "embeddings.position_embedding.weight"]
-    if not vision.class_token:
-        return hidden_NTC + positions_TC
-    class_N1C = weights[PREFIX + "embeddings.class_embedding"].expand(hidden_NTC.shape[0], 1, -1)
-    hidden_NTC = torch.cat([class_N1C, hidden_NTC], dim=1) + positions_TC
+    if tower_of(vision).has_class_token:
+        class_N1C = weights[PREFIX + "embeddings.class_embedding"].expand(hidden_NTC.shape[0], 1, -1)
+        hidden_NTC = torch.cat([class_N1C, hidden_NTC], dim=1)
+    hidden_NTC = hidden_NTC + positions_TC
+    if not tower_of(vision).has_pre_norm:
+        return hidden_NTC
     return _layer_norm(vision, weights, "pre_layrnorm", hidden_NTC)  # the published name lacks the e
 
 
@@ -60,7 +63,7 @@ def encode_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) ->
     """Features of the selected hidden state, class token dropped: (N, S*S, C)."""
     hidden_NTC = embed_views(vision, weights, pixels_N3HW)
     hidden_NTC = run_layers(vision, weights, range(num_layers_run(vision)), hidden_NTC)
-    return hidden_NTC[:, num_leading_tokens(vision) :]
+    return _features(vision, weights, hidden_NTC)
 
 
 def add_stacks_in_vit(
@@ -80,7 +83,15 @@ def add_stacks_in_vit(
         hidden_1TC = hidden_1TC + F.pad(stack_TC, (0, 0, num_leading_tokens(vision), 0))  # class token untouched
         done = slot
     hidden_1TC = run_layers(vision, weights, range(done, last), hidden_1TC)
-    return hidden_1TC[:, num_leading_tokens(vision) :]
+    return _features(vision, weights, hidden_1TC)
+
+
+def _features(vision: VisionConfig, weights: Weights, hidden_NTC: Tensor) -> Tensor:
+    """The patches' part of the selected state, normed where the tower does so."""
+    patches_NPC = hidden_NTC[:, num_leading_tokens(vision) :]
+    return (
+        _layer_norm(vision, weights, "post_layernorm", patches_NPC) if tower_of(vision).has_post_norm else patches_NPC
+    )
 
 
 def project(weights: Weights, features_C: Tensor) -> Tensor:
@@ -90,7 +101,7 @@ def project(weights: Weights, features_C: Tensor) -> Tensor:
 
 def num_leading_tokens(vision: VisionConfig) -> int:
     """Tokens before the patches: the class token, or none."""
-    return int(vision.class_token)
+    return int(tower_of(vision).has_class_token)
 
 
 def _attention(vision: VisionConfig, weights: Weights, name: str, x_NTC: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_deepstack.config.run_folder import RunFolder
+
 
 @dataclass(frozen=True, slots=True)
 class Beat:
@@ -38,7 +40,7 @@ class Heartbeats:
     """The folder of all ranks' beats, as one rank sees it."""
 
     def __init__(self, run_dir: Path, rank: int, num_ranks: int) -> None:
-        self.folder, self.rank, self.num_ranks = run_dir / "heartbeats", rank, num_ranks
+        self.folder, self.rank, self.num_ranks = RunFolder(run_dir).heartbeats, rank, num_ranks
         self.folder.mkdir(parents=True, exist_ok=True)
         self._host, self._number = socket.gethostname(), 0
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import HangError
 from megatron_deepstack.training.guard.heartbeat import Beat, Heartbeats, silent_ranks
 
@@ -38,7 +39,7 @@ class Watchdog:
         self.run_dir, self.hang_seconds = run_dir, hang_seconds
         self.beat_seconds = min(hang_seconds / 20 or _LONGEST_BEAT_SECONDS, _LONGEST_BEAT_SECONDS)
         self.beats = Heartbeats(run_dir, rank, num_ranks)
-        self.stacks = run_dir / "stacks"
+        self.stacks = RunFolder(run_dir).stacks
         self.stacks.mkdir(parents=True, exist_ok=True)
         self._called = self.stacks / _CALL
         self._earlier_call = self._last_call()
@@ -127,7 +128,7 @@ def _write(file: Path, text: str) -> None:
 
 def last_hang(run_dir: Path) -> str:
     """What was told of the last hang of a run; empty if nothing was."""
-    file = run_dir / "stacks" / _CALL
+    file = RunFolder(run_dir).stacks / _CALL
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.host_clock import Offset, clock_offsets
@@ -39,7 +39,7 @@ class Observer:
 
     @contextmanager
     def _profile(self, number: int) -> Iterator[None]:
-        folder = Path(self.recipe.run_dir) / "profile"
+        folder = RunFolder(self.recipe.run_dir).profile
         folder.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu() else [])]
         with profile(activities=activities) as profiler:
@@ -59,7 +59,7 @@ class Observer:
         dist.gather_object(mine, everyone)
         if everyone is not None:
             document = timeline_document(self.recipe, number, everyone, offsets)
-            file = Path(self.recipe.run_dir) / f"timeline_step_{number}.json"
+            file = RunFolder(self.recipe.run_dir).timeline(number)
             file.write_text(json.dumps(document), encoding="utf-8")
 
 

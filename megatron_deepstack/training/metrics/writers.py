@@ -13,6 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.training.guard.health import earlier_records
 from megatron_deepstack.training.metrics.console import StepConsole
@@ -42,8 +43,8 @@ class MetricsLog:
         self.sinks: list[Sink] = []
         if not writes:
             return
-        run_dir = Path(recipe.run_dir)
-        self.sinks += [JsonLines(run_dir / "metrics.jsonl", first_step), Board(run_dir / "tensorboard", first_step)]
+        folder = RunFolder(recipe.run_dir)
+        self.sinks += [JsonLines(folder.metrics, first_step), Board(folder.tensorboard, first_step)]
         if recipe.logging.wandb_project is not None:
             self.sinks.append(WandbRun(recipe))
         self.console = StepConsole(

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import ClusterError, ConfigError
 from orchestration.launch.driver.record import LaunchRecord, State, last_lines, newest_step, read_record
 from orchestration.launch.driver.stopping import request_stop
@@ -56,7 +57,7 @@ class Status:
 def status_of(run_dir: Path) -> Status:
     """Read a run's folder; raises ConfigError where there is no run."""
     record = read_record(run_dir)
-    recipe = run_dir / "recipe.yaml"
+    recipe = RunFolder(run_dir).recipe
     if record is None and not recipe.is_file():
         raise ConfigError([f"{run_dir}: no run is there (neither launch.json nor recipe.yaml); expected a run_dir"])
     return Status(run_dir, _state(record), record, _num_steps(recipe), _recent(run_dir), newest_step(run_dir))
@@ -110,7 +111,7 @@ def _state(record: LaunchRecord | None) -> str:
 def _recent(run_dir: Path) -> tuple[dict[str, Any], ...]:
     """The last steps' metrics; a line that is just being written is left out."""
     found = []
-    for line in last_lines(run_dir / "metrics.jsonl", _RECENT):
+    for line in last_lines(RunFolder(run_dir).metrics, _RECENT):
         with suppress(ValueError):
             found.append(dict(json.loads(line)))
     return tuple(found)

@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import ClusterError, ConfigError
 from megatron_deepstack.platform.process import machine_start, process_start, still_runs
 
@@ -107,12 +108,12 @@ class LaunchRecord:
 def write_record(run_dir: Path, record: LaunchRecord) -> None:
     """Replace `launch.json`."""
     record.heartbeat = time.time()
-    write_whole(run_dir / "launch.json", json.dumps(asdict(record), indent=1) + "\n")
+    write_whole(RunFolder(run_dir).launch_record, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_record(run_dir: Path) -> LaunchRecord | None:
     """The run's record, if it was launched; raises ConfigError where the file is not one."""
-    path = run_dir / "launch.json"
+    path = RunFolder(run_dir).launch_record
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         raw["state"] = State(raw["state"])
@@ -159,7 +160,7 @@ class Events:
     """The file that the controller appends to."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "launch" / "events.jsonl"
+        self.path = RunFolder(run_dir).launch_events
 
     def clear(self) -> None:
         """Forget an earlier launch."""
@@ -174,12 +175,12 @@ class Events:
 
 def rank_log(run_dir: Path, rank: int) -> Path:
     """What a rank prints; its standard error lies beside it as `.err`."""
-    return run_dir / "logs" / f"rank_{rank:05d}.log"
+    return RunFolder(run_dir).log(rank)
 
 
 def newest_step(run_dir: Path) -> int | None:
     """Step of the newest checkpoint folder, which resuming may yet find damaged."""
-    names = (path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*"))
+    names = (path.name.removeprefix("step_") for path in RunFolder(run_dir).checkpoints.glob("step_*"))
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError, DeepStackError, PreemptedError, RankError
 from megatron_deepstack.planning.check import check_plan, check_world, model_ranks
@@ -96,7 +97,7 @@ def _write_end(run_dir: Path, record: LaunchRecord) -> None:
         write_record(run_dir, record)
     except OSError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"launch: {run_dir / 'launch.json'} could not be written: {error.strerror or error}. The run is "
+            f"launch: {RunFolder(run_dir).launch_record} could not be written: {error.strerror or error}. The run is "
             f"{record.state} ({record.outcome}), but `status` will call it lost; make room or fix the folder",
             markup=False,
         )

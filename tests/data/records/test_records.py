@@ -52,14 +52,14 @@ def test_json_and_json_lines_are_the_same_records(tmp_path: Path) -> None:
     ("item", "fault"),
     [
         ("text", r"record 1 at line 1: is a text, an object was expected"),
-        ({"conversations": []}, "record 1 at line 1: has no id"),
-        (changed(id=None), "has no id"),
-        (changed(id=True), "has no id"),
+        ({"id": 7}, r"record 1 at line 1 \(id 7\): has no conversations: found nothing"),
+        (changed(id=True), "has the id True; a text or a whole number was expected, or no `id` at all"),
+        (changed(id=""), "has the id ''"),
         (changed(conversations=None), r"record 1 at line 1 \(id 'a'\): has no conversations: found nothing, a"),
         (changed(conversations=[]), "has no conversations: found an empty list"),
         (changed(conversations=["hi"]), "turn 0 is not an object with a text as `value`"),
         (changed(conversations=turns(("human", None))), "turn 0 is not an object with a text as `value`"),
-        (changed(conversations=turns(("system", "x"))), "turn 0 has the unknown role 'system'; known: human, gpt"),
+        (changed(conversations=turns(("narrator", "x"))), "turn 0 has the unknown role 'narrator'; known: human, user"),
         (changed(conversations=turns((["human"], "x"))), "unknown role"),
         (
             changed(conversations=turns(("human", "<image>"))),
@@ -69,7 +69,8 @@ def test_json_and_json_lines_are_the_same_records(tmp_path: Path) -> None:
         (changed(image=["x.jpg", "y.jpg"]), "has 2 images, but 1 <image> in its conversations"),
         (changed(image=None), "has 0 images, but 1 <image>"),
         (changed(image=3), "`image` holds 3; a path, or a list of paths"),
-        (changed(image=""), "`image` holds ''"),
+        (changed(image=[""]), "`image` holds ''"),
+        (changed(image=""), "has 0 images, but 1 <image> in its conversations; write one <image> where each"),
         (changed(image="a\0b"), "`image` holds"),
     ],
 )
@@ -104,7 +105,7 @@ def test_plain_records_need_an_image(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"[{]", "line 1: not JSON: Expecting property name.*, 1 characters into the value. A records file is"),
-        (b'{"id": 1}\n{"id": \n', "line 2: not JSON"),
+        (b'{"id": 1, "conversations": 2}\n{"id": \n', "line 2: not JSON"),
         (b"[1 2]", "',' expected, found '2'"),
         (b"[1, ]", "a comma before the end of the list"),
         (b"[1, 2", "the list has no end"),

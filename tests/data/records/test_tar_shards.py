@@ -89,6 +89,73 @@ def test_long_and_foreign_names_in_every_form_of_tar(form: int, tmp_path: Path) 
     assert read_image(shard.members[f"s.tar/{stem}.jpg"], LIMIT) == JPEG
 
 
+JUNK = [
+    ("._0001.jpg", b"\x00\x05\x16\x07"),
+    ("a/._0001.json", b"\x00\x05\x16\x07"),
+    (".DS_Store", b"Bud1"),
+    ("a/.DS_Store", b"Bud1"),
+    ("__MACOSX/._0001.jpg", b"x"),
+    ("a/__MACOSX/0001.json", b"x"),
+    ("PaxHeader/0001.jpg", b"30 mtime=1\n"),
+    ("./PaxHeaders.12/0001.json", b"30 mtime=1\n"),
+    ("a/Thumbs.db", b"x"),
+    ("desktop.ini", b"x"),
+]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=[name for name, _ in JUNK])
+def test_what_systems_put_beside_files_is_left_out(junk: Any, tmp_path: Path) -> None:
+    sample = [("0001.jpg", JPEG), junk, ("0001.json", talk()), junk, ("0002.json", talk(0))]
+    shard = read(write_tar(tmp_path / "s.tar", [junk, *sample]))
+    assert [item.images for item in shard.records] == [("s.tar/0001.jpg",), ()]
+    assert list(shard.members) == ["s.tar/0001.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        (
+            ["photo.v2.jpg", "photo.v2.json", "photo.v3.jpg", "photo.v3.json"],
+            {"photo.v2": ["photo.v2.jpg"], "photo.v3": ["photo.v3.jpg"]},
+        ),
+        (
+            ["2024.01.05.jpg", "2024.01.06.jpg", "2024.01.05.json", "2024.01.06.json"],
+            {"2024.01.05": ["2024.01.05.jpg"], "2024.01.06": ["2024.01.06.jpg"]},
+        ),
+        (["a.b.0.jpg", "a.b.1.jpg", "a.b.json"], {"a.b": ["a.b.0.jpg", "a.b.1.jpg"]}),
+        (["v.1/0001.jpg", "v.1/0001.json"], {"v.1/0001": ["v.1/0001.jpg"]}),
+        (["a.b.jpg", "a.b.json", "a.b.c.jpg", "a.b.c.json"], {"a.b": ["a.b.jpg"], "a.b.c": ["a.b.c.jpg"]}),
+        (["a.jpg", "a.json", "a.meta.json"], {"a": ["a.jpg"]}),
+    ],
+    ids=["versions", "dates", "several images", "dots in folders", "names that begin alike", "another component"],
+)
+def test_dots_in_names(members: list[str], found: dict[str, list[str]], tmp_path: Path) -> None:
+    def content(name: str) -> Any:
+        images = [image for image in members if image.endswith("jpg") and image in found.get(name[:-5], [])]
+        return JPEG if name.endswith("jpg") else {"fps": 1} if "meta" in name else talk(len(images), id=None)
+
+    shard = read(write_tar(tmp_path / "s.tar", [(name, content(name)) for name in members]))
+    assert {item.id: [image[len("s.tar/") :] for image in item.images] for item in shard.records} == found
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {**talk(2, image=None), "images": ["k.2.jpg", "k.1.jpg"]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "path": f"k.{n}.jpg"} for n in (2, 1)]},
+                {"role": "assistant", "content": "Two."},
+            ]
+        },
+    ],
+    ids=["images", "parts of the content"],
+)
+def test_other_dialects_name_images_of_the_shard(item: Any, tmp_path: Path) -> None:
+    shard = read(write_tar(tmp_path / "s.tar", [("k.1.jpg", JPEG), ("k.2.jpg", JPEG), ("k.json", item)]))
+    assert shard.records[0].images == ("s.tar/k.2.jpg", "s.tar/k.1.jpg")
+
+
 @pytest.mark.parametrize(
     ("listed", "order"),
     [
@@ -126,7 +193,21 @@ def test_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "fault"),
     [
-        ([("1.jpg", JPEG)], "s.tar, 1: has images, but neither a .json nor a .txt"),
+        (
+            [("1.jpg", JPEG), ("1.cls", b"7")],
+            "s.tar, 1: has images, but neither a .json nor a .txt; names are cut at their first dot: 1.jpg, 1.cls",
+        ),
+        (
+            [("1.jpg", JPEG), ("1.json", talk()), ("1.b.jpg", JPEG), ("1.b.json", talk())],
+            "are cut at their first dot, so these are one sample: 1.json, 1.b.json, 1.jpg, 1.b.jpg; both 1.b.json",
+        ),
+        (
+            [("1.json", talk(0)), ("1.b.json", talk(0))],
+            "these are one sample: 1.json, 1.b.json; .* Write names with one dot",
+        ),
+        ([("1.a.jpg", JPEG), ("1.b.json", talk())], "1.a.jpg has the name of none of its texts. Write names with one"),
+        ([(".1.jpg", JPEG), (".1.json", talk())], ".1.jpg begins with a dot, which no sample's name does; rename it"),
+        ([("1.jpg", JPEG), ("1.json", talk(video="c.mp4"))], r"holds `video`, not read here"),
         (
             [("1.heic", JPEG), ("1.txt", "A photo.")],
             "1: has a caption, but no image with a known ending; .*lies 1.heic",
@@ -160,7 +241,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: b"", "not a tar shard, or a damaged one: empty file"),
+        (lambda data: b"", "not a tar shard, or a damaged one: it is an empty file"),
         (lambda data: b"text" * 1000, "not a tar shard, or a damaged one"),
         (gzip.compress, "a tar compressed with gzip. .*: unpack it, and name the .tar"),
         (lambda data: data[:2000], "not a tar shard, or a damaged one: unexpected end of data"),

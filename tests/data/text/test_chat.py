@@ -59,11 +59,14 @@ def talk(*texts: str) -> list[Turn]:
     return [Turn([Role.HUMAN, Role.GPT][number % 2], text) for number, text in enumerate(texts)]
 
 
-def official(folder: Path, template: str, texts: list[str], prompt: bool = False) -> list[int]:
+def official(
+    folder: Path, template: str, texts: list[str], prompt: bool = False, system: str | None = None
+) -> list[int]:
     from transformers import PreTrainedTokenizerFast
 
     theirs: Any = PreTrainedTokenizerFast.from_pretrained(folder)
     messages = [{"role": ["user", "assistant"][n % 2], "content": text} for n, text in enumerate(texts)]
+    messages = [*([] if system is None else [{"role": "system", "content": system}]), *messages]
     text = theirs.apply_chat_template(
         messages, chat_template=OFFICIAL[template], tokenize=False, add_generation_prompt=prompt
     )
@@ -107,6 +110,22 @@ def test_answers_and_their_ends_are_learned(template: str, tokenizer: Tokenizer)
     last = np.flatnonzero(np.diff(np.concatenate([mask, [0]]).astype(int)) == -1)
     assert tokens[last].tolist() == [end, end]
     assert mask.sum() == sum(len(tokenizer.encode(text)) + 1 for text in TALK[1::2])
+
+
+@pytest.mark.parametrize("system", ["Answer in French.", " two lines\n\n here \n", "早上好"])
+def test_system_texts_are_written_as_by_the_official_templates(
+    system: str, template: str, tokenizer: Tokenizer, folders: dict[str, Path]
+) -> None:
+    tokens, mask = encode_conversation([Turn(Role.SYSTEM, system), *talk(*TALK)], template, tokenizer)
+    assert tokens.tolist() == official(folders[template], template, TALK, system=system)
+    assert learned(tokens, mask, tokenizer) == TALK[1::2]
+
+
+def test_answers_that_are_not_learned(template: str, tokenizer: Tokenizer) -> None:
+    turns = [Turn(turn.role, turn.text, learned=number != 1) for number, turn in enumerate(talk(*TALK))]
+    tokens, mask = encode_conversation(turns, template, tokenizer)
+    np.testing.assert_array_equal(tokens, encode_conversation(talk(*TALK), template, tokenizer)[0])
+    assert learned(tokens, mask, tokenizer) == TALK[3:]
 
 
 def test_a_line_break_that_begins_an_answer_is_learned(folders: dict[str, Path]) -> None:

@@ -79,6 +79,26 @@ def test_plain_learns_the_caption_and_its_newline(tokenizer: Tokenizer) -> None:
     np.testing.assert_array_equal(encode_prompt("", "plain", tokenizer, num_images=1), tokens[:2])
 
 
+def test_a_system_text_takes_the_place_of_v1s_own_line(tokenizer: Tokenizer) -> None:
+    turns = [Turn(Role.SYSTEM, "Answer in French."), *talk("Hi", "Yes", "And?", "No")]
+    tokens, mask = encode_conversation(turns, "v1", tokenizer)
+    question, later = "Answer in French. USER: Hi ASSISTANT:", "USER: And? ASSISTANT:"
+    expected = [tokenizer.bos_id, *tokenizer.encode(f"{question} Yes"), tokenizer.eos_id]
+    assert tokens.tolist() == [*expected, *tokenizer.encode(f"{later} No"), tokenizer.eos_id]
+    assert learned(tokens, mask, tokenizer) == ["Yes", "No"]
+
+
+def test_answers_can_be_left_out_of_what_is_learned(tokenizer: Tokenizer) -> None:
+    first, answer, *rest = talk("Hi", "Yes", "And?", "No")
+    turns = [first, Turn(Role.GPT, answer.text, learned=False), *rest]
+    tokens, mask = encode_conversation(turns, "v1", tokenizer)
+    whole, _ = encode_conversation([first, answer, *rest], "v1", tokenizer)
+    np.testing.assert_array_equal(tokens, whole)
+    assert learned(tokens, mask, tokenizer) == ["No"]
+    caption = [Turn(Role.HUMAN, "<image>"), Turn(Role.GPT, "A photo.", learned=False)]
+    assert not encode_conversation(caption, "plain", tokenizer)[1].any()
+
+
 def test_an_answer_to_nothing_is_left_out(tokenizer: Tokenizer) -> None:
     late = encode_conversation(talk("Hello!", "What is it?", "A photo.", first=Role.GPT), "v1", tokenizer)
     plain = encode_conversation(talk("What is it?", "A photo."), "v1", tokenizer)
@@ -92,6 +112,9 @@ def test_an_answer_to_nothing_is_left_out(tokenizer: Tokenizer) -> None:
         (talk("What?"), "v1", "found human$"),
         ([*talk("a", "b"), *talk("c", "d", first=Role.GPT)], "v1", "found human, gpt, gpt, human$"),
         (talk("<image>", "What?", "A.", first=Role.GPT), "v1", "begins with a gpt turn that holds an <image>"),
+        ([Turn(Role.SYSTEM, "x"), *talk("<image>", "A.")], "plain", "has a system text, which template plain has no"),
+        ([Turn(Role.SYSTEM, "<image>"), *talk("a", "b")], "v1", "its system text holds an <image>"),
+        ([*talk("a", "b"), Turn(Role.SYSTEM, "x")], "v1", "found human, gpt, system$"),
         (
             talk("What?", "A."),
             "plain",

@@ -1,0 +1,97 @@
+"""What lies in a run's folder, by name: each file and folder that a run writes there is named here and nowhere else.
+
+recipe.yaml            the recipe, resolved; every checkpoint holds a copy
+plan.json              which stage holds which layers and stacks
+metrics.jsonl          a line for each logged step
+answers.jsonl          what `generate` answered
+checkpoints/           checkpoints, whole or being written
+tensorboard/           metrics once more, for TensorBoard
+profile/               traces of torch.profiler
+heartbeats/, stacks/   signs of life of the ranks, and where each stood when one was missing
+launch.json, launch/   what a driver on a cluster says of itself, and what happened to its ranks
+logs/                  what each rank of a launched run printed
+timeline_step_N.json   a recorded step, for the report
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+RECIPE_FILE: Final = "recipe.yaml"
+"""Name of the resolved recipe, in a run's folder and in each of its checkpoints."""
+
+
+class RunFolder:
+    """The folder of a run, as `run_dir` names it."""
+
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        self.path = Path(run_dir)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / RECIPE_FILE
+
+    @property
+    def plan(self) -> Path:
+        """The stage plan, as JSON."""
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON line for each logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """A JSON line for each answered question."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of profiles."""
+        return self.path / "profile"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the ranks' signs of life."""
+        return self.path / "heartbeats"
+
+    @property
+    def stacks(self) -> Path:
+        """Folder of the ranks' stacks, written at a hang."""
+        return self.path / "stacks"
+
+    @property
+    def launch_record(self) -> Path:
+        """What the driver says of itself, as JSON."""
+        return self.path / "launch.json"
+
+    @property
+    def launch_events(self) -> Path:
+        """A JSON line for each thing that happened to the ranks."""
+        return self.path / "launch" / "events.jsonl"
+
+    def log(self, rank: int) -> Path:
+        """What a rank of a launched run printed."""
+        return self.path / "logs" / f"rank_{rank:05d}.log"
+
+    def timeline(self, step: int) -> Path:
+        """The recorded timeline of a step, counted from 1."""
+        return self.path / f"timeline_step_{step}.json"
+
+    def timelines(self) -> list[Path]:
+        """The recorded timelines of all steps, in no order."""
+        return list(self.path.glob("timeline_step_*.json"))

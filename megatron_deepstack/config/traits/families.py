@@ -1,0 +1,191 @@
+"""The decoder families, and what each of them computes.
+
+All are LLaMA-type decoders: RMSNorm before attention and before a gated MLP, rotary positions over the whole head,
+grouped queries. A recipe's switches (`qkv_bias`, `qk_norm`, `tied_embeddings`) choose within that form; a family is a
+row of `FAMILIES` that fixes some of them, may add biases or another activation, and says how Hugging Face names it.
+Families of Hugging Face that differ from LLaMA in the switches alone are recognised by them, so a recipe need not
+name its family.
+
+`register_family` adds a row from another program. A family with other rotary positions builds them in `model.rotary`;
+one with multipliers or another norm needs a trait here and the place in `model` that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+from megatron_deepstack.config.choices import Activation
+from megatron_deepstack.config.problems import did_you_mean
+from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, fixed, read, shape
+from megatron_deepstack.config.traits.installed import load_installed_parts
+from megatron_deepstack.errors import ConfigError
+
+SWITCHES: Final = ("qkv_bias", "qk_norm", "tied_embeddings")
+"""Fields of `model.language` that a family may fix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfDecoder:
+    """How Hugging Face knows a decoder family."""
+
+    model_types: tuple[str, ...]
+    """`model_type` of its configs; the first is written."""
+    fields: Mapping[str, HfField]
+    """Keys of its config, but for those of the rotary embedding and of attention windows."""
+    has_window_switch: bool = False
+    """`sliding_window` holds only where `use_sliding_window` says so; else by itself."""
+    default_window: int | None = None
+    """What transformers takes for an absent `sliding_window`."""
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """By LLaMA's name of a tensor, where Hugging Face has another; `{n}` is the number of the layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FamilyTraits:
+    """What a decoder family computes."""
+
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    """Values that `model.language.qkv_bias`, `qk_norm` or `tied_embeddings` must have; the others are free."""
+    activation: Activation = Activation.SILU
+    """Activation of the gate in its MLP."""
+    has_linear_biases: bool = False
+    """The output projection of attention and the linears of the MLP have biases."""
+    is_recognised: bool = False
+    """A recipe that names no family has this one if its switches fit: it differs from LLaMA in nothing else."""
+    hugging_face: HfDecoder | None = None
+    """None where Hugging Face has no such decoder: it then has published names only."""
+
+
+def llama_fields(
+    *,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    heads: int = 32,
+    layers: int = 32,
+    **more: HfField,
+) -> dict[str, HfField]:
+    """Keys of a LLaMA-type config, with transformers' defaults for those that a family has others of.
+
+    Args:
+        num_kv_heads: Default of `num_key_value_heads`; None is the number of heads.
+        head_dim: Default of `head_dim`; None is the width over the number of heads.
+        heads: Default of `num_attention_heads`.
+        layers: Default of `num_hidden_layers`.
+        **more: Keys that the family has besides, or has otherwise.
+    """
+    return {
+        "vocab_size": shape("vocab_size"),
+        "hidden_size": shape("hidden_size"),
+        "intermediate_size": shape("ffn_hidden_size"),
+        "num_hidden_layers": read("num_layers", default=layers),
+        "num_attention_heads": read("num_heads", default=heads),
+        "num_key_value_heads": read("num_kv_heads", default=num_kv_heads),
+        "head_dim": read("head_dim", default=head_dim),
+        "rms_norm_eps": read("norm_epsilon", default=1e-6),
+        "tie_word_embeddings": read("tied_embeddings", default=False),
+        "hidden_act": read("activation", default="silu"),
+        "attention_bias": fixed(False),
+        "mlp_bias": fixed(False),
+        "attention_dropout": fixed(0.0),
+        "pretraining_tp": fixed(1),
+        **more,
+    }
+
+
+_LLAMA = FamilyTraits(
+    switches={"qkv_bias": False, "qk_norm": False},
+    is_recognised=True,
+    hugging_face=HfDecoder(model_types=("llama",), fields=llama_fields()),
+)
+_MISTRAL = FamilyTraits(
+    switches=_LLAMA.switches,
+    is_recognised=True,
+    hugging_face=HfDecoder(
+        model_types=("mistral",),
+        fields=llama_fields(num_kv_heads=8),
+        default_window=4096,
+    ),
+)
+_QWEN2 = FamilyTraits(
+    switches={"qkv_bias": True, "qk_norm": False},
+    is_recognised=True,
+    hugging_face=HfDecoder(
+        model_types=("qwen2",),
+        fields=llama_fields(
+            num_kv_heads=32,
+            attention_bias=IGNORED,  # transformers' Qwen2 does not look at it
+            use_mrope=fixed(False),
+        ),
+        has_window_switch=True,
+    ),
+)
+_QWEN3 = FamilyTraits(
+    switches={"qkv_bias": False, "qk_norm": True},
+    is_recognised=True,
+    hugging_face=HfDecoder(
+        model_types=("qwen3",), fields=llama_fields(num_kv_heads=32, head_dim=128), has_window_switch=True
+    ),
+)
+_OF_SWITCHES_ALONE = FamilyTraits()
+"""A decoder whose switches no family of Hugging Face has, such as biases and norms at once."""
+
+_families: dict[str, FamilyTraits] = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3}
+FAMILIES: Final[Mapping[str, FamilyTraits]] = MappingProxyType(_families)
+"""By the name that `model.language.family` gives. The first whose switches fit is taken where a recipe gives none."""
+
+
+def register_family(name: str, traits: FamilyTraits) -> None:
+    """Let recipes of this process say `model.language.family: NAME`. Call it on every rank, before a recipe is read.
+
+    Args:
+        name: The new name.
+        traits: What it stands for.
+
+    Raises:
+        ConfigError: Another family has that name, or the row contradicts itself.
+    """
+    unknown = sorted(set(traits.switches) - set(SWITCHES))
+    if unknown:
+        raise ConfigError([f"family '{name}': found switches {unknown}, expected some of {', '.join(SWITCHES)}"])
+    if traits.has_linear_biases and traits.switches.get("qkv_bias") is not True:
+        text = "has_linear_biases comes with biases on query, key and value; add the switch qkv_bias: True"
+        raise ConfigError([f"family '{name}': {text}"])
+    if _families.get(name, traits) != traits:
+        raise ConfigError([f"model.language.family: '{name}' is another family's name already; choose another"])
+    _families[name] = traits
+
+
+def family_of(language: LanguageConfig) -> FamilyTraits:
+    """What the recipe's decoder computes.
+
+    Raises:
+        ConfigError: The recipe names a family that does not exist.
+    """
+    if language.family is None:
+        fitting = (family for family in _families.values() if family.is_recognised and fits(language, family))
+        return next(fitting, _OF_SWITCHES_ALONE)
+    traits = find_family(language.family)
+    if traits is None:
+        raise ConfigError([f"model.language.family: {unknown_family(language.family)}"])
+    return traits
+
+
+def find_family(name: str) -> FamilyTraits | None:
+    """The row of that name, also one that an installed package adds; None if there is none."""
+    if name not in _families:
+        load_installed_parts()
+    return _families.get(name)
+
+
+def fits(language: LanguageConfig, family: FamilyTraits) -> bool:
+    """Whether the recipe's switches are those of the family."""
+    return all(getattr(language, name) is value for name, value in family.switches.items())
+
+
+def unknown_family(name: str) -> str:
+    """What to say of a name that no family has."""
+    return f"found '{name}', expected one of {', '.join(_families)}{did_you_mean(name, list(_families))}"

@@ -1,0 +1,51 @@
+"""The recipe's numbers in Hugging Face's words, under the names that `HfField.reads` uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_deepstack.config.choices import Activation
+from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
+from megatron_deepstack.config.sizes import head_width, num_kv_heads
+from megatron_deepstack.config.traits.families import family_of
+
+_ACTIVATIONS = {
+    Activation.QUICK_GELU: "quick_gelu",
+    Activation.GELU: "gelu",
+    Activation.GELU_TANH: "gelu_pytorch_tanh",
+    Activation.SILU: "silu",
+}
+CONFIG = "config.json"
+
+
+def language_facts(language: LanguageConfig) -> dict[str, Any]:
+    """What the recipe's decoder is, number by number; `num_kv_heads` and `head_dim` as numbers in any case."""
+    return {
+        "vocab_size": language.vocab_size,
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "num_layers": language.num_layers,
+        "num_heads": language.num_heads,
+        "num_kv_heads": num_kv_heads(language),
+        "head_dim": head_width(language),
+        "norm_epsilon": language.norm_epsilon,
+        "rope_theta": language.rope_theta,
+        "tied_embeddings": language.tied_embeddings,
+        "qkv_bias": language.qkv_bias,
+        "qk_norm": language.qk_norm,
+        "activation": _ACTIVATIONS[family_of(language).activation],
+    }
+
+
+def vision_facts(vision: VisionConfig) -> dict[str, Any]:
+    """What the recipe's tower is, number by number."""
+    return {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "ffn_hidden_size": vision.ffn_hidden_size,
+        "num_layers": vision.num_layers,
+        "num_heads": vision.num_heads,
+        "activation": _ACTIVATIONS[vision.activation],
+        "layernorm_epsilon": vision.layernorm_epsilon,
+    }

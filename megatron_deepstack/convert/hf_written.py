@@ -1,0 +1,117 @@
+"""The config.json of an export.
+
+Keys and their order come from the rows of `config.traits`, so what is written here is what `hf_config` reads. A
+decoder is written as the family whose mathematics the recipe asks for: Qwen3 with norms on queries and keys, Qwen2
+with biases on them, else LLaMA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_deepstack.config.build import plain
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from megatron_deepstack.config.traits.families import HfDecoder, family_of, llama_fields
+from megatron_deepstack.config.traits.hf_fields import HfField
+from megatron_deepstack.config.traits.towers import HfTower, tower_of
+from megatron_deepstack.convert.hf_facts import language_facts, vision_facts
+from megatron_deepstack.errors import ConfigError
+
+
+def hf_decoder(language: LanguageConfig) -> HfDecoder:
+    """How Hugging Face knows the recipe's decoder.
+
+    Raises:
+        ConfigError: No decoder of transformers computes this one.
+    """
+    known = family_of(language).hugging_face
+    if known is None:
+        asked = f"family {language.family}" if language.family else "both qk_norm and qkv_bias"
+        raise ConfigError([f"model.language: transformers has no decoder with {asked}; export with published names"])
+    return known
+
+
+def hf_tower(vision: VisionConfig) -> HfTower:
+    """How Hugging Face knows the recipe's tower.
+
+    Raises:
+        ConfigError: transformers has no such tower.
+    """
+    known = tower_of(vision).hugging_face
+    if known is None:
+        raise ConfigError([f"model.vision.kind: transformers has no tower {vision.kind}; export with published names"])
+    return known
+
+
+def text_config(language: LanguageConfig, vocab_size: int) -> dict[str, Any]:
+    """A decoder's config, but for its `model_type`; `vocab_size` may be larger than the recipe's."""
+    known = family_of(language).hugging_face
+    fields = llama_fields() if known is None else known.fields
+    return {
+        **_written(fields, {**language_facts(language), "vocab_size": vocab_size}),
+        "rope_theta": language.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+    }
+
+
+def vision_config(vision: VisionConfig) -> dict[str, Any]:
+    """A tower's config."""
+    known = hf_tower(vision)
+    return {"model_type": known.model_types[0], **_written(known.fields, vision_facts(vision))}
+
+
+def _written(fields: Mapping[str, HfField], facts: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, field in fields.items():
+        if field.reads is not None and field.written:
+            found[key] = facts[field.reads]
+        elif field.fixed and field.written:
+            found[key] = field.fixed[0]
+    return found
+
+
+def select_strategy(vision: VisionConfig) -> str:
+    """LLaVA's word for the tokens that it takes from the selected state: `default` drops the first one."""
+    return "default" if tower_of(vision).has_class_token else "full"
+
+
+def llava_config(model: ModelConfig, vocab_size: int, image_token: int, num_image_tokens: int) -> dict[str, Any]:
+    """Config of `LlavaForConditionalGeneration`.
+
+    Args:
+        model: The recipe's model.
+        vocab_size: Rows of the embedding that is written.
+        image_token: Id of the image's placeholder.
+        num_image_tokens: Rows that an image has in the sequence.
+
+    Raises:
+        ConfigError: transformers has no such decoder or tower.
+    """
+    decoder = hf_decoder(model.language)
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_token,
+        "image_seq_length": num_image_tokens,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": model.vision.select_layer,
+        "vision_feature_select_strategy": select_strategy(model.vision),
+        "tie_word_embeddings": model.language.tied_embeddings,
+        "text_config": {"model_type": decoder.model_types[0], **text_config(model.language, vocab_size)},
+        "vision_config": vision_config(model.vision),
+    }
+
+
+def published_config(model: ModelConfig) -> dict[str, Any]:
+    """Config beside published names. Its `model_type` is none of transformers', which would drop the vision tower."""
+    language, tower = model.language, tower_of(model.vision)
+    return {
+        "model_type": str(model.variant),
+        "decoder": {"family": language.family, "qkv_bias": language.qkv_bias, "qk_norm": language.qk_norm},
+        **text_config(language, language.vocab_size),
+        **({} if tower.hugging_face is None else {"vision_config": vision_config(model.vision)}),
+        "mm_vision_select_layer": model.vision.select_layer,
+        "stacks": plain(model.stacks),
+    }

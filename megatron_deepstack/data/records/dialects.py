@@ -1,0 +1,305 @@
+"""The dialects in which conversations about images are written, told apart by a record's keys, read as each means it.
+
+    LLaVA          image, conversations: [{from: human | gpt, value}]
+    ShareGPT       images, system, conversations: [{from: system | human | gpt, value}]
+    ms-swift       images, messages: [{role: system | user | assistant, content, loss}]; or query, response, history
+    LLaMA-Factory  images, system, messages or conversations; or instruction, input, output, history
+    OpenAI         messages: [{role, content: text, or [{type: text, text}, {type: image_url, image_url: {url}}]}]
+
+Names of roles and of images may be mixed, since files are. An answer is learned unless `loss`, `train` or `weight` of
+its turn says otherwise. A system text is the record's `system`, or its first turn. Whatever else a record, a turn or a
+part of its content holds is a fault: see `keys`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from megatron_deepstack.data.records.keys import FaultError, check_keys, how_to_ignore, without
+from megatron_deepstack.data.records.turns import Role, Turn
+from megatron_deepstack.planning.tokens import IMAGE_TOKEN
+
+TALK_KEYS: Final = ("conversations", "messages")
+"""Keys under which a record may hold its turns."""
+_SINGLE_FORMS: Final = {"output": ("instruction", "input"), "response": ("query",)}
+"""Records that hold one question and its answer: the key of the answer, and those of the question's lines."""
+_HISTORY: Final = "history"
+_EVERYWHERE: Final = ("id", "image", "images", "system")
+_ROLES: Final = {
+    "human": Role.HUMAN,
+    "user": Role.HUMAN,
+    "gpt": Role.GPT,
+    "assistant": Role.GPT,
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+}
+_TOOL_ROLES: Final = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
+_SPEAKER_KEYS: Final = (("from", "value"), ("role", "content"))
+"""The keys of a turn for who speaks and for what is said, as LLaVA and as OpenAI name them."""
+_LEARNED_KEYS: Final = ("loss", "train", "weight")
+_TEXT_PARTS: Final = ("text", "input_text", "output_text")
+_IMAGE_PARTS: Final = ("image", "image_url", "input_image")
+_PATH_KEYS: Final = ("path", "url", "image", "image_url")
+_FOREIGN: Final = re.compile(r"<\|?(?P<medium>video|audio|speech)(?:_pad)?\|?>", re.IGNORECASE)
+"""Placeholders of media that are not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A record in any dialect."""
+
+    images: tuple[str, ...]
+    """As the record names them, in the order of their placeholders."""
+    turns: tuple[Turn, ...]
+
+
+def holds_talk(item: Any) -> bool:
+    """The JSON value holds a conversation, sound or not."""
+    if not isinstance(item, dict):
+        return False
+    single = any(item.get(answer) and any(item.get(key) for key in asked) for answer, asked in _SINGLE_FORMS.items())
+    return single or any(item.get(key) is not None for key in TALK_KEYS)
+
+
+def read_conversation(record: Mapping[str, Any], ignored: Collection[str] = ()) -> Conversation:
+    """The conversation in a record.
+
+    Args:
+        record: The record's JSON object.
+        ignored: Keys to pass over wherever they stand, and placeholders of other media to take for plain text.
+
+    Returns:
+        Its turns, system text first if there is one, and its images.
+
+    Raises:
+        FaultError: It is in no known dialect, or holds what is not read; says what.
+    """
+    item = without(record, ignored)
+    form = _form(item, record)
+    check_keys(item, (*_EVERYWHERE, form, *((*_SINGLE_FORMS[form], _HISTORY) if form in _SINGLE_FORMS else ())))
+    named: list[str] = []
+    turns = list(_single(item, form)) if form in _SINGLE_FORMS else list(_talk(item[form], ignored, named))
+    turns = _with_system(item.get("system"), turns)
+    if all(not turn.learned for turn in turns if turn.role is Role.GPT) and any(t.role is Role.GPT for t in turns):
+        raise FaultError("none of its answers is to be learned; leave the record out")
+    _check_foreign(turns, record, ignored)
+    return Conversation(_images(item, named), tuple(turns))
+
+
+def named_images(record: Mapping[str, Any]) -> list[str]:
+    """The images that a record names, in order; empty if it cannot be read."""
+    named: list[str] = []
+    try:
+        item = without(record, ())
+        for key in TALK_KEYS:
+            if key in item:
+                list(_talk(item[key], (), named))
+        return list(_images(item, named))
+    except FaultError:
+        return []
+
+
+def _form(item: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """The key that says where the conversation, or its last answer, is."""
+    found = [key for key in (*TALK_KEYS, *_SINGLE_FORMS) if key in item]
+    if len(found) > 1:
+        raise FaultError(f"holds a conversation more than once, as {' and '.join(f'`{key}`' for key in found)}")
+    if not found:
+        check_keys(item, _EVERYWHERE)
+        there = kind_of(record.get(TALK_KEYS[0]))
+        raise FaultError(f"has no conversations: found {there}, a list of turns was expected (or `messages`)")
+    return found[0]
+
+
+def _single(item: Mapping[str, Any], form: str) -> Iterator[Turn]:
+    """The turns of a record with one question, and perhaps earlier ones in its history."""
+    for number, pair in enumerate(_list_of(item.get(_HISTORY, []), "`history`")):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise FaultError(f"item {number} of `history` is {kind_of(pair)}, a question and its answer were expected")
+        yield Turn(Role.HUMAN, _text(pair[0], f"item {number} of `history`"))
+        yield Turn(Role.GPT, _text(pair[1], f"item {number} of `history`"))
+    asked = [_text(item[key], f"`{key}`") for key in _SINGLE_FORMS[form] if key in item]
+    if not asked:
+        raise FaultError(f"has an answer, `{form}`, but no question ({' or '.join(_SINGLE_FORMS[form])})")
+    yield Turn(Role.HUMAN, "\n".join(asked))
+    yield Turn(Role.GPT, _text(item[form], f"`{form}`"))
+
+
+def _talk(value: Any, ignored: Collection[str], named: list[str]) -> Iterator[Turn]:
+    """The turns of a list; images that they name go into `named`."""
+    for number, turn in enumerate(_list_of(value, "its conversation")):
+        yield _usual_turn(turn, ignored) or _turn(turn, f"turn {number}", ignored, named)
+
+
+def _usual_turn(turn: Any, ignored: Collection[str]) -> Turn | None:
+    """A turn that holds a role and a text only, as nearly all do, in a third of the time; None for any other."""
+    if not isinstance(turn, dict) or len(turn) != 2 or ignored:
+        return None
+    for speaker, said in _SPEAKER_KEYS:
+        name, text = turn.get(speaker), turn.get(said)
+        if isinstance(name, str) and isinstance(text, str) and name in _ROLES and text.isascii():
+            return Turn(_ROLES[name], text)
+    return None
+
+
+def _turn(turn: Any, where: str, ignored: Collection[str], named: list[str]) -> Turn:
+    speaker, said = _speaker_keys(turn)
+    if not isinstance(turn, dict) or not isinstance(turn.get(said), str | list):
+        calls = isinstance(turn, dict) and sorted({"tool_calls", "function_call"} & without(turn, ignored).keys())
+        if calls:
+            check_keys(calls, (), where)
+        raise FaultError(f"{where} is not an object with a text as `{said}`")
+    held = without(turn, ignored)
+    role = _role(turn.get(speaker), where)
+    check_keys(held, (speaker, said, *_LEARNED_KEYS), where)
+    return Turn(role, _content(turn[said], where, ignored, named), _learned(held, role, where))
+
+
+def _speaker_keys(turn: Any) -> tuple[str, str]:
+    """The keys of a turn for who speaks and for what is said."""
+    has_role = isinstance(turn, dict) and "role" in turn and "from" not in turn
+    return _SPEAKER_KEYS[has_role]
+
+
+def _role(name: Any, where: str) -> Role:
+    if isinstance(name, str) and name in _ROLES:
+        return _ROLES[name]
+    if name in _TOOL_ROLES:
+        raise FaultError(f"{where} is of the role {name!r}: no template here writes tool calls; leave the record out")
+    raise FaultError(f"{where} has the unknown role {name!r}; known: {', '.join(_ROLES)}")
+
+
+def _learned(turn: Mapping[str, Any], role: Role, where: str) -> bool:
+    """Whether an answer is learned, as its turn says."""
+    flags = {key: turn[key] for key in _LEARNED_KEYS if key in turn}
+    for key, flag in flags.items():
+        if isinstance(flag, str) or flag not in (0, 1):
+            raise FaultError(f"{where} has {flag!r} as `{key}`; true or false (1 or 0) was expected")
+        if flag and role is not Role.GPT:
+            raise FaultError(f"{where} is to be learned by its `{key}`; only what the assistant says can be")
+    if len({bool(flag) for flag in flags.values()}) > 1:
+        raise FaultError(f"{where} is to be learned and not to be, by its {' and '.join(f'`{key}`' for key in flags)}")
+    return all(flags.values())
+
+
+def _content(value: str | list[Any], where: str, ignored: Collection[str], named: list[str]) -> str:
+    """What a turn says, as one text: the parts of a list one after the other, a placeholder for each image."""
+    if isinstance(value, str):
+        return _text(value, where)
+    return "".join(_part(part, f"part {number} of {where}", ignored, named) for number, part in enumerate(value))
+
+
+def _part(part: Any, where: str, ignored: Collection[str], named: list[str]) -> str:
+    if isinstance(part, str):
+        return _text(part, where)
+    if not isinstance(part, dict):
+        raise FaultError(f"{where} is {kind_of(part)}, an object with a `type` was expected")
+    held = without(part, ignored)
+    kind = part.get("type", "text" if "text" in part else "image" if "image" in part else None)
+    if kind in _TEXT_PARTS:
+        check_keys(held, ("type", "text"), where)
+        return _text(part.get("text"), where)
+    if kind in _IMAGE_PARTS:
+        check_keys(held, ("type", *_PATH_KEYS, "detail"), where)
+        paths = [held[key] for key in _PATH_KEYS if key in held]
+        if len(paths) > 1:
+            raise FaultError(f"{where} names its image more than once")
+        named += [_path(path, where) for path in paths]
+        return IMAGE_TOKEN
+    raise FaultError(f"{where} is of the type {kind!r}; only text and images are read")
+
+
+def _images(item: Mapping[str, Any], named: list[str]) -> tuple[str, ...]:
+    """The images of a record, which names them in one place."""
+    places = {f"`{key}`": _path_list(item[key], f"`{key}`") for key in ("image", "images") if key in item}
+    if named:
+        places["its turns"] = named
+    lists = list(places.values())
+    if any(other != lists[0] for other in lists[1:]):
+        raise FaultError(f"names its images differently in {' and '.join(places)}; name them in one place")
+    return tuple(lists[0]) if lists else ()
+
+
+def _path_list(value: Any, where: str) -> list[str]:
+    return [_path(path, where) for path in (value if isinstance(value, list) else [value])]
+
+
+def _path(value: Any, where: str) -> str:
+    """The path of an image: a text, or an object that holds one."""
+    if isinstance(value, dict):
+        if value.get("bytes"):
+            raise FaultError(f"{where} holds an image's bytes; write them into a file, and give its path")
+        check_keys(without(value, ()), (*_PATH_KEYS, "detail"), where)
+        value = next((value[key] for key in _PATH_KEYS if value.get(key)), None)
+    if isinstance(value, str) and value.startswith("data:"):
+        raise FaultError(f"{where} holds an image itself ({value[:20]}...); write it into a file, and give its path")
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise FaultError(f"{where} holds {value!r}; a path, or a list of paths, was expected")
+    return _text(value.removeprefix("file://"), where)
+
+
+def _with_system(system: Any, turns: list[Turn]) -> list[Turn]:
+    """The turns with the record's system text before them; an empty text leaves the template's own."""
+    late = next((number for number, turn in enumerate(turns) if number and turn.role is Role.SYSTEM), None)
+    if late is not None:
+        raise FaultError(f"turn {late} has the role system, which only the first turn can have")
+    own = turns[0].text if turns and turns[0].role is Role.SYSTEM else ""
+    talk = turns[1:] if turns and turns[0].role is Role.SYSTEM else turns
+    text = "" if system is None else _text(system, "`system`")
+    if own.strip() and text.strip() and own != text:
+        raise FaultError("has two system texts, `system` and its first turn")
+    given = text if text.strip() else own
+    return [Turn(Role.SYSTEM, given), *talk] if given.strip() else talk
+
+
+def _check_foreign(turns: Sequence[Turn], record: Mapping[str, Any], ignored: Collection[str]) -> None:
+    """Raise FaultError for a placeholder of a medium that is not read: the model would learn its characters.
+
+    The same words occur in texts about web pages. They are taken for a placeholder if the record names such a medium,
+    or if a question begins or ends with one, or has one on a line of its own, without the tag that would close it.
+    """
+    for turn in turns:
+        for found in _FOREIGN.finditer(turn.text) if "<" in turn.text else ():
+            medium, mark = found["medium"].lower(), found.group()
+            named = record.get(medium) or record.get(f"{medium}s")
+            if mark in ignored or not (named or (turn.role is not Role.GPT and _stands_alone(turn.text, found))):
+                continue
+            raise FaultError(
+                f"holds {mark}, a placeholder of a medium that is not read; leave the record out, or, if it is plain "
+                f"text, set {how_to_ignore([mark])}"
+            )
+
+
+def _stands_alone(text: str, found: re.Match[str]) -> bool:
+    before, after = text[: found.start()].rstrip(" \t"), text[found.end() :].lstrip(" \t")
+    if f"</{found['medium'].lower()}" in text.lower():
+        return False
+    own_line = before.endswith("\n") and after.startswith("\n")
+    return not before.strip() or not after.strip() or own_line
+
+
+def _list_of(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise FaultError(f"{where} is {kind_of(value)}, a list was expected")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise FaultError(f"{where} is {kind_of(value)}, a text was expected")
+    if value.isascii():
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise FaultError(f"{where} holds half of a surrogate pair, which is no character") from error
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value in words."""
+    kinds = {dict: "an object", list: "a list", str: "a text", type(None): "nothing"}
+    return "an empty list" if value == [] else kinds.get(type(value), repr(value))

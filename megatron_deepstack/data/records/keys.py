@@ -1,0 +1,75 @@
+"""Keys of records: which are read, which say nothing to a model, and what is said of all others.
+
+A key that nothing reads may carry what a sample is about: a video, an instruction, a tool. So every key that holds
+something is either read, known to be harmless, or named in `data.ignore_keys`; any other is a fault of its record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+HARMLESS_KEYS: Final = frozenset(
+    {
+        *("id", "idx", "index", "uid", "uuid", "hash", "sample_id", "question_id", "image_id"),
+        *("model", "source", "data_source", "dataset", "dataset_name", "data_name", "split", "subset"),
+        *("category", "type", "task", "task_type", "topic", "tags", "lang", "language", "license"),
+        *("date", "timestamp", "created_at", "updated_at", "version", "meta", "metadata"),
+        *("width", "height", "image_width", "image_height", "image_size"),
+        *("__key__", "__url__", "__local_path__", "blip_caption"),
+    }
+)
+"""Keys about a record, not of it: names, origin, date, the size of its image. They are passed over."""
+
+_MEDIA: Final = ("video", "videos", "audio", "audios", "speech", "sound", "point_cloud")
+_TOOLS: Final = ("tools", "tool_calls", "tool_call", "tool_call_id", "functions", "function_call")
+_PREFERENCES: Final = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label")
+_REASONS: Final[dict[str, str]] = {
+    **dict.fromkeys(_MEDIA, "images are the only medium that is read"),
+    **dict.fromkeys(_TOOLS, "no template here writes tool calls"),
+    **dict.fromkeys(_PREFERENCES, "preferences are not learned"),
+}
+
+
+class FaultError(Exception):
+    """What is wrong with one record, without its name."""
+
+    def __init__(self, text: str, keys: Collection[str] = ()) -> None:
+        super().__init__(text)
+        self.keys = tuple(keys)
+        """Keys that nothing reads, if that is the fault."""
+
+
+def holds_nothing(value: Any) -> bool:
+    """It is empty: an unused column of a table that was written as JSON."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def without(item: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """What is left of an object once keys to be passed over, and those that hold nothing, are gone."""
+    return {key: value for key, value in item.items() if key not in ignored and not holds_nothing(value)}
+
+
+def check_keys(found: Collection[str], read: Collection[str], where: str = "") -> None:
+    """Raise FaultError, naming the keys, if there are others than those that are read and the harmless ones.
+
+    Args:
+        found: Keys that hold something and are not to be ignored.
+        read: Keys that are read in this place.
+        where: The place in the record, such as `turn 3`; empty for the record itself.
+    """
+    unread = sorted(key for key in found if key not in read and key not in HARMLESS_KEYS)
+    if not unread:
+        return
+    reasons = dict.fromkeys(_REASONS[key] for key in unread if key in _REASONS)
+    because = f": {'; '.join(reasons)}" if reasons else ""
+    named = ", ".join(f"`{key}`" for key in unread)
+    raise FaultError(f"{where + ' ' if where else ''}holds {named}, not read here{because}", unread)
+
+
+def how_to_ignore(keys: Collection[str]) -> str:
+    """What to set in the recipe so that these keys are passed over."""
+    plain = all(key.isidentifier() for key in keys)
+    listed = ",".join(keys) if plain else ", ".join(json.dumps(key) for key in keys)
+    return f"data.ignore_keys=[{listed}]" if plain else f"'data.ignore_keys=[{listed}]'"

@@ -1,0 +1,33 @@
+"""The decoder's positions: what each layer rotates queries and keys by.
+
+One place builds it, so that a family with other positions (scaled, of several axes, on part of a head) has one seam.
+"""
+
+from __future__ import annotations
+
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_deepstack.config.schema import LanguageConfig
+
+
+def build_rotary(
+    language: LanguageConfig, config: TransformerConfig, groups: ProcessGroupCollection
+) -> RotaryEmbedding:
+    """The rotary embedding of the recipe's decoder.
+
+    Args:
+        language: The decoder.
+        config: Its Megatron config, which says the width of a head.
+        groups: The decoder's groups; sequences are split over `cp`.
+
+    Returns:
+        A module that maps a sequence length (and whether samples are packed) to angles (S of this cp rank, 1, 1, D).
+    """
+    return RotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=language.rope_theta,
+        cp_group=groups.cp,
+    )
