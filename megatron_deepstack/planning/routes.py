@@ -1,39 +1,42 @@
-"""Which row goes to which rank: the plan of one step's exchange, pure and the same on every rank of a replica.
+"""Which row goes to which rank: one rank's side of a step's exchange, planned by that rank alone.
 
 A row is a feature vector of hidden size made by the rank that encodes its view. It is added at one position of one
 micro-batch before one layer, so its destination is the rank whose pipeline stage owns the slot and whose sequence
 shard (cp zigzag chunk, tp shard under sequence parallelism) holds the position. With tp but no sequence parallelism
 all tp ranks of the stage add the row; their gradients are equal and only tp rank 0 returns one.
+
+A rank looks only at rows that it sends or receives, so the work does not grow with the number of ranks. Both sides
+find the same order by themselves: what one rank sends another is ordered by micro-batch, slot, sample, image, and then
+as `rows.image_rows` lists an image's rows. `testing.route_table` plans all ranks at once, by definition, for tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
-from megatron_deepstack.planning.rows import BASE, NEWLINE, Grid, image_rows, tokens_per_view
-from megatron_deepstack.planning.sequence import ExpandedSample
-from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stage_chunks
-
-Index = npt.NDArray[np.int64]
-_ROW = np.dtype(
-    [
-        ("dst", np.int64),
-        ("src", np.int64),
-        ("micro_batch", np.int64),
-        ("vpp", np.int64),
-        ("slot", np.int64),
-        ("position", np.int64),
-        ("src_row", np.int64),
-        ("returns", np.bool_),
-    ]
+from megatron_deepstack.planning.image_plan import image_plan
+from megatron_deepstack.planning.route_sides import (
+    ChunkRows,
+    Index,
+    Place,
+    StepImage,
+    count_by_rank,
+    local_rows,
+    overlapping,
+    receive,
+    send,
+    send_to_self,
+    store,
 )
+from megatron_deepstack.planning.rows import tokens_per_view
+from megatron_deepstack.planning.sequence import ExpandedSample, SequenceShards
+from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
+from megatron_deepstack.planning.views import Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +62,28 @@ class EncodeUnit:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkRows:
-    """What one chunk adds in one micro-batch; indices point into the received rows, in order of arrival.
-
-    `slot_rows` and `slot_positions` are (slots of the chunk, R), R being the longest; shorter ones are filled with
-    the index one past the last received row (a row of zeros) at position 0.
-    """
-
-    base_rows: Index
-    base_positions: Index
-    slot_rows: Index
-    slot_positions: Index
-
-
-@dataclass(frozen=True, slots=True)
 class RankRoutes:
     """One rank's side of the exchange. Sizes are rows; positions are `s * B + b` in the rank's own shard."""
 
     units: tuple[EncodeUnit, ...]
     """What this rank encodes; unit u yields local rows u * tokens_per_view onwards; the newline is the last row."""
+    num_units: int
+    """Units of the whole replica, each counted once."""
+    num_replica_rows: int
+    """Rows that the units of the whole replica make; newlines not counted."""
     num_local_rows: int
     """Rows of the local table, the newline included."""
     send_rows: Index
     """Local rows to send, by destination."""
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
-    return_rows: Index
-    """Received rows whose gradient goes back, by origin."""
-    return_splits: tuple[int, ...]
+    """Rows received, by origin."""
+    stored_rows: Index
+    """The received rows as the chunks add them, one stretch for each of `chunks` in order: for each stored row its
+    place in the order of arrival, or `num_received` for a row of zeros. Each received row is stored once."""
+    returns_gradients: bool
+    """Whether the gradients of this rank's received rows go back: of several tp ranks that add the same rows, tp rank
+    0 answers."""
     returned_rows: Index
     """Local rows whose gradients come back, by sender."""
     returned_splits: tuple[int, ...]
@@ -98,43 +95,10 @@ class RankRoutes:
         """Rows this rank receives."""
         return sum(self.receive_splits)
 
-
-@dataclass(frozen=True, slots=True)
-class StepRoutes:
-    """The whole exchange of a step."""
-
-    rows: np.ndarray
-    """Structured array, one entry per delivered row, sorted by (dst, src, micro-batch, vpp, slot, position)."""
-    units: tuple[tuple[EncodeUnit, ...], ...]
-    """Units by replica rank."""
-    view_tokens: int
-    slots_by_chunk: dict[tuple[int, int], tuple[int, ...]]
-    """Decoder slots of each (pp, vpp)."""
-    stage_of_rank: tuple[int, ...]
-
-
-def plan_units(
-    model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]], num_ranks: int
-) -> tuple[tuple[EncodeUnit, ...], ...]:
-    """Deal the views that some row needs to ranks, in order and evenly (all views cost the same, to within one)."""
-    units = []
-    for m, samples in enumerate(micro_batches):
-        for b, sample in enumerate(samples):
-            for span in sample.sequence.spans:
-                rows = image_rows(model, sample.grids[span.image])
-                kept = (rows.cell < span.length) & (rows.view != NEWLINE)
-                for views in _unit_views(model, sample.grids[span.image], np.unique(rows.view[kept])):
-                    units.append(EncodeUnit(micro_batch=m, sample=b, image=span.image, views=views))
-    bounds = [len(units) * rank // num_ranks for rank in range(num_ranks + 1)]
-    return tuple(tuple(units[a:b]) for a, b in pairwise(bounds))
-
-
-def _unit_views(model: ModelConfig, grid: Grid, needed: Index) -> list[tuple[int, ...]]:
-    if not len(needed):
-        return []
-    if model.variant.stacks_in_vit:
-        return [tuple(range(1 + grid[0] * grid[1]))]
-    return [(int(view),) for view in needed]
+    @property
+    def return_splits(self) -> tuple[int, ...]:
+        """Gradients sent back, by the rank that they go to."""
+        return self.receive_splits if self.returns_gradients else (0,) * len(self.receive_splits)
 
 
 def plan_routes(
@@ -142,159 +106,99 @@ def plan_routes(
     parallel: ParallelConfig,
     micro_batches: Sequence[Sequence[PlannedSample]],
     seq_length: int,
-) -> StepRoutes:
-    """Route every row of a step. `micro_batches` are one replica's; all have `seq_length` and one batch size.
+    rank: int,
+) -> RankRoutes:
+    """Plan one rank's side of the exchange of a step.
 
-    With `encoder_placement: inline` nothing travels: the ranks of stage 0 encode their own micro-batches, and every
-    row's source is its destination.
+    Views that some row needs are dealt to ranks in order and evenly, since all cost the same. With
+    `encoder_placement: inline` nothing travels: the ranks of stage 0 encode their own micro-batches, and every row's
+    source is its destination.
+
+    Args:
+        model: The model.
+        parallel: The layout; tp x cp x pp ranks make a replica.
+        micro_batches: The replica's samples, the same on all of its ranks, all micro-batches of one size.
+        seq_length: S, the padded length of all samples, which `sequence_multiple(parallel)` divides.
+        rank: Replica rank, `tp + tensor * (cp + context * pp)`.
+
+    Returns:
+        The rank's side. Pure: what another rank plans fits without a word.
     """
-    ranks = parallel.tensor * parallel.context * parallel.pipeline
-    inline = parallel.encoder_placement is EncoderPlacement.INLINE
-    units = plan_units(model, micro_batches, 1 if inline else ranks)
-    first_row = _first_rows(units, tokens_per_view(model.vision))
-    newline_row = [len(mine) * tokens_per_view(model.vision) for mine in units]
-    slots = decoder_slots(model)
-    parts = [np.empty(0, _ROW)]
-    for m, samples in enumerate(micro_batches):
-        for b, sample in enumerate(samples):
-            rows = _sample_rows(model, slots, sample, m, b, first_row, newline_row)
-            parts.append(_deliver(rows, model, parallel, b, len(samples), seq_length))
-    table = np.concatenate(parts)
-    if inline:
-        table["src"] = table["dst"]
-        units = tuple(units[0] if rank < parallel.tensor * parallel.context else () for rank in range(ranks))
-    table = table[np.lexsort([table[k] for k in ("position", "slot", "vpp", "micro_batch", "src", "dst")])]
-    chunks = stage_chunks(model.language.num_layers, parallel)
-    return StepRoutes(
-        rows=table,
-        units=units,
-        view_tokens=tokens_per_view(model.vision),
-        slots_by_chunk={(c.pp, c.vpp): chunk_slots(c, slots) for c in chunks},
-        stage_of_rank=tuple(rank // (parallel.tensor * parallel.context) for rank in range(ranks)),
-    )
-
-
-_Home = tuple[int, int]
-
-
-def _first_rows(units: Sequence[Sequence[EncodeUnit]], view_tokens: int) -> dict[tuple[int, int, int, int], _Home]:
-    """(micro-batch, sample, image, first view of the unit) -> (rank, first local row)."""
-    return {
-        (unit.micro_batch, unit.sample, unit.image, unit.views[0]): (rank, index * view_tokens)
-        for rank, mine in enumerate(units)
-        for index, unit in enumerate(mine)
-    }
-
-
-def _sample_rows(
-    model: ModelConfig,
-    slots: Sequence[int],
-    sample: PlannedSample,
-    m: int,
-    b: int,
-    first_row: dict[tuple[int, int, int, int], _Home],
-    newline_row: Sequence[int],
-) -> np.ndarray:
-    """Rows of one sample with source, slot and position in the whole sequence; no destination yet."""
-    slot_of_stack = np.array([EMBEDDING, *slots])
-    parts = [np.empty(0, _ROW)]
-    for span in sample.sequence.spans:
-        rows = image_rows(model, sample.grids[span.image])
-        kept = rows.cell < span.length
-        out = np.zeros(int(kept.sum()), _ROW)
-        if not len(out):
-            continue
-        view = rows.view[kept]
-        homes = np.zeros((int(view.max()) + 2, 2), np.int64)
-        for v in np.unique(view[view != NEWLINE]):
-            homes[v] = first_row[m, b, span.image, int(v)]
-        rank_of_first = homes[view[view != NEWLINE][0]][0]
-        homes[NEWLINE] = rank_of_first, newline_row[rank_of_first]
-        out["src"], out["src_row"] = homes[view, 0], homes[view, 1] + rows.token[kept]
-        out["micro_batch"], out["position"] = m, span.start + rows.cell[kept]
-        out["slot"] = slot_of_stack[rows.stack[kept] - BASE]
-        parts.append(out)
-    return np.concatenate(parts)
-
-
-def _deliver(
-    rows: np.ndarray, model: ModelConfig, parallel: ParallelConfig, b: int, batch: int, seq_length: int
-) -> np.ndarray:
-    """Fill in destination, virtual stage, shard position and who returns a gradient; copies for tp are added."""
-    chunks = stage_chunks(model.language.num_layers, parallel)
-    pp, vpp = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-    for slot in np.unique(rows["slot"]):
-        home = chunks[owner(int(slot), chunks)]
-        here = rows["slot"] == slot
-        pp[here], vpp[here] = home.pp, home.vpp
-    cp, local = shard_context(rows["position"], parallel.context, seq_length)
-    tp_shards = parallel.tensor if parallel.sequence_parallel else 1
-    tp, local = np.divmod(local, seq_length // parallel.context // tp_shards)
-    rows["vpp"], rows["position"] = vpp, local * batch + b
-    rows["dst"] = tp + parallel.tensor * (cp + parallel.context * pp)
-    rows["returns"] = True
-    if parallel.sequence_parallel or parallel.tensor == 1:
-        return rows
-    copies = np.tile(rows, parallel.tensor)
-    copies["dst"] += np.repeat(np.arange(parallel.tensor), len(rows))
-    copies["returns"] = np.repeat(np.arange(parallel.tensor) == 0, len(rows))
-    return copies
-
-
-def shard_context(position: Index, num_ranks: int, seq_length: int) -> tuple[Index, Index]:
-    """Zigzag split: of 2 cp chunks, rank i holds chunks i and 2 cp - 1 - i. Returns (cp rank, position there)."""
-    if num_ranks == 1:
-        return np.zeros_like(position), position
-    size = seq_length // (2 * num_ranks)
-    chunk, offset = np.divmod(position, size)
-    rank = np.minimum(chunk, 2 * num_ranks - 1 - chunk)
-    return rank, np.where(chunk < num_ranks, offset, size + offset)
-
-
-def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
-    """The part of a step's routes that concerns one replica rank."""
-    rows, num_ranks = step.rows, len(step.units)
-    sent = rows[rows["src"] == rank]
-    received = rows[rows["dst"] == rank]
-    backwards = sent[sent["returns"]]
-    returned = received["returns"]
-    num_local = len(step.units[rank]) * step.view_tokens + 1
-    assert not len(sent) or int(sent["src_row"].max()) < num_local, "a route names a row its rank does not make"
-    uses = np.bincount(backwards["src_row"], minlength=num_local)
+    place, view_tokens = _place(parallel, seq_length, rank), tokens_per_view(model.vision)
+    images = _images(model, micro_batches)
+    num_units = images[-1].stop_unit if images else 0
+    bounds = np.array([num_units * k // place.num_ranks for k in range(place.num_ranks + 1)])
+    mine = range(int(bounds[rank]), int(bounds[rank + 1]))
+    if place.inline:
+        mine = range(num_units if place.pp == 0 else 0)
+    chunks, slots = stage_chunks(model.language.num_layers, parallel), decoder_slots(model)
+    by_stage = [[chunk for chunk in chunks if chunk.pp == pp] for pp in range(parallel.pipeline)]
+    slots_of_stage = [_slots_of(stage, slots) for stage in by_stage]
+    received = receive(place, images, slots_of_stage[place.pp], bounds, view_tokens)
+    stored = store(received, by_stage[place.pp], slots)
+    sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine, view_tokens)
+    num_local = len(mine) * view_tokens + 1
+    send_rows = local_rows(sent.rows, mine.start * view_tokens, num_local)
+    returned = send_rows
+    if sent.returned is not sent.rows:
+        returned = local_rows(sent.returned, mine.start * view_tokens, num_local)
+    uses = np.bincount(returned, minlength=num_local)
     assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
     return RankRoutes(
-        units=step.units[rank],
+        units=_encode_units(images, mine),
+        num_units=num_units,
+        num_replica_rows=num_units * view_tokens,
         num_local_rows=num_local,
-        send_rows=np.ascontiguousarray(sent["src_row"]),
-        send_splits=_counts(sent["dst"], num_ranks),
-        receive_splits=_counts(received["src"], num_ranks),
-        return_rows=np.flatnonzero(returned),
-        return_splits=_counts(received["src"][returned], num_ranks),
-        returned_rows=np.ascontiguousarray(backwards["src_row"]),
-        returned_splits=_counts(backwards["dst"], num_ranks),
-        chunks=_chunk_rows(step, received, step.stage_of_rank[rank]),
+        send_rows=send_rows,
+        send_splits=sent.splits,
+        receive_splits=count_by_rank(received.source, place.num_ranks),
+        stored_rows=stored.rows,
+        returns_gradients=place.returns,
+        returned_rows=returned,
+        returned_splits=sent.returned_splits,
+        chunks=stored.chunks,
     )
 
 
-def _counts(ranks: Index, num_ranks: int) -> tuple[int, ...]:
-    return tuple(int(n) for n in np.bincount(ranks, minlength=num_ranks))
+def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> Place:
+    rest, tp = divmod(rank, parallel.tensor)
+    pp, cp = divmod(rest, parallel.context)
+    return Place(
+        rank=rank,
+        num_ranks=parallel.tensor * parallel.context * parallel.pipeline,
+        tp=tp,
+        cp=cp,
+        pp=pp,
+        tensor=parallel.tensor,
+        shards=SequenceShards.of(parallel, seq_length),
+        inline=parallel.encoder_placement is EncoderPlacement.INLINE,
+        returns=parallel.sequence_parallel or tp == 0,
+    )
 
 
-def _chunk_rows(step: StepRoutes, received: np.ndarray, stage: int) -> dict[tuple[int, int], ChunkRows]:
-    chunks = {}
-    keys = np.unique(received[["micro_batch", "vpp"]]) if len(received) else ()
-    for m, vpp in keys:
-        here = np.flatnonzero((received["micro_batch"] == m) & (received["vpp"] == vpp))
-        by_slot = [here[received["slot"][here] == slot] for slot in (EMBEDDING, *step.slots_by_chunk[stage, int(vpp)])]
-        base, stacked = by_slot[0], by_slot[1:]
-        assert sum(map(len, by_slot)) == len(here), "a row arrived at a stage that does not own its slot"
-        longest = max(map(len, stacked), default=0)
-        rows = np.full((len(stacked), longest), len(received), np.int64)
-        positions = np.zeros((len(stacked), longest), np.int64)
-        for k, indices in enumerate(stacked):
-            rows[k, : len(indices)] = indices
-            positions[k, : len(indices)] = received["position"][indices]
-        chunks[int(m), int(vpp)] = ChunkRows(
-            base_rows=base, base_positions=received["position"][base], slot_rows=rows, slot_positions=positions
-        )
-    return chunks
+def _images(model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]]) -> list[StepImage]:
+    """All images of a step that have a row, in order."""
+    images, unit = [], 0
+    for m, samples in enumerate(micro_batches):
+        for b, sample in enumerate(samples):
+            for span in sample.sequence.spans:
+                plan = image_plan(model, sample.grids[span.image], span.length)
+                if plan.units:
+                    images.append(StepImage(m, len(samples), b, span.image, span.start, span.length, unit, plan))
+                    unit += len(plan.units)
+    return images
+
+
+def _slots_of(stage: Sequence[Chunk], slots: Sequence[int]) -> tuple[int, ...]:
+    """The slots of a stage's chunks, EMBEDDING included, by virtual stage and so ascending."""
+    embedding = (EMBEDDING,) if any(chunk.has_embedding for chunk in stage) else ()
+    return (*embedding, *(slot for chunk in stage for slot in chunk_slots(chunk, slots)))
+
+
+def _encode_units(images: Sequence[StepImage], mine: range) -> tuple[EncodeUnit, ...]:
+    return tuple(
+        EncodeUnit(micro_batch=image.micro_batch, sample=image.sample, image=image.image, views=views)
+        for image in overlapping(images, mine)
+        for number, views in enumerate(image.plan.units, start=image.first_unit)
+        if number in mine
+    )

@@ -96,3 +96,64 @@ def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: P
     longest = max(lengths, default=1)
     multiple = math.lcm(sequence_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
     return -(-longest // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Neighbouring positions of the whole sequence that one rank holds one after the other."""
+
+    first: int
+    """First position in the whole sequence."""
+    stop: int
+    """One past the last."""
+    local: int
+    """Where `first` lies in the rank's own shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceShards:
+    """How ranks of a stage share a sequence: zigzag chunks over cp (of 2 cp chunks, rank i holds i and 2 cp - 1 - i),
+    each rank's part then cut over tp under sequence parallelism.
+
+    Shards are numbered `cp * tp_shards + tp`.
+    """
+
+    seq_length: int
+    """S: padded length of the whole sequence, which `sequence_multiple` divides."""
+    context: int
+    tp_shards: int
+    """tp under sequence parallelism, else 1: every tp rank holds all of its cp rank's positions."""
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, seq_length: int) -> SequenceShards:
+        """The shards of a layout for sequences of `seq_length` positions."""
+        return cls(seq_length, parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
+
+    def stretches(self, cp: int, tp: int) -> tuple[Stretch, ...]:
+        """What the rank at (cp, tp) holds: at most two stretches, in the order of the sequence."""
+        shard_length = self.seq_length // self.context // self.tp_shards
+        begin = tp * shard_length if self.tp_shards > 1 else 0
+        if self.context == 1:
+            return (Stretch(begin, begin + shard_length, 0),)
+        size = self.seq_length // (2 * self.context)
+        found = []
+        for part, chunk in enumerate((cp, 2 * self.context - 1 - cp)):
+            first, stop = max(begin, part * size), min(begin + shard_length, (part + 1) * size)
+            if first < stop:
+                shift = (chunk - part) * size
+                found.append(Stretch(first + shift, stop + shift, first - begin))
+        return tuple(found)
+
+    def shard_of(self, position: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+        """The shard that holds each position of the whole sequence."""
+        cp, local = self._context(position)
+        return cp * self.tp_shards + local // (self.seq_length // self.context // self.tp_shards)
+
+    def _context(self, position: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+        """cp rank of each position, and the position there."""
+        if self.context == 1:
+            return np.zeros_like(position), position
+        size = self.seq_length // (2 * self.context)
+        chunk, offset = np.divmod(position, size)
+        rank = np.minimum(chunk, 2 * self.context - 1 - chunk)
+        return rank, np.where(chunk < self.context, offset, size + offset)

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
-from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, plan_routes, rank_routes
+from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, plan_routes
 from megatron_deepstack.planning.sequence import Tokens, padded_length
 from megatron_deepstack.planning.tokens import IGNORE_INDEX
 
@@ -30,8 +30,11 @@ class StepPlan:
     routes: RankRoutes
     lengths: tuple[int, ...]
     """Tokens of each of the replica's samples, visual ones included, padding not."""
-    num_units: int
-    """Units that the replica encodes, each counted once."""
+
+    @property
+    def num_units(self) -> int:
+        """Units that the replica encodes, each counted once."""
+        return self.routes.num_units
 
     @property
     def num_micro_batches(self) -> int:
@@ -59,15 +62,13 @@ def plan_step(
     what products of `precision` need.
     """
     seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel, precision)
-    routes = plan_routes(model, parallel, micro_batches, seq_length)
     return StepPlan(
         seq_length=seq_length,
         tokens=tuple(_pad([s.sequence.tokens for s in batch], seq_length, 0) for batch in micro_batches),
         labels=tuple(_pad([s.sequence.labels for s in batch], seq_length, IGNORE_INDEX) for batch in micro_batches),
         segments=tuple(_segments(batch, seq_length) for batch in micro_batches) if packed else None,
-        routes=rank_routes(routes, replica_rank),
+        routes=plan_routes(model, parallel, micro_batches, seq_length, replica_rank),
         lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
-        num_units=len({unit for units in routes.units for unit in units}),
     )
 
 

@@ -40,6 +40,10 @@ class EncoderPass:
         """(N * tokens per view + 1, H): rows of all views in order, then the newline; detached."""
         return self.live_rows.detach()
 
+    def release_rows(self) -> None:
+        """Free the memory of `rows` once they are sent: the backward needs their shape only, not their values."""
+        self.live_rows.untyped_storage().resize_(0)
+
     def backward(self, grad_rows: torch.Tensor) -> None:
         """Accumulate the parameters' gradients from those of `rows`. Does nothing where nothing is trained."""
         if not self.live_rows.requires_grad:

@@ -30,7 +30,7 @@ class InlineEncoder:
         views = np.array([len(unit.views) for unit in routes.units], np.int64)
         self.first_view = np.concatenate([[0], np.cumsum(views)]).astype(np.int64)
         self.micro_batch = np.array([unit.micro_batch for unit in routes.units], np.int64)
-        self.answers_gradients = bool(len(routes.return_rows))
+        self.answers_gradients = routes.returns_gradients
         """Without sequence parallelism all tp ranks encode alike, and one of them has the gradient."""
 
     def of(self, micro_batch: int, vpp: int) -> VisualInputs:

@@ -65,8 +65,8 @@ class VisualPass:
                 self.visual = InlineEncoder(engine.model.encoder, pixels, plan.routes).of
                 return
             rows = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views).rows
-            received = send_rows(rows, plan.routes, engine.groups.replica)
-            self.visual = ReceivedRows(received, plan.routes, requires_grad=False).of
+            stored = send_rows(rows, plan.routes, engine.groups.replica)
+            self.visual = ReceivedRows(stored, plan.routes, requires_grad=False).of
 
     def losses(self, plan: StepPlan) -> StepLoss:
         """Loss of the global batch. Collective over all ranks."""
@@ -95,14 +95,15 @@ def _spread(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClo
     with clock.part(ENCODE):
         encoded = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views)
     with clock.part("route"):
-        rows = ReceivedRows(
-            send_rows(encoded.rows, plan.routes, engine.groups.replica), plan.routes, requires_grad=encoded.trains
-        )
+        stored = send_rows(encoded.rows, plan.routes, engine.groups.replica)
+        encoded.release_rows()
+        rows = ReceivedRows(stored, plan.routes, requires_grad=encoded.trains)
+        del stored
     with clock.part("schedule"):
         result = _schedule(engine, plan, rows.of, clock)
     if encoded.trains:
         with clock.part("route back"):
-            table = return_gradients(rows.gradients(), plan.routes, engine.groups.replica)
+            table = return_gradients(rows.take_gradients(), plan.routes, engine.groups.replica)
         with clock.part(ENCODER_BACKWARD):
             encoded.backward(table)
     return result

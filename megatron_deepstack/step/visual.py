@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy.typing as npt
 import torch
 
@@ -14,43 +12,68 @@ Key = tuple[int, int]
 """(micro-batch, virtual stage)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaves:
-    base: torch.Tensor
-    slots: torch.Tensor
-
-
 class ReceivedRows:
-    """A step's received rows, cut into leaf tensors per micro-batch and chunk."""
+    """A step's received rows, cut into leaf tensors per micro-batch and chunk, and then their gradients.
 
-    def __init__(self, received: torch.Tensor, routes: RankRoutes, *, requires_grad: bool) -> None:
-        """`received` is (num_received + 1, H), its last row zero. Leaves require grad if anything makes use of it."""
-        self.routes = routes
-        self.none = received.new_empty(0, received.shape[1])
-        """No rows, of their width, dtype and device; the rows themselves live on in the leaves alone."""
-        self.leaves: dict[Key, _Leaves] = {}
+    Rows and gradients share one storage: once a leaf's gradient is known nothing reads its rows any more, so the
+    gradient takes their place. A step thus holds its rows once.
+    """
+
+    def __init__(self, stored: torch.Tensor, routes: RankRoutes, *, requires_grad: bool) -> None:
+        """Cut `stored`, which is overwritten by gradients.
+
+        Args:
+            stored: (len(stored_rows), H) as `send_rows` returns it.
+            routes: This rank's side of the exchange.
+            requires_grad: Whether gradients of the rows are asked for after the schedule.
+        """
+        self._stored = stored
+        self._without_gradient: dict[tuple[Key, str], torch.Tensor] = {}
         self.inputs: dict[Key, VisualInputs] = {}
         for key, chunk in routes.chunks.items():
-            leaves = _Leaves(
-                base=_take(received, chunk.base_rows).requires_grad_(requires_grad),
-                slots=_take(received, chunk.slot_rows).requires_grad_(requires_grad),
-            )
-            self.leaves[key] = leaves
-            self.inputs[key] = visual_inputs(leaves.base, leaves.slots, chunk)
+            middle = chunk.first + len(chunk.base_rows)
+            base = stored[chunk.first : middle].data
+            slots = stored[middle : middle + chunk.slot_rows.size].view(*chunk.slot_rows.shape, stored.shape[1]).data
+            if requires_grad:
+                self._keep_gradient(base, (key, "base"))
+                self._keep_gradient(slots, (key, "slots"))
+            self.inputs[key] = visual_inputs(base, slots, chunk)
 
     def of(self, micro_batch: int, vpp: int) -> VisualInputs:
         """What this chunk adds in this micro-batch."""
         return self.inputs.get((micro_batch, vpp), NO_VISUAL_INPUTS)
 
-    def gradients(self) -> torch.Tensor:
-        """(num_received, H) gradients of the received rows, summed over their uses."""
-        grads = self.none.new_zeros(self.routes.num_received + 1, self.none.shape[1])
-        for key, leaves in self.leaves.items():
-            chunk = self.routes.chunks[key]
-            for leaf, index in ((leaves.base, chunk.base_rows), (leaves.slots, chunk.slot_rows)):
-                if leaf.grad is not None:
-                    grads.index_add_(0, _index(index, grads), leaf.grad.reshape(-1, grads.shape[1]))
-        return grads[:-1]
+    def take_gradients(self) -> torch.Tensor:
+        """Give the gradients away, after the schedule; the rows are gone then.
+
+        Returns:
+            (len(stored_rows), H) in the order of `stored_rows`; zero where no gradient came.
+        """
+        for leaf in self._without_gradient.values():
+            leaf.data.zero_()
+        stored = self._stored
+        self._stored = stored[:0].clone()
+        self._without_gradient.clear()
+        self.inputs.clear()
+        return stored
+
+    def _keep_gradient(self, leaf: torch.Tensor, name: tuple[Key, str]) -> None:
+        """Put the leaf's gradient where its rows were, as soon as all that used them have given their part.
+
+        Written through `.data`: autograd counts changes of a tensor and would take this one for a change of what is
+        saved for a backward still to come. None is: leaves share no element, and this one's backward is over.
+        """
+        leaf.requires_grad_()
+        self._without_gradient[name] = leaf
+
+        def keep(leaf: torch.Tensor) -> None:
+            assert name in self._without_gradient, f"rows {name} were used in two backwards"
+            assert leaf.grad is not None
+            del self._without_gradient[name]
+            leaf.data.copy_(leaf.grad)
+            leaf.grad = None
+
+        leaf.register_post_accumulate_grad_hook(keep)
 
 
 def visual_inputs(base: torch.Tensor, slots: torch.Tensor, chunk: ChunkRows) -> VisualInputs:
@@ -66,10 +89,6 @@ def visual_inputs(base: torch.Tensor, slots: torch.Tensor, chunk: ChunkRows) -> 
 def take_rows(rows: torch.Tensor, index: npt.NDArray) -> torch.Tensor:
     """`rows[index]` for an index of any shape: (..., H); differentiable."""
     return rows.index_select(0, _index(index, rows)).view(*index.shape, rows.shape[1])
-
-
-def _take(rows: torch.Tensor, index: npt.NDArray) -> torch.Tensor:
-    return take_rows(rows, index).detach()
 
 
 def _index(index: npt.NDArray, like: torch.Tensor) -> torch.Tensor:

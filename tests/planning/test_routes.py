@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 
 from megatron_deepstack.config.choices import EncoderPlacement, Sampler, Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
-from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, StepRoutes, plan_routes, rank_routes
+from megatron_deepstack.planning.packing import filler, merge
+from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, plan_routes
 from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows, tokens_per_view
 from megatron_deepstack.planning.sequence import padded_length
-from megatron_deepstack.planning.slots import EMBEDDING, decoder_slots, stage_chunks
+from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, stage_chunks
+from megatron_deepstack.testing.route_table import plan_table, rank_routes
 from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
 
 Delivered = Counter[tuple[int, int, int, int, int, int, int]]
@@ -36,6 +39,14 @@ layouts = st.builds(
 )
 
 
+def plan_all(
+    model: ModelConfig, parallel: ParallelConfig, batches: Sequence[Sequence[PlannedSample]], length: int
+) -> list[RankRoutes]:
+    """Each rank's own plan."""
+    ranks = parallel.tensor * parallel.context * parallel.pipeline
+    return [plan_routes(model, parallel, batches, length, rank) for rank in range(ranks)]
+
+
 def expected_rows(model: ModelConfig, batches: list[list[PlannedSample]]) -> Delivered:
     """What must be added, from the definition alone."""
     slots = decoder_slots(model)
@@ -53,7 +64,7 @@ def expected_rows(model: ModelConfig, batches: list[list[PlannedSample]]) -> Del
     return rows
 
 
-def exchange(step: StepRoutes, routes: list[RankRoutes], model: ModelConfig) -> list[list[tuple[int, ...]]]:
+def exchange(routes: list[RankRoutes], model: ModelConfig) -> list[list[tuple[int, ...]]]:
     """Carry out the plan with names for rows: what each rank receives, in order of arrival."""
     tables = []
     for mine in routes:
@@ -89,18 +100,15 @@ def global_position(local: int, batch: int, length: int, parallel: ParallelConfi
 
 
 def delivered_rows(
-    model: ModelConfig, parallel: ParallelConfig, step: StepRoutes, batch: int, length: int
+    model: ModelConfig, parallel: ParallelConfig, routes: list[RankRoutes], batch: int, length: int
 ) -> Delivered:
-    num_ranks = parallel.tensor * parallel.context * parallel.pipeline
-    routes = [rank_routes(step, rank) for rank in range(num_ranks)]
     rows: Delivered = Counter()
     chunks = {(c.pp, c.vpp): c for c in stage_chunks(model.language.num_layers, parallel)}
-    for rank, arrived in enumerate(exchange(step, routes, model)):
+    for rank, arrived in enumerate(exchange(routes, model)):
         tp, rest = rank % parallel.tensor, rank // parallel.tensor
         cp, pp = rest % parallel.context, rest // parallel.context
         for (m, vpp), chunk in routes[rank].chunks.items():
-            slots = step.slots_by_chunk[pp, vpp]
-            assert all(chunks[pp, vpp].owns(slot) for slot in slots)
+            slots = chunk_slots(chunks[pp, vpp], decoder_slots(model))
             added = [(EMBEDDING, r, p) for r, p in zip(chunk.base_rows, chunk.base_positions, strict=True)]
             assert not added or chunks[pp, vpp].has_embedding
             for index, slot in enumerate(slots):
@@ -118,7 +126,7 @@ def delivered_rows(
     return rows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(model=models, parallel=layouts, batch=st.sampled_from([1, 2]), seed=st.integers(0, 99), cut=st.booleans())
 def test_rows_arrive_where_they_belong(
     model: ModelConfig, parallel: ParallelConfig, batch: int, seed: int, cut: bool
@@ -128,10 +136,10 @@ def test_rows_arrive_where_they_belong(
     planned = [s.planned(model, 23 if cut else 1000, truncate=cut) for s in samples]
     batches = [planned[i : i + batch] for i in range(0, 4, batch)]
     length = padded_length([s.sequence.length for s in planned], parallel)
-    step = plan_routes(model, parallel, batches, length)
+    routes = plan_all(model, parallel, batches, length)
     copies = 1 if parallel.sequence_parallel else parallel.tensor
     expected = Counter({key: count * copies for key, count in expected_rows(model, batches).items()})
-    assert delivered_rows(model, parallel, step, batch, length) == expected
+    assert delivered_rows(model, parallel, routes, batch, length) == expected
 
 
 @settings(max_examples=25, deadline=None)
@@ -140,12 +148,11 @@ def test_each_row_returns_one_gradient(model: ModelConfig, parallel: ParallelCon
     """Gradients going back: as many as arrive, and one for each row and place, however many tp ranks added it."""
     batches = [[s.planned(model, 1000)] for s in tiny_samples(model, 3, seed)]
     length = padded_length([s.sequence.length for b in batches for s in b], parallel)
-    step = plan_routes(model, parallel, batches, length)
-    routes = [rank_routes(step, rank) for rank in range(len(step.units))]
+    routes = plan_all(model, parallel, batches, length)
     for source, sender in enumerate(routes):
         for target, receiver in enumerate(routes):
             assert receiver.return_splits[source] == sender.returned_splits[target]
-    assert sum(len(mine.return_rows) for mine in routes) == sum(expected_rows(model, batches).values())
+    assert sum(sum(mine.return_splits) for mine in routes) == sum(expected_rows(model, batches).values())
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5])
@@ -153,17 +160,110 @@ def test_views_are_dealt_evenly(num_samples: int) -> None:
     """No rank encodes more than one view above another."""
     model, parallel = tiny_model(), ParallelConfig(pipeline=4)
     batches = [[s.planned(model, 1000)] for s in tiny_samples(model, num_samples)]
-    step = plan_routes(model, parallel, batches, 512)
-    counts = [len(units) for units in step.units]
+    routes = plan_all(model, parallel, batches, 512)
+    counts = [len(mine.units) for mine in routes]
     assert max(counts) - min(counts) <= 1
-    assert sum(counts) == sum(len(u) for u in plan_routes(model, ParallelConfig(), batches, 512).units)
+    assert sum(counts) == len(plan_routes(model, ParallelConfig(), batches, 512, 0).units)
+    assert {mine.num_units for mine in routes} == {sum(counts)}
 
 
 def test_inline_sends_nothing() -> None:
     """The baseline: every row's source is its destination, and later stages encode nothing."""
     model = tiny_model(stacks=StackConfig(slots=(0, 0, 1, 1)))
     parallel = ParallelConfig(pipeline=2, encoder_placement=EncoderPlacement.INLINE)
-    step = plan_routes(model, parallel, [[s.planned(model, 1000)] for s in tiny_samples(model, 2)], 512)
-    assert (step.rows["src"] == step.rows["dst"]).all()
-    assert len(step.units[0]) > 0
-    assert len(step.units[1]) == 0
+    routes = plan_all(model, parallel, [[s.planned(model, 1000)] for s in tiny_samples(model, 2)], 512)
+    for rank, mine in enumerate(routes):
+        assert sum(mine.send_splits) == mine.send_splits[rank]
+        assert mine.receive_splits == mine.send_splits
+    assert len(routes[0].units) > 0
+    assert len(routes[1].units) == 0
+    assert routes[1].num_units == len(routes[0].units)
+
+
+any_layout = st.builds(
+    ParallelConfig,
+    tensor=st.sampled_from([1, 2, 3]),
+    pipeline=st.sampled_from([1, 2, 4]),
+    virtual_pipeline=st.sampled_from([1, 2]),
+    context=st.sampled_from([1, 2, 3]),
+    sequence_parallel=st.booleans(),
+)
+inline_layout = st.builds(
+    ParallelConfig,
+    tensor=st.sampled_from([1, 2]),
+    pipeline=st.sampled_from([1, 2]),
+    context=st.sampled_from([1, 2]),
+    sequence_parallel=st.booleans(),
+    encoder_placement=st.just(EncoderPlacement.INLINE),
+)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[ModelConfig, ParallelConfig, list[list[PlannedSample]]]:
+    """A model, a layout and a step: samples without, with one or with several images, cut or whole, in batches or
+    packs, some of them empty."""
+    parallel = draw(st.one_of(any_layout, inline_layout))
+    inline = parallel.encoder_placement is EncoderPlacement.INLINE
+    first_stage = 8 // parallel.pipeline // parallel.virtual_pipeline - 1
+    variant = draw(st.sampled_from(list(Variant)))
+    slots = draw(st.tuples(*[st.integers(0, first_stage if inline else 7)] * 4))
+    model = tiny_model(variant=variant, stacks=StackConfig(sampler=draw(st.sampled_from(list(Sampler))), slots=slots))
+    cut = draw(st.one_of(st.none(), st.integers(1, 60)))
+    samples = tiny_samples(model, draw(st.integers(1, 5)), draw(st.integers(0, 99)))
+    planned = [s.planned(model, cut or 1000, truncate=cut is not None) for s in samples]
+    for place in draw(st.sets(st.integers(0, len(planned) - 1))):
+        planned[place] = filler()
+    if draw(st.booleans()):
+        bound = draw(st.integers(0, len(planned)))
+        return model, parallel, [[merge(pack)] for pack in (planned[:bound], planned[bound:]) if pack]
+    size = draw(st.integers(1, 2))
+    planned += [filler()] * (-len(planned) % size)
+    return model, parallel, [planned[i : i + size] for i in range(0, len(planned), size)]
+
+
+def assert_same(found: RankRoutes, expected: RankRoutes) -> None:
+    for name in (
+        "units",
+        "num_units",
+        "num_replica_rows",
+        "num_local_rows",
+        "send_splits",
+        "receive_splits",
+        "returned_splits",
+    ):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.return_splits == expected.return_splits
+    for name in ("send_rows", "returned_rows", "stored_rows"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    assert list(found.chunks) == list(expected.chunks)
+    for key, chunk in found.chunks.items():
+        assert chunk.first == expected.chunks[key].first
+        for name in ("base_rows", "base_positions", "slot_rows", "slot_positions"):
+            np.testing.assert_array_equal(getattr(chunk, name), getattr(expected.chunks[key], name), f"{key} {name}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(step=steps())
+def test_local_plans_are_the_whole_table(step: tuple[ModelConfig, ParallelConfig, list[list[PlannedSample]]]) -> None:
+    """What ranks plan for themselves alone is what one table of all rows gives each of them."""
+    model, parallel, batches = step
+    length = padded_length([s.sequence.length for batch in batches for s in batch], parallel)
+    table = plan_table(model, parallel, batches, length)
+    for rank, mine in enumerate(plan_all(model, parallel, batches, length)):
+        assert_same(mine, rank_routes(table, rank))
+
+
+@settings(max_examples=25, deadline=None)
+@given(step=steps())
+def test_chunks_share_out_the_stored_rows(step: tuple[ModelConfig, ParallelConfig, list[list[PlannedSample]]]) -> None:
+    """Stretches follow each other without a gap, and each received row is stored once."""
+    model, parallel, batches = step
+    length = padded_length([s.sequence.length for batch in batches for s in batch], parallel)
+    for mine in plan_all(model, parallel, batches, length):
+        begin = 0
+        for chunk in mine.chunks.values():
+            assert chunk.first == begin
+            begin += len(chunk.base_rows) + chunk.slot_rows.size
+        assert begin == len(mine.stored_rows)
+        received = mine.stored_rows[mine.stored_rows < mine.num_received]
+        assert sorted(received.tolist()) == list(range(mine.num_received))

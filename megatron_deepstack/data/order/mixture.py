@@ -18,6 +18,7 @@ import numpy as np
 from megatron_deepstack.data.order.sampler import Indices, StoreStream, mixed_batch
 from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
 from megatron_deepstack.errors import StoreError
+from megatron_deepstack.planning.views import Grid
 
 
 class Samples(Protocol):
@@ -40,11 +41,17 @@ class Samples(Protocol):
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
         """Samples of 0-based step `step`, (batch_size,)."""
 
+    def prepare(self, samples: Indices) -> None:
+        """Fetch what these samples need and this node lacks, see `Store.prepare`."""
+
     def sample(self, index: int) -> Sample:
         """A sample."""
 
     def sample_images(self, index: int) -> tuple[int, ...]:
         """Images of a sample."""
+
+    def grid(self, image: int) -> Grid:
+        """Grid of an image."""
 
     def image(self, index: int) -> StoredImage:
         """An image."""
@@ -88,15 +95,22 @@ class Mixture:
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
         """Samples of 0-based step `step`, (batch_size,)."""
-        if self._streams is None or self._streams[0] != seed:
-            self._streams = seed, [StoreStream(seed, k, len(store)) for k, store in enumerate(self.stores)]
+        streams = self._streams
+        if streams is None or streams[0] != seed:
+            streams = self._streams = seed, [StoreStream(seed, k, len(store)) for k, store in enumerate(self.stores)]
         chosen, numbers = mixed_batch(seed, step, batch_size, self.weights)
         out = np.empty(batch_size, np.int64)
-        for k, stream in enumerate(self._streams[1]):
+        for k, stream in enumerate(streams[1]):
             here = chosen == k
             if here.any():
                 out[here] = self._first_sample[k] + stream.take(numbers[here])
         return out
+
+    def prepare(self, samples: Indices) -> None:
+        """Fetch what these samples need and this node lacks, see `Store.prepare`."""
+        which = np.searchsorted(self._first_sample, samples, side="right") - 1
+        for k in np.unique(which).tolist():
+            self.stores[k].prepare(samples[which == k] - self._first_sample[k])
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, its images numbered through; raises IndexError outside 0..len-1."""
@@ -108,6 +122,11 @@ class Mixture:
         """Images of sample `index`, numbered through."""
         store, number = self._find(index, self._first_sample, "sample")
         return tuple(self._first_image[store] + image for image in self.stores[store].sample_images(number))
+
+    def grid(self, image: int) -> Grid:
+        """Grid of an image."""
+        store, number = self._find(image, self._first_image, "image")
+        return self.stores[store].grid(number)
 
     def image(self, index: int) -> StoredImage:
         """Image `index`; its `start` is a row of its own store."""

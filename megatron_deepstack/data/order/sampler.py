@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+Order = npt.NDArray[np.uint32] | npt.NDArray[np.int64]
+"""A permutation: 4 bytes a sample, 8 where there are more than 2**32."""
 
 
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_samples: int) -> Indices:
-    """The permutation of an epoch, (num_samples,)."""
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Order:
+    """The permutation of an epoch, (num_samples,), read-only."""
     return _permutation((seed, epoch), num_samples)
 
 
@@ -66,30 +68,43 @@ _STORE = 2
 
 
 class StoreStream:
-    """The endless stream of one of a mixture's stores: epoch after epoch, each a permutation of its own."""
+    """The endless stream of one of a mixture's stores: epoch after epoch, each a permutation of its own.
+
+    Safe in threads: a call works on the permutations that it found or made, whatever others keep meanwhile.
+    """
 
     def __init__(self, seed: int, store: int, num_samples: int) -> None:
         self._key, self._num_samples = (seed, store), num_samples
-        self._epochs: dict[int, Indices] = {}
+        self._epochs: dict[int, Order] = {}
 
     def take(self, numbers: Indices) -> Indices:
-        """The samples at positions `numbers` of the stream."""
+        """The samples at positions `numbers` of the stream.
+
+        Args:
+            numbers: int64 (N,), 0 or more. The permutations of their epochs are kept for the next call, others not.
+
+        Returns:
+            int64 (N,) samples of the store.
+        """
         epochs, places = np.divmod(numbers, self._num_samples)
+        known = self._epochs
+        orders = {epoch: known[epoch] if epoch in known else self._order(epoch) for epoch in np.unique(epochs).tolist()}
+        self._epochs = orders
         out = np.empty(len(numbers), np.int64)
-        wanted = [int(epoch) for epoch in np.unique(epochs)]
-        self._epochs = {epoch: self._epochs[epoch] if epoch in self._epochs else self._order(epoch) for epoch in wanted}
-        for epoch in wanted:
+        for epoch, order in orders.items():
             here = epochs == epoch
-            out[here] = self._epochs[epoch][places[here]]
+            out[here] = order[places[here]]
         return out
 
-    def _order(self, epoch: int) -> Indices:
+    def _order(self, epoch: int) -> Order:
         seed, store = self._key
         return _permutation((seed, epoch, _STORE, store), self._num_samples)
 
 
-def _permutation(key: Sequence[int], length: int) -> Indices:
-    order = np.random.Generator(np.random.PCG64(list(key))).permutation(length)
+def _permutation(key: Sequence[int], length: int) -> Order:
+    """Shuffled numbers below `length`; which type holds them does not change their order."""
+    order: Order = np.arange(length, dtype=np.uint32) if length <= 2**32 else np.arange(length, dtype=np.int64)
+    np.random.Generator(np.random.PCG64(list(key))).shuffle(order)
     order.setflags(write=False)
     return order
 

@@ -154,6 +154,7 @@ class StepReader:
         Raises:
             DataError: A sample does not fit `train.seq_length`.
         """
+        self.store.prepare(samples.reshape(-1))
         read = [[self._read(int(i)) for i in row] for row in samples]
         packed = self.train.batching is Batching.PACKED
         rows = self._pack([one for row in read for one in row]) if packed else read
@@ -348,7 +349,7 @@ def open_reader(recipe: Recipe, path: str | None, share: Share, open_store: Open
 def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
     """A stored sample, expanded. Raises DataError if it does not fit `train.seq_length`."""
     sample = store.sample(index)
-    grids = tuple(store.image(image).grid for image in sample.images)
+    grids = tuple(store.grid(image) for image in sample.images)
     sequence = expand(
         sample.id,
         sample.tokens,

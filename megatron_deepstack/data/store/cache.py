@@ -1,16 +1,22 @@
 """A folder of copies that never holds more than a given number of bytes, shared by all processes of a node.
 
 Copies appear whole by a rename; the least recently used go first, down to nine tenths of the limit, so that looking for
-them is rare. A lock is held only while room is made and reserved, never while data is fetched, written or read. A copy
-that goes while somebody reads it stays readable for them, as an unlinked file does.
+them is rare. Every copy's bytes are reserved in a counter; the counter's lock is held for a handful of system calls,
+whatever the number of copies. One process at a time makes room, with a lock of its own: others go on as long as the
+counter leaves them room. A copy that goes while somebody reads it stays readable for them, as an unlinked file does.
+
+Besides copies of single views and blocks, which lie in at most 256 folders, there are whole folders, one for each store
+that was opened, which `held_folder` makes. They count as one copy each, and go only when nobody used them for an hour.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +29,9 @@ from megatron_deepstack.errors import StoreError
 _LOW_WATER: Final = 0.9
 """Share of the limit that is left in use when room is made."""
 _ABANDONED_SECONDS: Final = 3600.0
-"""An unfinished copy older than this belongs to a process that was killed."""
+"""An unfinished copy older than this belongs to a process that was killed; a held folder older is not in use."""
+_TRIES: Final = 3
+"""Times that room is made for one copy, before it is not kept: all the rest is being written or in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +52,25 @@ class BoundedFolder:
     """Copies by name. Holds nothing open, so it is safe in threads, after a fork, and pickles."""
 
     def __init__(self, config: CacheConfig) -> None:
+        """Make the folder, unless it is there. Raises StoreError where it cannot be made or is somebody else's."""
         self.root = Path(config.folder) if config.folder is not None else _own_temporary_path()
         self.limit_bytes = config.limit_bytes
         self._copies = self.root / "copies"
+        self.held = self.root / "index"
+        """Where held folders lie, each with a `.lock`, and a `.complete` whose time is that of its last use."""
         with self.writing():
             if config.folder is None:
                 _require_own(self.root)
             self._copies.mkdir(parents=True, exist_ok=True)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a copy `name`; it may go at any time."""
+        return self._path(name).exists()
+
     def read_into(self, name: str, buffer: memoryview) -> bool:
         """Fill `buffer` with the copy `name`; False if there is none of that size."""
         try:
-            with open(self._copies / name, "rb", buffering=0) as file:
+            with open(self._path(name), "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != len(buffer):
                     return False
                 os.utime(file.fileno())
@@ -70,23 +85,21 @@ class BoundedFolder:
         return True
 
     def keep(self, name: str, data: bytes | memoryview) -> None:
-        """Keep a copy; raises StoreError if that is more than the whole limit, or cannot be written."""
-        if len(data) > self.limit_bytes:
-            raise StoreError(
-                f"data.cache_gib allows {self.limit_bytes / 2**30:g} GiB in {self.root}, less than the {len(data)} "
-                "bytes of one copy; raise it"
-            )
-        path = self._copies / name
+        """Keep a copy, if room can be made: not where all the rest is in use or being written.
+
+        Args:
+            name: The copy's name; parts of it may be divided by slashes.
+            data: Its bytes.
+
+        Raises:
+            StoreError: It is more than the whole limit, or cannot be written.
+        """
+        self._require_within(len(data), "one copy")
+        path = self._path(name)
         partial = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked() as usage:
-                used = usage.read() + len(data)
-                if used > self.limit_bytes:
-                    used = self._make_room(len(data)) + len(data)
-                with open(partial, "wb") as file:
-                    file.truncate(len(data))  # a scan by another process counts it in full from now on
-                usage.write(used)
+            if not self._reserve(len(data), partial):
+                return
             with open(partial, "r+b") as file:
                 file.write(data)
             os.replace(partial, path)
@@ -96,29 +109,116 @@ class BoundedFolder:
 
     def drop(self, name: str) -> None:
         """Remove a copy, if it is there; its bytes count until room is made the next time."""
-        (self._copies / name).unlink(missing_ok=True)
+        self._path(name).unlink(missing_ok=True)
 
-    def _make_room(self, wanted: int) -> int:
+    def reserve_held(self, size: int, what: str) -> None:
+        """Count `size` bytes that a held folder is about to take; raises StoreError if that is more than the limit."""
+        self._require_within(size, what)
+        self._reserve(size, None)
+
+    @contextmanager
+    def one_at_a_time(self, name: str) -> Iterator[None]:
+        """A block that one thread of one process of the node runs at a time for `name`, so that what is missing is
+        fetched once. Other names may have to wait too, never long: there are 64 locks. Blocks may not be nested."""
+        folder = self.root / "locks"
+        with self.writing():
+            folder.mkdir(exist_ok=True)
+            file = open(folder / str(zlib.crc32(name.encode()) % 64), "ab")  # noqa: SIM115 - closed below
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _path(self, name: str) -> Path:
+        """Names with slashes are spread over 256 folders, whatever and however many they are."""
+        if "/" not in name:
+            return self._copies / name
+        return self._copies / f"{zlib.crc32(name.encode()) % 256:02x}" / name.replace("/", "-")
+
+    def _require_within(self, size: int, what: str) -> None:
+        if size > self.limit_bytes:
+            raise StoreError(
+                f"data.cache_gib allows {self.limit_bytes / 2**30:g} GiB in {self.root}, less than the {size} "
+                f"bytes of {what}; raise it"
+            )
+
+    def _reserve(self, size: int, partial: Path | None) -> bool:
+        """Count `size` bytes, and take them with an unfinished file; False if no room could be made for them."""
+        for _ in range(_TRIES):
+            with self._locked() as usage:
+                used = usage.read() + size
+                if used <= self.limit_bytes:
+                    if partial is not None:
+                        _claim(partial, size)
+                    usage.write(used)
+                    return True
+            self._make_room(size)
+        return False
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove the least recently used copies and count all bytes anew, unless another process has just done so.
+
+        What others add meanwhile is counted by them, and again here if it is met: the counter is never too low.
+        """
+        with open(self.root / "sweep", "ab") as sweep:
+            fcntl.flock(sweep, fcntl.LOCK_EX)
+            with self._locked() as usage:
+                before = usage.read()
+            if before + wanted <= self.limit_bytes:
+                return
+            left = self._remove_oldest(wanted)
+            with self._locked() as usage:
+                usage.write(left + max(usage.read() - before, 0))
+
+    def _remove_oldest(self, wanted: int) -> int:
         """Remove the least recently used copies; returns the bytes left in use, counted anew."""
-        files = []
+        files = sorted([*self._files(), *self._held_folders()])
+        total = sum(size for _, size, _ in files)
+        target = max(int(_LOW_WATER * self.limit_bytes) - wanted, 0)
+        now = time.time_ns()
+        for used_at, size, path in files:
+            if total <= target:
+                break
+            kept = path.endswith(".partial") or os.path.dirname(path) == str(self.held)
+            if kept and now - used_at < _ABANDONED_SECONDS * 1e9:
+                continue
+            if os.path.dirname(path) == str(self.held):
+                remove_held(Path(path), used_at)
+            else:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+            total -= size
+        self._remove_empty_folders()
+        return total
+
+    def _files(self) -> Iterator[tuple[int, int, str]]:
+        """Time of the last use, bytes and path of each copy."""
         for folder, _, names in os.walk(self._copies):
             for name in names:
                 with suppress(FileNotFoundError):
                     path = os.path.join(folder, name)
                     status = os.stat(path)
-                    files.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in files)
-        target = max(int(_LOW_WATER * self.limit_bytes) - wanted, 0)
-        now = time.time_ns()
-        for used_at, size, path in sorted(files):
-            if total <= target:
-                break
-            if path.endswith(".partial") and now - used_at < _ABANDONED_SECONDS * 1e9:
-                continue
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            total -= size
-        return total
+                    yield status.st_mtime_ns, status.st_size, path
+
+    def _held_folders(self) -> Iterator[tuple[int, int, str]]:
+        """The same of each held folder, whose arrays count, as `reserve_held` counted them, and documents do not."""
+        if not self.held.is_dir():
+            return
+        for folder in self.held.iterdir():
+            size = 0
+            for inside, _, names in os.walk(folder):
+                for name in names:
+                    if name.startswith(".") or name.endswith(".json"):
+                        continue
+                    with suppress(FileNotFoundError):
+                        size += os.stat(os.path.join(inside, name)).st_size
+            yield last_use_of_held(folder), size, str(folder)
+
+    def _remove_empty_folders(self) -> None:
+        """Folders below `copies` without a file; one that gets a file meanwhile stays, and `_claim` makes it again."""
+        for folder, _, _ in os.walk(self._copies, topdown=False):
+            if folder != str(self._copies):
+                with suppress(OSError):
+                    os.rmdir(folder)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -157,6 +257,35 @@ class _Usage:
     def write(self, used: int) -> None:
         os.ftruncate(self.file, 0)
         os.write(self.file, str(used).encode())
+
+
+def _claim(partial: Path, size: int) -> None:
+    """Make an unfinished file of its full size, so that whoever counts meets all of it."""
+    while True:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), open(partial, "wb") as file:  # the folder may go again before it has a file
+            file.truncate(size)
+            return
+
+
+def last_use_of_held(folder: Path) -> int:
+    """Time in ns of a held folder's last use; of one being made, when it was begun; 0 if it has gone."""
+    for path in (folder / ".complete", folder):
+        with suppress(FileNotFoundError):
+            return path.stat().st_mtime_ns
+    return 0
+
+
+def remove_held(folder: Path, used_at: int) -> None:
+    """Remove a held folder, unless it was used after `used_at` or is being made. Readers keep what they have mapped."""
+    with suppress(FileNotFoundError), open(folder / ".lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if last_use_of_held(folder) <= used_at:
+            (folder / ".complete").unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _own_temporary_path() -> Path:

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,17 +22,23 @@ from megatron_deepstack.data.store.schema import (
 from megatron_deepstack.errors import StoreError
 
 
+class ArrayReader(Protocol):
+    """An index array to read some rows of."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray: ...
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by their numbers, a copy, in the order given; quick where the numbers rise. Raises IndexError."""
+
+
 class IndexReader:
     """One index array, memory-mapped chunk by chunk; a slice within one chunk copies nothing."""
 
     def __init__(self, root: Path, name: str) -> None:
         array = INDEX_ARRAYS[name]
-        metadata = read_metadata(root, name)
-        shape = metadata.get("shape")
-        if not isinstance(shape, list) or not shape or not isinstance(shape[0], int) or shape[0] < 0:
-            raise StoreError(f"{root / name / METADATA_FILE}: its shape is {shape!r}.")
-        self._rows = shape[0]
-        check_metadata(root / name, metadata, index_metadata(array, self._rows))
+        self._rows = checked_rows(root, name)
         self._chunk_rows = index_chunk_rows(self._rows)
         chunk_shape = (self._chunk_rows, *array.row_shape)
         num_chunks = -(-self._rows // self._chunk_rows)
@@ -74,6 +80,19 @@ class IndexReader:
             first += len(piece)
 
 
+def checked_rows(root: Path, name: str) -> int:
+    """Rows of an index array whose metadata lies below `root`.
+
+    Raises StoreError if its metadata is not what this version writes.
+    """
+    metadata = read_metadata(root, name)
+    shape = metadata.get("shape")
+    if not isinstance(shape, list) or not shape or not isinstance(shape[0], int) or shape[0] < 0:
+        raise StoreError(f"{root / name / METADATA_FILE}: its shape is {shape!r}.")
+    check_metadata(root / name, metadata, index_metadata(INDEX_ARRAYS[name], shape[0]))
+    return int(shape[0])
+
+
 def read_metadata(root: Path, name: str) -> dict[str, Any]:
     """zarr metadata of an array or group below `root`."""
     path = root / name / METADATA_FILE
@@ -101,6 +120,13 @@ def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) 
     wrong = [f"{key} is {found.get(key)!r}, expected {expected[key]!r}" for key in differing]
     if wrong:
         raise StoreError(f"{path / METADATA_FILE}: {'; '.join(wrong)}.")
+
+
+def chunk_bytes(name: str, rows: int) -> int:
+    """Bytes of each chunk file of an index array with `rows` rows."""
+    array = INDEX_ARRAYS[name]
+    per_row = int(np.prod(array.row_shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize
+    return index_chunk_rows(rows) * per_row
 
 
 def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,7 +5,7 @@ images are read in the order of the shards, and each view's crc32c is checked (0
 zarr-python reads the same store, equal by test, but many times slower (`tools/bench_reader.py`), and takes a chunk that
 is missing for zeros; here that is a StoreError naming image and shard. The reader holds no threads and no descriptors
 that a fork or a pickle could break: a copy in another process opens its own. Of a store at a URL, `remote` copies the
-index arrays once and views as they are read.
+small index arrays once and views as they are read, and `remote_array` blocks of the large index arrays.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.order.sampler import Indices, global_batch
 from megatron_deepstack.data.store.attributes import StoreAttributes, finished_attributes, read_document
 from megatron_deepstack.data.store.cache import BoundedFolder, CacheConfig
-from megatron_deepstack.data.store.index import IndexReader, check_metadata, read_metadata
+from megatron_deepstack.data.store.index import ArrayReader, IndexReader, check_metadata, read_metadata
 from megatron_deepstack.data.store.remote import RemoteShards, copy_index
+from megatron_deepstack.data.store.remote_array import BY_BLOCKS, RemoteArray, side_by_side
 from megatron_deepstack.data.store.schema import (
     INDEX_ARRAYS,
     PIXELS,
@@ -47,7 +48,7 @@ _RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folde
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation, tokenised; arrays are read-only views of the mapped file."""
+    """A conversation, tokenised; arrays are read-only views of the mapped file, or copies of a store at a URL."""
 
     id: str
     tokens: np.ndarray
@@ -82,7 +83,7 @@ class Store:
         location: Location,
         attributes: StoreAttributes,
         pixels: PixelsShape,
-        index: dict[str, IndexReader],
+        index: dict[str, ArrayReader],
         shards: Shards,
         *,
         verify_checksums: bool,
@@ -114,7 +115,12 @@ class Store:
         folder = location.local_path() if copies is None else copy_index(location, document, copies)
         try:
             pixels = _read_pixels_shape(folder)
-            index = {name: IndexReader(folder, name) for name in INDEX_ARRAYS}
+            index: dict[str, ArrayReader] = {}
+            for name in INDEX_ARRAYS:
+                if copies is not None and name in BY_BLOCKS:
+                    index[name] = RemoteArray(location, folder, name, copies)
+                else:
+                    index[name] = IndexReader(folder, name)
             shards: Shards = LocalShards(folder, pixels)
             if copies is not None:
                 shards = RemoteShards(location, folder.name, pixels, copies)
@@ -150,7 +156,7 @@ class Store:
         """A whole index array, read-only; see `schema.INDEX_ARRAYS`. Of several chunks it is a copy: ask once."""
         return self._index[name][:]
 
-    def rows(self, name: str) -> IndexReader:
+    def rows(self, name: str) -> ArrayReader:
         """An index array to read some rows of, without touching the others."""
         return self._index[name]
 
@@ -184,6 +190,25 @@ class Store:
             images=self.sample_images(index),
         )
 
+    def prepare(self, samples: Indices) -> None:
+        """Fetch what `sample` will read of these samples and is not on this node yet, in requests side by side.
+
+        Does nothing for a local store. Without it each sample is fetched by itself, which takes as many waits.
+
+        Args:
+            samples: int64 (N,) numbers of samples.
+        """
+        missing = []
+        for name in ("samples/tokens", "samples/loss_mask", "samples/id"):
+            array = self._index[name]
+            if isinstance(array, RemoteArray):
+                ends = self._index[_OFFSETS_OF.get(name, f"{name}_offsets")]
+                first, stop = ends.take(samples), ends.take(samples + 1)
+                some = stop > first
+                missing += [(array, block) for block in array.missing(first[some], stop[some])]
+        if missing:
+            side_by_side(lambda one: one[0].fetch(one[1]), missing)
+
     def sample_images(self, index: int) -> tuple[int, ...]:
         """Images of sample `index`, without touching its tokens."""
         self._check_number("sample", index, self.num_samples)
@@ -199,6 +224,12 @@ class Store:
         lengths = np.diff(self._index["samples/tokens_offsets"][:])
         lengths.flags.writeable = False
         return lengths
+
+    def grid(self, image: int) -> Grid:
+        """Grid of an image; raises IndexError outside 0..num_images-1."""
+        self._check_number("image", image, self.num_images)
+        gw, gh = self._index["images/grid"][image].tolist()
+        return gw, gh
 
     def image(self, index: int) -> StoredImage:
         """Image `index`; raises IndexError outside 0..num_images-1."""
@@ -262,8 +293,8 @@ class Store:
 
     def _damaged(self, slots: list[int], out: np.ndarray) -> list[int]:
         """Places whose pixels are not those that were written."""
-        written = self._index["images/crc32c"]
-        return [place for place, slot in enumerate(slots) if google_crc32c.value(out[place]) != int(written[slot])]
+        written = self._index["images/crc32c"].take(np.array(slots, np.int64)).tolist()
+        return [place for place, sum_ in enumerate(written) if google_crc32c.value(out[place]) != sum_]
 
     def _damage_error(self, slot: int, image: int, pixels: np.ndarray) -> StoreError:
         view = slot - int(self._index["images/start"][image])
@@ -311,6 +342,8 @@ class Store:
             raise StoreError(f"{self.location}: the store contradicts itself: {'; '.join(wrong)}.")
 
 
+_OFFSETS_OF: Final = {"samples/loss_mask": "samples/tokens_offsets"}
+"""Offsets of arrays that have none of their own."""
 _RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
 """Flat arrays whose rows an array of offsets delimits."""
 

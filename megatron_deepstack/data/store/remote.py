@@ -1,4 +1,4 @@
-"""Stores in an object store: index arrays copied once, views fetched as byte ranges and kept in a bounded cache.
+"""Stores in an object store: small index arrays copied once, views fetched as byte ranges, all in a bounded cache.
 
 A view is fetched and kept by itself, neighbours in one request: training reads images in random order, and whole shards
 (64 images) would be fetched anew for nearly every image wherever the cache is smaller than the store. Requests of one
@@ -10,19 +10,20 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store.cache import BoundedFolder
-from megatron_deepstack.data.store.index import parse_metadata
+from megatron_deepstack.data.store.cache import BoundedFolder, last_use_of_held, remove_held
+from megatron_deepstack.data.store.index import chunk_bytes, parse_metadata
+from megatron_deepstack.data.store.remote_array import BY_BLOCKS, side_by_side
 from megatron_deepstack.data.store.schema import (
     EMPTY_CHUNK,
     INDEX_ARRAYS,
@@ -37,38 +38,73 @@ from megatron_deepstack.data.store.schema import (
 from megatron_deepstack.data.store.shards import ShardError, parse_index, runs, unpack
 from megatron_deepstack.errors import StoreError
 
-_REQUESTS: Final = 16
-"""Requests at a time."""
 _MOST_BYTES: Final = 8 << 20
 """Bytes asked for in one request, unless a single view is larger."""
 _MOST_INDICES: Final = 1024
 """Shard indices kept in memory: 5 KB each for DeepStack-L, 26 KB for DeepStack-HD."""
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
 
 def copy_index(location: Location, document: bytes, cache: BoundedFolder) -> Path:
-    """Copy metadata and index arrays of a store below the cache, unless they are there; returns the copy's folder.
+    """Copy metadata and small index arrays of a store below the cache, unless they are there.
 
-    `document` is the store's own zarr.json as it is now: a store that was written anew gets a copy of its own. These
-    copies are small and stay; the cache's limit does not count them.
+    Large arrays (`remote_array.BY_BLOCKS`) are only looked at: `RemoteArray` reads them.
+
+    Args:
+        location: The store.
+        document: The store's own zarr.json as it is now. A store that was written anew gets a copy of its own, and the
+            copies of what it was before are removed.
+        cache: Where the copy lies; its limit counts the copy, which may go when nobody used it for an hour.
+
+    Returns:
+        The copy's folder. Its name tells this store, as it is now, from all others.
+
+    Raises:
+        StoreError: An object is missing or of a wrong size, or the copy cannot be written or is larger than the limit.
     """
-    name = hashlib.sha256(f"{location}\n".encode() + document).hexdigest()[:32]
-    folder = cache.root / "index" / name
-    with cache.writing():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            done = folder / ".complete"
-            if not done.exists():
-                arrays = [f"{array}/{METADATA_FILE}" for array in (PIXELS, *INDEX_ARRAYS)]
-                _side_by_side(partial(_copy, location, folder), arrays)
-                _side_by_side(partial(_copy, location, folder), _chunk_paths(location, folder))
-                (folder / METADATA_FILE).write_bytes(document)
-                _sync(folder)
-                done.touch()
+    source = hashlib.sha256(f"{location}".encode()).hexdigest()[:16]
+    folder = cache.held / f"{source}-{hashlib.sha256(document).hexdigest()[:16]}"
+    with cache.writing(), _locked(folder):
+        done = folder / ".complete"
+        if not done.exists():
+            arrays = [f"{array}/{METADATA_FILE}" for array in (PIXELS, *INDEX_ARRAYS)]
+            side_by_side(partial(_copy, location, folder), arrays)
+            chunks = _chunks(location, folder)
+            side_by_side(partial(_check_size, location), [chunk for chunk in chunks if chunk.name in BY_BLOCKS])
+            small = [chunk for chunk in chunks if chunk.name not in BY_BLOCKS]
+            cache.reserve_held(sum(chunk.size for chunk in small), f"the index of {location}")
+            side_by_side(partial(_copy, location, folder), [chunk.path for chunk in small])
+            (folder / METADATA_FILE).write_bytes(document)
+            _sync(folder)
+            done.touch()
+            for other in cache.held.glob(f"{source}-*"):
+                if other != folder:
+                    remove_held(other, last_use_of_held(other))
+        os.utime(done)
     return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder of copies, which is made; another process may remove it until the lock is held."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(folder / ".lock", "ab")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            continue
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_at(lock.fileno(), folder / ".lock"):
+                yield
+                return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync(folder: Path) -> None:
@@ -81,14 +117,36 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _chunk_paths(location: Location, folder: Path) -> list[str]:
-    paths = []
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A chunk file of an index array."""
+
+    name: str
+    path: str
+    size: int
+
+
+def _chunks(location: Location, folder: Path) -> list[_Chunk]:
+    chunks = []
     for name, array in INDEX_ARRAYS.items():
         metadata = f"{name}/{METADATA_FILE}"
         shape = parse_metadata(str(location.child(metadata)), (folder / metadata).read_bytes()).get("shape")
         rows = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
-        paths += [index_chunk_path(array, k) for k in range(-(-rows // index_chunk_rows(rows)))]
-    return paths
+        size = chunk_bytes(name, rows)
+        chunks += [_Chunk(name, index_chunk_path(array, k), size) for k in range(-(-rows // index_chunk_rows(rows)))]
+    return chunks
+
+
+def _check_size(location: Location, chunk: _Chunk) -> None:
+    source = location.child(chunk.path)
+    try:
+        found = source.size()
+    except FileNotFoundError as error:
+        raise StoreError(f"{source}: cannot be read: no such object. The store is damaged.") from error
+    except OSError as error:
+        raise StoreError(f"{source}: cannot be read: {error.strerror or error}.") from error
+    if found != chunk.size:
+        raise StoreError(f"{source}: has {found} bytes, expected {chunk.size}. The store is damaged: preprocess again.")
 
 
 def _copy(location: Location, folder: Path, name: str) -> None:
@@ -111,12 +169,6 @@ def _blocks(source: Location) -> Iterator[bytes]:
         raise StoreError(f"{source}: cannot be read: {error.strerror or error}.") from error
 
 
-def _side_by_side(do: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Results in order; the first error is raised once all others have come to their end."""
-    with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="store-requests") as pool:
-        return list(pool.map(do, items))
-
-
 @dataclass(frozen=True, slots=True)
 class _Fetch:
     """Views that lie back to back in a shard: one request."""
@@ -135,6 +187,7 @@ class RemoteShards:
     def __init__(self, location: Location, name: str, pixels: PixelsShape, cache: BoundedFolder) -> None:
         """`name` tells this store's copies from others'."""
         self._location, self._name, self._pixels, self._cache = location, name, pixels, cache
+        self._in_use = cache.held / name / ".complete"
         self._indices: dict[int, np.ndarray] = {}
 
     def where(self, slot: int) -> str:
@@ -152,13 +205,15 @@ class RemoteShards:
 
         Raises ShardError where an object is missing or damaged, LocationError where the connection fails.
         """
+        with suppress(FileNotFoundError):
+            os.utime(self._in_use)  # the copy of the store's index is not to go
         indices = self._load_indices(sorted({slot // self._pixels.slots_per_part for slot in slots}))
         missing = []
         for first, places in runs(slots, self._pixels.slots_per_part):
             index = indices[first // self._pixels.slots_per_part]
             missing += list(self._read_copies(index, first, places, out))
         if missing:
-            _side_by_side(partial(self._fetch, out), missing)
+            side_by_side(partial(self._fetch, out), missing)
 
     def _read_copies(self, index: np.ndarray, first: int, places: Sequence[int], out: np.ndarray) -> Iterator[_Fetch]:
         """Fill rows from copies; yields what has to be fetched."""
@@ -208,7 +263,7 @@ class RemoteShards:
         missing = [part for part in parts if part not in known]
         if not missing:
             return known
-        found = _side_by_side(self._index, missing)
+        found = side_by_side(self._index, missing)
         if len(known) + len(missing) > _MOST_INDICES:
             known = {part: known[part] for part in parts if part in known}
         self._indices = loaded = {**known, **dict(zip(missing, found, strict=True))}

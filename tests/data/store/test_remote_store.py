@@ -15,7 +15,7 @@ import pytest
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store import remote
-from megatron_deepstack.data.store.cache import BoundedFolder, CacheConfig
+from megatron_deepstack.data.store.cache import CacheConfig
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import METADATA_FILE, shard_path
 from megatron_deepstack.errors import LocationError, StoreError
@@ -116,51 +116,6 @@ def test_a_small_cache_stays_small_and_the_answer_the_same(url: str, folder: Pat
     assert len(seen) > 10, "copies were evicted"
 
 
-def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
-    cache = BoundedFolder(CacheConfig(str(tmp_path), 100))
-    for name in "abcde":
-        cache.keep(name, name.encode() * 20)
-        os.utime(tmp_path / "copies" / name, ns=(ord(name), ord(name)))
-    buffer = memoryview(bytearray(20))
-    assert cache.read_into("a", buffer), "a is used again"
-    cache.keep("f", b"f" * 20)
-    assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == ["a", "d", "e", "f"]
-    assert (cache.read_into("b", buffer), cache.read_into("f", buffer), bytes(buffer)) == (False, True, b"f" * 20)
-
-
-def test_an_evicted_copy_can_be_read_to_its_end(tmp_path: Path) -> None:
-    cache = BoundedFolder(CacheConfig(str(tmp_path), 100))
-    cache.keep("a", b"a" * 60)
-    with open(tmp_path / "copies/a", "rb") as file:
-        cache.keep("b", b"b" * 60)
-        assert not (tmp_path / "copies/a").exists()
-        assert file.read() == b"a" * 60
-
-
-@pytest.mark.parametrize("counter", [b"", b"torn \0", b"99999999"])
-def test_a_lost_counter_is_counted_anew(tmp_path: Path, counter: bytes) -> None:
-    cache = BoundedFolder(CacheConfig(str(tmp_path), 100))
-    for name in "abc":
-        cache.keep(name, b"x" * 30)
-    if counter:
-        (tmp_path / "usage").write_bytes(counter)
-    cache.keep("d", b"x" * 30)
-    assert sum(path.stat().st_size for path in (tmp_path / "copies").iterdir()) <= 100
-    assert int((tmp_path / "usage").read_text()) <= 100
-
-
-def test_leftovers_of_a_killed_process_go_after_an_hour(tmp_path: Path) -> None:
-    cache = BoundedFolder(CacheConfig(str(tmp_path), 100))
-    for name, mtime in (("old.1.1.partial", 1), ("new.1.1.partial", None)):
-        path = tmp_path / "copies" / name
-        path.write_bytes(b"x" * 40)
-        if mtime:
-            os.utime(path, (mtime, mtime))
-    (tmp_path / "usage").write_text("100")
-    cache.keep("a", b"x" * 30)
-    assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == ["a", "new.1.1.partial"]
-
-
 def read_all(url: str, cache: CacheConfig, seed: int) -> bool:
     """In a process of its own: every image again and again, in an order of its own."""
     store = Store.open(url, cache=cache)
@@ -246,8 +201,8 @@ def test_a_store_written_anew_is_not_mixed_with_old_copies(url: str, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("samples/tokens/c/0", lambda path: os.truncate(path, 0), r"tokens/c/0: has 0 bytes, expected \d+\."),
-        ("samples/tokens/c/0", Path.unlink, r"tokens/c/0: cannot be read: No such file"),
+        ("samples/images/c/0", lambda path: os.truncate(path, 0), r"images/c/0: has 0 bytes, expected \d+\."),
+        ("samples/images/c/0", Path.unlink, r"images/c/0: cannot be read: No such file"),
         (f"images/grid/{METADATA_FILE}", lambda path: path.write_bytes(bytes(40)), r"zarr.json: not JSON"),
         ("samples/id_offsets/c/0", lambda path: path.write_bytes(bytes(path.stat().st_size)), "contradicts itself"),
     ],
@@ -335,10 +290,16 @@ def test_a_lost_connection_is_no_damage(url: str, cache: CacheConfig, monkeypatc
     store.read_views(0, [0])
 
 
-def test_a_cache_too_small_for_one_view(url: str, tmp_path: Path) -> None:
-    store = Store.open(url, cache=CacheConfig(str(tmp_path / "none"), 700))
+def test_a_cache_too_small_for_one_view(bucket: str, tmp_path: Path) -> None:
+    few = upload(write_tiny_store(tmp_path / "few", grids=GRIDS[:1], samples=((0,),)), f"{bucket}/few.zarr")
+    store = Store.open(few, cache=CacheConfig(str(tmp_path / "none"), 700))
     with pytest.raises(StoreError, match=r"data.cache_gib allows .* less than the 768 bytes of one copy; raise it"):
         store.read_views(0, [0])
+
+
+def test_a_cache_too_small_for_the_index(url: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=rf"data.cache_gib .* less than the \d+ bytes of the index of {url}; raise"):
+        Store.open(url, cache=CacheConfig(str(tmp_path / "none"), 100))
 
 
 def test_a_cache_folder_that_cannot_be_written(url: str, tmp_path: Path) -> None:

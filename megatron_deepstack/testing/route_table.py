@@ -1,0 +1,256 @@
+"""The oracle of `planning.routes`: all ranks' routes at once, one table of all rows sorted by definition.
+
+A row of the table is one delivered feature vector. The exchange's order is the table's: by destination, origin,
+micro-batch and slot, then as samples, images and `rows.image_rows` list them. Made for tests: it costs every rank what
+all ranks do, and sorts copies for each tp rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_deepstack.config.choices import EncoderPlacement
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.planning.route_sides import ChunkRows
+from megatron_deepstack.planning.routes import EncodeUnit, PlannedSample, RankRoutes
+from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows, tokens_per_view
+from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stage_chunks
+from megatron_deepstack.planning.views import Grid
+
+Index = npt.NDArray[np.int64]
+_ROW = np.dtype(
+    [
+        ("dst", np.int64),
+        ("src", np.int64),
+        ("micro_batch", np.int64),
+        ("vpp", np.int64),
+        ("slot", np.int64),
+        ("position", np.int64),
+        ("src_row", np.int64),
+        ("returns", np.bool_),
+        ("order", np.int64),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRoutes:
+    """The whole exchange of a step."""
+
+    rows: np.ndarray
+    """Structured array, one entry per delivered row, in the order of the exchange."""
+    units: tuple[tuple[EncodeUnit, ...], ...]
+    """Units by replica rank."""
+    view_tokens: int
+    slots_by_chunk: dict[tuple[int, int], tuple[int, ...]]
+    """Decoder slots of each (pp, vpp)."""
+    stage_of_rank: tuple[int, ...]
+    returns: tuple[bool, ...]
+    """By replica rank, whether gradients of received rows go back."""
+
+
+def _plan_units(
+    model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]], num_ranks: int
+) -> tuple[tuple[EncodeUnit, ...], ...]:
+    """Deal the views that some row needs to ranks, in order and evenly (all views cost the same, to within one)."""
+    units = []
+    for m, samples in enumerate(micro_batches):
+        for b, sample in enumerate(samples):
+            for span in sample.sequence.spans:
+                rows = image_rows(model, sample.grids[span.image])
+                kept = (rows.cell < span.length) & (rows.view != NEWLINE)
+                for views in _unit_views(model, sample.grids[span.image], np.unique(rows.view[kept])):
+                    units.append(EncodeUnit(micro_batch=m, sample=b, image=span.image, views=views))
+    bounds = [len(units) * rank // num_ranks for rank in range(num_ranks + 1)]
+    return tuple(tuple(units[a:b]) for a, b in pairwise(bounds))
+
+
+def _unit_views(model: ModelConfig, grid: Grid, needed: Index) -> list[tuple[int, ...]]:
+    if not len(needed):
+        return []
+    if model.variant.traits.stacks_in_vit:
+        return [tuple(range(1 + grid[0] * grid[1]))]
+    return [(int(view),) for view in needed]
+
+
+def plan_table(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    micro_batches: Sequence[Sequence[PlannedSample]],
+    seq_length: int,
+) -> StepRoutes:
+    """Route every row of a step. `micro_batches` are one replica's; all have `seq_length` and one batch size.
+
+    With `encoder_placement: inline` nothing travels: the ranks of stage 0 encode their own micro-batches, and every
+    row's source is its destination.
+    """
+    ranks = parallel.tensor * parallel.context * parallel.pipeline
+    inline = parallel.encoder_placement is EncoderPlacement.INLINE
+    units = _plan_units(model, micro_batches, 1 if inline else ranks)
+    first_row = _first_rows(units, tokens_per_view(model.vision))
+    newline_row = [len(mine) * tokens_per_view(model.vision) for mine in units]
+    slots = decoder_slots(model)
+    parts = [np.empty(0, _ROW)]
+    for m, samples in enumerate(micro_batches):
+        for b, sample in enumerate(samples):
+            rows = _sample_rows(model, slots, sample, m, b, first_row, newline_row)
+            parts.append(_deliver(rows, model, parallel, b, len(samples), seq_length))
+    table = np.concatenate(parts)
+    table["order"] = np.arange(len(table))
+    if inline:
+        table["src"] = table["dst"]
+        units = tuple(units[0] if rank < parallel.tensor * parallel.context else () for rank in range(ranks))
+    table = table[np.lexsort([table[k] for k in ("slot", "vpp", "micro_batch", "src", "dst")])]
+    chunks = stage_chunks(model.language.num_layers, parallel)
+    return StepRoutes(
+        rows=table,
+        units=units,
+        view_tokens=tokens_per_view(model.vision),
+        slots_by_chunk={(c.pp, c.vpp): chunk_slots(c, slots) for c in chunks},
+        stage_of_rank=tuple(rank // (parallel.tensor * parallel.context) for rank in range(ranks)),
+        returns=tuple(parallel.sequence_parallel or rank % parallel.tensor == 0 for rank in range(ranks)),
+    )
+
+
+_Home = tuple[int, int]
+
+
+def _first_rows(units: Sequence[Sequence[EncodeUnit]], view_tokens: int) -> dict[tuple[int, int, int, int], _Home]:
+    """(micro-batch, sample, image, first view of the unit) -> (rank, first local row)."""
+    return {
+        (unit.micro_batch, unit.sample, unit.image, unit.views[0]): (rank, index * view_tokens)
+        for rank, mine in enumerate(units)
+        for index, unit in enumerate(mine)
+    }
+
+
+def _sample_rows(
+    model: ModelConfig,
+    slots: Sequence[int],
+    sample: PlannedSample,
+    m: int,
+    b: int,
+    first_row: dict[tuple[int, int, int, int], _Home],
+    newline_row: Sequence[int],
+) -> np.ndarray:
+    """Rows of one sample with source, slot and position in the whole sequence; no destination yet."""
+    slot_of_stack = np.array([EMBEDDING, *slots])
+    parts = [np.empty(0, _ROW)]
+    for span in sample.sequence.spans:
+        rows = image_rows(model, sample.grids[span.image])
+        kept = rows.cell < span.length
+        out = np.zeros(int(kept.sum()), _ROW)
+        if not len(out):
+            continue
+        view = rows.view[kept]
+        homes = np.zeros((int(view.max()) + 2, 2), np.int64)
+        for v in np.unique(view[view != NEWLINE]):
+            homes[v] = first_row[m, b, span.image, int(v)]
+        rank_of_first = homes[view[view != NEWLINE][0]][0]
+        homes[NEWLINE] = rank_of_first, newline_row[rank_of_first]
+        out["src"], out["src_row"] = homes[view, 0], homes[view, 1] + rows.token[kept]
+        out["micro_batch"], out["position"] = m, span.start + rows.cell[kept]
+        out["slot"] = slot_of_stack[rows.stack[kept] - BASE]
+        parts.append(out)
+    return np.concatenate(parts)
+
+
+def _deliver(
+    rows: np.ndarray, model: ModelConfig, parallel: ParallelConfig, b: int, batch: int, seq_length: int
+) -> np.ndarray:
+    """Fill in destination, virtual stage, shard position and who returns a gradient; copies for tp are added."""
+    chunks = stage_chunks(model.language.num_layers, parallel)
+    pp, vpp = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    for slot in np.unique(rows["slot"]):
+        home = chunks[owner(int(slot), chunks)]
+        here = rows["slot"] == slot
+        pp[here], vpp[here] = home.pp, home.vpp
+    cp, local = _shard_context(rows["position"], parallel.context, seq_length)
+    tp_shards = parallel.tensor if parallel.sequence_parallel else 1
+    tp, local = np.divmod(local, seq_length // parallel.context // tp_shards)
+    rows["vpp"], rows["position"] = vpp, local * batch + b
+    rows["dst"] = tp + parallel.tensor * (cp + parallel.context * pp)
+    rows["returns"] = True
+    if parallel.sequence_parallel or parallel.tensor == 1:
+        return rows
+    copies = np.tile(rows, parallel.tensor)
+    copies["dst"] += np.repeat(np.arange(parallel.tensor), len(rows))
+    copies["returns"] = np.repeat(np.arange(parallel.tensor) == 0, len(rows))
+    return copies
+
+
+def _shard_context(position: Index, num_ranks: int, seq_length: int) -> tuple[Index, Index]:
+    """Zigzag split: of 2 cp chunks, rank i holds chunks i and 2 cp - 1 - i. Returns (cp rank, position there)."""
+    if num_ranks == 1:
+        return np.zeros_like(position), position
+    size = seq_length // (2 * num_ranks)
+    chunk, offset = np.divmod(position, size)
+    rank = np.minimum(chunk, 2 * num_ranks - 1 - chunk)
+    return rank, np.where(chunk < num_ranks, offset, size + offset)
+
+
+def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
+    """The part of the table that concerns one replica rank."""
+    rows, num_ranks = step.rows, len(step.units)
+    sent = rows[rows["src"] == rank]
+    received = rows[rows["dst"] == rank]
+    backwards = sent[sent["returns"]]
+    assert (received["returns"] == step.returns[rank]).all()
+    num_local = len(step.units[rank]) * step.view_tokens + 1
+    assert not len(sent) or int(sent["src_row"].max()) < num_local, "a route names a row its rank does not make"
+    uses = np.bincount(backwards["src_row"], minlength=num_local)
+    assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
+    num_units = len({unit for units in step.units for unit in units})
+    chunks, stored_rows = _chunk_rows(step, received, step.stage_of_rank[rank])
+    return RankRoutes(
+        units=step.units[rank],
+        num_units=num_units,
+        num_replica_rows=num_units * step.view_tokens,
+        num_local_rows=num_local,
+        send_rows=np.ascontiguousarray(sent["src_row"]),
+        send_splits=_counts(sent["dst"], num_ranks),
+        receive_splits=_counts(received["src"], num_ranks),
+        stored_rows=stored_rows,
+        returns_gradients=step.returns[rank],
+        returned_rows=np.ascontiguousarray(backwards["src_row"]),
+        returned_splits=_counts(backwards["dst"], num_ranks),
+        chunks=chunks,
+    )
+
+
+def _counts(ranks: Index, num_ranks: int) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.bincount(ranks, minlength=num_ranks))
+
+
+def _chunk_rows(
+    step: StepRoutes, received: np.ndarray, stage: int
+) -> tuple[dict[tuple[int, int], ChunkRows], npt.NDArray[np.int64]]:
+    chunks, stored = {}, [np.empty(0, np.int64)]
+    keys = np.unique(received[["micro_batch", "vpp"]]) if len(received) else ()
+    for m, vpp in keys:
+        first = sum(map(len, stored))
+        here = np.flatnonzero((received["micro_batch"] == m) & (received["vpp"] == vpp))
+        here = here[np.argsort(received["order"][here])]
+        by_slot = [here[received["slot"][here] == slot] for slot in (EMBEDDING, *step.slots_by_chunk[stage, int(vpp)])]
+        base, stacked = by_slot[0], by_slot[1:]
+        assert sum(map(len, by_slot)) == len(here), "a row arrived at a stage that does not own its slot"
+        longest = max(map(len, stacked), default=0)
+        rows = np.full((len(stacked), longest), len(received), np.int64)
+        positions = np.zeros((len(stacked), longest), np.int64)
+        for k, indices in enumerate(stacked):
+            rows[k, : len(indices)] = indices
+            positions[k, : len(indices)] = received["position"][indices]
+        stored += [base, rows.reshape(-1)]
+        chunks[int(m), int(vpp)] = ChunkRows(
+            first=first,
+            base_rows=base,
+            base_positions=received["position"][base],
+            slot_rows=rows,
+            slot_positions=positions,
+        )
+    return chunks, np.concatenate(stored)
