@@ -15,7 +15,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from megatron_deepstack.errors import ClusterError, ConfigError, DeepStackError
-from megatron_deepstack.platform.scratch import Scratch
+from megatron_deepstack.platform.files.scratch import Scratch
 from orchestration.ray_folder import disk_fault, given_to_ray, ray_folder
 
 _OBJECT_STORE_BYTES: Final = 128 * 2**20

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from megatron_deepstack.errors import ClusterError
-from megatron_deepstack.platform.scratch import MEMORY, NUMBER_DIGITS, Scratch, hold_new
+from megatron_deepstack.platform.files.scratch import MEMORY, NUMBER_DIGITS, Scratch, hold_new
 
 _KIND: Final = "dsray"
 _INNER: Final = "r"

@@ -8,7 +8,7 @@ import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
 from reference_folder import pytest_terminal_summary, reference  # noqa: F401 - a fixture, and a hook
 
-from megatron_deepstack.platform.garbage import settle
+from megatron_deepstack.platform.processes.garbage import settle
 from megatron_deepstack.testing.ranks import RankPool
 
 

@@ -28,7 +28,7 @@ from megatron_deepstack.config.schema import (
     StackConfig,
     VisionConfig,
 )
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import TinySample, tiny_recipe, unit_pixels
 
@@ -85,7 +85,7 @@ class Bench:
         from megatron_deepstack.checkpoint.saving.saver import Saver
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
-        from megatron_deepstack.planning.step_plan import plan_step
+        from megatron_deepstack.planning.batch.step_plan import plan_step
         from megatron_deepstack.step.engine import build_engine
         from megatron_deepstack.training.optim.optimizer import Optimizer
 

@@ -22,7 +22,7 @@ import torch
 
 from megatron_deepstack.config.choices import EncoderPlacement, Part
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig, VisionConfig
-from megatron_deepstack.planning.cost import decoder_flops, projector_flops, view_flops
+from megatron_deepstack.planning.budget.cost import decoder_flops, projector_flops, view_flops
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import TinySample, tiny_recipe, unit_pixels
 
@@ -82,7 +82,7 @@ def model_of(vision: VisionConfig) -> ModelConfig:
 def samples_of(model: ModelConfig) -> list[TinySample]:
     import numpy as np
 
-    from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+    from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 
     rng = np.random.default_rng(0)
     size = model.vision.image_size
@@ -109,7 +109,7 @@ class Bench:
     def __init__(self, rank: int, model: ModelConfig, trainable: tuple[Part, ...]) -> None:
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
-        from megatron_deepstack.planning.step_plan import plan_step
+        from megatron_deepstack.planning.batch.step_plan import plan_step
         from megatron_deepstack.step.engine import build_engine
 
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(os.getppid()))[rank]})

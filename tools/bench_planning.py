@@ -16,12 +16,12 @@ import numpy as np
 
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
-from megatron_deepstack.planning.packing import merge, pack
-from megatron_deepstack.planning.routes import PlannedSample
-from megatron_deepstack.planning.rows import context_length
-from megatron_deepstack.planning.sequence import expand
-from megatron_deepstack.planning.step_plan import plan_step
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.packing import merge, pack
+from megatron_deepstack.planning.batch.sequence import expand
+from megatron_deepstack.planning.batch.step_plan import plan_step
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.exchange.routes import PlannedSample
+from megatron_deepstack.planning.exchange.rows import context_length
 
 GRID = (2, 2)
 SEQ_LENGTH = 4096

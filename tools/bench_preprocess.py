@@ -41,8 +41,8 @@ from megatron_deepstack.data.images.processor import Processor
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.testing.tiny_data import record, write_records, write_tokenizer
 from orchestration import cluster
-from orchestration.preprocess.run import preprocess
-from orchestration.preprocess.tasks import WORKER_ENVIRONMENT
+from orchestration.preprocess.driver.run import preprocess
+from orchestration.preprocess.driver.tasks import WORKER_ENVIRONMENT
 
 WARM_PARTS = 2
 """Parts for each worker before anything is timed."""

@@ -47,7 +47,7 @@ def preprocess(
     assert loaded.data.records
     assert loaded.data.store is not None
     say(f"preprocess: {', '.join(loaded.data.records)} -> {loaded.data.store}")
-    from orchestration.preprocess.run import preprocess as run
+    from orchestration.preprocess.driver.run import preprocess as run
 
     say(_summary(run(loaded, loaded.data.store, workers=workers, address=address)))
 

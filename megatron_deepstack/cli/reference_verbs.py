@@ -37,7 +37,7 @@ def check_reference(
     if not (files or crops or conversations):
         raise typer.BadParameter("nothing to compare: give FILE..., --crops and --photos, or --conversations")
     if files:
-        from megatron_deepstack.testing.reference import check_cases
+        from megatron_deepstack.testing.published.reference import check_cases
 
         layout = ParallelConfig(
             tensor=tp,
@@ -50,11 +50,11 @@ def check_reference(
         )
         _say_all(check_cases(files, layout, data_parallel=dp))
     if crops and photos:
-        from megatron_deepstack.testing.reference_data import check_crops
+        from megatron_deepstack.testing.published.reference_data import check_crops
 
         _say_all(check_crops(crops, photos))
     if conversations and tokenizer:
-        from megatron_deepstack.testing.reference_data import check_conversations
+        from megatron_deepstack.testing.published.reference_data import check_conversations
 
         _say_all(check_conversations(conversations, tokenizer))
 

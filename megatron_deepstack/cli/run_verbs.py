@@ -170,7 +170,7 @@ def plan(
     else:
         Console().print(plan_table(loaded, Console().width))
     if svg is not None:
-        from megatron_deepstack.report.stages import stage_drawing
+        from megatron_deepstack.report.drawing.stages import stage_drawing
 
         try:
             svg.write_text(stage_drawing(loaded) + "\n", encoding="utf-8")

@@ -144,7 +144,7 @@ def merge(
     inputs: Annotated[list[str], PathKind.LOCAL, typer.Argument(metavar="IN...", help="Finished stores, two or more.")],
 ) -> None:
     """Make one store of several that were preprocessed alike. Shards are linked, images in several kept once."""
-    from megatron_deepstack.storekeeping.merge import merge as put_together
+    from megatron_deepstack.storekeeping.rewrite.merge import merge as put_together
 
     created, *taken = map(_folder, (output, *inputs))
     with _shards_done("merge") as progress:
@@ -169,8 +169,8 @@ def split(
     """Divide a store's samples at random into two stores, each with the images its samples use."""
     if (fraction is None) == (count is None):
         raise ConfigError(["give one of --fraction and --count"])
-    from megatron_deepstack.storekeeping.assemble import open_local
-    from megatron_deepstack.storekeeping.split import split as divide
+    from megatron_deepstack.storekeeping.rewrite.assemble import open_local
+    from megatron_deepstack.storekeeping.rewrite.split import split as divide
 
     whole, larger, smaller = map(_folder, (path, train, heldout))
     wanted = count if count is not None else round((fraction or 0) * len(open_local(whole)))

@@ -11,7 +11,7 @@ from megatron_deepstack.config.traits.variants import Variant as Variant
 
 
 class Sampler(StrEnum):
-    """How the mosaic of crops is cut into stacks; what each does stands in `planning.samplers`."""
+    """How the mosaic of crops is cut into stacks; what each does stands in `planning.exchange.samplers`."""
 
     DILATED_2D = "2d"
     SEQUENTIAL_1D = "1d"

@@ -19,7 +19,7 @@ from megatron_deepstack.convert.hf_config import read_config, require_same_model
 from megatron_deepstack.convert.hf_names import by_published_name, part_of
 from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.errors import CheckpointError
-from megatron_deepstack.model.lora import is_adapter
+from megatron_deepstack.model.layers.lora import is_adapter
 from megatron_deepstack.model.weights import LAYERS_PREFIX, Shape, Source, decoder_layer_names
 
 _BUFFER = ".rotary_emb.inv_freq"

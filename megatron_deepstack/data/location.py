@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from megatron_deepstack.errors import ConfigError, DataError, LocationError
-from megatron_deepstack.platform.rename import rename_new
+from megatron_deepstack.platform.files.rename import rename_new
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:-]+)*://")
 _LOCAL: Final = "file://"

@@ -15,8 +15,8 @@ from megatron_deepstack.errors import DataError
 from megatron_deepstack.inference.main import load_engine, require_checkpoint
 from megatron_deepstack.model.build import merge_adapters
 from megatron_deepstack.parallel.groups import Groups, create_groups
-from megatron_deepstack.planning.footprint import weight_bytes
-from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.planning.budget.footprint import weight_bytes
+from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import data_size
 from megatron_deepstack.run_folder.recipe import recipe_of_run
 
@@ -82,8 +82,8 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
 
 
 def _export_on_new_rank(recipe: Recipe, output: str, naming: Naming) -> None:
-    from megatron_deepstack.platform.megatron_cpu import adapt_megatron
-    from megatron_deepstack.platform.process_group import join, leave
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.processes.process_group import join, leave
 
     adapt_megatron()
     join()

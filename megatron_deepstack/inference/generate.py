@@ -17,8 +17,8 @@ from megatron_deepstack.inference.questions import Question, plan_question
 from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import gather_last_dim, share_from_last_stage
-from megatron_deepstack.planning.step_plan import StepPlan, plan_step
-from megatron_deepstack.platform.device import local_device
+from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
+from megatron_deepstack.platform.compute.device import local_device
 from megatron_deepstack.step.engine import Engine
 from megatron_deepstack.step.train_step import VisualPass
 

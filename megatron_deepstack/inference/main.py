@@ -16,8 +16,8 @@ from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store.cache import CacheConfig
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
@@ -49,8 +49,8 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
     Raises:
         StoreError, CheckpointError, DataError: The store, the checkpoint or the file to write is not usable.
     """
-    from megatron_deepstack.platform.megatron_cpu import adapt_megatron
-    from megatron_deepstack.platform.process_group import join, leave
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.processes.process_group import join, leave
 
     adapt_megatron()
     join()

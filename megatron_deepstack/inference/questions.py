@@ -10,10 +10,10 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.conversation import question_of
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.planning.routes import PlannedSample
-from megatron_deepstack.planning.rows import context_length
-from megatron_deepstack.planning.sequence import expand
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.sequence import expand
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.exchange.routes import PlannedSample
+from megatron_deepstack.planning.exchange.rows import context_length
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_deepstack.config.choices import Fp8Scaling, Part, Precision
 from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.model.encoder import VisualEncoder
-from megatron_deepstack.model.fp8 import require_fp8
 from megatron_deepstack.model.language import LanguageChunk
-from megatron_deepstack.model.lora import AdaptedLinear, is_adapter
-from megatron_deepstack.model.megatron_config import decoder_config
+from megatron_deepstack.model.layers.fp8 import require_fp8
+from megatron_deepstack.model.layers.lora import AdaptedLinear, is_adapter
+from megatron_deepstack.model.layers.megatron_config import decoder_config
+from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill, mark_split
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
-from megatron_deepstack.platform.device import local_device
+from megatron_deepstack.platform.compute.device import local_device
 
 NO_ADAPTERS = LoraConfig()
 

@@ -22,10 +22,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
-from megatron_deepstack.model.attention import Packs
-from megatron_deepstack.model.injection import put_rows
-from megatron_deepstack.model.rotary import build_rotary
-from megatron_deepstack.model.specs import decoder_block, respect_no_grad
+from megatron_deepstack.model.layers.attention import Packs
+from megatron_deepstack.model.layers.injection import put_rows
+from megatron_deepstack.model.layers.rotary import build_rotary
+from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
 VOCABULARY_MULTIPLE = 128

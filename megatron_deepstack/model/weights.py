@@ -16,9 +16,9 @@ from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
-from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
-from megatron_deepstack.planning.linears import linear_sizes
+from megatron_deepstack.model.vision.encoder import VisualEncoder
+from megatron_deepstack.planning.budget.linears import linear_sizes
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepstack.errors import DeepStackError, agreed_error
-from megatron_deepstack.platform.device import local_device
+from megatron_deepstack.platform.compute.device import local_device
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.parallel.axes import Axes, Place, axes_for
-from megatron_deepstack.platform.process_group import DEFAULT_SECONDS
+from megatron_deepstack.platform.processes.process_group import DEFAULT_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_deepstack.platform.device import synchronize
+from megatron_deepstack.platform.compute.device import synchronize
 
 _MEETINGS = 9
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_deepstack.platform.device import backend, select_device
+from megatron_deepstack.platform.compute.device import backend, select_device
 
 _NUM_VALUES = 1 << 18
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_deepstack.parallel.groups import Groups
-from megatron_deepstack.platform.device import local_device
+from megatron_deepstack.platform.compute.device import local_device
 
 
 def sum_over_run(value: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -27,9 +27,9 @@ from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
-from megatron_deepstack.planning.linears import FP8_TOKENS, fp8_side, linear_sizes
+from megatron_deepstack.planning.budget.linears import FP8_TOKENS, fp8_side, linear_sizes
+from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import decoder_slots, layers_per_chunk, stage_chunks
-from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

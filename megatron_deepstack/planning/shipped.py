@@ -8,8 +8,8 @@ from typing import Final
 
 from megatron_deepstack.config.load import RECIPES, load_recipe
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.planning.budget.footprint import part_parameters
 from megatron_deepstack.planning.check import model_ranks
-from megatron_deepstack.planning.footprint import part_parameters
 
 _MADE_FOR: Final = re.compile(r"(Eight H100|[A-Z]\w+ H100|two processes without a GPU)", re.ASCII)
 

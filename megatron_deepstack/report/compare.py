@@ -12,15 +12,15 @@ from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.platform.quantity import flop_rate
-from megatron_deepstack.report.chart import Charts, Line, running_mean
-from megatron_deepstack.report.frame import document, duration, section, table, wide_drawing, write
+from megatron_deepstack.report.drawing.chart import Charts, Line, running_mean
+from megatron_deepstack.report.drawing.frame import document, duration, section, table, wide_drawing, write
+from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
+from megatron_deepstack.report.drawing.timeline import RecordedStep, read_timelines, timeline_drawing
 from megatron_deepstack.report.health import events
 from megatron_deepstack.report.page import summary
 from megatron_deepstack.report.records import Metrics, read_metrics
 from megatron_deepstack.report.settings import differences
 from megatron_deepstack.report.speed import bars, median, seconds_by_part, timeline_caption
-from megatron_deepstack.report.svg import Markup, element, joined, stack_colour
-from megatron_deepstack.report.timeline import RecordedStep, read_timelines, timeline_drawing
 from megatron_deepstack.run_folder.answers import Answer, Score, read_answers
 from megatron_deepstack.run_folder.recipe import require_run
 

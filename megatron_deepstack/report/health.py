@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_deepstack.report.frame import table
+from megatron_deepstack.report.drawing.frame import table
+from megatron_deepstack.report.drawing.svg import Markup, element
 from megatron_deepstack.report.records import Metrics
-from megatron_deepstack.report.svg import Markup, element
 
 _MOST_EVENTS = 60
 _MOST_SAMPLES = 12

@@ -12,16 +12,16 @@ from pathlib import Path
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.report.chart import Charts, Line, running_mean
-from megatron_deepstack.report.frame import document, duration, facts, section, table, wide_drawing, write
+from megatron_deepstack.report.drawing.chart import Charts, Line, running_mean
+from megatron_deepstack.report.drawing.frame import document, duration, facts, section, table, wide_drawing, write
+from megatron_deepstack.report.drawing.stages import stage_drawing
+from megatron_deepstack.report.drawing.svg import PALETTE, Markup, element, joined
+from megatron_deepstack.report.drawing.timeline import read_timelines
 from megatron_deepstack.report.health import health_section
 from megatron_deepstack.report.pictures import Pictures
 from megatron_deepstack.report.records import Metrics, read_metrics
 from megatron_deepstack.report.settings import recipe_table
 from megatron_deepstack.report.speed import median, speed_section, timeline_section
-from megatron_deepstack.report.stages import stage_drawing
-from megatron_deepstack.report.svg import PALETTE, Markup, element, joined
-from megatron_deepstack.report.timeline import read_timelines
 from megatron_deepstack.run_folder.answers import Answer, AnswerSet, Score, read_answer_sets
 from megatron_deepstack.run_folder.recipe import require_run
 

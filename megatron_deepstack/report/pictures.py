@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import DeepStackError
 from megatron_deepstack.platform.quantity import number_of
-from megatron_deepstack.report.svg import Markup, element
+from megatron_deepstack.report.drawing.svg import Markup, element
 
 _MAX_SIDE = 336
 """Pixels; larger views are scaled down to this, to keep the page small."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.check import model_ranks
+from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
-from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 
 def plan_document(recipe: Recipe, num_ranks: int) -> dict[str, Any]:

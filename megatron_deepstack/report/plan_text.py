@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import Chunk, decoder_slots, stage_chunks
-from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 _MARKS = digits + ascii_lowercase
 _NARROW = 60

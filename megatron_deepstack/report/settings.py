@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_deepstack.config.build import plain
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.report.svg import Markup, element, joined
+from megatron_deepstack.report.drawing.svg import Markup, element, joined
 
 
 def recipe_table(recipe: Recipe) -> Markup:

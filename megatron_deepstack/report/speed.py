@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from megatron_deepstack.platform.quantity import flop_rate, flop_scale
-from megatron_deepstack.report.chart import Charts, Line, Point, running_mean
-from megatron_deepstack.report.frame import wide_drawing
+from megatron_deepstack.report.drawing.chart import Charts, Line, Point, running_mean
+from megatron_deepstack.report.drawing.frame import wide_drawing
+from megatron_deepstack.report.drawing.svg import FAINT, Markup, drawing, element, rect, text
+from megatron_deepstack.report.drawing.timeline import COLOURS, RecordedStep, timeline_drawing
 from megatron_deepstack.report.records import Metrics
-from megatron_deepstack.report.svg import FAINT, Markup, drawing, element, rect, text
-from megatron_deepstack.report.timeline import COLOURS, RecordedStep, timeline_drawing
 
 PARTS = {
     "data": COLOURS["data"],

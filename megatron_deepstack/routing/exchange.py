@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_deepstack.planning.routes import RankRoutes
+from megatron_deepstack.planning.exchange.routes import RankRoutes
 
 WINDOW_BYTES: Final = 256 << 20
 """Bytes of a step's rows, over all ranks of the replica, that one window holds; a rank has at most about two windows

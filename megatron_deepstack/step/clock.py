@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_deepstack.platform.device import synchronize
-from megatron_deepstack.platform.stopwatch import Stopwatch
+from megatron_deepstack.platform.compute.device import synchronize
+from megatron_deepstack.platform.compute.stopwatch import Stopwatch
 from megatron_deepstack.step.timeline import ENCODE, ENCODER_BACKWARD, Timeline
 
 _OWN_WORK = (ENCODE, ENCODER_BACKWARD)

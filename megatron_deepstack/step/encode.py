@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_deepstack.model.encoder import VisualEncoder
+from megatron_deepstack.model.vision.encoder import VisualEncoder
 
 
 class EncoderPass:

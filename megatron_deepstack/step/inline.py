@@ -10,9 +10,9 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
-from megatron_deepstack.planning.routes import ChunkRows, RankRoutes
+from megatron_deepstack.model.vision.encoder import VisualEncoder
+from megatron_deepstack.planning.exchange.routes import ChunkRows, RankRoutes
 from megatron_deepstack.step.encode import EncoderPass
 from megatron_deepstack.step.timeline import ENCODE, Timeline
 from megatron_deepstack.step.visual import take_rows, visual_inputs

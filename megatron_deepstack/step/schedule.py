@@ -19,12 +19,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.model.attention import Packs
 from megatron_deepstack.model.language import LanguageChunk, VisualInputs
+from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.parallel.context import zigzag
-from megatron_deepstack.planning.step_plan import StepPlan
-from megatron_deepstack.planning.tokens import IGNORE_INDEX
-from megatron_deepstack.platform.device import local_device
+from megatron_deepstack.planning.batch.step_plan import StepPlan
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
+from megatron_deepstack.platform.compute.device import local_device
 from megatron_deepstack.step.timeline import FORWARD, Timeline
 
 VisualOf = Callable[[int, int], VisualInputs]

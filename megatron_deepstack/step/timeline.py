@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_deepstack.platform.device import synchronize
+from megatron_deepstack.platform.compute.device import synchronize
 
 FORWARD, BACKWARD, ENCODE, ENCODER_BACKWARD = "forward", "backward", "encode", "encoder backward"
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.parallel.reduce import loss_and_tokens
-from megatron_deepstack.planning.step_plan import StepPlan
+from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.routing.exchange import return_gradients, send_rows
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.encode import EncoderPass

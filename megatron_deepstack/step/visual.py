@@ -6,7 +6,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
-from megatron_deepstack.planning.routes import ChunkRows, RankRoutes
+from megatron_deepstack.planning.exchange.routes import ChunkRows, RankRoutes
 
 Key = tuple[int, int]
 """(micro-batch, virtual stage)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_deepstack.platform.stopwatch import Stopwatch
+from megatron_deepstack.platform.compute.stopwatch import Stopwatch
 
 _PASSES = ("forward-compute", "backward-compute")
 

@@ -23,10 +23,10 @@ from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import num_views
+from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.pictures import embedded
-from megatron_deepstack.report.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.storekeeping.stack_map import NO_STACK, mosaics, slot_names, stack_maps
 
 _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -6,11 +6,11 @@ import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_side
-from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows
-from megatron_deepstack.planning.samplers import sample_mosaic
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows
+from megatron_deepstack.planning.exchange.samplers import sample_mosaic
+from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import decoder_slots
 from megatron_deepstack.planning.views import FIXED_GRID, HIGH_RES_SIDE, Grid, ViewLayout, layout_of
-from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 NO_STACK = -1
 """A token that is in no stack: one of the context's own, or one that is not used."""

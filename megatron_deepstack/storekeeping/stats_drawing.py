@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from megatron_deepstack.report.svg import Markup, drawing, element, rect, round_ticks, text
+from megatron_deepstack.report.drawing.svg import Markup, drawing, element, rect, round_ticks, text
 from megatron_deepstack.storekeeping.stats import Histogram, Statistics
 
 _PANEL: Final = (560, 340)

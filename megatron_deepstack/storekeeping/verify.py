@@ -18,11 +18,11 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location, require_descriptors
-from megatron_deepstack.data.store.cache import CacheConfig
 from megatron_deepstack.data.store.codec import CodecError, decompress
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PIXELS, shard_index_bytes, shard_path
 from megatron_deepstack.data.store.shards import parse_index
+from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.storekeeping.damage import REMAKE, RESTORE, Damage, rows
 from megatron_deepstack.storekeeping.verify_index import check_index
 

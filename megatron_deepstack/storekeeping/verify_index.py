@@ -14,7 +14,7 @@ import numpy as np
 from megatron_deepstack.config.choices import GridRule
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import ImageStatus
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import ViewLayout, candidate_grids, layout_views
 from megatron_deepstack.storekeeping.damage import REMAKE, Damage, rows
 

@@ -150,9 +150,9 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     stacks = _stack_file(folder, rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from megatron_deepstack.platform.megatron_cpu import adapt_megatron
-    from megatron_deepstack.platform.parent import die_with_parent
-    from megatron_deepstack.platform.process_group import join_by_file, leave
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.processes.parent import die_with_parent
+    from megatron_deepstack.platform.processes.process_group import join_by_file, leave
 
     die_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
@@ -186,8 +186,8 @@ def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
     merely forgotten keep their threads, and a suite of a hundred layouts ends with thousands of them.
     """
     from megatron_deepstack.parallel.groups import create_groups
-    from megatron_deepstack.platform.garbage import settle
-    from megatron_deepstack.platform.process_group import join_by_file, leave
+    from megatron_deepstack.platform.processes.garbage import settle
+    from megatron_deepstack.platform.processes.process_group import join_by_file, leave
 
     layout = (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)
     if _worlds.get("layout") != layout:

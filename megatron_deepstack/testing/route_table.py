@@ -1,4 +1,4 @@
-"""The oracle of `planning.routes`: all ranks' routes at once, one table of all rows sorted by definition.
+"""The oracle of `planning.exchange.routes`: all ranks' routes at once, one table of all rows sorted by definition.
 
 A row of the table is one delivered feature vector. The exchange's order is the table's: by destination, origin,
 micro-batch and slot, then as samples, images and `rows.image_rows` list them. Made for tests: it costs every rank what
@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
-from megatron_deepstack.planning.route_sides import ChunkRows
-from megatron_deepstack.planning.routes import EncodeUnit, PlannedSample, RankRoutes
-from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows, tokens_per_view
+from megatron_deepstack.planning.exchange.route_sides import ChunkRows
+from megatron_deepstack.planning.exchange.routes import EncodeUnit, PlannedSample, RankRoutes
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, tokens_per_view
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stage_chunks
 from megatron_deepstack.planning.views import Grid
 

@@ -21,12 +21,12 @@ from megatron_deepstack.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from megatron_deepstack.planning.packing import filler, merge, pack
-from megatron_deepstack.planning.routes import PlannedSample
-from megatron_deepstack.planning.rows import Grid, context_length
-from megatron_deepstack.planning.sequence import expand
-from megatron_deepstack.planning.step_plan import StepPlan
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.packing import filler, merge, pack
+from megatron_deepstack.planning.batch.sequence import expand
+from megatron_deepstack.planning.batch.step_plan import StepPlan
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.exchange.routes import PlannedSample
+from megatron_deepstack.planning.exchange.rows import Grid, context_length
 from megatron_deepstack.planning.views import num_views
 
 GRIDS: tuple[Grid, ...] = ((2, 2), (1, 2), (3, 1), (2, 1), (4, 1), (1, 1))

@@ -14,7 +14,7 @@ from megatron_deepstack.data.store.codec import checksums
 from megatron_deepstack.data.store.schema import FORMAT, VERSION, ImageStatus, PixelsShape
 from megatron_deepstack.data.store.shard_writer import open_shard
 from megatron_deepstack.data.store.writer import open_index, write_skeleton
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import Grid, ViewLayout, layout_views, most_views
 
 VIEW_SIDE = 16

@@ -9,7 +9,7 @@ import torch
 from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
-from megatron_deepstack.planning.step_plan import plan_step
+from megatron_deepstack.planning.batch.step_plan import plan_step
 from megatron_deepstack.testing.tiny import TinySample, tiny_rows, tiny_samples, unit_pixels
 
 

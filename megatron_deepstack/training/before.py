@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.planning.footprint import checkpoint_bytes, checkpoints_at_once
-from megatron_deepstack.platform.run_disk import require_room, require_writable
+from megatron_deepstack.planning.budget.footprint import checkpoint_bytes, checkpoints_at_once
+from megatron_deepstack.platform.files.run_disk import require_room, require_writable
 
 
 def check_run_folder(recipe: Recipe) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DeepStackError, HangError
-from megatron_deepstack.platform.local_ranks import launch_ranks
-from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.platform.files.run_lock import run_lock
+from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.training.before import check_run_folder
 from megatron_deepstack.training.guard.watchdog import last_hang
 from megatron_deepstack.training.main import train

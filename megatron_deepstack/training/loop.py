@@ -28,11 +28,11 @@ from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedErro
 from megatron_deepstack.parallel.agree import phase, sum_over_ranks
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import of_every_rank
-from megatron_deepstack.planning.cost import stage_weights
+from megatron_deepstack.planning.budget.cost import stage_weights
 from megatron_deepstack.planning.slots import chunk_slots, decoder_slots, stage_chunks
-from megatron_deepstack.platform.device import max_memory_bytes
-from megatron_deepstack.platform.run_disk import writing
-from megatron_deepstack.platform.write_whole import write_whole
+from megatron_deepstack.platform.compute.device import max_memory_bytes
+from megatron_deepstack.platform.files.run_disk import writing
+from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.run_folder.recipe import record_start_folder
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward

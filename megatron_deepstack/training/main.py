@@ -29,10 +29,10 @@ def train(recipe: Recipe, stop_after: int | None = None, asked: Callable[[], boo
         PreemptedError: On every rank, after SIGTERM or SIGINT to any, or once `asked` said so on any; all have saved.
         DeepStackError: Any expected failure. What one rank met alone names it; what is `agreed` all ranks raise.
     """
-    from megatron_deepstack.platform.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
 
     adapt_megatron()
-    from megatron_deepstack.platform.process_group import join, leave
+    from megatron_deepstack.platform.processes.process_group import join, leave
 
     join(collective_seconds(recipe))
     with _named():
@@ -52,7 +52,7 @@ def train_under_torchrun(load: Callable[[], Recipe], stop_after: int | None, tel
         DeepStackError: As `train` does; RunFolderError also where another process trains in the run folder.
         RankError: Where another rank has left and this one's connection to it is broken.
     """
-    from megatron_deepstack.platform.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
 
     problem, recipe = None, None
     try:
@@ -63,8 +63,8 @@ def train_under_torchrun(load: Callable[[], Recipe], stop_after: int | None, tel
     import torch.distributed as dist
 
     from megatron_deepstack.parallel.agree import phase
-    from megatron_deepstack.platform.process_group import DEFAULT_SECONDS, join, leave
-    from megatron_deepstack.platform.run_lock import run_lock
+    from megatron_deepstack.platform.files.run_lock import run_lock
+    from megatron_deepstack.platform.processes.process_group import DEFAULT_SECONDS, join, leave
     from megatron_deepstack.training.before import check_run_folder
     from megatron_deepstack.training.metrics.wandb_run import require_wandb
     from megatron_deepstack.training.session import is_first_of_node
@@ -91,7 +91,7 @@ def _run(recipe: Recipe, stop_after: int | None, asked: Callable[[], bool]) -> N
     from megatron_deepstack.parallel.agree import phase
     from megatron_deepstack.parallel.groups import create_groups
     from megatron_deepstack.planning.check import check_plan, check_world
-    from megatron_deepstack.platform.garbage import settle
+    from megatron_deepstack.platform.processes.garbage import settle
     from megatron_deepstack.training.loop import run
 
     with phase():
@@ -131,7 +131,7 @@ def _whose_connections_broke() -> Iterator[None]:
     """In place of the traceback of a rank that another one has left, a line that says so: that one says why."""
     import torch.distributed as dist
 
-    from megatron_deepstack.platform.gang import is_broken_connection
+    from megatron_deepstack.platform.processes.gang import is_broken_connection
 
     try:
         yield

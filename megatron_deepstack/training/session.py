@@ -35,9 +35,9 @@ from megatron_deepstack.data.order.steps import (
 )
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.model.build import build_model, fill_model, freeze
-from megatron_deepstack.model.fp8 import require_fp8
 from megatron_deepstack.model.init import random_source
-from megatron_deepstack.model.specs import uses_transformer_engine
+from megatron_deepstack.model.layers.fp8 import require_fp8
+from megatron_deepstack.model.layers.specs import uses_transformer_engine
 from megatron_deepstack.parallel.agree import phase
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import from_first_rank

@@ -40,7 +40,7 @@ def _libraries() -> dict[str, Any]:
 
 
 def _torch() -> dict[str, Any]:
-    from megatron_deepstack.platform.device import cuda_facts
+    from megatron_deepstack.platform.compute.device import cuda_facts
 
     return cuda_facts()
 

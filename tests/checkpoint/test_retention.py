@@ -21,7 +21,7 @@ from megatron_deepstack.checkpoint.folder import (
 from megatron_deepstack.checkpoint.saving.retention import FolderLock, prune, remove_leftovers, superfluous
 from megatron_deepstack.checkpoint.verification import remove_leftovers_together
 from megatron_deepstack.errors import CheckpointError
-from megatron_deepstack.platform.run_lock import NO_LOCKS
+from megatron_deepstack.platform.files.run_lock import NO_LOCKS
 from megatron_deepstack.testing.ranks import RankPool
 
 Pools = Callable[[int], RankPool]

@@ -44,7 +44,7 @@ class TrainedRank:
     def step(self) -> float:
         """Train one step; the loss."""
         from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
-        from megatron_deepstack.planning.step_plan import plan_step
+        from megatron_deepstack.planning.batch.step_plan import plan_step
         from megatron_deepstack.step.clock import StepClock
         from megatron_deepstack.step.train_step import forward_backward
 

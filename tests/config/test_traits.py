@@ -19,7 +19,7 @@ from megatron_deepstack.config.traits.families import FAMILIES, family_of
 from megatron_deepstack.config.traits.towers import TOWERS, tower_of
 from megatron_deepstack.config.traits.variants import VARIANTS, ViewLayout, variant_of_views
 from megatron_deepstack.errors import CheckpointError, ConfigError
-from megatron_deepstack.planning.samplers import SAMPLERS, sample_mosaic, stack_of_token
+from megatron_deepstack.planning.exchange.samplers import SAMPLERS, sample_mosaic, stack_of_token
 from megatron_deepstack.testing.oracle.stacks import sample_stacks
 
 PACKAGES = ("megatron_deepstack", "orchestration", "tools")

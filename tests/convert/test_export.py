@@ -29,12 +29,12 @@ from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import CheckpointError, ConfigError, DataError
 from megatron_deepstack.inference.export import export_on_rank, export_run, one_rank_recipe
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import TinySample, tiny_model
 from megatron_deepstack.testing.tiny import tiny_recipe as tiny_run
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
-from orchestration.preprocess.run import preprocess
+from orchestration.preprocess.driver.run import preprocess
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -81,7 +81,7 @@ def sample() -> TinySample:
 def export_and_answer(rank: int, recipe: Recipe, output: str) -> torch.Tensor:
     """Export on this rank, and our own logits (T, V) of `sample` from the same checkpoint."""
     from megatron_deepstack.inference.main import load_engine
-    from megatron_deepstack.planning.step_plan import plan_step
+    from megatron_deepstack.planning.batch.step_plan import plan_step
     from megatron_deepstack.step.train_step import VisualPass
 
     groups = groups_for(recipe.parallel)

@@ -21,7 +21,7 @@ from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.testing.tiny_chat import QWEN_CONFIG, QWEN_TOKENS, write_chat_tokenizer
 from megatron_deepstack.testing.tiny_data import jpeg_bytes, write_tokenizer
-from orchestration.preprocess.inputs import read_inputs
+from orchestration.preprocess.sources.inputs import read_inputs
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 499723\n" % (b"9e" * 32)
 HTML = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"

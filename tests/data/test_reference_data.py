@@ -9,7 +9,7 @@ import pytest
 
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError, ParityError
-from megatron_deepstack.testing.reference_data import check_conversations, check_crops
+from megatron_deepstack.testing.published.reference_data import check_conversations, check_crops
 
 
 def test_crops_are_equal(reference: Path) -> None:

@@ -32,14 +32,14 @@ from megatron_deepstack.convert.hf_names import Naming, by_published_name, leadi
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.budget.cost import training_flops, view_flops
+from megatron_deepstack.planning.budget.footprint import part_parameters
 from megatron_deepstack.planning.check import check_plan
-from megatron_deepstack.planning.cost import training_flops, view_flops
-from megatron_deepstack.planning.footprint import part_parameters
-from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle import OracleSample, oracle_forward
+from megatron_deepstack.testing.published.reference import check_case
+from megatron_deepstack.testing.published.reference_case import ReferenceCase
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.reference import check_case
-from megatron_deepstack.testing.reference_case import ReferenceCase
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers", "registered")
 

@@ -22,7 +22,7 @@ from megatron_deepstack.run_folder.answers import Answer, Score, read_answer_set
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
-from orchestration.preprocess.run import preprocess
+from orchestration.preprocess.driver.run import preprocess
 
 Pools = Callable[[int], RankPool]
 ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")

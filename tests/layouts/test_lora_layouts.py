@@ -14,7 +14,7 @@ from megatron_deepstack.config.choices import LoraTarget, Part, Precision, Recom
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
 from megatron_deepstack.model.init import random_source
-from megatron_deepstack.planning.step_plan import plan_step
+from megatron_deepstack.planning.batch.step_plan import plan_step
 from megatron_deepstack.testing.compare import gather_published, main_gradient, worst
 from megatron_deepstack.testing.oracle.model import oracle_forward, oracle_loss
 from megatron_deepstack.testing.ranks import RankPool, groups_for

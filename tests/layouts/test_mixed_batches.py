@@ -16,7 +16,7 @@ from megatron_deepstack.config.choices import Batching, Part, Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, StackConfig
 from megatron_deepstack.data.order.sampler import global_batch
 from megatron_deepstack.model.init import random_source
-from megatron_deepstack.planning.tokens import IGNORE_INDEX
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.testing.compare import worst
 from megatron_deepstack.testing.oracle.model import OracleSample, oracle_forward, oracle_loss
 from megatron_deepstack.testing.ranks import RankPool

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_deepstack.config.choices import EncoderPlacement, Recompute, RecomputeMethod
 from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.testing.published.reference import check_case
+from megatron_deepstack.testing.published.reference_case import load_case
 from megatron_deepstack.testing.ranks import RankPool
-from megatron_deepstack.testing.reference import check_case
-from megatron_deepstack.testing.reference_case import load_case
 
 CASES = ("l_square", "l_start0_interval2", "l_mixed_grids", "l_text_only_sample", "v_layer2", "hd_anyres")
 INLINE = EncoderPlacement.INLINE

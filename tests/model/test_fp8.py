@@ -11,11 +11,11 @@ from megatron.core.enums import Fp8Recipe
 from megatron_deepstack.config.choices import Fp8Scaling, Layers, Precision
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.model import fp8
-from megatron_deepstack.model.fp8 import require_fp8
-from megatron_deepstack.model.megatron_config import decoder_config, vision_config
+from megatron_deepstack.model.layers import fp8
+from megatron_deepstack.model.layers.fp8 import require_fp8
+from megatron_deepstack.model.layers.megatron_config import decoder_config, vision_config
+from megatron_deepstack.planning.batch.sequence import padded_length
 from megatron_deepstack.planning.check import check_plan
-from megatron_deepstack.planning.sequence import padded_length
 
 FORMATS = {
     Fp8Scaling.TENSORWISE: "hybrid",

@@ -18,9 +18,9 @@ from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import CheckpointError, ConfigError, LayoutError
-from megatron_deepstack.model import specs
 from megatron_deepstack.model.init import random_source
-from megatron_deepstack.model.lora import AdaptedLinear, adapted, is_adapter
+from megatron_deepstack.model.layers import specs
+from megatron_deepstack.model.layers.lora import AdaptedLinear, adapted, is_adapter
 from megatron_deepstack.planning.check import check_plan
 from megatron_deepstack.testing.tiny import tiny_model
 

@@ -24,9 +24,9 @@ from megatron_deepstack.testing.tiny_data import (
     write_tokenizer,
 )
 from orchestration.cluster import ray_session
-from orchestration.preprocess.run import preprocess
-from orchestration.preprocess.summary import Summary
-from orchestration.preprocess.tasks import WORKER_ENVIRONMENT
+from orchestration.preprocess.driver.run import preprocess
+from orchestration.preprocess.driver.summary import Summary
+from orchestration.preprocess.driver.tasks import WORKER_ENVIRONMENT
 
 
 @dataclass(frozen=True)

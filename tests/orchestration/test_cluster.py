@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_deepstack.errors import ClusterError, ConfigError
-from megatron_deepstack.platform.scratch import hold_new
+from megatron_deepstack.platform.files.scratch import hold_new
 from orchestration import cluster, ray_folder
 
 

@@ -13,8 +13,8 @@ from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.testing.tiny_data import record, write_records
-from orchestration.preprocess import reading
-from orchestration.preprocess.inputs import _shard_names, read_inputs
+from orchestration.preprocess.sources import reading
+from orchestration.preprocess.sources.inputs import _shard_names, read_inputs
 
 
 def ids(*patterns: str) -> list[str]:

@@ -13,7 +13,7 @@ from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import (
     ClusterError,
 )
-from megatron_deepstack.planning.footprint import checkpoint_bytes, part_parameters, rank_bytes
+from megatron_deepstack.planning.budget.footprint import checkpoint_bytes, part_parameters, rank_bytes
 from megatron_deepstack.platform.network import interface_of
 from orchestration.launch.before import probe
 from orchestration.launch.before.checks import Finding, Link, failures, in_words, judge

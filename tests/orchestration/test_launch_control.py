@@ -23,9 +23,9 @@ from megatron_deepstack.errors import (
     ClusterError,
     ConfigError,
 )
-from megatron_deepstack.platform.owner import this_process
-from megatron_deepstack.platform.process import process_start
-from megatron_deepstack.platform.run_lock import OWNER_FILE, run_lock
+from megatron_deepstack.platform.files.run_lock import OWNER_FILE, run_lock
+from megatron_deepstack.platform.processes.owner import this_process
+from megatron_deepstack.platform.processes.process import process_start
 from megatron_deepstack.training.guard.heartbeat import Heartbeats
 from orchestration.launch.before.report import status_document, status_text
 from orchestration.launch.driver import control

@@ -23,7 +23,7 @@ from orchestration.launch.before.placement import place
 from orchestration.launch.environment import is_private, rank_environment, take
 from orchestration.launch.gang import rank
 from orchestration.launch.gang.rank import RankTask, run_rank
-from orchestration.preprocess.tasks import WORKER_ENVIRONMENT
+from orchestration.preprocess.driver.tasks import WORKER_ENVIRONMENT
 
 MARK = "not-to-be-seen"
 SECRETS = {

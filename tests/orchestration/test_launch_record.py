@@ -19,9 +19,9 @@ from megatron_deepstack.errors import (
     PreemptedError,
     RunFolderError,
 )
-from megatron_deepstack.platform.process import process_start
-from megatron_deepstack.platform.run_lock import run_lock
-from megatron_deepstack.platform.write_whole import partial_of
+from megatron_deepstack.platform.files.run_lock import run_lock
+from megatron_deepstack.platform.files.write_whole import partial_of
+from megatron_deepstack.platform.processes.process import process_start
 from orchestration.launch.driver import run
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import (

@@ -16,9 +16,9 @@ import pytest
 from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.platform.process import machine_start, process_start
-from orchestration.preprocess import lease
-from orchestration.preprocess.lease import LEASE_FILE, Owner, hold_lease, read_token
+from megatron_deepstack.platform.processes.process import machine_start, process_start
+from orchestration.preprocess.driver import lease
+from orchestration.preprocess.driver.lease import LEASE_FILE, Owner, hold_lease, read_token
 
 
 @pytest.fixture(params=["folder", "bucket"])

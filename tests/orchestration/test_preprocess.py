@@ -33,8 +33,9 @@ from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 from megatron_deepstack.planning.views import best_grid
 from megatron_deepstack.testing.tiny_data import record, tiny_recipe, write_records
-from orchestration.preprocess import run, tasks, work
-from orchestration.preprocess.lease import hold_lease
+from orchestration.preprocess.driver import run, tasks
+from orchestration.preprocess.driver.lease import hold_lease
+from orchestration.preprocess.part import work
 
 Same = Callable[[Path, Path], None]
 

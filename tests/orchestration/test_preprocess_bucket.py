@@ -18,7 +18,7 @@ from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import LocationError, StoreError
 from orchestration.launch.before.probe import Fact, Questions, gather
-from orchestration.preprocess.lease import hold_lease
+from orchestration.preprocess.driver.lease import hold_lease
 
 
 def objects(url: str) -> dict[str, bytes]:

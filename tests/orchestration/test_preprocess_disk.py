@@ -18,7 +18,7 @@ from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.testing.tiny_data import tiny_recipe
-from orchestration.preprocess import run, space
+from orchestration.preprocess.driver import run, space
 
 Same = Callable[[Path, Path], None]
 

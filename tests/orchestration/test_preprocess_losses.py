@@ -25,7 +25,7 @@ from megatron_deepstack.errors import StoreError
 from megatron_deepstack.storekeeping.choose import load
 from megatron_deepstack.storekeeping.stats import statistics
 from megatron_deepstack.testing.tiny_data import draw_photo, record, tiny_recipe, write_records, write_tokenizer
-from orchestration.preprocess.run import preprocess
+from orchestration.preprocess.driver.run import preprocess
 
 REASONS = {"deep grey": 2, "transparency": 1}
 

@@ -13,9 +13,9 @@ from rich.console import Console
 import megatron_deepstack
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import ClusterError
-from orchestration.preprocess import nodes, progress
-from orchestration.preprocess.progress import JobProgress
-from orchestration.preprocess.work import PartDone
+from orchestration.preprocess.driver import nodes, progress
+from orchestration.preprocess.driver.progress import JobProgress
+from orchestration.preprocess.part.work import PartDone
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from megatron_deepstack.errors import DataError, LocationError, StoreError
 from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.testing.tiny_chat import QWEN_CONFIG, QWEN_TOKENS, write_chat_tokenizer
 from megatron_deepstack.testing.tiny_data import tiny_recipe
-from orchestration.preprocess.run import preprocess
+from orchestration.preprocess.driver.run import preprocess
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Sig
 from megatron_deepstack.config.choices import Activation, Variant
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, StackConfig, VisionConfig
 from megatron_deepstack.convert.hf_names import to_published
-from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle.model import OracleSample
-from megatron_deepstack.testing.reference_case import ReferenceCase
+from megatron_deepstack.testing.published.reference_case import ReferenceCase
 
 SIGLIP = VisionConfig(
     image_size=18,  # 4 whole patches of 4 and 2 pixels more, as 384 is 27 patches of 14 and 6 pixels

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig
+from megatron_deepstack.testing.published.reference import check_case
+from megatron_deepstack.testing.published.reference_case import ReferenceCase
 from megatron_deepstack.testing.ranks import RankPool
-from megatron_deepstack.testing.reference import check_case
-from megatron_deepstack.testing.reference_case import ReferenceCase
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

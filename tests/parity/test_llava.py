@@ -21,12 +21,12 @@ from test_decoders import GROUPED, LLAMA, hf_decoder
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig, Qwen3Config
 
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, VisionConfig
-from megatron_deepstack.planning.rows import tokens_per_view
-from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.exchange.rows import tokens_per_view
 from megatron_deepstack.testing.oracle.model import OracleSample
+from megatron_deepstack.testing.published.reference import check_case
+from megatron_deepstack.testing.published.reference_case import ReferenceCase
 from megatron_deepstack.testing.ranks import RankPool
-from megatron_deepstack.testing.reference import check_case
-from megatron_deepstack.testing.reference_case import ReferenceCase
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

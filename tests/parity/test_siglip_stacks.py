@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config, SiglipVisionModel
 
 from megatron_deepstack.config.choices import GridRule, Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
-from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import Grid, num_views
 from megatron_deepstack.testing.oracle import OracleSample, oracle_forward, oracle_loss
 from megatron_deepstack.testing.oracle.vision import encode_views
+from megatron_deepstack.testing.published.reference import check_case
+from megatron_deepstack.testing.published.reference_case import ReferenceCase
 from megatron_deepstack.testing.ranks import RankPool
-from megatron_deepstack.testing.reference import check_case
-from megatron_deepstack.testing.reference_case import ReferenceCase
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

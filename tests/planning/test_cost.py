@@ -19,17 +19,17 @@ from megatron_deepstack.config.schema import (
     VisionConfig,
 )
 from megatron_deepstack.model.init import random_source
-from megatron_deepstack.planning.cost import (
+from megatron_deepstack.planning.batch.packing import merge
+from megatron_deepstack.planning.batch.step_plan import plan_step
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.budget.cost import (
     decoder_flops,
     projector_flops,
     stage_weights,
     training_flops,
     view_flops,
 )
-from megatron_deepstack.planning.packing import merge
-from megatron_deepstack.planning.rows import tokens_per_view
-from megatron_deepstack.planning.step_plan import plan_step
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.exchange.rows import tokens_per_view
 from megatron_deepstack.testing.oracle import language, vision
 from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
 

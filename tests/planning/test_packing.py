@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_deepstack.planning.packing import filler, merge, pack
+from megatron_deepstack.planning.batch.packing import filler, merge, pack
 from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from megatron_deepstack.config.choices import EncoderPlacement, Sampler, Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
-from megatron_deepstack.planning.packing import filler, merge
-from megatron_deepstack.planning.routes import PlannedSample, RankRoutes, plan_routes
-from megatron_deepstack.planning.rows import BASE, NEWLINE, image_rows, tokens_per_view
-from megatron_deepstack.planning.sequence import padded_length
+from megatron_deepstack.planning.batch.packing import filler, merge
+from megatron_deepstack.planning.batch.sequence import padded_length
+from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, tokens_per_view
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.testing.route_table import plan_table, rank_routes
 from megatron_deepstack.testing.tiny import tiny_model, tiny_samples

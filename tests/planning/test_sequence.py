@@ -7,8 +7,8 @@ import pytest
 
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.sequence import expand, padded_length
-from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.sequence import expand, padded_length
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
 def test_images_open_where_they_stand() -> None:

@@ -7,10 +7,10 @@ import pytest
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ParallelConfig, StackConfig
 from megatron_deepstack.errors import LayoutError, SlotError
-from megatron_deepstack.planning.rows import image_rows
+from megatron_deepstack.planning.exchange.rows import image_rows
+from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stack_slots, stage_chunks
 from megatron_deepstack.planning.views import candidate_grids, num_views
-from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 from megatron_deepstack.testing.tiny import tiny_model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from megatron_deepstack.platform.garbage import settle
+from megatron_deepstack.platform.processes.garbage import settle
 
 
 def test_settled_objects_are_left_out() -> None:

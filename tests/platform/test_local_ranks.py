@@ -24,14 +24,14 @@ from megatron_deepstack.errors import (
     RankError,
     StoreError,
 )
-from megatron_deepstack.platform import device
-from megatron_deepstack.platform.gang import Ending, Report, cause
-from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.platform.compute import device
+from megatron_deepstack.platform.processes.gang import Ending, Report, cause
+from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 
 
 def _rank(behaviour: str, folder: str) -> float:
     """Join, then on rank 1 do as told while the others wait in a collective."""
-    from megatron_deepstack.platform.process_group import join, leave
+    from megatron_deepstack.platform.processes.process_group import join, leave
 
     join()
     rank = dist.get_rank()

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_deepstack.errors import ConfigError, DeepStackError, StoreError
-from megatron_deepstack.platform import process_group
+from megatron_deepstack.platform.processes import process_group
 
 
 def meet(problems: list[DeepStackError | None]) -> list[DeepStackError | None]:

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from megatron_deepstack.errors import RunFolderError
-from megatron_deepstack.platform import run_lock as module
-from megatron_deepstack.platform.owner import Owner, this_process
-from megatron_deepstack.platform.run_lock import LOCK_FILE, NO_LOCKS, OWNER_FILE, read_owner, run_lock
+from megatron_deepstack.platform.files import run_lock as module
+from megatron_deepstack.platform.files.run_lock import LOCK_FILE, NO_LOCKS, OWNER_FILE, read_owner, run_lock
+from megatron_deepstack.platform.processes.owner import Owner, this_process
 
 HOLD = """
 import sys, time

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.platform import scratch
-from megatron_deepstack.platform.scratch import hold, hold_new, sweep
+from megatron_deepstack.platform.files import scratch
+from megatron_deepstack.platform.files.scratch import hold, hold_new, sweep
 
 HOLDER = """
 import sys
 from pathlib import Path
-from megatron_deepstack.platform.scratch import hold_new
+from megatron_deepstack.platform.files.scratch import hold_new
 held = hold_new(Path(sys.argv[1]), "x")
 print(held.path, flush=True)
 sys.stdin.read()

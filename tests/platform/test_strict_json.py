@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_deepstack.platform.strict_json import from_line, to_line
+from megatron_deepstack.platform.files.strict_json import from_line, to_line
 
 
 def strictly(line: str) -> Any:

@@ -10,9 +10,9 @@ import pytest
 from megatron_deepstack.config.choices import Part, Variant
 from megatron_deepstack.config.load import RECIPES, load_recipe, recipe_to_yaml
 from megatron_deepstack.planning.check import check_plan, check_world
-from megatron_deepstack.planning.rows import context_length
+from megatron_deepstack.planning.exchange.rows import context_length
+from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import decoder_slots
-from megatron_deepstack.planning.vit_stacks import plan_vit_stacks
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in RECIPES.glob("deepstack_*.yaml"))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_deepstack.report.chart import Charts, Line, drawn_places, running_mean
-from megatron_deepstack.report.svg import round_ticks
+from megatron_deepstack.report.drawing.chart import Charts, Line, drawn_places, running_mean
+from megatron_deepstack.report.drawing.svg import round_ticks
 
 
 def models(charts: Charts, kind: str) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, Parall
 from megatron_deepstack.errors import ConfigError, DataError, LocationError, StoreError
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.report import pictures
+from megatron_deepstack.report.drawing.stages import stage_drawing
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import read_metrics
-from megatron_deepstack.report.stages import stage_drawing
 from megatron_deepstack.run_folder.answers import read_answers
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 

@@ -19,12 +19,12 @@ from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import OptimizerConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.report.compare import write_comparison
+from megatron_deepstack.report.drawing.timeline import Box, RankLine, RecordedStep, read_timelines, timeline_drawing
 from megatron_deepstack.report.health import events
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import Metrics, read_metrics
 from megatron_deepstack.report.settings import differences
 from megatron_deepstack.report.speed import bars, seconds_by_part
-from megatron_deepstack.report.timeline import Box, RankLine, RecordedStep, read_timelines, timeline_drawing
 
 
 def record(step: int, **changes: object) -> dict[str, object]:

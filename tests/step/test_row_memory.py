@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
-from megatron_deepstack.planning.routes import RankRoutes, plan_routes
-from megatron_deepstack.planning.sequence import padded_length
+from megatron_deepstack.planning.batch.sequence import padded_length
+from megatron_deepstack.planning.exchange.routes import RankRoutes, plan_routes
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
 
@@ -32,7 +32,7 @@ def run_step(rank: int, parallel: ParallelConfig, window_bytes: int) -> tuple[to
     Returns the gradients of this rank's table, and the most bytes of rows alive at once, in copies of the rows that
     the rank receives: while rows are sent, in the schedule, and while gradients are returned.
     """
-    from megatron_deepstack.model.injection import add_rows, put_rows
+    from megatron_deepstack.model.layers.injection import add_rows, put_rows
     from megatron_deepstack.routing import exchange
     from megatron_deepstack.step.visual import ReceivedRows
     from megatron_deepstack.testing.live_bytes import LiveBytes

@@ -23,9 +23,9 @@ from megatron_deepstack.data.store.schema import shard_path
 from megatron_deepstack.data.store.writer import write_attributes
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.views import ViewLayout
-from megatron_deepstack.storekeeping import assemble
-from megatron_deepstack.storekeeping.merge import merge
-from megatron_deepstack.storekeeping.split import split
+from megatron_deepstack.storekeeping.rewrite import assemble
+from megatron_deepstack.storekeeping.rewrite.merge import merge
+from megatron_deepstack.storekeeping.rewrite.split import split
 from megatron_deepstack.storekeeping.verify import verify
 from megatron_deepstack.testing.tiny_store import GRIDS, SAMPLES, write_tiny_store
 

@@ -18,7 +18,7 @@ from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import shard_path
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
-from megatron_deepstack.planning.rows import image_rows
+from megatron_deepstack.planning.exchange.rows import image_rows
 from megatron_deepstack.planning.views import ViewLayout
 from megatron_deepstack.storekeeping.choose import chosen, tokenizer_for
 from megatron_deepstack.storekeeping.model import model_for

@@ -13,7 +13,7 @@ from megatron_deepstack.config.choices import Sampler, Variant
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, StackConfig, VisionConfig
 from megatron_deepstack.testing.oracle import OracleSample, oracle_forward, oracle_loss
 from megatron_deepstack.testing.oracle.stacks import mosaic, sample_stacks
-from megatron_deepstack.testing.reference_case import load_case
+from megatron_deepstack.testing.published.reference_case import load_case
 
 CASES = ("l_square", "l_start0_interval2", "l_mixed_grids", "l_text_only_sample", "v_layer2", "hd_anyres")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_deepstack.config.choices import GridRule, Sampler, Variant
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.testing.reference_case import ReferenceCase, load_case
+from megatron_deepstack.testing.published.reference_case import ReferenceCase, load_case
 
 SETTINGS: dict[str, Any] = {
     "grids": [[2, 1], [1, 1]],

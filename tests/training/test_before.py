@@ -14,10 +14,10 @@ import pytest
 from megatron_deepstack.checkpoint.folder import checkpoint_path
 from megatron_deepstack.config.schema import DataConfig, Recipe
 from megatron_deepstack.errors import DeepStackError, PreemptedError, RankError, RunFolderError
-from megatron_deepstack.planning.footprint import checkpoint_bytes, checkpoints_at_once
-from megatron_deepstack.platform import run_disk as run_folder
-from megatron_deepstack.platform.gang import STOPPED, Gang
-from megatron_deepstack.platform.run_lock import OWNER_FILE, run_lock
+from megatron_deepstack.planning.budget.footprint import checkpoint_bytes, checkpoints_at_once
+from megatron_deepstack.platform.files import run_disk as run_folder
+from megatron_deepstack.platform.files.run_lock import OWNER_FILE, run_lock
+from megatron_deepstack.platform.processes.gang import STOPPED, Gang
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 from megatron_deepstack.training import launch
@@ -153,7 +153,7 @@ def test_verbs_say_what_became_of_their_work() -> None:
 
 def test_an_error_that_only_this_rank_meets_bears_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_deepstack.errors import HealthError, StoreError, of_all_ranks
-    from megatron_deepstack.platform.gang import is_broken_connection
+    from megatron_deepstack.platform.processes.gang import is_broken_connection
     from megatron_deepstack.training.main import _named
 
     monkeypatch.setenv("RANK", "3")

@@ -17,7 +17,7 @@ from megatron_deepstack.errors import CheckpointError, RankError
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
-from orchestration.preprocess.run import preprocess
+from orchestration.preprocess.driver.run import preprocess
 
 Pools = Callable[[int], RankPool]
 Tensors = dict[str, torch.Tensor]

@@ -18,7 +18,7 @@ from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model
 from megatron_deepstack.testing.tiny import tiny_recipe as tiny_run
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
-from orchestration.preprocess.run import preprocess
+from orchestration.preprocess.driver.run import preprocess
 
 Pools = Callable[[int], RankPool]
 STEPS = 6

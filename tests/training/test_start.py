@@ -23,7 +23,7 @@ from megatron_deepstack.errors import (
     RunFolderError,
     StoreError,
 )
-from megatron_deepstack.platform.strict_json import from_line
+from megatron_deepstack.platform.files.strict_json import from_line
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import write_tiny_store

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig
-from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.platform.files.run_lock import run_lock
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_deepstack.platform.random import device_random_state, set_device_random_state
+from megatron_deepstack.platform.compute.random import device_random_state, set_device_random_state
 
 _HOST, _DEVICE, _TRACKED = "host", "device", "tracked."
 

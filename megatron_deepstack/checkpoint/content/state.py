@@ -18,8 +18,8 @@ from megatron_deepstack.checkpoint.folder import FORMAT_VERSION
 from megatron_deepstack.checkpoint.trust import EXTRA_STATE
 from megatron_deepstack.config.choices import Fp8Scaling
 from megatron_deepstack.model.build import RankModel
-from megatron_deepstack.model.encoder import VisualEncoder
 from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.model.vision.encoder import VisualEncoder
 
 FUSED_NORMS = {
     "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",

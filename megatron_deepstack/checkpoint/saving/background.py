@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_deepstack.checkpoint.saving.plan import RankPlan
 from megatron_deepstack.checkpoint.saving.writer import FileTask, Reply, StagedTensor, WriteTask
-from megatron_deepstack.platform.host_memory import HostMemory, lay_out, start_copies
+from megatron_deepstack.platform.compute.host_memory import HostMemory, lay_out, start_copies
 
 _START = (
     "import sys; from megatron_deepstack.checkpoint.saving.writer import serve; "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_deepstack.checkpoint.folder import REMOVED, checkpoints_folder, looks_whole, remove, step_folders
 from megatron_deepstack.errors import CheckpointError, RunFolderError
-from megatron_deepstack.platform.run_lock import take_lock
+from megatron_deepstack.platform.files.run_lock import take_lock
 
 LOCK = ".being_written"
 """File in a partial folder that its writer holds locked."""

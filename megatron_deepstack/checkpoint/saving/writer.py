@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 import google_crc32c
 import torch
 
-from megatron_deepstack.platform.parent import die_with_parent
+from megatron_deepstack.platform.processes.parent import die_with_parent
 
 NOTE = ".written_by_rank_{rank}.json"
 """Note of a rank that has written its files, beside them until the checkpoint is committed."""

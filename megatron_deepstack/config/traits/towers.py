@@ -3,7 +3,7 @@
 All are vision transformers of one form: patches, a learned position for each token, layers with a LayerNorm before
 attention and before the MLP, biases everywhere. They differ in the rows of `TOWERS`. A tower of this form needs a row
 here and a size in `config.architectures`, nothing else; `register_tower` adds a row from another program. A tower of
-another form (views of different sizes, several taps) also needs a module of its own, see `model.tower`.
+another form (views of different sizes, several taps) also needs a module of its own, see `model.vision.tower`.
 """
 
 from __future__ import annotations

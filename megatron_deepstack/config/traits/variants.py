@@ -3,7 +3,7 @@
 A variant answers three questions: which views of an image are looked at, what takes the image's place in the sequence
 (its *context*), and what is stacked where. The rows of `VARIANTS` are the only place that knows the answers. A new
 variant is a member of `Variant` with a row; if it asks for a context or a source of stacks that no row has, also a
-function in `planning.rows`.
+function in `planning.exchange.rows`.
 """
 
 from __future__ import annotations

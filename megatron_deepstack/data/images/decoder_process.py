@@ -34,7 +34,7 @@ from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_l
 from megatron_deepstack.data.store.codec import checksums
 from megatron_deepstack.data.store.direct_file import BLOCK
 from megatron_deepstack.errors import DeepStackError
-from megatron_deepstack.platform.parent import die_with_parent
+from megatron_deepstack.platform.processes.parent import die_with_parent
 
 SLOTS: Final = 2
 """Images whose views have room in shared memory: one is taken out while the next one is made."""

@@ -20,16 +20,16 @@ from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.order.mixture import Mixture, Samples
 from megatron_deepstack.data.order.sampler import Indices, share_of_replica
 from megatron_deepstack.data.order.unreadable import UnreadableSample, Where, without
-from megatron_deepstack.data.store.cache import CacheConfig
 from megatron_deepstack.data.store.lengths import check_lengths
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
-from megatron_deepstack.planning.packing import filler, merge, pack
-from megatron_deepstack.planning.routes import EncodeUnit, PlannedSample
-from megatron_deepstack.planning.rows import context_length
-from megatron_deepstack.planning.sequence import expand
-from megatron_deepstack.planning.step_plan import StepPlan, plan_step
+from megatron_deepstack.planning.batch.packing import filler, merge, pack
+from megatron_deepstack.planning.batch.sequence import expand
+from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
+from megatron_deepstack.planning.exchange.routes import EncodeUnit, PlannedSample
+from megatron_deepstack.planning.exchange.rows import context_length
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from megatron_deepstack.planning.step_plan import StepPlan
-from megatron_deepstack.planning.tokens import IGNORE_INDEX
+from megatron_deepstack.planning.batch.step_plan import StepPlan
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 
 Where = tuple[int, int, int]
 """Place of a sample in a step: micro-batch, row, and number within the row (0 but for packs)."""

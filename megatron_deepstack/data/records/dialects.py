@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from megatron_deepstack.data.records.keys import FaultError, check_keys, how_to_ignore, without
 from megatron_deepstack.data.records.turns import Role, Turn
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
 TALK_KEYS: Final = ("conversations", "messages")
 """Keys under which a record may hold its turns."""

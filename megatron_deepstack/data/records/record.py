@@ -18,7 +18,7 @@ from megatron_deepstack.data.records.keys import FaultError, how_to_ignore
 from megatron_deepstack.data.records.turns import Turn
 from megatron_deepstack.data.text.conversation import Template, check_turns
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
 _SHOWN: Final = 10
 """Faulty records listed in an error."""

@@ -27,7 +27,7 @@ from megatron_deepstack.data.records.dialects import holds_talk, named_images
 from megatron_deepstack.data.records.record import Faults, Record, RecordRules, parse_record
 from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
 _IMAGES: Final = {
     "jpg",

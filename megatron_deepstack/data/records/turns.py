@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
 
 class Role(StrEnum):

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_deepstack.config.schema import ModelConfig, TrainConfig
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.rows import context_length
+from megatron_deepstack.planning.exchange.rows import context_length
 
 _LISTED: Final = 10
 """Samples named in an error."""

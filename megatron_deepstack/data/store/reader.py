@@ -23,10 +23,7 @@ from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.order.sampler import Indices, global_batch
 from megatron_deepstack.data.store.attributes import StoreAttributes, finished_attributes, read_document
-from megatron_deepstack.data.store.cache import BoundedFolder, CacheConfig
 from megatron_deepstack.data.store.index import ArrayReader, IndexReader, check_metadata, read_metadata
-from megatron_deepstack.data.store.remote import RemoteShards, copy_index
-from megatron_deepstack.data.store.remote_array import BY_BLOCKS, RemoteArray, side_by_side
 from megatron_deepstack.data.store.schema import (
     INDEX_ARRAYS,
     PIXELS,
@@ -35,6 +32,9 @@ from megatron_deepstack.data.store.schema import (
     pixels_metadata,
 )
 from megatron_deepstack.data.store.shards import LocalShards, ShardError, Shards
+from megatron_deepstack.data.store.url.cache import BoundedFolder, CacheConfig
+from megatron_deepstack.data.store.url.remote import RemoteShards, copy_index
+from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS, RemoteArray, side_by_side
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.views import Grid
 

@@ -27,7 +27,7 @@ from megatron_deepstack.data.records.turns import (
 from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, ChatFormat
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
 _V1_SYSTEM: Final = (
     "A chat between a curious user and an artificial intelligence assistant. "

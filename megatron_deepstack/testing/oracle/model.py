@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.planning.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle import language, stacks, vision
 from megatron_deepstack.testing.oracle.stacks import Grid
 

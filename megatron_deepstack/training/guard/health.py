@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from megatron_deepstack.config.schema import HealthConfig
 from megatron_deepstack.errors import HealthError
-from megatron_deepstack.platform.strict_json import from_line
+from megatron_deepstack.platform.files.strict_json import from_line
 
 _LEAST_RISE: Final = 0.1
 """Nats per target by which a loss must stand out: where a task is learned, batches of 0.01 and 0.03 are both usual."""

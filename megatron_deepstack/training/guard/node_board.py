@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_deepstack.platform.process import machine_start
-from megatron_deepstack.platform.scratch import MEMORY, Scratch, hold, sweep
+from megatron_deepstack.platform.files.scratch import MEMORY, Scratch, hold, sweep
+from megatron_deepstack.platform.processes.process import machine_start
 
 _KIND: Final = "dsbeats"
 _ATTEMPT: Final = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")

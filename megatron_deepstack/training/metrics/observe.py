@@ -15,9 +15,9 @@ from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.host_clock import Offset, clock_offsets
-from megatron_deepstack.platform.device import has_gpu
-from megatron_deepstack.platform.run_disk import writing
-from megatron_deepstack.platform.write_whole import write_whole
+from megatron_deepstack.platform.compute.device import has_gpu
+from megatron_deepstack.platform.files.run_disk import writing
+from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.timeline import Interval, Timeline
 

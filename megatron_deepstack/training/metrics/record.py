@@ -53,7 +53,7 @@ class StepRecord:
     """Learning rate of each part that learns."""
     tokens_per_second_per_rank: float = 0.0
     tflops_per_second: float = 0.0
-    """Model TFLOP/s of the whole run, as `planning.cost` counts them."""
+    """Model TFLOP/s of the whole run, as `planning.budget.cost` counts them."""
     tflops_per_second_per_rank: float = 0.0
     mfu: float | None = None
     """Model FLOP/s over the devices' peak; None where the peak is not known."""

@@ -2,7 +2,7 @@
 
     TFLOP/s = model FLOPs of the step / step seconds / 10^12        MFU = FLOP/s / (ranks x peak FLOP/s of a device)
 
-Model FLOPs are those of `planning.cost`: ViT, projector and decoder over what the step's samples hold, without padding
+Model FLOPs are those of `planning.budget.cost`: ViT, projector and decoder over what the step's samples hold, without padding
 and without recomputation. The step's seconds are wall time from one step's end to the next's, waiting for data
 included, saving and validation not.
 """
@@ -15,9 +15,9 @@ from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import sum_over_replicas
-from megatron_deepstack.planning.cost import training_flops
-from megatron_deepstack.planning.step_plan import StepPlan
-from megatron_deepstack.platform.device import device_name
+from megatron_deepstack.planning.batch.step_plan import StepPlan
+from megatron_deepstack.planning.budget.cost import training_flops
+from megatron_deepstack.platform.compute.device import device_name
 
 _TERA = 1e12
 PEAK_TFLOPS: tuple[tuple[str, float, float | None], ...] = (

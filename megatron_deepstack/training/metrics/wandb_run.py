@@ -14,7 +14,7 @@ from typing import Any
 from megatron_deepstack.config.build import plain
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.platform.write_whole import write_whole
+from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.training.metrics.record import StepRecord
 
 _ID_FILE = "wandb_run_id"

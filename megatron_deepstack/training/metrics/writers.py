@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import RunFolderError
-from megatron_deepstack.platform.run_disk import writing
-from megatron_deepstack.platform.strict_json import to_line
+from megatron_deepstack.platform.files.run_disk import writing
+from megatron_deepstack.platform.files.strict_json import to_line
 from megatron_deepstack.training.guard.health import earlier_records
 from megatron_deepstack.training.metrics.console import StepConsole
 from megatron_deepstack.training.metrics.record import StepRecord

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.planning.footprint import checkpoint_bytes, checkpoints_at_once, rank_bytes
-from megatron_deepstack.platform.run_disk import size_text
+from megatron_deepstack.planning.budget.footprint import checkpoint_bytes, checkpoints_at_once, rank_bytes
+from megatron_deepstack.platform.files.run_disk import size_text
 from orchestration.launch.before.placement import Seat
 from orchestration.launch.before.probe import Fact, NodeFacts, differing, files_of, stores_of
 

@@ -23,8 +23,8 @@ from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.attributes import finished_attributes
+from megatron_deepstack.platform.files.run_disk import write_probe
 from megatron_deepstack.platform.network import interface_of
-from megatron_deepstack.platform.run_disk import write_probe
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "ray", "zarr", "numpy")
 TOKENS = ".launch-tokens"
@@ -74,7 +74,7 @@ class Questions:
 
 def gather(questions: Questions, address: str, token: str) -> NodeFacts:
     """All facts of this node; `token` is the name of the file it leaves in the run folder."""
-    from megatron_deepstack.platform.device import gpu_memories
+    from megatron_deepstack.platform.compute.device import gpu_memories
 
     folder = _find(partial(_enter, questions.folder))
     recipe, run_dir = questions.recipe, Path(questions.recipe.run_dir)

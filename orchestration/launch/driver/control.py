@@ -18,10 +18,10 @@ from typing import Any
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import ClusterError, ConfigError
-from megatron_deepstack.platform.owner import Owner, is_here
-from megatron_deepstack.platform.process import still_runs
-from megatron_deepstack.platform.run_lock import OWNER_FILE, read_owner
-from megatron_deepstack.platform.strict_json import from_line
+from megatron_deepstack.platform.files.run_lock import OWNER_FILE, read_owner
+from megatron_deepstack.platform.files.strict_json import from_line
+from megatron_deepstack.platform.processes.owner import Owner, is_here
+from megatron_deepstack.platform.processes.process import still_runs
 from megatron_deepstack.training.guard.heartbeat import read_beats
 from megatron_deepstack.training.guard.node_board import Beat
 from orchestration.launch.driver.record import STALE_SECONDS, LaunchRecord, State, last_lines, newest_step, read_record

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.platform.process import machine_start, process_start, still_runs
-from megatron_deepstack.platform.write_whole import write_whole
+from megatron_deepstack.platform.files.write_whole import write_whole
+from megatron_deepstack.platform.processes.process import machine_start, process_start, still_runs
 
 STOP_FILE: Final = "stop.request"
 HEARTBEAT_SECONDS: Final = 5.0

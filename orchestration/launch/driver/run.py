@@ -21,9 +21,9 @@ from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError, DeepStackError, PreemptedError, RankError
 from megatron_deepstack.planning.check import check_plan, check_world, model_ranks
-from megatron_deepstack.platform.device import gpu_memories
-from megatron_deepstack.platform.run_disk import require_writable
-from megatron_deepstack.platform.run_lock import run_lock
+from megatron_deepstack.platform.compute.device import gpu_memories
+from megatron_deepstack.platform.files.run_disk import require_writable
+from megatron_deepstack.platform.files.run_lock import run_lock
 from megatron_deepstack.training.guard.watchdog import PATIENT
 from orchestration.cluster import import_ray, ray_session
 from orchestration.launch.before.checks import Finding

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_deepstack.platform.write_whole import write_whole
+from megatron_deepstack.platform.files.write_whole import write_whole
 from orchestration.launch.driver.record import STOP_FILE, LaunchRecord, State
 
 

@@ -14,7 +14,7 @@ from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import shard_path
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.tokens import IGNORE_INDEX
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.testing.tiny import tiny_model
 from megatron_deepstack.testing.tiny_store import SAMPLES, write_tiny_store
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.data.store.cache import BoundedFolder, CacheConfig
+from megatron_deepstack.data.store.url.cache import BoundedFolder, CacheConfig
 from megatron_deepstack.errors import StoreError
 
 

@@ -10,10 +10,10 @@ import pytest
 from test_remote_store import cache, copied_bytes, copies, folder, requests, upload, url  # noqa: F401 - fixtures
 
 from megatron_deepstack.data.order.mixture import Mixture
-from megatron_deepstack.data.store import remote_array
-from megatron_deepstack.data.store.cache import CacheConfig
 from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.data.store.remote_array import BY_BLOCKS
+from megatron_deepstack.data.store.url import remote_array
+from megatron_deepstack.data.store.url.cache import CacheConfig
+from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 
 BLOCK = 32

@@ -14,10 +14,10 @@ import pytest
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store import remote
-from megatron_deepstack.data.store.cache import CacheConfig
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import METADATA_FILE, shard_path
+from megatron_deepstack.data.store.url import remote
+from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.errors import LocationError, StoreError
 from megatron_deepstack.testing.tiny_store import GRIDS, write_tiny_store
 

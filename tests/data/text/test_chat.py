@@ -16,7 +16,7 @@ from megatron_deepstack.data.text.conversation import encode_conversation, encod
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.testing.tiny_chat import (
     LLAMA_3_CONFIG,
     LLAMA_3_TOKENS,

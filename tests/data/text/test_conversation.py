@@ -11,7 +11,7 @@ from megatron_deepstack.data.text.conversation import encode_conversation, encod
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
-from megatron_deepstack.planning.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 
 
 def talk(*texts: str, first: Role = Role.HUMAN) -> list[Turn]:

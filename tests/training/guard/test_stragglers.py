@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_deepstack.config.schema import DataConfig, HealthConfig, ParallelConfig, Recipe
-from megatron_deepstack.platform.stopwatch import Stopwatch
+from megatron_deepstack.platform.compute.stopwatch import Stopwatch
 from megatron_deepstack.step.work import WorkTimers
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.errors import CheckpointError, HangError, RankError
-from megatron_deepstack.platform.local_ranks import launch_ranks
+from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.training.guard.heartbeat import read_beats, silent_ranks
 from megatron_deepstack.training.guard.node_board import Beat
 from megatron_deepstack.training.guard.watchdog import PATIENT, Watchdog, hang_message, last_hang

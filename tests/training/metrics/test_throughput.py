@@ -8,7 +8,7 @@ import pytest
 
 from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import LoggingConfig, Recipe, TrainConfig
-from megatron_deepstack.planning.cost import decoder_flops, projector_flops, view_flops
+from megatron_deepstack.planning.budget.cost import decoder_flops, projector_flops, view_flops
 from megatron_deepstack.training.metrics import throughput
 from megatron_deepstack.training.metrics.throughput import Throughput, peak_tflops
 

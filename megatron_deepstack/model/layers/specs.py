@@ -1,0 +1,144 @@
+"""Layer specs: which classes Megatron builds a decoder or ViT layer from.
+
+Transformer Engine's layers where they can run, else Megatron's local layers with torch's fused attention. Layers that
+own a slot are `InjectionLayer`s; everything else in them is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_deepstack.config.choices import Layers, LoraTarget
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model.layers.attention import FusedCoreAttention
+from megatron_deepstack.model.layers.injection import InjectionLayer
+from megatron_deepstack.model.layers.lora import adapted
+from megatron_deepstack.model.layers.norm import Norm
+from megatron_deepstack.platform.compute.device import has_gpu
+
+
+def uses_transformer_engine(layers: Layers) -> bool:
+    """Whether Transformer Engine's layers are built; raises ConfigError if they are demanded and cannot run."""
+    available = has_gpu() and find_spec("transformer_engine") is not None
+    if layers is Layers.TRANSFORMER_ENGINE and not available:
+        raise ConfigError(
+            ["model.layers: transformer_engine needs a GPU and the package transformer_engine; use `auto` or `local`"]
+        )
+    return available and layers is not Layers.LOCAL
+
+
+def decoder_block(
+    language: LanguageConfig, layers: Layers, lora: LoraConfig, first: int, stop: int, slots: Sequence[int]
+) -> TransformerBlockSubmodules:
+    """Specs of decoder layers `first` to `stop - 1`; `slots` are the chunk's own, ascending."""
+    engine = uses_transformer_engine(layers)
+    submodules = (
+        _engine_submodules(language, lora)
+        if engine
+        else _submodules(_LOCAL, AttnMaskType.causal, language.qk_norm, lora)
+    )
+    specs = [
+        ModuleSpec(module=InjectionLayer, params={"slot_index": slots.index(layer)}, submodules=submodules)
+        if layer in slots
+        else ModuleSpec(module=TransformerLayer, submodules=submodules)
+        for layer in range(first, stop)
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_final_norm() if engine else Norm)
+
+
+def vit_layer() -> ModuleSpec:
+    """Spec of a ViT layer: bidirectional attention, LayerNorm, biases."""
+    return ModuleSpec(
+        module=TransformerLayer, submodules=_submodules(_LOCAL, AttnMaskType.no_mask, False, LoraConfig())
+    )
+
+
+def respect_no_grad(block: TransformerBlock) -> None:
+    """Keep a block's layers from switching gradients on inside `torch.no_grad()`, which costs a graph in inference."""
+    for layer in block.layers:
+        layer.bias_dropout_add_exec_handler = nullcontext
+
+
+@dataclass(frozen=True, slots=True)
+class _Classes:
+    """What a layer is made of, of one implementation."""
+
+    norm: type
+    column: type
+    row: type
+    attention: type
+
+
+_LOCAL = _Classes(norm=Norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=FusedCoreAttention)
+
+
+def _submodules(classes: _Classes, mask: AttnMaskType, qk_norm: bool, lora: LoraConfig) -> TransformerLayerSubmodules:
+    head_norm = classes.norm if qk_norm else IdentityOp
+    return TransformerLayerSubmodules(
+        input_layernorm=classes.norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": mask},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=adapted(classes.column, LoraTarget.QKV, lora),
+                core_attention=classes.attention,
+                linear_proj=adapted(classes.row, LoraTarget.ATTENTION_OUTPUT, lora),
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=classes.norm,
+        mlp=_mlp(
+            MLPSubmodules(
+                linear_fc1=adapted(classes.column, LoraTarget.MLP_IN, lora),
+                linear_fc2=adapted(classes.row, LoraTarget.MLP_OUT, lora),
+            )
+        ),
+        mlp_bda=get_bias_dropout_add,
+    )
+
+
+def _mlp(submodules: MLPSubmodules) -> object:
+    """The MLP's place in a layer spec: a builder since megatron-core 0.17, a ModuleSpec before."""
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
+
+
+def _engine_submodules(language: LanguageConfig, lora: LoraConfig) -> TransformerLayerSubmodules:
+    """Megatron's own, which fuse norm and linear; with adapters apart, since A wants what the linear sees."""
+    if lora.rank:
+        from megatron.core.extensions import transformer_engine as engine
+
+        classes = _Classes(
+            norm=engine.TENorm,
+            column=engine.TEColumnParallelLinear,
+            row=engine.TERowParallelLinear,
+            attention=engine.TEDotProductAttention,
+        )
+        return _submodules(classes, AttnMaskType.causal, language.qk_norm, lora)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=language.qk_norm).submodules
+
+
+def _final_norm() -> type:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""The visual encoder: a tower, its stacks, and the projector."""

@@ -1,0 +1,64 @@
+"""The visual encoder: ViT, projector, and the learned newline of any-resolution contexts.
+
+It maps pixels to *rows*: features of the decoder's hidden size, view after view, then one newline row. Which row goes
+where is the routes' business; the encoder knows nothing of sequences, stages or stacks (but DeepStack-V's own).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.model.layers.megatron_config import vision_config
+from megatron_deepstack.model.vision.tower import build_tower
+from megatron_deepstack.model.vision.vit import VitStacks
+from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
+
+
+class Projector(torch.nn.Module):
+    """Linear, GELU, Linear with biases: ViT width to decoder width (LLaVA's mlp2x_gelu)."""
+
+    def __init__(self, width: int, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.fc1 = torch.nn.Linear(width, hidden, dtype=dtype)
+        self.fc2 = torch.nn.Linear(hidden, hidden, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., hidden)."""
+        return self.fc2(torch.nn.functional.gelu(self.fc1(x)))
+
+
+class VisualEncoder(MegatronModule):
+    """Pixels to rows; replicated on every rank."""
+
+    def __init__(self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection) -> None:
+        """`groups` is the encoder's view of the world: data-parallel over everything."""
+        config = vision_config(model.vision, precision)
+        super().__init__(config=config)
+        stacks = None
+        if model.variant.traits.stacks_in_vit:
+            stacks = VitStacks(slots=plan_vit_stacks(model).slots, views_per_image=1 + STACKS_IN_VIT)
+        self.view_tokens = tokens_per_view(model.vision)
+        self.hidden_size = model.language.hidden_size
+        self.vit = build_tower(config, model, groups, stacks)
+        self.projector = Projector(model.vision.hidden_size, self.hidden_size, config.params_dtype)
+        self.newline = None
+        if model.variant.traits.has_newline:
+            self.newline = torch.nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """From the tower's features to rows. Not collective.
+
+        Args:
+            features: (N, P * P, C) of N views, or of N images where stacks enter the ViT.
+
+        Returns:
+            Rows (N * P * P + 1, H), the newline last; zero where the variant has none.
+        """
+        rows = self.projector(features).reshape(-1, self.hidden_size)
+        newline = rows.new_zeros(1, self.hidden_size) if self.newline is None else self.newline[None]
+        return torch.cat([rows, newline.to(rows.dtype)])

@@ -1,0 +1,126 @@
+"""Floating-point operations of the model, counted from recipe and samples alone: two per multiply-add of every matrix.
+
+These are *model* FLOPs: what the mathematics asks for, whatever the layout does to get it. Sequences count at their own
+length, without padding; causal attention counts half its square; recomputation does not count. Norms, activations and
+the injection (a millionth of the rest) are left out.
+
+A matrix costs its forward once, once more if it learns (its own gradient), and once more if the gradient of its input
+is wanted, because something before it learns. So a part that learns costs three forwards, a frozen decoder under a
+learning projector two, a frozen ViT one. Attention's two products have no weights and two inputs, so their backward
+costs two forwards wherever a gradient passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from megatron_deepstack.config.choices import Part
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.config.sizes import tokens_per_view, used_layers
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
+from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
+from megatron_deepstack.planning.slots import stage_chunks
+
+
+def training_flops(
+    model: ModelConfig, trainable: Collection[Part], lora: LoraConfig, lengths: Sequence[int], num_units: int
+) -> float:
+    """FLOPs of a step, forward and backward.
+
+    Args:
+        model: The recipe's model.
+        trainable: Parts that learn.
+        lora: Adapters of the decoder; rank 0 for none.
+        lengths: Tokens of each sample, visual ones included, padding not.
+        num_units: What the plan deals to ranks: views, or images with all their views where stacks enter the ViT.
+
+    Returns:
+        Operations, two per multiply-add, of all ranks together.
+    """
+    encoder = num_units * (_vision_training(model, trainable) + _projector_training(model, trainable))
+    return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
+
+
+def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
+    adapted = Part.LANGUAGE in trainable and lora.rank > 0
+    learned = Part.LANGUAGE in trainable and not adapted
+    matrices = 2 * length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    adapters = 2 * length * adapter_weights(language, lora) if adapted else 0
+    return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
+
+
+def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """A unit's views through the ViT."""
+    learned = Part.VISION in trainable
+    passes = 3 if learned else 1
+    vision = model.vision
+    if not model.variant.traits.stacks_in_vit:
+        return passes * _layers_flops(vision, used_layers(vision)) + (1 + learned) * _patch_flops(vision)
+    shared = plan_vit_stacks(model).slots[0]
+    views = 1 + STACKS_IN_VIT
+    layers = views * _layers_flops(vision, shared) + _layers_flops(vision, used_layers(vision) - shared)
+    return passes * layers + (1 + learned) * views * _patch_flops(vision)
+
+
+def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """The rows of one view through both layers."""
+    learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    tokens, hidden = tokens_per_view(model.vision), model.language.hidden_size
+    first, second = 2 * tokens * model.vision.hidden_size * hidden, 2 * tokens * hidden * hidden
+    return (1 + learned + below) * first + (1 + learned + (learned or below)) * second
+
+
+def decoder_flops(language: LanguageConfig, seq_length: int) -> float:
+    """Forward of one sequence of `seq_length` tokens, output layer included."""
+    matrices = 2 * seq_length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    return matrices + language.num_layers * _causal_attention(language, seq_length)
+
+
+def view_flops(vision: VisionConfig) -> float:
+    """Forward of one view through the ViT layers whose output is used."""
+    return _layers_flops(vision, used_layers(vision)) + _patch_flops(vision)
+
+
+def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Entries of the decoder's matrices on each pipeline stage, to which its forward and backward are proportional."""
+    held = [0] * parallel.pipeline
+    for chunk in stage_chunks(language.num_layers, parallel):
+        layers = (chunk.stop - chunk.first) * _layer_weights(language)
+        held[chunk.pp] += layers + chunk.has_head * _head_weights(language)
+    return tuple(held)
+
+
+def projector_flops(model: ModelConfig) -> float:
+    """Forward of one view's tokens through the projector."""
+    hidden = model.language.hidden_size
+    return 2.0 * tokens_per_view(model.vision) * hidden * (model.vision.hidden_size + hidden)
+
+
+def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
+    """Entries of all adapters' matrices: rank times (inputs + outputs) of each adapted linear."""
+    sizes = linear_sizes(language)
+    return language.num_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
+
+
+def _layer_weights(language: LanguageConfig) -> int:
+    return sum(inputs * outputs for inputs, outputs in linear_sizes(language).values())
+
+
+def _head_weights(language: LanguageConfig) -> int:
+    return language.hidden_size * language.vocab_size
+
+
+def _causal_attention(language: LanguageConfig, length: int) -> float:
+    """Scores and weighted values of one layer, half of 4 x length^2 x width."""
+    return 2 * length * length * attention_widths(language)[0]
+
+
+def _layers_flops(vision: VisionConfig, num_layers: int) -> float:
+    c, tokens = vision.hidden_size, tokens_per_view(vision) + tower_of(vision).num_leading_tokens
+    weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
+    return num_layers * (2 * tokens * weights + 4 * tokens * tokens * c)
+
+
+def _patch_flops(vision: VisionConfig) -> float:
+    return 2 * tokens_per_view(vision) * 3 * vision.patch_size**2 * vision.hidden_size

@@ -1,0 +1,136 @@
+"""Bytes that a run takes before its first step, counted from the recipe: parameters, a checkpoint, a rank's memory.
+
+Weights take 2 bytes in bf16 and 4 in float32. What learns also has a float32 gradient, Adam's two float32 moments, and
+in bf16 a float32 copy of the weight. Activations are not counted: a rank needs more than this, never less.
+"""
+
+from __future__ import annotations
+
+from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.schema import ModelConfig, Recipe, VisionConfig
+from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.budget.cost import adapter_weights
+from megatron_deepstack.planning.budget.linears import linear_sizes
+from megatron_deepstack.planning.slots import Chunk, stage_chunks
+
+_GRADIENT_BYTES = 4
+
+
+def part_parameters(model: ModelConfig) -> dict[Part, int]:
+    """Parameters of each part; the padding of the vocabulary and a few learned vectors are left out."""
+    language, vision = model.language, model.vision
+    h = language.hidden_size
+    heads = 1 if language.tied_embeddings else 2
+    return {
+        Part.VISION: _vision_parameters(vision),
+        Part.PROJECTOR: (vision.hidden_size + 1) * h + (h + 1) * h,
+        Part.LANGUAGE: language.num_layers * _layer_parameters(model) + heads * language.vocab_size * h + h,
+    }
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """Size of the model's weights alone in the run's precision."""
+    return sum(part_parameters(recipe.model).values()) * _weight_bytes(recipe)
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of one checkpoint: every weight, and the optimizer's state of those that learn."""
+    weights = sum(part_parameters(recipe.model).values()) + _adapters(recipe)
+    return weights * _weight_bytes(recipe) + _learned(recipe) * _state_bytes(recipe)
+
+
+def checkpoints_at_once(recipe: Recipe) -> int:
+    """Checkpoints that lie in the run folder at a time, the one that is being written included.
+
+    Args:
+        recipe: The run's recipe.
+
+    Returns:
+        At least 1. Where all are kept, and of those that are kept for good, only the first few count: whoever keeps
+        them moves them away.
+    """
+    every, steps = recipe.checkpoint.interval, recipe.train.steps
+    saves = -(-steps // every) if every else 1
+    return max(1, min(saves, (recipe.checkpoint.keep or 2) + 1))
+
+
+def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
+    """Memory of weights, gradients and optimizer on the fullest rank.
+
+    Args:
+        recipe: The recipe.
+        num_ranks: Ranks of the whole run, over which a distributed optimizer is shared out.
+
+    Returns:
+        Bytes, without activations.
+    """
+    parallel, parameters = recipe.parallel, part_parameters(recipe.model)
+    shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    everyone = num_ranks if parallel.distributed_optimizer else 1
+    encoder = parameters[Part.VISION] + parameters[Part.PROJECTOR]
+    encoder_learned = _learned_of(recipe, Part.VISION) + _learned_of(recipe, Part.PROJECTOR)
+    decoder = _fullest_stage(recipe) // parallel.tensor
+    decoder_learned = decoder * _learned_of(recipe, Part.LANGUAGE) // parameters[Part.LANGUAGE]
+    return _held(recipe, encoder, encoder_learned, everyone) + _held(recipe, decoder, decoder_learned, shares)
+
+
+def _held(recipe: Recipe, weights: int, learned: int, shares: int) -> int:
+    """Bytes of parameters whose optimizer state is shared out over `shares` ranks."""
+    return weights * _weight_bytes(recipe) + learned * _GRADIENT_BYTES + learned * _state_bytes(recipe) // shares
+
+
+def _fullest_stage(recipe: Recipe) -> int:
+    """Most decoder parameters of any pipeline stage."""
+    stages = [0] * recipe.parallel.pipeline
+    for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):
+        stages[chunk.pp] += _chunk_parameters(recipe.model, chunk)
+    return max(stages)
+
+
+def _learned(recipe: Recipe) -> int:
+    return sum(_learned_of(recipe, part) for part in Part)
+
+
+def _learned_of(recipe: Recipe, part: Part) -> int:
+    """Parameters of a part that learn; of an adapted decoder only its adapters."""
+    if part not in recipe.train.trainable:
+        return 0
+    if part is Part.LANGUAGE and recipe.lora.rank:
+        return _adapters(recipe)
+    return part_parameters(recipe.model)[part]
+
+
+def _adapters(recipe: Recipe) -> int:
+    return adapter_weights(recipe.model.language, recipe.lora) if recipe.lora.rank else 0
+
+
+def _weight_bytes(recipe: Recipe) -> int:
+    return 4 if recipe.train.precision is Precision.FP32 else 2
+
+
+def _state_bytes(recipe: Recipe) -> int:
+    return 8 if recipe.train.precision is Precision.FP32 else 12
+
+
+def _layer_parameters(model: ModelConfig) -> int:
+    return sum(inputs * outputs for inputs, outputs in linear_sizes(model.language).values()) + 2 * (
+        model.language.hidden_size
+    )
+
+
+def _chunk_parameters(model: ModelConfig, chunk: Chunk) -> int:
+    tables = int(chunk.has_embedding) + int(chunk.has_head)
+    tables = 1 if tables == 2 and model.language.tied_embeddings else tables
+    table = model.language.vocab_size * model.language.hidden_size
+    return (chunk.stop - chunk.first) * _layer_parameters(model) + tables * table
+
+
+def _vision_parameters(vision: VisionConfig) -> int:
+    c, f = vision.hidden_size, vision.ffn_hidden_size
+    layer = 4 * (c + 1) * c + (c + 1) * f + (f + 1) * c + 4 * c
+    traits = tower_of(vision)
+    norms = 2 * (int(traits.has_pre_norm) + int(traits.has_post_norm))
+    vectors = tokens_per_view(vision) + 2 * traits.num_leading_tokens + int(traits.has_patch_bias) + norms
+    embedding = (3 * vision.patch_size**2 + vectors) * c
+    return vision.num_layers * layer + embedding

@@ -1,0 +1,104 @@
+"""What one image asks of a step in any layout: the units that encode it, and its rows by the slot that adds them.
+
+Plans of whole images are kept, since a step has many images and few grids. Nothing here knows ranks: `routes` places
+units and rows on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, ImageRows, image_rows, tokens_per_view
+from megatron_deepstack.planning.slots import EMBEDDING, decoder_slots
+from megatron_deepstack.planning.views import Grid
+
+NEWLINE_ROW = -1
+"""Stands in `SlotRows.row` for the learned newline, which the rank of the image's first unit sends."""
+
+Numbers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRows:
+    """The rows of one image that one slot adds, in the order of `rows.image_rows`; the arrays have one entry a row."""
+
+    slot: int
+    """Decoder layer, or EMBEDDING."""
+    cell: Numbers
+    """Position within the image's context, 0-based."""
+    unit: Numbers
+    """Which of the image's units makes the row; 0 for the newline."""
+    row: Numbers
+    """Row counted from the first row of the image's first unit, or NEWLINE_ROW."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """The units of one image and where their rows are added."""
+
+    units: tuple[tuple[int, ...], ...]
+    """The views that each unit reads, in order."""
+    slots: tuple[SlotRows, ...]
+    """Ascending by slot; slots without a row are left out."""
+
+
+def image_plan(model: ModelConfig, grid: Grid, length: int) -> ImagePlan:
+    """Plan an image of which `length` context positions are left after truncation.
+
+    Args:
+        model: The model; its variant, sampler, stacks and vision tower decide.
+        grid: The image's grid (columns, rows).
+        length: Context positions that lie in the sequence, 0 or more; more than the context has counts as all.
+
+    Returns:
+        The plan. Views that no row needs have no unit. Arrays are read-only and shared between calls.
+    """
+    rows = image_rows(model, grid)
+    if length >= rows.context_length:
+        return _whole_image(model, grid)
+    return _plan(model, grid, rows, rows.cell < length)
+
+
+@lru_cache(maxsize=64)
+def _whole_image(model: ModelConfig, grid: Grid) -> ImagePlan:
+    rows = image_rows(model, grid)
+    return _plan(model, grid, rows, np.ones(len(rows.cell), np.bool_))
+
+
+def _plan(model: ModelConfig, grid: Grid, rows: ImageRows, kept: npt.NDArray[np.bool_]) -> ImagePlan:
+    view, token = rows.view[kept], rows.token[kept]
+    needed = np.unique(view[view != NEWLINE])
+    units = _units(model, grid, needed)
+    if not units:
+        return ImagePlan(units=(), slots=())
+    number = np.zeros(int(needed[-1]) + 2, np.int32)  # the last entry is the newline's, whose number is -1
+    if len(units) > 1:
+        number[needed] = np.arange(len(units))
+    unit = number[view]
+    row = np.where(view == NEWLINE, NEWLINE_ROW, unit * tokens_per_view(model.vision) + token).astype(np.int32)
+    cell, slot = rows.cell[kept].astype(np.int32), np.array([EMBEDDING, *decoder_slots(model)])[rows.stack[kept] - BASE]
+    slots = []
+    for one in np.unique(slot):
+        here = np.flatnonzero(slot == one)
+        slots.append(_frozen(SlotRows(slot=int(one), cell=cell[here], unit=unit[here], row=row[here])))
+    return ImagePlan(units=units, slots=tuple(slots))
+
+
+def _frozen(rows: SlotRows) -> SlotRows:
+    for array in (rows.cell, rows.unit, rows.row):
+        array.setflags(write=False)
+    return rows
+
+
+def _units(model: ModelConfig, grid: Grid, needed: npt.NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
+    """A unit per needed view, or one of all views where they meet inside the ViT."""
+    if not len(needed):
+        return ()
+    if model.variant.traits.stacks_in_vit:
+        return (tuple(range(1 + grid[0] * grid[1])),)
+    return tuple((int(view),) for view in needed)

@@ -1,0 +1,155 @@
+"""Which token of which view becomes which row of which stack: the sampling of the paper as index arithmetic.
+
+Nothing here touches features. For an image with grid (gw, gh), `image_rows` lists every row the image contributes:
+the stack it belongs to, its cell in the image's stretch of the sequence (the *context*), and the view and token it
+comes from. The ViT's outputs are then only ever indexed, which is exact and differentiable.
+
+Legend: P tokens per view side, n = gw * gh crops, mosaic = the crops' tokens laid out as (P gh) x (P gw).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_deepstack.config.choices import Sampler, Variant
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import tokens_per_side
+from megatron_deepstack.config.sizes import tokens_per_view as tokens_per_view
+from megatron_deepstack.config.traits.variants import Context, StackSource
+from megatron_deepstack.planning.exchange.samplers import Index, sample_mosaic
+from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid
+
+BASE = -1
+"""Stack number of the base visual tokens, which take the placeholders' place."""
+NEWLINE = -1
+"""View number of the learned `image_newline` row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """Rows of one image; the four arrays have one entry per row."""
+
+    context_length: int
+    """Sequence positions the image takes."""
+    stack: Index
+    """Stack number, or BASE."""
+    cell: Index
+    """Position within the image's context, 0-based."""
+    view: Index
+    """View number within the image, or NEWLINE."""
+    token: Index
+    """Token within the view, row-major; 0 for the newline."""
+
+
+def image_rows(model: ModelConfig, grid: Grid) -> ImageRows:
+    """All rows of an image under the model's variant and sampler.
+
+    Args:
+        model: The recipe's model.
+        grid: Columns and rows of the image's crops.
+
+    Returns:
+        The rows, base tokens first, then stack after stack; read-only arrays, shared by all callers.
+    """
+    return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), grid)
+
+
+def context_length(model: ModelConfig, grid: Grid) -> int:
+    """Sequence positions an image takes: 576, or 576 + 24 gh (24 gw + 1) for an any-resolution context."""
+    return image_rows(model, grid).context_length
+
+
+@lru_cache(maxsize=256)
+def _image_rows(variant: Variant, sampler: Sampler, side: int, grid: Grid) -> ImageRows:
+    traits = variant.traits
+    context = _CONTEXTS[traits.context](sampler, side, grid)
+    length = int(context[1].max()) + 1
+    stacks = _STACKS[traits.stack_source](sampler, side, grid, context) if traits.stacks_in_decoder else []
+    return _collect(length, [context, *stacks])
+
+
+_Rows = tuple[Index, Index, Index, Index]
+
+
+def _rows(stack: int, cell: Index, view: Index | int, token: Index) -> _Rows:
+    full = np.full_like(cell, 0)
+    return full + stack, cell, full + view, full + token
+
+
+def _collect(length: int, parts: Iterable[_Rows]) -> ImageRows:
+    stack, cell, view, token = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    for array in (stack, cell, view, token):
+        array.setflags(write=False)
+    return ImageRows(context_length=length, stack=stack, cell=cell, view=view, token=token)
+
+
+def _global_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
+    """The tokens of the global view."""
+    cells = np.arange(side * side)
+    return _rows(BASE, cells, 0, cells)
+
+
+def _sequence_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
+    """The baseline that lengthens the context: global tokens, then stack after stack."""
+    base = _global_context(sampler, side, grid)
+    parts = [base]
+    for k, (_, cell, view, token) in enumerate(_crop_stacks(sampler, side, grid, base), start=1):
+        parts.append(_rows(BASE, cell + k * side * side, view, token))
+    stack, cell, view, token = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return stack, cell, view, token
+
+
+def _mosaic_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
+    """Global tokens, then the mosaic of the crops row by row, each row closed by the newline (paper, DeepStack-HD)."""
+    gw, gh = grid
+    y, column = np.divmod(np.arange(gh * side * (gw * side + 1)), gw * side + 1)
+    newline = column == gw * side
+    x = np.where(newline, 0, column)
+    view = np.where(newline, NEWLINE, 1 + y // side * gw + x // side)
+    token = np.where(newline, 0, y % side * side + x % side)
+    cells = np.arange(side * side)
+    return _rows(
+        BASE,
+        np.arange(side * side + len(y)),
+        np.concatenate([np.zeros_like(cells), view]),
+        np.concatenate([cells, token]),
+    )
+
+
+def _crop_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> list[_Rows]:
+    """One stack a crop, on the cells of the global view, which come first in every context."""
+    crop, token = sample_mosaic(sampler, side, grid)
+    cells = np.arange(side * side)
+    return [_rows(k, cells, 1 + crop[k], token[k]) for k in range(len(crop))]
+
+
+def _high_res_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> list[_Rows]:
+    """Each context view has 2x2 crops of its own; stack k lays them out as the context is, newlines included."""
+    _, cell, view, token = context
+    first_crop = 1 + grid[0] * grid[1]
+    crop, source = sample_mosaic(sampler, side, (HIGH_RES_SIDE, HIGH_RES_SIDE))
+    newline = view == NEWLINE
+    return [
+        _rows(
+            k,
+            cell,
+            np.where(newline, NEWLINE, first_crop + len(crop) * view + crop[k][token]),
+            np.where(newline, 0, source[k][token]),
+        )
+        for k in range(len(crop))
+    ]
+
+
+_CONTEXTS: Mapping[Context, Callable[[Sampler, int, Grid], _Rows]] = {
+    Context.GLOBAL: _global_context,
+    Context.MOSAIC: _mosaic_context,
+    Context.SEQUENCE: _sequence_context,
+}
+_STACKS: Mapping[StackSource, Callable[[Sampler, int, Grid, _Rows], list[_Rows]]] = {
+    StackSource.CROPS: _crop_stacks,
+    StackSource.HIGH_RES: _high_res_stacks,
+}

@@ -1,0 +1,250 @@
+"""The lock on a run folder: one `train`, torchrun or `launch` at a time works in it, on whatever machine.
+
+Two things say who holds it. A lock of the file system on `.run.lock`, where one is offered: the system lets go of it
+when the process dies, however it dies. And `.run.owner.json`, which says who the holder is and is touched every few
+seconds: file systems without locks have only this, and on shared folders locks often reach no further than one machine.
+A holder is gone
+- at once, if it ran on this machine and its process is not there any more;
+- after `PATIENCE_SECONDS` without a sign of life, if it ran on another machine and does not hold the lock.
+A holder that stood still for so long and finds that another one has taken over ends at once, with its ranks: two would
+write one run.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from megatron_deepstack.errors import RunFolderError
+from megatron_deepstack.platform.files.run_disk import said_by, writing
+from megatron_deepstack.platform.files.write_whole import create_whole, write_whole
+from megatron_deepstack.platform.processes.owner import (
+    BEAT_SECONDS,
+    PATIENCE_SECONDS,
+    Owner,
+    is_here,
+    lives,
+    this_process,
+)
+
+LOCK_FILE: Final = ".run.lock"
+OWNER_FILE: Final = ".run.owner.json"
+HELD: Final = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""What a file system answers where another process holds the lock."""
+NO_LOCKS: Final = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""What a file system answers that offers no locks, or whose lock service is away."""
+
+
+@contextmanager
+def run_lock(run_dir: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Be the only one that works in a run folder. Called by the process that starts the ranks, or by rank 0.
+
+    Args:
+        run_dir: The run folder; made if need be.
+        what: What this process is: `train`, `torchrun` or `launch`.
+        tell: Hears that there is something to wait for.
+
+    Yields:
+        While the lock is held.
+
+    Raises:
+        RunFolderError: Another process holds it, which the message names; or the folder cannot be written.
+    """
+    with writing(run_dir / OWNER_FILE):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        owner = _acquire(run_dir, handle, what, tell)
+        heart = _Heart(run_dir, owner)
+        try:
+            yield
+        finally:
+            heart.stop()
+            _give_back(run_dir, owner)
+    finally:
+        os.close(handle)
+
+
+def _acquire(run_dir: Path, handle: int, what: str, tell: Callable[[str], None]) -> Owner:
+    file, me = run_dir / OWNER_FILE, this_process(what)
+    locked = take_lock(handle, run_dir / LOCK_FILE)
+    if locked is False:
+        raise _taken(run_dir, read_owner(file))
+    while True:
+        before = _look(file)
+        owner = read_owner(file)
+        if before is not None and owner is not None:
+            if not is_here(owner):
+                tell(
+                    f"{run_dir}: {_who(owner)} worked here last and did not say that it ended; waiting up to "
+                    f"{PATIENCE_SECONDS:.0f} s for a sign of life"
+                )
+            if lives(owner, before, lambda: _look(file), patience_seconds=PATIENCE_SECONDS, beat_seconds=BEAT_SECONDS):
+                raise _taken(run_dir, owner)
+        with writing(file):
+            if locked:
+                write_whole(file, _text(me))
+                return me
+            if _take_over(file, owner) and _created(file, me):
+                return me
+
+
+def take_lock(handle: int, file: Path) -> bool | None:
+    """Take the file system's lock on an open file, without waiting.
+
+    Args:
+        handle: Open for writing.
+        file: Its path, for the message.
+
+    Returns:
+        True: it is ours. False: another process holds it. None: this file system offers no locks.
+
+    Raises:
+        RunFolderError: The file system answers anything else.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        if error.errno in NO_LOCKS:
+            return None
+        raise RunFolderError(
+            f"{file}: cannot be locked ({said_by(error)}); look whether its file system is well, or set run_dir to "
+            "another one"
+        ) from error
+    return True
+
+
+def _take_over(file: Path, judged: Owner | None) -> bool:
+    """Take away the record of an owner that is gone; False if another process has come first."""
+    aside = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}.gone")
+    try:
+        file.rename(aside)
+    except FileNotFoundError:
+        return True
+    found = read_owner(aside)
+    if found is not None and (judged is None or found.token != judged.token):
+        with suppress(FileExistsError):
+            create_whole(file, _text(found))
+        aside.unlink()
+        return False
+    aside.unlink()
+    return True
+
+
+def _created(file: Path, me: Owner) -> bool:
+    try:
+        create_whole(file, _text(me))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _give_back(run_dir: Path, owner: Owner) -> None:
+    """Take our record away; where the disk refuses, whoever comes next finds that our process is gone."""
+    file = run_dir / OWNER_FILE
+    found = read_owner(file)
+    if found is not None and found.token == owner.token:
+        with suppress(OSError):
+            file.unlink()
+
+
+def read_owner(file: Path) -> Owner | None:
+    """The owner that a record names.
+
+    Args:
+        file: The record.
+
+    Returns:
+        The owner; None if there is no record, or none that can be read.
+    """
+    try:
+        return Owner(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _look(file: Path) -> tuple[str, int] | None:
+    """Content and time of the record; None if there is none. Opened, so that shared folders ask their server."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(), os.fstat(stream.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _text(owner: Owner) -> str:
+    return json.dumps(asdict(owner), allow_nan=False) + "\n"
+
+
+class _Heart:
+    """Shows that the holder lives, until it is stopped."""
+
+    def __init__(self, run_dir: Path, owner: Owner) -> None:
+        self._run_dir, self._owner = run_dir, owner
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more signs of life."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        file = self._run_dir / OWNER_FILE
+        while not self._stopped.wait(BEAT_SECONDS):
+            found = read_owner(file)
+            if found is not None and found.token != self._owner.token:
+                _end(self._run_dir, found)
+            # A touch takes no space, so a full disk does not make the holder look dead. Where the folder is away for
+            # a moment this beat is left out: what the run itself writes says so.
+            with suppress(OSError):
+                if found is None:
+                    create_whole(file, _text(self._owner))
+                else:
+                    os.utime(file)
+
+
+def _end(run_dir: Path, other: Owner) -> None:
+    """End this process, and with it the ranks it has started: another one works in the run folder."""
+    sys.stderr.write(
+        f"error: {run_dir}: {_who(other)} has taken over this run, since this process stood still for more than "
+        f"{PATIENCE_SECONDS:.0f} s. This process ends, so that two do not write one run; the other goes on from the "
+        "newest checkpoint\n"
+    )
+    sys.stderr.flush()
+    os._exit(RunFolderError.exit_code)
+
+
+def _taken(run_dir: Path, owner: Owner | None) -> RunFolderError:
+    if owner is None:
+        return RunFolderError(
+            f"{run_dir}: another process works in this run folder ({LOCK_FILE} is locked, and {OWNER_FILE} does not "
+            f"say by whom; `fuser {run_dir / LOCK_FILE}` does on its machine). Wait for it, stop it, or take another "
+            "run_dir"
+        )
+    if owner.what == "launch":
+        advice = (
+            f"Follow it with `megatron-deepstack status {run_dir}`, end it with `megatron-deepstack stop {run_dir}`, "
+            "or take another run_dir"
+        )
+    else:
+        advice = (
+            f"Wait for it, stop it with `kill {owner.pid}` on {owner.host} (it saves first), or take another run_dir"
+        )
+    return RunFolderError(f"{run_dir}: {_who(owner)} trains in this run folder already. {advice}")
+
+
+def _who(owner: Owner) -> str:
+    return f"`{owner.what or 'a run'}` ({owner}, started {owner.since})"

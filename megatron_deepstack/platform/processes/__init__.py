@@ -1,0 +1,1 @@
+"""Processes: who runs where, joining `torch.distributed`, starting ranks together and ending them together."""

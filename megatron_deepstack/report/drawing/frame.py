@@ -1,0 +1,128 @@
+"""What all pages share: the document with its style and security policy, sections, tables, and writing it to a file.
+
+Text from data and models is escaped. The page's own policy forbids it to load anything, and to run any script but the
+page's own, which are named by their hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_deepstack import __version__
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.report.drawing.chart import Charts, library_script
+from megatron_deepstack.report.drawing.svg import Markup, element, joined
+
+
+def document(title: str, charts: Charts, *children: str | Markup) -> str:
+    """A whole page's HTML.
+
+    Args:
+        title: The page's.
+        charts: Those that stand in `children`. Without any the page does without Bokeh's script.
+        children: What is in the page, in order.
+    """
+    style = Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8"))
+    scripts = [library_script()] if charts.items else []
+    scripts.append((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
+    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in scripts]
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {' '.join(hashes)}"
+    head = joined(
+        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
+        Markup('<meta name="color-scheme" content="light dark">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+        element("title", f"{title} - report"),
+        element("style", style),
+    )
+    body = joined(
+        element("main", *children, element("footer", _versions())),
+        element("script", Markup(_data(charts.items)), type="application/json", id="charts"),
+        *(element("script", Markup(script)) for script in scripts),
+    )
+    return "<!doctype html>\n" + element("html", element("head", head), element("body", body), lang="en") + "\n"
+
+
+_BRIEF = 28
+"""Letters of a cell that is kept on one line."""
+
+
+def _data(items: Mapping[str, Mapping[str, Any]]) -> str:
+    """JSON that cannot end the element it stands in."""
+    return json.dumps(items, allow_nan=False).replace("<", "\\u003c")
+
+
+def section(title: str, *children: str | Markup) -> Markup:
+    """A titled box."""
+    return element("section", element("h2", title), *children)
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> Markup:
+    """Large values with small names, side by side."""
+    return element(
+        "div",
+        *(element("div", element("b", value), element("span", name), class_="fact") for value, name in pairs),
+        class_="facts",
+    )
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str | Markup]], *, sortable: bool = False, kinds: Sequence[str] = ()
+) -> Markup:
+    """A plain table that scrolls by itself where it is wide.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells of each row.
+        sortable: A click on a head sorts by its column.
+        kinds: Of each row a word by which the section's filter chooses; none if empty.
+    """
+    top = element("tr", *(element("th", name, scope="col") for name in head))
+    marks: Sequence[str | None] = kinds or [None] * len(rows)
+    lines = [
+        element("tr", *(_cell(cell) for cell in row), data_kind=kind) for row, kind in zip(rows, marks, strict=True)
+    ]
+    style = "plain sortable" if sortable else "plain"
+    return element("div", element("table", top, *lines, class_=style), class_="wide")
+
+
+def _cell(content: str | Markup) -> Markup:
+    """A cell; short contents are never broken, so that a table scrolls before it turns into columns of letters."""
+    brief = isinstance(content, Markup) or len(content) <= _BRIEF
+    return element("td", content, class_="brief" if brief else None)
+
+
+def wide_drawing(drawn: Markup) -> Markup:
+    """A drawing that keeps a readable size on a narrow screen, where it scrolls sideways by itself."""
+    return element("div", drawn, class_="wide drawing", tabindex="0")
+
+
+def duration(seconds: float) -> str:
+    """As people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def write(file: Path, page: str) -> Path:
+    """Write a page and return its file. Raises DataError if it cannot be written."""
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written: {error}") from error
+    return file
+
+
+def _versions() -> str:
+    found = [f"megatron-deepstack {__version__}"]
+    for name in ("megatron-core", "torch"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)

@@ -1,0 +1,1 @@
+"""New stores from finished ones, without decoding a picture."""

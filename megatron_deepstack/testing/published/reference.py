@@ -1,0 +1,55 @@
+"""`check-reference`: published numbers against this system, under any layout, on ranks it starts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.errors import DataError, ParityError
+from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
+from megatron_deepstack.testing.published.case_result import (
+    GRADIENT_TOLERANCE,
+    LOGITS_TOLERANCE,
+    LOSS_TOLERANCE,
+    CaseResult,
+)
+from megatron_deepstack.testing.published.reference_case import ReferenceCase, load_case
+from megatron_deepstack.testing.ranks import RankPool
+
+
+def check_cases(
+    files: Sequence[str | Path], parallel: ParallelConfig, *, data_parallel: int = 1, micro_batch_size: int = 1
+) -> Iterator[CaseResult]:
+    """Compare each case under a layout, yielding results as they come. Starts and ends its own ranks.
+
+    After the last result raises ParityError if a case exceeded a tolerance. Layouts that do not fit a case's model
+    raise LayoutError or SlotError before any rank starts; files that cannot be read raise DataError.
+    """
+    cases = [load_case(path) for path in files]
+    if not cases:
+        raise DataError("check-reference: no case given; name NAME.safetensors files")
+    for case in cases:
+        decoder_slots(case.model)
+        stage_chunks(case.model.language.num_layers, parallel)
+    num_ranks = parallel.tensor * parallel.context * parallel.pipeline * data_parallel
+    failed = []
+    with RankPool(num_ranks) as pool:
+        for case in cases:
+            result = check_case(pool, case, parallel, micro_batch_size=micro_batch_size)
+            if not result.passed:
+                failed.append(case.name)
+            yield result
+    if failed:
+        raise ParityError(
+            f"{len(failed)} of {len(cases)} cases exceed the tolerances (logits {LOGITS_TOLERANCE:g}, loss "
+            f"{LOSS_TOLERANCE:g}, gradients {GRADIENT_TOLERANCE:g}): {', '.join(failed)}"
+        )
+
+
+def check_case(pool: RankPool, case: ReferenceCase, parallel: ParallelConfig, micro_batch_size: int = 1) -> CaseResult:
+    """Compare one case on ranks that are already there; their number fixes the data-parallel size."""
+    from megatron_deepstack.testing.published.reference_rank import check_on_rank
+
+    result: CaseResult = pool.run(check_on_rank, case, parallel, micro_batch_size)[0]
+    return result

@@ -1,0 +1,1 @@
+"""The driver of a job: checks, the lease, tasks in flight, progress, the end."""

@@ -1,0 +1,1 @@
+"""What a job reads: files of records, their paths, and reading them ahead."""
