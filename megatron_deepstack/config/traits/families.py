@@ -6,8 +6,8 @@ row of `FAMILIES` that fixes some of them, may add biases or another activation,
 Families of Hugging Face that differ from LLaMA in the switches alone are recognised by them, so a recipe need not
 name its family.
 
-`register_family` adds a row from another program. A family with other rotary positions builds them in `model.layers.rotary`;
-one with multipliers or another norm needs a trait here and the place in `model` that reads it.
+`register_family` adds a row from another program. A family with other rotary positions builds them in
+`model.layers.rotary`; one with multipliers or another norm needs a trait here and the place in `model` that reads it.
 """
 
 from __future__ import annotations

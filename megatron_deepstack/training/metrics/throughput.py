@@ -2,8 +2,8 @@
 
     TFLOP/s = model FLOPs of the step / step seconds / 10^12        MFU = FLOP/s / (ranks x peak FLOP/s of a device)
 
-Model FLOPs are those of `planning.budget.cost`: ViT, projector and decoder over what the step's samples hold, without padding
-and without recomputation. The step's seconds are wall time from one step's end to the next's, waiting for data
+Model FLOPs are those of `planning.budget.cost`: ViT, projector and decoder over what the step's samples hold, without
+padding and without recomputation. The step's seconds are wall time from one step's end to the next's, waiting for data
 included, saving and validation not.
 """
 
