@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -37,7 +37,7 @@ def cudnn_version() -> int:
 @contextmanager
 def whole_float32() -> Iterator[None]:
     """Within it, products of float32 tensors keep all their bits: no TF32 in matrix products or convolutions."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [setting.allow_tf32 for setting in settings]
     for setting in settings:
         setting.allow_tf32 = False

@@ -42,18 +42,18 @@ def _copy(settings: Settings, report: Report) -> None:
     source = torch.ones(num_bytes, device=local_device(), dtype=torch.uint8)
     target = torch.empty_like(source)
     seconds = mean_seconds(partial(target.copy_, source), repeats=10, warm_up=2)
-    report.measured("copy on the device", note="bytes read and written", GBs=2 * num_bytes / seconds / 1e9)
+    report.measured("copy on the device", "bytes read and written", GBs=2 * num_bytes / seconds / 1e9)
 
 
 def _attention(
     settings: Settings, report: Report, what: str, shape: tuple[int, int, int, int], *, causal: bool
 ) -> None:
     """Forward and backward; a causal one counts half its square."""
-    tensors = [torch.randn(shape, device=local_device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(shape, device=local_device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     grad = torch.randn(shape, device=local_device(), dtype=torch.bfloat16)
 
     def forward() -> torch.Tensor:
-        return F.scaled_dot_product_attention(*tensors, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     def both() -> None:
         torch.autograd.backward(forward(), grad)
@@ -66,7 +66,7 @@ def _attention(
     all_seconds = mean_seconds(both, repeats=10, warm_up=3)
     report.measured(
         what,
-        note=kernel,
+        kernel,
         ms=1000 * seconds,
         TFLOPs=flops / seconds / 1e12,
         backward_ms=1000 * (all_seconds - seconds),

@@ -53,7 +53,7 @@ def _save_often(report: Report, stage: Stage, saver: Saver) -> None:
             saved = saver.poll()
         report.measured(
             f"save {number}",
-            note="first: memory is made and page-locked" if number == 1 else "",
+            "first: memory is made and page-locked" if number == 1 else "",
             GB=saved.num_bytes / 1e9,
             stall_ms=1000 * saved.stall_seconds,
             whole_after_s=saved.seconds,

@@ -71,7 +71,7 @@ def _rows(dtype: torch.dtype = torch.bfloat16, number: int = _ROWS) -> torch.Ten
     return (torch.arange(number * 8, device=local_device()) % 97).to(dtype).view(number, 8)
 
 
-def _reduce(dtype: torch.dtype, operation: dist.ReduceOp, group: dist.ProcessGroup) -> bool:
+def _reduce(dtype: torch.dtype, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> bool:
     value = _rows(dtype)
     dist.all_reduce(value, op=operation, group=group)
     return torch.equal(value, _rows(dtype))

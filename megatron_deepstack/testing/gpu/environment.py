@@ -56,7 +56,7 @@ def _nvidia_smi(report: Report) -> None:
         return
     command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    report.measured("nvidia-smi", note=" / ".join(answer.split("\n")).strip(" /"))
+    report.measured("nvidia-smi", " / ".join(answer.split("\n")).strip(" /"))
 
 
 def _host_memory(report: Report, num_bytes: int) -> None:
@@ -67,7 +67,7 @@ def _host_memory(report: Report, num_bytes: int) -> None:
     seconds = time.perf_counter() - begin
     memory.close()
     note = "memfd, registered with CUDA" if has_gpu() else "memfd, not page-locked: no GPU"
-    report.measured("page-locked host memory", note=note, MiB=num_bytes >> 20, ms=1000 * seconds)
+    report.measured("page-locked host memory", note, MiB=num_bytes >> 20, ms=1000 * seconds)
 
 
 def _transformer_engine(report: Report) -> None:

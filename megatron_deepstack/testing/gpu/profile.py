@@ -62,10 +62,10 @@ def _describe(report: Report, name: str, events: list[Event], micro_batches: int
         if any(word in call for word in _WATCHED_CALLS)
     }
     if calls:
-        report.measured(f"CUDA calls, {name}", note=f"{micro_batches} micro-batches", **calls)
+        report.measured(f"CUDA calls, {name}", f"{micro_batches} micro-batches", **calls)
     for number, kernel in enumerate(largest_kernels(events, _KERNELS), start=1):
         report.measured(
-            f"kernel {number}, {name}", note=kernel.name[:100], ms=kernel.microseconds / 1000, calls=kernel.calls
+            f"kernel {number}, {name}", kernel.name[:100], ms=kernel.microseconds / 1000, calls=kernel.calls
         )
 
 
@@ -81,4 +81,4 @@ def _waits(report: Report, name: str, stage: Stage, plan: StepPlan) -> None:
     ):
         report.measured(f"host waits in the {what}, {name}", times=found.total())
         for place, count in found.most_common(_PLACES):
-            report.measured(f"waits at, {name}", note=place, times=count)
+            report.measured(f"waits at, {name}", place, times=count)

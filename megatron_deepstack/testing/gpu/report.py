@@ -76,11 +76,11 @@ class Report:
     def __init__(self, part: str, file: Path) -> None:
         self.part, self._file = part, file
 
-    def measured(self, what: str, note: str = "", **numbers: Number) -> None:
+    def measured(self, what: str, note: str = "", /, **numbers: Number) -> None:
         """A row of numbers without a bound."""
         self._add(Row(part=self.part, what=what, verdict=Verdict.MEASURED, numbers=numbers, note=note))
 
-    def judged(self, what: str, passed: bool, note: str = "", **numbers: Number) -> None:
+    def judged(self, what: str, passed: bool, note: str = "", /, **numbers: Number) -> None:
         """A row of numbers that are within their bounds, or not; `note` says what the bounds are."""
         verdict = Verdict.PASSED if passed else Verdict.FAILED
         self._add(Row(part=self.part, what=what, verdict=verdict, numbers=numbers, note=note))

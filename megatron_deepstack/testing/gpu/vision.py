@@ -68,7 +68,7 @@ class Measure:
                 device=local_device(),
                 dtype=torch.bfloat16,
             )
-            seconds = mean_seconds(partial(self.encoder, features), repeats, warm_up=2)
+            seconds = mean_seconds(partial(self.encoder.forward, features), repeats, warm_up=2)
             self._row(what, views, seconds, projector_flops(self.model))
 
     def learning(self, pixels: torch.Tensor, repeats: int) -> None:
