@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
+
+from megatron_deepstack.platform.files.strict_json import from_line, to_line
 
 Number = float | int | str
 
@@ -99,7 +100,7 @@ class Report:
 
     def _add(self, row: Row) -> None:
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+            file.write(to_line(asdict(row)) + "\n")
 
 
 def failure(part: str, what: str, error: BaseException) -> Row:
@@ -120,7 +121,7 @@ def read_rows(file: Path) -> list[Row]:
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [_row(json.loads(line)) for line in lines]
+    return [_row(from_line(line)) for line in lines]
 
 
 def _row(values: dict[str, Any]) -> Row:

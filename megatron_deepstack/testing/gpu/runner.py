@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Final, TextIO
 
+from megatron_deepstack.platform.files.strict_json import to_line
 from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.testing.gpu.catalogue import PARTS, TOTAL_SECONDS, Part
 from megatron_deepstack.testing.gpu.report import Row, Settings, Verdict, read_rows
@@ -96,7 +97,7 @@ class Trial:
         document: dict[str, Any] = {
             "tiny": self.settings.tiny,
             "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [json.loads(to_line(asdict(row))) for row in self.rows],
         }
         write_whole(self.settings.output / RESULTS, json.dumps(document, indent=1) + "\n")
 

@@ -27,6 +27,13 @@ def test_rows_are_read_back_as_they_were_reported(file: Path) -> None:
     ]
 
 
+def test_numbers_that_are_not_finite_survive(file: Path) -> None:
+    Report("demo", file).judged("loss", False, loss=float("nan"), gradient=float("inf"))
+    assert "NaN" not in file.read_text()
+    (row,) = read_rows(file)
+    assert row.text() == "loss nan, gradient inf"
+
+
 def test_a_case_that_raises_costs_one_row(file: Path) -> None:
     report = Report("demo", file)
     with report.case("breaks"):
