@@ -107,7 +107,13 @@ _RELEASES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint's folder, or beside a file; empty where there is none.
+    """The config.json of a checkpoint.
+
+    Args:
+        path: The checkpoint's folder, or a file with config.json beside it.
+
+    Returns:
+        Its content; empty where there is none.
 
     Raises:
         CheckpointError: The file is not a JSON object.
