@@ -169,7 +169,7 @@ def embed_sample(
         sample: The sample.
 
     Returns:
-        The decoder's input (T, H); and by the number of a layer what is added before it, (T, H) and zero outside images.
+        The decoder's input (T, H); and by the number of a layer, what is added before it (T, H), zero outside images.
     """
     images = _images_of(model, sample)
     pieces: list[tuple[Tensor, list[Tensor]]] = []
