@@ -1,4 +1,4 @@
-"""Spread against inline: step times at PP=2 on two CPU cores, what the encoder's balance gains, and what it could.
+"""Spread against inline: step times at PP=2 on two CPU cores, the gain, and the largest gain possible.
 
 Alternates both placements in one run, in the proportions of a 7B decoder (the ViT's forward about 20 % of the
 decoder's) and of a 2B one (about 60 %), with the ViT frozen and trained. Two ceilings are printed: what the FLOP count

@@ -1,7 +1,7 @@
 """Writing a whole model for others to load: safetensors, config.json, and how pictures are prepared for it.
 
-Under published names every variant can be written, and `train.init_from` reads it back. Under Hugging Face's the
-result is a `LlavaForConditionalGeneration`, so only variant llava, which adds no stacks, can be.
+Every variant can be written under published names, and `train.init_from` reads it back. Under Hugging Face's names the
+result is a `LlavaForConditionalGeneration`, so these are for variant llava alone, which adds no stacks.
 """
 
 from __future__ import annotations

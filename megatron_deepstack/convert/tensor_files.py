@@ -1,4 +1,4 @@
-"""Files of tensors: one, or several with an index, as safetensors or as PyTorch's own (which older releases still are).
+"""Files of tensors: one, or several with an index, in the form of safetensors, or in PyTorch's own (older releases).
 
 Nothing is read before it is asked for, and a PyTorch file is read without running code from it.
 """
