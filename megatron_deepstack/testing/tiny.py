@@ -1,7 +1,7 @@
 """Tiny models and samples for tests, which train in a second on four CPU ranks.
 
-Their sizes are uneven, so that a mistake shows. Samples have no image, one, or several, anywhere in the text, on different grids. Everything is
-drawn from a seed.
+Their sizes are uneven, so that a mistake shows. Samples have no image, one, or several, anywhere in the text, on
+different grids. Everything is drawn from a seed.
 """
 
 from __future__ import annotations
