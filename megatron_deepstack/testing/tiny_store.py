@@ -36,7 +36,7 @@ def write_tiny_store(
     seed: int = 0,
     name: str = "tiny",
 ) -> Path:
-    """Write a store of views of 16 pixels.
+    """Write a store of views of 16 pixels; returns `root`.
 
     Args:
         root: The store's folder.
@@ -47,9 +47,6 @@ def write_tiny_store(
         images_per_part: Images of one shard.
         seed: What pixels and tokens are drawn from.
         name: What ids and paths begin with.
-
-    Returns:
-        `root`.
     """
     generator = np.random.default_rng(seed)
     num_parts = -(-len(grids) // images_per_part)
