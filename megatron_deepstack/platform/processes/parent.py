@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them."""
+"""Making a process end when the process that started it ends."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, however it dies. Does nothing but on Linux."""
+    """Let the kernel kill this process when its parent dies for any reason. It has an effect on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
