@@ -41,7 +41,7 @@ class ChunkRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReplicaPlace:
     """A rank of the replica, and what decides which rows it looks at."""
 
     rank: int
@@ -110,7 +110,7 @@ class Received:
 
 
 def receive(
-    place: Place, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, view_tokens: int
+    place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, view_tokens: int
 ) -> Received:
     """List the rows that one rank receives.
 
@@ -186,7 +186,7 @@ class Sent:
 
 
 def send(
-    place: Place,
+    place: ReplicaPlace,
     images: Sequence[StepImage],
     slots_of_stage: Sequence[Sequence[int]],
     mine: range,
@@ -234,7 +234,7 @@ def send(
     )
 
 
-def send_to_self(place: Place, rows: Index) -> Sent:
+def send_to_self(place: ReplicaPlace, rows: Index) -> Sent:
     """With the encoder inline: all that a rank receives, from itself."""
     splits = tuple(len(rows) if rank == place.rank else 0 for rank in range(place.num_ranks))
     if place.returns:
