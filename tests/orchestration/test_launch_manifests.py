@@ -57,7 +57,12 @@ def our_commands(name: str) -> list[list[str]]:
 
 
 def recipe_of(arguments: list[str]) -> Recipe:
-    verb_arguments = [one for one in arguments[1:] if not one.startswith("--") and ":$PORT" not in one]
+    """The recipe of a call, its shell variable replaced as the shell does."""
+    verb_arguments = [
+        one.replace("$RUN_DIR", "/shared/run")
+        for one in arguments[1:]
+        if not one.startswith("--") and ":$PORT" not in one
+    ]
     return load_checked_recipe(verb_arguments[0], verb_arguments[1:])
 
 

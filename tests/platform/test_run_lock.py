@@ -25,7 +25,7 @@ from megatron_deepstack.platform.processes.owner import Owner, this_process
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_deepstack.platform import run_lock
+from megatron_deepstack.platform.files import run_lock
 run_lock.BEAT_SECONDS = float(sys.argv[3])
 with run_lock.run_lock(Path(sys.argv[1]), sys.argv[2], print):
     print("held", flush=True)

@@ -29,7 +29,6 @@ from megatron_deepstack import errors
 from megatron_deepstack.data.images.decoder_process import SLOTS, ViewSlots, Word, memory_bytes
 from megatron_deepstack.data.images.processor import ProcessedImage, Processor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_local
-from megatron_deepstack.data.store.direct_file import BLOCK
 from megatron_deepstack.errors import DataError, LocationError
 
 _CODE: Final = "from megatron_deepstack.data.images.decoder_process import main; main()"
@@ -55,8 +54,6 @@ DECODER_ENVIRONMENT: Final = {
 class SharedImage(ProcessedImage):
     """An image whose views lie in memory shared with the decoder process."""
 
-    blocks: memoryview
-    """Memory from the boundary of the block in which the views begin up to their end."""
     crc32c: list[int]
     """Of each view."""
 
@@ -74,17 +71,14 @@ class Decoder:
     def decode(self, images: Sequence[ImageAt]) -> Generator[SharedImage | QuarantineError, None, None]:
         """Each image's views, or why it has none, in order. Views are valid until the next image is asked for.
 
-        They begin as far into a block of memory as in a file that holds the views of all the images back to back.
         Raises DataError (or LocationError) when machine or network fail to give an image.
         """
-        done = skip = failures = 0
+        done = failures = 0
         while done < len(images):
             try:
-                for outcome in self._work(images[done:], skip):
+                for outcome in self._work(images[done:]):
                     yield outcome
                     done, failures = done + 1, 0
-                    if isinstance(outcome, SharedImage):
-                        skip = len(outcome.blocks) % BLOCK
             except _LostError as error:
                 failures += 1
                 if failures == _TRIES:
@@ -100,14 +94,14 @@ class Decoder:
         """Of the process, while there is one."""
         return self._running[0].process_id if self._running else None
 
-    def _work(self, images: Sequence[ImageAt], skip: int) -> Iterator[SharedImage | QuarantineError]:
+    def _work(self, images: Sequence[ImageAt]) -> Iterator[SharedImage | QuarantineError]:
         """The images of a list, as long as the process lives. Raises _LostError when it is gone, or too slow."""
         if not self._running or not self._running[0].is_alive():
             self.close()
             self._running.append(_start_process(self._processor))
         process, finished = self._running[0], False
         try:
-            process.begin(images, skip)
+            process.begin(images)
             for image in images:
                 yield process.receive(image, self._seconds)
                 process.empty_slot()
@@ -130,7 +124,7 @@ class _Process:
         try:
             os.ftruncate(memory, memory_bytes(processor))
             self._slots = ViewSlots(mmap.mmap(memory, 0), processor)
-            self._slot = self._skip = 0
+            self._slot = 0
             self._connection, theirs = Pipe()
             self._readable = select.poll()
             self._readable.register(self._connection.fileno(), select.POLLIN)
@@ -148,10 +142,10 @@ class _Process:
     def is_alive(self) -> bool:
         return self._popen.poll() is None
 
-    def begin(self, images: Sequence[ImageAt], skip: int) -> None:
-        """Hand over a list, whose first views are to begin `skip` bytes into a block. Raises _LostError."""
-        self._slot, self._skip = 0, skip
-        self._send((list(images), skip))
+    def begin(self, images: Sequence[ImageAt]) -> None:
+        """Hand over a list. Raises _LostError."""
+        self._slot = 0
+        self._send(list(images))
 
     def empty_slot(self) -> None:
         """Let the process use the slot of the image that was received last. Raises _LostError."""
@@ -172,10 +166,8 @@ class _Process:
             case None:
                 raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
             case [Word.VIEWS, [rows, columns], [width, height], damage, sha256, sums]:
-                views = self._slots.views(self._slot, self._skip)[: len(sums)]
-                blocks = self._slots.blocks(self._slot, self._skip + views.nbytes)
-                self._skip = len(blocks) % BLOCK
-                return SharedImage(views, (rows, columns), (width, height), damage, sha256, blocks, sums)
+                views = self._slots.views(self._slot)[: len(sums)]
+                return SharedImage(views, (rows, columns), (width, height), damage, sha256, sums)
             case [Word.QUARANTINE, str(reason)]:
                 return QuarantineError(reason)
             case [Word.ERROR, str(name), str(message)]:

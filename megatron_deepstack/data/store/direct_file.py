@@ -2,7 +2,7 @@
 
 Writing through the cache costs 1 to 3.4 ms of the processor for the 1.7 MB of an image with four crops (the kernel
 clears and copies fresh pages, then writes them back), as much as a third of decoding and resizing it; directly it costs
-0.1 ms. The pages would not be read again soon either: they are pushed out by what is written after them.
+0.2 ms. The pages would not be read again soon either: they are pushed out by what is written after them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ _PIECE: Final = 4 << 20
 class DirectFile:
     """Appends to a new file that is open for writing.
 
-    Bytes are copied into whole blocks, unless they lie in memory as they will lie in the file. Where the file system
-    knows no direct writes (tmpfs on older kernels, some network ones), they go through the cache. The file is whole
-    after `finish`.
+    Bytes are copied into whole blocks, which costs 0.1 ms of an image's 1.7 MB. Where the file system knows no direct
+    writes (tmpfs on older kernels, some network ones), they go through the cache. The file is whole after `finish`.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -46,20 +45,6 @@ class DirectFile:
             rest = rest[count:]
             if self._filled == _PIECE:
                 self._write_piece()
-
-    def write_in_place(self, blocks: memoryview, skip: int) -> None:
-        """Append `blocks[skip:]`, without a copy if the file ends `skip` bytes into a block.
-
-        `blocks` begins on a block's boundary in memory; its first `skip` bytes, fewer than a block, are overwritten.
-        """
-        if skip != self._filled:
-            self.write(blocks[skip:])
-            return
-        blocks[:skip] = self._piece[:skip]
-        whole = len(blocks) // BLOCK * BLOCK
-        self._write_all(blocks[:whole])
-        self._filled = len(blocks) - whole
-        self._piece[: self._filled] = blocks[whole:]
 
     def finish(self) -> None:
         """Write what is left. The end of a file that is no whole block goes through the cache."""

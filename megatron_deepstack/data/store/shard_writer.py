@@ -39,12 +39,8 @@ class ShardWriter:
         """Size in bytes of the shard if it were finished now."""
         return sum(self._sizes) + shard_index_bytes(self._shape)
 
-    def append(self, views: np.ndarray, blocks: memoryview | None = None) -> None:
-        """Append the views (uint8, N x S x S x 3) of one image.
-
-        `blocks`: memory that ends with the views, from the boundary of the block in which they begin; the bytes before
-        them are overwritten. Views that begin as far into a block as the end of the file are written without a copy.
-        """
+    def append(self, views: np.ndarray) -> None:
+        """Append the views (uint8, N x S x S x 3) of one image."""
         assert views.dtype == np.uint8, views.dtype
         assert views.shape[1:] == self._shape.view_shape, (views.shape, self._shape)
         if self._shape.compression is not Compression.NONE:
@@ -52,10 +48,7 @@ class ShardWriter:
                 self.append_chunk(compress(view))
             return
         self._count([self._shape.view_bytes] * len(views))
-        if blocks is None:
-            self._file.write(np.ascontiguousarray(views).data)
-        else:
-            self._file.write_in_place(blocks, len(blocks) - views.nbytes)
+        self._file.write(np.ascontiguousarray(views).data)
 
     def append_chunk(self, chunk: bytes | memoryview) -> None:
         """Append one view as another shard of the same codec holds it."""

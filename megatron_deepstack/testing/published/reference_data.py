@@ -49,9 +49,18 @@ class Line:
 
 
 def check_crops(folder: str | Path, photos: str | Path) -> list[Line]:
-    """Compare the views of every case in `folder` with ours, made from the files in `photos`.
+    """Compare the views of every case with ours.
 
-    Raises ParityError, with all lines, if any differs; DataError if the folder is not in the expected format.
+    Args:
+        folder: Holds `crops.npz` and `crops.json`.
+        photos: Folder of the pictures that the cases name.
+
+    Returns:
+        One line for each case; all are equal.
+
+    Raises:
+        ParityError: A case differs; the message holds all lines.
+        DataError: The folder is not in the expected format.
     """
     settings = _read_json(Path(folder) / "crops.json")
     if not isinstance(settings, dict) or not settings:
@@ -68,9 +77,18 @@ def check_crops(folder: str | Path, photos: str | Path) -> list[Line]:
 
 
 def check_conversations(file: str | Path, tokenizer: str | Path) -> list[Line]:
-    """Compare token ids and labels of every conversation in `file` with ours, made with `tokenizer`.
+    """Compare token ids and labels of every conversation with ours.
 
-    Raises ParityError, with all lines, if any differs; DataError if the file is not in the expected format.
+    Args:
+        file: JSON with the conversations and what the published code makes of them.
+        tokenizer: The SentencePiece model that it used.
+
+    Returns:
+        One line for each conversation; all are equal.
+
+    Raises:
+        ParityError: A conversation differs; the message holds all lines.
+        DataError: The file is not in the expected format.
     """
     document = _read_json(Path(file))
     samples = document.get("samples") if isinstance(document, dict) else None
