@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def other_answers(self) -> Path:
-        """Folder of the answers to other stores, or to beginnings of stores."""
+        """Folder of the answers to other stores, or to the first questions of a store."""
         return self.path / "answers"
 
     @property

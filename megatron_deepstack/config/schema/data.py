@@ -18,9 +18,9 @@ class DataConfig:
     """The data: raw records and images that `preprocess` reads, and the finished store that `train` reads."""
 
     records: tuple[Annotated[str, PathKind.PATTERN], ...] | None = None
-    """One or several files for `preprocess`: LLaVA-style JSON or JSON lines (also .gz), or WebDataset tar files."""
+    """One or several files for `preprocess`: LLaVA-style JSON or JSON lines (also .gz), or WebDataset tar shards."""
     images: Annotated[str, PathKind.LOCATION] | None = None
-    """Folder to which the image paths in the records are relative; tar files contain their images."""
+    """Folder to which the image paths in the records are relative; tar shards contain their images."""
     ignore_keys: tuple[str, ...] = ()
     """Keys of records, of their turns and of the parts of a turn that `preprocess` ignores; any other key that it does
     not know is an error. A placeholder of another medium, such as `<video>`, that is named here is read as plain

@@ -53,11 +53,11 @@ class TowerTraits:
     """What a kind of tower is."""
 
     has_class_token: bool
-    """A learned token stands before the patches; it is dropped from the features."""
+    """Whether there is a learned token before the patches; it is removed from the features."""
     has_patch_bias: bool
     """The embedding of patches has a bias."""
     has_pre_norm: bool
-    """A LayerNorm stands between the embedding and the first layer."""
+    """Whether there is a LayerNorm between the embedding and the first layer."""
     has_post_norm: bool = False
     """The selected feature passes a LayerNorm, whichever layer it comes from."""
     activations: tuple[Activation, ...]

@@ -27,7 +27,7 @@ _adapted = False
 
 
 def adapt_megatron() -> None:
-    """Install the adaptations. It has no effect if they are installed already, or if CUDA is available."""
+    """Install the adaptations once; without effect where CUDA is available."""
     global _adapted
     if _adapted or torch.cuda.is_available():
         return
