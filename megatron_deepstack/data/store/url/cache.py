@@ -7,7 +7,8 @@ others continue as long as the counter leaves them room. A copy that is removed 
 for them, as an unlinked file does.
 
 Besides copies of single views and blocks, which lie in at most 256 folders, there are whole folders, one for each store
-that was opened, which `remote.copy_index` makes. They count as one copy each, and are removed only after an hour without use.
+that was opened, which `remote.copy_index` makes. They count as one copy each, and are removed only after an hour
+without use.
 """
 
 from __future__ import annotations
