@@ -22,7 +22,7 @@ def train(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes; by default one replica of the model.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step, to resume.")] = None,
     restarts: Annotated[
-        int, typer.Option(min=0, help="Start again from the newest checkpoint after a rank died or hung, so often.")
+        int, typer.Option(min=0, help="How often to start again from the newest checkpoint after a rank died or hung.")
     ] = 0,
 ) -> None:
     """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun.
