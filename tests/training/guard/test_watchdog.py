@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import time
-from collections.abc import Callable
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from megatron_deepstack.errors import CheckpointError, HangError, RankError
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
@@ -49,24 +49,31 @@ def _watched(folder: str, behaviour: str) -> str:
     with Watchdog(Path(folder), rank, 2, hang_seconds=2.0) as watchdog:
         watchdog.progress("step 1")
         if behaviour == "fine":
-            for step in range(2, 8):
-                time.sleep(0.5)
-                watchdog.progress(f"step {step}")
+            while not past_the_limit(watchdog):
+                wait_for_a_beat(watchdog)
+                watchdog.progress("step 2")
         elif behaviour == "patient":
             watchdog.progress("saving", PATIENT)
-            time.sleep(3.0)
-        elif behaviour == "one stops":
-            while rank == 0 or behaviour != "one stops":
-                time.sleep(0.2)
-                watchdog.progress("step 2")
-            _a_place_to_be_found()
+            wait_until(lambda: past_the_limit(watchdog), "more beats")
+        elif behaviour == "one stops" and rank == 0:
+            wait_until(lambda: watchdog.progress("step 2"), "the end of this process")
         else:
             _a_place_to_be_found()
     return "ended"
 
 
+def wait_for_a_beat(watchdog: Watchdog) -> None:
+    number = watchdog.beats._number
+    wait_until(lambda: watchdog.beats._number > number, "a beat")
+
+
+def past_the_limit(watchdog: Watchdog) -> bool:
+    """Whether more beats were written than a rank without progress lives for."""
+    return watchdog.beats._number * watchdog.beat_seconds > 1.25 * watchdog.hang_seconds
+
+
 def _a_place_to_be_found() -> None:
-    time.sleep(1000)
+    threading.Event().wait()
 
 
 @pytest.mark.parametrize("behaviour", ["fine", "patient"])
@@ -87,13 +94,6 @@ def test_every_rank_shows_its_stacks(tmp_path: Path, behaviour: str) -> None:
         stack = (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
         assert "_watched" in stack
         assert ("_a_place_to_be_found" in stack) is (rank == 1 or behaviour == "both stop")
-
-
-def wait_until(came: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not came():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class FullDisk:
