@@ -123,7 +123,13 @@ FAILURES: dict[str, tuple[type[DeepStackError], str]] = {
 }
 
 
-@pytest.mark.parametrize("behaviour", FAILURES)
+QUICK = ("killed with a child", "damaged store", "bug", "asked")
+"""An outside end, a user's mistake, a bug and a request to stop; the others are further forms of these."""
+
+
+@pytest.mark.parametrize(
+    "behaviour", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FAILURES]
+)
 def test_one_cause_is_told_and_no_rank_is_left(tmp_path: Path, behaviour: str) -> None:
     """Whatever the waiting rank says about its broken collective, the message names the rank that broke it."""
     kind, words = FAILURES[behaviour]

@@ -57,11 +57,13 @@ def test_an_error_carries_traceback_and_cause() -> None:
             pool.run(_raise_on_one)
 
 
+@pytest.mark.slow
 def test_a_death_is_told() -> None:
     with RankPool(2) as pool, pytest.raises(RankError, match="rank 1 of 2 died with exit code -9"):
         pool.run(_die)
 
 
+@pytest.mark.slow
 def test_a_hang_is_told_with_stacks() -> None:
     with RankPool(2) as pool:
         pool.run(_sum_of_ranks, 0)
