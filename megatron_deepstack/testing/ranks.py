@@ -48,7 +48,7 @@ class RankPool:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs))
+                process = context.Process(target=_serve, args=(os.getpid(), rank, num_ranks, self._folder.name, theirs))
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -161,7 +161,7 @@ def _receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
-def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
+def _serve(parent: int, rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     """A rank's life: join, then answer calls until the pipe closes."""
     stacks = _stack_file(folder, rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -170,7 +170,7 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     from megatron_deepstack.platform.processes.parent import die_with_parent
     from megatron_deepstack.platform.processes.process_group import join_by_file, leave
 
-    die_with_parent()
+    die_with_parent(parent)
     os.environ["LOCAL_RANK"] = str(rank)
     adapt_megatron()
     from megatron_deepstack.testing.writers import lend_writers

@@ -142,6 +142,31 @@ class TestControl:
         os.utime(running / OWNER_FILE, (time.time() - age, time.time() - age))
         found = control.status_of(running)
         assert (found.state, found.launcher, found.exit_code) == (state, "torchrun", int(state == "lost"))
+        with pytest.raises(ConfigError, match=rf"not started by `launch`; `kill {os.getpid()}` on"):
+            control.stop(running, now=True, wait_seconds=0)
+
+    @pytest.mark.parametrize(
+        ("driver", "seconds", "launcher"),
+        [
+            ({"state": State.STOPPED, "exit_code": 75}, 1.0, "train or torchrun"),
+            ({"state": State.STOPPED, "exit_code": 75}, -1.0, "launch"),
+            ({"pid": 2**22 + 1}, 3600.0, "train or torchrun"),
+            ({"pid": 2**22 + 1}, 1.0, "launch"),
+        ],
+        ids=["stopped, then trained", "stopped", "killed, then trained", "killed"],
+    )
+    def test_status_after_a_train_that_followed_a_launch(
+        self, running: Path, driver: dict[str, Any], seconds: float, launcher: str
+    ) -> None:
+        """What the launch ended with is no longer true of the run; told by which of the two wrote last."""
+        changed(running, **driver)
+        last = (running / "launch.json").stat().st_mtime + seconds
+        os.utime(running / "recipe.yaml", (last, last))
+        line = {"step": 40, "loss": 0.1, "tokens_per_second": 1.0, "step_seconds": 2.0}
+        (running / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        found = control.status_of(running)
+        assert (found.launcher, found.state == "finished") == (launcher, launcher != "launch")
+        assert (found.exit_code == 0) is (launcher != "launch")
 
     def test_status_of_a_finished_run_of_train(self, running: Path) -> None:
         (running / "launch.json").unlink()

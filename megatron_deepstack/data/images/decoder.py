@@ -248,7 +248,7 @@ def _error(name: str, message: str) -> errors.DeepStackError:
 def _start(connection: Connection, memory: int, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-c", _CODE, str(connection.fileno()), str(memory)],
+        [sys.executable, "-c", _CODE, str(os.getpid()), str(connection.fileno()), str(memory)],
         env={**DECODER_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
         pass_fds=(connection.fileno(), memory),
         stdin=subprocess.DEVNULL,

@@ -142,9 +142,10 @@ def _read_now(image: ImageAt, max_pixels: int) -> Future[bytes]:
 
 
 def main() -> None:
-    """Serve the process that started this one; its connection and the shared memory are given as arguments."""
-    connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
-    die_with_parent()
+    """Serve the process that started this one; its id, connection and the shared memory are given as arguments."""
+    parent, handle, memory = map(int, sys.argv[1:])
+    connection = Connection(handle)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff and libjpeg write warnings there
     with suppress(EOFError, ConnectionError):  # the other side has closed the connection

@@ -74,8 +74,10 @@ def launch(
         write_record(run_dir, record)
         try:
             follower = Follower(run_dir, record)
-            where = f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"
-            follower.say(f"launch: {where}; 5 to 20 s as a rule, at most about a minute")
+            where, most = ("starting Ray on this machine", "about a minute")
+            if address:
+                where, most = f"joining the Ray cluster at {address}", "some minutes, where something else answers"
+            follower.say(f"launch: {where}; 5 to 20 s as a rule, at most {most}")
             with _cluster(recipe, num_ranks, address):
                 _run(recipe, run_dir, record, follower, num_ranks, stop_after)
             record.state, record.outcome, record.exit_code = RunState.FINISHED, "finished", 0
