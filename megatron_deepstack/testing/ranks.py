@@ -195,6 +195,21 @@ _worlds: dict[str, Any] = {}
 """Of a worker process: where its ranks meet, how often they have, and the groups in force."""
 
 
+def be_the_only_rank(folder: Path) -> None:
+    """Make this process a world of one rank, so that `groups_for` works in it as in a pool's worker.
+
+    Call before anything of Megatron-Core is built. Does nothing in a pool's worker, which has its world.
+
+    Args:
+        folder: A folder in which no other world has met; files of the meeting are left in it.
+    """
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+
+    if not _worlds:
+        adapt_megatron()
+        _worlds.update(folder=str(folder), rank=0, num_ranks=1, number=0)
+
+
 def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
     """The process groups of a layout, inside a pool's worker. Collective over all ranks of the pool.
 
