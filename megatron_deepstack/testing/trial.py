@@ -24,7 +24,18 @@ class Trial:
 
 
 def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, truncate: bool = False) -> Trial | None:
-    """Train `recipe.train.steps` steps; rank 0 returns the trial. A module-level function for `RankPool.run`."""
+    """Train `recipe.train.steps` steps on this rank, as `RankPool.run` calls it. Collective over all ranks.
+
+    Args:
+        rank: Number of this rank.
+        recipe: A tiny recipe.
+        num_samples: Samples to train on.
+        seed: What they are drawn from.
+        truncate: Cut samples that are longer than `train.seq_length`.
+
+    Returns:
+        What came of it, on rank 0; None elsewhere.
+    """
     from megatron_deepstack.model.build import build_model, fill_model, freeze
     from megatron_deepstack.model.init import random_source
     from megatron_deepstack.step.clock import StepClock
