@@ -45,7 +45,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, body in BODIES.items():
         (tmp_path / f"{name}.py").write_text(PROGRAM + body)
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path}/"$1".py "$@"\n')
+    python.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} {tmp_path}/"$1".py "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(runner.sys, "executable", str(python))
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
