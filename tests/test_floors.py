@@ -110,7 +110,7 @@ def test_no_import_cycles() -> None:
 
 ROOMS = {
     "torch.cuda": ("megatron_deepstack/platform/",),
-    "all_to_all": ("megatron_deepstack/routing/",),
+    "all_to_all": ("megatron_deepstack/routing/", "megatron_deepstack/testing/gpu/"),
     "batch_isend_irecv": ("megatron_deepstack/routing/",),
     "all_reduce": ("megatron_deepstack/parallel/", "megatron_deepstack/testing/"),
     "import ray": ("orchestration/",),
@@ -128,6 +128,15 @@ def code_only(file: Path) -> str:
             node.body = [
                 item for item in body if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))
             ] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def without_texts(file: Path) -> str:
+    """The file's code with every text empty, since a text may be the code of another process."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
     return ast.unparse(tree)
 
 
@@ -212,3 +221,28 @@ def test_config_and_planning_know_no_torch() -> None:
         if by_name(file).startswith(("megatron_deepstack/config/", "megatron_deepstack/planning/")):
             roots = {module.split(".")[0] for module, _ in imported(ast.parse(file.read_text()))}
             assert not roots & {"torch", "megatron", "ray"}, by_name(file)
+
+
+SLEEPERS = {
+    "waiting.py": "the wait of all tests, for a condition",
+    "test_stragglers.py": "work that takes longer on one rank",
+    "fault_runs.py": "a wait for a condition",
+    "test_launch_faults.py": "a wait for a condition",
+}
+"""Test files that may sleep, and what for."""
+
+
+def test_tests_do_not_sleep() -> None:
+    """They wait for conditions: `waiting.wait_until`."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    sleepers = {file.name for file in files if "time.sleep(" in without_texts(file)}
+    assert sleepers == set(SLEEPERS)
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """Pytest imports a test file by its name alone, as tests import their helpers; two of one name would clash."""
+    files = [file for file in sorted((ROOT / "tests").rglob("*.py")) if file.name != "conftest.py"]
+    places: dict[str, list[str]] = {}
+    for file in files:
+        places.setdefault(file.name, []).append(by_name(file))
+    assert not {name: found for name, found in places.items() if len(found) > 1}

@@ -48,7 +48,7 @@ class RankPool:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs))
+                process = context.Process(target=_serve, args=(os.getpid(), rank, num_ranks, self._folder.name, theirs))
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -161,7 +161,7 @@ def _receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
-def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
+def _serve(parent: int, rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     """A rank's life: join, then answer calls until the pipe closes."""
     stacks = _stack_file(folder, rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -170,7 +170,7 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     from megatron_deepstack.platform.processes.parent import die_with_parent
     from megatron_deepstack.platform.processes.process_group import join_by_file, leave
 
-    die_with_parent()
+    die_with_parent(parent)
     os.environ["LOCAL_RANK"] = str(rank)
     adapt_megatron()
     from megatron_deepstack.testing.writers import lend_writers
@@ -193,6 +193,21 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
 
 _worlds: dict[str, Any] = {}
 """Of a worker process: where its ranks meet, how often they have, and the groups in force."""
+
+
+def be_the_only_rank(folder: Path) -> None:
+    """Make this process a world of one rank, so that `groups_for` works in it as in a pool's worker.
+
+    Call before anything of Megatron-Core is built. Does nothing in a pool's worker, which has its world.
+
+    Args:
+        folder: A folder in which no other world has met; files of the meeting are left in it.
+    """
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+
+    if not _worlds:
+        adapt_megatron()
+        _worlds.update(folder=str(folder), rank=0, num_ranks=1, number=0)
 
 
 def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:

@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import typer
 import yaml
+from waiting import wait_until
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import Recipe
@@ -250,10 +250,7 @@ def test_slurm_script_gives_up_on_a_head_that_does_not_come(stubs: dict[str, str
 def test_slurm_script_stops_the_run_and_goes_back_into_the_queue(stubs: dict[str, str]) -> None:
     """SIGTERM before the time is over: the run is asked to save, the code of `launch` is kept, the job requeued."""
     script = start(stubs)
-    deadline = time.monotonic() + 60
-    while "ours launch" not in calls(stubs):
-        assert time.monotonic() < deadline, calls(stubs)
-        time.sleep(0.05)
+    wait_until(lambda: "ours launch" in calls(stubs), lambda: calls(stubs))
     script.send_signal(signal.SIGTERM)
     assert end(script) == 75
     said = calls(stubs)

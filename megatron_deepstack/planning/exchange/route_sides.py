@@ -45,7 +45,7 @@ class ChunkRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReplicaPlace:
     """A rank of the replica, with all that determines which rows it receives and sends."""
 
     rank: int
@@ -132,7 +132,7 @@ class Received:
 
 
 def receive(
-    place: Place, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, view_tokens: int
+    place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, view_tokens: int
 ) -> Received:
     """List the rows that one rank receives.
 
@@ -210,7 +210,7 @@ class Sent:
 
 
 def send(
-    place: Place,
+    place: ReplicaPlace,
     images: Sequence[StepImage],
     slots_of_stage: Sequence[Sequence[int]],
     mine: range,
@@ -258,7 +258,7 @@ def send(
     )
 
 
-def send_to_self(place: Place, rows: Index) -> Sent:
+def send_to_self(place: ReplicaPlace, rows: Index) -> Sent:
     """List the rows that a rank sends to itself if the encoder runs inline.
 
     Args:

@@ -25,7 +25,7 @@ from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.route_sides import (
     ChunkRows,
     Index,
-    Place,
+    ReplicaPlace,
     StepImage,
     count_by_rank,
     local_rows,
@@ -166,10 +166,10 @@ def plan_routes(
     )
 
 
-def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> Place:
+def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace:
     rest, tp = divmod(rank, parallel.tensor)
     pp, cp = divmod(rest, parallel.context)
-    return Place(
+    return ReplicaPlace(
         rank=rank,
         num_ranks=parallel.tensor * parallel.context * parallel.pipeline,
         tp=tp,

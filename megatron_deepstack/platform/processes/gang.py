@@ -18,12 +18,12 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megatron_deepstack.errors import DeepStackError, HangError, PreemptedError, RankError
+from megatron_deepstack.platform.processes.cut_off import exception_in, is_cut_off
 
 SETTLE_SECONDS = 2.0
 """Time after a broken collective in which the death or error of another rank still counts as the cause."""
 STOPPED = "stopped on request"
 """Default message for ranks that end on request and report nothing."""
-_BROKEN = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process")
 _EXIT_SECONDS = 60.0
 """Longest time that a rank may take to end after its result, or after it has saved on request."""
 
@@ -66,7 +66,7 @@ class Ending:
             return 0 if self.exit_code < 0 else 2
         if self.report.error is not None:
             return 1
-        return 4 if is_broken_connection((self.report.trace or "").strip().rpartition("\n")[2]) else 3
+        return 4 if is_cut_off(*exception_in(self.report.trace or "")) else 3
 
     def as_error(self) -> DeepStackError:
         """Return the error that the user sees."""
@@ -74,18 +74,6 @@ class Ending:
         if self.report is None:
             return _silent_end(who, self.exit_code)
         return self.report.error or RankError(f"{who} raised:\n{(self.report.trace or '').rstrip()}")
-
-
-def is_broken_connection(words: str) -> bool:
-    """Whether the exception of a rank is only a consequence of another rank's end.
-
-    Args:
-        words: Message of the exception.
-
-    Returns:
-        True if gloo or NCCL report that another process has closed a connection.
-    """
-    return any(one in words.lower() for one in _BROKEN)
 
 
 def cause(endings: Iterable[Ending]) -> Ending:

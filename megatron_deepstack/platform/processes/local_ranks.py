@@ -76,7 +76,7 @@ def _start(function: Callable[..., Any], args: tuple[Any, ...], num_ranks: int, 
     try:
         for rank in range(num_ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, num_ranks, port, theirs, function, args))
+            process = context.Process(target=_rank, args=(os.getpid(), rank, num_ranks, port, theirs, function, args))
             process.start()
             theirs.close()
             processes.append(process)
@@ -107,11 +107,17 @@ def _stop_signals(gang: Gang) -> Iterator[None]:
 
 
 def _rank(
-    rank: int, num_ranks: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    launcher: int,
+    rank: int,
+    num_ranks: int,
+    port: int,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     """Run in the process of a rank: call the function and report how it ended. The rank dies with its launcher."""
     os.setpgid(0, 0)
-    die_with_parent()
+    die_with_parent(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank),
