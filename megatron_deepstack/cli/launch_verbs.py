@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
+from megatron_deepstack.cli.output import JsonOption, print_json
 
 
 @app.command()
@@ -44,23 +45,19 @@ def launch(
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a run is doing: step, loss, time left, restarts and their reasons, ranks and nodes, newest checkpoint.
 
     The exit code is 0 while the run continues or after it has finished; the run's own exit code if it stopped or
     failed; and 1 if its driver has ended without a record of it.
     """
-    from json import dumps
-
     from orchestration.launch.before.report import status_document, status_text
     from orchestration.launch.driver.control import status_of
 
     found = status_of(run)
-    if json:
-        typer.echo(dumps(status_document(found), indent=2, allow_nan=False))
+    if as_json:
+        print_json(status_document(found))
     else:
         say(status_text(found))
     raise typer.Exit(found.exit_code)

@@ -30,7 +30,6 @@ from megatron_deepstack import errors
 from megatron_deepstack.data.images.decoder_process import SLOTS, ViewSlots, Word, memory_bytes
 from megatron_deepstack.data.images.processor import ProcessedImage, Processor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_local
-from megatron_deepstack.data.store.direct_file import BLOCK
 from megatron_deepstack.errors import DataError, LocationError
 
 _CODE: Final = "from megatron_deepstack.data.images.decoder_process import main; main()"
@@ -56,8 +55,6 @@ DECODER_ENVIRONMENT: Final = {
 class SharedImage(ProcessedImage):
     """An image whose views lie in memory shared with the decoder process."""
 
-    blocks: memoryview
-    """Memory from the start of the block in which the views begin up to the end of the views."""
     crc32c: list[int]
     """One checksum for each view."""
 
@@ -75,9 +72,6 @@ class Decoder:
     def decode(self, images: Sequence[ImageAt]) -> Generator[SharedImage | QuarantineError, None, None]:
         """Decode images in order.
 
-        The views begin at the same offset within a block of memory as they would in a file that holds the views of all
-        the images one after the other.
-
         Args:
             images: Where the images are.
 
@@ -88,14 +82,12 @@ class Decoder:
             DataError: The machine failed to give an image.
             LocationError: The network or a service failed to give an image.
         """
-        done = skip = failures = 0
+        done = failures = 0
         while done < len(images):
             try:
-                for outcome in self._work(images[done:], skip):
+                for outcome in self._work(images[done:]):
                     yield outcome
                     done, failures = done + 1, 0
-                    if isinstance(outcome, SharedImage):
-                        skip = len(outcome.blocks) % BLOCK
             except _LostError as error:
                 failures += 1
                 if failures == _TRIES:
@@ -111,14 +103,14 @@ class Decoder:
         """The id of the process, as long as there is one."""
         return self._running[0].process_id if self._running else None
 
-    def _work(self, images: Sequence[ImageAt], skip: int) -> Iterator[SharedImage | QuarantineError]:
+    def _work(self, images: Sequence[ImageAt]) -> Iterator[SharedImage | QuarantineError]:
         """Work on a list of images as long as the process lives. Raises _LostError when it has died or is too slow."""
         if not self._running or not self._running[0].is_alive():
             self.close()
             self._running.append(_start_process(self._processor))
         process, finished = self._running[0], False
         try:
-            process.begin(images, skip)
+            process.begin(images)
             for image in images:
                 yield process.receive(image, self._seconds)
                 process.empty_slot()
@@ -141,7 +133,7 @@ class _Process:
         try:
             os.ftruncate(memory, memory_bytes(processor))
             self._slots = ViewSlots(mmap.mmap(memory, 0), processor)
-            self._slot = self._skip = 0
+            self._slot = 0
             self._connection, theirs = Pipe()
             self._readable = select.poll()
             self._readable.register(self._connection.fileno(), select.POLLIN)
@@ -159,10 +151,10 @@ class _Process:
     def is_alive(self) -> bool:
         return self._popen.poll() is None
 
-    def begin(self, images: Sequence[ImageAt], skip: int) -> None:
-        """Send a list of images, whose first views begin `skip` bytes into a block. Raises _LostError."""
-        self._slot, self._skip = 0, skip
-        self._send((list(images), skip))
+    def begin(self, images: Sequence[ImageAt]) -> None:
+        """Send a list of images. Raises _LostError."""
+        self._slot = 0
+        self._send(list(images))
 
     def empty_slot(self) -> None:
         """Let the process use the slot of the image that was received last. Raises _LostError."""
@@ -183,10 +175,8 @@ class _Process:
             case None:
                 raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
             case [Word.VIEWS, [rows, columns], [width, height], damage, sha256, sums]:
-                views = self._slots.views(self._slot, self._skip)[: len(sums)]
-                blocks = self._slots.blocks(self._slot, self._skip + views.nbytes)
-                self._skip = len(blocks) % BLOCK
-                return SharedImage(views, (rows, columns), (width, height), damage, sha256, blocks, sums)
+                views = self._slots.views(self._slot)[: len(sums)]
+                return SharedImage(views, (rows, columns), (width, height), damage, sha256, sums)
             case [Word.QUARANTINE, str(reason)]:
                 return QuarantineError(reason)
             case [Word.ERROR, str(name), str(message)]:
@@ -258,7 +248,7 @@ def _error(name: str, message: str) -> errors.DeepStackError:
 def _start(connection: Connection, memory: int, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-c", _CODE, str(connection.fileno()), str(memory)],
+        [sys.executable, "-c", _CODE, str(os.getpid()), str(connection.fileno()), str(memory)],
         env={**DECODER_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
         pass_fds=(connection.fileno(), memory),
         stdin=subprocess.DEVNULL,

@@ -34,7 +34,6 @@ import numpy as np
 from megatron_deepstack.data.images.processor import Processor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_local, read_image
 from megatron_deepstack.data.store.codec import checksums
-from megatron_deepstack.data.store.direct_file import BLOCK
 from megatron_deepstack.errors import DeepStackError
 from megatron_deepstack.platform.processes.parent import die_with_parent
 
@@ -55,29 +54,23 @@ class Word(StrEnum):
 
 
 class ViewSlots:
-    """Shared memory for the views of `SLOTS` images, in whole blocks, so that they can be written to a file from there.
-
-    The views of an image begin `skip` bytes into their slot, which is their offset within a block of their file.
-    """
+    """Shared memory for the views of `SLOTS` images."""
 
     def __init__(self, memory: mmap.mmap, processor: Processor) -> None:
-        size = processor.crop_size
-        self._bytes = np.frombuffer(memory, np.uint8).reshape(SLOTS, -1)
-        self._shape = (processor.most_views, size, size, 3)
+        self._views = np.frombuffer(memory, np.uint8).reshape(SLOTS, *_slot_shape(processor))
 
-    def views(self, slot: int, skip: int) -> np.ndarray:
+    def views(self, slot: int) -> np.ndarray:
         """Space for the views of any image: uint8 (most views of an image, S, S, 3), S the side of a view."""
-        return self._bytes[slot, skip : skip + math.prod(self._shape)].reshape(self._shape)
+        return self._views[slot]
 
-    def blocks(self, slot: int, num_bytes: int) -> memoryview:
-        """The first bytes of a slot."""
-        return self._bytes[slot, :num_bytes].data
+
+def _slot_shape(processor: Processor) -> tuple[int, int, int, int]:
+    return processor.most_views, processor.crop_size, processor.crop_size, 3
 
 
 def memory_bytes(processor: Processor) -> int:
     """The size of the shared memory in bytes."""
-    views = processor.most_views * processor.crop_size**2 * 3
-    return SLOTS * (-(-views // BLOCK) + 1) * BLOCK
+    return SLOTS * math.prod(_slot_shape(processor))
 
 
 def serve(connection: Connection, memory: int) -> None:
@@ -95,13 +88,11 @@ def serve(connection: Connection, memory: int) -> None:
     slots = ViewSlots(mmap.mmap(memory, 0), processor)
     _say(connection, Word.READY)
     while True:
-        images: Sequence[ImageAt]
-        images, skip = connection.recv()
+        images: Sequence[ImageAt] = connection.recv()
         for number, (image, data) in enumerate(_read_ahead(images, processor.max_image_pixels)):
             if number >= SLOTS:
                 connection.recv()  # the slot has been emptied
-            views = slots.views(number % SLOTS, skip)
-            skip = (skip + _do_image(connection, processor, image, data, views)) % BLOCK
+            _do_image(connection, processor, image, data, slots.views(number % SLOTS))
         for _ in images[:SLOTS]:
             connection.recv()
 
@@ -112,8 +103,8 @@ def _say(connection: Connection, *words: Any) -> None:
 
 def _do_image(
     connection: Connection, processor: Processor, image: ImageAt, data: Future[bytes], views: np.ndarray
-) -> int:
-    """Write the image's views and report them, or report why there are none; returns their size in bytes."""
+) -> None:
+    """Write the image's views and report them, or report why there are none."""
     try:
         content = data.result()
         if not is_local(image):
@@ -125,8 +116,6 @@ def _do_image(
         _say(connection, Word.ERROR, type(error).__name__, str(error))
     else:
         _say(connection, Word.VIEWS, done.grid, done.size, done.damage, done.sha256, checksums(done.views))
-        return done.views.nbytes
-    return 0
 
 
 def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[bytes]]]:
@@ -153,9 +142,10 @@ def _read_now(image: ImageAt, max_pixels: int) -> Future[bytes]:
 
 
 def main() -> None:
-    """Serve the process that started this one; its connection and the shared memory are given as arguments."""
-    connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
-    die_with_parent()
+    """Serve the process that started this one; its id, connection and the shared memory are given as arguments."""
+    parent, handle, memory = map(int, sys.argv[1:])
+    connection = Connection(handle)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff and libjpeg write warnings there
     with suppress(EOFError, ConnectionError):  # the other side has closed the connection

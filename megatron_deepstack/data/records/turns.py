@@ -30,7 +30,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TokenRun:
     """Tokens that are all learned, or all not learned."""
 
     tokens: list[int]

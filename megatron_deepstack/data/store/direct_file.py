@@ -2,7 +2,7 @@
 
 Writing through the cache costs 1 to 3.4 ms of CPU time for the 1.7 MB of an image with four crops, because the kernel
 clears and copies fresh pages and then writes them back. That is up to a third of the time for decoding and resizing the
-image; a direct write costs 0.1 ms. The cached pages would not be read again soon either: what is written after them
+image; a direct write costs 0.2 ms. The cached pages would not be read again soon either: what is written after them
 replaces them.
 """
 
@@ -24,9 +24,9 @@ _PIECE: Final = 4 << 20
 class DirectFile:
     """Appends to a new file that is open for writing.
 
-    Bytes are copied into whole blocks, unless they are aligned in memory as they will be in the file. If the file
-    system has no direct writes (tmpfs on older kernels, some network file systems), they go through the cache. The file
-    is whole after `finish`.
+    Bytes are copied into whole blocks, which costs 0.1 ms for the 1.7 MB of an image. If the file system has no direct
+    writes (tmpfs on older kernels, some network file systems), they go through the cache. The file is whole after
+    `finish`.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -47,22 +47,6 @@ class DirectFile:
             rest = rest[count:]
             if self._filled == _PIECE:
                 self._write_piece()
-
-    def write_in_place(self, blocks: memoryview, skip: int) -> None:
-        """Append `blocks[skip:]`, without a copy if the end of the file is `skip` bytes into a block.
-
-        Args:
-            blocks: Bytes whose first one is at a block's boundary in memory. The first `skip` bytes are overwritten.
-            skip: Fewer bytes than a block.
-        """
-        if skip != self._filled:
-            self.write(blocks[skip:])
-            return
-        blocks[:skip] = self._piece[:skip]
-        whole = len(blocks) // BLOCK * BLOCK
-        self._write_all(blocks[:whole])
-        self._filled = len(blocks) - whole
-        self._piece[: self._filled] = blocks[whole:]
 
     def finish(self) -> None:
         """Write the rest. If the file does not end with a whole block, its end goes through the cache."""

@@ -39,14 +39,11 @@ class ShardWriter:
         """The size in bytes that the shard would have if it were finished now."""
         return sum(self._sizes) + shard_index_bytes(self._shape)
 
-    def append(self, views: np.ndarray, blocks: memoryview | None = None) -> None:
+    def append(self, views: np.ndarray) -> None:
         """Append the views of one image.
 
         Args:
             views: uint8 (N, S, S, 3).
-            blocks: Memory that ends with the views and begins at the boundary of the block in which they begin; the
-                bytes before them are overwritten. If the views begin as far into a block as the file ends, they are
-                written without a copy.
         """
         assert views.dtype == np.uint8, views.dtype
         assert views.shape[1:] == self._shape.view_shape, (views.shape, self._shape)
@@ -55,10 +52,7 @@ class ShardWriter:
                 self.append_chunk(compress(view))
             return
         self._count([self._shape.view_bytes] * len(views))
-        if blocks is None:
-            self._file.write(np.ascontiguousarray(views).data)
-        else:
-            self._file.write_in_place(blocks, len(blocks) - views.nbytes)
+        self._file.write(np.ascontiguousarray(views).data)
 
     def append_chunk(self, chunk: bytes | memoryview) -> None:
         """Append one view as it is stored in another shard of the same codec."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from megatron_deepstack.data.records.turns import Role, Span, Turn, encode_text, image_first
+from megatron_deepstack.data.records.turns import Role, TokenRun, Turn, encode_text, image_first
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 
@@ -37,7 +37,7 @@ class ChatFormat:
     clean: Callable[[str], str] = str
     """What is done to a message."""
 
-    def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer, *, system: str | None = None) -> list[Span]:
+    def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer, *, system: str | None = None) -> list[TokenRun]:
         """Write questions and answers in turn, without a begin of the sequence.
 
         Args:
@@ -51,15 +51,15 @@ class ChatFormat:
         Raises:
             DataError: The tokenizer lacks a control token.
         """
-        spans = [Span(self._system(tokenizer, system), False)]
+        spans = [TokenRun(self._system(tokenizer, system), False)]
         for turn in rounds:
             if turn.role is Role.HUMAN:
-                spans.append(Span(self._said(_NAMES[turn.role], turn.text, tokenizer), False))
+                spans.append(TokenRun(self._said(_NAMES[turn.role], turn.text, tokenizer), False))
                 continue
-            spans.append(Span(self._opening(_NAMES[turn.role], "", tokenizer), False))
+            spans.append(TokenRun(self._opening(_NAMES[turn.role], "", tokenizer), False))
             answer = encode_text(self._message(turn.text), tokenizer)
-            spans.append(Span([*answer, _control(self.end, tokenizer)], turn.learned))
-            spans.append(Span(tokenizer.encode(self.after_end), False))
+            spans.append(TokenRun([*answer, _control(self.end, tokenizer)], turn.learned))
+            spans.append(TokenRun(tokenizer.encode(self.after_end), False))
         return spans
 
     def prompt(self, question: str, tokenizer: Tokenizer) -> list[int]:

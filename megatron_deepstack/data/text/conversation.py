@@ -17,7 +17,7 @@ import numpy as np
 from megatron_deepstack.config.choices import Template
 from megatron_deepstack.data.records.turns import (
     Role,
-    Span,
+    TokenRun,
     Turn,
     encode_text,
     image_first,
@@ -150,8 +150,8 @@ def check_turns(turns: Sequence[Turn], template: Template) -> None:
         raise DataError(f"begins with a gpt turn that holds an {IMAGE_TOKEN}; a turn that answers nothing is not used")
 
 
-def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> list[Span]:
-    begin = [Span(_begin(template, tokenizer), False)]
+def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> list[TokenRun]:
+    begin = [TokenRun(_begin(template, tokenizer), False)]
     if template is Template.PLAIN:
         return begin + _write_plain(turns, tokenizer)
     if template is Template.V1:
@@ -177,20 +177,20 @@ def _must_have(number: int | None, which: str, template: Template, tokenizer: To
     return number
 
 
-def _write_plain(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
+def _write_plain(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[TokenRun]:
     """The first turn gives only its images; the second, a caption, follows with a newline and is learned."""
     images = [IMAGE_TOKEN_ID] * turns[0].text.count(IMAGE_TOKEN)
-    return [Span(images, False), Span(encode_text(turns[1].text + "\n", tokenizer), turns[1].learned)]
+    return [TokenRun(images, False), TokenRun(encode_text(turns[1].text + "\n", tokenizer), turns[1].learned)]
 
 
-def _write_v1(rounds: Sequence[Turn], system: str, tokenizer: Tokenizer) -> list[Span]:
+def _write_v1(rounds: Sequence[Turn], system: str, tokenizer: Tokenizer) -> list[TokenRun]:
     """Vicuna's format: a system line, then rounds of `USER: ... ASSISTANT: ...` with an end of sequence."""
-    spans: list[Span] = []
+    spans: list[TokenRun] = []
     for number in range(0, len(rounds), 2):
         before, answer = (f"{system} " if number == 0 else ""), rounds[number + 1]
         question = f"{before}{_V1_QUESTION}{image_first(rounds[number].text)}{_V1_ANSWER}"
         asked, said = _question_and_answer(question, image_first(answer.text), tokenizer)
-        spans += [Span(asked, False), Span(said, answer.learned)]
+        spans += [TokenRun(asked, False), TokenRun(said, answer.learned)]
     return spans
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ def document(title: str, charts: Charts, *children: str | Markup) -> str:
     Returns:
         The HTML.
     """
-    style = Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8"))
+    folder = files("megatron_deepstack.report")
+    style = Markup(folder.joinpath("style.css").read_text(encoding="utf-8"))
     scripts = [library_script()] if charts.items else []
-    scripts.append((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
+    scripts.append(folder.joinpath("page.js").read_text(encoding="utf-8"))
     hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in scripts]
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {' '.join(hashes)}"
     head = joined(

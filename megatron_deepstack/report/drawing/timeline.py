@@ -47,7 +47,7 @@ _SCHEDULE = "schedule"
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class Bar:
     """One action of a rank; times are seconds from the beginning of the step."""
 
     kind: str
@@ -64,7 +64,7 @@ class RankLine:
     rank: int
     label: str
     stage: int
-    boxes: tuple[Box, ...]
+    boxes: tuple[Bar, ...]
     schedule: tuple[float, float]
     """When its schedule began and ended."""
 
@@ -119,7 +119,7 @@ def _recorded(document: Mapping[str, Any]) -> RecordedStep:
 
 
 def _line(rank: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> RankLine:
-    boxes = [Box(kind, micro, vpp, begin, end) for kind, micro, vpp, begin, end in rank["intervals"]]
+    boxes = [Bar(kind, micro, vpp, begin, end) for kind, micro, vpp, begin, end in rank["intervals"]]
     axes = [axis for axis in ("dp", "cp", "tp") if any(other[axis] for other in ranks)]
     label = ", ".join([f"stage {rank['pp']}", *(f"{axis} {rank[axis]}" for axis in axes)])
     schedules = [(box.begin, box.end) for box in boxes if box.kind == _SCHEDULE] or [(0.0, 0.0)]
@@ -190,7 +190,7 @@ def _row(line: RankLine, y: float, scale: float, chunks: int) -> list[Markup]:
     return parts + [_box(box, y, scale, chunks) for box in sorted(line.boxes, key=lambda box: box.begin)]
 
 
-def _box(box: Box, y: float, scale: float, chunks: int) -> Markup:
+def _box(box: Bar, y: float, scale: float, chunks: int) -> Markup:
     """A box; later chunks of a stage are lower and fainter, so that passes of two chunks can be distinguished."""
     x, width = _LEFT + box.begin * scale, (box.end - box.begin) * scale
     of_micro_batch = box.micro_batch is not None
