@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them."""
+"""Making a process end when the process that started it ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies.
+    """Let the kernel kill this process when its parent dies for any reason.
 
     The kernel looks at later deaths only. A process spends seconds importing before it can call this; a parent that
     has died meanwhile is found out here, and this process then ends at once, in silence, as the kernel would end it.

@@ -24,7 +24,14 @@ from megatron_deepstack.platform.processes.owner import Owner, is_here
 from megatron_deepstack.platform.processes.process import still_runs
 from megatron_deepstack.training.guard.heartbeat import read_beats
 from megatron_deepstack.training.guard.node_board import Beat
-from orchestration.launch.driver.record import STALE_SECONDS, LaunchRecord, State, last_lines, newest_step, read_record
+from orchestration.launch.driver.record import (
+    STALE_SECONDS,
+    LaunchRecord,
+    RunState,
+    last_lines,
+    newest_step,
+    read_record,
+)
 from orchestration.launch.driver.stopping import request_stop
 
 _LOOK_SECONDS = 0.5
@@ -54,7 +61,7 @@ class Status:
     @property
     def seconds_left(self) -> float | None:
         """Until the last step, at the median speed of the last ones; only of a run that goes on."""
-        if not self.recent or self.state != State.RUNNING:
+        if not self.recent or self.state != RunState.RUNNING:
             return None
         return (self.num_steps - self.recent[-1]["step"]) * median(one["step_seconds"] for one in self.recent)
 
