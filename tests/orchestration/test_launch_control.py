@@ -148,8 +148,8 @@ class TestControl:
     @pytest.mark.parametrize(
         ("driver", "seconds", "launcher"),
         [
-            ({"state": State.STOPPED, "exit_code": 75}, 1.0, "train or torchrun"),
-            ({"state": State.STOPPED, "exit_code": 75}, -1.0, "launch"),
+            ({"state": RunState.STOPPED, "exit_code": 75}, 1.0, "train or torchrun"),
+            ({"state": RunState.STOPPED, "exit_code": 75}, -1.0, "launch"),
             ({"pid": 2**22 + 1}, 3600.0, "train or torchrun"),
             ({"pid": 2**22 + 1}, 1.0, "launch"),
         ],
