@@ -23,7 +23,7 @@ GROUPS: Final = (
     Group("Before anything starts", ("doctor", "recipes", "plan")),
     Group("Data", ("draw", "preprocess", "store")),
     Group("Training", ("train", "launch", "status", "stop")),
-    Group("A trained run", ("generate", "ask", "report", "export")),
+    Group("A trained run", ("generate", "report", "export")),
     Group("Comparison with the published implementation", ("check-reference",)),
     Group("Look at a store", ("store verify", "store show", "store stats")),
     Group("Make stores of stores", ("store merge", "store split")),

@@ -126,7 +126,7 @@ class _Running:
         if self.part.on_cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_deepstack.testing.gpu.process", *map(str, arguments)],
+            [sys.executable, "-m", "megatron_deepstack.testing.gpu.process", *map(str, (os.getpid(), *arguments))],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
