@@ -22,8 +22,17 @@ def sum_over_run(value: torch.Tensor, groups: Groups) -> torch.Tensor:
     return value
 
 
-def loss_and_tokens(losses: list[torch.Tensor], num_tokens: int, groups: Groups) -> tuple[float, int]:
-    """Sum of token losses and number of targets of the whole step, float64. Collective over all ranks."""
+def loss_and_tokens(losses: list[torch.Tensor], num_tokens: torch.Tensor, groups: Groups) -> tuple[float, int]:
+    """Sum of token losses and number of targets of the whole step. Collective over all ranks; one read of the device.
+
+    Args:
+        losses: Sum of each micro-batch's token losses, on last stages; none elsewhere.
+        num_tokens: Number of their targets, a whole number on the device; 0 elsewhere.
+        groups: The run's groups.
+
+    Returns:
+        Both sums over the run, added in float64.
+    """
     both = torch.zeros(2, dtype=torch.float64, device=local_device())
     for loss in losses:
         both[0] += loss.double()
@@ -64,7 +73,7 @@ def sum_over_model(values: list[int], groups: Groups) -> list[int]:
     """Sum of numbers over the shards and stages of one model. Collective over tp and pp."""
     totals = torch.tensor(values, dtype=torch.int64, device=local_device())
     dist.all_reduce(totals, group=groups.decoder.mp)
-    return [int(total) for total in totals]
+    return totals.tolist()
 
 
 def start_lowest_over_ranks(value: int) -> Callable[[], int]:
