@@ -50,6 +50,7 @@ setup(
             "mypy>=1.15",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "s3fs>=2025.3",
             "scikit-image>=0.25",

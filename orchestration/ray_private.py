@@ -34,6 +34,7 @@ NAMES: Final = {
         "what is free on each node; public calls give the sum over all",
     ),
     "cluster_state": Taken("ray._private.state", "state", "its `get_draining_nodes`: nodes that are being taken back"),
+    "worker": Taken("ray._private.worker", "", "its `_global_node`: the folder in which a Ray of our own works"),
     "FailureConfig": Taken("ray.train.v2.api.config", "FailureConfig", "v2's, whatever RAY_TRAIN_V2_ENABLED says"),
     "RunConfig": Taken("ray.train.v2.api.config", "RunConfig", "v2's, whatever RAY_TRAIN_V2_ENABLED says"),
     "ScalingConfig": Taken("ray.train.v2.api.config", "ScalingConfig", "v2's, whatever RAY_TRAIN_V2_ENABLED says"),
@@ -54,6 +55,8 @@ NAMES: Final = {
 
 MEMBERS: Final = {
     "ray:init": ("_node_ip_address", "_temp_dir"),
+    "ray._private.worker:_global_node": (),
+    "ray._private.node:Node": ("get_session_dir_path",),
     "ray._private.services:resolve_ip_for_localhost": (),
     "ray._private.state:state": ("get_draining_nodes",),
     f"{_STATES}:RunningState": (),

@@ -12,6 +12,24 @@ from megatron_deepstack.platform.processes.garbage import settle
 from megatron_deepstack.testing.ranks import RankPool
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What runs in one process where pytest-xdist has several (`-n 2 --dist loadgroup`).
+
+    All tests of a file do, for the fixtures they share; all that use pools of ranks do, since a pool costs seconds and
+    half a gigabyte a rank; and all that start Ray do, since several would fight for the cores.
+    """
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """The name of the group that a test runs in."""
+    if "ranks" in getattr(item, "fixturenames", ()):
+        return "ranks"
+    return "orchestration" if "orchestration" in item.path.parts else item.path.stem
+
+
 def pytest_collection_finish() -> None:
     """Half a million objects of torch and pytest need not be looked through in every collection of the suite."""
     settle()

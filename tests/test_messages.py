@@ -18,6 +18,11 @@ OF_OTHER_PROGRAMS = {
     "--nnodes": "torchrun",
     "--nproc-per-node": "torchrun",
     "--max-restarts": "torchrun",
+    "--master-port": "torchrun",
+    "--standalone": "torchrun",
+    "--constraint": "pip",
+    "--ipc": "docker",
+    "--shm-size": "docker",
 }
 """Options that messages name beside the program they belong to."""
 NOT_THE_COMMAND_LINES = ("orchestration/manifests", "megatron_deepstack/testing")

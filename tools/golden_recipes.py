@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,15 +18,18 @@ def published_recipes() -> list[str]:
 
 def main() -> int:
     """Number of files that differed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where something differs")
+    check_only = parser.parse_args().check
     stale = []
     for name in published_recipes():
         file, text = GOLDEN / f"{name}.yaml", recipe_to_yaml(load_recipe(name))
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             stale.append(name)
-            if "--check" not in sys.argv:
+            if not check_only:
                 file.write_text(text, encoding="utf-8")
     sys.stdout.write(f"{len(stale)} of {len(published_recipes())} changed: {', '.join(stale) or 'none'}\n")
-    return len(stale) if "--check" in sys.argv else 0
+    return len(stale) if check_only else 0
 
 
 if __name__ == "__main__":

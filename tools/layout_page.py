@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import sys
 from pathlib import Path
@@ -66,7 +67,10 @@ def page() -> str:
 
 def main() -> None:
     """Compare or write; the exit code is 1 if `--check` finds a difference."""
-    if "--check" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where something differs")
+    check_only = parser.parse_args().check
+    if check_only:
         sys.exit(PAGE.read_text(encoding="utf-8") != page() and f"{PAGE}: is stale; run python tools/layout_page.py")
     PAGE.write_text(page(), encoding="utf-8")
 

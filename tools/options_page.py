@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -79,7 +80,10 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 def main() -> None:
     """Compare or write; the exit code is 1 if `--check` finds a difference."""
-    if "--check" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where something differs")
+    check_only = parser.parse_args().check
+    if check_only:
         current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
         sys.exit(not current and "docs/options.md is not current; run python tools/options_page.py")
     PAGE.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ place of any value, `architecture` in the sections of the model, and `base` at t
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -102,7 +103,10 @@ def text() -> str:
 
 def main() -> None:
     """Compare or write; the exit code is 1 if `--check` finds a difference."""
-    if "--check" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only; exit code 1 where something differs")
+    check_only = parser.parse_args().check
+    if check_only:
         current = FILE.is_file() and FILE.read_text(encoding="utf-8") == text()
         sys.exit(not current and "docs/recipe.schema.json is not current; run python tools/recipe_schema.py")
     FILE.parent.mkdir(exist_ok=True)

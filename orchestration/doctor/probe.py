@@ -66,8 +66,9 @@ def _ray() -> dict[str, Any]:
 
     with ray_session(1, None, {}):
         ray = import_ray(None)
-        node = ray._private.worker._global_node
-        return {"version": ray.__version__, "folder": node.get_session_dir_path()}
+        from orchestration.ray_private import worker
+
+        return {"version": ray.__version__, "folder": worker._global_node.get_session_dir_path()}
 
 
 PROBES: Final[dict[str, Callable[[], dict[str, Any]]]] = {

@@ -14,7 +14,7 @@ from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import CheckpointError, PreemptedError, StoreError
+from megatron_deepstack.errors import CheckpointError, StoreError
 from megatron_deepstack.inference import launch
 from megatron_deepstack.inference.main import open_questions, require_checkpoint
 from megatron_deepstack.inference.questions import read_question
@@ -119,15 +119,6 @@ def test_what_was_asked_and_answered_is_shown_as_it_is(
     launch.show(launch.generate(recipe, held_out=None, store=recipe.data.store, limit=None, max_new_tokens=5))
     shown = capsys.readouterr().out
     assert [text for text in texts if text not in shown] == []
-
-
-def test_a_stopped_generate_speaks_of_itself_not_of_training() -> None:
-    def stopped() -> None:
-        raise PreemptedError("run the same command again to go on from the newest checkpoint")
-
-    with pytest.raises(PreemptedError) as caught:
-        launch.stoppable("generate", stopped)
-    assert str(caught.value) == "generate: stopped on request; nothing was written, the same command begins anew"
 
 
 def test_questions_of_a_store(recipe: Recipe) -> None:

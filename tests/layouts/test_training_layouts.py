@@ -124,7 +124,10 @@ def test_model_on_four_stages(ranks: Pools, model: ModelConfig) -> None:
     _compare(ranks, 4, 1, ParallelConfig(pipeline=4), model)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp2-cp2", "tp2-cp2-sp"])
+@pytest.mark.parametrize(
+    "sequence_parallel",
+    [pytest.param(False, id="tp2-cp2", marks=pytest.mark.slow), pytest.param(True, id="tp2-cp2-sp")],
+)
 def test_any_resolution_in_quarters(ranks: Pools, sequence_parallel: bool) -> None:
     """Rows and newlines of an any-resolution context, whose positions are dealt to zigzag chunks and then to shards."""
     parallel = ParallelConfig(tensor=2, context=2, sequence_parallel=sequence_parallel)

@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import typer
 import yaml
+from waiting import wait_until
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import Recipe
@@ -57,7 +57,12 @@ def our_commands(name: str) -> list[list[str]]:
 
 
 def recipe_of(arguments: list[str]) -> Recipe:
-    verb_arguments = [one for one in arguments[1:] if not one.startswith("--") and ":$PORT" not in one]
+    """The recipe of a call, its shell variable replaced as the shell does."""
+    verb_arguments = [
+        one.replace("$RUN_DIR", "/shared/run")
+        for one in arguments[1:]
+        if not one.startswith("--") and ":$PORT" not in one
+    ]
     return load_checked_recipe(verb_arguments[0], verb_arguments[1:])
 
 
@@ -245,10 +250,7 @@ def test_slurm_script_gives_up_on_a_head_that_does_not_come(stubs: dict[str, str
 def test_slurm_script_stops_the_run_and_goes_back_into_the_queue(stubs: dict[str, str]) -> None:
     """SIGTERM before the time is over: the run is asked to save, the code of `launch` is kept, the job requeued."""
     script = start(stubs)
-    deadline = time.monotonic() + 60
-    while "ours launch" not in calls(stubs):
-        assert time.monotonic() < deadline, calls(stubs)
-        time.sleep(0.05)
+    wait_until(lambda: "ours launch" in calls(stubs), lambda: calls(stubs))
     script.send_signal(signal.SIGTERM)
     assert end(script) == 75
     said = calls(stubs)

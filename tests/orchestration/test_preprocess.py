@@ -146,7 +146,8 @@ from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[4])
 from megatron_deepstack.testing.tiny_data import tiny_recipe
 from megatron_deepstack.data import location
-from orchestration.preprocess import finalise, ledger, progress, run, summary, tasks, work
+from orchestration.preprocess.driver import progress, run, summary, tasks
+from orchestration.preprocess.part import finalise, ledger, work
 
 def die_at_call(owner, name, number):
     original, calls = getattr(owner, name), []

@@ -35,7 +35,7 @@ def assert_same(url: str, folder: Path) -> None:
     assert [name for name in files if files[name] != found[name]] == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bucket_holds_the_same_bytes(corpus: Any, serial: Path, local_ray: None, bucket: str, workers: int) -> None:
     summary = corpus.preprocess(f"{bucket}/a/store.zarr", workers=workers)
     assert summary.store == f"{bucket}/a/store.zarr"

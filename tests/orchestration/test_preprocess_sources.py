@@ -74,7 +74,7 @@ def write_shards(corpus: Any, folder: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_tar_shards(corpus: Any, serial: Path, local_ray: None, tmp_path: Path, workers: int) -> None:
     write_shards(corpus, tmp_path / "shards")
     summary = preprocess(

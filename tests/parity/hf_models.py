@@ -133,3 +133,9 @@ def spare_encoder_weights(language: LanguageConfig) -> dict[str, torch.Tensor]:
     shapes = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     projector = {f"model.mm_projector.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     return {**published_weights(tower), **projector}
+
+
+def no_gradients(encoder: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Zeros for what ours has of an encoder: LLaVA's features are those before CLIP's last layer."""
+    unused = (f".encoder.layers.{CLIP.num_layers - 1}.", ".post_layernorm.")
+    return {name: torch.zeros_like(value) for name, value in encoder.items() if not any(u in name for u in unused)}

@@ -9,13 +9,12 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from megatron_deepstack.errors import RunFolderError
 from megatron_deepstack.platform.files import run_lock as module
@@ -25,7 +24,7 @@ from megatron_deepstack.platform.processes.owner import Owner, this_process
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_deepstack.platform import run_lock
+from megatron_deepstack.platform.files import run_lock
 run_lock.BEAT_SECONDS = float(sys.argv[3])
 with run_lock.run_lock(Path(sys.argv[1]), sys.argv[2], print):
     print("held", flush=True)
@@ -68,13 +67,6 @@ def hold(run_dir: Path, what: str, beat_seconds: float = 5.0) -> subprocess.Pope
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
-
-
-def until(came: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not came():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.01)
 
 
 ADVICE = {
@@ -233,9 +225,9 @@ def test_signs_of_life_need_no_room_and_a_lost_record_is_written_again(
     file = tmp_path / OWNER_FILE
     with run_lock(tmp_path, "train", told.append):
         os.utime(file, ns=(0, 0))
-        until(lambda: file.stat().st_mtime_ns > 0)
+        wait_until(lambda: file.stat().st_mtime_ns > 0)
         file.unlink()
-        until(file.exists)
+        wait_until(file.exists)
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file"])

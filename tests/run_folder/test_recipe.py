@@ -102,7 +102,7 @@ def test_strange_names_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_field_that_holds_a_path_is_known() -> None:
     """A new field of text in `data` or `train` has to be put on one side."""
-    no_paths = {"template", "compression", "weights", "image_token", "unreadable", "ignore_keys"}
+    no_paths = {"template", "compression", "weights", "image_token", "unreadable", "ignore_keys", "transparency"}
     for section, schema, known in (("data", DataConfig, DATA_PATHS), ("train", TrainConfig, TRAIN_PATHS)):
         names = {path.partition(".")[2] for path in field_paths() if path.startswith(f"{section}.")}
         assert set(known) <= names, schema

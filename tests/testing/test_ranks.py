@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import threading
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def _fall_silent(rank: int) -> None:
 
 
 def _a_function_to_be_found() -> None:
-    time.sleep(1000)
+    threading.Event().wait()
 
 
 def test_results_in_rank_order() -> None:
@@ -57,11 +57,13 @@ def test_an_error_carries_traceback_and_cause() -> None:
             pool.run(_raise_on_one)
 
 
+@pytest.mark.slow
 def test_a_death_is_told() -> None:
     with RankPool(2) as pool, pytest.raises(RankError, match="rank 1 of 2 died with exit code -9"):
         pool.run(_die)
 
 
+@pytest.mark.slow
 def test_a_hang_is_told_with_stacks() -> None:
     with RankPool(2) as pool:
         pool.run(_sum_of_ranks, 0)

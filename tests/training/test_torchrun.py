@@ -63,6 +63,7 @@ def ours(said: str) -> str:
     return "\n".join(line for line in before.splitlines() if not re.match(r"[WIE]\d{4} |\[[WIE]\d{4}", line))
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_are_then_done(folder: Path) -> None:
     code, said = torchrun(folder)
     assert code == 0, said

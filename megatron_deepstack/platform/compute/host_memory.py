@@ -45,7 +45,15 @@ class HostMemory:
             self._lock()
 
     def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
-        """A contiguous tensor of shape and dtype of `like` at `offset`."""
+        """Return a contiguous tensor in this memory.
+
+        Args:
+            offset: Its first byte, as `lay_out` returns it.
+            like: A tensor of the same shape and dtype.
+
+        Returns:
+            The tensor, valid until the memory grows or is closed.
+        """
         part = self._bytes[offset : offset + like.numel() * like.element_size()]
         return part.view(like.dtype).view(like.shape)
 

@@ -106,7 +106,7 @@ def _put(path: str, image: SharedImage | QuarantineError, shard: ShardWriter) ->
     """Append an image's views to the shard; its entry in the commit record."""
     if isinstance(image, QuarantineError):
         return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(image)}
-    shard.append(image.views, image.blocks)
+    shard.append(image.views)
     return {
         "path": path,
         "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,

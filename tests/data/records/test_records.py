@@ -113,8 +113,8 @@ def test_plain_records_need_an_image(tmp_path: Path) -> None:
         (b"[" * 200_000, "nested too deeply"),
         (b"\xff\xfe[]", "not UTF-8 text"),
         (b"[" + b"1" * 5000 + b"]", "line 1: not JSON: Exceeds the limit"),
-        (gzip.compress(b"[]" * 500)[:-9], "cannot be unpacked: .* Fetch or compress it again"),
-        (gzip.compress(b"[]") + b"rubbish", "cannot be unpacked: Not a gzipped file"),
+        (gzip.compress(b"[]" * 500, mtime=0)[:-9], "cannot be unpacked: .* Fetch or compress it again"),
+        (gzip.compress(b"[]", mtime=0) + b"rubbish", "cannot be unpacked: Not a gzipped file"),
     ],
 )
 def test_files_that_are_no_records(content: bytes, message: str, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_files_that_are_no_records(content: bytes, message: str, tmp_path: Path)
         read_records(path, Template.V1)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"", b"\n \n", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"[]", b"", b"\n \n", gzip.compress(b"", mtime=0)])
 def test_files_without_records(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "records.json"
     path.write_bytes(content)
@@ -137,7 +137,7 @@ def test_values_across_blocks(block: int, tmp_path: Path, monkeypatch: pytest.Mo
     items = [record(number, ["早.jpg"], answer="x" * number + "\n") for number in range(40)]
     (tmp_path / "list.json").write_text(json.dumps(items, indent=1, ensure_ascii=False))
     (tmp_path / "lines.jsonl").write_text("\r\n".join(json.dumps(item) for item in items))
-    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((tmp_path / "lines.jsonl").read_bytes()))
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((tmp_path / "lines.jsonl").read_bytes(), mtime=0))
     first, *others = (read_records(tmp_path / name, Template.V1) for name in sorted(os.listdir(tmp_path)))
     assert len(first.records) == 40
     assert all(other.records == first.records for other in others)

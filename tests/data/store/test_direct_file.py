@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 from contextlib import closing
 from pathlib import Path
@@ -45,47 +44,6 @@ def test_a_buffer_may_be_changed_once_it_is_written(tmp_path: Path) -> None:
         direct.finish()
     written = np.fromfile(tmp_path / "file", np.uint8).reshape(20, -1)
     assert (written == np.arange(20, dtype=np.uint8)[:, None]).all()
-
-
-def blocks_of(data: bytes, skip: int) -> memoryview:
-    """Memory from a block's boundary on, with the data `skip` bytes into it."""
-    memory = memoryview(mmap.mmap(-1, skip + max(1, len(data))))[: skip + len(data)]
-    memory[skip:] = data
-    return memory
-
-
-@pytest.mark.parametrize(
-    "sizes", [[338688] * 40, [1, 4095, 4096, 0, 4097], [100] * 50, [0, 8191, 1], [3 * 338688, 2 * 338688, 5124]]
-)
-@pytest.mark.parametrize("wrong_every", [100, 2, 3])
-def test_blocks_that_lie_as_in_the_file(tmp_path: Path, sizes: list[int], wrong_every: int) -> None:
-    """Those that do not, and ordinary writes between them, are copied."""
-    random = np.random.default_rng(0)
-    chunks = [random.bytes(size) for size in sizes]
-    written = 0
-    with open(tmp_path / "file", "wb") as file, closing(DirectFile(file)) as direct:
-        for number, chunk in enumerate(chunks):
-            skip = (written + (number % wrong_every == 1)) % direct_file.BLOCK
-            direct.write_in_place(blocks_of(chunk, skip), skip)
-            written += len(chunk)
-        direct.write(b"the end")
-        direct.finish()
-    assert (tmp_path / "file").read_bytes() == b"".join([*chunks, b"the end"])
-
-
-def test_what_lies_as_in_the_file_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, addresses = os.write, []
-
-    def note(descriptor: int, data: memoryview) -> int:
-        addresses.append(np.frombuffer(data, np.uint8).ctypes.data)
-        return real(descriptor, data)
-
-    monkeypatch.setattr(direct_file.os, "write", note)
-    with open(tmp_path / "file", "wb") as file, closing(DirectFile(file)) as direct:
-        first, second = blocks_of(bytes(10_000), 0), blocks_of(bytes(10_000), 10_000 % 4096)
-        direct.write_in_place(first, 0)
-        direct.write_in_place(second, 10_000 % 4096)
-    assert addresses == [np.frombuffer(memory, np.uint8).ctypes.data for memory in (first, second)]
 
 
 def test_a_file_system_that_knows_no_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_store(tmp_path_factory.mktemp("skipping") / "store.zarr")
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
-@pytest.mark.parametrize("layout", LAYOUTS)
+def layouts_by_precision(layouts: Iterable[str]) -> list[Any]:
+    """All pairs; each layout is quick in one precision, and the precisions take turns."""
+    return [
+        pytest.param(layout, precision, id=f"{layout}-{precision}", marks=[pytest.mark.slow] * ((row + column) % 2))
+        for row, layout in enumerate(layouts)
+        for column, precision in enumerate((Precision.BF16, Precision.FP32))
+    ]
+
+
+@pytest.mark.parametrize(("layout", "precision"), layouts_by_precision(LAYOUTS))
 def test_a_poisoned_step_changes_nothing(
     ranks: Pools, store: Path, tmp_path: Path, layout: str, precision: Precision
 ) -> None:
@@ -156,8 +164,7 @@ def _resumed_at(recipe: Recipe, rank: int, step: int) -> Any:
     return session
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
-@pytest.mark.parametrize("layout", ["pp2", "dp2-zero"])
+@pytest.mark.parametrize(("layout", "precision"), layouts_by_precision(["pp2", "dp2-zero"]))
 def test_a_save_before_the_first_update_is_whole_and_so_are_later_ones(
     ranks: Pools, store: Path, tmp_path: Path, layout: str, precision: Precision
 ) -> None:

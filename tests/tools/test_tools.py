@@ -1,0 +1,57 @@
+"""Every tool answers `--help` and runs to its end at its smallest size, so that none is left behind by a change."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
+WRITERS = ("golden_recipes", "layout_page", "options_page", "recipe_schema")
+"""They write files of this repository, and only compare with `--check`."""
+SMALLEST = {
+    "bench_checkpoint": ["--ranks=1", "--repeats=1", "--hidden=64", "--layers=2"],
+    "bench_cli": ["--repeats=1"],
+    "bench_injection": ["--repeats=1"],
+    "bench_placement": ["--repeats=1"],
+    "bench_planning": ["--samples=2"],
+    "bench_preprocess": ["--rounds=1", "--images=8"],
+    "bench_reader": ["--images=2", "--rounds=1", "--reads=1"],
+}
+"""Arguments for the least work of a benchmark."""
+
+pytestmark = pytest.mark.slow
+
+
+def run(tool: str, *arguments: str) -> str:
+    """What a tool prints; it must end with 0."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, f"tools/{tool}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_it_explains_itself(tool: str) -> None:
+    assert run(tool, "--help").startswith("usage: ")
+
+
+@pytest.mark.parametrize("tool", WRITERS)
+def test_what_a_writer_writes_is_current(tool: str) -> None:
+    run(tool, "--check")
+
+
+@pytest.mark.parametrize("tool", SMALLEST)
+def test_a_benchmark_runs_at_its_smallest_size(tool: str) -> None:
+    assert json.loads(run(tool, *SMALLEST[tool]).splitlines()[-1])
+
+
+def test_every_tool_is_run() -> None:
+    """Those that need a GPU explain themselves only."""
+    assert {tool for tool in TOOLS if not tool.startswith("gpu_")} == {*WRITERS, *SMALLEST}
