@@ -38,9 +38,8 @@ def uses_transformer_engine(layers: Layers) -> bool:
         return False
     problem = engine_problem() if has_gpu() else "this process sees no GPU"
     if layers is Layers.TRANSFORMER_ENGINE and problem is not None:
-        raise ConfigError(
-            [f"model.layers: transformer_engine needs a GPU and Transformer Engine: {problem}; use `auto` or `local`"]
-        )
+        what = "transformer_engine needs a GPU and the package transformer_engine"
+        raise ConfigError([f"model.layers: {what}: {problem}; use `auto` or `local`"])
     return problem is None
 
 
