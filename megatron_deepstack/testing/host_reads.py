@@ -41,7 +41,7 @@ class HostReads:
     def __init__(self) -> None:
         self.reads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
-        self._modes = (_Functions(self), _Operators(self))
+        self._modes: tuple[Any, ...] = ()
 
     def count_read(self) -> None:
         """Called where something is read; a count of updates that torch's Adam keeps on the host is none."""
@@ -49,6 +49,7 @@ class HostReads:
             self.reads[_site()] += 1
 
     def __enter__(self) -> HostReads:
+        self._modes = (_Functions(self), _Operators(self))
         for mode in self._modes:
             mode.__enter__()
         return self
