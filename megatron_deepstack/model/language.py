@@ -24,8 +24,8 @@ from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
-from megatron_deepstack.model.layers.rotary import build_rotary
-from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad
+from megatron_deepstack.model.layers.rotary import build_rotary, restarted
+from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
 VOCABULARY_MULTIPLE = 128
@@ -86,6 +86,8 @@ class LanguageChunk(LanguageModule):
                 scatter_to_sequence_parallel=True,
                 tp_group=groups.tp,
             )
+        self.rotates_packs = uses_transformer_engine(layers)
+        """Whether the layers rotate each sample of a packed row by themselves, in a kernel that knows its bounds."""
         self.rotary = build_rotary(language, config, groups)
         self.decoder = TransformerBlock(
             config=config,
@@ -139,6 +141,8 @@ class LanguageChunk(LanguageModule):
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
         rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)
+        if packs is not None and not self.rotates_packs:
+            rotary, packs = restarted(rotary, packs.ends), packs.as_one_row()
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=None,

@@ -29,12 +29,12 @@ def sum_over_run(value: torch.Tensor, groups: Groups) -> torch.Tensor:
     return value
 
 
-def loss_and_tokens(losses: list[torch.Tensor], num_tokens: int, groups: Groups) -> tuple[float, int]:
-    """Sum the losses and the targets of a whole step in float64. Collective over all ranks.
+def loss_and_tokens(losses: list[torch.Tensor], num_tokens: torch.Tensor, groups: Groups) -> tuple[float, int]:
+    """Sum the losses and the targets of a whole step in float64. Collective over all ranks; reads the device once.
 
     Args:
         losses: Scalars: the sum of token losses of each of this rank's micro-batches; empty except on last stages.
-        num_tokens: Number of targets of these micro-batches; 0 except on last stages.
+        num_tokens: Scalar on the device: the number of targets of these micro-batches; 0 except on last stages.
         groups: The groups of the run.
 
     Returns:
@@ -104,7 +104,7 @@ def sum_over_model(values: list[int], groups: Groups) -> list[int]:
     """
     totals = torch.tensor(values, dtype=torch.int64, device=local_device())
     dist.all_reduce(totals, group=groups.decoder.mp)
-    return [int(total) for total in totals]
+    return totals.tolist()
 
 
 def start_lowest_over_ranks(value: int) -> Callable[[], int]:

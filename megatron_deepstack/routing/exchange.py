@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_deepstack.planning.exchange.routes import RankRoutes
+from megatron_deepstack.platform.compute.upload import upload
 
 WINDOW_BYTES: Final = 256 << 20
 """Bytes of a step's rows, over all ranks of the replica, that one window holds. A rank has at most about two windows
@@ -105,7 +106,8 @@ def _windows(routes: RankRoutes, table: torch.Tensor) -> Iterator[slice]:
 
 
 def _index(rows: object, like: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(rows, dtype=torch.int64).to(like.device, non_blocking=True)
+    index = torch.as_tensor(rows, dtype=torch.int64)
+    return index if like.device.type == "cpu" else upload(index)
 
 
 def _all_to_all(

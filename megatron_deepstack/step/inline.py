@@ -12,10 +12,11 @@ import torch
 
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
 from megatron_deepstack.model.vision.encoder import VisualEncoder
-from megatron_deepstack.planning.exchange.routes import ChunkRows, RankRoutes
+from megatron_deepstack.planning.exchange.routes import RankRoutes
+from megatron_deepstack.platform.compute.upload import upload_all
 from megatron_deepstack.step.encode import EncoderPass
 from megatron_deepstack.step.timeline import ENCODE, Timeline
-from megatron_deepstack.step.visual import take_rows, visual_inputs
+from megatron_deepstack.step.visual import Key, take_rows, visual_inputs
 
 
 class InlineEncoder:
@@ -30,6 +31,7 @@ class InlineEncoder:
         views = np.array([len(unit.views) for unit in routes.units], np.int64)
         self.first_view = np.concatenate([[0], np.cumsum(views)]).astype(np.int64)
         self.micro_batch = np.array([unit.micro_batch for unit in routes.units], np.int64)
+        self.indices = self._upload_indices()
         self.answers_gradients = routes.returns_gradients
         """Without sequence parallelism all tp ranks encode alike, and one of them has the gradient."""
 
@@ -39,23 +41,36 @@ class InlineEncoder:
         if chunk is None:
             return NO_VISUAL_INPUTS
         with nullcontext() if self.timeline is None else self.timeline.part(ENCODE, micro_batch):
-            return self._encode(micro_batch, chunk)
+            return self._encode(micro_batch, vpp)
 
-    def _encode(self, micro_batch: int, chunk: ChunkRows) -> VisualInputs:
-        units = np.flatnonzero(self.micro_batch == micro_batch)
+    def _encode(self, micro_batch: int, vpp: int) -> VisualInputs:
+        units = self._units(micro_batch)
         pixels = self.pixels[self.first_view[units[0]] : self.first_view[units[-1] + 1]]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.answers_gradients):
             rows = EncoderPass(self.encoder, pixels).live_rows
             if self.timeline is not None:
                 self.timeline.watch_encoder_backward(rows)
+            assert len(rows) == len(units) * self.encoder.view_tokens + 1, "a unit makes the rows of one view"
             table = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-            index = self._table_index(units, len(rows))
-            base = take_rows(table, index[chunk.base_rows])
-            slots = take_rows(table, index[chunk.slot_rows])
-        return visual_inputs(base, slots, chunk)
+            base_rows, slot_rows, base_positions, slot_positions = self.indices[micro_batch, vpp]
+            base, slots = take_rows(table, base_rows), take_rows(table, slot_rows)
+        return visual_inputs(base, slots, base_positions, slot_positions)
 
-    def _table_index(self, units: np.ndarray, num_rows: int) -> np.ndarray:
+    def _units(self, micro_batch: int) -> np.ndarray:
+        return np.flatnonzero(self.micro_batch == micro_batch)
+
+    def _upload_indices(self) -> dict[Key, list[torch.Tensor]]:
+        """By chunk the table's rows that it takes, base and slots, and their positions; in one upload for the step."""
+        arrays = []
+        for (micro_batch, _), chunk in self.routes.chunks.items():
+            index = self._table_index(self._units(micro_batch))
+            arrays += [index[chunk.base_rows], index[chunk.slot_rows], chunk.base_positions, chunk.slot_positions]
+        uploaded = upload_all(arrays)
+        return {key: uploaded[4 * number : 4 * number + 4] for number, key in enumerate(self.routes.chunks)}
+
+    def _table_index(self, units: np.ndarray) -> np.ndarray:
         """For each received row of the step, and the zero row after them, its row in this micro-batch's table."""
+        num_rows = len(units) * self.encoder.view_tokens + 1
         first = int(units[0]) * self.encoder.view_tokens
         newline = self.routes.num_local_rows - 1
         index = np.where(self.routes.send_rows == newline, num_rows - 1, self.routes.send_rows - first)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -25,6 +26,7 @@ from megatron_deepstack.parallel.context import zigzag
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.platform.compute.device import local_device
+from megatron_deepstack.platform.compute.upload import upload_all
 from megatron_deepstack.step.timeline import FORWARD, Timeline
 
 VisualOf = Callable[[int, int], VisualInputs]
@@ -35,8 +37,8 @@ VisualOf = Callable[[int, int], VisualInputs]
 class ScheduleResult:
     """What a schedule leaves on this rank; empty and zero but on the last stage."""
 
-    num_tokens: int
-    """Targets of this rank's micro-batches."""
+    num_tokens: torch.Tensor
+    """Targets of this rank's micro-batches, a whole number on the device."""
     losses: list[torch.Tensor]
     """Per micro-batch the sum of token losses."""
     logits: list[torch.Tensor]
@@ -61,9 +63,8 @@ def run_schedule(
     """
     config.finalize_model_grads_func = _leave_to_train_step
     config.no_sync_func = None if forward_only else _no_sync(chunks)
-    data = [
-        _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits) for _ in range(len(chunks))
-    ]
+    batches = _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits)
+    data = [iter(batches) for _ in range(len(chunks))]
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, visual, timeline),
         data_iterator=data if len(chunks) > 1 else data[0],
@@ -75,10 +76,15 @@ def run_schedule(
         collect_non_loss_data=keep_logits,
     )
     if keep_logits:
-        return ScheduleResult(num_tokens=0, losses=[], logits=outputs)
+        return ScheduleResult(num_tokens=_sum([]), losses=[], logits=outputs)
     return ScheduleResult(
-        num_tokens=sum(int(count) for _, count in outputs), losses=[total for total, _ in outputs], logits=[]
+        num_tokens=_sum([count for _, count in outputs]), losses=[total for total, _ in outputs], logits=[]
     )
+
+
+def _sum(counts: list[torch.Tensor]) -> torch.Tensor:
+    """On the device: reading a count would make the host wait for its micro-batch."""
+    return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=local_device())
 
 
 def _no_sync(chunks: Sequence[torch.nn.Module]) -> Any:
@@ -103,20 +109,24 @@ class _MicroBatch:
     packs: Packs | None
 
 
-def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> Iterator[_MicroBatch]:
-    device = local_device()
-    positions = zigzag(plan.seq_length, cp_ranks, cp_rank)
-    for number, (tokens, labels) in enumerate(zip(plan.tokens, plan.labels, strict=True)):
-        tokens_BS = torch.from_numpy(tokens)[:, positions].to(device, non_blocking=True)
-        labels_BS = torch.from_numpy(labels)[:, positions].to(device, non_blocking=True)
-        targets = labels_BS != IGNORE_INDEX
-        yield _MicroBatch(
+def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:
+    """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
+    positions = zigzag(plan.seq_length, cp_ranks, cp_rank).numpy()
+    bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
+    host = [np.stack(plan.tokens)[..., positions], np.stack(plan.labels)[..., positions], *bounds]
+    tokens_MBS, labels_MBS, *bounds_M = upload_all(host)
+    targets_MBS = labels_MBS != IGNORE_INDEX
+    known_MBS = labels_MBS.clamp(min=0)
+    return [
+        _MicroBatch(
             number=number,
-            tokens=tokens_BS,
-            labels=None if keep_logits else labels_BS.clamp(min=0),
-            targets=targets,
-            packs=None if plan.segments is None else Packs.of(plan.segments[number], device),
+            tokens=tokens_MBS[number],
+            labels=None if keep_logits else known_MBS[number],
+            targets=targets_MBS[number],
+            packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
         )
+        for number in range(plan.num_micro_batches)
+    ]
 
 
 def _forward_step(

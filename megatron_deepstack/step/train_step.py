@@ -14,6 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.parallel.reduce import loss_and_tokens
 from megatron_deepstack.planning.batch.step_plan import StepPlan
+from megatron_deepstack.platform.compute.upload import upload
 from megatron_deepstack.routing.exchange import return_gradients, send_rows
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.encode import EncoderPass
@@ -42,6 +43,7 @@ def forward_backward(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock
 
     `pixels` are the views of `plan.routes.units`, in order: uint8 (N, image, image, 3) or normalised float.
     """
+    pixels = upload(pixels)
     for ddp in engine.wrapped:
         ddp.zero_grad_buffer()
     if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
@@ -59,7 +61,7 @@ class VisualPass:
 
     def __init__(self, engine: Engine, plan: StepPlan, pixels: torch.Tensor) -> None:
         """`pixels` as for `forward_backward`. Collective over the replica."""
-        self.engine = engine
+        self.engine, pixels = engine, upload(pixels)
         with torch.no_grad():
             if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
                 self.visual = InlineEncoder(engine.model.encoder, pixels, plan.routes).of

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import numpy.typing as npt
+from collections.abc import Iterable
+
 import torch
 
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
 from megatron_deepstack.planning.exchange.routes import ChunkRows, RankRoutes
+from megatron_deepstack.platform.compute.upload import upload_all
 
 Key = tuple[int, int]
 """(micro-batch, virtual stage)."""
@@ -30,6 +32,7 @@ class ReceivedRows:
         self._stored = stored
         self._without_gradient: dict[tuple[Key, str], torch.Tensor] = {}
         self.inputs: dict[Key, VisualInputs] = {}
+        positions = iter(chunk_positions(routes.chunks.values()))
         for key, chunk in routes.chunks.items():
             middle = chunk.first + len(chunk.base_rows)
             base = stored[chunk.first : middle].data
@@ -37,7 +40,7 @@ class ReceivedRows:
             if requires_grad:
                 self._keep_gradient(base, (key, "base"))
                 self._keep_gradient(slots, (key, "slots"))
-            self.inputs[key] = visual_inputs(base, slots, chunk)
+            self.inputs[key] = visual_inputs(base, slots, *next(positions))
 
     def of(self, micro_batch: int, vpp: int) -> VisualInputs:
         """What this chunk adds in this micro-batch."""
@@ -76,20 +79,24 @@ class ReceivedRows:
         leaf.register_post_accumulate_grad_hook(keep)
 
 
-def visual_inputs(base: torch.Tensor, slots: torch.Tensor, chunk: ChunkRows) -> VisualInputs:
-    """A chunk's rows with their positions on the same device; empty kinds are left out."""
+def chunk_positions(chunks: Iterable[ChunkRows]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each chunk its base positions (R0,) and its slots' positions (N, R) on the device, all in one upload."""
+    uploaded = iter(upload_all([array for chunk in chunks for array in (chunk.base_positions, chunk.slot_positions)]))
+    return list(zip(uploaded, uploaded, strict=True))
+
+
+def visual_inputs(
+    base: torch.Tensor, slots: torch.Tensor, base_positions: torch.Tensor, slot_positions: torch.Tensor
+) -> VisualInputs:
+    """A chunk's rows with their positions; empty kinds are left out."""
     return VisualInputs(
         base_rows=base if base.shape[0] else None,
-        base_positions=_index(chunk.base_positions, base) if base.shape[0] else None,
+        base_positions=base_positions if base.shape[0] else None,
         slot_rows=slots if slots.numel() else None,
-        slot_positions=_index(chunk.slot_positions, slots).view(slots.shape[:2]) if slots.numel() else None,
+        slot_positions=slot_positions.view(slots.shape[:2]) if slots.numel() else None,
     )
 
 
-def take_rows(rows: torch.Tensor, index: npt.NDArray) -> torch.Tensor:
-    """`rows[index]` for an index of any shape: (..., H); differentiable."""
-    return rows.index_select(0, _index(index, rows)).view(*index.shape, rows.shape[1])
-
-
-def _index(index: npt.NDArray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(index).reshape(-1).to(like.device, non_blocking=True)
+def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`rows[index]` for an index of any shape on the same device: (..., H); differentiable."""
+    return rows.index_select(0, index.reshape(-1)).view(*index.shape, rows.shape[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,7 +25,14 @@ class Trial:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, truncate: bool = False) -> Trial | None:
+def run_trial(
+    rank: int,
+    recipe: Recipe,
+    num_samples: int = 8,
+    seed: int = 0,
+    truncate: bool = False,
+    watch: AbstractContextManager[Any] | None = None,
+) -> Trial | None:
     """Train `recipe.train.steps` steps on this rank, as `RankPool.run` calls it. Collective over all ranks.
 
     Args:
@@ -32,6 +41,7 @@ def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, tr
         num_samples: Samples to train on.
         seed: What they are drawn from.
         truncate: Cut samples that are longer than `train.seq_length`.
+        watch: Entered for each step's gradients, and again for each update; not for what surrounds them.
 
     Returns:
         What came of it, on rank 0; None elsewhere.
@@ -63,10 +73,13 @@ def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, tr
         plan = plan_step(
             recipe.model, recipe.parallel, planned, groups.replica_rank, packed=packed, precision=train.precision
         )
-        loss = forward_backward(engine, plan, unit_pixels(recipe.model, images, plan), StepClock())
+        pixels = unit_pixels(recipe.model, images, plan)
+        with watch or nullcontext():
+            loss = forward_backward(engine, plan, pixels, StepClock())
         if step == 0 and not recipe.parallel.distributed_optimizer:
             trial.first_gradients = gather_published(model, groups, main_gradient)
         trial.losses.append(loss.mean)
-        trial.gradient_norms.append(optimizer.step(step).gradient_norm)
+        with watch or nullcontext():
+            trial.gradient_norms.append(optimizer.step(step).gradient_norm)
     trial.parameters = gather_published(model, groups, lambda parameter: parameter)
     return trial if rank == 0 else None

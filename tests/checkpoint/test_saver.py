@@ -28,18 +28,18 @@ def held_copies(saver: Any, monkey: pytest.MonkeyPatch) -> threading.Event:
     """Have copies wait until an update asks for them: the latest moment at which they may be made."""
     from megatron_deepstack.checkpoint.saving import background
 
-    asked, start = threading.Event(), background.start_copies
+    asked, plain = threading.Event(), background.copies_behind_queued_work
     wait_for_copies = type(saver).wait_for_copies
 
-    def start_copies(pairs: Any) -> Callable[[], None]:
-        end = start(pairs)
-        return lambda: (asked.wait(60.0), end())[1]
+    def copies() -> Callable[[Any], None]:
+        copy = plain()
+        return lambda pairs: (asked.wait(60.0), copy(pairs))[1]
 
     def asks(self: Any) -> None:
         asked.set()
         wait_for_copies(self)
 
-    monkey.setattr(background, "start_copies", start_copies)
+    monkey.setattr(background, "copies_behind_queued_work", copies)
     monkey.setattr(type(saver), "wait_for_copies", asks)
     return asked
 

@@ -27,7 +27,7 @@ from orchestration.launch.driver.record import read_record
 
 Pools = Callable[[int], RankPool]
 RecordFault = Callable[..., None]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # two or three starts of Ray ranks each
 STEPS, INTERVAL = 150, 10
 
 

@@ -43,16 +43,25 @@ def test_other_precisions_and_the_vit_have_none_of_it() -> None:
     assert vit.bf16
 
 
+NOT_INSTALLED = "the package transformer_engine is not installed (pip install 'megatron-deepstack[gpu]')"
+
+
 def on(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], *, engine: bool) -> None:
     """A machine with such a GPU, with or without Transformer Engine."""
     monkeypatch.setattr(fp8, "device_name", lambda: name)
     monkeypatch.setattr(fp8, "compute_capability", lambda: capability)
-    monkeypatch.setattr(fp8, "find_spec", lambda _: object() if engine else None)
+    monkeypatch.setattr(fp8, "engine_problem", lambda: None if engine else NOT_INSTALLED)
 
 
 REFUSED = [
     ("cpu", (0, 0), False, Fp8Scaling.TENSORWISE, [r"Ada \(L4, L40S\) or later .* found no GPU", "transformer_engine"]),
-    ("NVIDIA H100", (9, 0), False, Fp8Scaling.TENSORWISE, [r"the package transformer_engine \(pip install"]),
+    (
+        "NVIDIA H100",
+        (9, 0),
+        False,
+        Fp8Scaling.TENSORWISE,
+        [r"the package transformer_engine is not installed \(pip install"],
+    ),
     ("NVIDIA A100", (8, 0), True, Fp8Scaling.DELAYED, ["found NVIDIA A100 of compute capability 8.0"]),
     ("NVIDIA L4", (8, 9), True, Fp8Scaling.BLOCKWISE, [r"Hopper \(H100, H200\) or later for fp8_scaling blockwise"]),
     ("NVIDIA H100", (9, 0), True, Fp8Scaling.MXFP8, [r"Blackwell \(B200\) or later for fp8_scaling mxfp8"]),

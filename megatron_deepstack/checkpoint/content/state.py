@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -153,7 +155,31 @@ def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:
 
 
 def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
-    """Copy loaded weights into the modules; extra states that are not kept are missing, and stay as they are."""
+    """Copy loaded weights into the modules.
+
+    Args:
+        model: What this rank holds; changed in place.
+        weights: State dicts by part, as `sharded_state` names them. Extra states that are not kept are missing, and
+            stay as they are; those that are kept were looked through before (`trust.check_extra_states`).
+    """
     for number, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
+        with _pickles_allowed() if keeps_extra_states(model) else nullcontext():
+            chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
     model.encoder.load_state_dict(weights["encoder"])
+
+
+_ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+@contextmanager
+def _pickles_allowed() -> Iterator[None]:
+    """Let Transformer Engine unpickle extra states inside the block; since 2.20 it refuses to unless this is set."""
+    before = os.environ.get(_ALLOW_PICKLES)
+    os.environ[_ALLOW_PICKLES] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ALLOW_PICKLES]
+        else:
+            os.environ[_ALLOW_PICKLES] = before

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_deepstack.checkpoint.saving.plan import RankPlan
 from megatron_deepstack.checkpoint.saving.writer import FileTask, Reply, StagedTensor, WriteTask
-from megatron_deepstack.platform.compute.host_memory import HostMemory, lay_out, start_copies
+from megatron_deepstack.platform.compute.host_memory import HostMemory, copies_behind_queued_work, lay_out
 
 _START = "import sys; from megatron_deepstack.checkpoint.saving.writer import serve; serve(*map(int, sys.argv[1:]))"
 
@@ -65,11 +65,11 @@ class Background:
     def write(self, plan: RankPlan, folder: Path, rank: int, before: Callable[[], None]) -> Work:
         """Copy what `plan` says, call `before`, and write. One at a time.
 
-        `staged` is set as soon as the tensors may change again.
+        Room for the copies is made in the work's thread too, since page-locking it may take seconds. `staged` is set
+        as soon as the tensors may change again.
         """
         tensors = [tensor for file in plan.files for _, tensor in file.tensors]
         offsets, num_bytes = lay_out(tensors)
-        self._memory.reserve(num_bytes)
         places = iter(offsets)
         files = [
             FileTask(
@@ -80,18 +80,22 @@ class Background:
             for file in plan.files
         ]
         task = WriteTask(folder=str(folder), rank=rank, files=files, small_files=plan.small_files)
-        copies = [(self._memory.view(o, t), t) for o, t in zip(offsets, tensors, strict=True)]
         self.staged.clear()
-        end_copies = start_copies(copies)
-        return Work(lambda: self._stage_and_write(end_copies, before, task))
+        copy = copies_behind_queued_work()
+
+        def stage() -> None:
+            self._memory.reserve(num_bytes)
+            copy([(self._memory.view(o, t), t) for o, t in zip(offsets, tensors, strict=True)])
+
+        return Work(lambda: self._stage_and_write(stage, before, task))
 
     def close(self) -> None:
         """End the process and give the memory back; a save in flight is lost."""
         self._end()
 
-    def _stage_and_write(self, end_copies: Callable[[], None], before: Callable[[], None], task: WriteTask) -> int:
+    def _stage_and_write(self, stage: Callable[[], None], before: Callable[[], None], task: WriteTask) -> int:
         try:
-            end_copies()
+            stage()
         finally:
             self.staged.set()
         before()

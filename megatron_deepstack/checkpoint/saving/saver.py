@@ -257,6 +257,7 @@ class Saver:
         errors = of_every_rank(mine or "")
         if flight.lock is not None:
             shutil.rmtree(partial_path(flight.final), ignore_errors=True)
+        of_every_rank("")  # a launcher ends all ranks as soon as one says why it left, rank 0 in the middle of removing
         found = "\n  ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
         raise of_all_ranks(
             CheckpointError(

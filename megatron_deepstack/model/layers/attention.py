@@ -10,7 +10,7 @@ Legend: S local sequence, B micro-batch, A query heads of this tp rank, G key/va
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,9 +31,16 @@ class Packs(PackedSeqParams):
     ends: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, ends: tuple[int, ...], device: torch.device) -> Packs:
-        """Packs of one row whose samples end at `ends`; the last end is the row's length."""
-        bounds = torch.tensor((0, *ends), dtype=torch.int32, device=device)
+    def of(cls, ends: tuple[int, ...], bounds: torch.Tensor) -> Packs:
+        """Packs of one row.
+
+        Args:
+            ends: Where its samples end; the last end is the row's length.
+            bounds: int32 (samples + 1,) on the device: 0, and `ends`.
+
+        Returns:
+            Packs in the form of Transformer Engine's kernels.
+        """
         longest = max(end - begin for begin, end in pairwise((0, *ends)))
         return cls(
             qkv_format="thd",
@@ -43,6 +50,13 @@ class Packs(PackedSeqParams):
             max_seqlen_kv=longest,
             ends=ends,
         )
+
+    def as_one_row(self) -> Packs:
+        """The same for layers that see one plain row (S, 1, ...), and take angles that restart with each sample.
+
+        Megatron's own rotation of packed rows reads the bounds on the host in each layer, for queries and for keys.
+        """
+        return replace(self, qkv_format="sbhd")
 
 
 class FusedCoreAttention(torch.nn.Module):
@@ -79,7 +93,7 @@ class FusedCoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> torch.Tensor:
-        """`query` (S, B, A, D), `key` and `value` (S, B, G, D) to (S, B, A * D); without B where rows are packed."""
+        """`query` (S, B, A, D), `key` and `value` (S, B, G, D) to (S, B, A * D); B is 1 where rows are packed."""
         if packed_seq_params is not None:
             return self._attend_packs(query, key, value, packed_seq_params)
         mask = None
@@ -102,12 +116,12 @@ class FusedCoreAttention(torch.nn.Module):
         """Sample by sample, so that no mask is needed and nothing is computed that a mask would discard."""
         parts = []
         for begin, end in pairwise((0, *packs.ends)):
-            q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
+            q, k, v = (x[begin:end, 0].transpose(0, 1)[None] for x in (query, key, value))
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=self.causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
             )
             parts.append(out[0].transpose(0, 1).flatten(1))
-        return torch.cat(parts)
+        return torch.cat(parts)[:, None]
 
     def _causal_mask(self, length: int, key: torch.Tensor) -> torch.Tensor:
         """(S, S * cp) boolean: this rank's query positions against all keys in global order."""

@@ -6,11 +6,10 @@ local layers, ignores its own FP8 settings and trains in bf16 without a word, so
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from megatron_deepstack.config.choices import Fp8Scaling, Layers, Precision
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.platform.compute.device import compute_capability, device_name
+from megatron_deepstack.platform.compute.transformer_engine import engine_problem
 
 _LEAST_CAPABILITY = {
     Fp8Scaling.TENSORWISE: (8, 9),
@@ -46,8 +45,9 @@ def require_fp8(precision: Precision, scaling: Fp8Scaling, layers: Layers) -> No
     if capability < least:
         have = f"{device_name()} of compute capability {capability[0]}.{capability[1]}" if any(capability) else "no GPU"
         missing.append(f"a GPU of {_GENERATIONS[least]} or later for fp8_scaling {scaling}; found {have}")
-    if find_spec("transformer_engine") is None:
-        missing.append("the package transformer_engine (pip install 'megatron-deepstack[gpu]')")
+    problem = engine_problem()
+    if problem is not None:
+        missing.append(f"Transformer Engine, and {problem}")
     if layers is Layers.LOCAL:
         missing.append("Transformer Engine's layers; model.layers is `local`")
     if missing:

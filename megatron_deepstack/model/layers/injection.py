@@ -51,6 +51,9 @@ def put_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch
 class InjectionLayer(TransformerLayer):
     """TransformerLayer whose input receives the chunk's rows of number `slot_index`.
 
+    The addition is in `_forward_attention`, through which all of Megatron's paths go: a plain forward, and the capture
+    of a CUDA graph, which does not call `forward`.
+
     `context` is (N, R, H), or None where the micro-batch adds nothing in this chunk; `context_mask` holds the rows'
     flat positions, (N, R) int64. Shorter slots are filled with zero rows at position 0.
     """
@@ -59,7 +62,7 @@ class InjectionLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.slot_index = slot_index
 
-    def forward(  # type: ignore[override]
+    def _forward_attention(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         *args: Any,
@@ -67,8 +70,8 @@ class InjectionLayer(TransformerLayer):
         context_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As TransformerLayer's, after the addition; returns (hidden states, context)."""
+        """As TransformerLayer's, after the addition; returns (hidden states before the MLP, context)."""
         if context is not None:
             assert context_mask is not None
             hidden_states = add_rows(hidden_states, context[self.slot_index], context_mask[self.slot_index])
-        return super().forward(hidden_states, *args, context=context, context_mask=context_mask, **kwargs)
+        return super()._forward_attention(hidden_states, *args, context=context, context_mask=context_mask, **kwargs)

@@ -5,6 +5,9 @@ One place builds it, so that a family with other positions (scaled, of several a
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -31,3 +34,16 @@ def build_rotary(
         rotary_base=language.rope_theta,
         cp_group=groups.cp,
     )
+
+
+def restarted(angles: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
+    """Angles of a packed row, whose positions begin at 0 with each sample.
+
+    Args:
+        angles: (S, 1, 1, D) of positions 0 to S - 1.
+        ends: Where the samples end in the row; the last end is S.
+
+    Returns:
+        (S, 1, 1, D), made without asking the device for anything.
+    """
+    return torch.cat([angles[: end - begin] for begin, end in pairwise((0, *ends))])

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -30,16 +29,18 @@ from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.lora import adapted
 from megatron_deepstack.model.layers.norm import Norm
 from megatron_deepstack.platform.compute.device import has_gpu
+from megatron_deepstack.platform.compute.transformer_engine import engine_problem
 
 
 def uses_transformer_engine(layers: Layers) -> bool:
     """Whether Transformer Engine's layers are built; raises ConfigError if they are demanded and cannot run."""
-    available = has_gpu() and find_spec("transformer_engine") is not None
-    if layers is Layers.TRANSFORMER_ENGINE and not available:
-        raise ConfigError(
-            ["model.layers: transformer_engine needs a GPU and the package transformer_engine; use `auto` or `local`"]
-        )
-    return available and layers is not Layers.LOCAL
+    if layers is Layers.LOCAL:
+        return False
+    problem = engine_problem() if has_gpu() else "this process sees no GPU"
+    if layers is Layers.TRANSFORMER_ENGINE and problem is not None:
+        what = "transformer_engine needs a GPU and the package transformer_engine"
+        raise ConfigError([f"model.layers: {what}: {problem}; use `auto` or `local`"])
+    return problem is None
 
 
 def decoder_block(

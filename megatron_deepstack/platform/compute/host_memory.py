@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -23,10 +25,16 @@ class HostMemory:
     def __init__(self) -> None:
         self.handle = os.memfd_create("checkpoint")
         self.num_bytes = 0
+        self.is_locked = False
+        """Whether it is page-locked now; if not, copies from a GPU are slower and hold up the host."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, num_bytes: int) -> None:
-        """Make room. Tensors of an earlier call are void if it grows."""
+        """Make room, page-locked where there is a GPU and the system allows it; else with a warning, not locked.
+
+        Locking touches every page, which takes seconds for many gigabytes: call it where no training waits. Tensors
+        of an earlier call are void if the memory grows.
+        """
         if num_bytes <= self.num_bytes:
             return
         self._unlock()
@@ -34,7 +42,7 @@ class HostMemory:
         self._bytes = torch.frombuffer(mmap.mmap(self.handle, num_bytes), dtype=torch.uint8)
         self.num_bytes = num_bytes
         if has_gpu():
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0))
+            self._lock()
 
     def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
         """Return a contiguous tensor in this memory.
@@ -55,9 +63,33 @@ class HostMemory:
         self._bytes, self.num_bytes = torch.empty(0, dtype=torch.uint8), 0
         os.close(self.handle)
 
+    def _lock(self) -> None:
+        try:
+            register_pages(self._bytes)
+            self.is_locked = True
+        except RuntimeError as error:
+            warnings.warn(
+                f"{self.num_bytes} bytes of host memory cannot be page-locked ({error}); copies of checkpoints from "
+                "the GPU will be slower. A higher limit of locked memory (ulimit -l) or less memory in use may help",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _unlock(self) -> None:
-        if has_gpu() and self.num_bytes:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr()))
+        if self.is_locked:
+            unregister_pages(self._bytes)
+            self.is_locked = False
+
+
+def register_pages(memory: torch.Tensor) -> None:
+    """Page-lock a contiguous host tensor for copies from and to the GPU. Raises RuntimeError where CUDA refuses."""
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    torch.cuda.check_error(status)
+
+
+def unregister_pages(memory: torch.Tensor) -> None:
+    """End `register_pages` of the same tensor. Raises RuntimeError where CUDA refuses."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
 
 def lay_out(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
@@ -69,31 +101,31 @@ def lay_out(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def start_copies(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
-    """Begin to copy (target in host memory, source) pairs; the result ends it and may be called in another thread.
+def copies_behind_queued_work() -> Callable[[Sequence[tuple[torch.Tensor, torch.Tensor]]], None]:
+    """Remember the work queued on the device so far, so that another thread can copy what it leaves.
 
-    From a GPU the copies are queued on a stream of their own, behind the work queued so far. From host memory they
-    are made by the call of the result. Sources must not change before it has returned.
+    Returns:
+        A function of (target in host memory, source) pairs that makes the copies and returns once they are made. It
+        may be called in any thread; from a GPU it copies on a stream of its own, behind the remembered work. The
+        sources must not change before it has returned.
     """
     if not has_gpu():
-        return lambda: _copy(pairs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(stream)
-    return lambda: _wait(done, pairs)
+        return _copy
+    queued = torch.cuda.Event()
+    queued.record()
+    return partial(_copy_behind, queued, torch.cuda.current_device())
 
 
-def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], non_blocking: bool = False) -> None:
     with torch.no_grad():
         for target, source in pairs:
-            target.copy_(source)
+            target.copy_(source, non_blocking=non_blocking)
 
 
-def _wait(done: torch.cuda.Event, sources: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Keeps the sources' memory from being used anew until the copies are made."""
-    done.synchronize()
-    del sources
+def _copy_behind(queued: torch.cuda.Event, device: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """The current device and stream belong to a thread, so both are set here."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+        stream = torch.cuda.current_stream()
+        stream.wait_event(queued)
+        _copy(pairs, non_blocking=True)
+        stream.synchronize()

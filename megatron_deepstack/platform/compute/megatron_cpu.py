@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_deepstack.platform.compute.transformer_engine import engine_problem
+
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
 _TYPE_NAMES = {
@@ -27,8 +29,10 @@ _adapted = False
 
 
 def adapt_megatron() -> None:
-    """Install the adaptations once; without effect where CUDA is available."""
+    """Install the adaptations once; where CUDA is available only a broken Transformer Engine is put aside."""
     global _adapted
+    if "megatron.core" not in sys.modules:
+        engine_problem()
     if _adapted or torch.cuda.is_available():
         return
     _adapted = True

@@ -161,7 +161,7 @@ class Stage:
         result = run_schedule(self.engine.model.config, self.engine.chunks, plan, received.of, cp_rank=0)
         finalize_model_grads(self.engine.decoder_ddp, None)
         for ddp in self.engine.wrapped:
-            ddp.scale_gradients(1.0 / result.num_tokens)
+            ddp.scale_gradients(1.0 / int(result.num_tokens))
         return received.take_gradients()
 
     def update(self) -> None:
