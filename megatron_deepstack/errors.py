@@ -1,8 +1,8 @@
-"""What can go wrong by a user's hand, and what to do about it.
+"""Expected failures: what can go wrong when somebody uses the package, and what to do about it.
 
-Every class here is an expected failure: the command line prints its message without a traceback and leaves
-with `exit_code`. A message says what was found, what was expected, where, and what to do. Broken invariants of
-our own are assertions instead and keep their traceback.
+The command line prints the message of such an error without a traceback and exits with `exit_code`. A message says what
+was found, what was expected, where, and what to do. A broken invariant of the code itself is an assertion instead, and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ from typing import TypeVar
 
 
 class DeepStackError(Exception):
-    """Base of all expected failures."""
+    """Base class of all expected failures."""
 
     exit_code = 1
+    """Exit code of the command."""
     retryable = False
-    """Whether the same command may well succeed if it is started again: something died or hung, nobody was wrong."""
+    """Whether the same command may succeed if it is started again, as after a process died or hung."""
     rank: int | None = None
-    """The rank that met it alone, such as a view that only it reads; None where all ranks say the same."""
+    """The only rank that met the error, such as one that cannot read a view; None if all ranks met the same error."""
     host: str | None = None
-    """Where that rank runs; None where it is not known, or does not matter."""
+    """Name of the machine on which that rank runs; None if it is not known or does not matter."""
     agreed: bool = False
-    """Whether every rank raises this same error, so that one of them prints it and the others only leave."""
+    """Whether every rank raises this same error, so that one of them prints it and the others only exit."""
 
 
 class ConfigError(DeepStackError):
-    """The recipe or an override is wrong. Carries every problem found, not just the first."""
+    """The recipe or an override is wrong. The error holds every problem that was found, not only the first."""
 
     exit_code = 2
 
     def __init__(self, problems: Sequence[str]) -> None:
+        """`problems` are the messages, one for each problem."""
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]], dict[str, object]]:
-        """Errors travel from ranks to their launcher, with the rank that met them."""
+        """Support pickling, since ranks send errors to their launcher; the rank that met the error is kept."""
         return type(self), (self.problems,), self.__dict__
 
 
@@ -48,7 +50,7 @@ class SlotError(ConfigError):
 
 
 class DataError(DeepStackError):
-    """Images, records or tokenizer given by the user cannot be used."""
+    """The images, the records or the tokenizer cannot be used."""
 
     exit_code = 3
 
@@ -72,27 +74,28 @@ class ParityError(DeepStackError):
 
 
 class RankError(DeepStackError):
-    """A worker process died, hung or raised; the message carries what it said."""
+    """A worker process died, hung or raised an exception; the message repeats what the process reported."""
 
     exit_code = 7
     retryable = True
 
 
 class HealthError(DeepStackError):
-    """Training has gone wrong by itself: too many steps without a finite loss or gradient, too many lost samples."""
+    """Training has failed numerically or in its data: too many steps without a finite loss or gradient, or too many
+    unreadable samples."""
 
     exit_code = 8
 
 
 class HangError(DeepStackError):
-    """A step did not end in time; the message names the silent ranks and where every rank's stack is."""
+    """A step did not end in time; the message names the ranks that do not respond and the files with all stacks."""
 
     exit_code = 9
     retryable = True
 
 
 class PreemptedError(DeepStackError):
-    """The run was asked to stop and has saved what it had; the same command goes on from there."""
+    """The run was asked to stop and has saved its state; the same command continues from there."""
 
     exit_code = 75
 
@@ -110,7 +113,7 @@ class LocationError(DeepStackError):
 
 
 class RunFolderError(DeepStackError):
-    """A run folder cannot be used: another process works in it, or it cannot be written, or its disk is full."""
+    """A run folder cannot be used: another process uses it, or it cannot be written, or its disk is full."""
 
     exit_code = 12
 
@@ -119,10 +122,10 @@ Failure = TypeVar("Failure", bound=DeepStackError)
 
 
 def of_all_ranks(error: Failure) -> Failure:
-    """Mark an error that every rank raises alike, so that the command line prints it once.
+    """Mark an error that every rank raises, so that the command line prints it once.
 
     Args:
-        error: What all ranks came to by an agreement: the same class with the same words.
+        error: The error on which all ranks have agreed, with the same class and the same message.
 
     Returns:
         The same error, to be raised.
@@ -132,15 +135,15 @@ def of_all_ranks(error: Failure) -> Failure:
 
 
 def agreed_error(found: Mapping[int, tuple[str, DeepStackError]], num_ranks: int) -> DeepStackError:
-    """The one error that all ranks raise after some or all of them met one.
+    """Choose the error that all ranks raise after some or all of them met one.
 
     Args:
-        found: By rank its host and what it met; at least one entry.
-        num_ranks: All ranks, those that met nothing included.
+        found: Host and error by rank, for each rank that met an error; at least one entry.
+        num_ranks: Number of all ranks, including those that met no error.
 
     Returns:
-        The error of the lowest rank. It names rank and host, unless every rank said the same or the error was agreed
-        on already.
+        The error of the lowest rank. It names that rank and its host, unless every rank met an error with the same
+        message or the error was already agreed on.
     """
     rank = min(found)
     host, error = found[rank]

@@ -26,7 +26,10 @@ _NO_METRICS: Final = {"RAY_enable_metrics_collection": "0"}
 """Its exporter would listen on every interface."""
 _KNOCK_SECONDS: Final = 10.0
 """Longest wait for a cluster's port."""
-_TOKEN: Final = "a cluster that was started with a token wants RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN here"
+_TOKEN: Final = (
+    "a cluster that was started with a token (`ray start` takes the one in ~/.ray/auth_token, if there is one) "
+    "wants RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN here, or that same file"
+)
 _NOT_NEWS: Final = "A worker died or was killed while executing a task"
 """Ray says so in ten lines of possible causes for each worker; drivers tell of a death in one, in their own words."""
 
@@ -108,7 +111,7 @@ def _join(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
-        advice = f"`ray status` on its head node shows the address; {_TOKEN}"
+        advice = f"`ray status` on its head node shows the address, whose port is not the dashboard's; {_TOKEN}"
         raise ConfigError([f"--address {address}: no Ray cluster answers there: {error}. {advice}"]) from error
     except Exception as error:  # Ray has a RuntimeError for other versions, errors of its own for tokens
         ray.shutdown()

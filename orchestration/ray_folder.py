@@ -33,7 +33,7 @@ _VARIABLES: Final = ("RAY_TMPDIR", "TMPDIR")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Candidate:
     """A folder that may hold Ray's."""
 
     path: Path
@@ -46,11 +46,11 @@ class Place:
         return f"{self.source}={self.path}" if self.source else str(self.path)
 
 
-def places(environment: Mapping[str, str]) -> tuple[Place, ...]:
+def places(environment: Mapping[str, str]) -> tuple[Candidate, ...]:
     """The places to try, in order: the user's, then those that every system has."""
-    asked = [Place(Path(environment[name]), name) for name in _VARIABLES if environment.get(name)]
+    asked = [Candidate(Path(environment[name]), name) for name in _VARIABLES if environment.get(name)]
     known = {place.path for place in asked}
-    return (*asked, *(Place(path, "") for path in _COMMON if path not in known))
+    return (*asked, *(Candidate(path, "") for path in _COMMON if path not in known))
 
 
 def ray_folder(environment: Mapping[str, str]) -> tuple[Scratch, tuple[str, ...]]:
@@ -68,9 +68,9 @@ def ray_folder(environment: Mapping[str, str]) -> tuple[Scratch, tuple[str, ...]
     return choose(places(environment))
 
 
-def choose(candidates: Sequence[Place]) -> tuple[Scratch, tuple[str, ...]]:
+def choose(candidates: Sequence[Candidate]) -> tuple[Scratch, tuple[str, ...]]:
     """A folder in the first place that will do. See `ray_folder`."""
-    faults: list[tuple[Place, str]] = []
+    faults: list[tuple[Candidate, str]] = []
     for place in candidates:
         fault, held = _try(place.path)
         if held is not None:

@@ -110,7 +110,7 @@ def test_no_import_cycles() -> None:
 
 ROOMS = {
     "torch.cuda": ("megatron_deepstack/platform/",),
-    "all_to_all": ("megatron_deepstack/routing/",),
+    "all_to_all": ("megatron_deepstack/routing/", "megatron_deepstack/testing/gpu/"),
     "batch_isend_irecv": ("megatron_deepstack/routing/",),
     "all_reduce": ("megatron_deepstack/parallel/", "megatron_deepstack/testing/"),
     "import ray": ("orchestration/",),
@@ -161,6 +161,54 @@ def test_sizes(file: Path) -> None:
 def test_every_module_says_what_it_is(file: Path) -> None:
     text = file.read_text()
     assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{by_name(file)} opens without a paragraph"
+
+
+SECTIONED = (
+    "megatron_deepstack/config/",
+    "megatron_deepstack/errors.py",
+    "megatron_deepstack/parallel/",
+    "megatron_deepstack/planning/",
+    "megatron_deepstack/platform/",
+    "megatron_deepstack/routing/",
+    "megatron_deepstack/run_folder/",
+)
+"""Folders and files whose docstrings teach: those of packages, and those of functions with several parameters."""
+TAUGHT = [file for file in FILES if by_name(file).startswith(SECTIONED)]
+
+
+def public_functions(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions of a module and methods of its classes, without those whose name or class begins with an underscore."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, f"{owner}{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield f"{owner}{node.name}", node
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    """Names of all parameters except self and cls."""
+    spec = function.args
+    stars = [star for star in (spec.vararg, spec.kwarg) if star is not None]
+    names = [one.arg for one in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *stars)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("file", [file for file in TAUGHT if file.name == "__init__.py"], ids=by_name)
+def test_every_package_teaches(file: Path) -> None:
+    lines = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()
+    assert len(lines) >= 3, f"{by_name(file)} must say what lives there, the one idea, and where to begin"
+
+
+@pytest.mark.parametrize("file", TAUGHT, ids=by_name)
+def test_public_functions_explain_their_parameters(file: Path) -> None:
+    for name, function in public_functions(ast.parse(file.read_text()).body):
+        text = ast.get_docstring(function) or ""
+        if len(parameters(function)) > 1:
+            assert "Args:" in text, f"{by_name(file)}:{function.lineno} {name} has no section Args in its docstring"
+            _, _, section = text.partition("Args:\n")
+            told = {line.strip().partition(":")[0].lstrip("*") for line in section.splitlines()}
+            missing = [one for one in parameters(function) if one not in told]
+            assert not missing, f"{by_name(file)}:{function.lineno} {name} does not explain {', '.join(missing)}"
 
 
 def test_no_drawer_for_leftovers() -> None:

@@ -51,6 +51,12 @@ class Measured:
 
 
 def model_of(hidden: int, layers: int) -> ModelConfig:
+    """A model with a small tower, so that most of a checkpoint is the decoder.
+
+    Args:
+        hidden: Width of the decoder.
+        layers: Its layers.
+    """
     language = LanguageConfig(
         vocab_size=4096, hidden_size=hidden, ffn_hidden_size=hidden * 11 // 4, num_layers=layers, num_heads=8
     )
@@ -61,6 +67,14 @@ def model_of(hidden: int, layers: int) -> ModelConfig:
 
 
 def recipe_of(model: ModelConfig, ranks: int, distributed_optimizer: bool, run_dir: Path) -> Recipe:
+    """A recipe of many steps.
+
+    Args:
+        model: The model.
+        ranks: Pipeline stages, or replicas with the distributed optimizer.
+        distributed_optimizer: Replicas that divide the optimizer's states, instead of stages.
+        run_dir: Where checkpoints are written.
+    """
     stages = 1 if distributed_optimizer else ranks
     parallel = ParallelConfig(pipeline=stages, distributed_optimizer=distributed_optimizer)
     recipe = replace(tiny_recipe(model, parallel), run_dir=str(run_dir), checkpoint=CheckpointConfig(keep=1))
@@ -68,6 +82,7 @@ def recipe_of(model: ModelConfig, ranks: int, distributed_optimizer: bool, run_d
 
 
 def samples_of(model: ModelConfig) -> list[TinySample]:
+    """One sample for each micro-batch: an image of five views and `TEXT` tokens."""
     rng, size = np.random.default_rng(0), model.vision.image_size
     samples = []
     for _ in range(MICRO_BATCHES):
@@ -79,9 +94,14 @@ def samples_of(model: ModelConfig) -> list[TinySample]:
 
 
 class Bench:
-    """A rank that trains and saves."""
+    """A rank that trains and saves. Everything is collective over all ranks."""
 
     def __init__(self, recipe: Recipe) -> None:
+        """Build the model, the optimizer and a saver for each mode.
+
+        Args:
+            recipe: As `recipe_of` makes it.
+        """
         from megatron_deepstack.checkpoint.saving.saver import Saver
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
@@ -129,7 +149,11 @@ class Bench:
         return time.perf_counter() - begin
 
     def asynchronous(self, measured: Measured) -> None:
-        """A save beside training."""
+        """A save while training goes on.
+
+        Args:
+            measured: Gets the seconds of the save and of the steps beside it.
+        """
         import torch.distributed as dist
 
         saver = self.savers[SaveMode.ASYNC]
@@ -147,7 +171,16 @@ class Bench:
 
 
 def bench(rank: int, recipe: Recipe, repeats: int) -> Measured:
-    """One rank's measurements."""
+    """Measure on one rank, which every rank of the pool does. Collective over all ranks.
+
+    Args:
+        rank: Number of this rank.
+        recipe: As `recipe_of` makes it.
+        repeats: Saves of each kind.
+
+    Returns:
+        Seconds, without those of the first saves.
+    """
     case = Bench(recipe)
     measured = Measured()
     case.step()
@@ -165,7 +198,14 @@ def bench(rank: int, recipe: Recipe, repeats: int) -> Measured:
 
 
 def report(by_rank: list[Measured]) -> dict[str, float]:
-    """Medians of the rank that waited longest."""
+    """Print what was measured, as medians of the rank that waited longest.
+
+    Args:
+        by_rank: What each rank measured.
+
+    Returns:
+        The figures of the last line: shares, seconds and MiB by name.
+    """
 
     def slowest(name: str) -> float:
         return max(statistics.median(getattr(measured, name)) for measured in by_rank)
@@ -187,6 +227,7 @@ def report(by_rank: list[Measured]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")

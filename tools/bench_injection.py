@@ -22,7 +22,15 @@ VISUAL, LENGTH = 576, 704
 
 
 def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
-    """(with, without) seconds of forward and backward of one sequence, pair by pair."""
+    """Time forward and backward of one sequence with stacks and without, in turns.
+
+    Args:
+        rank: Number of this rank; there is one.
+        repeats: Number of pairs.
+
+    Returns:
+        Seconds (with stacks, without), pair by pair.
+    """
     from megatron_deepstack.model.build import build_model, fill_model
     from megatron_deepstack.model.init import random_source
     from megatron_deepstack.model.language import VisualInputs
@@ -53,6 +61,7 @@ def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
 
 
 def main() -> None:
+    """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12, help="pairs of steps")
     repeats = parser.parse_args().repeats

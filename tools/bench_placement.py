@@ -1,4 +1,4 @@
-"""Spread against inline: step times at PP=2 on two CPU cores, what the encoder's balance gains, and what it could.
+"""Spread against inline: step times at PP=2 on two CPU cores, the gain, and the largest gain possible.
 
 Alternates both placements in one run, in the proportions of a 7B decoder (the ViT's forward about 20 % of the
 decoder's) and of a 2B one (about 60 %), with the ViT frozen and trained. Two ceilings are printed: what the FLOP count
@@ -62,7 +62,15 @@ class Durations:
 
 
 def one_forward_one_backward(first: tuple[float, float], last: tuple[float, float]) -> float:
-    """End of a step: stage 0 runs F0 F1 B0 F2 B1 ..., stage 1 alternates F and B; (forward, backward) seconds."""
+    """When a step ends on two stages. Stage 0 runs F0 F1 B0 F2 B1 ..., stage 1 alternates F and B.
+
+    Args:
+        first: Seconds of one micro-batch's forward and backward on stage 0.
+        last: The same on stage 1.
+
+    Returns:
+        Seconds from the start of the step.
+    """
     sent, returned, clock0, clock1 = [], [], 0.0, 0.0
     for micro_batch in range(MICRO_BATCHES + 1):
         if micro_batch < MICRO_BATCHES:
@@ -76,10 +84,12 @@ def one_forward_one_backward(first: tuple[float, float], last: tuple[float, floa
 
 
 def model_of(vision: VisionConfig) -> ModelConfig:
+    """The benchmark's decoder with a tower, and four stacks before its first layers."""
     return ModelConfig(vision=vision, language=LANGUAGE, stacks=StackConfig(slots=(0, 1, 2, 3)))
 
 
 def samples_of(model: ModelConfig) -> list[TinySample]:
+    """One sample for each micro-batch: an image of five views and `TEXT` tokens."""
     import numpy as np
 
     from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
@@ -96,6 +106,12 @@ def samples_of(model: ModelConfig) -> list[TinySample]:
 
 
 def flop_durations(model: ModelConfig, trainable: tuple[Part, ...]) -> Durations:
+    """Durations in floating-point operations instead of seconds.
+
+    Args:
+        model: The model.
+        trainable: The parts that learn, which decide what the encoder's backward costs.
+    """
     length = TEXT - 1 + (model.vision.image_size // model.vision.patch_size) ** 2
     half = decoder_flops(model.language, length) / 2
     vit, projector = VIEWS * view_flops(model.vision), VIEWS * projector_flops(model)
@@ -107,6 +123,13 @@ class Bench:
     """A rank's engines of one case, one for each placement."""
 
     def __init__(self, rank: int, model: ModelConfig, trainable: tuple[Part, ...]) -> None:
+        """Build both engines and bind this process to one core. Collective over both ranks.
+
+        Args:
+            rank: Number of this rank, which picks the core.
+            model: The model.
+            trainable: The parts that learn.
+        """
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
         from megatron_deepstack.planning.batch.step_plan import plan_step
@@ -140,7 +163,11 @@ class Bench:
         return time.perf_counter() - begin
 
     def parts(self) -> tuple[float, float, float, float]:
-        """This rank's stage forward and backward, encoder forward and backward, while the other rank does the same."""
+        """Time the parts of a micro-batch on this rank, while the other rank does the same. Collective over both ranks.
+
+        Returns:
+            Seconds of the stage's forward, its backward, the encoder's forward, its backward.
+        """
         import torch.distributed as dist
 
         from megatron_deepstack.step.encode import EncoderPass
@@ -167,21 +194,38 @@ _bench: dict[str, Bench] = {}
 
 
 def prepare(rank: int, model: ModelConfig, trainable: tuple[Part, ...]) -> list[int]:
-    """Build a case; returns the rows this rank sends to others, by destination."""
+    """Build a case. Collective over both ranks.
+
+    Args:
+        rank: Number of this rank.
+        model: The model.
+        trainable: The parts that learn.
+
+    Returns:
+        The number of rows that this rank sends to each other rank.
+    """
     _bench["case"] = Bench(rank, model, trainable)
     splits = list(_bench["case"].plans[EncoderPlacement.SPREAD].routes.send_splits)
     return [count for other, count in enumerate(splits) if other != rank]
 
 
 def measure(rank: int, placement: EncoderPlacement) -> float:
+    """Seconds of one step of the case that was prepared. Collective over both ranks."""
     return _bench["case"].step(placement)
 
 
 def measure_parts(rank: int) -> tuple[float, float, float, float]:
+    """Seconds of the parts of a micro-batch, as `Bench.parts` gives them. Collective over both ranks."""
     return _bench["case"].parts()
 
 
 def busy_durations(pool: RankPool, repeats: int) -> Durations:
+    """Median durations of the parts while both cores are busy.
+
+    Args:
+        pool: Two ranks with a case that was prepared.
+        repeats: How often each part is measured.
+    """
     runs = [pool.run(measure_parts) for _ in range(repeats)]
     of = [[statistics.median(run[rank][part] for run in runs) for part in range(4)] for rank in range(2)]
     return Durations(
@@ -193,6 +237,17 @@ def busy_durations(pool: RankPool, repeats: int) -> Durations:
 
 
 def run_case(pool: RankPool, size: str, which: str, repeats: int) -> dict[str, float]:
+    """Measure and print one case, both placements in turns.
+
+    Args:
+        pool: Two ranks.
+        size: A key of `SIZES`.
+        which: A key of `TRAINED`.
+        repeats: Steps of each placement.
+
+    Returns:
+        inline / spread as measured (`gain`), as busy durations allow, and as the FLOPs allow.
+    """
     model, trainable = model_of(SIZES[size]), TRAINED[which]
     sent = pool.run(prepare, model, trainable)
     times: dict[EncoderPlacement, list[float]] = {placement: [] for placement in EncoderPlacement}
@@ -218,6 +273,7 @@ def run_case(pool: RankPool, size: str, which: str, repeats: int) -> dict[str, f
 
 
 def main() -> None:
+    """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="steps of each placement per case")
     repeats = parser.parse_args().repeats

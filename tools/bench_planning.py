@@ -38,7 +38,12 @@ LAYOUTS = (
 
 
 def samples(model: ModelConfig, count: int) -> list[PlannedSample]:
-    """Samples of one image each, drawn from a fixed seed."""
+    """Samples of one image each, drawn from a fixed seed.
+
+    Args:
+        model: The model that they are planned for.
+        count: How many.
+    """
     random = np.random.default_rng(0)
     found = []
     for number in range(count):
@@ -56,7 +61,17 @@ def packed(planned: list[PlannedSample]) -> list[list[PlannedSample]]:
 
 
 def seconds(model: ModelConfig, parallel: ParallelConfig, batches: list[list[PlannedSample]], rank: int) -> float:
-    """Median CPU time of this process for one rank's plan, after one that fills caches."""
+    """CPU seconds of this process for one rank's plan.
+
+    Args:
+        model: The recipe's model.
+        parallel: The layout.
+        batches: Packed samples by micro-batch.
+        rank: Number of the rank within its replica.
+
+    Returns:
+        The median of three plans, after one that fills caches.
+    """
     times = []
     for _ in range(4):
         begin = time.process_time()
@@ -73,6 +88,7 @@ def describe(parallel: ParallelConfig) -> str:
 
 
 def main() -> None:
+    """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=128, help="samples of a replica and step")
     count = parser.parse_args().samples

@@ -60,7 +60,14 @@ class Corpus:
 
 
 def draw(width: int, height: int, quality: int, seed: int) -> bytes:
-    """A JPEG with smooth areas, edges and grain, of a photo's size in bytes."""
+    """A JPEG with smooth areas, edges and grain, of a photo's size in bytes.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        quality: Pillow's quality of JPEG.
+        seed: What it is drawn from.
+    """
     generator = np.random.default_rng(seed)
     smooth = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height))
     texture = Image.fromarray(generator.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8))
@@ -71,7 +78,16 @@ def draw(width: int, height: int, quality: int, seed: int) -> bytes:
 
 
 def write_corpus(root: Path, name: str, size: tuple[int, int], quality: int, images: int, part: int) -> Corpus:
-    """Sixteen drawings, repeated under other names."""
+    """Write JPEGs: sixteen drawings, repeated under other names.
+
+    Args:
+        root: The folder above.
+        name: The corpus's name, and that of its folder.
+        size: Width and height in pixels.
+        quality: Pillow's quality of JPEG.
+        images: How many files.
+        part: Images per part of the job.
+    """
     folder = root / name
     folder.mkdir()
     drawings = [draw(*size, quality, seed) for seed in range(16)]
@@ -83,11 +99,19 @@ def write_corpus(root: Path, name: str, size: tuple[int, int], quality: int, ima
 
 
 def recipe_for(resize: ImageResize, part: int) -> Recipe:
+    """A recipe with a kind of resizing and a number of images per part."""
     return replace(Recipe(), data=DataConfig(resize=resize, images_per_part=part))
 
 
 def job_speed(corpus: Corpus, photos: Sequence[str], resize: ImageResize, workers: int) -> float:
-    """Images/s of the whole job on a Ray that is up."""
+    """Images per second of the whole job, on a Ray that is running.
+
+    Args:
+        corpus: Where the JPEGs are.
+        photos: Those that are preprocessed.
+        resize: Kind of resizing.
+        workers: Worker processes.
+    """
     folder = Path(tempfile.mkdtemp(dir=corpus.folder.parent))
     records = write_records(folder / "records.json", [record(photo, [photo]) for photo in photos])
     tokenizer = corpus.folder.parent / "tiny.model"
@@ -127,7 +151,14 @@ def silenced_stderr() -> Iterator[None]:
 
 
 def plain_process(connection: Connection, folder: str, photos: Sequence[str], processor: Processor) -> None:
-    """Read, decode, resize; nothing is kept."""
+    """What each of the plain processes does: read, decode, resize, and keep nothing.
+
+    Args:
+        connection: Tells when it is ready and done, and waits for the start.
+        folder: Where the JPEGs are.
+        photos: Those of this process.
+        processor: Makes the views.
+    """
     for photo in photos[:8]:
         processor.process((Path(folder) / photo).read_bytes())
     connection.send("ready")
@@ -138,7 +169,13 @@ def plain_process(connection: Connection, folder: str, photos: Sequence[str], pr
 
 
 def plain_speed(corpus: Corpus, resize: ImageResize, workers: int) -> float:
-    """Images/s of as many processes without Ray and zarr, from their common start to the last one's end."""
+    """Images per second of plain processes without Ray and zarr, from their common start to the end of the last one.
+
+    Args:
+        corpus: Where the JPEGs are.
+        resize: Kind of resizing.
+        workers: Number of processes.
+    """
     context = get_context("spawn")
     before = dict(os.environ)
     os.environ.update(WORKER_ENVIRONMENT)
@@ -205,7 +242,15 @@ RATIOS = {
 
 
 def summarise(rounds: Sequence[dict[str, float]], corpora: Sequence[Corpus]) -> dict[str, float]:
-    """Print speeds and ratios by size; the smaller ratio of each."""
+    """Print speeds, and ratios by size.
+
+    Args:
+        rounds: As `run_round` returns them.
+        corpora: Both sizes.
+
+    Returns:
+        Each ratio's smaller value of the two sizes.
+    """
     for name in rounds[0]:
         print(f"{name:32} {statistics.median(each[name] for each in rounds):8.1f} /s")
     smallest = {}
@@ -221,6 +266,7 @@ def summarise(rounds: Sequence[dict[str, float]], corpora: Sequence[Corpus]) -> 
 
 
 def main() -> None:
+    """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=1024, help="JPEGs of 640x480; a quarter as many of 2000x1500")

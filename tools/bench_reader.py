@@ -87,7 +87,15 @@ def write_store(root: Path, images: int, compression: Compression) -> None:
 
 
 def mds_reader(folder: Path, images: int) -> Read | None:
-    """Random access of mosaicml-streaming to the same views; None if it is not installed."""
+    """Random access of mosaicml-streaming to the same views.
+
+    Args:
+        folder: Where its data set is written.
+        images: Number of samples.
+
+    Returns:
+        A function from a sample's number to its views, uint8 (5, 336, 336, 3); None if the package is not installed.
+    """
     # Its data sets of pictures, imported with the package, want torchvision; reading samples does not.
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
     try:
@@ -103,7 +111,15 @@ def mds_reader(folder: Path, images: int) -> Read | None:
 
 
 def readers(folder: Path, images: int) -> dict[str, Read]:
-    """Every way to read sample `number`, by name."""
+    """Write the data sets, and open them in every way.
+
+    Args:
+        folder: Where they are written.
+        images: Number of samples.
+
+    Returns:
+        Name of a way to its function, from a sample's number to its views, uint8 (5, 336, 336, 3).
+    """
     write_store(folder / "store", images, Compression.NONE)
     write_store(folder / "packed", images, Compression.ZSTD)
     views = range(VIEWS)
@@ -131,7 +147,17 @@ def seconds(read: Read, numbers: np.ndarray) -> float:
 
 
 def measure(ways: dict[str, Read], images: int, rounds: int, reads: int) -> dict[str, list[float]]:
-    """Seconds per read of each way in each round; all read the same samples, slow ones fewer of them."""
+    """Time all ways in turns. All read the same samples, slow ones fewer of them.
+
+    Args:
+        ways: As `readers` returns them.
+        images: Number of samples there are.
+        rounds: Rounds in which each way is timed once.
+        reads: Reads of each way in a round.
+
+    Returns:
+        Seconds of one read, by way and round.
+    """
     generator = np.random.default_rng(0)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -158,6 +184,7 @@ def reader_memory(store_path: Path, images: int) -> float:
 
 
 def main() -> None:
+    """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256, help="samples in the store, 1.7 MB each")
     parser.add_argument("--rounds", type=int, default=60)

@@ -1,4 +1,4 @@
-"""`python -m megatron_deepstack.cli`, as torchrun starts it."""
+"""`python -m megatron_deepstack.cli`, which is how torchrun starts the command line."""
 
 from megatron_deepstack.cli import main
 

@@ -1,8 +1,8 @@
-"""The command line: one thin verb per step of a run.
+"""The command line: one thin verb for each step of a run.
 
-Nothing heavy is imported before a verb knows that its input makes sense, so that `--help`, a typo and a bad value
-answer at once. Expected failures print their message and leave with the exit code of their class; `--debug` shows
-the traceback as well.
+Nothing heavy is imported before a verb knows that its input makes sense, so that `--help`, a typo and a bad value are
+answered at once. Expected failures print their message and end with the exit code of their class; `--debug` shows the
+traceback as well.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Verbs(TyperGroup):
             _fail(error)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of the work."""
+        """The verbs in the order of the work."""
         return sorted(super().list_commands(ctx), key=lambda name: place_of(_path(ctx, name)))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command, with its group and its examples for `--help`."""
+        """The verb, with its group and its examples for `--help`."""
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             path = _path(ctx, cmd_name)
@@ -51,14 +51,15 @@ class Verbs(TyperGroup):
 
 
 def _path(ctx: Any, name: str) -> str:
-    """`train`, or `store show` for a verb of a group."""
+    """The name of a verb as users type it: `train`, or `store show` for a verb of a group."""
     return name if ctx.parent is None else f"{ctx.info_name} {name}"
 
 
 def _fail(error: DeepStackError) -> NoReturn:
-    """Say what is wrong, once. What all ranks of torchrun raise alike is said by the one that met it, or by the first.
+    """Print what is wrong, once.
 
-    What a rank meets alone it says itself: nobody else knows.
+    If all ranks of torchrun raise the same error, the rank that found it prints it, or rank 0. An error that only one
+    rank knows is printed by that rank.
     """
     rank = os.environ.get("RANK", "0")
     if error.agreed and rank != str(error.rank or 0):
@@ -108,16 +109,16 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options before the verb; both act elsewhere."""
+    """Options before the verb; both are handled in other places."""
 
 
 def say(line: object) -> None:
-    """One line for the user, as it is."""
+    """Print one line for the user, without any markup."""
     Console().print(Text(str(line)), soft_wrap=True)
 
 
 def tell(line: object) -> None:
-    """One line about what is being done, on stderr, so that stdout holds results only."""
+    """Print one line about what is being done to stderr, so that stdout holds only results."""
     Console(stderr=True).print(Text(str(line)), soft_wrap=True)
 
 
@@ -128,7 +129,7 @@ _KNOWN_WARNINGS = (
     "Please use DTensor instead",
     "`load_state_dict` is deprecated",
 )
-"""Megatron-Core and torch say these in every process without a GPU, or at every checkpoint; see the README's limits."""
+"""Megatron-Core and torch print these in every process without a GPU, or at every checkpoint; see the README."""
 
 
 def main() -> None:

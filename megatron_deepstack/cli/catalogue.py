@@ -1,6 +1,6 @@
-"""The verbs in the order of the work, in groups, each with examples that its help shows.
+"""The verbs in the order of the work, in groups, each with examples for its help.
 
-A new verb is registered in one of the `*_verbs` modules and gets its place here; one without a place is listed last.
+A new verb is registered in one of the `*_verbs` modules and gets its place here; a verb without a place is listed last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PROGRAM: Final = "megatron-deepstack"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Verbs listed together in `--help`."""
+    """Verbs that are listed together in `--help`."""
 
     title: str
     verbs: tuple[str, ...]
@@ -23,7 +23,7 @@ GROUPS: Final = (
     Group("Before anything starts", ("doctor", "recipes", "plan")),
     Group("Data", ("draw", "preprocess", "store")),
     Group("Training", ("train", "launch", "status", "stop")),
-    Group("A trained run", ("generate", "ask", "report", "export")),
+    Group("A trained run", ("generate", "report", "export")),
     Group("Comparison with the published implementation", ("check-reference",)),
     Group("Look at a store", ("store verify", "store show", "store stats")),
     Group("Make stores of stores", ("store merge", "store split")),
@@ -74,7 +74,14 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
 
 
 def place_of(verb: str) -> tuple[int, int]:
-    """Where a verb (`train`, `store show`) stands: number of its group, and its place within."""
+    """The place of a verb in the lists of `--help`.
+
+    Args:
+        verb: Such as `train` or `store show`.
+
+    Returns:
+        The number of its group, and its place within the group.
+    """
     for number, group in enumerate(GROUPS):
         if verb in group.verbs:
             return number, group.verbs.index(verb)
@@ -82,13 +89,13 @@ def place_of(verb: str) -> tuple[int, int]:
 
 
 def group_of(verb: str) -> str:
-    """Title of a verb's group."""
+    """The title of a verb's group."""
     number, _ = place_of(verb)
     return GROUPS[number].title if number < len(GROUPS) else "More"
 
 
 def examples_text(verb: str) -> str | None:
-    """The examples as the end of a verb's help; None if it has none. Blank lines keep the lines apart there."""
+    """The examples as the end of a verb's help; None if it has none. Blank lines keep them on separate lines."""
     examples = EXAMPLES.get(verb)
     if not examples:
         return None

@@ -37,7 +37,7 @@ def preprocess(
 ) -> None:
     """Turn data.records, data.images and data.tokenizer into the zarr store data.store, with Ray.
 
-    Stopped or killed, the same command goes on where it was. Folders may be URLs (s3://bucket/...).
+    If it is stopped or killed, the same command continues the work. Folders may be URLs (s3://bucket/...).
     """
     from megatron_deepstack.config.check import require
     from megatron_deepstack.config.load import load_recipe
@@ -53,7 +53,7 @@ def preprocess(
 
 
 def _summary(done: Any) -> str:
-    """What preprocessing did, in two lines; a third tells of trouble."""
+    """What preprocessing did, in two lines, and a third line if anything went wrong."""
     from megatron_deepstack.data.store.quarantine import in_words
     from orchestration.preprocess.units import in_units
 

@@ -26,7 +26,7 @@ def recipes(
 ) -> None:
     """List the recipes that come with the package, one line each; with a name, print that recipe with every field.
 
-    What is printed is a recipe itself: write it to a file, change it, and give the file to the other verbs.
+    The printed text is a recipe itself: write it to a file, change it, and give the file to the other verbs.
     """
     if name is not None:
         from megatron_deepstack.config.build import plain
@@ -59,7 +59,7 @@ def recipes(
 
 
 def _size(parameters: int) -> str:
-    """Parameters as people say them."""
+    """A number of parameters in a short form, such as `7.1B`."""
     return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2g}M"
 
 
@@ -68,10 +68,10 @@ def doctor(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs are going to lie.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Say what this machine offers and lacks: versions, devices, memory, disk, Ray, ports; and what to do about it.
+    """Show what this machine offers and lacks: versions, devices, memory, disk, Ray, ports; and what to do about it.
 
-    Leaves with 0 unless something is lacking that training cannot do without, else with 1. Starts Ray once to see
-    whether it starts, which takes some seconds; a library that breaks or hangs is a line of the list.
+    The exit code is 1 if something is lacking that training needs, otherwise 0. Ray is started once as a test, which
+    takes some seconds; a library that fails or hangs becomes a line of the list.
     """
     from orchestration.doctor.examine import LACKING_EXIT_CODE, examine
     from orchestration.doctor.finding import State

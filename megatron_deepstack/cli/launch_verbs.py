@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
+from megatron_deepstack.cli.output import JsonOption, print_json
 
 
 @app.command()
@@ -22,7 +23,7 @@ def launch(
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step, to resume.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show what would happen, no more.")] = False,
 ) -> None:
-    """Train on a Ray cluster, restarting after failures; resumes from the newest checkpoint in run_dir."""
+    """Train on a Ray cluster, with restarts after failures; resumes from the newest checkpoint in run_dir."""
     from megatron_deepstack.config.check import require
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
 
@@ -44,23 +45,19 @@ def launch(
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what a run is doing: step, loss, time left, restarts and why, ranks and nodes, newest checkpoint.
+    """Show what a run is doing: step, loss, time left, restarts and their reasons, ranks and nodes, newest checkpoint.
 
-    Leaves with 0 while the run goes on or has finished, with the run's own exit code if it stopped or failed, and with
-    1 if its driver is gone without a word.
+    The exit code is 0 while the run continues or after it has finished; the run's own exit code if it stopped or
+    failed; and 1 if its driver has ended without a record of it.
     """
-    from json import dumps
-
     from orchestration.launch.before.report import status_document, status_text
     from orchestration.launch.driver.control import status_of
 
     found = status_of(run)
-    if json:
-        typer.echo(dumps(status_document(found), indent=2, allow_nan=False))
+    if as_json:
+        print_json(status_document(found))
     else:
         say(status_text(found))
     raise typer.Exit(found.exit_code)
@@ -72,7 +69,7 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="End at once; what was not saved is lost.")] = False,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end.")] = 600.0,
 ) -> None:
-    """Have a launched run save and end, from any shell that sees its folder; `launch` goes on from there."""
+    """Let a launched run save and end, from any shell that sees its folder; `launch` continues it later."""
     from orchestration.launch.driver.control import stop as end
 
     say(end(run, now=now, wait_seconds=min(wait, 30.0) if now else wait))

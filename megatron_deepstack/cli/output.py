@@ -1,4 +1,4 @@
-"""Results as one JSON document on stdout, and completion of recipes' names by the shell."""
+"""Results as one JSON document on stdout, and completion of recipe names by the shell."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 
 def print_json(document: Mapping[str, Any] | list[Any]) -> None:
-    """One document on stdout. Numbers that JSON has no form for are refused, since readers would be."""
+    """Print one document to stdout. NaN and infinity are refused, because JSON cannot write them."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
 @contextmanager
 def stdout_for_results(wanted: bool) -> Iterator[None]:
-    """While this is open, whatever writes to stdout, libraries and other processes too, writes to stderr instead."""
+    """While this is open, everything written to stdout goes to stderr, also from libraries and other processes."""
     if not wanted:
         yield
         return
@@ -39,12 +39,12 @@ def stdout_for_results(wanted: bool) -> Iterator[None]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package; reads a folder, imports nothing."""
+    """The names of the recipes that come with the package; this reads a folder and imports nothing."""
     return sorted(file.stem for file in (Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """What a shell offers for RECIPE: names that fit, and YAML files and folders that begin so."""
+    """What a shell offers for RECIPE: matching names of recipes, and matching YAML files and folders."""
     names = [name for name in recipe_names() if name.startswith(incomplete)]
     folder, _, beginning = incomplete.rpartition("/")
     try:

@@ -1,7 +1,7 @@
-"""Paths given on the command line: a leading `~` is the home folder, for every parameter of every verb.
+"""Paths given on the command line: a leading `~` means the home folder, for every parameter of every verb.
 
-A shell expands `~/x` and leaves `--store=~/x` and quoted words alone, which would create a folder called `~`. A
-parameter is a path if its type is Path, or if it is annotated with a PathKind, as texts that may also be URLs are.
+A shell expands `~/x`, but not `--store=~/x` or quoted words, which would create a folder called `~`. A parameter is a
+path if its type is Path, or if it is annotated with a PathKind, for texts that may also be URLs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_deepstack.errors import ConfigError
 
 
 def expand_homes(application: typer.Typer) -> None:
-    """Have all verbs registered so far, also those in groups, get their paths with `~` expanded."""
+    """Expand `~` in the paths of all verbs registered so far, including those in groups."""
     for verb in application.registered_commands:
         if verb.callback is not None:
             verb.callback = _with_homes(verb.callback)
@@ -28,13 +28,13 @@ def expand_homes(application: typer.Typer) -> None:
 
 
 def path_parameters(verb: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a verb's parameters that are paths."""
+    """The names of a verb's parameters that are paths."""
     hints = get_type_hints(verb, include_extras=True)
     return tuple(name for name, hint in hints.items() if name != "return" and _is_path(hint))
 
 
 def _is_path(hint: Any) -> bool:
-    """Whether a Path, or a text marked as one, stands anywhere in an annotation, as in `list[Path] | None`."""
+    """Whether an annotation contains a Path, or a text marked as one, as in `list[Path] | None`."""
     if hint is Path or isinstance(hint, PathKind):
         return True
     inner = (*get_args(hint), *hint.__metadata__) if get_origin(hint) is Annotated else get_args(hint)
@@ -52,7 +52,7 @@ def _with_homes(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _expanded(name: str, value: Any) -> Any:
-    """A path, text, or list of them, with `~` expanded; anything else (None) as it is."""
+    """A path, a text, or a list of them, with `~` expanded; anything else (None) is returned unchanged."""
     if isinstance(value, list):
         return [_expanded(name, item) for item in value]
     if not isinstance(value, (str, Path)):

@@ -60,7 +60,7 @@ def check_reference(
 
 
 def _together(**options: Path | None) -> None:
-    """Two options of which one makes no sense without the other."""
+    """Refuse one of two options without the other."""
     absent = [f"--{name}" for name, value in options.items() if value is None]
     if len(absent) == 1:
         raise typer.BadParameter(

@@ -22,12 +22,12 @@ def train(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes; by default one replica of the model.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step, to resume.")] = None,
     restarts: Annotated[
-        int, typer.Option(min=0, help="Start again from the newest checkpoint after a rank died or hung, so often.")
+        int, typer.Option(min=0, help="How often to start again from the newest checkpoint after a rank died or hung.")
     ] = 0,
 ) -> None:
     """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun.
 
-    After SIGTERM or Ctrl-C it saves and leaves with exit code 75; the same command goes on from there.
+    After SIGTERM or Ctrl-C it saves and ends with exit code 75; the same command continues the run.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _refuse_under_torchrun(ranks, restarts)
@@ -49,7 +49,7 @@ def train(
 
 
 def _recipe_to_train(recipe: str, overrides: list[str], ranks: int | None) -> Any:
-    """The recipe, fit to be trained on so many ranks. Raises ConfigError."""
+    """The recipe, checked for training on this number of ranks. Raises ConfigError."""
     from megatron_deepstack.config.check import require
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
 
@@ -60,7 +60,7 @@ def _recipe_to_train(recipe: str, overrides: list[str], ranks: int | None) -> An
 
 
 def _refuse_under_torchrun(ranks: int | None, restarts: int) -> None:
-    """Raise ConfigError for what only the one who starts the ranks can do."""
+    """Raise ConfigError for options that only the process that starts the ranks can obey."""
     problems = []
     if ranks is not None:
         problems.append(
@@ -91,9 +91,10 @@ def generate(
 ) -> None:
     """Answer the questions of a held-out store with a run's newest checkpoint, and score exact matches.
 
-    A store is what `preprocess` makes of records: the first answer of each is what is expected. Answers to the run's
-    data.validation_store go to RUN/answers.jsonl; those to another store, or to the first questions only, go to a file
-    of their own in RUN/answers/. Relative paths of the run's recipe count from where it was started.
+    `preprocess` makes such a store of records; the first answer of each record is the expected one. Answers to the
+    run's data.validation_store go to RUN/answers.jsonl. Answers to another store, or only to the first questions, go to
+    a file of their own in RUN/answers/. Relative paths in the run's recipe start from the folder in which the run was
+    started.
     """
     from megatron_deepstack.planning.check import checked
     from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run, recipe_of_run

@@ -25,7 +25,7 @@ StorePath = Annotated[
 
 @contextmanager
 def _shards_done(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, lines elsewhere, moved by (shards done, shards in all)."""
+    """A progress bar on a terminal, lines elsewhere; call it with the number of shards done, and of all."""
     from megatron_deepstack.platform.progress import WorkProgress
 
     with WorkProgress(f"store {verb}", 1, "shards") as progress:
@@ -114,7 +114,7 @@ def stats(
 
 
 _LONGEST_BAR = 40
-"""Columns of the terminal, where there is room."""
+"""The length of the longest bar in columns of the terminal, if there is space."""
 
 
 def _print_stats(found: Any) -> None:
@@ -166,7 +166,7 @@ def split(
     count: Annotated[int | None, typer.Option(min=1, help="Number of samples to hold out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which samples are drawn.")] = 0,
 ) -> None:
-    """Divide a store's samples at random into two stores, each with the images its samples use."""
+    """Divide a store's samples at random into two stores, each with the images that its samples use."""
     if (fraction is None) == (count is None):
         raise ConfigError(["give one of --fraction and --count"])
     from megatron_deepstack.storekeeping.rewrite.assemble import open_local
@@ -181,7 +181,7 @@ def split(
 
 
 def _folder(text: str) -> Path:
-    """The folder of a store to take from or to create; raises StoreError for a URL."""
+    """The folder of a store to read or to create. Raises StoreError for a URL."""
     from megatron_deepstack.data.location import Location
 
     location = Location.parse(text)

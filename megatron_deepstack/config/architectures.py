@@ -1,6 +1,6 @@
 """Named model sizes: what `architecture: NAME` in a recipe's vision or language section stands for.
 
-A name is a base that the section's other keys override, so `architecture: vicuna_7b` with `num_layers: 4` is a
+The other keys of the section override the named sizes, so `architecture: vicuna_7b` with `num_layers: 4` is a
 Vicuna of four layers. The resolved recipe holds the numbers, not the name. Values are those of the published
 Hugging Face configurations.
 """
@@ -31,7 +31,10 @@ VISION: Mapping[str, VisionConfig] = {
         std=_HALF,
     ),
 }
-"""Vision towers. SigLIP takes views of 384 pixels and sees the 27 x 27 whole patches of 14, as published."""
+"""Published vision towers, by the name that `model.vision.architecture` gives.
+
+SigLIP takes views of 384 pixels and uses only the 27 x 27 whole patches of 14 pixels in them, as published.
+"""
 
 LANGUAGE: Mapping[str, LanguageConfig] = {
     "llama2_7b": _LLAMA_7B,
@@ -97,4 +100,4 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
         qk_norm=True,
     ),
 }
-"""Decoders."""
+"""Published decoders, by the name that `model.language.architecture` gives."""

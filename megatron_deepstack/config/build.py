@@ -1,10 +1,10 @@
 """From a plain mapping to a Recipe, strictly.
 
-Each value must have the type its field declares. Converted is only what cannot be meant otherwise: a whole number to a
-float and back, `yes` for a truth, `~` at the start of a path, and the text that an interpolation such as
-`${oc.env:NAME}` ends in. Unknown keys, wrong types and unknown names of an enum are collected with their dotted path; a
-bad field keeps its default, so that the rest can still be checked in the same go. What the values mean together is left
-to `check`.
+Each value must have the type that its field declares. A value is converted only where no other meaning is possible: a
+whole number to a float and back, `yes` to true, `~` at the start of a path to the home folder, and the text that an
+interpolation such as `${oc.env:NAME}` gives. Unknown keys, wrong types and unknown names of an enum are collected with
+their dotted path. A wrong field keeps its default, so that the rest can still be checked at the same time. `check`
+judges what the values mean together.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from megatron_deepstack.config.yaml_text import NotYaml, number_hint, parse_scal
 T = TypeVar("T")
 
 _TRUTHS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-"""Words for a truth in YAML 1.1; `y` and `n` are not, in practice."""
+"""The words for true and false in YAML 1.1. `y` and `n` are left out, since PyYAML reads them as text too."""
 
 
 class Interpolated(str):
-    """A text that an interpolation resolved to, which is converted as its field's type."""
+    """A text that came from an interpolation. It is converted to the type of its field."""
 
     source: str
     """The interpolation as written, such as `${oc.env:STEPS}`."""
@@ -44,17 +44,25 @@ class _Refused(Exception):
 
 
 def build_recipe(mapping: Mapping[Any, Any], problems: list[Problem]) -> Recipe:
-    """A recipe from plain dicts, lists and scalars; what is wrong is appended to `problems`."""
+    """Build a recipe from plain values.
+
+    Args:
+        mapping: The recipe as nested dicts, lists and scalars.
+        problems: List to which everything that is wrong is appended.
+
+    Returns:
+        The recipe. Fields that have a problem, or are not given, hold their default.
+    """
     return _section(Recipe, mapping, "", problems)
 
 
 def field_paths() -> tuple[str, ...]:
-    """Dotted paths of all fields of a recipe, without the sections themselves."""
+    """Return the dotted paths of all fields of a recipe, without the sections themselves."""
     return tuple(field.path for field in leaves(Recipe))
 
 
 def _section(schema: type[T], value: object, path: str, problems: list[Problem]) -> T:
-    """One dataclass; an empty YAML section (null) is its defaults."""
+    """Build one dataclass. An empty YAML section (null) gives its defaults."""
     known = members(schema)
     if value is None or value == "~":
         return schema()
@@ -85,7 +93,7 @@ def _fill(
 
 
 def _unknown(siblings: Sequence[str], key: str, value: object, prefix: str) -> Problem:
-    """Nearest key of the same section first, then a field of that name in another section."""
+    """Report an unknown key, with the nearest key of its section, or else a field of that name in another section."""
     hint = did_you_mean(key, siblings)
     if hint:
         hint = hint.replace("'", f"'{prefix}", 1)
@@ -97,7 +105,7 @@ def _unknown(siblings: Sequence[str], key: str, value: object, prefix: str) -> P
 
 
 def _typed(kind: FieldType, text: Interpolated) -> object:
-    """What an interpolation's text means to a field of this kind, as if it were written there."""
+    """Read an interpolation's text as if it were written in the recipe, for a field of this kind."""
     if kind.optional and parse_scalar(text) is None:
         return None
     if kind.item is str and not (kind.many and text.startswith("[")):
@@ -105,11 +113,11 @@ def _typed(kind: FieldType, text: Interpolated) -> object:
     try:
         return read_yaml(text)
     except NotYaml:
-        return str(text)  # which is refused, and shown
+        return str(text)  # the field's type refuses it, and the message shows it
 
 
 def _convert(kind: FieldType, value: object) -> Any:
-    """`value` as the field's type, or _Refused with what was expected."""
+    """Convert `value` to the field's type, or raise _Refused with what was expected."""
     if value == "~" and (kind.optional or kind.path):
         if kind.item is str:
             home = ", or ~/ for the home folder" if kind.path else ""
@@ -122,7 +130,7 @@ def _convert(kind: FieldType, value: object) -> Any:
 
 def _tuple(kind: FieldType, value: object) -> tuple[Any, ...]:
     if kind.item is str and isinstance(value, str):
-        return (_item(kind, value),)  # one of what there may be several
+        return (_item(kind, value),)  # a list of one text may be written without brackets
     if not isinstance(value, (list, tuple)):
         raise _Refused(f"a list of {_plural(kind.item)}")
     if kind.length is not None and len(value) != kind.length:
@@ -131,7 +139,7 @@ def _tuple(kind: FieldType, value: object) -> tuple[Any, ...]:
 
 
 def _plural(item: type[Any]) -> str:
-    """What a list's items may be, in words."""
+    """Say in words what a list's items may be."""
     if issubclass(item, StrEnum):
         return f"names out of {', '.join(item)}, such as [{next(iter(item))}]"
     if item is str:
@@ -140,7 +148,7 @@ def _plural(item: type[Any]) -> str:
 
 
 def _item(kind: FieldType, value: object) -> Any:
-    """One value, or one of a list's."""
+    """Convert a single value, or one item of a list."""
     if isinstance(value, Interpolated):
         value = _typed(FieldType(item=kind.item), value)
     if kind.path is not None:
@@ -165,7 +173,7 @@ def _bool(value: object) -> bool:
 
 def _int(value: object) -> int:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        value = int(value)  # 1e3
+        value = int(value)  # YAML reads 1e3 as a float
     if isinstance(value, bool) or not isinstance(value, int):
         raise _Refused(f"a whole number{_hint(value)}")
     if abs(value) >= 2**63:
@@ -205,7 +213,7 @@ _SCALARS: Final[dict[Any, Callable[[object], Any]]] = {bool: _bool, int: _int, f
 
 
 def _show(value: object) -> str:
-    """A value as a user would recognise it: YAML's words, and not more than a line of it."""
+    """Show a value as a user would recognise it: in YAML's words, and at most one line of it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = "a section" if isinstance(value, Mapping) else repr(value)
@@ -214,13 +222,13 @@ def _show(value: object) -> str:
 
 
 def defaults(schema: type[Any]) -> dict[str, Any]:
-    """The defaults of a schema as nested plain values, which interpolations may refer to."""
+    """Return the defaults of a schema as nested plain values, to which interpolations may refer."""
     values: dict[str, Any] = plain(schema())
     return values
 
 
 def plain(value: object) -> Any:
-    """Dataclasses, enums and tuples as the dicts, strings and lists that YAML knows."""
+    """Turn dataclasses, enums and tuples into the dicts, strings and lists that YAML knows."""
     if is_dataclass(value):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""What the values of a recipe must be, alone and together, as far as the recipe itself can tell.
+"""The rules for a recipe's values, alone and together, that need nothing but the recipe itself.
 
-Pure, and complete: every rule is tried and every violation reported. Rules that need the stage plan or the number
-of ranks are in `planning.check`; what files contain is checked where they are opened.
+The check is pure and complete: every rule is tried and every violation is reported. Rules that need the stage plan or
+the number of ranks are in `planning.check`. The content of files is checked where they are opened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_deepstack.errors import ConfigError, LayoutError
 
 
 def find_problems(recipe: Recipe) -> list[Problem]:
-    """All problems; rules between fields are tried only where each field's own range holds."""
+    """Return all problems. A rule between fields is tried only where each of its fields is in its own range."""
     found = list(out_of_range(recipe))
     bad = [problem.paths[0] for problem in found]
     for rule in _RULES:
@@ -30,7 +30,16 @@ def find_problems(recipe: Recipe) -> list[Problem]:
 
 
 def require(recipe: Recipe, paths: tuple[str, ...], verb: str) -> None:
-    """Raise ConfigError if a field that `verb` cannot do without is absent."""
+    """Make sure that the fields which a command needs are set.
+
+    Args:
+        recipe: The recipe.
+        paths: Dotted paths of the fields.
+        verb: Name of the command, for the message.
+
+    Raises:
+        ConfigError: One of the fields is null or empty. All such fields are named.
+    """
     absent = [path for path in paths if value_at(recipe, path) in (None, "", ())]
     raise_problems(
         [
@@ -41,12 +50,20 @@ def require(recipe: Recipe, paths: tuple[str, ...], verb: str) -> None:
 
 
 def value_at(recipe: Recipe, path: str) -> object:
-    """The value of a field by its dotted path."""
+    """Return the value of one field.
+
+    Args:
+        recipe: The recipe.
+        path: Dotted path of the field, such as `train.steps`.
+
+    Returns:
+        The value, or the section's dataclass if `path` names a section.
+    """
     return reduce(getattr, path.split("."), recipe)  # type: ignore[arg-type]
 
 
 def out_of_range(recipe: Recipe) -> Iterator[Problem]:
-    """Values that no recipe may have, each field looked at alone; the ranges stand in the schema."""
+    """Yield a problem for each field whose value is outside its own range. The schema declares the ranges."""
     for field in leaves(Recipe):
         kind, value = field.type, value_at(recipe, field.path)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -190,7 +207,7 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _split_by_tensor(language: LanguageConfig) -> dict[str, int]:
-    """Sizes that tensor parallelism cuts evenly, by field."""
+    """Return the sizes that tensor parallelism divides evenly, by the path of their field."""
     kv_heads = {} if language.num_kv_heads is None else {"model.language.num_kv_heads": language.num_kv_heads}
     return {
         "model.language.num_heads": language.num_heads,
@@ -214,7 +231,15 @@ def _sequence_split(seq_length: int, parallel: ParallelConfig) -> Iterator[Probl
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` nearest to `wanted`."""
+    """Find the divisor of a size that is nearest to a wanted number.
+
+    Args:
+        size: The number to divide, 1 or more.
+        wanted: The number to be near to, 1 or more.
+
+    Returns:
+        The nearest divisor, at most `2 * wanted`; the smaller one of two that are equally near.
+    """
     candidates = [divisor for divisor in range(1, min(size, 2 * wanted) + 1) if size % divisor == 0]
     return min(candidates, key=lambda divisor: abs(divisor - wanted))
 

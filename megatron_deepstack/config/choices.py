@@ -1,6 +1,6 @@
 """The choices a recipe offers: one enum per question that has named answers.
 
-`Variant` stands beside the table of what each variant is, in `traits.variants`, and is offered here with the others.
+`Variant` is defined in `traits.variants`, beside the table that describes each variant, and is exported here as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megatron_deepstack.config.traits.variants import Variant as Variant
 
 
 class Sampler(StrEnum):
-    """How the mosaic of crops is cut into stacks; what each does stands in `planning.exchange.samplers`."""
+    """How the mosaic of crops is divided into stacks. `planning.exchange.samplers` defines what each sampler does."""
 
     DILATED_2D = "2d"
     SEQUENTIAL_1D = "1d"
@@ -26,7 +26,7 @@ class GridRule(StrEnum):
 
 
 class Activation(StrEnum):
-    """Activation of an MLP; which of them a tower or a decoder family has stands in their tables."""
+    """Activation of an MLP. The tables of towers and decoder families say which of them each may have."""
 
     QUICK_GELU = "quick_gelu"
     GELU = "gelu"
@@ -62,7 +62,7 @@ class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP8 = "fp8"
-    """bf16, with the decoder's matrix products in 8 bits by Transformer Engine; GPUs that have them only."""
+    """Like bf16, but Transformer Engine computes the decoder's matrix products in 8 bits, on GPUs that support it."""
 
 
 class Fp8Scaling(StrEnum):
@@ -90,7 +90,7 @@ class Batching(StrEnum):
 
 
 class LrSchedule(StrEnum):
-    """Learning rate after warm-up."""
+    """Shape of the learning rate after warm-up."""
 
     COSINE = "cosine"
     LINEAR = "linear"
@@ -102,10 +102,10 @@ class Template(StrEnum):
 
     PLAIN = "plain"
     V1 = "v1"
-    """Vicuna's."""
+    """The template of Vicuna."""
     LLAMA_3 = "llama_3"
     QWEN = "qwen"
-    """ChatML."""
+    """The template ChatML."""
 
 
 class ImageResize(StrEnum):
@@ -116,14 +116,14 @@ class ImageResize(StrEnum):
 
 
 class Orientation(StrEnum):
-    """What is done about a photo's EXIF orientation."""
+    """Whether a photo is turned as its EXIF orientation says."""
 
     AS_STORED = "as_stored"
     EXIF = "exif"
 
 
 class DeepGrey(StrEnum):
-    """What is done about grey images of more than 8 bits, whose values above 255 become white as published."""
+    """How grey images of more than 8 bits are read. In the published preprocessing values above 255 become white."""
 
     AS_PUBLISHED = "as_published"
     SCALE = "scale"
@@ -134,11 +134,11 @@ class Compression(StrEnum):
 
     NONE = "none"
     ZSTD = "zstd"
-    """Blosc with zstd and bit shuffle."""
+    """The codec Blosc with zstd and bit shuffle."""
 
 
 class Unreadable(StrEnum):
-    """What training does about a sample whose views cannot be read."""
+    """What training does when the views of a sample cannot be read."""
 
     STOP = "stop"
     SKIP = "skip"

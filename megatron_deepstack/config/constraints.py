@@ -1,8 +1,8 @@
 """What a single field may hold beyond its type: a range, a unit, whether it is a path.
 
-A constraint stands beside the field, as `Annotated[int, POSITIVE, Unit("pixels")]` in `schema`. `fields` reads it from
-there for everybody: building a recipe, checking it, the options page and the JSON schema for editors. Rules between
-fields are in `check`.
+A constraint is written in the field's annotation, as `Annotated[int, POSITIVE, Unit("pixels")]` in `schema`. `fields`
+reads it from there for all users: building a recipe, checking it, the options page and the JSON schema for editors.
+Rules between fields are in `check`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHELL_VARIABLE: Final = re.compile(r"\$(\w+)(.*)", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
-    """The numbers a field may hold; an end that is None is open. A list's range holds for each of its items."""
+    """The numbers that a field may hold. None means no limit. The range of a list applies to each of its items."""
 
     least: float | None = None
     """Smallest value allowed."""
@@ -32,7 +32,7 @@ class Range:
     """The value must be smaller than this."""
 
     def holds(self, value: float) -> bool:
-        """Whether `value` lies inside; NaN lies in no range."""
+        """Whether `value` lies in the range; NaN lies in no range."""
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -91,11 +91,11 @@ class PathKind(StrEnum):
 
 
 class PathError(ValueError):
-    """A path cannot be what was meant; the message says what to write."""
+    """A path cannot have the meaning that its writer intended; the message says what to write."""
 
 
 def expand_home(text: str) -> str:
-    """A path with a leading `~` or `~user` replaced by the home folder, as a shell does; a URL as it is.
+    """Replace a leading `~` or `~user` of a path by the home folder, as a shell does. A URL is not changed.
 
     Args:
         text: A path, a glob pattern, or a URL. `file://` URLs are paths, all others are not touched.
@@ -104,8 +104,8 @@ def expand_home(text: str) -> str:
         The path that is meant; `text` itself where it begins with no `~`.
 
     Raises:
-        PathError: The user is unknown, or the path begins with a shell variable, which nobody replaces here. In both
-            cases a folder of that odd name would be created otherwise.
+        PathError: The user is unknown, or the path begins with a shell variable, which no shell replaces here. Without
+            this error a folder with that literal name would be created.
     """
     if text.startswith(_FILE_URL):
         return _FILE_URL + expand_home(text.removeprefix(_FILE_URL))

@@ -1,6 +1,6 @@
-"""What the schema says of itself, in words: the string below each field, and types, ranges and defaults as text.
+"""The schema in words: the string below each field, and types, ranges and defaults as text.
 
-Documentation and editors' schemas are made from this, so that they cannot disagree with what is checked.
+The options page and the JSON schema for editors are made from this, so they cannot disagree with what is checked.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from megatron_deepstack.config.fields import FieldType
 
 
 def section_text(schema: type[Any]) -> str:
-    """The docstring of a section's class, its lines joined to paragraphs."""
+    """Return the docstring of a section's class, with the lines of each paragraph joined."""
     paragraphs = (inspect.getdoc(schema) or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def field_texts(schema: type[Any]) -> Mapping[str, str]:
-    """The string below each field of a dataclass, on one line; read from its source, as Python keeps none of them."""
+    """Return the string below each field of a dataclass, as one line each, by the name of the field.
+
+    They are read from the source file, since Python does not keep them.
+    """
     (definition,) = ast.parse(inspect.getsource(schema)).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}
@@ -32,7 +35,7 @@ def field_texts(schema: type[Any]) -> Mapping[str, str]:
 
 
 def type_text(kind: FieldType) -> str:
-    """What a field may hold, such as `whole number above 0 (tokens)`, in Markdown."""
+    """Say in Markdown what a field may hold, such as `whole number above 0 (tokens)`."""
     if issubclass(kind.item, StrEnum):
         names = ", ".join(f"`{name}`" for name in kind.item)
         text = f"list of names out of {names}" if kind.many else f"one of {names}"
@@ -65,7 +68,7 @@ def _plural(name: str) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A default as YAML has it, on one line."""
+    """Write a default as YAML would, on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):

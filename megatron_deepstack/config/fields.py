@@ -1,6 +1,6 @@
 """The fields of the schema as values: path, type, constraints and default of each.
 
-The schema's dataclasses are read once, and whoever needs to know what a field may hold asks here.
+The dataclasses of the schema are read once, here. All code that needs to know what a field may hold uses this module.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class FieldType:
     """What a field may hold: a value, null if `optional`, or a list of values if `many`."""
 
     item: type[Any]
-    """bool, int, float, str or an enum of names; of a list, its items' type."""
+    """Type of the value: bool, int, float, str or an enum of names. For a list it is the type of the items."""
     optional: bool = False
     """null is allowed."""
     many: bool = False
-    """It is a list."""
+    """The field holds a list."""
     length: int | None = None
     """Number of items of a list; None for any number."""
     range: Range | None = None
@@ -56,12 +56,12 @@ class Field:
 
 
 def is_section(hint: object) -> TypeGuard[type[Any]]:
-    """Whether a field's type is a section of its own."""
+    """Whether the type of a field is a section, which has fields itself."""
     return isinstance(hint, type) and is_dataclass(hint)
 
 
 def members(schema: type[Any]) -> Mapping[str, type[Any] | FieldType]:
-    """The fields of one dataclass in order: a section's class, or what a field may hold."""
+    """Return the fields of one dataclass in order, by name: the class of a section, or what a field may hold."""
     key: Any = schema  # mypy does not take a type for hashable
     return _members(key)
 
@@ -73,11 +73,14 @@ def _members(schema: type[Any]) -> Mapping[str, type[Any] | FieldType]:
 
 
 def leaves(schema: type[Any], prefix: str = "") -> tuple[Field, ...]:
-    """All fields of a schema and of its sections, in order.
+    """Return all fields of a schema and of its sections, in order.
 
     Args:
         schema: A dataclass of the schema.
         prefix: What the fields' paths begin with, such as `train.`; empty for the recipe itself.
+
+    Returns:
+        The fields, without the sections themselves.
     """
     return tuple(_leaves(schema, prefix))
 

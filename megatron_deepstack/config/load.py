@@ -1,8 +1,8 @@
 """Recipes from YAML files and `section.field=value` overrides, and back to YAML.
 
-OmegaConf resolves `${...}`; reading YAML (`yaml_text`) and the strict part (`build`) are ours. Precedence, lowest
-first: schema defaults, a section's `architecture`, the file named by `base:`, the file itself, the overrides. One
-file is one run, and the resolved recipe written beside a run reads back as exactly the same Recipe.
+OmegaConf resolves `${...}`; `yaml_text` reads the YAML, and `build` converts it strictly. The order of precedence is,
+lowest first: the schema's defaults, a section's `architecture`, the file named by `base:`, the file itself, the
+overrides. One file describes one run. The resolved recipe that a run writes reads back as exactly the same Recipe.
 """
 
 from __future__ import annotations
@@ -35,13 +35,21 @@ _ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 }
 _MAX_RECIPE_BYTES = 1 << 20
 _INDICATORS = ("*", "&", "!", "%", "@", "`", "|", ">")
-"""What means something to YAML at the start of a value, and a glob pattern or a name to a person."""
+"""Characters with a special meaning at the start of a YAML value, where people write them in patterns and names."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, or one of the package's by its bare name (`demo`), with overrides applied.
+    """Load a recipe and check it with `config.check`.
 
-    Raises ConfigError with every problem of the file, the overrides and the checks of `config.check`.
+    Args:
+        path: A YAML file, or the bare name of a recipe of the package, such as `demo`.
+        overrides: Each `section.field=value`, applied in order.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ConfigError: The file, an override or a value is wrong. The error holds all problems.
     """
     recipe, problems = read_recipe(path, overrides)
     raise_problems(problems)
@@ -49,9 +57,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Problem]]:
-    """As `load_recipe`, but problems are returned, so that a caller can add its own before raising.
+    """Load a recipe as `load_recipe` does, but return the problems, so that a caller can add others to them.
 
-    Fields with a problem hold their default. A file that cannot be read at all raises ConfigError.
+    Args:
+        path: A YAML file, or the bare name of a recipe of the package.
+        overrides: Each `section.field=value`, applied in order.
+
+    Returns:
+        The recipe, whose fields hold their default where they have a problem, and the problems.
+
+    Raises:
+        ConfigError: The file cannot be read at all.
     """
     problems: list[Problem] = []
     given = _read(find_recipe(path), ())
@@ -63,7 +79,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[Problem]]:
-    """A recipe that is loaded already with overrides on top, and the problems of both, as `read_recipe` has them."""
+    """Apply overrides to a recipe that is already loaded.
+
+    Args:
+        recipe: The recipe. It is not changed.
+        overrides: Each `section.field=value`, applied in order.
+
+    Returns:
+        The changed recipe and all its problems, as `read_recipe` returns them.
+    """
     problems: list[Problem] = []
     given = _escaped(plain(recipe))
     for override in overrides:
@@ -74,17 +98,27 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, l
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The whole recipe as YAML, every field written out; `load_recipe` reads back an equal one."""
+    """Write the whole recipe as YAML, with every field; `load_recipe` reads back an equal recipe."""
     return write_yaml(_escaped(plain(recipe)))
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file behind a path, or behind the bare name of a recipe of the package."""
+    """Find the file of a recipe.
+
+    Args:
+        path: A YAML file, or the bare name of a recipe of the package.
+
+    Returns:
+        The file. A file in the current folder takes precedence over a recipe of the package with that name.
+
+    Raises:
+        ConfigError: There is no such file and no such recipe.
+    """
     try:
         file = Path(expand_home(str(path)))
     except PathError as error:
         raise ConfigError([f"recipe '{path}': expected {error}"]) from error
-    with suppress(OSError):  # a name too long for the file system is no file either
+    with suppress(OSError):  # a name that is too long for the file system is not a file either
         if file.is_file():
             return file
     names = sorted(known.stem for known in RECIPES.glob("*.yaml"))
@@ -97,7 +131,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
-    """One file over its `base`, which is a path relative to the file or the name of a recipe."""
+    """Read one file and merge it over its `base`, which is a path relative to the file or the name of a recipe."""
     if file.resolve() in seen:
         chain = " -> ".join(str(step) for step in (*seen, file.resolve()))
         raise ConfigError([f"{file}: `base` leads back to the same file: {chain}"])
@@ -112,7 +146,7 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
 
 
 def _parse(file: Path) -> dict[Any, Any]:
-    """The YAML of one file, interpolations unresolved."""
+    """Read the YAML of one file, without resolving interpolations."""
     try:
         with file.open("rb") as opened:
             content = opened.read(_MAX_RECIPE_BYTES + 1)
@@ -123,7 +157,7 @@ def _parse(file: Path) -> dict[Any, Any]:
         raise ConfigError([f"{file}: more than 1 MiB is no recipe; expected a page of YAML"])
     try:
         given = read_yaml(text)
-        OmegaConf.create(given)  # interpolations that cannot be read, keys that are no words
+        OmegaConf.create(given)  # raises for interpolations that it cannot parse, and for keys that are not words
     except Exception as error:  # PyYAML lets IndexError and others through for odd tags
         raise ConfigError([f"{file}: is not valid YAML: {_one_line(error)}"]) from error
     if given is None:
@@ -134,7 +168,7 @@ def _parse(file: Path) -> dict[Any, Any]:
 
 
 def _apply(given: dict[Any, Any], override: str, problems: list[Problem]) -> dict[Any, Any]:
-    """`given` with one `section.field=value`."""
+    """Return `given` with one `section.field=value` applied."""
     key, equals, text = override.partition("=")
     if not equals or any(not part or part != part.strip() for part in key.split(".")):
         problems.append(Problem(paths=("",), text=f"override '{override}': expected section.field=value"))
@@ -145,14 +179,14 @@ def _apply(given: dict[Any, Any], override: str, problems: list[Problem]) -> dic
             change = {part: change}
         OmegaConf.create(change)
         return _over(given, change)
-    except Exception as error:  # as in _parse
+    except Exception as error:  # for the reason given in _parse
         quotes = "; put the value in quotes" if text[:1] in _INDICATORS else ""
         problems.append(Problem(paths=(key,), text=f"override '{override}' cannot be read: {_one_line(error)}{quotes}"))
         return given
 
 
 def _over(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
-    """`above` merged over `below`: sections key by key, everything else (lists too) replaced."""
+    """Merge `above` over `below`: sections are merged key by key, everything else (lists too) is replaced."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -161,7 +195,7 @@ def _over(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _resolved(given: dict[Any, Any], problems: list[Problem]) -> dict[Any, Any]:
-    """What was given over what it stands on, with every interpolation resolved."""
+    """Merge what was given over the defaults and the named architectures, and resolve every interpolation."""
     base = defaults(Recipe)
     for section, known in _ARCHITECTURES.items():
         shape = _architecture(given, section, known, problems)
@@ -173,7 +207,7 @@ def _resolved(given: dict[Any, Any], problems: list[Problem]) -> dict[Any, Any]:
 
 
 def _architecture(given: dict[Any, Any], section: str, known: Mapping[str, Any], problems: list[Problem]) -> Any:
-    """The shape that `model.SECTION.architecture` names, if it is there; the key is taken out."""
+    """Return the sizes that `model.SECTION.architecture` names, None without that key; the key is removed."""
     model = given.get("model")
     keys = model.get(section) if isinstance(model, dict) else None
     if not isinstance(keys, dict) or "architecture" not in keys:
@@ -188,7 +222,7 @@ def _architecture(given: dict[Any, Any], section: str, known: Mapping[str, Any],
 
 
 def _resolve(node: DictConfig | ListConfig, path: str, problems: list[Problem]) -> dict[Any, Any] | list[Any]:
-    """Plain dicts and lists; a value whose interpolation fails becomes a problem and is left out."""
+    """Return plain dicts and lists. A value whose interpolation fails becomes a problem and is left out."""
     if isinstance(node, ListConfig):
         pairs = [(str(index), item) for index, item in _items(node, range(len(node)), path, problems)]
         return [_resolve(item, f"{path}.{key}", problems) if _nested(item) else item for key, item in pairs]
@@ -221,7 +255,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """Strings with `${` protected, so that they are not taken for interpolations when read back."""
+    """Protect each `${` in strings, so that it is not taken for an interpolation when it is read back."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """A problem found in a recipe, and how several of them become one error.
 
-Every check collects problems instead of raising at the first, so that a user sees all of them at once. A problem
-knows which fields it speaks of: a rule over a field that could not even be read is not reported on top of that.
+Every check collects problems instead of raising at the first, so that a user sees all of them at once. Each problem
+names its fields, so that a rule about a field that could not be read is not reported as well.
 """
 
 from __future__ import annotations
@@ -22,24 +22,39 @@ class Problem:
     text: str
     """What was found, what was expected and what to do."""
     kind: type[ConfigError] = ConfigError
-    """Error class if this is the only kind of problem."""
+    """Class of the error that is raised if all problems are of this kind."""
 
     def __str__(self) -> str:
         return f"{self.paths[0]}: {self.text}" if self.paths and self.paths[0] else self.text
 
     def concerns(self, path: str) -> bool:
-        """Whether the field, a section around it or a field inside it is among this problem's."""
+        """Whether the problem names the field at `path`, a section around it, or a field inside it."""
         return any(path == own or path.startswith(f"{own}.") or own.startswith(f"{path}.") for own in self.paths)
 
 
 def without_echoes(found: Sequence[Problem], unread: Sequence[Problem]) -> list[Problem]:
-    """`found` without the problems about fields that are already reported in `unread`."""
+    """Leave out problems of fields that are already reported.
+
+    Args:
+        found: Problems that rules found.
+        unread: Problems of fields that could not be read.
+
+    Returns:
+        The problems of `found` that concern no field of `unread`.
+    """
     bad = [problem.paths[0] for problem in unread if problem.paths]
     return [problem for problem in found if not any(problem.concerns(path) for path in bad)]
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raise one error that carries all problems; of their common class, ConfigError if they differ. None: return."""
+    """Raise one error for all problems, or return if there are none.
+
+    Args:
+        problems: The problems.
+
+    Raises:
+        ConfigError: There is a problem. If all problems are of one subclass, that class is raised.
+    """
     if not problems:
         return
     kinds = {problem.kind for problem in problems}
@@ -48,6 +63,14 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 
 def did_you_mean(word: str, names: Sequence[str]) -> str:
-    """`; did you mean 'x'?` with the nearest name, or nothing if none is near."""
+    """Suggest a name in place of a mistyped word.
+
+    Args:
+        word: What was written.
+        names: The known names.
+
+    Returns:
+        `; did you mean 'x'?` with the nearest name, or an empty text if no name is near.
+    """
     near = get_close_matches(word.lower().replace("-", "_"), names, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""

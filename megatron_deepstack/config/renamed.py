@@ -1,4 +1,4 @@
-"""Fields that earlier releases called otherwise, so that their recipes and checkpoints are still read.
+"""Fields that had other names in earlier releases; recipes and checkpoints of those releases are still read.
 
 model.vision.class_token   true or false, now `model.vision.kind: clip` or `siglip`
 """
@@ -15,14 +15,14 @@ _CLASS_TOKEN = "model.vision.class_token"
 
 
 def with_present_names(given: Mapping[Any, Any], problems: list[Problem]) -> dict[Any, Any]:
-    """What a recipe says, in the present names.
+    """Translate a recipe to the present names of fields.
 
     Args:
         given: A recipe as nested plain values, before it is checked.
-        problems: Where a value that cannot be translated is reported; it is then left out.
+        problems: List to which a value that cannot be translated is appended; that value is left out.
 
     Returns:
-        A copy, with the sections that were translated copied too.
+        A translated copy. Sections without a translation are shared with `given`.
     """
     model = given.get("model")
     vision = model.get("vision") if isinstance(model, Mapping) else None
@@ -44,7 +44,7 @@ def with_present_names(given: Mapping[Any, Any], problems: list[Problem]) -> dic
 
 
 def saved_model_with_present_names(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `model` of a checkpoint's identity in the present names."""
+    """Translate the section `model` that a checkpoint stores to the present names of fields."""
     problems: list[Problem] = []
     translated = with_present_names({"model": model}, problems)["model"]
     assert not problems, f"a checkpoint was saved from a checked recipe: {problems}"

@@ -1,16 +1,16 @@
-"""What lies in a run's folder, by name: each file and folder that a run writes there is named here and nowhere else.
+"""The names of the files and folders in a run's folder, which are written nowhere else.
 
 recipe.yaml            the recipe, resolved; every checkpoint holds a copy
 plan.json              which stage holds which layers and stacks
 metrics.jsonl          a line for each logged step
 answers.jsonl          what `generate` answered to the held-out questions
-answers/               the same of other stores, a file each
-started_in.txt         the folder that relative paths of the recipe count from
+answers/               answers to the questions of other stores, one file for each store
+started_in.txt         the folder to which relative paths of the recipe refer
 checkpoints/           checkpoints, whole or being written
-tensorboard/           metrics once more, for TensorBoard
+tensorboard/           the metrics in TensorBoard's format
 profile/               traces of torch.profiler
-heartbeats/, stacks/   signs of life of the ranks, and where each stood when one was missing
-launch.json, launch/   what a driver on a cluster says of itself, and what happened to its ranks
+heartbeats/, stacks/   signs of life of the ranks, and the Python stack of each rank at a hang
+launch.json, launch/   state of the driver of a launched run, and what happened to its ranks
 logs/                  what each rank of a launched run printed
 timeline_step_N.json   a recorded step, for the report
 """
@@ -26,9 +26,10 @@ RECIPE_FILE: Final = "recipe.yaml"
 
 
 class RunFolder:
-    """The folder of a run, as `run_dir` names it."""
+    """The paths in the folder of a run. Nothing is read or created."""
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        """`run_dir` is the run's folder; it need not exist."""
         self.path = Path(run_dir)
 
     @property
@@ -53,12 +54,12 @@ class RunFolder:
 
     @property
     def other_answers(self) -> Path:
-        """Folder of the answers to other stores, or to beginnings of stores."""
+        """Folder of the answers to other stores, or to the first questions of a store."""
         return self.path / "answers"
 
     @property
     def started_in(self) -> Path:
-        """Holds the absolute path of the folder in which the run was started."""
+        """File with the absolute path of the folder in which the run was started."""
         return self.path / "started_in.txt"
 
     @property
@@ -88,7 +89,7 @@ class RunFolder:
 
     @property
     def launch_record(self) -> Path:
-        """What the driver says of itself, as JSON."""
+        """State of the driver of a launched run, as JSON."""
         return self.path / "launch.json"
 
     @property
@@ -97,7 +98,7 @@ class RunFolder:
         return self.path / "launch" / "events.jsonl"
 
     def log(self, rank: int) -> Path:
-        """What a rank of a launched run printed."""
+        """File with the output of one rank of a launched run."""
         return self.path / "logs" / f"rank_{rank:05d}.log"
 
     def timeline(self, step: int) -> Path:
@@ -105,5 +106,5 @@ class RunFolder:
         return self.path / f"timeline_step_{step}.json"
 
     def timelines(self) -> list[Path]:
-        """The recorded timelines of all steps, in no order."""
+        """The recorded timelines of all steps, in no particular order."""
         return list(self.path.glob("timeline_step_*.json"))

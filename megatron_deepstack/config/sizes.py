@@ -1,6 +1,6 @@
 """Numbers that a recipe's sizes determine, each derived here and nowhere else.
 
-They are functions, not fields that might disagree with what they are derived from.
+They are functions and not fields, since a field could disagree with the numbers that it is derived from.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ def num_kv_heads(language: LanguageConfig) -> int:
 
 
 def used_layers(vision: VisionConfig) -> int:
-    """ViT layers that must run for the selected feature, which is what would enter the layer of that number.
+    """Number of ViT layers that must run to compute the selected feature.
 
-    `select_layer` counts as Hugging Face does: state 0 enters layer 0, state -1 leaves the last layer.
+    `select_layer` is counted as in Hugging Face: state 0 is the input of layer 0, and state -1 is the output of the
+    last layer. So the result is also the 0-based number of the layer whose input the feature is.
     """
     return vision.num_layers + 1 + vision.select_layer if vision.select_layer < 0 else vision.select_layer
 
 
 def tokens_per_side(vision: VisionConfig) -> int:
-    """P: patches along one side of a view."""
+    """Number of patches along one side of a view; P in formulae."""
     return vision.image_size // vision.patch_size
 
 
 def tokens_per_view(vision: VisionConfig) -> int:
-    """Feature rows that the encoder returns for a view; a class token is not among them."""
+    """Number of feature rows that the encoder returns for a view; a class token is not counted."""
     return tokens_per_side(vision) ** 2
 
 
 def sequence_multiple(parallel: ParallelConfig) -> int:
-    """What a sequence's length must be a multiple of.
+    """Number of tokens of which the length of a sequence must be a multiple.
 
-    Context parallelism splits it into two pieces a rank, and sequence parallelism each of these over tensor ranks.
+    Context parallelism splits a sequence into two pieces per rank, and sequence parallelism splits what each of these
+    ranks holds over the tensor-parallel ranks.
     """
     over_tensor = parallel.tensor if parallel.sequence_parallel else 1
     return prod((over_tensor, 2 * parallel.context if parallel.context > 1 else 1))

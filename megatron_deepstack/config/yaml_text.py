@@ -1,9 +1,9 @@
-"""YAML as people mean it: plain values read so that nothing silently becomes another value.
+"""Reading and writing YAML so that no value silently becomes another value.
 
-PyYAML reads YAML 1.1, where `1:30` is 90 (base 60), `010` is 8 (base 8), and `no` is false wherever it stands. Here a
-plain value is a number only where its writing leaves no doubt; everything doubtful stays the text it is, which fits
-fields of text and is refused by all others with what to write instead. Also the only place that writes YAML, quoted
-so that readers of YAML 1.1 and this one read it alike.
+PyYAML reads YAML 1.1, where `1:30` is 90 (base 60), `010` is 8 (base 8), and `no` is false everywhere. Here a plain
+value is a number only where its spelling leaves no doubt. Every doubtful value stays a text: fields of text accept it,
+and all other fields refuse it with a hint what to write. This module is also the only place that writes YAML. It quotes
+texts so that readers of YAML 1.1 and this one read the same value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ except ImportError:  # PyYAML built without libyaml
     from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
 
 _MAX_VALUES: Final = 10_000
-"""Most values of a document, aliases followed; a recipe has about 130 fields."""
+"""Largest number of values in a document, with aliases followed; a recipe has about 130 fields."""
 _DIGITS: Final = r"[0-9]+(?:_[0-9]+)*"
 _NULL: Final = re.compile(r"(?:null|Null|NULL)?")
 _BOOL: Final = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -35,10 +35,10 @@ _SCALARS: Final = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 
 
 def parse_scalar(text: str) -> bool | int | float | str | None:
-    """What a plain value means: null, a truth, a number, or else the text itself.
+    """Read a plain YAML value: null, true or false, a number, or else the text itself.
 
-    Numbers are in base 10, with `_` between digits if wanted (`1_000`), or say their base (`0x1f`, `0o17`, `0b11`).
-    `010`, `1:30`, `yes`, `2024-01-01` and `~` are texts.
+    Numbers are in base 10, where `_` may separate digits (`1_000`), or have a prefix for their base (`0x1f`, `0o17`,
+    `0b11`). `010`, `1:30`, `yes`, `2024-01-01` and `~` are texts.
     """
     if _NULL.fullmatch(text):
         return None
@@ -52,7 +52,7 @@ def parse_scalar(text: str) -> bool | int | float | str | None:
 
 
 def number_hint(text: str) -> str:
-    """For a text that is no number but looks like one: `; write ...`, or nothing."""
+    """Return `; write ...` for a text that looks like a number but is none, and otherwise an empty text."""
     if re.fullmatch(r"[-+]?0[0-9_]+", text):
         plain = str(int(text)) if "__" not in text and text[-1] != "_" else "it"
         return f"; write {plain} without a leading zero, which some readers take for base 8"
@@ -68,21 +68,21 @@ class NotYaml(ValueError):
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a YAML document holds, as plain dicts, lists and scalars; None for an empty one.
+    """Return the value that a YAML document holds, as plain dicts, lists and scalars; None for an empty document.
 
     Raises:
-        NotYaml: The text is no YAML, names a key twice, or holds more values than any recipe.
+        NotYaml: The text is not YAML, names a key twice, or holds many more values than a recipe has.
     """
     return _read(text)[0]
 
 
 def read_value(text: str) -> Any:
-    """As `read_yaml`, for the value of an override, where a comment would silently cut off what was meant.
+    """Read the value of an override as `read_yaml` does, but refuse comments, which would silently shorten the value.
 
-    A value that begins with `#`, such as a colour, is a text; a `#` further on is refused where YAML sees a comment.
+    A value that begins with `#`, such as a colour, is a text. A later `#` is refused if it would start a comment.
 
     Raises:
-        NotYaml: As `read_yaml`, and for a value with a comment.
+        NotYaml: As for `read_yaml`, and for a value with a comment.
     """
     if text.startswith("#"):
         return text
@@ -94,12 +94,12 @@ def read_value(text: str) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """Plain dicts, lists and scalars as a YAML document in block style, in the order given."""
+    """Write plain dicts, lists and scalars as a YAML document in block style, in the order given."""
     return yaml.dump(value, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 def _read(text: str) -> tuple[Any, int]:
-    """The value, and where its text ends."""
+    """Return the value, and the position in `text` where it ends."""
     try:
         loader = _Loader(str(text))
         node = loader.get_single_node()
@@ -112,7 +112,7 @@ def _read(text: str) -> tuple[Any, int]:
 
 
 def _require_sound(root: yaml.Node) -> None:
-    """Raise where a mapping names a key twice, and where aliases make a small document large or endless."""
+    """Raise if a mapping names a key twice, or if aliases make a small document large or endless."""
     waiting, count = [root], 0
     while waiting:
         node = waiting.pop()
@@ -134,10 +134,10 @@ def _require_sound(root: yaml.Node) -> None:
 
 
 class _Loader(_SafeLoader):
-    """PyYAML's safe loader, with our reading of plain values; tags written out (`!!int`) obey it too."""
+    """PyYAML's safe loader that reads plain values with `parse_scalar`, also those with a written tag (`!!int`)."""
 
     def construct_plain(self, node: yaml.ScalarNode) -> Any:
-        """The value of a scalar with one of our tags."""
+        """Return the value of a scalar that has one of the tags in `_SCALARS`."""
         value, kind = parse_scalar(node.value), node.tag.removeprefix(_TAG)
         if kind == "float" and type(value) is int:
             return float(value)
@@ -158,10 +158,10 @@ for _kind in _SCALARS:
 
 
 class _Dumper(_SafeDumper):
-    """PyYAML's safe dumper, which quotes what YAML 1.1 reads otherwise; so is here what `parse_scalar` reads."""
+    """PyYAML's safe dumper, which quotes texts that YAML 1.1 or `parse_scalar` would read as other values."""
 
     def represent_text(self, text: str) -> yaml.Node:
-        """A text, in quotes where it looks like something else."""
+        """Write a text, in quotes if `parse_scalar` would read another value."""
         return self.represent_scalar(f"{_TAG}str", text, style=None if parse_scalar(text) == text else "'")
 
 

@@ -1,7 +1,7 @@
 """Writing a whole model for others to load: safetensors, config.json, and how pictures are prepared for it.
 
-Under published names every variant can be written, and `train.init_from` reads it back. Under Hugging Face's the
-result is a `LlavaForConditionalGeneration`, so only variant llava, which adds no stacks, can be.
+Every variant can be written under published names, and `train.init_from` reads it back. Under Hugging Face's names the
+result is a `LlavaForConditionalGeneration`, so these are for variant llava alone, which adds no stacks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BICUBIC = 3
 
 
 def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None:
-    """Refuse before anything is loaded.
+    """Refuse an export that cannot be made, before anything is loaded.
 
     Args:
         model: The recipe's model.
@@ -65,7 +65,9 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
 def export_model(
     rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a model that this rank holds whole (no tp, one stage) into a new folder, whole or not at all.
+    """Write a model into a new folder, whole or not at all.
+
+    Not collective: one rank calls it, which holds the whole model (no tensor parallelism, one stage).
 
     Args:
         rank_model: The model; its tensors keep their dtype.
@@ -76,6 +78,7 @@ def export_model(
 
     Raises:
         ConfigError, CheckpointError: See `require_exportable`.
+        DataError: The file system is full or may not be written.
     """
     require_exportable(model, output, naming)
     tensors = published_tensors(rank_model)
@@ -107,6 +110,12 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when all is in it; after a failure nothing of it is left.
 
+    Args:
+        output: The name that it takes.
+
+    Yields:
+        A folder beside it, to write into.
+
     Raises:
         DataError: The file system is full or may not be written.
     """
@@ -127,11 +136,14 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def require_room(output: Path, num_bytes: int) -> None:
-    """Raise DataError unless `output` can be created and the file system has room for it. Leaves nothing behind.
+    """Refuse a folder that cannot be created or for which there is no room. Leaves nothing behind.
 
     Args:
         output: The folder that is going to be made.
         num_bytes: Size of the weights; the other files are small beside them.
+
+    Raises:
+        DataError: The file system is too full, or may not be written.
     """
     above = next(parent for parent in output.absolute().parents if parent.exists())
     try:
@@ -159,7 +171,14 @@ def _renamed(tensors: dict[str, torch.Tensor], model: ModelConfig, naming: Namin
 
 
 def published_tensors(rank_model: RankModel) -> dict[str, torch.Tensor]:
-    """Every tensor of a model that this rank holds whole, under its published name, on the CPU."""
+    """Every tensor of a model that this rank holds whole.
+
+    Args:
+        rank_model: The model, without tensor parallelism and with one stage.
+
+    Returns:
+        Published name to the tensor, on the CPU, in the dtype that it has.
+    """
     (chunk,) = rank_model.chunks
     assert chunk.chunk.has_embedding
     assert chunk.chunk.has_head

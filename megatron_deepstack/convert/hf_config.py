@@ -1,9 +1,9 @@
-"""Is what a checkpoint's config.json describes what the recipe computes?
+"""Whether a checkpoint's config.json describes the model that the recipe computes.
 
 The shapes of tensors do not show the number of heads, epsilons, the rotary base, windows, multipliers or the
-activation; a checkpoint loaded with another value runs, and is wrong. So a config is accepted only where its
-`model_type` is known and every key is understood (`config.traits.hf_fields`); whatever differs or is not understood
-is refused by name.
+activation; a checkpoint that is loaded with another value runs, and computes something else. So a config is accepted
+only where its `model_type` is known and every key is understood (`config.traits.hf_fields`). Whatever differs or is not
+understood is refused, and the message names it.
 
 A config speaks of a decoder, of a vision tower, or of both: LLaVA's hold `text_config` and `vision_config`, the
 DeepStack and LLaVA releases have the decoder's keys beside some of their own, and CLIP's and SigLIP's hold a tower,
@@ -107,7 +107,13 @@ _RELEASES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint's folder, or beside a file; empty where there is none.
+    """The config.json of a checkpoint.
+
+    Args:
+        path: The checkpoint's folder, or a file with config.json beside it.
+
+    Returns:
+        Its content; empty where there is none.
 
     Raises:
         CheckpointError: The file is not a JSON object.

@@ -19,7 +19,15 @@ CONFIG = "config.json"
 
 
 def language_facts(language: LanguageConfig) -> dict[str, Any]:
-    """What the recipe's decoder is, number by number; `num_kv_heads` and `head_dim` as numbers in any case."""
+    """What the recipe's decoder is, number by number.
+
+    Args:
+        language: The recipe's decoder.
+
+    Returns:
+        Values by the names that `HfField.reads` uses. `num_kv_heads` and `head_dim` are numbers even where the recipe
+        leaves them out.
+    """
     return {
         "vocab_size": language.vocab_size,
         "hidden_size": language.hidden_size,

@@ -143,7 +143,12 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def leading_ones(published: str, model: ModelConfig) -> int:
-    """Dimensions of size 1 that Hugging Face has before those of a published tensor."""
+    """How many dimensions of size 1 Hugging Face has before those of a published tensor.
+
+    Args:
+        published: The tensor's published name.
+        model: The recipe's model, whose tower may have tensors of another shape.
+    """
     local = published.removeprefix(VISION_PREFIX)
     fitting = [ours for ours in _tower_tensors(model) if local != published and _pattern(ours).match(local)]
     return _tower_tensors(model)[max(fitting, key=len)].leading_ones if fitting else 0
@@ -156,6 +161,9 @@ def to_naming(published: str, naming: Naming, model: ModelConfig | None = None) 
         published: Its published name.
         naming: Whose names the export has.
         model: The recipe's model, whose tower and decoder may have tables of names of their own.
+
+    Raises:
+        AssertionError: Hugging Face's LLaVA has no such tensor.
     """
     if naming is Naming.PUBLISHED:
         return published
@@ -179,12 +187,15 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
 
 
 def by_published_name(names: Iterable[str], where: str, model: ModelConfig | None = None) -> dict[str, str]:
-    """Published name to the name in a checkpoint, for all tensors that have one.
+    """The tensors of a checkpoint by their published names.
 
     Args:
         names: All names of the checkpoint.
         where: The checkpoint, for the message.
         model: The recipe's model, see `to_published`.
+
+    Returns:
+        Published name to the name in the checkpoint, for all tensors that have a published name.
 
     Raises:
         CheckpointError: Two names of the checkpoint mean the same tensor.

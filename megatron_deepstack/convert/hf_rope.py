@@ -1,6 +1,6 @@
-"""Keys of a decoder's config that mean something together: the rotary embedding, and windows of attention.
+"""Keys of a decoder's config that mean something only together: those of rotary positions and of attention windows.
 
-We rotate whole heads by plain positions, and every token sees all before it.
+Our decoders rotate whole heads by unscaled positions, and every token sees all tokens before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def rope_differences(text: Mapping[str, Any], language: LanguageConfig) -> Iterator[str]:
-    """What a config says of positions otherwise than the recipe.
+    """How the rotary positions of a config differ from those that the recipe computes.
 
     Args:
         text: A decoder's config. Older ones have `rope_theta` and `rope_scaling`, newer ones `rope_parameters`.
@@ -64,7 +64,7 @@ def _whole_heads(key: str, value: Any) -> Iterator[str]:
 def window_differences(
     text: Mapping[str, Any], known: HfDecoder, num_layers: int, seq_length: int | None
 ) -> Iterator[str]:
-    """Attention that does not see all tokens before a token.
+    """How the attention of a config differs from ours, in which every token sees all tokens before it.
 
     Args:
         text: A decoder's config.
@@ -97,6 +97,6 @@ def window_differences(
 
 
 def _slides(text: Mapping[str, Any], num_layers: int) -> bool:
-    """Whether any layer has the window, where a config does not list the layers' kinds: those from a number on."""
+    """Whether any layer has the window, where a config does not list the layers: those from a number on have it."""
     first = text.get("max_window_layers")
     return not isinstance(first, int) or first < num_layers

@@ -45,7 +45,12 @@ def hf_tower(vision: VisionConfig) -> HfTower:
 
 
 def text_config(language: LanguageConfig, vocab_size: int) -> dict[str, Any]:
-    """A decoder's config, but for its `model_type`; `vocab_size` may be larger than the recipe's."""
+    """A decoder's config, without its `model_type`.
+
+    Args:
+        language: The recipe's decoder.
+        vocab_size: Rows of the embedding that is written; it may be larger than the recipe's.
+    """
     known = family_of(language).hugging_face
     fields = llama_fields() if known is None else known.fields
     return {
@@ -56,7 +61,11 @@ def text_config(language: LanguageConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def vision_config(vision: VisionConfig) -> dict[str, Any]:
-    """A tower's config."""
+    """A tower's config.
+
+    Raises:
+        ConfigError: transformers has no such tower.
+    """
     known = hf_tower(vision)
     return {"model_type": known.model_types[0], **_written(known.fields, vision_facts(vision))}
 
@@ -105,7 +114,11 @@ def llava_config(model: ModelConfig, vocab_size: int, image_token: int, num_imag
 
 
 def published_config(model: ModelConfig) -> dict[str, Any]:
-    """Config beside published names. Its `model_type` is none of transformers', which would drop the vision tower."""
+    """The config that is written beside published names.
+
+    Its `model_type` is none of transformers': a model type that transformers knows would make it load the decoder and
+    drop the vision tower.
+    """
     language, tower = model.language, tower_of(model.vision)
     return {
         "model_type": str(model.variant),

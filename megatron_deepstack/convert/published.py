@@ -1,9 +1,9 @@
 """Weights to start from: checkpoints on disk as the source of published tensors.
 
 A checkpoint gives whole parts (vision tower, projector, decoder) or nothing of them. Parts may come from different
-checkpoints, and what none has from somewhere else, as a fresh projector does; but a part with holes, a part that two
-checkpoints hold, a decoder with more tensors than the recipe's, or a model that a checkpoint's own config contradicts,
-would train silently wrong and is refused.
+checkpoints, and a part that none has comes from somewhere else, such as a fresh projector. Refused is what would train
+silently wrong: a part with missing tensors, a part that two checkpoints hold, a decoder with more tensors than the
+recipe's, and a model that a checkpoint's own config contradicts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of tensors: one, or several with an index, as safetensors or as PyTorch's own (which older releases still are).
+"""Files of tensors: one, or several with an index, in the form of safetensors, or in PyTorch's own (older releases).
 
 Nothing is read before it is asked for, and a PyTorch file is read without running code from it.
 """
@@ -77,7 +77,11 @@ def _names(file: Path) -> list[str]:
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor on the CPU, in the dtype it has in the file.
+    """One tensor on the CPU, in the dtype that it has in the file.
+
+    Args:
+        file: A safetensors file, or a PyTorch file that maps names to tensors.
+        name: The tensor's name in it.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -119,9 +123,13 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[float], None] = lambda num_bytes: None,
 ) -> None:
-    """Write safetensors into `folder` as Hugging Face does: one file, or several with an index.
+    """Write safetensors as Hugging Face does: one file, or several with an index.
 
-    `progress` is told the bytes that are written, after each file.
+    Args:
+        folder: Where they are written; it must be there.
+        tensors: By name.
+        shard_bytes: Size up to which tensors share a file.
+        progress: Told the bytes that are written so far, after each of several files.
     """
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:

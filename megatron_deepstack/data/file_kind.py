@@ -1,8 +1,8 @@
-"""What a file really is, by its first bytes, when it is not what its name promises.
+"""What a file really is, by its first bytes, when its content does not match its name.
 
-Downloads go wrong in a few known ways: a Git LFS pointer lies where the file should be, a page that asks for a login
-was saved under the file's name, the file is empty. Readers of users' files ask here before they repeat what some
-parser had to say about it.
+Downloads go wrong in a few known ways: the file is a Git LFS pointer, or a login page was saved under the file's name,
+or the file is empty. Code that reads a user's file asks here first, so that its error names the real cause and not only
+what a parser reports.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def what_file_is(start: bytes) -> str | None:
 
 
 def is_tiktoken(start: bytes) -> bool:
-    """It begins like a tiktoken vocabulary, Llama 3's `original/tokenizer.model` among them."""
+    """Whether the content begins like a tiktoken vocabulary, for example Llama 3's `original/tokenizer.model`."""
     lines = start.splitlines()[:3]
     return bool(lines) and all(_is_rank(line) for line in (lines[:-1] if len(lines) > 1 else lines))
 
@@ -87,7 +87,7 @@ def _is_rank(line: bytes) -> bool:
 
 
 def what_is_at(path: Path) -> str | None:
-    """What the file at a path really is, as by `what_file_is`; None if it is not known or cannot be read."""
+    """What the file at a path really is, in the words of `what_file_is`; None if not known, or not readable."""
     try:
         with path.open("rb") as file:
             return what_file_is(file.read(START_BYTES))

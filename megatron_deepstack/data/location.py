@@ -1,10 +1,11 @@
-"""Where files are: a local path, or a URL of an object store; one value for both, cheap to copy and to pickle.
+"""Where files are: a local path, or a URL of an object store. One value stands for both, and is cheap to copy and
+pickle.
 
-Local files never go through fsspec, and fsspec is imported for URLs only. Files appear whole or not at all: a local one
-is written under a temporary name, synced and renamed, a remote one is spooled to a local file and sent as one object.
-Credentials and endpoints of a bucket come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), as its
-fsspec package reads them. Errors that belong to a file (missing, forbidden, there already) are OSErrors, here and there
-alike; whatever else goes wrong with a URL is a LocationError.
+Local files never go through fsspec, and fsspec is imported for URLs only. A file appears as a whole or not at all: a
+local one is written under a temporary name, synced and renamed; a remote one is first written to a local file and then
+sent as one object. Credentials and endpoints of a bucket come from the environment (AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, ...), as its fsspec package reads them. Errors that belong to one file (missing, forbidden, exists
+already) are OSErrors for both kinds; anything else that goes wrong with a URL is a LocationError.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from megatron_deepstack.platform.files.rename import rename_new
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:-]+)*://")
 _LOCAL: Final = "file://"
 _OF_THE_FILE: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""Errors of one file, which the caller may expect; all others are the connection's or the service's."""
+"""Errors of one file, which the caller may expect; all others come from the connection or the service."""
 _NOT_OFFERED: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-"""What file systems answer to a hard link, or a rename that replaces nothing, where they have none."""
+"""Errors of file systems that lack hard links, or lack a rename that replaces nothing."""
 _NO_WAY: Final = (
     "this file system has neither hard links nor a rename that replaces nothing, so of several writers none could be "
     "told that another was first. Take a folder on another one (ext4, XFS, NFS and Lustre have both or one), and copy "
@@ -47,7 +48,9 @@ class Location:
 
     @classmethod
     def parse(cls, text: str | os.PathLike[str] | Location) -> Location:
-        """The location that `text` names: a URL if it begins with `scheme://`, else (and for file://) a local path."""
+        """The location that `text` names: a URL if it begins with `scheme://`, otherwise (and for file://) a local
+        path.
+        """
         return text if isinstance(text, Location) else cls(os.fspath(text))
 
     def __str__(self) -> str:
@@ -55,7 +58,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """It is a path of this machine."""
+        """Whether this is a path of this machine."""
         return self.text.startswith(_LOCAL) or _URL.match(self.text) is None
 
     @property
@@ -65,7 +68,7 @@ class Location:
 
     @property
     def looked_in(self) -> str:
-        """` (looked in FOLDER)` of a relative path, which counts from where a command is started; else empty."""
+        """` (looked in FOLDER)` for a relative path, because it is relative to the current folder; otherwise empty."""
         return f" (looked in {os.getcwd()})" if self.is_local and not self.local_path().is_absolute() else ""
 
     def local_path(self) -> Path:
@@ -74,35 +77,35 @@ class Location:
         return Path(self.text.removeprefix(_LOCAL))
 
     def absolute(self) -> Location:
-        """The same, whatever folder a process is in."""
+        """The same location, with a local path made absolute."""
         return Location(str(self.local_path().absolute())) if self.is_local else self
 
     def child(self, name: str) -> Location:
-        """What `name`, which may have several parts, means below this folder."""
+        """The location of `name`, which may have several parts, below this folder."""
         if self.is_local:
             return Location(os.path.join(self.text.removeprefix(_LOCAL), name))
         return Location(f"{self.text.rstrip('/')}/{name}")
 
     def exists(self) -> bool:
-        """There is such a file or folder."""
+        """Whether there is such a file or folder."""
         return os.path.exists(self.local_path()) if self.is_local else self._info() is not None
 
     def is_folder(self) -> bool:
-        """There is a folder here, or objects below this URL."""
+        """Whether there is a folder here, or there are objects below this URL."""
         if self.is_local:
             return os.path.isdir(self.local_path())
         info = self._info()
         return info is not None and info["type"] == "directory"
 
     def is_file(self) -> bool:
-        """There is a file or object here."""
+        """Whether there is a file or object here."""
         if self.is_local:
             return os.path.isfile(self.local_path())
         info = self._info()
         return info is not None and info["type"] == "file"
 
     def size(self) -> int:
-        """Bytes of the file; raises FileNotFoundError."""
+        """The size of the file in bytes. Raises FileNotFoundError."""
         if self.is_local:
             return os.stat(self.local_path()).st_size
         info = self._info()
@@ -111,7 +114,19 @@ class Location:
         return int(info["size"])
 
     def read_bytes(self, first: int = 0, length: int | None = None) -> bytes:
-        """The file's bytes from `first`, at most `length` of them; fewer at its end. Raises FileNotFoundError."""
+        """Read a part of the file.
+
+        Args:
+            first: Offset of the first byte.
+            length: Most bytes to read; None for all up to the end.
+
+        Returns:
+            The bytes; fewer than `length` where the file ends before.
+
+        Raises:
+            FileNotFoundError: There is no such file or object.
+            LocationError: The connection or its service failed.
+        """
         if self.is_local:
             with open(self.local_path(), "rb") as file:
                 file.seek(first)
@@ -123,7 +138,7 @@ class Location:
             return bytes(system.cat_file(path, start=first or None, end=None if length is None else first + length))
 
     def open_read(self) -> IO[bytes]:
-        """The file, open for reading, seekable; of a URL blocks are fetched as they are read."""
+        """The file, open for reading and seekable. Of a URL, blocks are fetched as they are read."""
         if self.is_local:
             return open(self.local_path(), "rb")
         with _remote(self.text):
@@ -151,9 +166,10 @@ class Location:
 
     @contextmanager
     def write(self) -> Iterator[IO[bytes]]:
-        """A file to write that appears here, in place of another, only when the block ends without an error.
+        """A file to write. It appears here, in place of an older one, only when the block ends without an error.
 
-        The block's OSErrors are taken for the file's: what it reads from elsewhere must have errors of its own.
+        An OSError that the block raises is treated as an error of this file. So whatever the block reads from elsewhere
+        must raise errors of other classes.
         """
         if self.is_local:
             with _local_file(self.local_path(), os.replace) as file:
@@ -169,7 +185,7 @@ class Location:
                 system.put_file(file.name, path)
 
     def create(self, data: bytes) -> None:
-        """Write a file that must not be there yet; of several writers one wins. Raises FileExistsError."""
+        """Write a file that must not exist yet; of several writers exactly one succeeds. Raises FileExistsError."""
         if self.is_local:
             with _local_file(self.local_path(), _publish_new) as file:
                 file.write(data)
@@ -179,7 +195,9 @@ class Location:
             system.pipe_file(path, data, mode="create")
 
     def _info(self) -> dict[str, Any] | None:
-        """fsspec's description (size, type); None where nothing is. Its own `exists` takes any error for "no"."""
+        """fsspec's description (size, type); None if nothing is there. fsspec's own `exists` answers "no" for any
+        error.
+        """
         with suppress(FileNotFoundError), _remote(self.text):
             system, path = _system(self.text)
             info: dict[str, Any] = system.info(path)
@@ -188,7 +206,7 @@ class Location:
 
 
 def require_descriptors(path: str, error: OSError) -> None:
-    """Raise DataError if `path` could not be opened because too many other files are open, which is no fault of its."""
+    """Raise DataError if `error`, met at opening `path`, means that too many other files are open."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise DataError(
@@ -198,7 +216,7 @@ def require_descriptors(path: str, error: OSError) -> None:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of fsspec whose errors are ours."""
+    """A file of fsspec that raises our own errors."""
 
     def __init__(self, text: str, file: IO[bytes]) -> None:
         self._text, self._file = text, file
@@ -241,7 +259,7 @@ def _system(text: str) -> tuple[Any, str]:
 
 @contextmanager
 def _remote(text: str) -> Iterator[None]:
-    """Errors of services as LocationError; those of one file, and our own, as they are."""
+    """Raise errors of services as LocationError; leave those of one file, and our own, as they are."""
     try:
         yield
     except (*_OF_THE_FILE, ConfigError, AssertionError):
@@ -256,7 +274,9 @@ def _remote(text: str) -> Iterator[None]:
 
 @contextmanager
 def _spooling(text: str) -> Iterator[None]:
-    """What goes wrong with the local file in which an object is put together is not the service's fault."""
+    """Name the local temporary folder in errors of the file in which an object is prepared: the service is not at
+    fault.
+    """
     try:
         yield
     except OSError as error:
@@ -270,7 +290,7 @@ def _spooling(text: str) -> Iterator[None]:
 def _local_file(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
     """A file that gets its name by `publish` once it is whole and on disk.
 
-    The temporary name holds host and process, so that twins of one task on two nodes never share it.
+    The temporary name holds host and process, so that two copies of one task on two nodes never share it.
     """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
@@ -287,10 +307,11 @@ def _local_file(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[I
 
 
 def _publish_new(temporary: Path, path: Path) -> None:
-    """Give a whole file its name, which nothing may have yet; raises FileExistsError.
+    """Give a whole file its name, which must not exist yet. Raises FileExistsError.
 
-    By a hard link, as every version of NFS has it; exFAT and some FUSE mounts have none, but most of them a rename that
-    replaces nothing. To open the name exclusively and write there would not do: killed half-way, it stays torn.
+    It uses a hard link, which every version of NFS has. exFAT and some FUSE mounts have none, but most of them have a
+    rename that replaces nothing. Opening the name exclusively and writing there is not enough: a killed process would
+    leave a torn file.
     """
     try:
         os.link(temporary, path)

@@ -1,7 +1,7 @@
 """Draws the demo's data set: pictures, LLaVA-style records for training and held out, and a tokenizer.
 
-Every picture is a pure function of (seed, split, number), so a data set repeats byte for byte on the same Pillow, and
-a larger one begins with the smaller one's pictures.
+Every picture is a pure function of (seed, split, number). So the same version of Pillow gives the same bytes again, and
+a larger data set begins with the pictures of a smaller one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ QUESTIONS = (
     "Read the number in the small print.",
     "What is the number on the page?",
 )
-"""Asked at random; the answer is the page's number, 00 to 99 with equal chances."""
+"""One of these is asked, at random. The answer is the page's number, 00 to 99 with equal chances."""
 _JPEG_QUALITY = 92
 
 
 def draw(output: Path, *, num_train: int, num_heldout: int, seed: int) -> None:
     """Write `output`/images/*.jpg, train.json, heldout.json and tokenizer.model.
 
-    Raises DataError if `output` already holds a data set or cannot be written.
+    Args:
+        output: Folder to create.
+        num_train: Training pictures.
+        num_heldout: Held-out pictures.
+        seed: Seed of pictures and texts.
+
+    Raises:
+        DataError: `output` already holds a data set, or cannot be written.
     """
     train, heldout = output / "train.json", output / "heldout.json"
     for path in (train, heldout):
@@ -52,7 +59,7 @@ def _draw_split(output: Path, split: str, count: int, seed: int) -> list[dict[st
 
 
 def _draw_one(output: Path, split: str, number: int, seed: int) -> dict[str, Any]:
-    """One picture, written; its record in LLaVA's form."""
+    """Write one picture, and return its record in LLaVA's form."""
     rng = random.Random(f"{seed}/{split}/{number}")
     name = f"{split}-{number:05d}"
     page = compose_page(rng)

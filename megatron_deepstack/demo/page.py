@@ -1,10 +1,10 @@
 """One page of the demo: grey words, coloured rules, and the same tiny number in about a quarter of the word places.
 
-A page is laid out on a lattice of patches of its high-res view, one word or number per patch, and painted larger, at a
-size and aspect ratio of its own; preprocessing brings it back to that lattice. A digit is then about 4 x 5 pixels in
-the crops, just legible. The global view has half or less of that resolution in at least one direction: there a digit
-is less than 2 pixels wide or less than 2.5 high, and the smallest digit fonts need 3 x 5. So the global view shows
-where there is print, not what it says.
+A page is laid out on the patches of its high-res view, one word or number per patch, and painted larger, at a size and
+aspect ratio of its own; preprocessing scales it back to those patches. A digit is then about 4 x 5 pixels in the crops,
+which can just be read. The global view has half of that resolution or less in at least one direction: there a digit is
+less than 2 pixels wide or less than 2.5 high, and the smallest digit fonts need 3 x 5. So the global view shows where
+text is printed, but not what it says.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _JITTER_PIXELS = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something filled: corners in cells (x to the right, y down) from the page's top left, and its colour."""
+    """A filled rectangle: its corners in cells (x to the right, y down) from the page's top left, and its colour."""
 
     box: tuple[float, float, float, float]
     colour: Colour
@@ -54,7 +54,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All that is on a page."""
+    """Everything that is on a page."""
 
     grid: Grid
     """Columns and rows of crops that its shape asks for."""
@@ -88,7 +88,7 @@ def lattice(grid: Grid) -> tuple[int, int]:
 
 
 def compose_page(rng: random.Random) -> Page:
-    """A random page; all of it follows from the state of `rng`."""
+    """A random page, which depends only on the state of `rng`."""
     (grid,) = rng.choices(list(GRID_SHARES), list(GRID_SHARES.values()))
     columns, rows = lattice(grid)
     cells = [(column, row) for row in range(rows) for column in range(columns)]
@@ -119,7 +119,7 @@ def paint_page(page: Page) -> Image.Image:
 
 
 def _size(rng: random.Random, grid: Grid) -> tuple[int, int]:
-    """A shape for which `grid` is the best fit; 1:2 must be exact, since any other grid holds more of 1:1.99."""
+    """A size for which `grid` is the best fit; 1:2 must be exact, since any other grid keeps more of 1:1.99."""
     short = round(VIEW_PIXELS * rng.uniform(2.5, 4.0))
     if grid == (2, 2):
         return 2 * short, round(2 * short * rng.uniform(0.93, 1.07))

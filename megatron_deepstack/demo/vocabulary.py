@@ -1,8 +1,8 @@
 """A small SentencePiece tokenizer of LLaMA's kind, trained on the demo's own conversations.
 
-Byte fallback makes any text encodable, digits stay single, <unk>, <s> and </s> are 0, 1 and 2, and padding has no id
-of its own, all as in LLaMA's. The words that the conversation template adds are learned as well: spelled out, the
-system line alone would cost a hundred tokens a sample.
+As in LLaMA's tokenizer, byte fallback makes any text encodable, each digit is a token, <unk>, <s> and </s> are 0, 1 and
+2, and padding has no id of its own. The words that the conversation template adds are learned as well: letter by
+letter, the system line alone would cost a hundred tokens in each sample.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ VOCABULARY_SIZE = 480
 
 
 def train_vocabulary(questions: Sequence[str], answers: Sequence[str]) -> bytes:
-    """Content of tokenizer.model. The same texts give the same bytes: no path or time enters the model."""
+    """Train the tokenizer. The same texts give the same bytes: no path or time enters the model.
+
+    Args:
+        questions: All questions of the data set.
+        answers: All answers of the data set.
+
+    Returns:
+        Content of tokenizer.model.
+    """
     spelling = SentencePieceTokenizer(_train([*questions, *answers], "char", None), "the demo's characters")
     prompts = [spelling.decode(encode_prompt(question, Template.V1, spelling).tolist()) for question in questions]
     return _train([*prompts, *answers], "bpe", VOCABULARY_SIZE)

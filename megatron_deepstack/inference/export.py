@@ -1,4 +1,4 @@
-"""`export`: a run's newest checkpoint, of any layout, gathered on one rank and written for others to load."""
+"""`export`: a run's newest checkpoint, of any layout, is gathered on one rank and written for others to load."""
 
 from __future__ import annotations
 
@@ -31,19 +31,25 @@ def export_run(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write the newest whole checkpoint of a run into the new folder `output`, and return it.
+    """Write the newest whole checkpoint of a run into a new folder.
 
-    Starts one rank of its own, which holds the whole model in memory.
+    This starts one rank, which holds the whole model in memory.
 
     Args:
         run_dir: The run folder.
         output: Folder to create.
         naming: Names of the tensors.
         overrides: Changes to the run's recipe, such as `data.tokenizer=...`.
-        say: Told what is about to be done.
+        say: Called with a line about what is about to be done.
+
+    Returns:
+        `output` as a path.
 
     Raises:
-        ConfigError, CheckpointError, DataError: Before the rank starts where that can be known by then.
+        ConfigError: An override or the variant does not allow it. This and the next two are raised before the rank
+            starts if they can be known by then.
+        CheckpointError: There is no usable checkpoint.
+        DataError: The tokenizer is missing, or `output` cannot be written.
         PreemptedError: It was asked to stop.
     """
     recipe = one_rank_recipe(run_dir, overrides)
@@ -58,12 +64,12 @@ def export_run(
 
 
 def one_rank_recipe(run_dir: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe a run was made with, for one rank; the run may lie elsewhere by now."""
+    """The recipe a run was made with, for one rank; the run may have been moved since."""
     return replace(recipe_of_run(run_dir, overrides), parallel=ParallelConfig())
 
 
 def export_on_rank(recipe: Recipe, output: str, naming: Naming, groups: Groups) -> None:
-    """Load and write on the only rank of `groups`."""
+    """Load the checkpoint and write it. To be called on the only rank of `groups`."""
     tokenizer = _tokenizer(recipe)
     model = merge_adapters(load_engine(recipe, groups).model)
     export_model(model, recipe.model, Path(output), naming, tokenizer)

@@ -1,7 +1,8 @@
-"""Greedy answers in any layout: pipeline, tensor and context parallel, by the training's own forward pass.
+"""Greedy answers in any layout (pipeline, tensor and context parallel), by the same forward pass as in training.
 
-Questions form micro-batches whose sequences have room for the answer from the start. Views are encoded and rows routed
-once; then each forward-only schedule adds one token to every answer. Right padding is invisible under a causal mask.
+Questions form micro-batches whose sequences have space for the answer from the start. Views are encoded and rows are
+routed once; then each forward-only schedule adds one token to every answer. Padding on the right has no effect under a
+causal mask.
 """
 
 from __future__ import annotations
@@ -31,10 +32,18 @@ def generate_answers(
     max_new_tokens: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[list[list[int]]]:
-    """Token ids of each answer, up to the first of `stop_ids`, by micro-batch and place.
+    """Answer questions. Collective over the replica: all its ranks must call this with the same questions.
 
-    `questions` are one replica's micro-batches, all of one size. Collective over the replica; every rank gets the
-    answers. `progress` is told the share of the work that is done, after each token.
+    Args:
+        engine: The model, ready for forward passes.
+        store: The store of the questions.
+        questions: Micro-batches of one replica, all of the same size.
+        stop_ids: Token ids that end an answer; at least one.
+        max_new_tokens: Longest answer.
+        progress: Called after each token with the share of the work that is done, 0 to 1.
+
+    Returns:
+        Token ids of each answer before the first of `stop_ids`, by micro-batch and place, on every rank.
     """
     model, place = engine.model_config, engine.groups
     planned = [[plan_question(q, store, model, max_new_tokens) for q in batch] for batch in questions]
@@ -64,7 +73,7 @@ def _until(row: np.ndarray, stop_ids: Sequence[int]) -> list[int]:
 
 
 def _choose(logits: list[torch.Tensor], positions: np.ndarray, groups: Groups) -> np.ndarray:
-    """Most likely token at `positions` (M, B), the same on every rank of the replica; logits are the last stage's."""
+    """The most likely token at `positions` (M, B), equal on all ranks of the replica; `logits` are the last stage's."""
     chosen = torch.zeros(positions.shape, dtype=torch.int64, device=local_device())
     for m, local_BSV in enumerate(logits):
         full_BSV = gather_sequence(local_BSV.transpose(0, 1), groups.decoder.cp).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Generating on this machine from one command: start the ranks, wait, and hand back the answers."""
+"""`generate` on this machine with one command: start the ranks, wait, and return the answers."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _STOPPED = "generate: stopped on request; nothing was written, the same command 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What `generate` did."""
+    """The result of `generate`."""
 
     store: str
     file: Path
-    """Where the answers are."""
+    """The file that holds the answers."""
     answers: list[Answer]
 
     @property
     def score(self) -> Score:
-        """Exact matches."""
+        """The number of exact matches."""
         return Score.of(self.answers)
 
     def document(self) -> dict[str, Any]:
-        """As one JSON document; `score` is null where no answer is known."""
+        """The result as one JSON document; `score` is null if no answer is known."""
         score = self.score
         known = {
             "correct": score.correct,
@@ -65,18 +65,23 @@ def generate(
     max_new_tokens: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> Answered:
-    """Answer the questions of a store with the run's newest checkpoint. Starts the ranks of one replica.
+    """Answer the questions of a store with the run's newest checkpoint. This starts the ranks of one replica.
 
     Args:
-        recipe: The run's, with overrides.
+        recipe: The run's recipe, with overrides.
         held_out: The run's own `data.validation_store`, before overrides.
-        store: Folder or URL of the questions; by default `data.validation_store`.
-        limit: Most questions to answer.
-        max_new_tokens: Longest answer.
-        say: Told what is about to be done.
+        store: Folder or URL of the questions; None takes `data.validation_store`.
+        limit: Most questions to answer; None for all.
+        max_new_tokens: Longest answer in tokens.
+        say: Called with a line about what is about to be done.
+
+    Returns:
+        The answers, and the file that holds them.
 
     Raises:
-        CheckpointError, StoreError, ConfigError: Before any rank starts.
+        CheckpointError: There is no checkpoint; this and the next two are raised before any rank starts if possible.
+        StoreError: The store is unusable or does not fit the run.
+        ConfigError: No store or no tokenizer is named.
         RankError: A rank failed.
         PreemptedError: It was asked to stop.
     """
@@ -98,7 +103,7 @@ def generate(
 
 
 def show(done: Answered) -> None:
-    """A table of the first answers, and the score, on stdout."""
+    """Print a table of the first answers, and the score, to stdout."""
     console, answers = Console(), done.answers
     table = Table(title=f"first {min(SHOWN, len(answers))} of {len(answers)} questions", title_justify="left")
     for heading in ("question", "answer", "expected", ""):

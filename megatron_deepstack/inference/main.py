@@ -1,4 +1,4 @@
-"""`generate` on one rank: load a run's newest checkpoint, answer a store's questions, score them."""
+"""`generate` on one rank: load a run's newest checkpoint, answer a store's questions, score the answers."""
 
 from __future__ import annotations
 
@@ -37,17 +37,19 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
     """Answer a store's questions with the newest whole checkpoint of `recipe.run_dir`. Collective over all ranks.
 
     Args:
-        recipe: The run's. One replica only: the number of ranks is tensor x context x pipeline.
+        recipe: The run's recipe. There is one replica only: the number of ranks is tensor x context x pipeline.
         store_path: Folder or URL of the store.
-        limit: Most questions to answer, from the first on; None for all.
-        max_new_tokens: Longest answer.
+        limit: Most questions to answer, from the first one; None for all.
+        max_new_tokens: Longest answer in tokens.
         file: Where rank 0 writes the answers.
 
     Returns:
         The answers, in the store's order, on every rank.
 
     Raises:
-        StoreError, CheckpointError, DataError: The store, the checkpoint or the file to write is not usable.
+        StoreError: The store is not usable.
+        CheckpointError: The checkpoint is not usable.
+        DataError: The file cannot be written.
     """
     from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
     from megatron_deepstack.platform.processes.process_group import join, leave
@@ -72,7 +74,20 @@ def answer_questions(
     limit: int | None,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Answer the first `limit` questions of an open store. Collective over the replica; all ranks get the answers."""
+    """Answer the questions of an open store. Collective over the replica.
+
+    Args:
+        recipe: The run's recipe.
+        engine: The model, ready for forward passes.
+        store: The open store.
+        tokenizer: The run's tokenizer.
+        store_path: Folder or URL of the store, which is recorded with each answer.
+        limit: Most questions to answer, from the first one; None for all.
+        max_new_tokens: Longest answer in tokens.
+
+    Returns:
+        The answers, in the store's order, on every rank.
+    """
     count = min(limit or len(store), len(store))
     questions = [read_question(store, index, tokenizer) for index in range(count)]
     stops = stop_ids(store.attributes.tokenizer["template"], tokenizer)
@@ -92,7 +107,19 @@ def answer_questions(
 
 
 def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
-    """A store of questions with the run's tokenizer, checked against each other. Raises StoreError, ConfigError."""
+    """Open a store of questions and the run's tokenizer, and check that they fit.
+
+    Args:
+        recipe: The run's recipe.
+        store_path: Folder or URL of the store.
+
+    Returns:
+        The store and the tokenizer.
+
+    Raises:
+        ConfigError: The recipe names no tokenizer.
+        StoreError: The store is unusable, or does not fit the model or the tokenizer.
+    """
     if recipe.data.tokenizer is None:
         raise ConfigError(["data.tokenizer: not set; `generate` needs it to write its answers"])
     cache = CacheConfig.of(recipe.data)
@@ -102,7 +129,7 @@ def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
 
 
 def require_checkpoint(recipe: Recipe) -> None:
-    """Raise CheckpointError if the run has no checkpoint. Reads none, so that it costs nothing before ranks start."""
+    """Raise CheckpointError if the run has no checkpoint. None is read, so this is quick before ranks start."""
     if not step_folders(recipe.run_dir):
         raise _no_checkpoint(recipe)
 
@@ -112,9 +139,19 @@ def _no_checkpoint(recipe: Recipe) -> CheckpointError:
 
 
 def load_engine(recipe: Recipe, groups: Groups) -> Engine:
-    """A run's newest whole checkpoint, ready for forward passes. Collective over all ranks.
+    """Load a run's newest whole checkpoint, ready for forward passes. Collective over all ranks.
 
-    Raises CheckpointError if there is none, or it holds another model. Newer ones that are damaged are named.
+    Rank 0 of the replica names newer checkpoints that are damaged, on stderr.
+
+    Args:
+        recipe: The run's recipe.
+        groups: The groups of this rank.
+
+    Returns:
+        The model on this rank, without gradients.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint, or it holds another model.
     """
     checkpoint, faults = newest_whole_together(recipe.run_dir)
     if checkpoint is None:
@@ -144,7 +181,7 @@ def load_engine(recipe: Recipe, groups: Groups) -> Engine:
 
 
 def _micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[list[Question]]:
-    """Equal micro-batches; the last question is repeated to fill them, and to a multiple of pp when interleaved."""
+    """Equal micro-batches. The last question is repeated to fill them, and up to a multiple of pp when interleaved."""
     size = min(MICRO_BATCH_SIZE, len(questions))
     number = -(-len(questions) // size)
     if parallel.virtual_pipeline > 1:

@@ -1,4 +1,4 @@
-"""Questions in a store: a sample up to its first learned token, and the answer expected there."""
+"""Questions in a store: a sample up to its first learned token, and the answer that is expected there."""
 
 from __future__ import annotations
 
@@ -26,13 +26,22 @@ class Question:
     text: str
     expected: str
     prompt: np.ndarray
-    """int32 (T,) tokens up to the answer, placeholders unopened."""
+    """int32 (T,) tokens up to the answer, with one IMAGE_TOKEN_ID per image."""
     images: tuple[int, ...]
-    """Images in the store."""
+    """Numbers of its images in the store."""
 
 
 def read_question(store: Store, index: int, tokenizer: Tokenizer) -> Question:
-    """The first question of a sample; what follows its answer is left out."""
+    """The first question of a sample; everything after its answer is left out.
+
+    Args:
+        store: The store.
+        index: The sample's number.
+        tokenizer: The store's tokenizer.
+
+    Returns:
+        The question, with the expected answer.
+    """
     sample = store.sample(index)
     learned = np.flatnonzero(sample.loss_mask)
     begin = int(learned[0]) if len(learned) else len(sample.tokens)
@@ -52,7 +61,17 @@ def read_question(store: Store, index: int, tokenizer: Tokenizer) -> Question:
 
 
 def plan_question(question: Question, store: Store, model: ModelConfig, max_new_tokens: int) -> PlannedSample:
-    """The prompt, opened, with room for the answer after it."""
+    """The prompt with its images expanded, and with space for the answer after it.
+
+    Args:
+        question: The question.
+        store: The store that holds its images.
+        model: Determines how many tokens an image takes.
+        max_new_tokens: Positions for the answer.
+
+    Returns:
+        The planned sample.
+    """
     grids = tuple(store.image(image).grid for image in question.images)
     room = np.zeros(max_new_tokens, np.int64)
     sequence = expand(

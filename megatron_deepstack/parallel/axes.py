@@ -1,7 +1,8 @@
-"""The parallel axes as arithmetic: which place a rank has on each.
+"""The parallel axes as arithmetic: the index of each rank on each axis.
 
-Axes in rank order, fastest first: tp, cp, dp, pp (Megatron-Core's default `tp-cp-ep-dp-pp`). Neither torch nor Megatron
-is needed for it, so a launcher can tell where ranks will stand before it has loaded either.
+The axes are, from the one that changes fastest with the rank: tp, cp, dp, pp (Megatron-Core's default
+`tp-cp-ep-dp-pp`). This module needs neither torch nor Megatron, so a launcher can compute the place of each rank before
+it has loaded them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron_deepstack.errors import LayoutError
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands on each axis."""
+    """The index of a rank on each axis, counted from 0."""
 
     tp: int
     cp: int
@@ -24,7 +25,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Sizes of the parallel axes; arithmetic between ranks, places and replicas."""
+    """The sizes of the parallel axes, and the arithmetic between ranks, places and replicas."""
 
     tp: int
     cp: int
@@ -37,22 +38,31 @@ class Axes:
         return self.tp * self.cp * self.dp * self.pp
 
     def place(self, rank: int) -> Place:
-        """Place of a global rank."""
+        """Return the place of a global rank."""
         rest, tp = divmod(rank, self.tp)
         rest, cp = divmod(rest, self.cp)
         pp, dp = divmod(rest, self.dp)
         return Place(tp=tp, cp=cp, dp=dp, pp=pp)
 
     def rank(self, place: Place) -> int:
-        """Global rank of a place."""
+        """Return the global rank of a place."""
         return place.tp + self.tp * (place.cp + self.cp * (place.dp + self.dp * place.pp))
 
     def replica_rank(self, *, tp: int, cp: int, pp: int) -> int:
-        """Rank within a replica: ascending global ranks of one dp index."""
+        """Return the rank within a replica, which follows the order of the global ranks with one dp index.
+
+        Args:
+            tp: Index on the tensor-parallel axis.
+            cp: Index on the context-parallel axis.
+            pp: Index on the pipeline axis.
+
+        Returns:
+            The rank, from 0 to tp x cp x pp - 1.
+        """
         return tp + self.tp * (cp + self.cp * pp)
 
     def replica_ranks(self, dp: int) -> list[int]:
-        """Global ranks of replica `dp`, in replica order."""
+        """Return the global ranks of the replica with index `dp`, in the order of the ranks within it."""
         return [
             self.rank(Place(tp=tp, cp=cp, dp=dp, pp=pp))
             for pp in range(self.pp)
@@ -62,7 +72,18 @@ class Axes:
 
 
 def axes_for(parallel: ParallelConfig, world_size: int) -> Axes:
-    """Axes of `world_size` ranks under a layout; raises LayoutError if the ranks do not divide into replicas."""
+    """Return the axes of a number of ranks under a layout.
+
+    Args:
+        parallel: The recipe's layout.
+        world_size: Number of all ranks.
+
+    Returns:
+        The axes; dp is the number of replicas.
+
+    Raises:
+        LayoutError: The ranks do not divide into whole replicas.
+    """
     replica = parallel.tensor * parallel.context * parallel.pipeline
     if world_size % replica:
         raise LayoutError(

@@ -1,6 +1,7 @@
 """Context parallelism's zigzag order: which positions a cp rank holds, and gathering a sequence over cp.
 
-Of 2 cp equal chunks of the sequence, rank i holds chunks i and 2 cp - 1 - i, which balances causal attention.
+A sequence is divided into 2 cp equal pieces. Rank i holds the pieces i and 2 cp - 1 - i, so that the work of causal
+attention is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ import torch.distributed as dist
 
 
 def zigzag(length: int, num_ranks: int, rank: int, device: torch.device | None = None) -> torch.Tensor:
-    """Global positions (length / num_ranks,) that `rank` holds of a sequence of `length`, in its local order."""
+    """Return the positions of a sequence that one cp rank holds.
+
+    Args:
+        length: Length of the whole sequence; a multiple of `2 * num_ranks` if there are several ranks.
+        num_ranks: Size of the context-parallel axis.
+        rank: Index on that axis.
+        device: Device of the result; torch's default if None.
+
+    Returns:
+        int64 (length / num_ranks,): positions in the whole sequence, in the order in which the rank holds them.
+    """
     if num_ranks == 1:
         return torch.arange(length, device=device)
     chunks = torch.arange(length, device=device).reshape(2 * num_ranks, -1)
@@ -20,7 +31,16 @@ def zigzag(length: int, num_ranks: int, rank: int, device: torch.device | None =
 
 
 def local_positions(local_length: int, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
-    """Global positions of this rank's `local_length` positions."""
+    """Return the positions in the whole sequence that this rank holds. No communication takes place.
+
+    Args:
+        local_length: Number of positions that this rank holds.
+        group: The context-parallel group.
+        device: Device of the result.
+
+    Returns:
+        int64 (local_length,), in the order in which the rank holds the positions.
+    """
     num_ranks = dist.get_world_size(group)
     return zigzag(local_length * num_ranks, num_ranks, dist.get_rank(group), device)
 
@@ -46,5 +66,15 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_sequence(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(S, ...) of this cp rank -> (S * cp, ...) in global order; gradients are summed over cp. Collective over cp."""
+    """Gather a whole sequence on every cp rank. Collective over cp, in the forward and in the backward pass.
+
+    Gradients flow: each rank gets the gradients of its own positions, summed over cp.
+
+    Args:
+        local: (S / cp, ...) this rank's positions, in zigzag order.
+        group: The context-parallel group.
+
+    Returns:
+        (S, ...) in the order of the whole sequence, the same on every cp rank.
+    """
     return _Gather.apply(local, group)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,7 +1,7 @@
-"""Megatron's process groups, and the two of our own: a replica's ranks, and the encoder's.
+"""Megatron's process groups, and two further ones: the ranks of a replica, and the groups of the encoder.
 
-A *replica* is the cp x pp x tp ranks with one dp index: they work on the same samples, and the stacks' rows travel
-among them. The encoder is replicated on all ranks of all replicas, so its gradients are reduced over the whole world.
+A *replica* is the cp x pp x tp ranks with one dp index. They work on the same samples and exchange the rows of stacks
+with each other. Every rank of every replica has a copy of the encoder, so its gradients are reduced over all ranks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from megatron_deepstack.platform.processes.process_group import DEFAULT_SECONDS
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """All process groups of a run, as this rank sees them."""
+    """The process groups of a run to which this rank belongs."""
 
     axes: Axes
     place: Place
+    """This rank's place on the axes."""
     replica: dist.ProcessGroup
-    """Ranks of this rank's replica, in replica order; the exchange of rows runs here and nothing else does."""
+    """The ranks of this rank's replica, in replica order. Only the exchange of rows uses this group."""
     encoder: ProcessGroupCollection
-    """The encoder's view of the world: data-parallel over all ranks, nothing else parallel."""
+    """The groups of the encoder: data-parallel over all ranks, and not parallel on any other axis."""
     decoder: ProcessGroupCollection
-    """Megatron's groups."""
+    """Megatron's groups, which the decoder uses."""
 
     @property
     def replica_rank(self) -> int:
@@ -39,10 +40,20 @@ class Groups:
 
 
 def create_groups(parallel: ParallelConfig, seed: int, timeout_seconds: float = DEFAULT_SECONDS) -> Groups:
-    """Create every group. Collective over all ranks, in the same order on each; Megatron's state becomes global.
+    """Create all process groups, and set Megatron's global state. Collective over all ranks.
 
-    `timeout_seconds` is the longest wait of a collective: each group has its own, and none takes it from another.
-    Replaces the groups of an earlier call, so that one set of ranks can try several layouts.
+    The groups replace those of an earlier call, so that one set of ranks can try several layouts.
+
+    Args:
+        parallel: The recipe's layout.
+        seed: Seed of Megatron's random states, which differ between tensor-parallel ranks.
+        timeout_seconds: Longest wait of a collective. It is given to each group, since groups do not inherit it.
+
+    Returns:
+        The groups of this rank.
+
+    Raises:
+        LayoutError: The ranks do not divide into whole replicas.
     """
     timeout = timedelta(seconds=timeout_seconds)
     axes = axes_for(parallel, dist.get_world_size())
@@ -78,7 +89,7 @@ def _replica_group(axes: Axes, place: Place, timeout: timedelta) -> dist.Process
 
 
 def _encoder_groups(timeout: timedelta) -> ProcessGroupCollection:
-    """Every rank in one data-parallel group; a group of one for every other axis."""
+    """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis."""
     world_size = dist.get_world_size()
     world = dist.new_group(range(world_size), timeout=timeout)
     alone = None

@@ -1,8 +1,8 @@
-"""One time for all ranks: how far each rank's monotonic clock is from rank 0's.
+"""A common time for all ranks: the difference between each rank's monotonic clock and that of rank 0.
 
-Processes of one machine share the clock (`time.perf_counter_ns` is CLOCK_MONOTONIC on Linux), so nothing is estimated.
-Otherwise all ranks meet at a barrier several times and read their clocks behind it: they leave it within its own
-latency of each other, and the median over meetings is taken.
+Processes of one machine share the clock (`time.perf_counter_ns` is CLOCK_MONOTONIC on Linux), so their difference is 0.
+Otherwise all ranks pass a barrier several times and read their clocks after it. They leave the barrier at about the
+same time, within its latency, and the median of the differences is taken.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class Offset:
-    """What to subtract from a rank's clock to get rank 0's."""
+    """The number of nanoseconds to subtract from a rank's clock to get the clock of rank 0."""
 
     ns: int
     spread_ns: int
-    """Half the range of the estimates; 0 on one machine."""
+    """Half the range of the estimates, in nanoseconds; 0 on one machine."""
 
 
 def clock_offsets() -> list[Offset]:
-    """The offset of each rank, in rank order. Collective over all ranks."""
+    """Measure the offset of each rank's clock. Collective over all ranks.
+
+    Returns:
+        The offsets in rank order, the same on every rank.
+    """
     machines: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(machines, _BOOT_ID.read_text() if _BOOT_ID.exists() else None)
     if machines[0] is not None and len(set(machines)) == 1:
@@ -40,7 +44,7 @@ def clock_offsets() -> list[Offset]:
 
 
 def _meet() -> list[list[int]]:
-    """Readings of every rank's clock, one behind each barrier."""
+    """Read every rank's clock after each of several barriers; the result is `readings[rank][barrier]`."""
     readings = []
     for _ in range(_MEETINGS):
         dist.barrier()
@@ -52,7 +56,14 @@ def _meet() -> list[list[int]]:
 
 
 def offsets_of(readings: Sequence[Sequence[int]]) -> list[Offset]:
-    """Offsets from readings taken at the same moments: `readings[rank][meeting]`."""
+    """Compute offsets from clock readings.
+
+    Args:
+        readings: Nanoseconds, as `readings[rank][moment]`. All ranks have read their clock at the same moments.
+
+    Returns:
+        The offset of each rank, in rank order.
+    """
     offsets = []
     for mine in readings:
         apart = [ours - first for ours, first in zip(mine, readings[0], strict=True)]

@@ -1,4 +1,4 @@
-"""A small all-reduce between two processes, to try the link between their machines before a run depends on it."""
+"""A small all-reduce between two processes, to test the link between their machines before a run depends on it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ _NUM_VALUES = 1 << 18
 
 
 def try_link(rank: int, address: str, port: int, timeout_seconds: float) -> float:
-    """All-reduce 1 MiB between rank 0 and rank 1, who meet in the store at `address`; returns its seconds.
+    """Measure an all-reduce of 1 MiB between two processes. Both must call it, in no other process group.
 
-    Joins and leaves a process group of its own, on the backend that training would take. Raises what torch raises where
-    there is no way through, and ArithmeticError where the sum is wrong.
+    The two processes form a process group for this call, with the backend that training would use.
+
+    Args:
+        rank: 0 in one of the two processes, 1 in the other.
+        address: Host of a `TCPStore` server that both processes can reach.
+        port: Its port.
+        timeout_seconds: Longest wait for the server and for the other process.
+
+    Returns:
+        Seconds of the second all-reduce; the first one opens the connections.
+
+    Raises:
+        RuntimeError: torch found no connection; its subclass torch.distributed.DistError included.
+        ArithmeticError: The sum is wrong.
     """
     device = select_device()
     store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds))

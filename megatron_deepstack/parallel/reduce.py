@@ -1,4 +1,4 @@
-"""Sums over ranks: the step's loss and token count, which exist on last stages only."""
+"""Sums and other reductions over ranks, such as the loss and the token count, which only last stages have."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from megatron_deepstack.platform.compute.device import local_device
 
 
 def sum_over_run(value: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Sum over pp, cp and dp of a tensor that is zero except on last stages; the same on every rank afterwards.
+    """Sum a tensor over pp, cp and dp. Collective over all ranks.
 
-    Tensor-parallel ranks hold copies, so they are not summed. Collective over all ranks; in place, returns `value`.
+    Tensor-parallel ranks hold equal copies, so they are not summed.
+
+    Args:
+        value: Any shape and dtype; zero on all stages except the last. It is changed in place.
+        groups: The groups of the run.
+
+    Returns:
+        `value`, which is then the same on every rank.
     """
     dist.all_reduce(value, group=groups.decoder.pp)
     dist.all_reduce(value, group=groups.decoder.dp_cp)
@@ -23,7 +30,16 @@ def sum_over_run(value: torch.Tensor, groups: Groups) -> torch.Tensor:
 
 
 def loss_and_tokens(losses: list[torch.Tensor], num_tokens: int, groups: Groups) -> tuple[float, int]:
-    """Sum of token losses and number of targets of the whole step, float64. Collective over all ranks."""
+    """Sum the losses and the targets of a whole step in float64. Collective over all ranks.
+
+    Args:
+        losses: Scalars: the sum of token losses of each of this rank's micro-batches; empty except on last stages.
+        num_tokens: Number of targets of these micro-batches; 0 except on last stages.
+        groups: The groups of the run.
+
+    Returns:
+        The sum of token losses and the number of targets, the same on every rank.
+    """
     both = torch.zeros(2, dtype=torch.float64, device=local_device())
     for loss in losses:
         both[0] += loss.double()
@@ -33,24 +49,40 @@ def loss_and_tokens(losses: list[torch.Tensor], num_tokens: int, groups: Groups)
 
 
 def share_from_last_stage(value: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Give every stage what the last one has; `value` is zero elsewhere. Collective over pp; in place."""
+    """Give every stage the value of the last stage. Collective over pp.
+
+    Args:
+        value: Any shape and dtype; zero on all stages except the last. It is changed in place.
+        groups: The groups of the run.
+
+    Returns:
+        `value`, which then has the last stage's content on every stage.
+    """
     dist.all_reduce(value, group=groups.decoder.pp)
     return value
 
 
 def gather_last_dim(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(..., n) of each rank to (..., n * ranks), in rank order; no gradient. Collective over `group`."""
+    """Concatenate the tensors of all ranks along their last dimension. Collective over `group`; no gradient flows.
+
+    Args:
+        local: (..., n) this rank's tensor; shape and dtype are the same on all ranks.
+        group: The ranks.
+
+    Returns:
+        (..., n * ranks), in rank order.
+    """
     shards = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, local.contiguous(), group=group)
     return torch.cat(shards, dim=-1)
 
 
 def sum_over_replicas(values: Sequence[float]) -> list[float]:
-    """Sum of numbers that every rank of a replica knows alike, over replicas. Collective over dp.
+    """Sum numbers over replicas. Collective over dp; all ranks of a replica give the same numbers.
 
     Args:
-        values: Counts or FLOPs of this replica. The FLOPs of a large step pass the range of 64-bit whole numbers, so
-            all are summed as float64, which is exact for counts up to 2^53.
+        values: Counts or FLOPs of this replica. The FLOPs of a large step exceed the range of 64-bit whole numbers, so
+            all values are summed as float64, which is exact for counts up to 2^53.
 
     Returns:
         The sums, in the same order.
@@ -61,14 +93,29 @@ def sum_over_replicas(values: Sequence[float]) -> list[float]:
 
 
 def sum_over_model(values: list[int], groups: Groups) -> list[int]:
-    """Sum of numbers over the shards and stages of one model. Collective over tp and pp."""
+    """Sum whole numbers over the ranks that hold the parts of one model. Collective over tp and pp.
+
+    Args:
+        values: This rank's numbers, summed as int64; equally many on all ranks.
+        groups: The groups of the run.
+
+    Returns:
+        The sums, in the same order.
+    """
     totals = torch.tensor(values, dtype=torch.int64, device=local_device())
     dist.all_reduce(totals, group=groups.decoder.mp)
     return [int(total) for total in totals]
 
 
 def start_lowest_over_ranks(value: int) -> Callable[[], int]:
-    """Begin to find the lowest of every rank's `value`, which the result waits for. Collective over all ranks."""
+    """Start to find the lowest value of all ranks, without waiting for it. Collective over all ranks.
+
+    Args:
+        value: This rank's whole number, within 64 bits.
+
+    Returns:
+        A function that waits for the lowest value and returns it.
+    """
     lowest = torch.tensor([value], dtype=torch.int64, device=local_device())
     work = dist.all_reduce(lowest, op=dist.ReduceOp.MIN, async_op=True)
 
@@ -81,14 +128,14 @@ def start_lowest_over_ranks(value: int) -> Callable[[], int]:
 
 
 def of_every_rank(text: str) -> list[str]:
-    """Every rank's `text`, in rank order. Collective over all ranks; for rare, short messages."""
+    """Return the texts of all ranks in rank order. Collective over all ranks; meant for rare and short messages."""
     texts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(texts, text)
     return texts
 
 
 def from_first_rank(text: str) -> str:
-    """Rank 0's `text`. Collective over all ranks."""
+    """Return the text of rank 0 on every rank. Collective over all ranks."""
     texts = [text]
     dist.broadcast_object_list(texts, src=0, device=local_device())
     return texts[0]

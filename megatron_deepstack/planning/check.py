@@ -1,8 +1,8 @@
-"""What the stage plan and the number of ranks demand of a recipe; before any process starts.
+"""What the stage plan and the number of ranks require of a recipe, checked before any process starts.
 
-`config.check` knows a recipe's fields; this file adds the rules that need the plan made from them: every slot in
-the model, every layer in one stage, the encoder beside its slots if it runs inline, and ranks and batches that come
-out even. Pure arithmetic, the same on every rank.
+`config.check` knows the fields of a recipe. This module adds the rules that need the plan made from them: every slot is
+in the model, every layer is in one stage, the encoder is on the stage of its slots if it runs inline, and the numbers
+of ranks and samples divide evenly. The rules are pure arithmetic with the same result on every rank.
 """
 
 from __future__ import annotations
@@ -33,24 +33,52 @@ from megatron_deepstack.planning.slots import decoder_slots, layers_per_chunk, s
 
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """As `load_recipe`, with the plan's problems reported in the same go."""
+    """Load a recipe as `load_recipe` does, and check its plan at the same time.
+
+    Args:
+        path: A YAML file, or the bare name of a recipe of the package.
+        overrides: Each `section.field=value`, applied in order.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ConfigError: There are problems in the file, the overrides, the values or the plan. The error holds all of them.
+    """
     recipe, problems = read_recipe(path, overrides)
     return checked(recipe, problems)
 
 
 def checked(recipe: Recipe, problems: list[Problem]) -> Recipe:
-    """The recipe, if it has no problems and none of its plan either; else raises them all at once."""
+    """Check the plan of a recipe, and report its problems together with those that are already known.
+
+    Args:
+        recipe: The recipe.
+        problems: Its problems that are already known.
+
+    Returns:
+        The same recipe, if there are no problems.
+
+    Raises:
+        ConfigError: There are problems. If all problems are of one subclass, that class is raised.
+    """
     raise_problems(problems + without_echoes(find_plan_problems(recipe), problems))
     return recipe
 
 
 def check_plan(recipe: Recipe) -> None:
-    """Raise SlotError, LayoutError, or ConfigError for both, unless every stack reaches a layer in the layout."""
+    """Check the plan of a recipe that has no other problems.
+
+    Raises:
+        SlotError: A stack has no layer.
+        LayoutError: The layout does not fit the model.
+        ConfigError: There are problems of several kinds.
+    """
     raise_problems(find_plan_problems(recipe))
 
 
 def find_plan_problems(recipe: Recipe) -> list[Problem]:
-    """All problems of slots and stages; of model and layout's numbers alone where they allow no plan."""
+    """Return all problems of slots and stages, or, if numbers of model or layout allow no plan, only their problems."""
     unfit = [problem for problem in out_of_range(recipe) if problem.paths[0].startswith(("model.", "parallel."))]
     if unfit:
         return unfit
@@ -66,7 +94,7 @@ def find_plan_problems(recipe: Recipe) -> list[Problem]:
 
 
 def _problems_of(error: ConfigError, *paths: str) -> Iterator[Problem]:
-    """The messages of an error of `planning.slots`, which begin with a path, as problems of these fields."""
+    """Turn the messages of an error of `planning.slots`, which begin with a path, into problems of other fields."""
     for message in error.problems:
         yield Problem(paths=paths, text=message.partition(": ")[2], kind=type(error))
 
@@ -93,7 +121,7 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _recompute(recipe: Recipe) -> Iterator[Problem]:
-    """Uniform recomputation walks a chunk in groups; megatron-core 0.16 walks past the end of one that is not full."""
+    """Uniform recomputation handles a chunk in groups. megatron-core 0.16 fails if the last group is not full."""
     parallel = recipe.parallel
     if parallel.recompute is not Recompute.FULL or parallel.recompute_method is not RecomputeMethod.UNIFORM:
         return
@@ -109,7 +137,7 @@ def _recompute(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _idle_stages(recipe: Recipe) -> Iterator[Problem]:
-    """A stage that holds nothing of a trained decoder has no optimizer for it, and the others would wait for it."""
+    """A stage without any part of a trained decoder has no optimizer for it, and the other stages would wait for it."""
     if Part.LANGUAGE not in recipe.train.trainable or recipe.lora.rank:
         return
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
@@ -125,7 +153,7 @@ def _idle_stages(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _adapters(recipe: Recipe) -> Iterator[Problem]:
-    """Under LoRA a stage without layers has nothing that learns, and would miss where the optimizers meet."""
+    """Under LoRA a stage without layers has nothing to train, so the optimizers of other stages would wait for it."""
     if recipe.lora.rank and 0 in layers_per_chunk(recipe.model.language.num_layers, recipe.parallel):
         yield Problem(
             paths=("lora.rank", "parallel.layers_per_stage"),
@@ -135,7 +163,7 @@ def _adapters(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _fp8(recipe: Recipe) -> Iterator[Problem]:
-    """Products in 8 bits take matrices whose sides are multiples of 16 on every tensor-parallel rank, 32 in MXFP8."""
+    """Matrix products in 8 bits need sides that are multiples of 16 on every tensor-parallel rank, of 32 with MXFP8."""
     train, language, parallel = recipe.train, recipe.model.language, recipe.parallel
     if train.precision is not Precision.FP8:
         return
@@ -179,12 +207,20 @@ def _inline(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
-    """Raise LayoutError unless `world_size` ranks hold whole replicas of the model with even batches."""
+    """Check that a number of ranks fits a recipe.
+
+    Args:
+        recipe: A recipe whose plan has no problems.
+        world_size: Number of all ranks.
+
+    Raises:
+        LayoutError: The ranks do not hold whole replicas, or the batch does not divide evenly over them.
+    """
     raise_problems(list(_world(recipe, world_size)))
 
 
 def model_ranks(parallel: ParallelConfig) -> int:
-    """Ranks of one replica of the model."""
+    """Return the number of ranks of one replica of the model."""
     return parallel.tensor * parallel.pipeline * parallel.context
 
 
@@ -204,7 +240,7 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 
 
 def _batches(recipe: Recipe, num_replicas: int) -> Iterator[Problem]:
-    """Micro-batches per replica and step must be a whole number, of rounds too if chunks interleave."""
+    """Each replica needs a whole number of micro-batches, and of rounds over the stages if chunks interleave."""
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     interleaved = recipe.parallel.virtual_pipeline > 1
     unit = micro * num_replicas * (recipe.parallel.pipeline if interleaved else 1)
@@ -222,7 +258,7 @@ def _batches(recipe: Recipe, num_replicas: int) -> Iterator[Problem]:
 
 
 def _other_layout(recipe: Recipe, world_size: int) -> str:
-    """The layout nearest to the recipe's that fits `world_size` ranks, in words; empty if there is none."""
+    """Name the layout for `world_size` ranks that is nearest to the recipe's; return an empty text if there is none."""
     candidates = [layout for layout in _layouts(recipe.parallel, world_size) if _fits(recipe, layout, world_size)]
     if not candidates:
         return ""
@@ -252,7 +288,7 @@ def _fits(recipe: Recipe, layout: ParallelConfig, world_size: int) -> bool:
 
 
 def _distance(wanted: ParallelConfig, other: ParallelConfig) -> float:
-    """How far apart two layouts are, in doublings; changing context costs most, as it changes memory least."""
+    """Distance of two layouts in doublings. A change of context counts twice, since it changes memory least."""
     return (
         abs(log2(wanted.tensor / other.tensor))
         + abs(log2(wanted.pipeline / other.pipeline))

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, each in a line: what it is, which model, and what it was laid out for."""
+"""A summary of the recipes in the package: what each is for, its model, and the machines it was made for."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _MADE_FOR: Final = re.compile(r"(Eight H100|[A-Z]\w+ H100|two processes without 
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """One recipe of the package."""
+    """The summary of one recipe of the package."""
 
     name: str
+    """Name under which it can be loaded."""
     about: str
     """The first sentence of its file."""
     variant: str
     parameters: int
-    """Of the whole model."""
+    """Number of parameters of the whole model."""
     made_for: str
-    """Machines that its layout was chosen for, in the words of its file; empty where that says none."""
+    """Machines for which its layout was chosen, in the words of its file; empty if the file names none."""
     layout: str
-    """Ranks of one replica by axis, such as `TP 2 x PP 4`."""
+    """Number of ranks of one replica on each axis, such as `TP 2 x PP 4`."""
     ranks_per_replica: int
 
 
 def shipped_recipes() -> list[Shipped]:
-    """All of them, by name."""
+    """Load all recipes of the package and summarise them, in the order of their names."""
     return [_shipped(file.stem) for file in sorted(RECIPES.glob("*.yaml"))]
 
 
@@ -52,7 +53,7 @@ def _shipped(name: str) -> Shipped:
 
 
 def _opening_comment(name: str) -> str:
-    """The lines of comment at the top of a recipe's file, as one text."""
+    """Return the comment at the top of a recipe's file as one text."""
     lines = []
     for line in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

@@ -1,8 +1,8 @@
 """Which chunk of the pipeline owns which decoder layer, and therefore which stack.
 
-A *slot* is the 0-based global decoder layer before whose input a stack is added. The base visual tokens have the
-slot `EMBEDDING`: they take the placeholders' place in the output of the word embedding. Everything here is pure
-arithmetic that every rank repeats with the same result.
+A *slot* is the 0-based global decoder layer to whose input a stack is added. The base visual tokens have the slot
+`EMBEDDING`: they replace the placeholders in the output of the word embedding. Everything here is pure arithmetic that
+every rank repeats with the same result.
 """
 
 from __future__ import annotations
@@ -32,29 +32,28 @@ class Chunk:
     stop: int
     """One past the last decoder layer; equal to `first` if the chunk holds none."""
     has_embedding: bool
-    """The word embedding is here, and with it the slot `EMBEDDING`."""
+    """Whether the chunk has the word embedding, and with it the slot `EMBEDDING`."""
     has_head: bool
-    """Final norm, output layer and loss are here."""
+    """Whether the chunk has the final norm, the output layer and the loss."""
 
     def owns(self, slot: int) -> bool:
-        """Whether rows of this slot are added here."""
+        """Whether rows of this slot are added in this chunk."""
         return self.has_embedding if slot == EMBEDDING else self.first <= slot < self.stop
 
 
 def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None = None) -> tuple[int, ...]:
-    """Layer of each stack, in stack order (paper, algorithm 1; published default 1, 2, 3, 4).
+    """Return the layer of each stack, in stack order (paper, algorithm 1; the published default is 1, 2, 3, 4).
 
     Args:
-        stacks: The recipe's section.
-        num_layers: Layers of the decoder.
-        num_stacks: Number of stacks; `stacks.num_crops`, one for each crop, if absent.
+        stacks: The section `model.stacks` of the recipe.
+        num_layers: Number of layers of the decoder.
+        num_stacks: Number of stacks; None means `stacks.num_crops`, one for each crop.
 
     Returns:
         0-based global layers, one for each stack.
 
     Raises:
-        SlotError: A slot lies outside the decoder, or `stacks.slots` is not of that length: a stack is never dropped
-            silently.
+        SlotError: A slot is outside the decoder, or `stacks.slots` has another length. No stack is left out silently.
     """
     wanted = stacks.num_crops if num_stacks is None else num_stacks
     slots = stacks.slots
@@ -78,7 +77,7 @@ def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None 
 
 
 def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
-    """Slots of the decoder's stacks; empty for variants that inject nothing into the decoder.
+    """Return the slots of the decoder's stacks; empty for variants that add no stacks in the decoder.
 
     Raises:
         SlotError: A stack has no layer, see `stack_slots`.
@@ -89,7 +88,7 @@ def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
 
 
 def num_decoder_stacks(model: ModelConfig) -> int:
-    """Stacks per context row: one for each crop, or for each of the 2x2 high-res crops that a context view has."""
+    """Return the number of stacks in the decoder: one for each crop, or for each high-res crop of a context view."""
     traits = model.variant.traits
     if not traits.stacks_in_decoder:
         return 0
@@ -97,10 +96,17 @@ def num_decoder_stacks(model: ModelConfig) -> int:
 
 
 def layers_per_chunk(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Decoder layers of each chunk in model order (chunk `v * pipeline + p`), even unless the recipe says otherwise.
+    """Return the number of decoder layers of each chunk: equal numbers, unless the recipe sets `layers_per_stage`.
+
+    Args:
+        num_layers: Number of layers of the decoder.
+        parallel: The layout.
+
+    Returns:
+        The numbers in model order: chunk `v * pipeline + p` is virtual stage v of stage p.
 
     Raises:
-        LayoutError: The layers do not split evenly, or the recipe's counts do not fit.
+        LayoutError: The layers do not split evenly, or the numbers in the recipe do not fit.
     """
     num_chunks = parallel.pipeline * parallel.virtual_pipeline
     if parallel.layers_per_stage is not None:
@@ -127,13 +133,24 @@ def layers_per_chunk(num_layers: int, parallel: ParallelConfig) -> tuple[int, ..
 
 
 def _nearly_even(num_layers: int, num_chunks: int) -> list[int]:
-    """Counts that differ by at most one, the larger ones away from the first chunk."""
+    """Return counts that differ by at most one, with the larger counts in the last chunks."""
     small, rest = divmod(num_layers, num_chunks)
     return [small + (index >= num_chunks - rest) for index in range(num_chunks)]
 
 
 def stage_chunks(num_layers: int, parallel: ParallelConfig) -> tuple[Chunk, ...]:
-    """All chunks in model order; chunk `v * pipeline + p` lives on stage p as virtual stage v."""
+    """Divide the decoder into chunks.
+
+    Args:
+        num_layers: Number of layers of the decoder.
+        parallel: The layout.
+
+    Returns:
+        All chunks in model order: chunk `v * pipeline + p` is virtual stage v of stage p.
+
+    Raises:
+        LayoutError: The layers do not fit the layout, see `layers_per_chunk`.
+    """
     counts = layers_per_chunk(num_layers, parallel)
     chunks, first = [], 0
     for index, count in enumerate(counts):
@@ -153,15 +170,30 @@ def stage_chunks(num_layers: int, parallel: ParallelConfig) -> tuple[Chunk, ...]
 
 
 def chunk_slots(chunk: Chunk, slots: Sequence[int]) -> tuple[int, ...]:
-    """The distinct decoder slots that lie in this chunk, ascending; `EMBEDDING` is not among them."""
+    """Select the decoder slots that are in a chunk.
+
+    Args:
+        chunk: The chunk.
+        slots: Slots of all stacks; several stacks may have the same slot.
+
+    Returns:
+        The distinct slots in ascending order, without `EMBEDDING`.
+    """
     return tuple(sorted({slot for slot in slots if slot != EMBEDDING and chunk.owns(slot)}))
 
 
 def owner(slot: int, chunks: Sequence[Chunk]) -> int:
-    """Index into `chunks` of the one that adds this slot's rows.
+    """Find the chunk that adds the rows of a slot.
+
+    Args:
+        slot: A decoder layer, or `EMBEDDING`.
+        chunks: All chunks of the model.
+
+    Returns:
+        The index of the chunk in `chunks`.
 
     Raises:
-        SlotError: None of them does.
+        SlotError: No chunk adds them.
     """
     for index, chunk in enumerate(chunks):
         if chunk.owns(slot):

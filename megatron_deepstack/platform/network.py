@@ -1,4 +1,4 @@
-"""Network interfaces: which one carries an address."""
+"""Network interfaces: which of them has a given address."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import psutil
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface that holds `address`; None if no one does, as behind a translated address.
+    """Return the name of the network interface that has an address.
 
-    gloo left to itself takes what the host name resolves to, which on many machines is the loopback address, and finds
-    no way to other nodes.
+    Without a named interface, gloo uses the address to which the host name resolves. On many machines that is the
+    loopback address, from which no other node can be reached.
+
+    Args:
+        address: An IPv4 or IPv6 address.
+
+    Returns:
+        The name; None if no interface has the address, for example because it is translated (NAT).
     """
     wanted = ipaddress.ip_address(address)
     for name, addresses in psutil.net_if_addrs().items():

@@ -1,7 +1,7 @@
-"""Progress of long work: what is done, how far it is and how long it still takes.
+"""Showing the progress of long work: how much is done, and how long the rest will take.
 
-On a terminal this is a bar; in a file or a pipe a plain line every few seconds. It goes to stderr, so that stdout holds
-results only.
+On a terminal a bar is shown; in a file or a pipe a plain line is written every few seconds. Both go to stderr, so that
+stdout holds only results.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SECONDS_BETWEEN_LINES: Final = 5.0
 
 
 class WorkProgress:
-    """Progress through `total` units of work. Used as a context manager; on ranks that say nothing, `quiet`."""
+    """The progress of work with a known amount, as a context manager. Ranks that must print nothing set `quiet`."""
 
     def __init__(
         self, verb: str, total: float, unit: str, *, console: Console | None = None, quiet: bool = False
     ) -> None:
         """Args:
         verb: First word of each line, such as `generate`.
-        total: How much there is to do.
+        total: The amount of work.
         unit: What is counted, in the plural; `bytes` are shown as MB and GB.
-        console: Where to write; stderr by default.
+        console: Where to write; stderr if None.
         quiet: Write nothing.
         """
         self.verb, self.total, self.unit = verb, total, unit
@@ -54,7 +54,7 @@ class WorkProgress:
             self._bar.stop()
 
     def at(self, done: float) -> None:
-        """Show that `done` of the units are done; parts of one count."""
+        """Show that the amount `done` is done; it may be a fraction."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=self.total, state=self.state(done))
@@ -63,7 +63,7 @@ class WorkProgress:
             self._console.print(Text(f"{self.verb}: {self.state(done)}"), soft_wrap=True)
 
     def state(self, done: float) -> str:
-        """How far, and how long it still takes at the mean speed so far."""
+        """Say how much is done, and how long the rest takes at the mean speed until now."""
         spent = time.monotonic() - self._started
         left = f"{clock(spent / done * (self.total - done))} left" if done else "time left not known yet"
         return f"{count(done, self.unit)} of {count(self.total, self.unit)} {self.unit}, {left}".replace(" bytes,", ",")

@@ -1,4 +1,4 @@
-"""`report RUN RUN...`: several runs beside each other on one page: losses, speed, scores, and where recipes differ."""
+"""`report RUN RUN...`: several runs on one page, with losses, speed, scores, and where recipes differ."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is read of one run."""
+    """What is read from one run."""
 
     label: str
-    """Its name, with the folder's where runs share a name."""
+    """The run's name; with the folder's name added if several runs have the same name."""
     colour: str
     recipe: Recipe
     metrics: Metrics
@@ -42,7 +42,19 @@ class Run:
 
 
 def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write the page to `output`, or into the first run's folder. Raises ConfigError if one is no run folder."""
+    """Write one page that compares several runs.
+
+    Args:
+        runs: Folders of runs.
+        output: File to write; None writes into the first run's folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: A folder is not the folder of a run.
+        DataError: A run is named twice, or the file cannot be written.
+    """
     for run in runs:
         require_run(run)
     if len({run.resolve() for run in runs}) < len(runs):
@@ -88,7 +100,7 @@ def _dot(run: Run) -> Markup:
 
 
 def _results(runs: Sequence[Run]) -> Markup:
-    """One row a run."""
+    """A table with one row for each run."""
     columns: list[tuple[str, Callable[[Run], str]]] = [
         ("steps", lambda run: f"{run.metrics.records[-1]['step'] if run.metrics.records else 0}"),
         ("last mean loss", lambda run: _number(_last(running_mean(run.metrics.series("loss"))))),
@@ -166,7 +178,7 @@ def _mean_seconds(metrics: Metrics) -> dict[str, float]:
 
 
 def _timelines(runs: Sequence[Run]) -> list[Markup]:
-    """The first recorded step of each run that has any, to one scale."""
+    """The first recorded step of each run that has any, all to the same scale."""
     chosen = [(run, run.timelines[0]) for run in runs if run.timelines]
     if not chosen:
         return []

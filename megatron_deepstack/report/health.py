@@ -1,4 +1,4 @@
-"""What went wrong in a run and what came of it: steps left out, spikes, unreadable samples, slow ranks, resumptions."""
+"""Unusual events of a run: steps left out, spikes, unreadable samples, slow ranks, resumptions, stalls."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_deepstack.report.records import Metrics
 _MOST_EVENTS = 60
 _MOST_SAMPLES = 12
 _SHOWN_STALL = 0.01
-"""Seconds in all from which stalls are worth a sentence."""
+"""The page mentions stalls if they took at least this many seconds together."""
 _LONG_STALL = 0.5
-"""Stalls are listed from this share of a step's time on."""
+"""A stall is listed if it took more than this share of its step's time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something out of the ordinary at one step."""
+    """An unusual event at one step."""
 
     step: int
     kind: str
@@ -29,7 +29,7 @@ class Event:
 
 
 def events(metrics: Metrics) -> list[Event]:
-    """All of them, in order of steps."""
+    """All unusual events of a run, in order of steps."""
     return [event for record in metrics.records for event in _events_of(record, record["step"] in metrics.resumed_at)]
 
 
@@ -40,7 +40,7 @@ def _events_of(record: Mapping[str, Any], resumed: bool) -> Iterator[Event]:
     if record.get("applied") is False:
         loss = record.get("loss")
         what = "loss" if isinstance(loss, float) and not math.isfinite(loss) else "gradient"
-        because = str(record.get("skipped_because") or f"{what} not finite")  # older records do not say it
+        because = str(record.get("skipped_because") or f"{what} not finite")  # older records lack the reason
         yield Event(step, "left out", f"{because}{samples}")
     if record.get("spike"):
         yield Event(step, "spike", f"loss {record.get('loss', math.nan):.4g}{samples}")
@@ -62,7 +62,7 @@ def _samples(names: Sequence[str]) -> str:
 
 
 def health_section(metrics: Metrics) -> Iterator[Markup]:
-    """Counts of each kind, and the events themselves."""
+    """A sentence or a table about the events of a run, and the time that saving took."""
     found = events(metrics)
     stalls = sum(value for _, value in metrics.series("stall_seconds"))
     seconds = sum(value for _, value in metrics.series("step_seconds"))

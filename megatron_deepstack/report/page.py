@@ -1,7 +1,8 @@
 """`report RUN`: one HTML page about a run that needs no network.
 
-Everything on it is read from the run folder and the stores that its answers name. Without its script, which draws the
-charts, sorts and filters, all the rest is there. A store that is gone costs the pictures, not the page.
+Everything on it is read from the run folder and from the stores that its answers name. The page's script draws the
+charts, sorts and filters; without it, everything else is still there. If a store is missing, only the pictures are
+missing.
 """
 
 from __future__ import annotations
@@ -29,11 +30,23 @@ REPORT = "report.html"
 _MOST_LISTED = 2000
 """Answers in the table."""
 _MOST_SHOWN = 12
-"""Answers shown with their pictures, of the right ones and of the wrong ones each."""
+"""Largest number of right answers shown with their pictures, and of wrong ones."""
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
-    """Write the page to `output`, or into the run folder. Raises ConfigError if `run` is no run folder."""
+    """Write the page about a run.
+
+    Args:
+        run: Folder of the run.
+        output: File to write; None writes RUN/report.html.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: `run` is not the folder of a run.
+        DataError: The file cannot be written.
+    """
     require_run(run)
     return write(output or run / REPORT, page(run))
 
@@ -60,7 +73,7 @@ def page(run: Path) -> str:
 
 
 def summary(recipe: Recipe) -> str:
-    """Model and layout in a line."""
+    """Model and layout in one line."""
     parallel, model = recipe.parallel, recipe.model
     layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     return (
@@ -110,7 +123,7 @@ def _loss(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
 
 
 def _rates(metrics: Metrics) -> Iterator[Line]:
-    """One line a part where parts are recorded, else the one rate there is."""
+    """One line for each part of the model if parts were recorded, otherwise one line."""
     parts = sorted({part for record in metrics.records for part in record.get("lr_by_part") or ()})
     for number, part in enumerate(parts):
         points = [(r["step"], r["lr_by_part"][part]) for r in metrics.records if part in (r.get("lr_by_part") or ())]
@@ -120,7 +133,7 @@ def _rates(metrics: Metrics) -> Iterator[Line]:
 
 
 def _answer_sections(sets: Sequence[AnswerSet]) -> Iterator[Markup]:
-    """One section for each store that was asked, the held-out questions first."""
+    """One section for each store whose questions were answered; the held-out questions come first."""
     if not any(one.held_out for one in sets):
         said = "None yet: run `megatron-deepstack generate` on this run, then the report again."
         yield section("Held-out questions", element("p", said))
@@ -130,7 +143,7 @@ def _answer_sections(sets: Sequence[AnswerSet]) -> Iterator[Markup]:
 
 
 def _answers(answers: Sequence[Answer], pictures: Pictures) -> Iterator[Markup]:
-    """The wrong ones first, since they are what one looks for; then all of them as a table."""
+    """Cards of wrong answers first, since readers look for those; then a table of all answers."""
     yield element("p", Score.of(answers).words)
     yield _filter()
     for title, correct in (("wrong", False), ("right", True)):
@@ -157,7 +170,7 @@ def _kind(answer: Answer) -> str:
 
 
 def _filter() -> Markup:
-    """Chooses cards and rows of its section; hidden where scripts do not run."""
+    """Chooses cards and rows of its section; it is hidden if scripts do not run."""
     options = [
         element("option", name, value=value) for name, value in (("all", ""), ("wrong", "wrong"), ("right", "right"))
     ]

@@ -1,4 +1,4 @@
-"""Views of held-out images as they lie in the store, embedded in the page: the global view, and the crops as a grid."""
+"""Views of held-out images as they are in the store, embedded in the page: the global view, and the crops as a grid."""
 
 from __future__ import annotations
 
@@ -22,16 +22,24 @@ _GRID_SIDE = 260
 
 
 class Pictures:
-    """Opens each store once. What cannot be shown is left out, and `told` says how many pictures and why."""
+    """Opens each store once. Pictures that cannot be shown are left out; `told` gives their number and the reason."""
 
     def __init__(self) -> None:
         self._open: dict[str, Store | DeepStackError | OSError] = {}
-        """By path or URL the store, or why it cannot be opened: a service that is away is not asked again."""
+        """By path or URL, the store, or the error of opening it: a service that does not answer is not asked again."""
         self._absent: dict[str, list[str]] = {}
-        """By store the reason of each picture that is missing."""
+        """By store, the reason for each picture that is missing."""
 
     def views(self, store: str, image: int) -> Markup:
-        """The global view, and beside it the crops as a grid where the store has any; a few words if that fails."""
+        """The views of an image.
+
+        Args:
+            store: Folder or URL of its store.
+            image: Its number in the store.
+
+        Returns:
+            The global view, and beside it the crops as a grid if the store has any; a few words if reading fails.
+        """
         try:
             return self._views(self._opened(store), image)
         except (DeepStackError, OSError, IndexError) as error:
@@ -39,7 +47,7 @@ class Pictures:
             return element("p", "no picture", class_="absent")
 
     def told(self) -> list[str]:
-        """A line for each store of which pictures are missing, since the last call."""
+        """A line for each store of which pictures have been missing since the last call."""
         absent, self._absent = self._absent, {}
         return [
             f"no picture for {number_of(len(reasons), 'answer')} from {store}: {reasons[0]}"
@@ -70,20 +78,29 @@ class Pictures:
 
 
 def _grid_style(gw: int, gh: int) -> str:
-    """Columns as wide as let the longer side of the grid be as long for every grid."""
+    """Columns of such a width that the longer side of the grid is equal for all grids."""
     side = _GRID_SIDE / max(gw, gh)
     return f"grid-template-columns: repeat({gw}, {side:.0f}px)"
 
 
 def embedded(pixels: np.ndarray, alt: str, max_side: int = _MAX_SIDE) -> Markup:
-    """uint8 (H, W, 3) as an `<img>` with its bytes inside, no longer than `max_side` pixels."""
+    """An image as an `<img>` element that holds its bytes.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        alt: Its description.
+        max_side: Longest side in pixels; larger images are scaled down.
+
+    Returns:
+        The element.
+    """
     picture = Image.fromarray(pixels)
     picture.thumbnail((max_side, max_side))
     return element("img", src=_data_uri(picture), alt=alt, width=picture.width, height=picture.height)
 
 
 def _data_uri(picture: Image.Image) -> str:
-    """PNG for what compresses well (drawings), else JPEG."""
+    """PNG or JPEG, whichever is smaller; PNG usually is for drawings."""
     candidates: Sequence[tuple[str, dict[str, object]]] = (("png", {"optimize": True}), ("jpeg", {"quality": 85}))
     encoded = []
     for kind, options in candidates:

@@ -1,4 +1,4 @@
-"""The stage plan as one JSON document, for programs; `plan_text` is the same for people."""
+"""The stage plan as one JSON document, for programs; `plan_text` presents the same plan to people."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 
 
 def plan_document(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
-    """Which stage holds which layers and stacks.
+    """Describe which stage holds which layers and stacks.
 
     Args:
         recipe: A recipe whose layout has been checked.
-        num_ranks: Processes in all, a multiple of a replica's.
+        num_ranks: Number of all processes, a multiple of a replica's.
 
     Returns:
         Plain values. Layers and stacks are 0-based; `slot` is the layer before which a stack is added; `vit_stacks` is

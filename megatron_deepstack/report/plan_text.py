@@ -15,14 +15,19 @@ from megatron_deepstack.planning.slots import Chunk, decoder_slots, stage_chunks
 
 _MARKS = digits + ascii_lowercase
 _NARROW = 60
-"""Columns that the table takes at least."""
+"""The smallest width in which the table is readable."""
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
 
 def plan_table(recipe: Recipe, width: int = 100) -> RenderableType:
     """One row per chunk of the pipeline, its layers drawn as a strip with the stacks marked.
 
-    `width`: columns of the terminal; where a table would be cut into syllables, each chunk is a few lines instead.
+    Args:
+        recipe: A recipe whose layout has been checked.
+        width: Columns of the terminal. If a table would not fit, each chunk becomes a few lines.
+
+    Returns:
+        Something that rich can print.
     """
     slots = decoder_slots(recipe.model)
     title = Text(f"Stage plan of {recipe.name}", style="table.title")
@@ -78,7 +83,7 @@ def _ends(chunk: Chunk) -> str:
 
 
 def _strip(chunk: Chunk, slots: Sequence[int]) -> Text:
-    """One character a layer: a dot, the number of the stack that enters before it, or a star for several."""
+    """One character per layer: a dot, the number of the stack that enters before it, or a star for several."""
     strip = Text("E" if chunk.has_embedding else "", style="bold")
     for layer in range(chunk.first, chunk.stop):
         own = [stack for stack, slot in enumerate(slots) if slot == layer]

@@ -1,4 +1,4 @@
-"""The metrics of a run, read back for the report: one record a step, in order."""
+"""The metrics of a run, read back for the report: one record per step, in order."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from megatron_deepstack.run_folder.answers import read_json_lines
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The loop's records in order of steps. Steps that were run again after a resumption count once, the last time."""
+    """The loop's records in order of steps. If a step ran again after a resumption, only its last record is kept."""
 
     records: tuple[Mapping[str, Any], ...]
     resumed_at: tuple[int, ...]
     """First step after each resumption."""
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) where the value was recorded and is finite."""
+        """The finite values of one quantity, as pairs of step and value."""
         return [(record["step"], record[name]) for record in self.records if _is_number(record.get(name))]
 
     def num_not_finite(self, name: str) -> int:
-        """Records whose value is NaN or infinite."""
+        """The number of records whose value is NaN or infinite."""
         return sum(isinstance(record.get(name), float) and not math.isfinite(record[name]) for record in self.records)
 
 
 def read_metrics(run: Path) -> Metrics:
-    """Metrics of a run; empty if none were written yet."""
+    """The metrics of a run; empty if none were written yet."""
     by_step: dict[int, Mapping[str, Any]] = {}
     resumed = []
     previous = None

@@ -1,4 +1,4 @@
-"""Recipes as tables: one with what it sets in bold, or several where they differ."""
+"""Recipes as tables: one recipe with its changes in bold, or the differences of several."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from megatron_deepstack.report.drawing.svg import Markup, element, joined
 
 
 def recipe_table(recipe: Recipe) -> Markup:
-    """Every field, bold where it differs from the defaults."""
+    """A table of every field, in bold if it differs from the default."""
     return element("div", *_sections(recipe, Recipe(), "run"), class_="recipe")
 
 
 def differences(recipes: Sequence[Recipe]) -> list[tuple[str, list[str]]]:
-    """Fields in which recipes differ, with each one's value; the folder and the name of a run aside."""
+    """The fields in which recipes differ, without the name and the folder of the run.
+
+    Args:
+        recipes: Recipes to compare.
+
+    Returns:
+        For each such field its path, and its value in each recipe.
+    """
     flat = [dict(_flat(recipe, "")) for recipe in recipes]
     return [
         (path, values)
@@ -52,7 +59,7 @@ def _sections(config: Any, default: Any, title: str) -> Iterator[Markup]:
 
 
 def _shown(value: object) -> str:
-    """A value as the recipe's YAML would have it."""
+    """A value as it is written in a recipe's YAML."""
     value = plain(value)
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)

@@ -1,4 +1,4 @@
-"""How fast a run was and where its time went, as charts."""
+"""How fast a run was and how its time was spent, as charts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ PARTS = {
     "optimizer": COLOURS["optimizer"],
     "other": "#d8d2c4",
 }
-"""Parts of a step in their order, with their colours; `other` is what the clock does not name."""
+"""Parts of a step in their order, with their colours; `other` is the time that the clock does not assign to a part."""
 
 
 def median(metrics: Metrics, name: str) -> float | None:
-    """Median of a recorded number; None where it was never recorded."""
+    """The median of a recorded quantity; None if it was never recorded."""
     values = [value for _, value in metrics.series(name)]
     return statistics.median(values) if values else None
 
 
 def seconds_by_part(metrics: Metrics) -> dict[str, list[Point]]:
-    """(step, seconds) of each part that takes any time; together they are the step's."""
+    """The time of each part of a step.
+
+    Returns:
+        For each part that takes any time, pairs of step and seconds; all parts together make the step's time.
+    """
     parts: dict[str, list[Point]] = {name: [] for name in PARTS}
     for record in metrics.records:
         total, named = record.get("step_seconds"), record.get("seconds") or {}
@@ -75,7 +79,7 @@ def _with_share(name: str, parts: dict[str, list[Point]]) -> str:
 
 
 def timeline_section(steps: Sequence[RecordedStep]) -> Iterator[Markup]:
-    """The recorded steps."""
+    """A drawing and its caption for each recorded step."""
     for step in steps:
         yield element("h3", f"step {step.step}, encoder {step.placement}")
         yield wide_drawing(timeline_drawing(step))
@@ -83,7 +87,7 @@ def timeline_section(steps: Sequence[RecordedStep]) -> Iterator[Markup]:
 
 
 def timeline_caption(step: RecordedStep) -> str:
-    """What the picture says, in numbers."""
+    """The numbers of a recorded step, in words."""
     error = f" Ranks of different machines may be off by {step.clock_error * 1e3:.2f} ms." if step.clock_error else ""
     return (
         f"{step.seconds:.3f} s; in the schedule a rank runs no pass {step.idle:.0%} of the time, on average. Numbers "
@@ -92,7 +96,14 @@ def timeline_caption(step: RecordedStep) -> str:
 
 
 def bars(rows: Sequence[tuple[str, dict[str, float]]]) -> Markup:
-    """Seconds of a mean step by part, one bar for each (label, seconds by part), to one scale."""
+    """The seconds of a mean step by part, as one bar per row, all to the same scale.
+
+    Args:
+        rows: Label and seconds by part of each bar.
+
+    Returns:
+        The drawing.
+    """
     width, left, height = 900.0, 190.0, 30.0
     longest = max((sum(seconds.values()) for _, seconds in rows), default=0.0)
     if not longest:

@@ -1,11 +1,13 @@
-"""The exchange of a step: rows to the ranks that add them, and their gradients back to the ranks that made them.
+"""The exchange of a step: rows go to the ranks that add them, and gradients return to the ranks that made the rows.
 
-Both directions are `all_to_all_single` with uneven splits on the replica's own group. Every rank calls both in every
-step, with zero-length splits where it has nothing to send, so a step without images cannot hang the others. No call is
-made inside the pipeline schedule.
+Both directions are `all_to_all_single` with uneven splits on the process group of the replica. Every rank calls both in
+every step, with splits of length zero if it has nothing to send, so a step without images cannot make other ranks hang.
+No call is made inside the pipeline schedule.
 
-Rows of many micro-batches are most of what a first stage holds, so each direction works in *windows* of columns: only a
-window is ever gathered, received and put in its place beside the one copy that stays. A small step is one window.
+The rows of many micro-batches take most of the memory of a first stage. So each direction works in *windows* of
+columns: temporary copies hold only one window at a time, beside the result. A small step is one window.
+
+Legend: H is the hidden size of the decoder.
 """
 
 from __future__ import annotations
@@ -21,24 +23,26 @@ import torch.distributed as dist
 from megatron_deepstack.planning.exchange.routes import RankRoutes
 
 WINDOW_BYTES: Final = 256 << 20
-"""Bytes of a step's rows, over all ranks of the replica, that one window holds; a rank has at most about two windows
+"""Bytes of a step's rows, over all ranks of the replica, that one window holds. A rank has at most about two windows
 beside its rows."""
 MOST_WINDOWS: Final = 16
-"""With more, the pieces of a row would be too short to copy quickly; they are 512 bytes at hidden size 4,096."""
+"""Largest number of windows. With more, the pieces of a row would be too short to copy quickly; with 16 they have 512
+bytes at hidden size 4,096."""
 
 
 def send_rows(table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup) -> torch.Tensor:
     """Deliver rows of every rank's table to the ranks that add them.
 
-    Collective over the replica. No gradient flows through it: `return_gradients` is its reverse.
+    Collective over the replica. Autograd does not pass through this function; `return_gradients` is its reverse.
 
     Args:
-        table: (num_local_rows, H), the rows that this rank made, the newline last.
+        table: (num_local_rows, H), the rows that this rank made, with the newline as the last row. Any float dtype.
         routes: This rank's side of the exchange.
-        group: The replica's ranks.
+        group: The ranks of the replica.
 
     Returns:
-        (len(stored_rows), H) the received rows in the order of `routes.stored_rows`, padding zero.
+        (len(stored_rows), H) in the dtype of `table`: the received rows in the order of `routes.stored_rows`. Rows of
+        padding are zero.
     """
     table = table.detach()
     stored = table.new_empty(len(routes.stored_rows), table.shape[1])
@@ -53,19 +57,20 @@ def send_rows(table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup)
 
 
 def return_gradients(grads: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup) -> torch.Tensor:
-    """Send gradients of received rows home.
+    """Return the gradients of received rows to the ranks that made the rows.
 
-    Collective over the replica. Every row comes back once (where several tp ranks added the same row, the plan lets one
-    of them answer) but the newline, which ends each row of each mosaic: its gradients, hundreds, are summed in float32,
-    since a bf16 sum loses what is 256 times smaller, and CUDA's takes its terms in any order.
+    Collective over the replica. Every row except the newline has one gradient: if several tp ranks added the same row,
+    the plan makes only one of them return it. The newline ends each line of each mosaic, so it has hundreds of
+    gradients. They are summed in float32, since a bf16 sum loses terms that are 256 times smaller, and a sum on CUDA
+    adds its terms in no fixed order.
 
     Args:
-        grads: (len(stored_rows), H) gradients in the order of `routes.stored_rows`; those of padding are not looked at.
+        grads: (len(stored_rows), H) gradients in the order of `routes.stored_rows`. Those of padding are ignored.
         routes: This rank's side of the exchange.
-        group: The replica's ranks.
+        group: The ranks of the replica.
 
     Returns:
-        (num_local_rows, H) gradients of this rank's table.
+        (num_local_rows, H) in the dtype of `grads`: the gradients of this rank's table.
     """
     table = grads.new_zeros(routes.num_local_rows, grads.shape[1])
     arriving = _index(routes.returned_rows, grads)
@@ -81,17 +86,17 @@ def return_gradients(grads: torch.Tensor, routes: RankRoutes, group: dist.Proces
 
 
 def _places_by_arrival(routes: RankRoutes, like: torch.Tensor) -> torch.Tensor:
-    """Where each received row is stored, in the order of arrival; none where this rank returns no gradient."""
+    """Return where each received row is stored, in the order of arrival; empty if this rank returns no gradient."""
     if not routes.returns_gradients:
         return torch.empty(0, dtype=torch.int64, device=like.device)
     stored = _index(routes.stored_rows, like)
     places = torch.empty(routes.num_received + 1, dtype=torch.int64, device=like.device)
-    places[stored] = torch.arange(len(stored), device=like.device)  # all padding goes to the last one
+    places[stored] = torch.arange(len(stored), device=like.device)  # all padding goes to the last entry
     return places[:-1]
 
 
 def _windows(routes: RankRoutes, table: torch.Tensor) -> Iterator[slice]:
-    """Columns to exchange together; the same on all ranks of the replica."""
+    """Return the ranges of columns that are exchanged together, which are the same on all ranks of the replica."""
     width = table.shape[1]
     total = routes.num_replica_rows * width * table.element_size()
     count = max(1, min(MOST_WINDOWS, -(-total // WINDOW_BYTES), width))

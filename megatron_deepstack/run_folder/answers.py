@@ -1,7 +1,8 @@
-"""Answers of a run to the questions of stores, and their scores, kept in the run folder by store.
+"""The answers of a run to the questions of stores, and their scores, kept in the run folder by store.
 
-The run's held-out questions (all of `data.validation_store`) have RUN/answers.jsonl. Every other store, and a beginning
-of any (`--limit`), has a file of its own in RUN/answers/, so that a look at other questions never costs the score.
+Answers to the run's held-out questions (all of `data.validation_store`) are in RUN/answers.jsonl. Answers to any other
+store, or to the first questions of a store (`--limit`), are in separate files in RUN/answers/. So answering other
+questions never overwrites the score of the run.
 """
 
 from __future__ import annotations
@@ -29,30 +30,33 @@ class Answer:
     """One question with the model's answer."""
 
     id: str
+    """Id of the sample in the store."""
     question: str
     answer: str
     expected: str
+    """The known answer; empty if the store holds none."""
     correct: bool
-    """The answer equals the expected one, surrounding white space aside."""
+    """Whether the answer equals the expected one, apart from white space around them."""
     store: str | None
-    """Its absolute path or its URL, for a report written anywhere."""
+    """Absolute path or URL of the store, so that a report can be written in any folder."""
     image: int | None
-    """First image in the store; None for a question without one."""
+    """Number of the question's first image in the store; None for a question without an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Exact matches, and what guessing would give."""
+    """Number of exact matches, and the share that guessing would reach."""
 
     correct: int
+    """Number of questions that were answered correctly."""
     total: int
-    """Questions whose answer is known; only these count."""
+    """Number of questions whose answer is known; only these count."""
     chance: float
-    """Share of the commonest expected answer: the most that one fixed answer can reach."""
+    """Share of the most common expected answer, 0 to 1: the best result that one fixed answer can reach."""
 
     @classmethod
     def of(cls, answers: Sequence[Answer]) -> Score:
-        """Score of a list of answers."""
+        """Compute the score of a list of answers."""
         known = [answer for answer in answers if answer.expected]
         commonest = Counter(answer.expected for answer in known).most_common(1)
         chance = commonest[0][1] / len(known) if known else 0.0
@@ -60,7 +64,7 @@ class Score:
 
     @property
     def words(self) -> str:
-        """In one line. Guessing is a measure only beside several questions."""
+        """The score in one line. Chance is left out for a single question, where it has no meaning."""
         if not self.total:
             return "no score: the store holds no expected answers"
         share = f"exact match {self.correct} of {self.total}"
@@ -71,16 +75,16 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class AnswerSet:
-    """Answers to one store."""
+    """The answers in one file."""
 
     file: Path
     held_out: bool
-    """They are the run's held-out questions, all of them."""
+    """Whether they answer all of the run's held-out questions."""
     answers: tuple[Answer, ...]
 
     @property
     def title(self) -> str:
-        """What they answer, for a heading."""
+        """Heading that says which questions they answer."""
         if self.held_out:
             return "Held-out questions"
         store = self.answers[0].store if self.answers else None
@@ -90,13 +94,16 @@ class AnswerSet:
 
 
 def answers_file(run: str | Path, store: str, *, held_out: str | None, first: int | None) -> Path:
-    """Where the answers to a store belong.
+    """Return the file for the answers to a store.
 
     Args:
         run: The run folder.
-        store: Path or URL of the store that is asked.
-        held_out: The run's own `data.validation_store`, None if it has none.
-        first: Number of questions answered where that is fewer than the store has, else None.
+        store: Path or URL of the store that holds the questions.
+        held_out: `data.validation_store` of the run, None if it has none.
+        first: Number of questions that are answered; None for all questions of the store.
+
+    Returns:
+        The path of the file in the run folder. It need not exist.
     """
     place = _place(store)
     if first is None and held_out is not None and _place(held_out) == place:
@@ -107,13 +114,17 @@ def answers_file(run: str | Path, store: str, *, held_out: str | None, first: in
 
 
 def _place(store: str) -> str:
-    """One name of a store, however it is written."""
+    """Return the same name for a store, whichever way its path is written."""
     location = Location.parse(store)
     return os.path.realpath(location.local_path()) if location.is_local else str(location).rstrip("/")
 
 
 def require_writable(file: Path) -> None:
-    """Raise DataError, before the work is done, if a file of answers could not be written. Leaves nothing behind."""
+    """Test, before the answers are computed, that their file can be written. No file is left behind.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
     partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(exist_ok=True)
@@ -131,7 +142,11 @@ def _not_written(file: Path, error: OSError) -> DataError:
 
 
 def write_answers(file: Path, answers: Sequence[Answer]) -> None:
-    """Write a file of answers, whole or not at all. Call on one rank.
+    """Write a file of answers, completely or not at all. Call it on one rank only.
+
+    Args:
+        file: The file, as `answers_file` returns it.
+        answers: The answers; they replace those that the file held.
 
     Raises:
         DataError: The file cannot be written.
@@ -149,7 +164,7 @@ def write_answers(file: Path, answers: Sequence[Answer]) -> None:
 
 
 def read_answer_sets(run: Path) -> list[AnswerSet]:
-    """All answers of a run, the held-out ones first.
+    """Read all answers of a run, those to held-out questions first.
 
     Raises:
         DataError: A file is damaged.
@@ -160,7 +175,7 @@ def read_answer_sets(run: Path) -> list[AnswerSet]:
 
 
 def read_answers(run: Path) -> tuple[Answer, ...]:
-    """Answers to the run's held-out questions; none if they were not asked.
+    """Read the answers to the run's held-out questions; there are none if the questions were not asked yet.
 
     Raises:
         DataError: The file is damaged.
@@ -189,7 +204,9 @@ def _answer(record: Mapping[str, Any], file: Path) -> Answer:
 
 
 def read_json_lines(file: Path) -> Sequence[Mapping[str, Any]]:
-    """Records of a JSON-lines file. A last line without its newline was cut off by a stop, and is left out.
+    """Read the records of a JSON-lines file; there are none if the file does not exist.
+
+    A last line that is not JSON is left out, since a process that is killed may leave an incomplete line.
 
     Raises:
         DataError: A line before the last is not JSON.

@@ -1,8 +1,9 @@
-"""The recipe of a run, read from its folder, from wherever the command is started.
+"""Reading the recipe of a run from its folder, from any current folder.
 
-A recipe may hold relative paths. They count from the folder in which the run was started, not from the one in which
-`generate` or `report` is typed. That folder is found in two ways: a relative `run_dir` that the run folder's own path
-ends with (which survives moving both together), and a line that `train` leaves in the run folder.
+A recipe may hold relative paths. They are relative to the folder in which the run was started, and not to the folder in
+which `generate` or `report` is called. There are two ways to find that folder. If the path of the run folder ends with
+the recipe's relative `run_dir`, it is the folder in front of that ending, also after both were moved together.
+Otherwise `train` has written its path into a file in the run folder.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from megatron_deepstack.config.schema import DataConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import ConfigError
 
 DATA_PATHS: Final = ("records", "images", "tokenizer", "store", "stores", "validation_store", "cache_dir")
-"""Fields of `data` that hold a path or several."""
+"""Fields of `data` that hold one or several paths."""
 TRAIN_PATHS: Final = ("init_from",)
-"""The same of `train`."""
+"""Fields of `train` that hold one or several paths."""
 
 
 def require_run(run: str | Path) -> Path:
-    """The recipe's file in a run folder.
+    """Return the file of the recipe in a run folder.
 
     Raises:
-        ConfigError: There is no such folder, or no recipe in it. Every verb that takes a RUN says it in these words.
+        ConfigError: There is no such folder, or no recipe in it. Every command that takes a RUN gives this message.
     """
     file = RunFolder(run).recipe
     if file.is_file():
@@ -40,14 +41,14 @@ def require_run(run: str | Path) -> Path:
 
 
 def recipe_of_run(run: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run was made with, with overrides on top.
+    """Read the recipe of a run and apply overrides to it.
 
     Args:
-        run: The run folder. It may have been moved, and its name may mean something else to YAML.
-        overrides: `section.field=value`; relative paths in them count from the current folder.
+        run: The run folder. It may have been moved, and its name may be one that YAML would read as another value.
+        overrides: Each `section.field=value`. Relative paths in them are relative to the current folder.
 
     Returns:
-        The recipe; `run_dir` is `run`, and relative paths of the run's own recipe are absolute.
+        The recipe. Its `run_dir` is `run`, and relative paths of the run's recipe have been made absolute.
 
     Raises:
         ConfigError: There is no run, or the overrides are wrong.
@@ -58,13 +59,24 @@ def recipe_of_run(run: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def checkable_recipe_of_run(run: str | Path, overrides: Sequence[str]) -> tuple[Recipe, list[Problem]]:
-    """As `recipe_of_run`, but problems of the overrides are returned, for a caller that adds its own."""
+    """Read the recipe as `recipe_of_run` does, but return the problems, so that a caller can add others to them.
+
+    Args:
+        run: The run folder.
+        overrides: Each `section.field=value`.
+
+    Returns:
+        The recipe, and the problems that it has with the overrides.
+
+    Raises:
+        ConfigError: There is no run in that folder.
+    """
     recipe, problems = override_recipe(_own_recipe(run), overrides)
     return replace(recipe, run_dir=str(run)), problems
 
 
 def _own_recipe(run: str | Path) -> Recipe:
-    """The run's own recipe, its relative paths made absolute."""
+    """Read the run's recipe without overrides, and make its relative paths absolute."""
     recipe = load_recipe(require_run(run))
     bases = start_folders(run, recipe.run_dir)
     data = {name: _placed(getattr(recipe.data, name), bases) for name in DATA_PATHS}
@@ -74,17 +86,22 @@ def _own_recipe(run: str | Path) -> Recipe:
 
 
 def record_start_folder(run: Path) -> None:
-    """Leave the current folder's path in the run folder. Call on one rank, where the run's own paths are relative to
-    the current folder."""
+    """Write the path of the current folder into the run folder.
+
+    Call it on one rank only, when a run starts whose relative paths are relative to the current folder.
+    """
     RunFolder(run).started_in.write_text(f"{Path.cwd()}\n", encoding="utf-8")
 
 
 def start_folders(run: str | Path, recorded_run_dir: str) -> list[Path]:
-    """Folders that relative paths of the run may count from, the likeliest first; the current one comes last.
+    """Return the folders to which the run's relative paths may refer.
 
     Args:
-        run: Where the run folder lies now.
+        run: The present path of the run folder.
         recorded_run_dir: `run_dir` of its recipe.
+
+    Returns:
+        The folders, the most likely first and the current folder last; at least one.
     """
     return list(dict.fromkeys(_start_folders(Path(run), Path(recorded_run_dir))))
 
@@ -100,7 +117,7 @@ def _start_folders(run: Path, recorded: Path) -> Iterator[Path]:
 
 
 def _placed(value: Any, bases: Sequence[Path]) -> Any:
-    """A path, or a tuple of them, made absolute; URLs, absolute paths and `~` are left as they are."""
+    """Make a path, or each path of a tuple, absolute; URLs, absolute paths and paths with `~` are not changed."""
     if isinstance(value, tuple):
         return tuple(_placed(item, bases) for item in value)
     if not isinstance(value, str) or "://" in value or value.startswith("~") or Path(value).is_absolute():

@@ -1,4 +1,4 @@
-"""What a verb looks at: a store, the model it is looked at with, its tokenizer, and some of its samples."""
+"""What a verb works on: a store, the model that is assumed to read it, its tokenizer, and some of its samples."""
 
 from __future__ import annotations
 
@@ -19,16 +19,25 @@ from megatron_deepstack.storekeeping.model import model_for
 
 
 def load(path: str, recipe: str | None) -> tuple[Store, ModelConfig]:
-    """Open a store, and the model it is looked at with: a recipe's, or the one its views were made for.
+    """Open a store, with the model that is assumed to read it.
 
-    Raises ConfigError for the recipe, StoreError where the store is unusable or does not fit it.
+    Args:
+        path: Folder or URL of the store.
+        recipe: A recipe's file or name, or a run; None takes the model that the store's views were made for.
+
+    Returns:
+        The store and the model.
+
+    Raises:
+        ConfigError: The recipe has a fault.
+        StoreError: The store is unusable or does not fit the recipe.
     """
     store = Store.open(path)
     return store, model_for(store, None if recipe is None else _recipe(recipe).model)
 
 
 def _recipe(text: str) -> Recipe:
-    """A recipe's file or name, or a run: its folder, or the recipe.yaml in it."""
+    """The recipe of a file or name, or of a run: its folder, or the recipe.yaml in it."""
     folder = Path(text) if Path(text).is_dir() else Path(text).parent
     if (folder / RECIPE_FILE).is_file() and Path(text) in (folder, folder / RECIPE_FILE):
         return recipe_of_run(folder)
@@ -36,7 +45,19 @@ def _recipe(text: str) -> Recipe:
 
 
 def tokenizer_for(store: Store, path: str | None, recipe: str | None) -> Tokenizer | None:
-    """The tokenizer at `path`, or the recipe's; None without either. Raises DataError if it is not the store's."""
+    """The tokenizer of a store.
+
+    Args:
+        store: The store.
+        path: Where the tokenizer is; None takes the recipe's.
+        recipe: A recipe's file or name, or a run, or None.
+
+    Returns:
+        The tokenizer; None if neither names one.
+
+    Raises:
+        DataError: It is not the tokenizer that the store was made with.
+    """
     source = path or (_recipe(recipe).data.tokenizer if recipe is not None else None)
     if source is None:
         return None
@@ -50,7 +71,20 @@ def tokenizer_for(store: Store, path: str | None, recipe: str | None) -> Tokeniz
 
 
 def chosen(store: Store, asked: Sequence[int] | None, number: int, seed: int) -> list[int]:
-    """The samples asked for, or `number` of them drawn at random, in the order of the store."""
+    """Choose samples.
+
+    Args:
+        store: The store.
+        asked: Numbers of samples; none or an empty list draws them at random.
+        number: How many are drawn.
+        seed: Which ones are drawn.
+
+    Returns:
+        The numbers as asked for, or the drawn ones in ascending order.
+
+    Raises:
+        ConfigError: There is no sample with such a number.
+    """
     if not asked:
         drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(store))[:number]
         return sorted(drawn.tolist())

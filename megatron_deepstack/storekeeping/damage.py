@@ -10,7 +10,7 @@ import numpy as np
 RESTORE: Final = "restore the file from a copy, or preprocess into a new folder: the same inputs give the same bytes"
 REMAKE: Final = "preprocess into a new folder"
 _LISTED: Final = 10
-"""Rows named where many have the same fault."""
+"""The number of rows that are named if many have the same fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Damage:
 
 
 def rows(numbers: np.ndarray, noun: str) -> str:
-    """`samples 3, 7, 9, ... (120 in all)`."""
+    """Numbers as a phrase, such as `samples 3, 7, 9, ... (120 in all)`."""
     listed = ", ".join(str(number) for number in numbers[:_LISTED].tolist())
     more = f", ... ({len(numbers)} in all)" if len(numbers) > _LISTED else ""
     return f"{noun}{'s' if len(numbers) > 1 else ''} {listed}{more}"

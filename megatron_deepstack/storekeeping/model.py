@@ -1,4 +1,4 @@
-"""Which model a store is looked at with: a recipe's, or the one its views were most likely made for."""
+"""Which model is assumed to read a store: a recipe's, or the one its views were most likely made for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ _PATCH_SIZE: Final = 14
 
 
 def model_for(store: Store, asked: ModelConfig | None) -> ModelConfig:
-    """`asked`, after checking that it can be fed from the store (StoreError), or the store's own.
+    """The model that is assumed to read a store.
 
-    The store's own has the variant that its layout of views was made for, and CLIP's patches of 14 pixels.
+    Without a recipe, it has the variant that the store's layout of views was made for, and CLIP's patches of 14 pixels.
+
+    Args:
+        store: The store.
+        asked: A recipe's model, or None.
+
+    Returns:
+        `asked`, after a check, or the model made up from the store.
+
+    Raises:
+        StoreError: The store cannot feed `asked`.
     """
     if asked is not None:
         check_store(store, asked)

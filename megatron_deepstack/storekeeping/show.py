@@ -1,8 +1,8 @@
 """`store show`: one HTML page of a store's samples that needs no network and no script.
 
-Of each image its global view with the grid drawn over it, its crops, and the crops' tokens in the colours of their
-stacks; of each text what is learned and what is not. Texts and paths are escaped, and the page's own security policy
-forbids it to load anything.
+For each image it shows the global view with the grid drawn over it, the crops, and the crops' tokens in the colours of
+their stacks. For each text it shows what is learned and what is not. Texts and paths are escaped, and the page's own
+security policy forbids it to load anything.
 """
 
 from __future__ import annotations
@@ -45,11 +45,20 @@ def write_page(
     *,
     slots_known: bool = True,
 ) -> None:
-    """Write the page about the numbered samples.
+    """Write the page about some samples.
 
-    `slots_known`: the model is a recipe's. Else it was guessed from the store, which knows nothing of slots.
+    Args:
+        file: Where the page is written.
+        store: The store.
+        model: The model that is assumed to read it.
+        samples: Numbers of the samples.
+        tokenizer: Turns tokens into text; without it, token ids are shown.
+        slots_known: Whether the model is a recipe's. Otherwise it was guessed from the store, which does not record
+            slots.
 
-    Raises StoreError for damage met, DataError if the file cannot be written.
+    Raises:
+        StoreError: A view is damaged.
+        DataError: The file cannot be written.
     """
     try:
         file.write_text(page(store, model, samples, tokenizer, slots_known=slots_known), encoding="utf-8")
@@ -65,7 +74,7 @@ def page(
     *,
     slots_known: bool = True,
 ) -> str:
-    """The page's HTML; arguments as of `write_page`."""
+    """The page's HTML; the arguments are those of `write_page`."""
     lengths = expanded_lengths(store, model)
     sections = [_sample(store, model, number, int(lengths[number]), tokenizer) for number in samples]
     body = element(
@@ -97,7 +106,7 @@ def _advice(tokenizer: Tokenizer | None) -> str:
 
 
 def _legend(model: ModelConfig, slots_known: bool) -> Markup:
-    """The stacks' colours, and before which layers they are added where that is known."""
+    """The stacks' colours, and before which layers they are added, if that is known."""
     names = slot_names(model) if stack_maps(model, (2, 2)) else []
     items = [
         element(
@@ -149,7 +158,7 @@ def _caption(image: StoredImage) -> str:
 
 
 def _figure(picture: Markup, overlay: Markup, caption: str, shape: tuple[int, ...]) -> Markup:
-    """`shape`: rows and columns of views; the longer side is as long for all."""
+    """A picture with its caption; `shape` is its rows and columns of views. The longer side is equal for all."""
     num_rows, num_columns = shape
     width = _FIGURE_SIDE * num_columns / max(num_rows, num_columns)
     frame = element("div", picture, overlay, class_="frame", style=f"max-width: {width:.0f}px")
@@ -165,12 +174,12 @@ def _grid_lines(model: ModelConfig, image: StoredImage) -> Markup:
 
 
 def _assembled(arrays: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Arrays (N, h, w, ...) laid out as their numbers (rows, columns) say."""
+    """Arrays (N, h, w, ...) put together as their numbers (rows, columns) say."""
     return np.concatenate([np.concatenate(list(arrays[row]), axis=1) for row in numbers], axis=0)
 
 
 def _stack_colours(maps: dict[int, np.ndarray], numbers: np.ndarray) -> Markup:
-    """One pixel for each token, in the colour of its stack, clear where it has none."""
+    """One pixel for each token, in the colour of its stack; transparent for tokens without a stack."""
     found = {number: maps[number] for number in numbers.flat if number in maps}
     if not found:
         return Markup("")
@@ -188,7 +197,7 @@ def _stack_colours(maps: dict[int, np.ndarray], numbers: np.ndarray) -> Markup:
 
 
 def _text(sample: Sample, tokenizer: Tokenizer | None) -> Iterator[Markup]:
-    """The sample's tokens as text, stretch by stretch: learned, not learned, a placeholder, a control token."""
+    """The sample's tokens as text, piece by piece: learned, not learned, a placeholder, a control token."""
     image = 0
     for first, last, kind in _stretches(sample, tokenizer):
         if kind == "image":
@@ -201,7 +210,7 @@ def _text(sample: Sample, tokenizer: Tokenizer | None) -> Iterator[Markup]:
 
 
 def _stretches(sample: Sample, tokenizer: Tokenizer | None) -> Iterator[tuple[int, int, str]]:
-    """First and last token (exclusive) and kind of each stretch; images and control tokens stand alone."""
+    """First and last token (exclusive) and kind of each piece; each image or control token is a piece of its own."""
     control = {} if tokenizer is None else {tokenizer.bos_id: "bos", tokenizer.eos_id: "eos"}
     kinds = ["image" if t == IMAGE_TOKEN_ID else control.get(t, "text") for t in sample.tokens.tolist()]
     mask = sample.loss_mask.tolist()
@@ -214,7 +223,7 @@ def _stretches(sample: Sample, tokenizer: Tokenizer | None) -> Iterator[tuple[in
 
 
 def _words(tokens: np.ndarray, first: int, last: int, tokenizer: Tokenizer | None) -> str:
-    """Text of a stretch, with the spaces it has in its context; token ids without a tokenizer."""
+    """The text of a piece, with the spaces it has in its context; token ids if there is no tokenizer."""
     if tokenizer is None:
         return " ".join(str(token) for token in tokens[first:last].tolist()) + " "
     before, through = (tokenizer.decode(tokens[:end].tolist()) for end in (first, last))

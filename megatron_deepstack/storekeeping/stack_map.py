@@ -1,4 +1,4 @@
-"""Which stack each token of each view belongs to, for drawing: from the same plan that training routes rows by."""
+"""Which stack each token of each view belongs to, for drawing: from the same plan by which training routes rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from megatron_deepstack.planning.slots import decoder_slots
 from megatron_deepstack.planning.views import FIXED_GRID, HIGH_RES_SIDE, Grid, ViewLayout, layout_of
 
 NO_STACK = -1
-"""A token that is in no stack: one of the context's own, or one that is not used."""
+"""A token that is in no stack: it belongs to the context itself, or is not used."""
 
 
 def stack_maps(model: ModelConfig, grid: Grid) -> dict[int, np.ndarray]:
-    """By view, the stack of each of its tokens: int64 (P, P), NO_STACK for none; views without stacks are absent."""
+    """The stack of each token of each view.
+
+    Args:
+        model: The model.
+        grid: The image's grid.
+
+    Returns:
+        By view, int64 (P, P) with P the tokens along a view's side, NO_STACK for tokens in no stack; views without
+        stacks are left out.
+    """
     side = tokens_per_side(model.vision)
     if model.variant.stacks_in_vit:
         crop, token = sample_mosaic(model.stacks.sampler, side, FIXED_GRID)
@@ -37,7 +46,7 @@ def stack_maps(model: ModelConfig, grid: Grid) -> dict[int, np.ndarray]:
 
 
 def slot_names(model: ModelConfig) -> list[str]:
-    """Of each stack, where it is added."""
+    """For each stack, where it is added, in words."""
     if model.variant.stacks_in_vit:
         plan = plan_vit_stacks(model)
         return [f"ViT layer {slot}" for slot in plan.slots] + ["nowhere"] * len(plan.dropped)
@@ -45,9 +54,15 @@ def slot_names(model: ModelConfig) -> list[str]:
 
 
 def mosaics(model: ModelConfig, grid: Grid) -> list[tuple[str, np.ndarray]]:
-    """The views beside the global one as they lie in the picture: captions and arrays of view numbers (rows, columns).
+    """The views other than the global one, arranged as they are in the picture.
 
-    The crops of the grid; for DeepStack-HD also the high-res crops of the global view, and those of the grid's crops.
+    Args:
+        model: The model.
+        grid: The image's grid.
+
+    Returns:
+        Captions, and arrays of view numbers (rows, columns): the crops of the grid; for DeepStack-HD also the high-res
+        crops of the global view, and those of the grid's crops.
     """
     layout = layout_of(model.variant)
     if layout is ViewLayout.GLOBAL:

@@ -34,13 +34,13 @@ class Statistics:
 
     facts: tuple[tuple[str, str], ...]
     flagged: dict[str, int]
-    """Images that are stored but flagged, by the kind of the reason, the commonest first."""
+    """Images that are stored but flagged, by the kind of the reason, the most frequent first."""
     histograms: tuple[Histogram, ...]
     numbers: Mapping[str, Any]
     """The facts for programs: plain values, sizes in bytes."""
 
     def document(self) -> dict[str, Any]:
-        """As one JSON document."""
+        """The statistics as one JSON document."""
         histograms = [
             {
                 "title": one.title,
@@ -53,7 +53,15 @@ class Statistics:
 
 
 def statistics(store: Store, model: ModelConfig) -> Statistics:
-    """Counts, percentiles and histograms; `model` says how many tokens an image takes."""
+    """Count what a store holds.
+
+    Args:
+        store: The store.
+        model: Determines how many tokens an image takes.
+
+    Returns:
+        Counts, percentiles and histograms.
+    """
     lengths = expanded_lengths(store, model)
     flagged = flagged_by_reason(store.location)
     facts, histograms = tuple(_facts(store, model, lengths, flagged)), tuple(_histograms(store, lengths))
@@ -125,7 +133,7 @@ def _named(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
 
 
 def _each(values: np.ndarray) -> tuple[tuple[str, int], ...]:
-    """A bin for every value that occurs; few do."""
+    """A bin for every value that occurs, for arrays with few different values."""
     found, counts = np.unique(values, return_counts=True)
     return tuple((str(value), int(count)) for value, count in zip(found.tolist(), counts.tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""The histograms of `store stats` as one SVG file: axes with counts, every bar's number, a light and a dark theme."""
+"""The histograms of `store stats` as one SVG file: axes with counts, a number on each bar, a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STYLE: Final = (
 
 
 def drawn(stats: Statistics, title: str) -> Markup:
-    """The histograms, two beside each other, under a title. A bar's label and count show under the pointer too."""
+    """The histograms in two columns under a title. The pointer over a bar shows its label and count."""
     width, height = _PANEL
     panels = [
         element("g", *_panel(one), transform=f"translate({k % _COLUMNS * width},{_HEAD + k // _COLUMNS * height})")
@@ -63,13 +63,13 @@ def _panel(one: Histogram) -> Iterator[Markup]:
 
 
 def _label(x: float, y: float, label: str, *, slanted: bool) -> Markup:
-    """Every bin has its whole label; where they would touch they are slanted."""
+    """The whole label of a bin; labels are slanted if they would touch each other."""
     if not slanted:
         return _words(x, y, label, "faint", size=11)
     return _words(x + 4, y, label, "faint", size=9, text_anchor="end", transform=f"rotate(-40 {x + 4:.1f} {y:.1f})")
 
 
 def _words(x: float, y: float, content: str, kind: str, **attributes: str | float | None) -> Markup:
-    """Text whose colour the style sheet chooses."""
+    """Text in the colour that the style sheet gives to its `kind`."""
     size = attributes.pop("size", 12)
     return text(x, y, content, size=float(size or 12), fill=None, class_=kind, **attributes)

@@ -1,7 +1,7 @@
 """`store verify`: every rule of the index arrays, and every byte of every shard, in parallel over shards.
 
-All faults are found in one go, each with what can be done about it. A store at a URL is read in full from there,
-past all copies that training may have kept.
+One run finds all faults, each with advice. A store at a URL is read in full from there, not from the copies that
+training may have kept.
 """
 
 from __future__ import annotations
@@ -31,10 +31,19 @@ Progress = Callable[[int, int], None]
 
 
 def verify(path: str, *, processes: int | None = None, progress: Progress = lambda done, total: None) -> list[Damage]:
-    """Every fault of the store at `path`, in the order of its files.
+    """Find every fault of a store.
 
-    `processes`: how many read shards at a time, all CPUs if None. Raises StoreError where there is no finished store
-    to look at, or an index array is missing or of the wrong length, LocationError where a URL cannot be reached.
+    Args:
+        path: Folder or URL of the store.
+        processes: How many processes read shards at a time; all CPUs if None.
+        progress: Called with the number of shards done, and of all.
+
+    Returns:
+        The faults in the order of the store's files; empty if it is whole.
+
+    Raises:
+        StoreError: There is no finished store, or an index array is missing or of the wrong length.
+        LocationError: A URL cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="deepstack-verify-") as folder:
         cache = CacheConfig(folder)
@@ -51,7 +60,14 @@ def verify(path: str, *, processes: int | None = None, progress: Progress = lamb
 
 
 def images_by_part(store: Store) -> list[np.ndarray]:
-    """Of each part the images that have views there: ascending numbers. Sorted once, whatever the starts are."""
+    """For each part the images that have views there.
+
+    Args:
+        store: The store; its starts may be damaged.
+
+    Returns:
+        One int64 array of ascending image numbers for each part.
+    """
     images = np.flatnonzero(store.array("images/count") > 0)
     parts = store.array("images/start")[images] // store.pixels.slots_per_part
     order = np.argsort(parts, kind="stable")
@@ -68,7 +84,7 @@ def _here(store: Store, parts: Sequence[np.ndarray]) -> Iterator[tuple[int, list
 def _in_parallel(
     path: str, cache: CacheConfig, workers: int, parts: Sequence[np.ndarray]
 ) -> Iterator[tuple[int, list[Damage]]]:
-    """The same in processes, whichever part is done first."""
+    """The same in several processes; parts come in the order in which they are done."""
     with ProcessPoolExecutor(workers, get_context("spawn"), _open_in_worker, (path, cache)) as pool:
         waiting = {pool.submit(_in_worker, part, images): part for part, images in enumerate(parts)}
         for done in as_completed(waiting):
@@ -76,7 +92,7 @@ def _in_parallel(
 
 
 _store: Store | None = None
-"""The store that a worker process looks at."""
+"""The store that a worker process reads."""
 
 
 def _open_in_worker(path: str, cache: CacheConfig) -> None:
@@ -90,7 +106,16 @@ def _in_worker(part: int, images: np.ndarray) -> list[Damage]:
 
 
 def shard_faults(store: Store, part: int, images: np.ndarray) -> Iterator[Damage]:
-    """Every fault of one shard: its length, its index, and the checksum of each view of its `images`."""
+    """Find every fault of one shard: its length, its index, and the checksum of each view.
+
+    Args:
+        store: The store.
+        part: The shard's number.
+        images: int64 (N,), the images whose views are in it.
+
+    Yields:
+        The faults.
+    """
     name, location = shard_path(part), store.location.child(shard_path(part))
     length = shard_index_bytes(store.pixels)
     try:
@@ -110,7 +135,16 @@ def shard_faults(store: Store, part: int, images: np.ndarray) -> Iterator[Damage
 
 
 def slot_owners(store: Store, part: int, images: np.ndarray) -> np.ndarray:
-    """The image, of those of a part, that each of its slots belongs to, -1 for none: int64 (slots,)."""
+    """The image that each slot of a part belongs to.
+
+    Args:
+        store: The store.
+        part: The part's number.
+        images: int64 (N,), the images whose views are in it.
+
+    Returns:
+        int64 (slots,), -1 for a slot of no image.
+    """
     slots = store.pixels.slots_per_part
     begins = store.rows("images/start").take(images) - part * slots
     ends = begins + store.rows("images/count").take(images)
@@ -121,7 +155,7 @@ def slot_owners(store: Store, part: int, images: np.ndarray) -> np.ndarray:
 
 
 def _extent_faults(name: str, index: np.ndarray, owners: np.ndarray, data_bytes: int) -> Iterator[Damage]:
-    """Used slots, and no others, are written, and their chunks fill the file without gap or overlap."""
+    """Faults unless exactly the used slots are written, and their chunks fill the file without gap or overlap."""
     written = index[:, 0] != EMPTY_CHUNK
     for wrong, what in ((~written & (owners >= 0), "never written"), (written & (owners < 0), "of no image")):
         if wrong.any():
@@ -164,13 +198,13 @@ def _view_name(store: Store, row: int, image: int) -> str:
 
 
 def _path_of(store: Store, image: int) -> str:
-    """An image's path, as far as it is text at all."""
+    """An image's path; bytes that are not UTF-8 are replaced."""
     first, last = store.rows("images/path_offsets")[image : image + 2].tolist()
     return store.rows("images/path")[first:last].tobytes().decode(errors="replace")
 
 
 def _chunk_fault(store: Store, chunk: bytes, size: int, written: int) -> str | None:
-    """What is wrong with a view's bytes."""
+    """What is wrong with a view's bytes; None if nothing is."""
     if len(chunk) != size:
         return f"is cut off after {len(chunk)} of {size} bytes"
     pixels: bytes | np.ndarray = chunk
@@ -187,7 +221,7 @@ def _chunk_fault(store: Store, chunk: bytes, size: int, written: int) -> str | N
 
 
 def _strange_shards(store: Store) -> list[Damage]:
-    """Files among the shards that the array has no place for."""
+    """Files among the shards that belong to no part of the array."""
     known = {str(store.location.child(shard_path(part))) for part in range(store.pixels.num_parts)}
     shards: Location = store.location.child(f"{PIXELS}/c")
     strange = [found for found in map(str, shards.list("*/0/0/*")) if found not in known]

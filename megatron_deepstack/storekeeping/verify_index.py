@@ -1,7 +1,7 @@
-"""What must hold among a store's index arrays, whatever the pixels are: every rule is tried, every fault listed.
+"""Rules that a store's index arrays must follow, whatever the pixels are: every rule is tried, every fault is listed.
 
-Rules work on whole arrays at once, so that a million samples take a second. Rules that would read beyond an array are
-tried only where the offsets are sound.
+Rules work on whole arrays at once, so that a million samples take about a second. If the offsets are damaged, only
+those are reported: all other rules would read beyond an array.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rule = Callable[[Store], Iterator[Damage]]
 
 
 def check_index(store: Store) -> list[Damage]:
-    """Every fault of the index arrays of an open store."""
+    """Find every fault of the index arrays of an open store."""
     found = [damage for name in _RAGGED for damage in _offsets(store, name)]
     if found:
         return found
@@ -35,7 +35,7 @@ _RAGGED: Final = {
     "samples/id": "sample",
     "images/path": "image",
 }
-"""Flat arrays whose rows an array of offsets delimits, and what a row belongs to."""
+"""Flat arrays whose rows are delimited by an array of offsets, and what a row belongs to."""
 
 
 def _offsets(store: Store, name: str) -> Iterator[Damage]:
@@ -130,7 +130,7 @@ def _expected_views(store: Store) -> dict[tuple[int, int], int]:
 
 
 def _places(store: Store) -> Iterator[Damage]:
-    """Views of images lie in their part's shard, one image after the other, from its first slot on."""
+    """Each part's images lie in its shard, one after the other, from its first slot on."""
     start, count = store.array("images/start"), store.array("images/count").astype(np.int64)
     slots = store.pixels.slots_per_part
     outside = (start < 0) | (start + count > store.pixels.num_slots) | (start // slots != (start + count - 1) // slots)
@@ -167,7 +167,7 @@ _RULES: Final[tuple[Rule, ...]] = (_texts, _tokens, _references, _images, _place
 
 
 def _owners(store: Store, name: str, places: np.ndarray) -> np.ndarray:
-    """Rows that values of a flat array belong to, each once."""
+    """The rows that values of a flat array belong to, each named once."""
     return np.unique(np.searchsorted(store.array(f"{name}_offsets"), places, side="right") - 1)
 
 

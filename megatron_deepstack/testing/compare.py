@@ -14,9 +14,17 @@ Pick = Callable[[torch.nn.Parameter], torch.Tensor | None]
 
 
 def gather_published(model: RankModel, groups: Groups, pick: Pick) -> dict[str, torch.Tensor]:
-    """`pick(parameter)` of every parameter (its gradient, its value) under published names, on every rank.
+    """A tensor of every parameter, under published names, on every rank.
 
-    For tests: everything meets on every rank as float32. Collective over all ranks.
+    Made for tests: everything meets on every rank. Collective over all ranks.
+
+    Args:
+        model: This rank's model.
+        groups: The process groups of the layout.
+        pick: From a parameter to the tensor that is wanted, such as its gradient; None leaves the parameter out.
+
+    Returns:
+        Published name to the whole tensor, float32 on the CPU.
     """
     mine: dict[str, torch.Tensor] = {}
     modules = [(model.encoder, model.encoder_rules, groups.encoder.tp)]
@@ -35,7 +43,12 @@ def gather_published(model: RankModel, groups: Groups, pick: Pick) -> dict[str, 
 
 
 def gather_shards(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """The tensor of every rank of `group`, in rank order. Collective over it."""
+    """The tensor of every rank of a group, in rank order. Collective over the group.
+
+    Args:
+        tensor: Of the same shape and dtype on every rank, contiguous.
+        group: The ranks that take part.
+    """
     shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, tensor, group=group)
     return shards

@@ -16,10 +16,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that were alive at once, of tensors that `counts` chooses."""
+    """Watches operators while it is entered, and knows the most bytes that were alive at once.
+
+    The result is `peak`. Only tensors that the function `counts` chooses are counted.
+    """
 
     def __init__(self, counts: Callable[[torch.Tensor], bool]) -> None:
-        """`counts` is asked about each result of each operator."""
+        """Make a mode that is not entered yet.
+
+        Args:
+            counts: Asked about each tensor that an operator returns; True counts it.
+        """
         super().__init__()
         self.peak = 0
         self._counts = counts

@@ -29,10 +29,15 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_DEVICE
 
 
 class RankPool:
-    """`num_ranks` worker processes joined in one process group. A context manager; also closed when collected."""
+    """Worker processes that are joined in one process group. A context manager; also closed when collected."""
 
     def __init__(self, num_ranks: int, deadline_seconds: float = 240.0) -> None:
-        """`deadline_seconds` bounds each `run`, the start of the processes included in the first."""
+        """Start the processes.
+
+        Args:
+            num_ranks: Their number.
+            deadline_seconds: The longest that a `run` may take; the first one includes the start of the processes.
+        """
         self.num_ranks, self.deadline_seconds = num_ranks, deadline_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         context = multiprocessing.get_context("spawn")
@@ -43,7 +48,7 @@ class RankPool:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, num_ranks, self._folder.name, theirs))
+                process = context.Process(target=_serve, args=(os.getpid(), rank, num_ranks, self._folder.name, theirs))
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -57,7 +62,18 @@ class RankPool:
         return bool(self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of `function(rank, *args)` by rank. Raises RankError on the first failure, and ends the pool."""
+        """Call a function in every rank. The first failure ends the pool.
+
+        Args:
+            function: A function of a module, since it is pickled. It gets the number of its rank, then `args`.
+            *args: Pickled as well.
+
+        Returns:
+            The results in rank order.
+
+        Raises:
+            RankError: A rank raised, died, or stayed silent beyond the deadline.
+        """
         if not self.alive:
             raise RankError("this pool of ranks has ended after a failure; start another")
         for pipe in self._pipes:
@@ -145,7 +161,7 @@ def _receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
-def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
+def _serve(parent: int, rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     """A rank's life: join, then answer calls until the pipe closes."""
     stacks = _stack_file(folder, rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -154,7 +170,7 @@ def _serve(rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
     from megatron_deepstack.platform.processes.parent import die_with_parent
     from megatron_deepstack.platform.processes.process_group import join_by_file, leave
 
-    die_with_parent()
+    die_with_parent(parent)
     os.environ["LOCAL_RANK"] = str(rank)
     adapt_megatron()
     from megatron_deepstack.testing.writers import lend_writers
@@ -179,11 +195,33 @@ _worlds: dict[str, Any] = {}
 """Of a worker process: where its ranks meet, how often they have, and the groups in force."""
 
 
-def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
-    """`parallel.groups.Groups` of a layout, inside a pool's worker. Collective over all ranks.
+def be_the_only_rank(folder: Path) -> None:
+    """Make this process a world of one rank, so that `groups_for` works in it as in a pool's worker.
 
-    Those of the last call if the layout is the same. Otherwise the world is left and joined anew: gloo groups that are
-    merely forgotten keep their threads, and a suite of a hundred layouts ends with thousands of them.
+    Call before anything of Megatron-Core is built. Does nothing in a pool's worker, which has its world.
+
+    Args:
+        folder: A folder in which no other world has met; files of the meeting are left in it.
+    """
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+
+    if not _worlds:
+        adapt_megatron()
+        _worlds.update(folder=str(folder), rank=0, num_ranks=1, number=0)
+
+
+def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
+    """The process groups of a layout, inside a pool's worker. Collective over all ranks of the pool.
+
+    They are those of the last call if the layout is the same. Otherwise the world is left and joined anew: gloo groups
+    that are merely forgotten keep their threads, and a suite of a hundred layouts would end with thousands of them.
+
+    Args:
+        parallel: The layout.
+        seed: Seed of the random numbers that each rank draws.
+
+    Returns:
+        `parallel.groups.Groups`.
     """
     from megatron_deepstack.parallel.groups import create_groups
     from megatron_deepstack.platform.processes.garbage import settle

@@ -84,10 +84,16 @@ def plan_table(
     micro_batches: Sequence[Sequence[PlannedSample]],
     seq_length: int,
 ) -> StepRoutes:
-    """Route every row of a step. `micro_batches` are one replica's; all have `seq_length` and one batch size.
+    """Route every row of a step.
 
     With `encoder_placement: inline` nothing travels: the ranks of stage 0 encode their own micro-batches, and every
     row's source is its destination.
+
+    Args:
+        model: The recipe's model.
+        parallel: The layout.
+        micro_batches: Those of one replica, all of one batch size.
+        seq_length: Their common length in tokens.
     """
     ranks = parallel.tensor * parallel.context * parallel.pipeline
     inline = parallel.encoder_placement is EncoderPlacement.INLINE
@@ -195,7 +201,15 @@ def _shard_context(position: Index, num_ranks: int, seq_length: int) -> tuple[In
 
 
 def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
-    """The part of the table that concerns one replica rank."""
+    """The part of the table that concerns one rank.
+
+    Args:
+        step: The whole exchange.
+        rank: Number of the rank within its replica.
+
+    Raises:
+        AssertionError: A row but the newline has two gradients, or a row arrives where its slot is not.
+    """
     rows, num_ranks = step.rows, len(step.units)
     sent = rows[rows["src"] == rank]
     received = rows[rows["dst"] == rank]

@@ -1,6 +1,7 @@
-"""Tiny models and samples for tests: small enough for a second on four CPU ranks, odd enough to find mistakes.
+"""Tiny models and samples for tests, which train in a second on four CPU ranks.
 
-Samples have no image, one, or several, anywhere in the text, on different grids; everything is drawn from a seed.
+Their sizes are uneven, so that a mistake shows. Samples have no image, one, or several, anywhere in the text, on
+different grids. Everything is drawn from a seed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ GRIDS: tuple[Grid, ...] = ((2, 2), (1, 2), (3, 1), (2, 1), (4, 1), (1, 1))
 
 @dataclass(frozen=True, slots=True)
 class TinySample:
-    """A sample with its own pixels, in place of a store."""
+    """A sample that carries its own pixels instead of lying in a store."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -43,7 +44,16 @@ class TinySample:
     """Per image uint8 (views, S, S, 3)."""
 
     def planned(self, model: ModelConfig, seq_length: int, truncate: bool = False) -> PlannedSample:
-        """The sample as the planner takes it."""
+        """The sample as the planner takes it.
+
+        Args:
+            model: The recipe's model.
+            seq_length: The most tokens after placeholders are expanded.
+            truncate: Cut a longer sample instead of refusing it.
+
+        Raises:
+            DataError: The sample is longer, and may not be cut.
+        """
         sequence = expand(
             "tiny",
             self.tokens,
@@ -56,7 +66,11 @@ class TinySample:
 
 
 def tiny_model(**changes: object) -> ModelConfig:
-    """Eight decoder layers of width 32, a ViT of three, four stacks before layers 0, 3, 5 and 7."""
+    """Eight decoder layers of width 32, a ViT of three, four stacks before layers 0, 3, 5 and 7.
+
+    Args:
+        **changes: Fields of `ModelConfig` that are to be otherwise.
+    """
     settings: dict[str, object] = {
         "vision": VisionConfig(
             image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=48, num_layers=3, num_heads=2
@@ -80,7 +94,15 @@ def tiny_recipe(
 ) -> Recipe:
     """A recipe of three steps at a rate high enough to show a wrong gradient.
 
-    Adam's epsilon is large, so that an update does not blow rounding up where a gradient is nearly zero.
+    Adam's epsilon is large, so that an update does not enlarge rounding where a gradient is nearly zero.
+
+    Args:
+        model: `tiny_model()` if absent.
+        parallel: One rank if absent.
+        trainable: The parts that learn.
+        precision: As `train.precision`.
+        global_batch_size: Samples of a step, over all replicas.
+        micro_batch_size: Samples of a micro-batch.
     """
     return Recipe(
         model=model or tiny_model(),
@@ -100,7 +122,13 @@ def tiny_recipe(
 
 
 def tiny_samples(model: ModelConfig, number: int, seed: int = 0) -> list[TinySample]:
-    """Samples with 1, 0, 2, 1, ... images."""
+    """Samples with 1, 0, 2, 1, ... images, anywhere in the text.
+
+    Args:
+        model: The model that they are for.
+        number: How many.
+        seed: What they are drawn from.
+    """
     rng = np.random.default_rng(seed)
     return [_sample(model, rng, num_images=(1, 0, 2, 1)[index % 4]) for index in range(number)]
 
@@ -128,7 +156,16 @@ Images = tuple[np.ndarray, ...]
 def tiny_rows(
     samples: list[list[TinySample]], recipe: Recipe, truncate: bool
 ) -> tuple[list[list[PlannedSample]], list[list[Images]]]:
-    """Micro-batches as the planner takes them, and their rows' images; packed where the recipe says so."""
+    """Micro-batches as the planner takes them, and the images that belong to them.
+
+    Args:
+        samples: By micro-batch.
+        recipe: Its `train.batching` decides whether samples are packed.
+        truncate: Cut samples that are longer than `train.seq_length`.
+
+    Returns:
+        Planned samples and images, both by micro-batch and by place in it; a pack is one of these.
+    """
     model, train = recipe.model, recipe.train
     planned = [[s.planned(model, train.seq_length, truncate) for s in batch] for batch in samples]
     images = [[s.pixels for s in batch] for batch in samples]
@@ -145,7 +182,16 @@ def tiny_rows(
 
 
 def unit_pixels(model: ModelConfig, images: list[list[Images]], plan: StepPlan) -> torch.Tensor:
-    """Views of a rank's units, uint8 (N, S, S, 3)."""
+    """The views that a rank encodes in a step.
+
+    Args:
+        model: The recipe's model.
+        images: As `tiny_rows` returns them.
+        plan: This rank's plan.
+
+    Returns:
+        uint8 (N, S, S, 3), in the order of the plan's units.
+    """
     size = model.vision.image_size
     parts = [np.empty((0, size, size, 3), np.uint8)]
     for unit in plan.routes.units:

@@ -28,7 +28,16 @@ _LINES: Final = (
 
 
 def write_chat_tokenizer(folder: Path, control: Sequence[str], config: dict[str, Any] | None) -> Path:
-    """A folder with a byte-level tokenizer.json and, unless None, its tokenizer_config.json."""
+    """Make a byte-level tokenizer with control tokens.
+
+    Args:
+        folder: Where `tokenizer.json` is written; made if it is not there.
+        control: The control tokens, such as `QWEN_TOKENS`.
+        config: Content of `tokenizer_config.json`; None leaves that file out.
+
+    Returns:
+        The folder.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(_WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

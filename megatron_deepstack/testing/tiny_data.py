@@ -38,14 +38,29 @@ def draw_photo(width: int, height: int, seed: int) -> Image.Image:
 
 
 def jpeg_bytes(width: int, height: int, seed: int, **options: Any) -> bytes:
-    """A drawn photo as JPEG."""
+    """A drawn photo as JPEG.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        seed: What it is drawn from.
+        **options: Passed to Pillow's writer of JPEG.
+    """
     buffer = io.BytesIO()
     draw_photo(width, height, seed).save(buffer, "JPEG", **{"quality": 90, **options})
     return buffer.getvalue()
 
 
 def write_photos(folder: Path, count: int) -> list[str]:
-    """`count` JPEGs of many shapes; returns their names."""
+    """JPEGs of many shapes, up to 200 x 150 pixels.
+
+    Args:
+        folder: Where they are written; made if it is not there.
+        count: How many.
+
+    Returns:
+        Their names below the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = [(64, 48), (48, 64), (120, 30), (31, 33), (200, 150), (17, 90)]
     names = [f"photo{number:03d}.jpg" for number in range(count)]
@@ -57,7 +72,14 @@ def write_photos(folder: Path, count: int) -> list[str]:
 def record(
     identifier: str | int, images: Sequence[str], question: str = "What is it?", answer: str = "A photo."
 ) -> Any:
-    """One record in LLaVA's form."""
+    """One record in LLaVA's form: one question and one answer.
+
+    Args:
+        identifier: Its id.
+        images: Paths below the image folder; each gets a placeholder before the question.
+        question: What the human says.
+        answer: What is learned.
+    """
     marks = "<image>\n" * len(images)
     image: dict[str, Any] = {"image": images[0]} if len(images) == 1 else {"image": list(images)} if images else {}
     turns = [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]

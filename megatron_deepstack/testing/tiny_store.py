@@ -36,7 +36,18 @@ def write_tiny_store(
     seed: int = 0,
     name: str = "tiny",
 ) -> Path:
-    """A store of views of 16 pixels; `seed` draws pixels and tokens, `name` begins ids and paths. Returns `root`."""
+    """Write a store of views of 16 pixels; returns `root`.
+
+    Args:
+        root: The store's folder.
+        grids: Grid of each image; None is an image in quarantine.
+        samples: Numbers of the images of each sample.
+        compression: Codec of the views.
+        layout: Which views each image has.
+        images_per_part: Images of one shard.
+        seed: What pixels and tokens are drawn from.
+        name: What ids and paths begin with.
+    """
     generator = np.random.default_rng(seed)
     num_parts = -(-len(grids) // images_per_part)
     slots = images_per_part * most_views(layout, GridRule.BEST_FIT, 4)

@@ -24,7 +24,18 @@ class Trial:
 
 
 def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, truncate: bool = False) -> Trial | None:
-    """Train `recipe.train.steps` steps; rank 0 returns the trial. A module-level function for `RankPool.run`."""
+    """Train `recipe.train.steps` steps on this rank, as `RankPool.run` calls it. Collective over all ranks.
+
+    Args:
+        rank: Number of this rank.
+        recipe: A tiny recipe.
+        num_samples: Samples to train on.
+        seed: What they are drawn from.
+        truncate: Cut samples that are longer than `train.seq_length`.
+
+    Returns:
+        What came of it, on rank 0; None elsewhere.
+    """
     from megatron_deepstack.model.build import build_model, fill_model, freeze
     from megatron_deepstack.model.init import random_source
     from megatron_deepstack.step.clock import StepClock
@@ -36,7 +47,7 @@ def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, tr
 
     train = recipe.train
     groups = groups_for(recipe.parallel)
-    model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora)
+    model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
     fill_model(model, random_source(recipe.model, train.seed), groups.decoder.tp)
     freeze(model, train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
@@ -49,7 +60,9 @@ def run_trial(rank: int, recipe: Recipe, num_samples: int = 8, seed: int = 0, tr
         batches: list[list[TinySample]] = [[samples[int(i)] for i in row] for row in mine]
         planned, images = tiny_rows(batches, recipe, truncate)
         packed = train.batching is Batching.PACKED
-        plan = plan_step(recipe.model, recipe.parallel, planned, groups.replica_rank, packed=packed)
+        plan = plan_step(
+            recipe.model, recipe.parallel, planned, groups.replica_rank, packed=packed, precision=train.precision
+        )
         loss = forward_backward(engine, plan, unit_pixels(recipe.model, images, plan), StepClock())
         if step == 0 and not recipe.parallel.distributed_optimizer:
             trial.first_gradients = gather_published(model, groups, main_gradient)

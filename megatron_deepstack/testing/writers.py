@@ -1,8 +1,8 @@
 """Writer processes of checkpoints that are used again by the next saver of the same rank.
 
-A saver starts its writer, and ends it: in a job of days that is nothing. A rank of a pool has a new saver for every
-tiny run, and each start imports torch, for longer than the run trains and saves. So an ended saver leaves its writer to
-the next one, unless a save was lost or failed. Tests of the writer's own life go without: `own_writers`.
+A saver starts its writer, and ends it. In a job of days that costs nothing. A rank of a pool has a new saver for every
+tiny run, and each start imports torch, which takes longer than the run itself. So a saver that ends leaves its writer
+to the next one, unless a save was lost or failed. Tests of the writer itself do without this, by `own_writers`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LentWriter:
         return self._work
 
     def close(self) -> None:
-        """Leave the writer to the next saver; end it where it may still write, or could not."""
+        """Leave the writer to the next saver; end it if it may still be writing, or if its save failed."""
         if self._work is None or (self._work.done.is_set() and self._work.error is None):
             _idle.append(self._writer)
         else:

@@ -131,15 +131,15 @@ def _whose_connections_broke() -> Iterator[None]:
     """In place of the traceback of a rank that another one has left, a line that says so: that one says why."""
     import torch.distributed as dist
 
-    from megatron_deepstack.platform.processes.gang import is_broken_connection
+    from megatron_deepstack.platform.processes.cut_off import is_cut_off
 
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        if not is_broken_connection(str(error)):
+        if not is_cut_off(type(error).__name__, str(error)):
             raise
         raise RankError(
-            "the connection to another rank is broken, since that one has ended; what it printed says why "
+            "the connection to another rank is broken, as a rule since that one has ended; what it printed says why "
             f"({str(error).splitlines()[0]})"
         ) from error
 

@@ -10,19 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_deepstack.errors import DeepStackError
-
-_CUT_OFF_WORDS = (
-    "connection closed by peer",
-    "connection reset",
-    "connection refused",
-    "broken pipe",
-    "gloo",
-    "nccl",
-    "socket",
-    "timed out waiting",
-    "store->get",
-)
-_CUT_OFF_KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "RuntimeError")
+from megatron_deepstack.platform.processes.cut_off import exception_in, is_cut_off
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +38,7 @@ def is_worth_a_retry(failure: Failure, previous: Failure | None) -> bool:
     return not failure.exception or previous is None or failure.exception != previous.exception
 
 
-def is_cut_off(kind: str, text: str) -> bool:
-    """Whether an exception is a broken connection to another rank: the consequence of another rank's end, as a rule.
-
-    Args:
-        kind: Name of the exception's class.
-        text: What it says.
-    """
-    lowered = text.lower()
-    return kind.rpartition(".")[2] in _CUT_OFF_KINDS and any(word in lowered for word in _CUT_OFF_WORDS)
-
-
 def failure_of(error: DeepStackError) -> Failure:
     """The failure behind an error of ranks on this machine, whose text holds the traceback where one raised."""
     trace = str(error).partition("\n")[2].rstrip()
-    kind, _, text = trace.rpartition("\n")[2].partition(": ")
-    return Failure(error, "" if is_cut_off(kind, text) else trace)
+    return Failure(error, "" if is_cut_off(*exception_in(trace)) else trace)

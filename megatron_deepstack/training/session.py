@@ -20,7 +20,7 @@ from megatron_deepstack.checkpoint.content.identity import differences, identity
 from megatron_deepstack.checkpoint.content.state import allocate_states
 from megatron_deepstack.checkpoint.folder import Checkpoint
 from megatron_deepstack.checkpoint.load import load
-from megatron_deepstack.checkpoint.saving.commit import layout_of
+from megatron_deepstack.checkpoint.saving.commit import layout_facts
 from megatron_deepstack.checkpoint.saving.saver import Saver
 from megatron_deepstack.checkpoint.verification import newest_whole_together, remove_leftovers_together
 from megatron_deepstack.config.schema import Recipe
@@ -196,7 +196,7 @@ def resume(session: Session) -> Resumption:
     if checkpoint is None:
         allocate_states(session.optimizer.chained)
         return Resumption(step=0, path=None, passed_over=())
-    layout = layout_of(session.groups.axes, session.recipe.parallel)
+    layout = layout_facts(session.groups.axes, session.recipe.parallel)
     with phase():
         load(checkpoint, session.engine.model, session.optimizer.chained, layout)
     return Resumption(step=checkpoint.manifest.step, path=checkpoint.path, passed_over=session.beginning.passed_over)

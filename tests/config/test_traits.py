@@ -19,6 +19,7 @@ from megatron_deepstack.config.traits.families import FAMILIES, family_of
 from megatron_deepstack.config.traits.towers import TOWERS, tower_of
 from megatron_deepstack.config.traits.variants import VARIANTS, ViewLayout, variant_of_views
 from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.planning.exchange.rows import NEWLINE, image_rows
 from megatron_deepstack.planning.exchange.samplers import SAMPLERS, sample_mosaic, stack_of_token
 from megatron_deepstack.testing.oracle.stacks import sample_stacks
 
@@ -67,6 +68,15 @@ def test_a_sampler_gives_every_token_once(sampler: Sampler, grid: tuple[int, int
         assert pixels[crop[stack], token[stack]].tolist() == expected.tolist()
     taken = stack_of_token(sampler, 4, grid)
     assert np.bincount(taken.flat).tolist() == [16] * (gw * gh)
+
+
+@pytest.mark.parametrize("variant", Variant)
+@pytest.mark.parametrize("grid", [(2, 2), (3, 1)])
+def test_a_variant_uses_a_token_once(variant: Variant, grid: tuple[int, int]) -> None:
+    """The newline aside, a token stands in the context or in one stack: its gradient comes back from one place."""
+    rows = image_rows(ModelConfig(variant=variant, vision=VisionConfig(image_size=16, patch_size=4)), grid)
+    used = [pair for pair in zip(rows.view.tolist(), rows.token.tolist(), strict=True) if pair[0] != NEWLINE]
+    assert len(used) == len(set(used))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
+from megatron_deepstack.platform.files.strict_json import from_line
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 from megatron_deepstack.training.guard.heartbeat import read_beats
@@ -51,7 +51,7 @@ def records_of(run_dir: str | Path) -> list[dict[str, Any]]:
     """The records of a run so far; a line that is being written is left out."""
     file = Path(run_dir) / "metrics.jsonl"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [from_line(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def course_of(run_dir: str | Path) -> list[tuple[int, float, float]]:

@@ -49,7 +49,7 @@ def half(ranks: Pools, undisturbed: Recipe, tmp_path_factory: pytest.TempPathFac
 def writer_of(command: TrainCommand, rank: int) -> psutil.Process:
     """The process that writes a rank's files."""
     children = psutil.Process(command.pid(rank)).children()
-    (writer,) = [child for child in children if "checkpoint.writer" in " ".join(child.cmdline())]
+    (writer,) = [child for child in children if "checkpoint.saving.writer" in " ".join(child.cmdline())]
     return writer
 
 

@@ -16,7 +16,7 @@ from megatron_deepstack.errors import (
 from megatron_deepstack.planning.budget.footprint import checkpoint_bytes, part_parameters, rank_bytes
 from megatron_deepstack.platform.network import interface_of
 from orchestration.launch.before import probe
-from orchestration.launch.before.checks import Finding, Link, failures, in_words, judge
+from orchestration.launch.before.checks import Check, Link, failures, in_words, judge
 from orchestration.launch.before.placement import place
 from orchestration.launch.before.preflight import require_sound
 from orchestration.launch.before.probe import Fact, NodeFacts
@@ -45,7 +45,7 @@ class TestChecks:
         second: NodeFacts,
         seen: tuple[str, ...] = ("token1", "token2"),
         link: Link | None = None,
-    ) -> tuple[Finding, ...]:
+    ) -> tuple[Check, ...]:
         seats = place(demand(2, pipeline=2, cpus=40), [node(1), node(2)])
         everything = {"10.0.0.1": ("token1", "token2"), "10.0.0.2": seen}
         links = [link or Link("10.0.0.1", "10.0.0.2", 0.001)]

@@ -33,7 +33,7 @@ from orchestration.launch.driver.record import (
     STOP_FILE,
     LaunchRecord,
     Restart,
-    State,
+    RunState,
     newest_step,
     read_record,
     write_record,
@@ -52,7 +52,7 @@ def running(recipe: Recipe) -> Path:
     lines = [{"step": n, "loss": 1 / n, "tokens_per_second": 100 * n, "step_seconds": 2.0} for n in range(1, 11)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run_dir / "metrics.jsonl").write_text(text + '{"step": 11, "lo')
-    record = LaunchRecord(state=State.RUNNING, num_ranks=2, max_failures=3)
+    record = LaunchRecord(state=RunState.RUNNING, num_ranks=2, max_failures=3)
     record.restarts.append(Restart(time.time(), "rank 1 (pid 5 on host) died: killed", (1,)))
     write_record(run_dir, record)
     return run_dir
@@ -81,9 +81,9 @@ class TestControl:
     @pytest.mark.parametrize(
         ("changes", "code", "words"),
         [
-            ({"state": State.FINISHED, "exit_code": 0, "outcome": "finished"}, 0, "finished"),
-            ({"state": State.STOPPED, "exit_code": 75, "outcome": "asked to stop"}, 75, "because    asked to stop"),
-            ({"state": State.FAILED, "exit_code": 7, "outcome": "rank 0 died"}, 7, "because    rank 0 died"),
+            ({"state": RunState.FINISHED, "exit_code": 0, "outcome": "finished"}, 0, "finished"),
+            ({"state": RunState.STOPPED, "exit_code": 75, "outcome": "asked to stop"}, 75, "because    asked to stop"),
+            ({"state": RunState.FAILED, "exit_code": 7, "outcome": "rank 0 died"}, 7, "because    rank 0 died"),
             ({"host": "elsewhere", "machine": "elsewhere"}, 0, "running"),
         ],
     )
@@ -135,13 +135,38 @@ class TestControl:
     )
     def test_status_of_a_run_of_train_by_its_owner(self, running: Path, changes: dict[str, Any], state: str) -> None:
         """A launch before it, in the same folder, is over and tells nothing of this one."""
-        changed(running, state=State.FAILED, outcome="an earlier launch", exit_code=7)
+        changed(running, state=RunState.FAILED, outcome="an earlier launch", exit_code=7)
         age = changes.pop("age", 0.0)
         owner = replace(this_process("torchrun"), **changes)
         (running / OWNER_FILE).write_text(json.dumps(asdict(owner)))
         os.utime(running / OWNER_FILE, (time.time() - age, time.time() - age))
         found = control.status_of(running)
         assert (found.state, found.launcher, found.exit_code) == (state, "torchrun", int(state == "lost"))
+        with pytest.raises(ConfigError, match=rf"not started by `launch`; `kill {os.getpid()}` on"):
+            control.stop(running, now=True, wait_seconds=0)
+
+    @pytest.mark.parametrize(
+        ("driver", "seconds", "launcher"),
+        [
+            ({"state": RunState.STOPPED, "exit_code": 75}, 1.0, "train or torchrun"),
+            ({"state": RunState.STOPPED, "exit_code": 75}, -1.0, "launch"),
+            ({"pid": 2**22 + 1}, 3600.0, "train or torchrun"),
+            ({"pid": 2**22 + 1}, 1.0, "launch"),
+        ],
+        ids=["stopped, then trained", "stopped", "killed, then trained", "killed"],
+    )
+    def test_status_after_a_train_that_followed_a_launch(
+        self, running: Path, driver: dict[str, Any], seconds: float, launcher: str
+    ) -> None:
+        """What the launch ended with is no longer true of the run; told by which of the two wrote last."""
+        changed(running, **driver)
+        last = (running / "launch.json").stat().st_mtime + seconds
+        os.utime(running / "recipe.yaml", (last, last))
+        line = {"step": 40, "loss": 0.1, "tokens_per_second": 1.0, "step_seconds": 2.0}
+        (running / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        found = control.status_of(running)
+        assert (found.launcher, found.state == "finished") == (launcher, launcher != "launch")
+        assert (found.exit_code == 0) is (launcher != "launch")
 
     def test_status_of_a_finished_run_of_train(self, running: Path) -> None:
         (running / "launch.json").unlink()
@@ -185,9 +210,9 @@ class TestControl:
         assert wants_it_now(running)
 
     def test_stop_of_a_run_that_is_over(self, running: Path) -> None:
-        changed(running, state=State.FINISHED, outcome="finished")
+        changed(running, state=RunState.FINISHED, outcome="finished")
         assert control.stop(running, now=False, wait_seconds=9) == "nothing to stop: finished, finished"
-        changed(running, state=State.RUNNING, pid=2**22 + 1)
+        changed(running, state=RunState.RUNNING, pid=2**22 + 1)
         assert "its driver (pid 4194305" in control.stop(running, now=True, wait_seconds=9)
         assert not (running / STOP_FILE).exists()
 

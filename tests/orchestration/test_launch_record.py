@@ -28,7 +28,7 @@ from orchestration.launch.driver.record import (
     Events,
     LaunchRecord,
     Restart,
-    State,
+    RunState,
     Tail,
     last_lines,
     read_record,
@@ -40,7 +40,7 @@ class TestRecord:
     def test_it_comes_back_as_it_was(self, tmp_path: Path) -> None:
         record = LaunchRecord(cluster="10.0.0.1:6379", num_ranks=2, max_failures=3)
         record.restarts.append(Restart(1.5, "rank 1 died", (1,)))
-        record.state = State.RUNNING
+        record.state = RunState.RUNNING
         write_record(tmp_path, record)
         assert read_record(tmp_path) == record
         assert [path.name for path in tmp_path.iterdir()] == ["launch.json"]
@@ -54,23 +54,23 @@ class TestRecord:
     def test_a_driver_that_is_gone_is_lost(self, tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", ""]) as gone:
             gone.wait()
-        assert LaunchRecord(state=State.RUNNING, pid=gone.pid).lost
-        assert not LaunchRecord(state=State.RUNNING).lost
-        assert not LaunchRecord(state=State.FAILED, pid=gone.pid).lost
-        elsewhere = LaunchRecord(state=State.RUNNING, host="elsewhere", machine="elsewhere", pid=1)
+        assert LaunchRecord(state=RunState.RUNNING, pid=gone.pid).lost
+        assert not LaunchRecord(state=RunState.RUNNING).lost
+        assert not LaunchRecord(state=RunState.FAILED, pid=gone.pid).lost
+        elsewhere = LaunchRecord(state=RunState.RUNNING, host="elsewhere", machine="elsewhere", pid=1)
         assert not elsewhere.lost
         elsewhere.heartbeat -= 3600
         assert elsewhere.lost
 
     def test_another_process_with_the_drivers_number_is_not_the_driver(self) -> None:
         """A restarted machine or container gives the same name and the same low numbers again."""
-        assert LaunchRecord(state=State.RUNNING, pid_since=process_start() - 3600).lost
-        before_a_restart = LaunchRecord(state=State.RUNNING, machine="an earlier start of it", heartbeat=0.0)
+        assert LaunchRecord(state=RunState.RUNNING, pid_since=process_start() - 3600).lost
+        before_a_restart = LaunchRecord(state=RunState.RUNNING, machine="an earlier start of it", heartbeat=0.0)
         assert before_a_restart.host == socket.gethostname()
         assert before_a_restart.lost
 
     def test_a_record_of_an_earlier_version_is_judged_by_its_heartbeat(self, tmp_path: Path) -> None:
-        write_record(tmp_path, LaunchRecord(state=State.RUNNING))
+        write_record(tmp_path, LaunchRecord(state=RunState.RUNNING))
         raw = json.loads((tmp_path / "launch.json").read_text())
         for beat, lost in ((raw["heartbeat"], False), (raw["heartbeat"] - 3600, True)):
             earlier = {name: value for name, value in raw.items() if name not in ("machine", "pid_since")}
@@ -124,7 +124,7 @@ class TestFullDisk:
         follower = Follower(run_dir, record)
         Events(run_dir).add("running")
         follower.look()
-        assert record.state is State.RUNNING
+        assert record.state is RunState.RUNNING
         assert read_record(run_dir) is None
         full.rmdir()
         Events(run_dir).add("start")

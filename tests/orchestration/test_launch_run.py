@@ -18,7 +18,7 @@ from megatron_deepstack.config.schema import CheckpointConfig, Recipe
 from megatron_deepstack.errors import ClusterError, PreemptedError
 from orchestration.launch.before.placement import place
 from orchestration.launch.driver import run
-from orchestration.launch.driver.background import Background, follow
+from orchestration.launch.driver.background import BackgroundCheck, follow
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import Events, LaunchRecord, read_record
 from orchestration.launch.driver.stopping import request_stop
@@ -68,7 +68,7 @@ def test_the_run_is_followed_while_work_takes_long(tmp_path: Path) -> None:
             if record.waiting_for:
                 told.set()
 
-    background = Background("checks", work)
+    background = BackgroundCheck("checks", work)
     follow(background, Waits(tmp_path, record), tmp_path, threading.Event())
     assert background.outcome() == "done"
     written = read_record(tmp_path)
@@ -80,7 +80,7 @@ def test_an_error_of_work_comes_out(tmp_path: Path) -> None:
     def fail() -> None:
         raise ClusterError("3 of 9 checks failed")
 
-    background = Background("checks", fail)
+    background = BackgroundCheck("checks", fail)
     follow(background, Follower(tmp_path, LaunchRecord()), tmp_path, threading.Event())
     with pytest.raises(ClusterError, match="3 of 9 checks failed"):
         background.outcome()
@@ -95,7 +95,9 @@ def test_work_is_left_when_the_run_is_to_end_at_once(tmp_path: Path, asked: str)
         request_stop(tmp_path, "stop", how="now")
     try:
         with pytest.raises(PreemptedError, match="ended at once on request"):
-            follow(Background("checks", lambda: over.wait(60)), Follower(tmp_path, LaunchRecord()), tmp_path, second)
+            follow(
+                BackgroundCheck("checks", lambda: over.wait(60)), Follower(tmp_path, LaunchRecord()), tmp_path, second
+            )
     finally:
         over.set()
 

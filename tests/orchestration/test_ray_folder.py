@@ -12,7 +12,7 @@ import pytest
 
 from megatron_deepstack.errors import ClusterError
 from orchestration import ray_folder
-from orchestration.ray_folder import LONGEST, Place, choose, places
+from orchestration.ray_folder import LONGEST, Candidate, choose, places
 
 Spoil = Callable[[Path, pytest.MonkeyPatch], Path]
 
@@ -90,8 +90,8 @@ def test_a_place_that_will_not_do(
 ) -> None:
     """It is passed over with its reason; where there is no other, the reason and the remedy are the error."""
     path = spoil(tmp_path, monkeypatch)
-    asked = Place(path, "TMPDIR")
-    held, said = choose([asked, Place(short, "")])
+    asked = Candidate(path, "TMPDIR")
+    held, said = choose([asked, Candidate(short, "")])
     with held:
         assert held.path.parent == short
         (line,) = said
@@ -120,7 +120,7 @@ def test_the_users_places_come_first(environment: dict[str, str], order: list[st
 
 
 def test_a_place_of_every_system_is_passed_over_without_a_word(short: Path) -> None:
-    held, said = choose([Place(Path("/nothing"), ""), Place(short, "")])
+    held, said = choose([Candidate(Path("/nothing"), ""), Candidate(short, "")])
     with held:
         assert said == ()
 

@@ -19,7 +19,7 @@ from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import OptimizerConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.report.compare import write_comparison
-from megatron_deepstack.report.drawing.timeline import Box, RankLine, RecordedStep, read_timelines, timeline_drawing
+from megatron_deepstack.report.drawing.timeline import Bar, RankLine, RecordedStep, read_timelines, timeline_drawing
 from megatron_deepstack.report.health import events
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import Metrics, read_metrics
@@ -167,7 +167,7 @@ def test_boxes_lie_where_their_times_are_and_a_common_scale_shrinks_them(tmp_pat
 
 
 def test_many_ranks_are_drawn_one_a_stage() -> None:
-    box = Box("forward", 0, 0, 0.0, 1.0)
+    box = Bar("forward", 0, 0, 0.0, 1.0)
     lines = tuple(RankLine(rank, f"stage {rank // 16}", rank // 16, (box,), (0.0, 1.0)) for rank in range(64))
     root = ElementTree.fromstring(timeline_drawing(RecordedStep(1, "spread", 0.0, lines)))
     assert len(boxes_of(root)) == 4

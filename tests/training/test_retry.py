@@ -13,9 +13,10 @@ from megatron_deepstack.errors import (
     PreemptedError,
     RankError,
 )
-from megatron_deepstack.training.retry import Failure, failure_of, is_cut_off, is_worth_a_retry
+from megatron_deepstack.training.retry import Failure, failure_of, is_worth_a_retry
 
 DEATH = Failure()
+NCCL = "torch.distributed.DistBackendError: NCCL error\nsocketProgress: Connection closed by remote peer"
 BUG, OTHER_BUG = Failure(exception="ValueError: a (step.py:7)"), Failure(exception="ValueError: b (step.py:9)")
 
 
@@ -41,20 +42,6 @@ def test_mistakes_are_not_tried_again(now: Failure, before: Failure | None, agai
     assert is_worth_a_retry(now, before) is again
 
 
-@pytest.mark.parametrize(
-    ("kind", "text", "cut_off"),
-    [
-        ("RuntimeError", "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.2]:1", True),
-        ("DistBackendError", "NCCL error in: ... remote process exited or there was a network error", True),
-        ("torch.distributed.DistStoreError", "timed out waiting for clients", True),
-        ("RuntimeError", "shape '[2]' is invalid for input of size 3", False),
-        ("AssertionError", "rows of gloo", False),
-    ],
-)
-def test_broken_connections_are_told_from_own_exceptions(kind: str, text: str, cut_off: bool) -> None:
-    assert is_cut_off(kind, text) is cut_off
-
-
 def raised(line: str, pid: int) -> RankError:
     return RankError(f"rank 0 (pid {pid}) raised:\nTraceback (most recent call last):\n  File ...\n{line}")
 
@@ -65,10 +52,11 @@ def raised(line: str, pid: int) -> RankError:
         (raised("ValueError: 1 is not 2", 10), raised("ValueError: 1 is not 2", 11), False),
         (raised("ValueError: 1 is not 2", 10), raised("ValueError: 3 is not 4", 11), True),
         (raised("RuntimeError: Connection reset", 1), raised("RuntimeError: Connection reset", 2), True),
+        (raised(NCCL, 1), raised(NCCL, 2), True),
         (RankError("rank 1 (pid 3) was killed"), RankError("rank 1 (pid 3) was killed"), True),
         (HangError("the run hangs"), HangError("the run hangs"), True),
     ],
-    ids=["same exception", "another exception", "broken connection", "killed", "hang"],
+    ids=["same exception", "another exception", "broken connection", "NCCL", "killed", "hang"],
 )  # fmt: skip
 def test_errors_of_local_ranks(first: DeepStackError, second: DeepStackError, again: bool) -> None:
     """The process id differs each time, and tells nothing."""

@@ -21,10 +21,7 @@ from megatron_deepstack.checkpoint.saving.plan import RankPlan
 from megatron_deepstack.checkpoint.saving.writer import FileTask, Reply, StagedTensor, WriteTask
 from megatron_deepstack.platform.compute.host_memory import HostMemory, lay_out, start_copies
 
-_START = (
-    "import sys; from megatron_deepstack.checkpoint.saving.writer import serve; "
-    "serve(int(sys.argv[1]), int(sys.argv[2]))"
-)
+_START = "import sys; from megatron_deepstack.checkpoint.saving.writer import serve; serve(*map(int, sys.argv[1:]))"
 
 
 class Work:
@@ -55,7 +52,7 @@ class Background:
         handles = (theirs.fileno(), self._memory.handle)
         modules = os.pathsep.join(path for path in sys.path if path)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, handles)],
+            [sys.executable, "-c", _START, *map(str, (os.getpid(), *handles))],
             pass_fds=handles,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1"},

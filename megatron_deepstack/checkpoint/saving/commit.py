@@ -83,7 +83,7 @@ class Commit:
         return {**files, **{name: fingerprint(partial / name) for name in (INDEX, RECIPE_FILE)}}
 
 
-def layout_of(axes: Axes, parallel: ParallelConfig) -> dict[str, int]:
+def layout_facts(axes: Axes, parallel: ParallelConfig) -> dict[str, int]:
     """Ranks on each axis, and chunks of a stage."""
     return {**asdict(axes), "vpp": parallel.virtual_pipeline}
 

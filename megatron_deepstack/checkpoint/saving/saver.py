@@ -29,7 +29,7 @@ from megatron_deepstack.checkpoint.content.random_state import sharded_random_st
 from megatron_deepstack.checkpoint.content.state import sharded_state
 from megatron_deepstack.checkpoint.folder import checkpoint_path, looks_whole, partial_path, step_folders
 from megatron_deepstack.checkpoint.saving.background import Background, Work
-from megatron_deepstack.checkpoint.saving.commit import Commit, layout_of
+from megatron_deepstack.checkpoint.saving.commit import Commit, layout_facts
 from megatron_deepstack.checkpoint.saving.plan import Planner
 from megatron_deepstack.checkpoint.saving.retention import FolderLock
 from megatron_deepstack.config.choices import SaveMode
@@ -132,7 +132,7 @@ class Saver:
         self._commit = Commit(
             facts=facts,
             samples=samples or {},
-            layout=layout_of(axes, recipe.parallel),
+            layout=layout_facts(axes, recipe.parallel),
             num_ranks=axes.world_size,
             recipe_text=recipe_to_yaml(recipe),
             keep=recipe.checkpoint.keep,

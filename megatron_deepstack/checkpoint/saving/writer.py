@@ -135,9 +135,9 @@ def _tensor(tensor: StagedTensor, memory: mmap.mmap) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=tensor.offset).view(tensor.shape)
 
 
-def serve(pipe_handle: int, memory_handle: int) -> None:
-    """Life of the process: answer jobs until the rank closes the pipe or dies."""
-    die_with_parent()
+def serve(rank_pid: int, pipe_handle: int, memory_handle: int) -> None:
+    """Life of the process: answer jobs until the rank, whose process is given, closes the pipe or dies."""
+    die_with_parent(rank_pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with suppress(EOFError, ConnectionError):

@@ -1,4 +1,4 @@
-"""What the model learns from: raw data for `preprocess`, finished stores for `train`."""
+"""The section `data`: raw data for `preprocess`, and finished stores for `train`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _TRANSPARENCY: Final = Matches(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """What is read: raw data for `preprocess`, the finished store for `train`."""
+    """The data: raw records and images that `preprocess` reads, and the finished store that `train` reads."""
 
     records: tuple[Annotated[str, PathKind.PATTERN], ...] | None = None
-    """For `preprocess`: LLaVA-style JSON or JSON-lines files (also .gz), or WebDataset tar shards; one or several."""
+    """One or several files for `preprocess`: LLaVA-style JSON or JSON lines (also .gz), or WebDataset tar shards."""
     images: Annotated[str, PathKind.LOCATION] | None = None
-    """Folder that the records' image paths are relative to; tar shards bring their own images."""
+    """Folder to which the image paths in the records are relative; tar shards contain their images."""
     ignore_keys: tuple[str, ...] = ()
-    """Keys of records, their turns and parts that `preprocess` passes over; any other key that nothing reads is an
-    error. A placeholder of another medium, such as `<video>`, that is named here is plain text."""
+    """Keys of records, of their turns and of the parts of a turn that `preprocess` ignores; any other key that it does
+    not know is an error. A placeholder of another medium, such as `<video>`, that is named here is read as plain
+    text."""
     tokenizer: Annotated[str, PathKind.LOCAL] | None = None
-    """SentencePiece model file, or a Hugging Face tokenizer: its tokenizer.json, or the folder that holds it."""
+    """SentencePiece model file, or a Hugging Face tokenizer: a tokenizer.json, or the folder that holds it."""
     template: Template = Template.V1
-    """How a conversation is written as text: `plain` (captions alone), `v1` (Vicuna), `llama_3` or `qwen` (ChatML). It
-    must be the one that the decoder was trained with."""
+    """How a conversation is written as text: `plain` (only captions), `v1` (Vicuna), `llama_3` or `qwen` (ChatML). It
+    must be the template that the decoder was trained with."""
     store: Annotated[str, PathKind.LOCATION] | None = None
     """The zarr store that `preprocess` writes and `train` reads: a folder, or the URL of an object store."""
     stores: tuple[Annotated[str, PathKind.LOCATION], ...] | None = None
@@ -37,35 +38,38 @@ class DataConfig:
     """Share of the samples drawn from each of `stores`, in any unit; if null, in proportion to their numbers of
     samples."""
     validation_store: Annotated[str, PathKind.LOCATION] | None = None
-    """Held-out zarr store, for `train.validation_interval` and `generate`."""
+    """Zarr store of held-out samples, for `train.validation_interval` and `generate`."""
     resize: ImageResize = ImageResize.PILLOW
-    """Kernel that resizes images. `pillow` is bit-equal to the published preprocessing; `torch` rounds otherwise."""
+    """Kernel that resizes images. `pillow` gives exactly the pixels of the published preprocessing; `torch` rounds
+    differently."""
     orientation: Orientation = Orientation.AS_STORED
-    """Whether photos are turned as their EXIF tag says. The published preprocessing does not turn them."""
+    """Whether photos are turned as their EXIF tag says: `exif` turns them, `as_stored` does not, as published."""
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
-    """Grey images of more than 8 bits: `as_published` cuts values off at 255 and flags the image, `scale` brings them
-    to 8 bits: 0 to 65535 divided by 257, floats of 0 to 1 times 255, other values from the image's least to its
-    greatest; an image whose values all lie within 0 to 255 stays as it is."""
+    """How grey images of more than 8 bits are read. `as_published` cuts values off at 255 and flags the image. `scale`
+    brings them to 8 bits: values of 0 to 65535 are divided by 257, floats of 0 to 1 are multiplied by 255, and other
+    values are stretched from the smallest to the largest of the image. An image whose values are all within 0 to 255
+    is not changed."""
     transparency: Annotated[str, _TRANSPARENCY] = "as_published"
-    """Images that are not opaque: `as_published` drops the alpha channel and flags the image; a colour as "#rrggbb"
-    (in quotes in a file, where YAML takes # for a comment) is what they are laid on."""
+    """How images that are not opaque are read. `as_published` drops the alpha channel and flags the image. A colour
+    such as "#ffffff" becomes their background; write it in quotes in a file, since # begins a comment in YAML."""
     compression: Compression = Compression.NONE
-    """Codec of the views in the store. `zstd` takes about a quarter less space and reads slower."""
+    """Codec of the views in the store. `zstd` takes about a quarter less space and is slower to read."""
     max_image_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 178_956_970
-    """Images with more pixels are quarantined before they are decoded. The default is the number
-    above which Pillow refuses an image as a decompression bomb."""
+    """Images with more pixels are quarantined before they are decoded. The default is the number above which Pillow
+    refuses an image as a decompression bomb."""
     max_quarantined: Annotated[float, SHARE] = 0.05
     """Share of the images that may be quarantined before the job stops."""
     max_image_seconds: Annotated[float, POSITIVE, Unit("seconds")] = 60.0
     """An image that takes longer to read and decode is quarantined."""
     images_per_part: Annotated[int, POSITIVE, Unit("images")] = 64
-    """Images of a part, which is the unit of work and of resuming: a killed job repeats at most the parts in work."""
+    """Images in a part. A worker handles one part at a time, and a job that was killed repeats only the parts that it
+    had not finished."""
     verify_checksums: bool = True
     """Check each view's crc32c when it is read."""
     cache_dir: Annotated[str, PathKind.LOCAL] | None = None
     """Folder for local copies of the shards of a store in an object store; a temporary folder if null."""
     cache_gib: Annotated[float, POSITIVE, Unit("GiB")] = 64.0
-    """Most space that such copies take on a node; the least recently used ones go first."""
+    """Largest space that such copies take on a node; the least recently used ones are removed first."""
     unreadable: Unreadable = Unreadable.STOP
-    """What happens to a sample whose views cannot be read: the run stops and names it, or it is left out of the loss
-    and counted."""
+    """What happens when the views of a sample cannot be read: `stop` ends the run and names the sample, `skip` leaves
+    the sample out of the loss and counts it."""

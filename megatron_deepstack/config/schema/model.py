@@ -1,6 +1,6 @@
-"""What is trained: vision tower, decoder, stacks, and adapters.
+"""The sections `model` and `lora`: vision tower, decoder, stacks, and adapters.
 
-Defaults are the published DeepStack-L of LLaVA-1.5's parts: CLIP ViT-L/14 at 336 pixels, and Vicuna 7B.
+The defaults are the published DeepStack-L with the parts of LLaVA-1.5: CLIP ViT-L/14 at 336 pixels, and Vicuna 7B.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ class VisionConfig:
     """
 
     kind: str = "clip"
-    """What kind of tower it is: `clip`, `siglip`, or the name of one that a program of yours registered. Earlier
-    releases said `class_token: true` or `false` for the two, which is still read."""
+    """Kind of tower: `clip`, `siglip`, or the name of a tower that your own program registered. The earlier spelling of
+    the first two, `class_token: true` or `false`, is still read."""
     image_size: Annotated[int, POSITIVE, Unit("pixels")] = 336
     """Side of a view; also the side of the crops that the preprocessing cuts. The default is CLIP ViT-L/14-336's."""
     patch_size: Annotated[int, POSITIVE, Unit("pixels")] = 14
-    """Side of a patch. What is left of `image_size` beyond whole patches is not seen, as in 384 / 14."""
+    """Side of a patch. Pixels of a view beyond the last whole patch are ignored, as with 384 / 14."""
     hidden_size: Annotated[int, POSITIVE] = 1024
     """Width of the tower's hidden states. The default is CLIP ViT-L's."""
     ffn_hidden_size: Annotated[int, POSITIVE] = 4096
     """Width of the MLP in each of its layers. The default is CLIP ViT-L's."""
     num_layers: Annotated[int, POSITIVE, Unit("layers")] = 24
-    """Number of its transformer layers, those that `select_layer` leaves unused included. The default is CLIP
+    """Number of its transformer layers, including those that `select_layer` leaves unused. The default is CLIP
     ViT-L's."""
     num_heads: Annotated[int, POSITIVE, Unit("heads")] = 16
     """Number of attention heads; they must divide `hidden_size`."""
     activation: Activation = Activation.QUICK_GELU
     """Activation of its MLPs: `quick_gelu` is CLIP's, `gelu_tanh` is SigLIP's."""
     select_layer: int = -2
-    """Hidden state used as feature, numbered as by Hugging Face: -1 is the last layer's output, -2 its input. The
-    default is what LLaVA and DeepStack publish."""
+    """Hidden state that is used as the feature, numbered as in Hugging Face: -1 is the output of the last layer, -2 is
+    its input. The default is the value that LLaVA and DeepStack publish."""
     layernorm_epsilon: Annotated[float, POSITIVE] = 1e-5
-    """Epsilon of its LayerNorms: CLIP's; SigLIP has 1e-6."""
+    """Epsilon of its LayerNorms. The default is CLIP's; SigLIP has 1e-6."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of each channel (red, green, blue; range 0 to 1), subtracted from the pixels. The default is CLIP's."""
     std: tuple[Annotated[float, POSITIVE], Annotated[float, POSITIVE], Annotated[float, POSITIVE]] = (
@@ -63,10 +63,10 @@ class LanguageConfig:
     """
 
     family: str | None = None
-    """Its family: `llama`, `mistral`, `qwen2`, `qwen3`, or the name of one that a program of yours registered. If
-    null, the one that `qkv_bias` and `qk_norm` describe."""
+    """Family of the decoder: `llama`, `mistral`, `qwen2`, `qwen3`, or the name of a family that your own program
+    registered. If null, `qkv_bias` and `qk_norm` determine the family."""
     vocab_size: Annotated[int, POSITIVE, Unit("tokens")] = 32000
-    """Number of token ids; it must cover the tokenizer's. The default is LLaMA's."""
+    """Number of token ids; it must be at least the tokenizer's. The default is LLaMA's."""
     hidden_size: Annotated[int, POSITIVE] = 4096
     """Width of the decoder's hidden states. The default is LLaMA 7B's."""
     ffn_hidden_size: Annotated[int, POSITIVE] = 11008
@@ -79,11 +79,11 @@ class LanguageConfig:
     """Number of key/value heads (grouped-query attention); equal to `num_heads` if null, which is plain multi-head
     attention."""
     head_dim: Annotated[int, POSITIVE] | None = None
-    """Width of one head; `hidden_size / num_heads` if null. Some decoders, such as Qwen3's, have another."""
+    """Width of one head; `hidden_size / num_heads` if null. Some decoders, such as Qwen3's, have another width."""
     norm_epsilon: Annotated[float, POSITIVE] = 1e-5
-    """Epsilon of the RMSNorms: LLaMA 2's; Qwen's decoders have 1e-6."""
+    """Epsilon of the RMSNorms. The default is LLaMA 2's; Qwen's decoders have 1e-6."""
     rope_theta: Annotated[float, POSITIVE] = 10000.0
-    """Base of the rotary position embedding: LLaMA's; newer decoders have larger ones."""
+    """Base of the rotary position embedding. The default is LLaMA's; newer decoders have larger ones."""
     qkv_bias: bool = False
     """Query, key and value projections have a bias, as in Qwen2."""
     qk_norm: bool = False
@@ -97,10 +97,10 @@ class StackConfig:
     """How high-resolution crops become stacks, and before which layers they are added (paper section 3)."""
 
     num_crops: Annotated[int, POSITIVE, Unit("crops")] = 4
-    """Most crops an image may have; also the number of stacks of DeepStack-L. The paper found four to be best."""
+    """Largest number of crops of an image, and the number of stacks of DeepStack-L. The paper found four to be best."""
     grid: GridRule = GridRule.BEST_FIT
-    """Rule that picks an image's grid of crops: the one of up to `num_crops` crops that fits its shape best, or always
-    two by two."""
+    """Rule that picks an image's grid of crops: `best_fit` takes the grid of up to `num_crops` crops that fits the
+    shape of the image best, `fixed_2x2` always takes two by two."""
     sampler: Sampler = Sampler.DILATED_2D
     """How stacks are sampled from the mosaic of crops. `2d` takes every n-th token in both directions, so that each
     stack shows the whole image, as published. `1d` takes every n-th token of the mosaic's rows written one after
@@ -111,7 +111,7 @@ class StackConfig:
     interval: Annotated[int, NOT_NEGATIVE, Unit("layers")] = 1
     """Distance between the layers of successive stacks."""
     slots: tuple[int, ...] | None = None
-    """Layer of each stack in order, counted from 0; it replaces `start` and `interval`, which apply if null."""
+    """Layer of each stack in order, counted from 0. If null, `start` and `interval` determine the layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,22 +122,23 @@ class ModelConfig:
     """Which model of the family is trained: DeepStack with stacks in the decoder (`deepstack_l`, `deepstack_hd`) or in
     the vision tower (`deepstack_v`), or one of the baselines that the paper compares with."""
     vision: VisionConfig = field(default_factory=VisionConfig)
-    """Vision tower."""
+    """The vision tower."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
-    """Decoder."""
+    """The decoder."""
     stacks: StackConfig = field(default_factory=StackConfig)
-    """Stacks and their slots."""
+    """The stacks and their slots."""
     layers: Layers = Layers.AUTO
-    """Implementation of the layers: `auto` takes Transformer Engine where it can run, else Megatron's local layers."""
+    """Implementation of the layers: `auto` takes Transformer Engine where it can run, and otherwise Megatron's local
+    layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters on the decoder's linear layers (LoRA, arXiv 2106.09685); their layers' weights are frozen."""
+    """Low-rank adapters on the decoder's linear layers (LoRA, arXiv 2106.09685). The decoder's weights are frozen."""
 
     rank: Annotated[int, NOT_NEGATIVE] = 0
-    """Rank of the adapters; 0 for none, in which case the decoder's own weights learn."""
+    """Rank of the adapters. With 0 there are no adapters, and the decoder's own weights learn."""
     alpha: Annotated[float, POSITIVE] = 16.0
-    """The adapters' output is scaled by alpha / rank."""
+    """The output of the adapters is multiplied by alpha / rank."""
     targets: tuple[LoraTarget, ...] = tuple(LoraTarget)
-    """Linear layers that get an adapter; all four of a decoder layer by default."""
+    """Linear layers that get an adapter. The default is all four of a decoder layer."""

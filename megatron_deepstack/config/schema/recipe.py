@@ -19,25 +19,25 @@ class Recipe:
     name: Annotated[str, NotBlank()] = "run"
     """Name in logs and reports."""
     run_dir: Annotated[str, NotBlank(), PathKind.LOCAL] = "runs/run"
-    """Folder of the run: resolved recipe, metrics, TensorBoard files, checkpoints, report. A run goes on from the
+    """Folder of the run: resolved recipe, metrics, TensorBoard files, checkpoints, report. A run continues from the
     newest checkpoint that it finds there."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """What is trained."""
+    """The model that is trained."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What it learns from."""
+    """The data that it learns from."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Layout over ranks."""
+    """The layout of the model over ranks."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """The optimizer, AdamW, and its learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """The training loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving."""
+    """When checkpoints are saved, and which are kept."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Low-rank adapters."""
+    """Low-rank adapters of the decoder."""
     health: HealthConfig = field(default_factory=HealthConfig)
-    """What counts as trouble."""
+    """What counts as a problem of the run."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Metrics."""
+    """Metrics, profiles and timelines."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """The job on a Ray cluster."""

@@ -1,4 +1,4 @@
-"""How it is trained: layout over ranks, optimizer, and the loop."""
+"""The sections about training: layout over ranks, optimizer, and the loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_deepstack.config.constraints import BELOW_ONE, NOT_NEGATIVE, POSIT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is laid out over ranks. One replica takes tensor x pipeline x context ranks; what is left over are
+    """How the model is laid out over ranks. One replica takes tensor x pipeline x context ranks; further ranks form
     further replicas."""
 
     tensor: Annotated[int, POSITIVE, Unit("ranks")] = 1
@@ -28,44 +28,47 @@ class ParallelConfig:
     pipeline: Annotated[int, POSITIVE, Unit("stages")] = 1
     """Stages that the decoder's layers are spread over (pipeline parallelism, pp)."""
     virtual_pipeline: Annotated[int, POSITIVE, Unit("chunks")] = 1
-    """Model chunks of each stage (vpp). Above 1 the interleaved schedule runs, which waits less and communicates
+    """Model chunks of each stage (vpp). Above 1 the interleaved schedule runs, in which ranks wait less and communicate
     more."""
     context: Annotated[int, POSITIVE, Unit("ranks")] = 1
     """Ranks that share each sequence (context parallelism, cp)."""
     sequence_parallel: bool = False
-    """Activations between tensor-parallel regions are split along the sequence, which saves memory; for `tensor` above
+    """Split activations between tensor-parallel regions along the sequence, which saves memory. It needs `tensor` above
     1."""
     layers_per_stage: tuple[Annotated[int, NOT_NEGATIVE], ...] | None = None
-    """Decoder layers of each stage in order, chunk by chunk under virtual_pipeline; an even split if null. 0 is allowed
-    where the stage holds the embedding, the head or other layers, or where the decoder is frozen."""
+    """Number of decoder layers of each stage in order, chunk by chunk under `virtual_pipeline`; an even split if null.
+    0 is allowed if the stage holds the embedding, the head or other layers, or if the decoder is frozen."""
     encoder_placement: EncoderPlacement = EncoderPlacement.SPREAD
-    """Where ViT and projector run: spread over all ranks of a replica, or inside the first stage's forward pass."""
+    """Where ViT and projector run: `spread` over all ranks of a replica, or `inline` in the forward pass of the first
+    stage."""
     encoder_chunk_views: Annotated[int, NOT_NEGATIVE, Unit("views")] = 0
-    """Views whose ViT activations are kept at once when the ViT is trained; the others are computed again in the
-    backward pass. 0 keeps all."""
+    """Number of views whose ViT activations are kept at a time when the ViT is trained; the others are computed again
+    in the backward pass. 0 keeps all."""
     distributed_optimizer: bool = False
-    """Optimizer states are split over data-parallel ranks (ZeRO-1) instead of held by each."""
+    """Split the optimizer's states over data-parallel ranks (ZeRO-1), instead of a copy on each of them."""
     overlap_grad_reduce: bool = True
-    """Reduce the decoder's gradients over data-parallel ranks beside what is left of the schedule and the encoder's
-    backward, from the second step of a start on. (Stages after the first have one bucket for each chunk.)"""
+    """Reduce the decoder's gradients over data-parallel ranks while the rest of the schedule and the encoder's backward
+    are still running. The first step after each start does not overlap. (Stages after the first have one bucket for
+    each chunk.)"""
     recompute: Recompute = Recompute.NONE
     """Which activations of the decoder are computed again in the backward pass instead of kept: none, those of
     attention (`selective`), or all (`full`)."""
     recompute_method: RecomputeMethod = RecomputeMethod.UNIFORM
-    """How `recompute: full` groups layers: `uniform` keeps the input of every group, `block` recomputes the first
-    layers of each chunk alone."""
+    """How `recompute: full` groups layers: `uniform` keeps only the input of every group, `block` recomputes only the
+    first layers of each chunk."""
     recompute_num_layers: Annotated[int, POSITIVE, Unit("layers")] = 1
     """Layers of each group under `uniform`, or recomputed layers of each chunk under `block`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW and its learning rate. Rates and warm-up default to those of the published second stage."""
+    """AdamW and its learning rate. The default rates and warm-up are those of the published second training stage."""
 
     lr: Annotated[float, POSITIVE] = 2e-5
-    """Peak learning rate. Published: 2e-5 in the second stage, 1e-3 in the first, where the projector alone learns."""
+    """Peak learning rate. Published values are 2e-5 in the second training stage, and 1e-3 in the first, where only the
+    projector learns."""
     vision_lr: Annotated[float, NOT_NEGATIVE] | None = None
-    """Peak learning rate of the vision tower; `lr` if null. Published: 2e-6 where the tower learns."""
+    """Peak learning rate of the vision tower; `lr` if null. The published value where the tower learns is 2e-6."""
     projector_lr: Annotated[float, NOT_NEGATIVE] | None = None
     """Peak learning rate of the projector; `lr` if null."""
     min_lr: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -73,7 +76,7 @@ class OptimizerConfig:
     schedule: LrSchedule = LrSchedule.COSINE
     """Shape of the learning rate after warm-up. The published one is `cosine`."""
     warmup_fraction: Annotated[float, SHARE] = 0.03
-    """Share of all steps in which the rate rises linearly. The default is the published value."""
+    """Share of all steps during which the rate rises linearly. The default is the published value."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled weight decay of matrices; norms and biases have none. The default is the published value."""
     vision_weight_decay: Annotated[float, NOT_NEGATIVE] | None = None
@@ -85,29 +88,30 @@ class OptimizerConfig:
     beta2: Annotated[float, BELOW_ONE] = 0.999
     """Decay of Adam's second moment. The default is AdamW's usual one."""
     epsilon: Annotated[float, POSITIVE] = 1e-8
-    """Added to the root of the second moment, so that nothing is divided by 0. The default is AdamW's usual one."""
+    """Number added to the root of the second moment, to avoid a division by 0. The default is AdamW's usual one."""
     clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Largest global norm of the gradient, to which a larger one is scaled down; 0 switches clipping off."""
+    """Largest global norm of the gradient; a larger gradient is scaled down to this norm. 0 switches clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """The loop: how long, how large, what learns, and from what it starts."""
+    """The training loop: its length, the size of batches, which parts learn, and the weights it starts from."""
 
     steps: Annotated[int, POSITIVE, Unit("steps")] = 1000
     """Optimizer steps of the whole run."""
     global_batch_size: Annotated[int, POSITIVE, Unit("samples")] = 128
-    """Samples of a step over all data-parallel ranks. The default is that of the published second stage."""
+    """Samples of a step over all data-parallel ranks. The default is that of the published second training stage."""
     micro_batch_size: Annotated[int, POSITIVE, Unit("samples")] = 1
     """Samples that a replica computes at a time."""
     seq_length: Annotated[int, POSITIVE, Unit("tokens")] = 2048
-    """Longest sequence, visual tokens included; a longer sample is an error unless `truncate`. The default is the
-    published value."""
+    """Largest length of a sequence, including visual tokens. A longer sample is an error unless `truncate` is true. The
+    default is the published value."""
     batching: Batching = Batching.PADDED
-    """`packed` fills rows of up to `seq_length` tokens with whole samples, which do not see each other; each row is a
-    micro-batch, so `micro_batch_size` is 1. The result is the same, with less padding."""
+    """`padded` fills each sample of a step up to the longest one. `packed` puts several whole samples, which do not see
+    each other, into packs of up to `seq_length` tokens; each pack is a micro-batch, so `micro_batch_size` is 1. The
+    result is the same, with less padding."""
     truncate: bool = False
-    """Cut samples longer than `seq_length` instead of refusing them."""
+    """Cut samples that are longer than `seq_length`, instead of refusing them."""
     seed: Annotated[int, SEED] = 1234
     """Seed of random initialisation and of the order of samples."""
     precision: Precision = Precision.BF16
@@ -115,13 +119,13 @@ class TrainConfig:
     fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE
     """How 8-bit tensors are scaled under `precision: fp8`."""
     trainable: tuple[Part, ...] = (Part.PROJECTOR, Part.LANGUAGE)
-    """Parts that learn; the others are frozen. The default is DeepStack-L's published second stage."""
+    """Parts that learn; the others are frozen. The default is that of DeepStack-L's published second training stage."""
     init_from: tuple[Annotated[str, PathKind.LOCAL], ...] | None = None
     """Checkpoint to start from (Hugging Face folder or file), or several that hold different parts of the model, such
-    as a decoder's and a vision tower's. Parts in none of them are initialised at random."""
+    as one of a decoder and one of a vision tower. Parts that none of them holds are initialised at random."""
     init_std: Annotated[float, POSITIVE] = 0.02
-    """Standard deviation of randomly initialised matrices, 0.02 as in LLaMA; narrow models learn sooner from a larger
-    one."""
+    """Standard deviation of randomly initialised matrices. The default is LLaMA's; narrow models learn faster with a
+    larger value."""
     log_interval: Annotated[int, POSITIVE, Unit("steps")] = 1
     """Steps between log lines."""
     validation_interval: Annotated[int, NOT_NEGATIVE, Unit("steps")] = 0

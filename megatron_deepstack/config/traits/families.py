@@ -1,13 +1,14 @@
 """The decoder families, and what each of them computes.
 
-All are LLaMA-type decoders: RMSNorm before attention and before a gated MLP, rotary positions over the whole head,
-grouped queries. A recipe's switches (`qkv_bias`, `qk_norm`, `tied_embeddings`) choose within that form; a family is a
-row of `FAMILIES` that fixes some of them, may add biases or another activation, and says how Hugging Face names it.
-Families of Hugging Face that differ from LLaMA in the switches alone are recognised by them, so a recipe need not
-name its family.
+All of them are LLaMA-type decoders: RMSNorm before attention and before a gated MLP, rotary positions over the whole
+head, grouped queries. The switches of a recipe (`qkv_bias`, `qk_norm`, `tied_embeddings`) choose within that form. A
+family is an entry of `FAMILIES`, which fixes some switches, may add biases or another activation, and says how Hugging
+Face names it. A family of Hugging Face that differs from LLaMA only in the switches is recognised by them, so a recipe
+need not name it.
 
-`register_family` adds a row from another program. A family with other rotary positions builds them in
-`model.layers.rotary`; one with multipliers or another norm needs a trait here and the place in `model` that reads it.
+`register_family` adds an entry from another program. A family with other rotary positions builds them in
+`model.layers.rotary`. A family with multipliers or another norm needs a new trait here, and code in `model` that reads
+it.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ SWITCHES: Final = ("qkv_bias", "qk_norm", "tied_embeddings")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfDecoder:
-    """How Hugging Face knows a decoder family."""
+    """How Hugging Face stores a decoder family."""
 
     model_types: tuple[str, ...]
-    """`model_type` of its configs; the first is written."""
+    """`model_type` of its configs; exports write the first one."""
     fields: Mapping[str, HfField]
-    """Keys of its config, but for those of the rotary embedding and of attention windows."""
+    """Keys of its config, except those of the rotary embedding and of attention windows."""
     has_window_switch: bool = False
-    """`sliding_window` holds only where `use_sliding_window` says so; else by itself."""
+    """True if `sliding_window` applies only where `use_sliding_window` is true; False if it always applies."""
     default_window: int | None = None
-    """What transformers takes for an absent `sliding_window`."""
+    """Value that transformers uses if `sliding_window` is absent."""
     tensors: Mapping[str, str] = field(default_factory=dict)
-    """By LLaMA's name of a tensor, where Hugging Face has another; `{n}` is the number of the layer."""
+    """Hugging Face's name of a tensor by LLaMA's name, where they differ; `{n}` is the number of the layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +56,10 @@ class FamilyTraits:
     has_linear_biases: bool = False
     """The output projection of attention and the linears of the MLP have biases."""
     is_recognised: bool = False
-    """A recipe that names no family has this one if its switches fit: it differs from LLaMA in nothing else."""
+    """True if the family differs from LLaMA only in its switches. A recipe that names no family then gets this one if
+    its switches fit."""
     hugging_face: HfDecoder | None = None
-    """None where Hugging Face has no such decoder: it then has published names only."""
+    """None if Hugging Face has no such decoder; its weights then have only the published names."""
 
 
 def llama_fields(
@@ -68,14 +70,17 @@ def llama_fields(
     layers: int = 32,
     **more: HfField,
 ) -> dict[str, HfField]:
-    """Keys of a LLaMA-type config, with transformers' defaults for those that a family has others of.
+    """Describe the keys of a LLaMA-type config. The arguments are transformers' defaults, which differ by family.
 
     Args:
-        num_kv_heads: Default of `num_key_value_heads`; None is the number of heads.
-        head_dim: Default of `head_dim`; None is the width over the number of heads.
+        num_kv_heads: Default of `num_key_value_heads`; None means the number of heads.
+        head_dim: Default of `head_dim`; None means the hidden size divided by the number of heads.
         heads: Default of `num_attention_heads`.
         layers: Default of `num_hidden_layers`.
-        **more: Keys that the family has besides, or has otherwise.
+        **more: Keys that this family adds, or to which it gives another meaning.
+
+    Returns:
+        The description of each key, by its name.
     """
     return {
         "vocab_size": shape("vocab_size"),
@@ -117,7 +122,7 @@ _QWEN2 = FamilyTraits(
         model_types=("qwen2",),
         fields=llama_fields(
             num_kv_heads=32,
-            attention_bias=IGNORED,  # transformers' Qwen2 does not look at it
+            attention_bias=IGNORED,  # transformers' Qwen2 does not read it
             use_mrope=fixed(False),
         ),
         has_window_switch=True,
@@ -131,11 +136,11 @@ _QWEN3 = FamilyTraits(
     ),
 )
 _OF_SWITCHES_ALONE = FamilyTraits()
-"""A decoder whose switches no family of Hugging Face has, such as biases and norms at once."""
+"""A decoder whose switches fit no family of Hugging Face, such as one with both biases and norms."""
 
 _families: dict[str, FamilyTraits] = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3}
 FAMILIES: Final[Mapping[str, FamilyTraits]] = MappingProxyType(_families)
-"""By the name that `model.language.family` gives. The first whose switches fit is taken where a recipe gives none."""
+"""Families by the name that `model.language.family` gives. A recipe without a name gets the first that fits it."""
 
 
 def register_family(name: str, traits: FamilyTraits) -> None:
@@ -143,10 +148,10 @@ def register_family(name: str, traits: FamilyTraits) -> None:
 
     Args:
         name: The new name.
-        traits: What it stands for.
+        traits: What the family computes.
 
     Raises:
-        ConfigError: Another family has that name, or the row contradicts itself.
+        ConfigError: Another family has that name, or the traits contradict each other.
     """
     unknown = sorted(set(traits.switches) - set(SWITCHES))
     if unknown:
@@ -160,7 +165,7 @@ def register_family(name: str, traits: FamilyTraits) -> None:
 
 
 def family_of(language: LanguageConfig) -> FamilyTraits:
-    """What the recipe's decoder computes.
+    """Return what the recipe's decoder computes.
 
     Raises:
         ConfigError: The recipe names a family that does not exist.
@@ -175,17 +180,25 @@ def family_of(language: LanguageConfig) -> FamilyTraits:
 
 
 def find_family(name: str) -> FamilyTraits | None:
-    """The row of that name, also one that an installed package adds; None if there is none."""
+    """Return the family of that name, also one that an installed package adds; None if there is none."""
     if name not in _families:
         load_installed_parts()
     return _families.get(name)
 
 
 def fits(language: LanguageConfig, family: FamilyTraits) -> bool:
-    """Whether the recipe's switches are those of the family."""
+    """Whether a decoder has the switches of a family.
+
+    Args:
+        language: The decoder.
+        family: The family.
+
+    Returns:
+        True if each switch that the family fixes has the family's value.
+    """
     return all(getattr(language, name) is value for name, value in family.switches.items())
 
 
 def unknown_family(name: str) -> str:
-    """What to say of a name that no family has."""
+    """Return the message about a name that no family has."""
     return f"found '{name}', expected one of {', '.join(_families)}{did_you_mean(name, list(_families))}"

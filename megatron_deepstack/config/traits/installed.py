@@ -1,7 +1,7 @@
-"""Rows that other installed packages add, so that the command line and every rank know them.
+"""Towers and families that other installed packages add, so that the command line and every rank know them.
 
 A package names a function under the entry-point group `megatron_deepstack.parts`; the function calls `register_tower`
-or `register_family`. It is called once in a process, when a recipe asks for a name that is not known without it.
+or `register_family`. It is called once in a process, when a recipe uses a name that is not known otherwise.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Final
 from megatron_deepstack.errors import ConfigError
 
 GROUP: Final = "megatron_deepstack.parts"
+"""Entry-point group under which packages name their function."""
 
 
 @cache
 def load_installed_parts() -> None:
-    """Call the functions that installed packages name.
+    """Call the functions that installed packages name. Further calls in the same process do nothing.
 
     Raises:
         ConfigError: A package's function cannot be imported, or fails.

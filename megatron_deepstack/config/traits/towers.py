@@ -1,9 +1,10 @@
 """The kinds of vision tower, and what each of them is.
 
-All are vision transformers of one form: patches, a learned position for each token, layers with a LayerNorm before
-attention and before the MLP, biases everywhere. They differ in the rows of `TOWERS`. A tower of this form needs a row
-here and a size in `config.architectures`, nothing else; `register_tower` adds a row from another program. A tower of
-another form (views of different sizes, several taps) also needs a module of its own, see `model.vision.tower`.
+All of them are vision transformers of one form: patches, a learned position for each token, layers with a LayerNorm
+before attention and before the MLP, and biases in all linear layers. The entries of `TOWERS` hold their differences. A
+new tower of this form needs only an entry here and a size in `config.architectures`; `register_tower` adds an entry
+from another program. A tower of another form (views of different sizes, features of several layers) also needs its own
+module, see `model.vision.tower`.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from megatron_deepstack.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfTensor:
-    """The name of a tower's tensor at Hugging Face, where it is not the published one."""
+    """The name of a tower's tensor in Hugging Face's files, where it differs from the published name."""
 
     name: str
-    """May hold `{n}`, the number of the layer."""
+    """The name there; `{n}` in it is the number of the layer."""
     leading_ones: int = 0
-    """Dimensions of size 1 that it has there before ours."""
+    """Number of dimensions of size 1 that the tensor has there in front of the dimensions that it has here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfTower:
-    """How Hugging Face knows a kind of tower."""
+    """How Hugging Face stores a kind of tower."""
 
     model_types: tuple[str, ...]
-    """`model_type` of its configs; the first is written."""
+    """`model_type` of its configs; exports write the first one."""
     fields: Mapping[str, HfField]
     """Keys of its config."""
     image_processor: str
-    """Class that prepares its views, written into an export."""
+    """Name of the class that prepares its views, which an export writes."""
     tensors: Mapping[str, HfTensor] = field(default_factory=dict)
-    """By published name within the tower, where Hugging Face has another name."""
+    """Hugging Face's name of a tensor by the published name within the tower, where they differ."""
     final_norm: bool = True
-    """transformers' module ends in a norm `post_layernorm`, although no selected feature passes it."""
+    """True if transformers' module ends with a norm `post_layernorm`, although no selected feature passes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,21 +53,21 @@ class TowerTraits:
     """What a kind of tower is."""
 
     has_class_token: bool
-    """A learned token stands before the patches; it is dropped from the features."""
+    """Whether there is a learned token before the patches; it is removed from the features."""
     has_patch_bias: bool
     """The embedding of patches has a bias."""
     has_pre_norm: bool
-    """A LayerNorm stands between the embedding and the first layer."""
+    """Whether there is a LayerNorm between the embedding and the first layer."""
     has_post_norm: bool = False
     """The selected feature passes a LayerNorm, whichever layer it comes from."""
     activations: tuple[Activation, ...]
     """Activations that its MLP may have."""
     hugging_face: HfTower | None = None
-    """None where Hugging Face has no such tower: it then has published names only."""
+    """None if Hugging Face has no such tower; its weights then have only the published names."""
 
     @property
     def num_leading_tokens(self) -> int:
-        """Tokens before the patches, which run through the layers and are no features."""
+        """Number of tokens before the patches, which pass through the layers and are not part of the features."""
         return int(self.has_class_token)
 
 
@@ -78,7 +79,7 @@ SIZE_FIELDS: Mapping[str, HfField] = {
     "patch_size": shape("patch_size"),
     "num_channels": fixed(3),
 }
-"""Keys that the configs of all towers have alike."""
+"""Keys that the configs of all towers have in common."""
 _CLIP_FIELDS: Mapping[str, HfField] = {
     **SIZE_FIELDS,
     "num_attention_heads": read("num_heads", default=12),
@@ -87,8 +88,8 @@ _CLIP_FIELDS: Mapping[str, HfField] = {
     "attention_dropout": fixed(0.0),
     "dropout": fixed(0.0),
     "tie_word_embeddings": IGNORED,
-    "projection_dim": IGNORED,  # of CLIP's own head, which no feature passes
-    "vocab_size": IGNORED,  # LLaVA's configs carry it here, where nothing reads it
+    "projection_dim": IGNORED,  # of CLIP's head, which no feature passes
+    "vocab_size": IGNORED,  # LLaVA's configs have this key here, and nothing reads it
 }
 _SIGLIP_FIELDS: Mapping[str, HfField] = {
     **SIZE_FIELDS,
@@ -97,7 +98,7 @@ _SIGLIP_FIELDS: Mapping[str, HfField] = {
     "layer_norm_eps": read("layernorm_epsilon", default=1e-6),
     "attention_dropout": fixed(0.0),
     "tie_word_embeddings": IGNORED,
-    # the pooling head has tensors of its own, which no feature passes; an export has none
+    # no feature passes the pooling head, and an export does not have its tensors
     "vision_use_head": HfField(fixed=(False, True), default=True, written=True),
 }
 _ANY_GELU = (Activation.QUICK_GELU, Activation.GELU, Activation.GELU_TANH)
@@ -120,7 +121,7 @@ _SIGLIP = TowerTraits(
 )
 _towers: dict[str, TowerTraits] = {"clip": _CLIP, "siglip": _SIGLIP}
 TOWERS: Final[Mapping[str, TowerTraits]] = MappingProxyType(_towers)
-"""By the name that `model.vision.kind` gives."""
+"""Towers by the name that `model.vision.kind` gives."""
 
 
 def register_tower(kind: str, traits: TowerTraits) -> None:
@@ -128,7 +129,7 @@ def register_tower(kind: str, traits: TowerTraits) -> None:
 
     Args:
         kind: The new name.
-        traits: What it stands for.
+        traits: What the tower is made of.
 
     Raises:
         ConfigError: Another tower has that name.
@@ -139,7 +140,7 @@ def register_tower(kind: str, traits: TowerTraits) -> None:
 
 
 def tower_of(vision: VisionConfig) -> TowerTraits:
-    """What the recipe's tower is.
+    """Return what the recipe's tower is made of.
 
     Raises:
         ConfigError: No tower has that name.
@@ -151,17 +152,17 @@ def tower_of(vision: VisionConfig) -> TowerTraits:
 
 
 def find_tower(kind: str) -> TowerTraits | None:
-    """The row of that name, also one that an installed package adds; None if there is none."""
+    """Return the tower of that name, also one that an installed package adds; None if there is none."""
     if kind not in _towers:
         load_installed_parts()
     return _towers.get(kind)
 
 
 def unknown_tower(kind: str) -> str:
-    """What to say of a name that no tower has."""
+    """Return the message about a name that no tower has."""
     return f"found '{kind}', expected one of {', '.join(_towers)}{did_you_mean(kind, list(_towers))}"
 
 
 def kind_of_class_token(class_token: bool) -> str:
-    """The kind that `class_token`, the field of earlier releases, stood for."""
+    """Return the kind of tower that `class_token`, a field of earlier releases, stood for."""
     return "clip" if class_token else "siglip"

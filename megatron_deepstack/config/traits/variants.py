@@ -1,9 +1,9 @@
 """The members of the DeepStack family, and what each of them is (arXiv 2406.04334, section 3).
 
-A variant answers three questions: which views of an image are looked at, what takes the image's place in the sequence
-(its *context*), and what is stacked where. The rows of `VARIANTS` are the only place that knows the answers. A new
-variant is a member of `Variant` with a row; if it asks for a context or a source of stacks that no row has, also a
-function in `planning.exchange.rows`.
+A variant answers three questions: which views of an image are used, what takes the image's place in the sequence (its
+*context*), and which tokens are stacked before which layers. The answers are written only in `VARIANTS`. A new variant
+needs a member of `Variant` and an entry of `VARIANTS`. If its context or its source of stacks is new as well, it also
+needs a function in `planning.exchange.rows`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 
 
 class ViewLayout(StrEnum):
-    """Views stored of an image, in order; each layout is a prefix of the next."""
+    """Which views of an image are stored, in order. Each layout begins with all views of the previous one."""
 
     GLOBAL = "global"
     CROPS = "crops"
@@ -28,28 +28,28 @@ class Context(StrEnum):
     GLOBAL = "global"
     """The tokens of the global view."""
     MOSAIC = "mosaic"
-    """The global tokens, then the mosaic of the crops, each of its rows closed by the learned newline."""
+    """The global tokens, then the mosaic of the crops, with the learned newline at the end of each of its lines."""
     SEQUENCE = "sequence"
     """The global tokens, then the tokens of all crops, stack after stack."""
 
 
 class StackSource(StrEnum):
-    """What stacks are sampled from."""
+    """The tokens from which stacks are sampled."""
 
     NOTHING = "nothing"
     """There are no stacks."""
     CROPS = "crops"
-    """The mosaic of the image's crops: as many stacks as crops."""
+    """The mosaic of the image's crops. There are as many stacks as crops."""
     HIGH_RES = "high_res"
-    """The high-res crops that each view of the context has for itself: as many stacks as a view has of them."""
+    """The high-res crops of each context view. There are as many stacks as one view has high-res crops."""
 
 
 class StackedPart(StrEnum):
-    """The transformer whose layers stacks are added to."""
+    """The transformer to whose layers the stacks are added."""
 
     DECODER = "decoder"
     VIT = "vit"
-    """An image's views are then encoded together, and every image must have the same grid."""
+    """The views of an image are then encoded together, and every image must have the same grid."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +57,15 @@ class VariantTraits:
     """What a variant is."""
 
     views: ViewLayout
-    """Views that are looked at, and therefore stored."""
+    """Views that the model uses, and that are therefore stored."""
     context: Context
+    """What takes the image's place in the sequence."""
     stack_source: StackSource = StackSource.NOTHING
+    """The tokens from which stacks are sampled."""
     stacked_part: StackedPart = StackedPart.DECODER
-    """Without meaning where there are no stacks."""
+    """Where stacks are added. It has no meaning if there are no stacks."""
     is_llava: bool = False
-    """transformers' LlavaForConditionalGeneration computes the same, so that an export can take its names."""
+    """True if transformers' LlavaForConditionalGeneration computes the same, so that an export can use its names."""
 
     @property
     def has_crops(self) -> bool:
@@ -72,7 +74,7 @@ class VariantTraits:
 
     @property
     def has_newline(self) -> bool:
-        """The encoder has the learned row that closes each row of a mosaic."""
+        """The encoder has the learned newline, which ends each line of a mosaic."""
         return self.context is Context.MOSAIC
 
     @property
@@ -87,7 +89,7 @@ class VariantTraits:
 
 
 class Variant(StrEnum):
-    """Which member of the DeepStack family is trained; what each is stands in `VARIANTS`."""
+    """Which member of the DeepStack family is trained; `VARIANTS` describes each of them."""
 
     DEEPSTACK_L = "deepstack_l"
     DEEPSTACK_V = "deepstack_v"
@@ -103,7 +105,7 @@ class Variant(StrEnum):
 
     @property
     def stacks_in_vit(self) -> bool:
-        """Short for `traits.stacks_in_vit`."""
+        """The same as `traits.stacks_in_vit`."""
         return self.traits.stacks_in_vit
 
 
@@ -122,14 +124,15 @@ VARIANTS: Final[Mapping[Variant, VariantTraits]] = {
     Variant.LLAVA_ANYRES: VariantTraits(views=ViewLayout.CROPS, context=Context.MOSAIC),
     Variant.IN_SEQUENCE: VariantTraits(views=ViewLayout.CROPS, context=Context.SEQUENCE),
 }
-"""One row for each variant. Where several look at the same views, a store of these views is shown as the first's."""
+"""The traits of each variant. If several variants use the same views, a store of these views is shown as one of the
+first of them."""
 
 
 def variant_without_crops() -> Variant:
-    """The variant to name to somebody whose settings leave no crops."""
+    """Return the variant that messages recommend to users whose settings leave no crops."""
     return next(variant for variant, traits in VARIANTS.items() if not traits.has_crops)
 
 
 def variant_of_views(views: ViewLayout) -> Variant:
-    """The first variant that looks at exactly these views."""
+    """Return the first variant that uses exactly these views."""
     return next(variant for variant, traits in VARIANTS.items() if traits.views is views)

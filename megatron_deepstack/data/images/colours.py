@@ -1,12 +1,12 @@
-"""Pillow's images as RGB, and what their conversion loses.
+"""Pillow's images as RGB, and what the conversion loses.
 
-The published preprocessing calls Pillow's `convert("RGB")` for everything. That ruins some images without a word: grey
-of more than 8 bits is cut off at 255, so that a 16-bit scan turns white and floats of 0 to 1 turn black; the alpha
-channel is dropped, so that a black drawing on transparency is all black; bands beyond the colours are left out. Such an
-image is stored as published, unless the recipe says otherwise, and the loss is named.
+The published preprocessing calls Pillow's `convert("RGB")` for everything. That damages some images silently. Grey of
+more than 8 bits is cut off at 255, so that a 16-bit scan becomes white, and floats of 0 to 1 become black. The alpha
+channel is dropped, so that a black drawing on transparency becomes completely black. Bands beyond the colours are left
+out. Such an image is stored as published, unless the recipe asks for something else, and the loss is recorded.
 
-What is not taken for a loss: CMYK and wide-gamut colours (numbers are kept, their profile is not applied), 16-bit RGB
-(Pillow keeps the upper 8 bits), gain maps and frames after the first (the picture itself is whole).
+These are not counted as a loss: CMYK and wide-gamut colours (the numbers are kept, their profile is not applied),
+16-bit RGB (Pillow keeps the upper 8 bits), gain maps, and frames after the first (the picture itself is whole).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_deepstack.config.choices import DeepGrey
 
 AS_PUBLISHED: Final = "as_published"
 _DEEP_MODES: Final = ("I", "F")
-"""Modes of one band with more than 8 bits, but for those whose name begins with the next."""
+"""Modes of one band with more than 8 bits; those whose name begins with `_SIXTEEN_BITS` come in addition."""
 _SIXTEEN_BITS: Final = "I;16"
 _PREMULTIPLIED: Final = {"La": "LA", "RGBa": "RGBA"}
 _NEARLY_BLACK: Final = 16 * 257
@@ -31,7 +31,7 @@ _TIFF_BITS, _TIFF_SAMPLES, _TIFF_SAMPLE_FORMAT = 258, 277, 339
 
 @dataclass(frozen=True, slots=True)
 class ColourRules:
-    """What is done about images that Pillow's conversion to RGB ruins."""
+    """What is done about images that Pillow's conversion to RGB would damage."""
 
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
     transparency: str = AS_PUBLISHED
@@ -39,17 +39,17 @@ class ColourRules:
 
 
 def to_rgb(image: Image.Image, rules: ColourRules) -> tuple[np.ndarray, str | None]:
-    """An image as RGB.
+    """Convert an image to RGB.
 
     Args:
         image: A loaded image in any of Pillow's modes.
-        rules: What is done about deep greys and transparency.
+        rules: What is done about grey of more than 8 bits, and about transparency.
 
     Returns:
-        uint8 (height, width, 3), and what was lost on the way, as `KIND: DETAILS`; None if nothing was.
+        uint8 (height, width, 3), and what was lost by the conversion, as `KIND: DETAILS`; None if nothing was lost.
 
     Raises:
-        ValueError: Pillow knows no way from the image's mode to RGB.
+        ValueError: Pillow cannot convert the image's mode to RGB.
     """
     if image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
@@ -90,7 +90,7 @@ def _from_deep_grey(image: Image.Image, rule: DeepGrey) -> tuple[np.ndarray, str
 
 
 def _grey_values(image: Image.Image) -> np.ndarray:
-    """The image's numbers (height, width), as its file has them."""
+    """The image's numbers (height, width) as they are in its file."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     if image.mode == "I" and tags.get(_TIFF_BITS) == (32,) and tags.get(_TIFF_SAMPLE_FORMAT, (1,)) in (1, (1,)):
@@ -99,7 +99,7 @@ def _grey_values(image: Image.Image) -> np.ndarray:
 
 
 def _is_share(values: np.ndarray, greatest: float) -> bool:
-    """Floats of 0 to 1."""
+    """Whether the values are floats of 0 to 1."""
     return bool(values.dtype.kind == "f" and 0 < greatest <= 1)
 
 
@@ -111,7 +111,7 @@ def _cut_off(values: np.ndarray, greatest: float) -> str:
 
 
 def _scaled(values: np.ndarray, least: float, greatest: float) -> tuple[np.ndarray, list[str]]:
-    """Values of any range as uint8, and what is to be said of it: see `data.deep_grey`."""
+    """Values of any range as uint8, and the remarks about them; the rule is described at `data.deep_grey`."""
     if least >= 0 and _is_share(values, greatest):
         return np.rint(values * 255).astype(np.uint8), []
     if values.dtype.kind != "f" and least >= 0 and greatest <= 65535:
@@ -129,7 +129,7 @@ def _deep_grey(lost: list[str]) -> str | None:
 
 
 def _left_out_bands(image: Image.Image) -> str | None:
-    """A TIFF may have bands beyond its colours, which Pillow does not give."""
+    """The remark for a TIFF that has bands beyond its colours, which Pillow does not read; None for all others."""
     bands, samples = len(image.getbands()), getattr(image, "tag_v2", {}).get(_TIFF_SAMPLES, 1)
     if image.format == "TIFF" and isinstance(samples, int) and samples > bands:
         return f"left-out bands: {samples - bands} of its {samples} bands are not read"
@@ -137,7 +137,7 @@ def _left_out_bands(image: Image.Image) -> str | None:
 
 
 def _laid_on(pixels: np.ndarray, alpha: np.ndarray, colour: tuple[int, ...]) -> np.ndarray:
-    """Pixels over one colour: alpha / 255 of the pixel, the rest of the colour, rounded."""
+    """Pixels over one colour: alpha / 255 of the pixel plus the remaining share of the colour, rounded."""
     share = alpha[..., None].astype(np.uint32)
     mixed = pixels * share + np.array(colour[:3], np.uint32) * (255 - share)
     return ((mixed + 127) // 255).astype(np.uint8)

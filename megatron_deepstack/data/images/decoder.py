@@ -1,9 +1,10 @@
-"""Images to views by a process of their own, which may crash or hang without harm.
+"""Images to views in a separate process, which may crash or hang without harm.
 
-The process works through a list of images at most one ahead of its reader: it puts the views of an image into shared
-memory, and makes the next one's while they are taken out. An image over which it dies, or that takes too long, is tried
-once more in a new process, and then quarantined; the rest of the list goes on. So a killed process changes no byte of
-a store, and neither the driver of a job nor a worker of Ray ever runs a decoder itself.
+The process works through a list of images, at most one image ahead of its reader: it writes the views of an image into
+shared memory, and makes those of the next image while the reader takes the first ones out. If the process dies over an
+image, or needs too long, the image is tried once more in a new process, and then quarantined; the rest of the list goes
+on. So a killed process changes no byte of a store, and neither the driver of a job nor a worker of Ray ever runs a
+decoder itself.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from megatron_deepstack.errors import DataError, LocationError
 
 _CODE: Final = "from megatron_deepstack.data.images.decoder_process import main; main()"
 _START_SECONDS: Final = 300.0
-"""Longest wait for the process to be ready: a second, unless a busy file system holds its packages."""
+"""Longest wait until the process is ready: usually a second, but more if a busy file system holds its packages."""
 _END_SECONDS: Final = 5.0
-"""Longest wait for a killed process to go; one that sits in a dead file system does not."""
+"""Longest wait until a killed process has ended; one that waits for a dead file system does not end."""
 _LONGEST_POLL: Final = 2**31 - 1
-"""Milliseconds, 24 days; the system call takes no more."""
+"""Milliseconds (24 days); the system call accepts no more."""
 _TRIES: Final = 2
-"""A second one, since what killed or stopped the process may have nothing to do with the image."""
+"""There is a second try because the image may not be the reason why the process died or stopped."""
 DECODER_ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
-    # Image buffers of 1 MB would be mapped and faulted in anew for each image: kept, a part is 1.3 to 1.5 times faster.
+    # Without this, buffers of 1 MB are mapped anew for each image. Keeping them makes a part 1.3 to 1.5 times faster.
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "67108864",
 }
-"""Of the process, unless the user's own says otherwise."""
+"""Environment of the process; variables that the user has set take precedence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +56,31 @@ class SharedImage(ProcessedImage):
     """An image whose views lie in memory shared with the decoder process."""
 
     crc32c: list[int]
-    """Of each view."""
+    """One checksum for each view."""
 
 
 class Decoder:
-    """Reads and decodes images in a process that it starts when needed, and that goes when it does."""
+    """Reads and decodes images in a process that starts when it is needed, and ends with this object."""
 
     def __init__(self, processor: Processor, max_image_seconds: float) -> None:
         self._processor = processor
         self._seconds = max_image_seconds
         self._running: list[_Process] = []
-        """None or one."""
+        """It holds no process or one."""
         weakref.finalize(self, _end_all, self._running)
 
     def decode(self, images: Sequence[ImageAt]) -> Generator[SharedImage | QuarantineError, None, None]:
-        """Each image's views, or why it has none, in order. Views are valid until the next image is asked for.
+        """Decode images in order.
 
-        Raises DataError (or LocationError) when machine or network fail to give an image.
+        Args:
+            images: Where the images are.
+
+        Yields:
+            For each image its views, valid until the next image is asked for, or the reason why it has none.
+
+        Raises:
+            DataError: The machine failed to give an image.
+            LocationError: The network or a service failed to give an image.
         """
         done = failures = 0
         while done < len(images):
@@ -91,11 +100,11 @@ class Decoder:
 
     @property
     def process_id(self) -> int | None:
-        """Of the process, while there is one."""
+        """The id of the process, as long as there is one."""
         return self._running[0].process_id if self._running else None
 
     def _work(self, images: Sequence[ImageAt]) -> Iterator[SharedImage | QuarantineError]:
-        """The images of a list, as long as the process lives. Raises _LostError when it is gone, or too slow."""
+        """Work on a list of images as long as the process lives. Raises _LostError when it has died or is too slow."""
         if not self._running or not self._running[0].is_alive():
             self.close()
             self._running.append(_start_process(self._processor))
@@ -112,7 +121,7 @@ class Decoder:
 
 
 class _LostError(Exception):
-    """The process died or was too slow; the message is what is said of the image."""
+    """The process died or was too slow; the message becomes the image's reason for quarantine."""
 
 
 class _Process:
@@ -143,7 +152,7 @@ class _Process:
         return self._popen.poll() is None
 
     def begin(self, images: Sequence[ImageAt]) -> None:
-        """Hand over a list. Raises _LostError."""
+        """Send a list of images. Raises _LostError."""
         self._slot = 0
         self._send(list(images))
 
@@ -153,7 +162,7 @@ class _Process:
         self._send(None)
 
     def receive(self, image: ImageAt, seconds: float) -> SharedImage | QuarantineError:
-        """What became of the next image of the list. Raises _LostError, and the errors that are no image's."""
+        """The result for the next image of the list. Raises _LostError, and errors that no image is to blame for."""
         answer = None if is_local(image) else self._wait(seconds)
         if answer is None and not is_local(image):
             raise LocationError(
@@ -175,7 +184,7 @@ class _Process:
         raise AssertionError(answer)
 
     def end(self) -> None:
-        """Kill it. Its memory is not used again, so that one that cannot be killed does no harm."""
+        """Kill the process. Its memory is not used again, so a process that cannot be killed does no harm."""
         self._connection.close()
         self._popen.kill()
         self._wait_for_end()
@@ -239,7 +248,7 @@ def _error(name: str, message: str) -> errors.DeepStackError:
 def _start(connection: Connection, memory: int, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-c", _CODE, str(connection.fileno()), str(memory)],
+        [sys.executable, "-c", _CODE, str(os.getpid()), str(connection.fileno()), str(memory)],
         env={**DECODER_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
         pass_fds=(connection.fileno(), memory),
         stdin=subprocess.DEVNULL,
@@ -255,5 +264,5 @@ def _end_all(processes: list[_Process]) -> None:
 
 @lru_cache(maxsize=1)
 def shared_decoder(processor: Processor, max_image_seconds: float) -> Decoder:
-    """This process's decoder, kept from one part to the next: its start takes half a second."""
+    """The decoder of this process, kept from one part to the next because its start takes half a second."""
     return Decoder(processor, max_image_seconds)

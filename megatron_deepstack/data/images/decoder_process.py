@@ -1,12 +1,14 @@
-"""The process in which images are read and decoded: a list of them in, one answer each out, views in shared memory.
+"""The process that reads and decodes images: it receives a list of them, answers each, and puts views in shared memory.
 
-Image decoders are C code that meets files from anywhere. Here one may crash or hang, and only this process is lost;
-`data.decoder` is the other side, which starts it as a new interpreter: it inherits nothing but the import path. The
-other side unpickles nothing that comes from here: answers are JSON arrays, told apart by their first item:
+Image decoders are C code that meets files from anywhere. If one crashes or hangs here, only this process is lost.
+`data.images.decoder` is the other side: it starts this process as a new interpreter, which inherits nothing but the
+import path. The other side unpickles nothing that comes from here: answers are JSON arrays, which differ in their first
+item:
+
 
     ready
-    has bytes                                       the image is read, decoding begins; only of images at URLs
-    views, grid, size, damage, sha256, crc32c       they are in shared memory; a checksum of each
+    has bytes                                       the image is read, decoding begins; only for images at URLs
+    views, grid, size, damage, sha256, crc32c       the views are in shared memory; one checksum for each
     quarantine, reason
     error, class of megatron_deepstack.errors, message
 """
@@ -36,9 +38,9 @@ from megatron_deepstack.errors import DeepStackError
 from megatron_deepstack.platform.processes.parent import die_with_parent
 
 SLOTS: Final = 2
-"""Images whose views have room in shared memory: one is taken out while the next one is made."""
+"""Images whose views fit into shared memory: one is taken out while the next one is made."""
 _READERS: Final = 8
-"""Requests under way to a bucket, whose answers take 10 to 50 ms."""
+"""Requests to a bucket at the same time; an answer takes 10 to 50 ms."""
 
 
 class Word(StrEnum):
@@ -58,7 +60,7 @@ class ViewSlots:
         self._views = np.frombuffer(memory, np.uint8).reshape(SLOTS, *_slot_shape(processor))
 
     def views(self, slot: int) -> np.ndarray:
-        """Room for the views of any image: uint8 (most views of an image, S, S, 3)."""
+        """Space for the views of any image: uint8 (most views of an image, S, S, 3), S the side of a view."""
         return self._views[slot]
 
 
@@ -67,12 +69,21 @@ def _slot_shape(processor: Processor) -> tuple[int, int, int, int]:
 
 
 def memory_bytes(processor: Processor) -> int:
-    """Size of the shared memory in bytes."""
+    """The size of the shared memory in bytes."""
     return SLOTS * math.prod(_slot_shape(processor))
 
 
 def serve(connection: Connection, memory: int) -> None:
-    """Do lists of images until the other side hangs up."""
+    """Work on lists of images until the other side closes the connection.
+
+    Args:
+        connection: Gives the processor first, then pairs of a list of images and the offset of its first view in a
+            block.
+        memory: Descriptor of the shared memory, which has `memory_bytes` bytes.
+
+    Raises:
+        EOFError: The other side has closed the connection.
+    """
     processor: Processor = connection.recv()
     slots = ViewSlots(mmap.mmap(memory, 0), processor)
     _say(connection, Word.READY)
@@ -93,7 +104,7 @@ def _say(connection: Connection, *words: Any) -> None:
 def _do_image(
     connection: Connection, processor: Processor, image: ImageAt, data: Future[bytes], views: np.ndarray
 ) -> None:
-    """Write the image's views and answer, or answer why there are none."""
+    """Write the image's views and report them, or report why there are none."""
     try:
         content = data.result()
         if not is_local(image):
@@ -108,7 +119,7 @@ def _do_image(
 
 
 def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[bytes]]]:
-    """Images with their bytes, in order: files when their turn comes, objects and members at URLs ahead of it."""
+    """Images with their bytes, in order: local files are read when their turn comes, images at URLs before it."""
     with ThreadPoolExecutor(_READERS) as pool:
         waiting: deque[tuple[ImageAt, Future[bytes]]] = deque()
         for image in images:
@@ -131,10 +142,11 @@ def _read_now(image: ImageAt, max_pixels: int) -> Future[bytes]:
 
 
 def main() -> None:
-    """Serve the process that started this one; its connection and the shared memory are given as arguments."""
-    connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff and libjpeg complain there, of any file
-    with suppress(EOFError, ConnectionError):  # the other side is gone
+    """Serve the process that started this one; its id, connection and the shared memory are given as arguments."""
+    parent, handle, memory = map(int, sys.argv[1:])
+    connection = Connection(handle)
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff and libjpeg write warnings there
+    with suppress(EOFError, ConnectionError):  # the other side has closed the connection
         serve(connection, memory)

@@ -1,12 +1,12 @@
-"""From the bytes of an image file to its views: decoding, turning, resizing, cutting.
+"""From the bytes of an image file to its views: decode, turn, resize, cut.
 
-Decoding is Pillow's conversion to RGB, as the published preprocessing has it, with two additions. JPEGs go through
-simplejpeg first, bit-equal and 1.5 times faster, because its strict mode notices damage in mid-file that Pillow turns
-into wrong pixels silently. What can be decoded as a whole although its file is damaged or cut short is kept and
-flagged; a file of which part of the picture is missing is quarantined, and so is whatever cannot be decoded: never a
-crash. What the conversion itself loses is flagged too, or avoided if the recipe says so: see `colours`. EXIF
-orientation is applied if the recipe says so (published: not; Pillow itself turns TIFFs). Resizing is Pillow's bicubic,
-stretched to the canvas without padding.
+Decoding is Pillow's conversion to RGB, as in the published preprocessing, with two additions. First, JPEGs go through
+simplejpeg, which is bit-equal and 1.5 times faster, and whose strict mode detects damage in the middle of a file;
+Pillow silently turns such damage into wrong pixels. Second, a damaged or shortened file that can still be decoded as a
+whole is kept and flagged. A file of which a part of the picture is missing, or that cannot be decoded, is quarantined;
+no file makes the job fail. What the conversion itself loses is flagged too, or avoided if the recipe asks for it: see
+`colours`. EXIF orientation is applied if the recipe asks for it (the published code does not; Pillow itself turns
+TIFFs). Resizing is Pillow's bicubic, stretched to the canvas without padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _JPEG_COLORS: Final = {"YCbCr", "Gray"}
 """JPEG colour spaces that simplejpeg turns into Pillow's RGB bit for bit (CMYK differs)."""
 _FOUR_COLORS: Final = {"CMYK", "YCCK"}
 _RUNNING_PROGRAMS: Final = {"EPS"}
-"""Formats that Pillow hands to an outside program (Ghostscript): a data set must not start any."""
+"""Formats for which Pillow starts another program (Ghostscript); a data set must not start any."""
 _EXIF_ORIENTATION: Final = 0x0112
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,7 +46,7 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings a photo upright, by its EXIF orientation; Pillow turns counter-clockwise."""
+"""For each EXIF orientation the operation that turns a photo upright; Pillow turns counter-clockwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,13 @@ def decode_image(
     orientation: Orientation = Orientation.AS_STORED,
     colours: ColourRules | None = None,
 ) -> DecodedImage:
-    """Decode any format Pillow knows, but for EPS, to RGB (the first frame of several).
+    """Decode an image of any format that Pillow knows, except EPS, to RGB. Of several frames the first is taken.
 
     Args:
         data: The file's bytes.
         max_pixels: Most pixels that are decoded.
         orientation: Whether the picture is turned as its EXIF tag says.
-        colours: What is done about deep greys and transparency; as published if None.
+        colours: What is done about grey of more than 8 bits and about transparency; as published if None.
 
     Returns:
         The pixels, and why the image is flagged, if it is.
@@ -88,7 +88,7 @@ def decode_image(
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> DecodedImage | None:
-    """A JPEG as stored; None for colours that are Pillow's business. What only Pillow accepts is damaged."""
+    """A JPEG as stored; None for colours that Pillow must convert. What only Pillow accepts counts as damaged."""
     try:
         pixels = _decode_strictly(data, max_pixels)
         return None if pixels is None else DecodedImage(pixels, None)
@@ -102,7 +102,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> DecodedImage | None:
 
 
 def _decode_strictly(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """Pixels; None for a sound file in other colours than Pillow's RGB. Raises ValueError on any damage."""
+    """The pixels; None for an intact file whose colours Pillow must convert. Raises ValueError on any damage."""
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=True)
     _check_pixels(width, height, max_pixels)
     if colors in _JPEG_COLORS:
@@ -154,12 +154,12 @@ def _orientation_of(image: Image.Image) -> tuple[int, str | None]:
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
         return (value if isinstance(value, int) else 1), None
-    except Exception as error:  # as damaged files make Pillow's parsers do
+    except Exception as error:  # damaged files make Pillow's parsers raise almost anything
         return 1, f"its EXIF data cannot be read: {type(error).__name__}: {error}"
 
 
 def _turn(image: DecodedImage, orientation: int, fault: str | None) -> DecodedImage:
-    """The image upright; one whose EXIF data makes no sense stays as it is, and is flagged."""
+    """The image turned upright. If its EXIF data makes no sense, the image stays as it is and is flagged."""
     damage = image.damage or fault
     turn = _TURNS.get(orientation)
     if turn is None:
@@ -174,7 +174,7 @@ def _known_formats() -> list[str]:
 
 @contextmanager
 def _pillow_limit(max_pixels: int) -> Iterator[None]:
-    """Pillow's own check, which also guards frames and embedded images, with our limit and as an error."""
+    """Use Pillow's own size check with our limit, and make it an error; it also checks frames and embedded images."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -203,11 +203,21 @@ def make_views(
     resize: ImageResize,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """All views of an RGB image (uint8, height x width x 3) in stored order: uint8 (views, S, S, 3).
+    """Make all views of an image, in stored order.
 
     CROPS: the global view, then the image stretched over the grid, cut in raster order. HIGH_RES: the same, then the
-    2x2 high-res crops of the global view, then of each crop in turn (paper section 3.3). They are written into the
-    first rows of `out`, if given.
+    2x2 high-res crops of the global view, then those of each crop in turn (paper section 3.3).
+
+    Args:
+        pixels: The image, uint8 (height, width, 3).
+        grid: Crops across and down.
+        layout: Which views are made.
+        crop_size: Side S of a view in pixels.
+        resize: Which implementation resizes.
+        out: uint8 (at least the number of views, S, S, 3), whose first rows take the views; a new array if None.
+
+    Returns:
+        uint8 (views, S, S, 3).
     """
     count = layout_views(layout, grid)
     views = np.empty((count, crop_size, crop_size, 3), np.uint8) if out is None else out[:count]
@@ -257,8 +267,8 @@ def _stretch_with_pillow(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]
 
 
 def _stretch_with_torch(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    """About 9 times faster than Pillow; up to 0.7 % of the values differ, by at most 2."""
-    import torch  # an option of the recipe: 1.5 s to import, which the exact path need not pay
+    """Resize with torch: about 9 times faster than Pillow; up to 0.7 % of the values differ, by at most 2."""
+    import torch  # only this option of the recipe needs it; the import takes 1.5 s
 
     planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # recognised as channels last, and kept so
 

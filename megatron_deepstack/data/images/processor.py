@@ -1,7 +1,7 @@
 """The processor: everything that decides which pixels a store holds for an image, as one value.
 
 It is made from the recipe and written into the store. What the model depends on (sizes, views, token ids) is compared
-with the recipe again when a run opens the store; resizing, orientation and template are the store's own business.
+with the recipe again when a run opens the store; resizing, orientation and template concern only the store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ProcessedImage:
     damage: str | None
     """What is wrong with the file although it could be decoded, or what its conversion to RGB lost."""
     sha256: str
-    """Of the file's bytes, in hexadecimal."""
+    """The hash of the file's bytes, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ class Processor:
 
     @property
     def most_views(self) -> int:
-        """Most views an image can have."""
+        """The largest number of views that an image can have."""
         return most_views(self.layout, self.grid, self.num_crops)
 
     def describe(self) -> dict[str, Any]:
@@ -76,7 +76,18 @@ class Processor:
         return {name: value if isinstance(value, int) else str(value) for name, value in asdict(self).items()}
 
     def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
-        """Views of an image file's bytes, in the first rows of `out` if given. Raises QuarantineError for a bad one."""
+        """Make the views of an image file.
+
+        Args:
+            data: The file's bytes.
+            out: uint8 (at least `most_views`, S, S, 3), whose first rows take the views; a new array if None.
+
+        Returns:
+            The views and what is known of the image.
+
+        Raises:
+            QuarantineError: The image cannot be used.
+        """
         colours = ColourRules(self.deep_grey, self.transparency)
         image = decode_image(data, self.max_image_pixels, self.orientation, colours)
         height, width = image.pixels.shape[:2]
@@ -89,9 +100,17 @@ class Processor:
 
 
 def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
-    """Raise StoreError, naming every difference, if `model` (and `tokenizer`, if given) cannot be fed from `store`.
+    """Check that a store can feed a model.
 
-    A store with more views than the model looks at will do: one store serves DeepStack-L and its baselines.
+    A store may hold more views than the model looks at: one store serves DeepStack-L and its baselines.
+
+    Args:
+        store: The open store.
+        model: The recipe's model.
+        tokenizer: The recipe's tokenizer; None leaves its comparison out.
+
+    Raises:
+        StoreError: They do not fit; the message names every difference.
     """
     faults = [*_view_faults(store, model), *_token_faults(store, model, tokenizer)]
     if faults:

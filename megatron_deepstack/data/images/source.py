@@ -1,8 +1,8 @@
-"""Where an image is, a file of a folder, an object of a bucket or a member of a tar shard; and reading its bytes.
+"""Where an image is (a file in a folder, an object in a bucket, a member of a tar shard), and how its bytes are read.
 
-Errors are told apart by whose they are. What belongs to one image (missing, empty, no regular file) quarantines it;
-what belongs to the machine or the network (a broken disk, a lost connection) stops the job, which goes on from there
-later.
+There are two kinds of errors. An error of one image (missing, empty, not a regular file) puts that image into
+quarantine. An error of the machine or the network (a broken disk, a lost connection) stops the job; the same command
+continues it later.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _UNREADABLE: Final = {
     errno.ELOOP: "symbolic links in a circle",
     errno.EINVAL: "not a valid file name",
 }
-"""Errors that belong to one path; others (a broken disk, a lost mount) belong to the machine and stop the part."""
+"""Errors that belong to one path; others (a broken disk, a lost mount) come from the machine and stop the part."""
 _MAX_BYTES_PER_PIXEL: Final = 8
-"""16-bit RGBA, the largest uncompressed pixel; a file with more bytes than that per allowed pixel is not read."""
+"""The largest uncompressed pixel is 16-bit RGBA; a file with more bytes than this per allowed pixel is not read."""
 _HEADER_BYTES: Final = 65536
 _PAUSES: Final = (1.0, 4.0)
 """Seconds before a request that failed is made again; fsspec's packages retry by themselves before that."""
@@ -51,7 +51,7 @@ class TarMember:
     """Offset of its header, which is one block; the content follows."""
     size: int
     checksum: int
-    """Of the header, as tar has it: another file in its place is noticed."""
+    """tar's own checksum of the header; it shows when another file has taken the member's place."""
 
 
 ImageAt = Location | TarMember
@@ -59,15 +59,23 @@ ImageAt = Location | TarMember
 
 
 def is_local(image: ImageAt) -> bool:
-    """It is read from a file system, not over a connection of our own."""
+    """Whether the image is read from a file system, and not over a connection of our own."""
     return image.shard.is_local if isinstance(image, TarMember) else image.is_local
 
 
 def read_image(image: ImageAt, max_pixels: int) -> bytes:
-    """Bytes of an image file.
+    """Read the bytes of an image file.
 
-    Raises QuarantineError for what cannot be a usable image (missing, not a regular file, empty, larger than any image
-    of `max_pixels`), DataError when machine or network fail to give it.
+    Args:
+        image: Where it is.
+        max_pixels: A file that is larger than any image of so many pixels is refused unread.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        QuarantineError: It cannot be a usable image (missing, not a regular file, empty, too large).
+        DataError: The machine or the network failed to give it.
     """
     if isinstance(image, TarMember):
         return _read_member(image, max_pixels)
@@ -96,12 +104,12 @@ def _read_object(image: Location, max_pixels: int) -> bytes:
         return _insist(image.read_bytes)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise QuarantineError("no such object") from error
-    except OSError as error:  # no permission: the credentials', since a bucket's objects share them
+    except OSError as error:  # a missing permission is no fault of the image: all objects share the credentials
         raise _machine_error(str(image), error) from error
 
 
 def _read_member(image: TarMember, max_pixels: int) -> bytes:
-    """Header and content in one read; the header tells whether the shard is still the one that was planned with."""
+    """Read header and content together; the header shows whether the shard is still the one that was planned with."""
     _check_size(image.size, max_pixels)
     shard, length = image.shard, tarfile.BLOCKSIZE + image.size
     try:
@@ -124,7 +132,7 @@ def _check_size(size: int, max_pixels: int) -> None:
 
 
 def _insist(request: Callable[[], _Result]) -> _Result:
-    """A request's result, after further attempts if the connection or the service fails. Raises LocationError."""
+    """The result of a request, repeated if the connection or the service fails. Raises LocationError."""
     for pause in _PAUSES:
         try:
             return request()

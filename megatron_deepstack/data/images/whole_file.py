@@ -1,7 +1,7 @@
-"""Whether an image file is whole, for formats whose decoders do not tell: checksums, ends, sizes.
+"""Whether an image file is whole, for formats whose decoders do not report it: checksums, end marks, sizes.
 
-Pillow gives the picture of a PNG that lacks its end, or whose data has a wrong checksum, without a word. The file is
-then usable, and flagged: something happened to it.
+Pillow silently returns the picture of a PNG that lacks its end, or whose data has a wrong checksum. Such a file can be
+used, but it is flagged, because something has happened to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ _JPEG_2000_END: Final = b"\xff\xd9"
 
 
 def find_damage(data: bytes, kind: str) -> str | None:
-    """What is wrong with the file of a picture that Pillow decoded as the format `kind`; None if nothing is seen."""
+    """What is wrong with the file of a picture that Pillow could decode.
+
+    Args:
+        data: The file's bytes.
+        kind: Pillow's name of its format.
+
+    Returns:
+        What is wrong, in words; None if nothing was found.
+    """
     check = _CHECKS.get(kind)
     return None if check is None else check(data)
 

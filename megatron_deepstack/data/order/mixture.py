@@ -1,8 +1,8 @@
-"""Several stores as one: samples and images numbered through, an order that draws from each store by its weight.
+"""Several stores as one: samples and images are numbered through, and each store gives samples by its weight.
 
-Which store a sample comes from, and which of its samples, is a pure function of seed and position (`sampler`), so that
-resuming needs nothing but the step and no layout changes it. Stores with fewer samples than their share come round
-again sooner, each in epochs of its own.
+Which store a sample comes from, and which of its samples it is, is a pure function of seed and position (`sampler`). So
+resuming needs only the step, and no layout of ranks changes the order. A store with fewer samples than its share
+repeats sooner, in epochs of its own.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from megatron_deepstack.planning.views import Grid
 
 
 class Samples(Protocol):
-    """What training reads: a store, or a mixture of stores. Numbers of samples and images count through."""
+    """What training reads: a store, or a mixture of stores. Samples and images are numbered from 0 over all stores."""
 
     @property
     def name(self) -> str:
-        """For messages: what is read."""
+        """The name for messages: what is read."""
 
     @property
     def plan_hash(self) -> str:
-        """Names the samples and their order among themselves; a run's checkpoints are bound to it."""
+        """A hash of the samples and of their order; a run's checkpoints are bound to it."""
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -39,22 +39,22 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
-        """Samples of 0-based step `step`, (batch_size,)."""
+        """Samples of the 0-based step `step`: int64 (batch_size,)."""
 
     def prepare(self, samples: Indices) -> None:
-        """Fetch what these samples need and this node lacks, see `Store.prepare`."""
+        """Fetch what these samples need and this node does not have yet; see `Store.prepare`."""
 
     def sample(self, index: int) -> Sample:
-        """A sample."""
+        """The sample with the number `index`."""
 
     def sample_images(self, index: int) -> tuple[int, ...]:
-        """Images of a sample."""
+        """The numbers of a sample's images."""
 
     def grid(self, image: int) -> Grid:
-        """Grid of an image."""
+        """The grid of an image."""
 
     def image(self, index: int) -> StoredImage:
-        """An image."""
+        """The image with the number `index`."""
 
     def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
         """Views of many images, see `Store.read_many`."""
@@ -64,7 +64,15 @@ class Mixture:
     """Stores mixed by weight. Safe in threads and worker processes, as its stores are."""
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float] | None) -> None:
-        """`weights` in any unit; the stores' numbers of samples if None. Raises StoreError where tokenizers differ."""
+        """Mix stores.
+
+        Args:
+            stores: At least one open store.
+            weights: One positive number for each store, in any unit; None takes the stores' numbers of samples.
+
+        Raises:
+            StoreError: The stores were made with different tokenizers.
+        """
         assert stores
         self.stores = tuple(stores)
         self.weights = tuple(weights or [float(len(store)) for store in stores])
@@ -87,14 +95,14 @@ class Mixture:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """The tokenizer's, which all stores share."""
+        """The fingerprint of the tokenizer, which is the same for all stores."""
         return self.stores[0].tokenizer_sha256
 
     def __len__(self) -> int:
         return int(self._first_sample[-1])
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
-        """Samples of 0-based step `step`, (batch_size,)."""
+        """Samples of the 0-based step `step`: int64 (batch_size,)."""
         streams = self._streams
         if streams is None or streams[0] != seed:
             streams = self._streams = seed, [StoreStream(seed, k, len(store)) for k, store in enumerate(self.stores)]
@@ -107,19 +115,19 @@ class Mixture:
         return out
 
     def prepare(self, samples: Indices) -> None:
-        """Fetch what these samples need and this node lacks, see `Store.prepare`."""
+        """Fetch what these samples need and this node does not have yet; see `Store.prepare`."""
         which = np.searchsorted(self._first_sample, samples, side="right") - 1
         for k in np.unique(which).tolist():
             self.stores[k].prepare(samples[which == k] - self._first_sample[k])
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`, its images numbered through; raises IndexError outside 0..len-1."""
+        """The sample `index`, with its images numbered over all stores. Raises IndexError outside 0..len-1."""
         store, number = self._find(index, self._first_sample, "sample")
         sample = self.stores[store].sample(number)
         return Sample(sample.id, sample.tokens, sample.loss_mask, self.sample_images(index))
 
     def sample_images(self, index: int) -> tuple[int, ...]:
-        """Images of sample `index`, numbered through."""
+        """The images of sample `index`, numbered over all stores."""
         store, number = self._find(index, self._first_sample, "sample")
         return tuple(self._first_image[store] + image for image in self.stores[store].sample_images(number))
 
@@ -134,7 +142,7 @@ class Mixture:
         return self.stores[store].image(number)
 
     def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
-        """Views of many images, see `Store.read_many`; each store's are read together."""
+        """Views of many images, see `Store.read_many`; those of one store are read together."""
         places = np.cumsum([0, *(len(views) for _, views in requests)])
         if out is None:
             out = np.empty((int(places[-1]), *self.stores[0].pixels.view_shape), np.uint8)
@@ -146,7 +154,7 @@ class Mixture:
         return out
 
     def _find(self, index: int, firsts: list[int], noun: str) -> tuple[int, int]:
-        """Store and number within it."""
+        """The store, and the number within that store."""
         if not 0 <= index < firsts[-1]:
             raise IndexError(f"{self.name}: {noun} {index} was asked for; there are {firsts[-1]}")
         store = bisect_right(firsts, index) - 1

@@ -1,12 +1,12 @@
-"""The order of training data: a pure function of (seed, epoch, position), with no state to save but the step.
+"""The order of training data: a pure function of (seed, epoch, position), with no state to save except the step.
 
-The endless stream of samples is epoch after epoch, each a permutation of its own. Step t of a run takes the next
-`global_batch_size` of them, whatever the number of ranks; replicas then share a batch out among themselves.
+The endless stream of samples is one epoch after another, each with its own permutation. Step t of a run takes the next
+`global_batch_size` samples, whatever the number of ranks; the replicas then divide a batch among themselves.
 
-A mixture is such a stream for each of its stores, merged by weight: the store's j-th sample (from 0) is due at time
-(j + 1/2) / weight, and the merged stream goes by due time (Webster's method of apportionment). So after any number of
-steps each store has given its share of all samples to within a few, whatever the weights; within a step the order is
-shuffled, lest a replica always meet the same store.
+A mixture has one such stream for each of its stores, merged by weight: the store's j-th sample (from 0) is due at time
+(j + 1/2) / weight, and the merged stream is ordered by due time (Webster's method of apportionment). So after any
+number of steps each store has given its share of all samples, with a difference of a few samples at most, whatever the
+weights. Within a step the order is shuffled, so that a replica does not always meet the same store.
 """
 
 from __future__ import annotations
@@ -19,17 +19,27 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 Order = npt.NDArray[np.uint32] | npt.NDArray[np.int64]
-"""A permutation: 4 bytes a sample, 8 where there are more than 2**32."""
+"""A permutation; it takes 4 bytes for each sample, or 8 if there are more than 2**32 samples."""
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Order:
-    """The permutation of an epoch, (num_samples,), read-only."""
+    """The permutation of an epoch: (num_samples,), read-only, of type `Order`."""
     return _permutation((seed, epoch), num_samples)
 
 
 def global_batch(seed: int, step: int, batch_size: int, num_samples: int) -> Indices:
-    """Samples of 0-based step `step`, (batch_size,); a batch may end one epoch and begin the next."""
+    """Samples of one step of a run that reads one store.
+
+    Args:
+        seed: The run's seed.
+        step: 0-based.
+        batch_size: Samples of a step over all replicas.
+        num_samples: Samples of the store.
+
+    Returns:
+        int64 (batch_size,) store indices; a batch may end one epoch and begin the next.
+    """
     positions = step * batch_size + np.arange(batch_size)
     epochs, places = np.divmod(positions, num_samples)
     out = np.empty(batch_size, np.int64)
@@ -40,12 +50,19 @@ def global_batch(seed: int, step: int, batch_size: int, num_samples: int) -> Ind
 
 
 def merged_streams(weights: Sequence[float], first: int, stop: int) -> tuple[Indices, Indices]:
-    """Positions `first` to `stop - 1` of the merged stream: the store of each, and its number in that store's stream.
+    """Positions `first` to `stop - 1` of the merged stream of a mixture.
 
-    Weights are positive, in any unit.
+    Args:
+        weights: One positive number for each store, in any unit.
+        first: 0-based position.
+        stop: The position after the last one.
+
+    Returns:
+        Two arrays, int64 (stop - first,): the store of each position, and the number in that store's stream.
     """
     shares = np.asarray(weights, np.float64) / np.sum(weights)
-    # Before time t a store has given t * share samples, to within 1; all of them together t, to within their number.
+    # Before time t a store has given t * share samples (at most 1 more or less), and all of them together have given t
+    # (at most as many more or less as there are stores).
     begin, end = first - len(shares) - 1, stop + len(shares) + 1
     before = np.maximum(np.floor(begin * shares).astype(np.int64), 0)
     counts = np.ceil(end * shares).astype(np.int64) + 1 - before
@@ -56,21 +73,31 @@ def merged_streams(weights: Sequence[float], first: int, stop: int) -> tuple[Ind
 
 
 def mixed_batch(seed: int, step: int, batch_size: int, weights: Sequence[float]) -> tuple[Indices, Indices]:
-    """0-based step `step` of a mixture: the store of each sample and its number in that store's stream, shuffled."""
+    """One step of a mixture, shuffled.
+
+    Args:
+        seed: The run's seed.
+        step: 0-based.
+        batch_size: Samples of a step over all replicas.
+        weights: One positive number for each store, in any unit.
+
+    Returns:
+        Two arrays, int64 (batch_size,): the store of each sample, and its number in that store's stream.
+    """
     stores, numbers = merged_streams(weights, step * batch_size, (step + 1) * batch_size)
     order = _permutation((seed, step, _WITHIN_STEP), batch_size)
     return stores[order], numbers[order]
 
 
 _WITHIN_STEP = 1
-"""Third number of the seed of orders within a step; those of a store's epochs have `_STORE` and the store's number."""
+"""Third number of the seed for orders within a step; for a store's epochs it is `_STORE`, then the store's number."""
 _STORE = 2
 
 
 class StoreStream:
-    """The endless stream of one of a mixture's stores: epoch after epoch, each a permutation of its own.
+    """The endless stream of one store of a mixture: epoch after epoch, each with its own permutation.
 
-    Safe in threads: a call works on the permutations that it found or made, whatever others keep meanwhile.
+    Safe in threads: a call works only with the permutations that it found or made itself.
     """
 
     def __init__(self, seed: int, store: int, num_samples: int) -> None:
@@ -78,10 +105,11 @@ class StoreStream:
         self._epochs: dict[int, Order] = {}
 
     def take(self, numbers: Indices) -> Indices:
-        """The samples at positions `numbers` of the stream.
+        """The samples at some positions of the stream.
 
         Args:
-            numbers: int64 (N,), 0 or more. The permutations of their epochs are kept for the next call, others not.
+            numbers: int64 (N,) positions, 0 or more. The permutations of their epochs are kept for the next call, and
+                no others.
 
         Returns:
             int64 (N,) samples of the store.
@@ -102,7 +130,7 @@ class StoreStream:
 
 
 def _permutation(key: Sequence[int], length: int) -> Order:
-    """Shuffled numbers below `length`; which type holds them does not change their order."""
+    """The numbers below `length`, shuffled; the order does not depend on the type that holds them."""
     order: Order = np.arange(length, dtype=np.uint32) if length <= 2**32 else np.arange(length, dtype=np.int64)
     np.random.Generator(np.random.PCG64(list(key))).shuffle(order)
     order.setflags(write=False)
@@ -110,5 +138,15 @@ def _permutation(key: Sequence[int], length: int) -> Order:
 
 
 def share_of_replica(batch: Indices, dp: int, num_replicas: int, micro_batch_size: int) -> Indices:
-    """Replica `dp`'s samples of a global batch, (micro-batches, micro_batch_size)."""
+    """The part of a global batch that belongs to one replica.
+
+    Args:
+        batch: int64 (global batch size,).
+        dp: The replica's number, from 0.
+        num_replicas: Number of replicas.
+        micro_batch_size: Samples of one micro-batch.
+
+    Returns:
+        int64 (micro-batches, micro_batch_size).
+    """
     return batch.reshape(-1, num_replicas, micro_batch_size)[:, dp]

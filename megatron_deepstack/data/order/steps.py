@@ -1,8 +1,7 @@
-"""From a store to what one rank needs of a step: the plan of its replica, and the pixels of the views it encodes.
+"""From a store to what one rank needs for a step: the plan of its replica, and the pixels of the views it encodes.
 
-Tokens and counts of all the replica's samples are read by each of its ranks, since they are small and memory-mapped;
-pixels only by the rank that encodes them, all of a step in one call. One step is prepared ahead in a thread, so that
-training does not wait.
+Every rank of a replica reads the tokens and counts of all its samples: they are small and memory-mapped. Pixels are
+read only by the rank that encodes them, in one call. One step is prepared ahead in a thread.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from megatron_deepstack.planning.exchange.rows import context_length
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which replica and which of its ranks reads."""
+    """Which part of the data a rank reads: its replica, and its place within the replica."""
 
     dp: int
     num_replicas: int
@@ -43,7 +42,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class LoadedStep:
-    """A step ready to run on one rank."""
+    """A step that is ready to run on one rank."""
 
     step: int
     plan: StepPlan
@@ -52,39 +51,39 @@ class LoadedStep:
     samples: Indices
     """Store indices of the replica's samples, (micro-batches, micro_batch_size)."""
     num_tokens: int
-    """Tokens of the replica's samples, visual ones included, padding not."""
+    """Tokens of the replica's samples, with visual tokens and without padding."""
     num_images: int
     """Images of the replica's samples."""
     members: tuple[tuple[tuple[int, ...], ...], ...]
-    """Store indices of the samples of each row of each micro-batch: one, several in a pack, none in a filler."""
+    """Store indices of the samples in each row of each micro-batch; a pack holds several, a filler holds none."""
     unreadable: tuple[UnreadableSample, ...] = ()
     """Samples whose views this rank should have read and could not; their pixels are zero."""
 
     def index(self, where: Where) -> int:
-        """Store index of the sample at a place."""
+        """The store index of the sample at a place."""
         micro_batch, row, member = where
         return self.members[micro_batch][row][member]
 
     def without(self, samples: Iterable[Where]) -> LoadedStep:
-        """The step with these samples left out of the loss; every rank of the replica must leave out the same."""
+        """The step with these samples left out of the loss. All ranks of the replica must leave out the same ones."""
         return replace(self, plan=without(self.plan, samples))
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row of a micro-batch; numbers are the store's."""
+    """One row of a micro-batch; images and members are numbers of the store."""
 
     planned: PlannedSample
     images: tuple[int, ...] = ()
     members: tuple[int, ...] = ()
     """Samples of the row."""
     image_members: tuple[int, ...] = ()
-    """For each image the place in `members` of its sample."""
+    """For each image the place of its sample in `members`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where a row's pixels and samples lie in the store; what is left of a `_Row` once it is planned."""
+    """Where a row's pixels and samples are in the store: what is kept of a `_Row` once it is planned."""
 
     images: tuple[int, ...]
     members: tuple[int, ...]
@@ -97,13 +96,13 @@ class _Places:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSamples:
-    """Samples of a replica with everything but their pixels."""
+    """Samples of a replica with everything except their pixels."""
 
     plan: StepPlan
     samples: Indices
     """Store indices, int64 (micro-batches, micro_batch_size)."""
     num_tokens: int
-    """Tokens of the samples, visual ones included, padding not."""
+    """Tokens of the samples, with visual tokens and without padding."""
     num_images: int
     rows: tuple[tuple[_Places, ...], ...]
     """By micro-batch and row."""
@@ -125,21 +124,29 @@ class StepReader:
         self.unreadable = unreadable
 
     def load(self, step: int) -> LoadedStep:
-        """Plan and pixels of 0-based step `step`.
+        """Plan and read one step.
 
-        Raises StoreError, naming step and sample, where pixels are missing or damaged and `unreadable` is `stop`.
+        Args:
+            step: 0-based.
+
+        Returns:
+            The step of this rank.
+
+        Raises:
+            StoreError: Pixels are missing or damaged and `unreadable` is `stop`; the message names step and sample.
+            DataError: A sample does not fit `train.seq_length`.
         """
         batch = self.store.batch(self.train.seed, step, self.train.global_batch_size)
         mine = share_of_replica(batch, self.share.dp, self.share.num_replicas, self.train.micro_batch_size)
         return self.load_samples(step, mine)
 
     def sample_ids(self, step: int) -> tuple[str, ...]:
-        """Ids of all samples of 0-based step `step`, over all replicas, in the order of the global batch."""
+        """Ids of all samples of the 0-based step `step`, over all replicas, in the order of the global batch."""
         batch = self.store.batch(self.train.seed, step, self.train.global_batch_size)
         return tuple(self.store.sample(int(index)).id for index in batch)
 
     def load_samples(self, step: int, samples: Indices) -> LoadedStep:
-        """The same for chosen samples, (micro-batches, micro_batch_size) store indices."""
+        """The same as `load` for chosen samples: store indices, int64 (micro-batches, micro_batch_size)."""
         return self.read(step, self.plan_samples(samples))
 
     def plan_samples(self, samples: Indices) -> PlannedSamples:
@@ -149,7 +156,7 @@ class StepReader:
             samples: Store indices, int64 (micro-batches, micro_batch_size).
 
         Returns:
-            The plan, which `read` takes any number of times.
+            The plan, which `read` accepts any number of times.
 
         Raises:
             DataError: A sample does not fit `train.seq_length`.
@@ -176,7 +183,7 @@ class StepReader:
 
         Args:
             step: 0-based, for messages.
-            planned: What `plan_samples` gave.
+            planned: The result of `plan_samples`.
 
         Returns:
             The step, ready to run.
@@ -202,7 +209,7 @@ class StepReader:
         return _Row(planned, images, (index,), (0,) * len(images))
 
     def _pack(self, samples: list[_Row]) -> list[list[_Row]]:
-        """Packed rows, each a micro-batch of its own; fillers make up the number that interleaving asks for."""
+        """Packed rows, each a micro-batch of its own; fillers complete the number that interleaving needs."""
         packs = pack([one.planned.sequence.length for one in samples], self.train.seq_length)
         rows = [_merge([samples[i] for i in indices]) for indices in packs]
         multiple = self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
@@ -212,7 +219,7 @@ class StepReader:
     def _pixels(
         self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit]
     ) -> tuple[np.ndarray, tuple[UnreadableSample, ...]]:
-        """Views of the units in order, read in one call, and whose could not be read."""
+        """The views of the units in order, read in one call, and the samples whose views could not be read."""
         size = self.model.vision.image_size
         requests = [(rows[unit.micro_batch][unit.sample].images[unit.image], unit.views) for unit in units]
         out = np.empty((sum(len(views) for _, views in requests), size, size, 3), np.uint8)
@@ -225,7 +232,7 @@ class StepReader:
     def _read_singly(
         self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit], out: np.ndarray
     ) -> tuple[UnreadableSample, ...]:
-        """Read unit by unit after one went wrong; raises StoreError, or blackens what cannot be read."""
+        """Read unit by unit after an error. Raises StoreError, or sets to zero what cannot be read."""
         found: dict[Where, UnreadableSample] = {}
         begin = 0
         for unit in units:
@@ -247,7 +254,7 @@ class StepReader:
 
 
 def _merge(samples: Sequence[_Row]) -> _Row:
-    """A packed row."""
+    """Join samples into one packed row."""
     return _Row(
         planned=merge([one.planned for one in samples]),
         images=tuple(image for one in samples for image in one.images),
@@ -304,12 +311,12 @@ def known_store(recipe: Recipe, path: str | None) -> Store:
 
 
 def open_training_reader(recipe: Recipe, share: Share, open_store: OpenStore = checked_store) -> StepReader:
-    """Reader of the recipe's training data, one store or a mixture, for one rank.
+    """Open the recipe's training data, one store or a mixture, for one rank.
 
     Args:
         recipe: The run's recipe.
-        share: What this rank reads.
-        open_store: How stores are opened.
+        share: The part that this rank reads.
+        open_store: How each store is opened.
 
     Returns:
         The reader.
@@ -327,14 +334,12 @@ def open_training_reader(recipe: Recipe, share: Share, open_store: OpenStore = c
 
 
 def open_reader(recipe: Recipe, path: str | None, share: Share, open_store: OpenStore = checked_store) -> StepReader:
-    """Reader of the one store at `path` for one rank.
-
-    It stops at what cannot be read: held-out samples have nobody to leave them out.
+    """Open the one store at `path` for one rank. It stops at anything that cannot be read, as nobody skips its samples.
 
     Args:
         recipe: The run's recipe.
-        path: Folder or URL; None where the recipe names none.
-        share: What this rank reads.
+        path: Folder or URL; None if the recipe names none.
+        share: The part that this rank reads.
         open_store: How the store is opened.
 
     Returns:
@@ -347,7 +352,7 @@ def open_reader(recipe: Recipe, path: str | None, share: Share, open_store: Open
 
 
 def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
-    """A stored sample, expanded. Raises DataError if it does not fit `train.seq_length`."""
+    """A stored sample with its images expanded. Raises DataError if it does not fit `train.seq_length`."""
     sample = store.sample(index)
     grids = tuple(store.grid(image) for image in sample.images)
     sequence = expand(
@@ -362,17 +367,16 @@ def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index
 
 
 class Loads(Protocol):
-    """What gives a step by its number."""
+    """Anything that gives a step by its number."""
 
     def load(self, step: int) -> LoadedStep:
-        """The 0-based step."""
+        """Load the 0-based step."""
 
 
 class Prefetcher:
-    """Iterates over steps `first` to `stop - 1`, each prepared in a thread while the one before is trained.
+    """Iterates over steps `first` to `stop - 1`; each is prepared in a thread while the one before is trained.
 
-    An error met in the thread is raised when its step is asked for, and says which step that is. The thread ends with
-    the iteration, however that ends.
+    An error in the thread is raised, with a note, when its step is asked for. The thread ends with the iteration.
     """
 
     def __init__(self, reader: Loads, first: int, stop: int) -> None:

@@ -1,9 +1,9 @@
-"""Samples whose views cannot be read: found by the rank that reads them, left out of the loss by all of a replica.
+"""Samples whose views cannot be read: one rank finds them, and all ranks of its replica leave them out of the loss.
 
-Only one rank reads a view, so only it knows. Under `data.unreadable: skip` it goes on with black pixels and says which
-samples they belong to; once the ranks have told each other, each applies `without` to its plan, which takes the
-samples' targets away and nothing else: shapes, routes and all other samples stay as they were. A sample without targets
-has no influence on any gradient, since samples of a pack do not see each other.
+Only one rank reads a view, so only that rank knows of the fault. Under `data.unreadable: skip` it continues with black
+pixels and reports the samples. Once the ranks have exchanged their reports, each applies `without` to its plan. This
+removes the samples' targets and nothing else: shapes, routes and all other samples stay as they were. A sample without
+targets has no influence on any gradient, since samples of a pack do not see each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 
 Where = tuple[int, int, int]
-"""Place of a sample in a step: micro-batch, row, and number within the row (0 but for packs)."""
+"""Place of a sample in a step: micro-batch, row, and number within the row (always 0 if rows are not packed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,15 @@ class UnreadableSample:
 
 
 def without(plan: StepPlan, samples: Iterable[Where]) -> StepPlan:
-    """The plan with the targets of these samples taken away; pure."""
+    """The plan without the targets of some samples; pure. All ranks of a replica must pass the same samples.
+
+    Args:
+        plan: The replica's plan, which is not changed.
+        samples: Places of the samples.
+
+    Returns:
+        The plan, with `IGNORE_INDEX` as the labels of these samples.
+    """
     labels = [array.copy() for array in plan.labels]
     for micro_batch, row, member in samples:
         begin, end = 0, plan.seq_length

@@ -1,7 +1,8 @@
-"""Keys of records: which are read, which say nothing to a model, and what is said of all others.
+"""Keys of records: those that are read, those that are harmless, and the message about all others.
 
-A key that nothing reads may carry what a sample is about: a video, an instruction, a tool. So every key that holds
-something is either read, known to be harmless, or named in `data.ignore_keys`; any other is a fault of its record.
+A key that nothing reads may hold what a sample is about: a video, an instruction, a tool. So every key that holds
+something must be read, or be known to be harmless, or be named in `data.ignore_keys`; any other key is a fault of its
+record.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ HARMLESS_KEYS: Final = frozenset(
         *("__key__", "__url__", "__local_path__", "blip_caption"),
     }
 )
-"""Keys about a record, not of it: names, origin, date, the size of its image. They are passed over."""
+"""Keys that describe a record and hold no content: names, origin, date, the size of its image. They are passed over."""
 
 _MEDIA: Final = ("video", "videos", "audio", "audios", "speech", "sound", "point_cloud")
 _TOOLS: Final = ("tools", "tool_calls", "tool_call", "tool_call_id", "functions", "function_call")
@@ -33,7 +34,7 @@ _REASONS: Final[dict[str, str]] = {
 
 
 class FaultError(Exception):
-    """What is wrong with one record, without its name."""
+    """What is wrong with one record; the message does not name the record."""
 
     def __init__(self, text: str, keys: Collection[str] = ()) -> None:
         super().__init__(text)
@@ -42,22 +43,25 @@ class FaultError(Exception):
 
 
 def holds_nothing(value: Any) -> bool:
-    """It is empty: an unused column of a table that was written as JSON."""
+    """Whether the value is empty, like an unused column of a table that was written as JSON."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def without(item: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """What is left of an object once keys to be passed over, and those that hold nothing, are gone."""
+    """An object without the keys to be passed over, and without the keys that hold nothing."""
     return {key: value for key, value in item.items() if key not in ignored and not holds_nothing(value)}
 
 
 def check_keys(found: Collection[str], read: Collection[str], where: str = "") -> None:
-    """Raise FaultError, naming the keys, if there are others than those that are read and the harmless ones.
+    """Check that there are no keys except those that are read and the harmless ones.
 
     Args:
         found: Keys that hold something and are not to be ignored.
         read: Keys that are read in this place.
         where: The place in the record, such as `turn 3`; empty for the record itself.
+
+    Raises:
+        FaultError: There are others; the message names them.
     """
     unread = sorted(key for key in found if key not in read and key not in HARMLESS_KEYS)
     if not unread:

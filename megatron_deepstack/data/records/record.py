@@ -1,8 +1,8 @@
-"""Records: conversations about images, from their JSON values in any of the dialects that `dialects` reads.
+"""Records: conversations about images, from JSON values in any of the dialects that `dialects` reads.
 
-Every record is checked before any work starts: a record is either usable as a whole or named in the error, the first
-ten with file, number and what is wrong. Nothing that a record holds is dropped silently. Ids may repeat, as they do in
-the published data; a record without one gets its file and number as id.
+Every record is checked before any work starts. A record can be used as a whole, or it is an error; the first ten errors
+are listed with file, number and what is wrong. Nothing that a record holds is dropped silently. Ids may repeat, as they
+do in the published data; a record without an id gets its file and number as id.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Record:
 
     id: str
     images: tuple[str, ...]
-    """Paths below the image folder, or `SHARD/MEMBER` in a tar shard, by their placeholders; empty for text only."""
+    """Paths below the image folder, or `SHARD/MEMBER` in a tar shard, in the order of their placeholders."""
     turns: tuple[Turn, ...]
 
 
@@ -40,13 +40,13 @@ class RecordRules:
 
     template: Template
     image_folder: str = ""
-    """Absolute path of the local image folder, below which absolute image paths are taken; empty for none."""
+    """Absolute path of the local image folder; absolute image paths must lie below it. Empty for none."""
     ignore_keys: frozenset[str] = frozenset()
     """Keys of records, turns and parts of them that are passed over."""
 
 
 class Faults:
-    """Faulty records of a job: all are counted, the first ten kept."""
+    """The faulty records of a job: all are counted, and the first ten are kept."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -54,17 +54,23 @@ class Faults:
         """Records seen, faulty or not."""
         self._listed: list[str] = []
         self._unread: Counter[str] = Counter()
-        """Keys that nothing reads: in how many records."""
+        """For each key that nothing reads, the number of records that hold it."""
 
     def add(self, where: str, fault: str, unread: Sequence[str] = ()) -> None:
-        """Count a faulty record; `unread` are keys of it that nothing reads."""
+        """Count a faulty record.
+
+        Args:
+            where: Its place, for the message.
+            fault: What is wrong with it.
+            unread: Keys of it that nothing reads.
+        """
         self.total += 1
         self._unread.update(unread)
         if self.total <= _SHOWN:
             self._listed.append(f"{where}: {fault}")
 
     def raise_if_any(self) -> None:
-        """Raise DataError, with the first ten, if there is any."""
+        """Raise DataError if there was any fault; the message lists the first ten."""
         if self.total:
             more = [f"... and {self.total - _SHOWN} more"] if self.total > _SHOWN else []
             head = f"{self.total} of {self.records} records cannot be used; mend or remove them:"
@@ -81,18 +87,19 @@ class Faults:
 def parse_record(
     item: Any, rules: RecordRules, faults: Faults, where: str, number: str, images: Sequence[str] | None = None
 ) -> Record | None:
-    """One record from its JSON value.
+    """Make one record from its JSON value.
 
     Faults are: no conversation, an unknown role, a key or a placeholder that nothing reads, turns that the template
-    cannot write, a number of `<image>` other than that of the images, and an image path that leaves the image folder.
+    cannot write, a number of `<image>` that differs from the number of images, and an image path that leaves the image
+    folder.
 
     Args:
         item: The JSON value, in any dialect.
         rules: What it is checked against.
-        faults: Takes what is wrong with it.
+        faults: Receives what is wrong with it.
         where: The record's place, for messages.
         number: The id of a record that has none.
-        images: Its images, in place of those that it names.
+        images: Its images, used instead of those that it names.
 
     Returns:
         The record; None if it cannot be used.
@@ -134,8 +141,11 @@ def _identifier(value: Any, number: str) -> str:
 
 
 def _place(path: str, folder: str) -> str:
-    """The path below the image folder, in its one spelling. Records are data from elsewhere: they choose among the
-    images they are given, and no other file of the machine."""
+    """The path below the image folder, in its only accepted spelling.
+
+    Records come from elsewhere: they may choose among the images they are given, but must reach no other file of the
+    machine.
+    """
     normal = posixpath.normpath(path)
     if "://" in path:
         raise FaultError(f"`image` is the URL {path!r}; give its folder as data.images, and the path below it here")

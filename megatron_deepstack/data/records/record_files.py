@@ -1,7 +1,7 @@
-"""JSON files of records, read as a stream: a list of values, or values one after another, as JSON lines have them.
+"""JSON files of records, read as a stream: a list of values, or one value after another as in JSON lines.
 
-Gzip is recognised by its first bytes. One block of text and one record are held at a time, whatever the file's size;
-the file's sha256 is taken on the way.
+Gzip is recognised by its first bytes. Only one block of text and one record are held at a time, whatever the file's
+size. The file's sha256 is computed in the same pass.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BLOCK_CHARS: Final = 1 << 20
 """Text read at a time."""
 _BUFFER_BYTES: Final = 1 << 20
 _MOST_CHARS: Final = 1 << 28
-"""Length of the longest record; a file that holds a longer value is something else."""
+"""Length of the longest record; a file with a longer value is no file of records."""
 _NEAR_THE_END: Final = 16
-"""An error this close to the end of the text read so far may be a value that goes on in the next block."""
+"""An error so close to the end of the text read so far may mean that the value continues in the next block."""
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
 _FORM: Final = "A records file is a JSON list, or one object per line."
@@ -38,14 +38,24 @@ class RecordFile:
     """The records of a file."""
 
     sha256: str
-    """Of the file's bytes, as they lie there."""
+    """The hash of the file's bytes, still compressed if the file is."""
     records: tuple[Record, ...]
 
 
 def read_record_file(file: IO[bytes], path: str, rules: RecordRules, faults: Faults) -> RecordFile:
-    """Read and check all records of an open file; `path` is its name in messages. Faulty records go into `faults`.
+    """Read and check all records of an open file.
 
-    Raises DataError when the file is not JSON, or cannot be unpacked.
+    Args:
+        file: The file, at its beginning.
+        path: Its name in messages.
+        rules: What each record is checked against.
+        faults: Receives the faulty records.
+
+    Returns:
+        The usable records and the file's hash.
+
+    Raises:
+        DataError: The file is not JSON, or cannot be unpacked.
     """
     source = _HashedFile(file)
     records = []
@@ -58,7 +68,7 @@ def read_record_file(file: IO[bytes], path: str, rules: RecordRules, faults: Fau
 
 
 def _read_values(source: _HashedFile, path: str) -> Iterator[tuple[int, Any]]:
-    """Every value with the line it begins at, 1-based. JSON's and gzip's errors become DataErrors."""
+    """Every value with the line it begins at, from 1. Errors of JSON and gzip become DataErrors."""
     scanner = None
     try:
         scanner = _Scanner(_as_text(source, path))
@@ -69,7 +79,7 @@ def _read_values(source: _HashedFile, path: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: not a list of records: it is nested too deeply") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be unpacked: {error}. Fetch or compress it again.") from error
-    except ValueError as error:  # JSONDecodeError among them; a number of 5000 digits is another
+    except ValueError as error:  # a JSONDecodeError, or for example a number of 5000 digits
         line = scanner.line if scanner else 1
         raise DataError(f"{path}, line {line}: not JSON: {error}. {_FORM}") from error
 
@@ -119,7 +129,7 @@ class _HashedFile(io.RawIOBase):
         return len(data)
 
     def hexdigest(self) -> str:
-        """sha256 of the whole file; reads what is left of it."""
+        """The sha256 of the whole file; this reads what is left of it."""
         while self.read(_BUFFER_BYTES):
             pass
         return self._hash.hexdigest()
@@ -137,7 +147,7 @@ class _Scanner:
         """Line of the next character, 1-based."""
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not a space; empty at the end."""
         while True:
             space = _SPACE.match(self._buffer, self._at)
             assert space is not None
@@ -148,7 +158,7 @@ class _Scanner:
                 return ""
 
     def skip(self, character: str) -> None:
-        """Pass over `character`, which must come next."""
+        """Skip `character`, which must come next."""
         found = self.peek()
         if found != character:
             raise ValueError(f"{character!r} expected, found {found!r}" if found else "the list has no end")
@@ -173,7 +183,10 @@ class _Scanner:
         self._at = end
 
     def _more(self) -> bool:
-        """Read on, twice as much for each time the value still had no end; False at the end of the text."""
+        """Read on; False at the end of the text.
+
+        The block grows with the value, so that the total work for a long value stays small.
+        """
         rest = len(self._buffer) - self._at
         if rest > _MOST_CHARS:
             raise ValueError(f"the value is longer than {_MOST_CHARS} characters")

@@ -1,12 +1,12 @@
-"""WebDataset tar shards: records and captions are read, images only noted, with the offset they are read at later.
+"""WebDataset tar shards: records and captions are read; of images only the offset is noted, to read them later.
 
-Members that follow each other and share a name up to its first dot belong together: KEY.json is a record (its id is
-KEY if it has none), its images are KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... A KEY.txt beside an image, without a
-conversation, is a caption. Where names have dots of their own (photo.v2.jpg, photo.v2.json) and only such, each text
-takes the images that begin with its whole name; where that is not clear, the members are named in the error. What
-macOS puts beside files (`._NAME`, `.DS_Store`, `__MACOSX/`) is left out, as WebDataset leaves out names that begin with
-a dot. Images are never unpacked, so a shard must not be compressed. A shard's digest covers names, sizes and times of
-all members and the content of its texts; like files in a folder, pixels are not read for it.
+Members that follow each other and share a name up to its first dot belong together: KEY.json is a record (its id is KEY
+if it has none), and its images are KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... A KEY.txt beside an image, without a
+conversation, is a caption. If all names have dots of their own (photo.v2.jpg, photo.v2.json), each text takes the
+images that begin with its whole name; if this is not clear, the error names the members. Files that macOS adds
+(`._NAME`, `.DS_Store`, `__MACOSX/`) are left out, as WebDataset leaves out names that begin with a dot. Images are
+never unpacked, so a shard must not be compressed. A shard's digest covers names, sizes and times of all members and the
+content of its texts; it does not cover pixels, like the digest of a folder.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _TEXTS: Final = {"json", "txt"}
 _LEFT_OUT: Final = re.compile(
     r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX(/.*)?|PaxHeaders?(\.[^/]*)?(/.*)?)$", re.IGNORECASE
 )
-"""Members that systems put beside files: resource forks, folder settings, extended headers unpacked as files."""
+"""Members that operating systems add: resource forks, folder settings, extended headers unpacked as files."""
 _SHOWN_MEMBERS: Final = 6
 _MOST_TEXT_BYTES: Final = 1 << 28
-"""Size of the largest record; a text that is larger is something else."""
+"""Size of the largest record; a larger text is no record."""
 _COMPRESSED: Final = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -62,16 +62,27 @@ class TarShard:
     """What a shard holds."""
 
     sha256: str
-    """Of names, sizes and times of its members, and of its texts."""
+    """The hash of the names, sizes and times of its members, and of its texts."""
     records: tuple[Record, ...]
     members: dict[str, TarMember]
     """Its images by the path that its records give."""
 
 
 def read_tar_shard(file: IO[bytes], location: Location, name: str, rules: RecordRules, faults: Faults) -> TarShard:
-    """Read and check all records of an open shard; images get the path `name`/MEMBER. Faulty records go into `faults`.
+    """Read and check all records of an open shard.
 
-    Raises DataError when the file is no tar, is compressed, or ends too soon.
+    Args:
+        file: The shard, at its beginning.
+        location: Where it is.
+        name: Images get the path `name`/MEMBER.
+        rules: What each record is checked against.
+        faults: Receives the faulty records.
+
+    Returns:
+        The usable records, their images and the shard's digest.
+
+    Raises:
+        DataError: The file is no tar, is compressed, or ends too soon.
     """
     digest = hashlib.sha256()
     records: list[Record] = []
@@ -109,7 +120,7 @@ class _Group:
     faults: list[str] = field(default_factory=list)
 
     def by_whole_names(self) -> list[_Group]:
-        """Itself; or, if dots belong to its members' names, a group for each text, with the images of its name."""
+        """The group itself; or, if its members' names contain dots, one group for each text with its images."""
         dotted = [kind for kind in self.texts if "." in kind]
         if not dotted:
             return [self]
@@ -137,7 +148,7 @@ class _Group:
         return _in_order([name for name, _ in self.images], named_images(item) if isinstance(item, dict) else [])
 
     def _is_record(self, kind: str) -> bool:
-        """A text with a dotted name is a record, or a caption of an image that bears its name."""
+        """Whether a text with a dotted name is a record, or is the caption of an image that has its name."""
         stem, _, ending = kind.rpartition(".")
         if any(name.startswith(f"{self.key}.{stem}.") for name, _ in self.images):
             return True
@@ -183,7 +194,7 @@ class _Group:
 
 
 def _in_order(names: Sequence[str], listed: Sequence[str]) -> list[str]:
-    """Images as the record lists them, if it names each by its last part; else by the numbers in their names."""
+    """Images in the record's order, if it names each by its last part; otherwise by the numbers in their names."""
     ordered = sorted(names, key=_by_number)
     if len(listed) != len(names):
         return ordered
@@ -194,7 +205,7 @@ def _in_order(names: Sequence[str], listed: Sequence[str]) -> list[str]:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """`KEY.2.jpg` before `KEY.10.jpg`, which writers that sort by name put first."""
+    """A sort key that puts `KEY.2.jpg` before `KEY.10.jpg`; writers that sort by name put them the other way round."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -230,13 +241,13 @@ def _put(group: _Group, info: tarfile.TarInfo, kind: str, text: bytes | None, lo
     elif any(name == info.name for name, _ in group.images):
         group.faults.append(f"{info.name} is in the shard twice")
     else:
-        # The block before the content is the member's header, whatever extended headers come before that.
+        # The block before the content is the member's header; extended headers come before that block.
         first = info.offset_data - tarfile.BLOCKSIZE
         group.images.append((info.name, TarMember(location, first, info.size, info.chksum)))
 
 
 def _split(name: str) -> tuple[str, str]:
-    """WebDataset's key, and what follows its dot, in small letters."""
+    """WebDataset's key, and what follows its dot, in lower case."""
     folder, base = posixpath.split(name)
     stem, _, kind = base.partition(".")
     return posixpath.join(folder, stem), kind.lower()
@@ -247,12 +258,12 @@ def _is_text(info: tarfile.TarInfo) -> bool:
 
 
 def _members(file: IO[bytes], location: Location) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Every member, with its content if it is a text. Raises DataError unless the tar is whole."""
+    """Every member, with its content if it is a text. Raises DataError if the tar is not whole."""
     _refuse_compressed(file, location)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # kept otherwise, for extraction by name
+                tar.members = []  # type: ignore[attr-defined]  # otherwise tar keeps every member in memory
                 text = None
                 if _is_text(info) and info.isreg() and info.size <= _MOST_TEXT_BYTES:
                     content = tar.extractfile(info)

@@ -1,4 +1,4 @@
-"""What a conversation consists of, before any template: who speaks, what is said, and where its images stand."""
+"""What a conversation consists of, before any template: who speaks, what is said, and where its images are."""
 
 from __future__ import annotations
 
@@ -26,26 +26,36 @@ class Turn:
     role: Role
     text: str
     learned: bool = True
-    """Whether an answer is learned; False where its record says so. Other turns are never learned."""
+    """Whether an answer is learned; its record may set this to False. Other turns are never learned."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens that are all learned or all not."""
+class TokenRun:
+    """Tokens that are all learned, or all not learned."""
 
     tokens: list[int]
     learned: bool
 
 
 def image_first(text: str) -> str:
-    """A turn's text with its image in front, as the published data has it; several images stay where they are."""
+    """A turn's text with its image in front, as in the published data; several images stay where they are."""
     if text.count(IMAGE_TOKEN) != 1:
         return text
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a text with placeholders: the pieces between them encoded separately, as published."""
+    """Token ids of a text with placeholders.
+
+    The pieces of text between the placeholders are encoded separately, as in the published code.
+
+    Args:
+        text: A text with any number of `<image>`.
+        tokenizer: Encodes the pieces.
+
+    Returns:
+        Token ids, with IMAGE_TOKEN_ID for each placeholder; no begin or end of sequence.
+    """
     first, *rest = text.split(IMAGE_TOKEN)
     tokens = tokenizer.encode(first)
     for piece in rest:
@@ -64,6 +74,6 @@ def talk_of(turns: Sequence[Turn]) -> Sequence[Turn]:
 
 
 def rounds_of(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """The turns from the first question on; an answer to nothing is left out, as published."""
+    """The turns from the first question on; an answer without a question is left out, as in the published code."""
     talk = talk_of(turns)
     return talk[1:] if talk and talk[0].role is Role.GPT else talk

@@ -1,4 +1,4 @@
-"""What a store says of itself: the attributes in its own metadata document."""
+"""The attributes of a store: what its own metadata document records about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_deepstack.errors import StoreError
 
 @dataclass(frozen=True, slots=True)
 class StoreAttributes:
-    """What a store says of itself."""
+    """What a store records about itself."""
 
     format: str
     version: int
@@ -26,11 +26,11 @@ class StoreAttributes:
     counts: dict[str, int]
     """images, flagged, quarantined, views, samples, dropped, tokens, target_tokens."""
     complete: bool
-    """Preprocessing came to its end."""
+    """Whether preprocessing has finished."""
 
 
 def read_document(location: Location) -> bytes:
-    """The store's own metadata document. Raises StoreError where there is none."""
+    """The store's own metadata document. Raises StoreError if there is none."""
     try:
         return location.child(METADATA_FILE).read_bytes()
     except OSError as error:
@@ -44,7 +44,18 @@ def read_document(location: Location) -> bytes:
 
 
 def parse_attributes(location: Location, document: bytes) -> StoreAttributes:
-    """The attributes in a store's metadata document; raises StoreError where they are not ones we can read."""
+    """The attributes in a store's metadata document.
+
+    Args:
+        location: The store, for messages.
+        document: The bytes of its metadata document.
+
+    Returns:
+        The attributes.
+
+    Raises:
+        StoreError: They are missing, or belong to another format or version.
+    """
     raw = parse_metadata(f"{location}/{METADATA_FILE}", document).get("attributes", {})
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else raw
@@ -64,9 +75,18 @@ def parse_attributes(location: Location, document: bytes) -> StoreAttributes:
 
 
 def finished_attributes(location: Location, document: bytes | None = None) -> StoreAttributes:
-    """The attributes of a store whose preprocessing has finished, from its metadata document (read if not given).
+    """The attributes of a store whose preprocessing has finished.
 
-    Raises StoreError where there is no such store, LocationError where a URL cannot be reached.
+    Args:
+        location: The store.
+        document: The bytes of its metadata document; read from the store if None.
+
+    Returns:
+        The attributes.
+
+    Raises:
+        StoreError: There is no such store, or it is not finished.
+        LocationError: A URL cannot be reached.
     """
     attributes = parse_attributes(location, read_document(location) if document is None else document)
     if not attributes.complete:

@@ -1,8 +1,8 @@
-"""Checksums of a store's views, and the codec of a compressed store's.
+"""Checksums of a store's views, and the codec of compressed stores.
 
-The codec is Blosc with zstd and bit shuffle, as zarr v3's `blosc` codec has it. One thread per call: several would
-append their blocks in the order in which they happen to finish, so that bytes differed from run to run, and Blosc's own
-threads do not survive a fork. Bytes may differ between versions of the library; views do not.
+The codec is Blosc with zstd and bit shuffle, as zarr v3's `blosc` codec has it. It uses one thread per call: several
+threads would append their blocks in the order in which they happen to finish, so that bytes would differ from run to
+run, and Blosc's own threads do not survive a fork. Bytes may differ between versions of the library; views do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numcodecs import blosc
 
 LEVEL: Final = 1
-"""zstd's level; higher ones save less than a hundredth more on photos and take several times as long."""
+"""zstd's level; higher levels save less than 1 % more on photos and take several times as long."""
 
 BLOSC_METADATA: Final[dict[str, Any]] = {
     "name": "blosc",
@@ -26,23 +26,31 @@ _HEADER_BYTES: Final = 16
 
 
 class CodecError(Exception):
-    """Compressed bytes that do not unpack to a view; the message has no full stop."""
+    """Compressed bytes that do not unpack to a view; the message has no full stop at its end."""
 
 
 def checksums(views: np.ndarray) -> list[int]:
-    """The crc32c of each view (contiguous uint8, N x S x S x 3), before compression."""
+    """The crc32c of each view before compression; `views` is contiguous, uint8 (N, S, S, 3)."""
     return [google_crc32c.value(view) for view in views]
 
 
 def compress(view: np.ndarray) -> bytes:
-    """A contiguous uint8 array, compressed."""
+    """Compress a contiguous uint8 array."""
     blosc.use_threads = False
     packed: bytes = blosc.compress(view, b"zstd", LEVEL, blosc.BITSHUFFLE, blosc.AUTOBLOCKS, typesize=1)
     return packed
 
 
 def decompress(packed: memoryview, out: np.ndarray) -> None:
-    """Unpack into `out`, contiguous uint8; raises CodecError where the bytes are damaged or of another length."""
+    """Unpack a view.
+
+    Args:
+        packed: What `compress` returned.
+        out: Contiguous uint8 array that receives the view.
+
+    Raises:
+        CodecError: The bytes are damaged or of another length.
+    """
     blosc.use_threads = False
     stored, whole = (int.from_bytes(packed[k : k + 4], "little") for k in (12, 4))
     if len(packed) < _HEADER_BYTES or stored != len(packed) or whole != out.nbytes:

@@ -1,8 +1,9 @@
-"""Writing large files past the page cache (O_DIRECT).
+"""Writing large files without the page cache (O_DIRECT).
 
-Writing through the cache costs 1 to 3.4 ms of the processor for the 1.7 MB of an image with four crops (the kernel
-clears and copies fresh pages, then writes them back), as much as a third of decoding and resizing it; directly it costs
-0.2 ms. The pages would not be read again soon either: they are pushed out by what is written after them.
+Writing through the cache costs 1 to 3.4 ms of CPU time for the 1.7 MB of an image with four crops, because the kernel
+clears and copies fresh pages and then writes them back. That is up to a third of the time for decoding and resizing the
+image; a direct write costs 0.2 ms. The cached pages would not be read again soon either: what is written after them
+replaces them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import suppress
 from typing import IO, Final
 
 BLOCK: Final = 4096
-"""What addresses, lengths and offsets of direct writes are multiples of; no file system asks for more."""
+"""Addresses, lengths and offsets of direct writes are multiples of this; no file system needs more."""
 _PIECE: Final = 4 << 20
 """Bytes that are collected for one write."""
 
@@ -23,8 +24,9 @@ _PIECE: Final = 4 << 20
 class DirectFile:
     """Appends to a new file that is open for writing.
 
-    Bytes are copied into whole blocks, which costs 0.1 ms of an image's 1.7 MB. Where the file system knows no direct
-    writes (tmpfs on older kernels, some network ones), they go through the cache. The file is whole after `finish`.
+    Bytes are copied into whole blocks, which costs 0.1 ms for the 1.7 MB of an image. If the file system has no direct
+    writes (tmpfs on older kernels, some network file systems), they go through the cache. The file is whole after
+    `finish`.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -47,11 +49,11 @@ class DirectFile:
                 self._write_piece()
 
     def finish(self) -> None:
-        """Write what is left. The end of a file that is no whole block goes through the cache."""
+        """Write the rest. If the file does not end with a whole block, its end goes through the cache."""
         self._write_piece()
 
     def close(self) -> None:
-        """Leave the file, whole or not, as it was opened: writing through the cache."""
+        """Set the open file back to writing through the cache, whether it is whole or not."""
         if self._direct:
             self._give_up()
 
@@ -69,7 +71,7 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._give_up()  # the file system promised what it does not do
+                self._give_up()  # the file system accepted O_DIRECT but does not support it
                 continue
             data = data[written:]
 
@@ -79,7 +81,7 @@ class DirectFile:
 
 
 def _set_direct(descriptor: int, wanted: bool) -> bool:
-    """Whether writes of an open file go past the cache from now on."""
+    """Set whether writes of an open file go past the cache; returns whether they do from now on."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     with suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)

@@ -1,4 +1,7 @@
-"""Reading metadata documents and index arrays of a store. Errors say what is wrong; what to do, who opens the store."""
+"""Reading metadata documents and index arrays of a store.
+
+Errors here only say what is wrong; the code that opens the store adds what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ from megatron_deepstack.errors import StoreError
 
 
 class ArrayReader(Protocol):
-    """An index array to read some rows of."""
+    """An index array of which some rows can be read."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: int | slice) -> np.ndarray: ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Rows by their numbers, a copy, in the order given; quick where the numbers rise. Raises IndexError."""
+        """Rows by their numbers, as a copy, in the given order; quick if the numbers ascend. Raises IndexError."""
 
 
 class IndexReader:
@@ -61,7 +64,7 @@ class IndexReader:
         return np.concatenate(pieces) if pieces else self._empty
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Rows by their numbers, a copy, in the order given; quick where the numbers rise. Raises IndexError."""
+        """Rows by their numbers, as a copy, in the given order; quick if the numbers ascend. Raises IndexError."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; there are {self._rows}")
         chunks = rows // self._chunk_rows
@@ -81,9 +84,17 @@ class IndexReader:
 
 
 def checked_rows(root: Path, name: str) -> int:
-    """Rows of an index array whose metadata lies below `root`.
+    """The number of rows of an index array.
 
-    Raises StoreError if its metadata is not what this version writes.
+    Args:
+        root: Folder below which the metadata is.
+        name: The array, one of `schema.INDEX_ARRAYS`.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        StoreError: Its metadata is not what this version writes.
     """
     metadata = read_metadata(root, name)
     shape = metadata.get("shape")
@@ -94,7 +105,7 @@ def checked_rows(root: Path, name: str) -> int:
 
 
 def read_metadata(root: Path, name: str) -> dict[str, Any]:
-    """zarr metadata of an array or group below `root`."""
+    """The zarr metadata of an array or group below `root`. Raises StoreError if it cannot be read."""
     path = root / name / METADATA_FILE
     try:
         return parse_metadata(str(path), path.read_bytes())
@@ -103,7 +114,7 @@ def read_metadata(root: Path, name: str) -> dict[str, Any]:
 
 
 def parse_metadata(path: str, data: bytes) -> dict[str, Any]:
-    """A zarr metadata document from its bytes; raises StoreError, naming `path`, where they are none."""
+    """A zarr metadata document from its bytes. Raises StoreError, naming `path`, if they are not a JSON object."""
     try:
         document = json.loads(data)
     except ValueError as error:
@@ -123,7 +134,7 @@ def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) 
 
 
 def chunk_bytes(name: str, rows: int) -> int:
-    """Bytes of each chunk file of an index array with `rows` rows."""
+    """The size in bytes of each chunk file of an index array with `rows` rows."""
     array = INDEX_ARRAYS[name]
     per_row = int(np.prod(array.row_shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize
     return index_chunk_rows(rows) * per_row

@@ -1,7 +1,8 @@
-"""Lengths of a store's samples with their images opened up, from the index arrays alone.
+"""Lengths of a store's samples with their images expanded, from the index arrays alone.
 
-Every rank looks at all samples when it starts, so nothing is sorted, and samples are looked at a piece at a time, so
-that memory does not grow with them: 5M samples of one image take 0.1 s and a few MB.
+Every rank reads the lengths of all samples when it starts. So nothing is sorted, and samples are handled piece by
+piece, so that memory does not grow with them: checking 5M samples of one image each took 0.15 s of CPU time, with
+arrays of at most 50 MB (measured on a made-up index that was in the page cache).
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from megatron_deepstack.planning.exchange.rows import context_length
 _LISTED: Final = 10
 """Samples named in an error."""
 _PIECE: Final = 1 << 20
-"""Samples looked at together."""
+"""Samples handled together."""
 _COUNTED: Final = 1 << 20
-"""Largest grid number for which grids are counted; beyond, they are sorted. Grids of recipes have a few crops."""
+"""Grid numbers below this are counted, larger ones are sorted. Grids of recipes have a few crops."""
 
 
 def expanded_lengths(store: Store, model: ModelConfig) -> np.ndarray:
-    """Tokens of each sample as `model` sees it, visual ones included.
+    """Tokens of each sample as `model` receives it, with visual tokens.
 
     Args:
         store: The store.
-        model: Says how many tokens an image takes.
+        model: Determines how many tokens an image takes.
 
     Returns:
         int64 (samples,).
@@ -38,7 +39,16 @@ def expanded_lengths(store: Store, model: ModelConfig) -> np.ndarray:
 
 
 def check_lengths(store: Store, model: ModelConfig, train: TrainConfig) -> None:
-    """Raise DataError, naming the first ten, if samples exceed `train.seq_length` and may not be cut."""
+    """Check that all samples fit `train.seq_length`, unless they may be cut (`train.truncate`).
+
+    Args:
+        store: The store.
+        model: Determines how many tokens an image takes.
+        train: Gives `seq_length` and `truncate`.
+
+    Raises:
+        DataError: Some samples are too long; the message names the first ten.
+    """
     if train.truncate:
         return
     first_ones: list[tuple[int, int]] = []
@@ -56,7 +66,7 @@ def check_lengths(store: Store, model: ModelConfig, train: TrainConfig) -> None:
 
 
 def _pieces(store: Store, model: ModelConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """Number of a first sample, and the lengths of as many as follow."""
+    """Pieces of the store: the number of the first sample, and the lengths of it and of those that follow."""
     for first in range(0, len(store), _PIECE):
         stop = min(first + _PIECE, len(store))
         tokens = np.diff(store.rows("samples/tokens_offsets")[first : stop + 1])
@@ -69,7 +79,7 @@ def _pieces(store: Store, model: ModelConfig) -> Iterator[tuple[int, np.ndarray]
 
 
 def _contexts(grids: np.ndarray, model: ModelConfig) -> np.ndarray:
-    """int64 (N,): positions of an image with each of these grids, (N, 2)."""
+    """The tokens that an image with each of these grids, (N, 2), takes in the context: int64 (N,)."""
     if not len(grids):
         return np.zeros(0, np.int64)
     columns = int(grids[:, 0].max()) + 1

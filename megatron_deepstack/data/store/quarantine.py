@@ -1,4 +1,4 @@
-"""The list of what was left out of a store or is flagged in it, `quarantine.jsonl`, and its reasons counted.
+"""`quarantine.jsonl`, the list of what was left out of a store or is flagged in it, and counts of its reasons.
 
 A reason is `KIND: DETAILS`, such as `deep grey: 99.6% of its values are outside 0 to 255 and are cut off`.
 """
@@ -17,19 +17,28 @@ _FLAGGED: Final = "image flagged"
 
 
 def image_line(status: int, path: str, reason: str) -> dict[str, Any]:
-    """The line of that list that names an image."""
+    """The line of that list for one image.
+
+    Args:
+        status: An ImageStatus, FLAGGED or QUARANTINED.
+        path: The image's path as the records give it.
+        reason: `KIND: DETAILS`.
+
+    Returns:
+        The line's JSON object.
+    """
     kind = "image quarantined" if status == ImageStatus.QUARANTINED else _FLAGGED
     return {"kind": kind, "path": path, "reason": reason}
 
 
 def flagged_by_reason(root: Location) -> dict[str, int]:
-    """How many images of a store are flagged for each kind of reason, the commonest first.
+    """How many images of a store are flagged for each kind of reason.
 
     Args:
-        root: The store; one without the list has nothing flagged.
+        root: The store; if it lacks the list, nothing is flagged.
 
     Returns:
-        Number of images by the kind of their reason.
+        Number of images by the kind of their reason, the most frequent first.
     """
     try:
         content = root.child(QUARANTINE_FILE).read_bytes()

@@ -1,11 +1,12 @@
-"""Reading a store: samples from memory-mapped index arrays, views straight out of the shards.
+"""Reading a store: samples from memory-mapped index arrays, views directly from the shards.
 
-Views are read with one `preadv` for neighbours into the caller's array: shard indices are cached, requests for many
+Neighbouring views are read with one `preadv` into the caller's array. Shard indices are cached, requests for many
 images are read in the order of the shards, and each view's crc32c is checked (0.06 ms for the five of a sample).
-zarr-python reads the same store, equal by test, but many times slower (`tools/bench_reader.py`), and takes a chunk that
-is missing for zeros; here that is a StoreError naming image and shard. The reader holds no threads and no descriptors
-that a fork or a pickle could break: a copy in another process opens its own. Of a store at a URL, `remote` copies the
-small index arrays once and views as they are read, and `remote_array` blocks of the large index arrays.
+zarr-python reads the same store with equal results (tested), but many times slower (`tools/bench_reader.py`), and it
+returns zeros for a missing chunk; here that is a StoreError naming image and shard. The reader holds no threads and no
+descriptors that a fork or a pickle could break: a copy in another process opens its own. For a store at a URL, `remote`
+copies the small index arrays once and views as they are read, and `remote_array` does so with blocks of the large index
+arrays.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folde
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation, tokenised; arrays are read-only views of the mapped file, or copies of a store at a URL."""
+    """A conversation as tokens; arrays are read-only views of the mapped file, or copies if the store is at a URL."""
 
     id: str
     tokens: np.ndarray
@@ -61,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """Where an image's views are, and what it was."""
+    """Where an image's views are, and facts about the image."""
 
     start: int
     """Row of `images/pixels` that holds the global view."""
@@ -76,7 +77,7 @@ class StoredImage:
 
 
 class Store:
-    """A finished store, opened for reading. Safe in threads and worker processes; pickles as its path."""
+    """A finished store, open for reading. Safe in threads and worker processes; it pickles as its path."""
 
     def __init__(
         self,
@@ -101,11 +102,20 @@ class Store:
     def open(
         cls, path: str | Path | Location, *, verify_checksums: bool = True, cache: CacheConfig | None = None
     ) -> Store:
-        """Open the store in folder or at URL `path`; of a URL, copies are kept as `cache` says.
+        """Open a store. Pixels are not checked here but when they are read.
 
-        Raises StoreError where there is no store, where preprocessing has not finished, where the format is another
-        version's, or where an index array is damaged; LocationError where a URL cannot be reached. Pixels are looked
-        at when they are read.
+        Args:
+            path: Folder or URL.
+            verify_checksums: Whether the crc32c of each view is checked when it is read.
+            cache: Where copies are kept, for a URL only.
+
+        Returns:
+            The open store.
+
+        Raises:
+            StoreError: There is no store, its preprocessing has not finished, it has the format of another version, or
+                an index array is damaged.
+            LocationError: A URL cannot be reached.
         """
         location = Location.parse(path)
         document = read_document(location)
@@ -153,15 +163,15 @@ class Store:
         return str(self.attributes.tokenizer["sha256"])
 
     def array(self, name: str) -> np.ndarray:
-        """A whole index array, read-only; see `schema.INDEX_ARRAYS`. Of several chunks it is a copy: ask once."""
+        """A whole index array, read-only; see `schema.INDEX_ARRAYS`. If it has several chunks, each call copies it."""
         return self._index[name][:]
 
     def rows(self, name: str) -> ArrayReader:
-        """An index array to read some rows of, without touching the others."""
+        """An index array of which some rows can be read without touching the others."""
         return self._index[name]
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
-        """Samples of 0-based step `step` of a run that reads this store alone, (batch_size,)."""
+        """Samples of the 0-based step `step` of a run that reads only this store: int64 (batch_size,)."""
         return global_batch(seed, step, batch_size, len(self))
 
     @property
@@ -171,7 +181,7 @@ class Store:
 
     @property
     def num_images(self) -> int:
-        """Number of images, quarantined ones included."""
+        """Number of images, including quarantined ones."""
         return len(self._index["images/start"])
 
     @property
@@ -180,7 +190,7 @@ class Store:
         return self.pixels.crop_size
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`; raises IndexError outside 0..num_samples-1."""
+        """The sample `index`. Raises IndexError outside 0..num_samples-1."""
         self._check_number("sample", index, self.num_samples)
         first, last = self._index["samples/tokens_offsets"][index : index + 2]
         return Sample(
@@ -191,9 +201,9 @@ class Store:
         )
 
     def prepare(self, samples: Indices) -> None:
-        """Fetch what `sample` will read of these samples and is not on this node yet, in requests side by side.
+        """Fetch what `sample` will read of these samples and is not on this node yet, with parallel requests.
 
-        Does nothing for a local store. Without it each sample is fetched by itself, which takes as many waits.
+        A local store does nothing here. Without this call, samples are fetched one after the other.
 
         Args:
             samples: int64 (N,) numbers of samples.
@@ -210,13 +220,13 @@ class Store:
             side_by_side(lambda one: one[0].fetch(one[1]), missing)
 
     def sample_images(self, index: int) -> tuple[int, ...]:
-        """Images of sample `index`, without touching its tokens."""
+        """The images of sample `index`, without touching its tokens."""
         self._check_number("sample", index, self.num_samples)
         first, last = self._index["samples/images_offsets"][index : index + 2]
         return tuple(self._index["samples/images"][int(first) : int(last)].tolist())
 
     def lengths(self) -> np.ndarray:
-        """int64 (num_samples,): tokens of each sample, a placeholder counting as one."""
+        """int64 (num_samples,): the tokens of each sample; a placeholder counts as one."""
         return self._lengths
 
     @cached_property
@@ -226,13 +236,13 @@ class Store:
         return lengths
 
     def grid(self, image: int) -> Grid:
-        """Grid of an image; raises IndexError outside 0..num_images-1."""
+        """The grid of an image. Raises IndexError outside 0..num_images-1."""
         self._check_number("image", image, self.num_images)
         gw, gh = self._index["images/grid"][image].tolist()
         return gw, gh
 
     def image(self, index: int) -> StoredImage:
-        """Image `index`; raises IndexError outside 0..num_images-1."""
+        """The image `index`. Raises IndexError outside 0..num_images-1."""
         self._check_number("image", index, self.num_images)
         gw, gh = self._index["images/grid"][index].tolist()
         width, height = self._index["images/size"][index].tolist()
@@ -246,18 +256,33 @@ class Store:
         )
 
     def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
-        """Views of an image: uint8 (len(views), S, S, 3), in the order asked for; view 0 is the global view.
+        """Read views of one image.
 
-        Raises StoreError, naming image, view and shard, when a shard is missing or short, a view was never written,
-        or (with `verify_checksums`) a view's bytes are not those that were written.
+        Args:
+            image: The image's number.
+            views: Numbers of its views, in any order; view 0 is the global view.
+
+        Returns:
+            uint8 (len(views), S, S, 3), in the order of `views`.
+
+        Raises:
+            StoreError: A shard is missing or short, a view was never written, or (with `verify_checksums`) its bytes
+                have changed; the message names image, view and shard.
         """
         return self.read_many([(image, views)])
 
     def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
-        """Views of many images: for each request (image, views), one after the other, as `read_views` has them.
+        """Read views of many images, in the order in which they lie in the shards, neighbours together.
 
-        Read in the order in which they lie in the shards, neighbours together, into `out` if it is given. Raises
-        StoreError as `read_views` does, for the first fault met.
+        Args:
+            requests: Pairs of an image and its views, as in `read_views`.
+            out: uint8 (views of all requests, S, S, 3) that receives them; a new array if None.
+
+        Returns:
+            The views of all requests, one request after the other.
+
+        Raises:
+            StoreError: As in `read_views`, for the first fault found.
         """
         slots, images = [], []
         for image, views in requests:
@@ -277,7 +302,7 @@ class Store:
         return out
 
     def _start_of(self, image: int, views: Sequence[int]) -> int:
-        """Row of the image's global view; raises StoreError if it lacks one of the views."""
+        """The row of the image's global view. Raises StoreError if the image lacks one of the views."""
         self._check_number("image", image, self.num_images)
         count = int(self._index["images/count"][image])
         if any(not 0 <= view < count for view in views):
@@ -292,7 +317,7 @@ class Store:
             raise StoreError(f"{error} It holds {self._where(image)}. {_RESTORE}") from error
 
     def _damaged(self, slots: list[int], out: np.ndarray) -> list[int]:
-        """Places whose pixels are not those that were written."""
+        """Places whose pixels differ from those that were written."""
         written = self._index["images/crc32c"].take(np.array(slots, np.int64)).tolist()
         return [place for place, sum_ in enumerate(written) if google_crc32c.value(out[place]) != sum_]
 
@@ -316,7 +341,7 @@ class Store:
             raise IndexError(f"{self.location}: {noun} {number} was asked for; there are {limit}")
 
     def _check_counts(self) -> None:
-        """Lengths of arrays that must agree do; a damaged index is found at once and not at sample 400,000."""
+        """Check lengths that must agree, so that a damaged index is found at once and not at sample 400,000."""
         images, samples, counts = self.num_images, self.num_samples, self.attributes.counts
         self._check_rows(
             {
@@ -343,9 +368,9 @@ class Store:
 
 
 _OFFSETS_OF: Final = {"samples/loss_mask": "samples/tokens_offsets"}
-"""Offsets of arrays that have none of their own."""
+"""The offsets to use for arrays that have none of their own."""
 _RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
-"""Flat arrays whose rows an array of offsets delimits."""
+"""Flat arrays whose rows are delimited by an array of offsets."""
 
 
 def _read_pixels_shape(root: Path) -> PixelsShape:

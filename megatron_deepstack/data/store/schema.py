@@ -1,10 +1,10 @@
-"""Layout of a store: names, shapes, dtypes and zarr v3 metadata, shared by the writer and the reader.
+"""The layout of a store: names, shapes, dtypes and zarr v3 metadata, shared by the writer and the reader.
 
-A store is a zarr v3 group. `images/pixels` holds every view of every image once, one view per chunk, one preprocessing
-part per shard; rows of an image follow each other, its global view first. Beside it lie small flat *index arrays*:
-where an image's rows start, and the samples as tokens, loss mask and references to images. Ragged data is a flat array
-plus an array of offsets, because zarr v3 has no ragged arrays. The metadata documents are made here, as plain values,
-so that the bytes of a store depend on no library version; any zarr v3 reader opens them.
+A store is a zarr v3 group. `images/pixels` holds every view of every image once, with one view per chunk and one
+preprocessing part per shard; rows of an image follow each other, its global view first. The other arrays are small flat
+*index arrays*: where an image's rows start, and the samples as tokens, loss mask and references to images. Ragged data
+is a flat array plus an array of offsets, because zarr v3 has no ragged arrays. The metadata documents are made here, as
+plain values, so that the bytes of a store depend on no library version; any zarr v3 reader opens them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PIXELS: Final = "images/pixels"
 EMPTY_CHUNK: Final = 2**64 - 1
 """Offset and length in a shard's index of a chunk that was never written (zarr v3, sharding codec)."""
 INDEX_ROWS_PER_CHUNK: Final = 1 << 24
-"""Rows of an index array in one chunk file; a shorter array is one chunk of its own length."""
+"""Rows of an index array in one chunk file; a shorter array has one chunk, which is as long as the array."""
 
 
 class ImageStatus(IntEnum):
-    """What became of an image."""
+    """The result of preprocessing an image."""
 
     STORED = 0
     FLAGGED = 1
-    """Stored, but the file is damaged, or RGB shows less than is in it; `quarantine.jsonl` says how."""
+    """Stored, but the file is damaged, or its conversion to RGB lost something; see `quarantine.jsonl`."""
     QUARANTINED = 2
     """Not stored: it has no views and no sample refers to it."""
 
@@ -58,7 +58,7 @@ IMAGE_ARRAYS: Final = (
     IndexArray("images/path_offsets", "<i8"),
     IndexArray("images/crc32c", "<u4"),
 )
-"""One row per image (`path_offsets` one more), but for `path`, UTF-8 bytes, and `crc32c`, one row per row of pixels."""
+"""One row per image (`path_offsets` one more); but `path` holds UTF-8 bytes, and `crc32c` a row per row of pixels."""
 
 SAMPLE_ARRAYS: Final = (
     IndexArray("samples/tokens", "<i4"),
@@ -69,7 +69,7 @@ SAMPLE_ARRAYS: Final = (
     IndexArray("samples/id", "|u1"),
     IndexArray("samples/id_offsets", "<i8"),
 )
-"""Flat values and their offsets; each offsets array has one row more than there are samples, the first being 0."""
+"""Flat values and their offsets; each array of offsets begins with 0 and has one row more than there are samples."""
 
 INDEX_ARRAYS: Final = {array.name: array for array in (*IMAGE_ARRAYS, *SAMPLE_ARRAYS)}
 
@@ -104,17 +104,17 @@ class PixelsShape:
 
 
 def shard_index_bytes(shape: PixelsShape) -> int:
-    """Bytes of a shard's index, which ends the file: offset and length of each slot, and a crc32c."""
+    """The size in bytes of a shard's index, at the end of the file: offset and length of each slot, and a crc32c."""
     return shape.slots_per_part * 16 + 4
 
 
 def shard_path(part: int) -> str:
-    """Path of a part's shard below the store."""
+    """The path of a part's shard, relative to the store."""
     return f"{PIXELS}/c/{part}/0/0/0"
 
 
 def index_chunk_path(array: IndexArray, chunk: int) -> str:
-    """Path of one chunk file of an index array below the store."""
+    """The path of one chunk file of an index array, relative to the store."""
     return "/".join([array.name, "c", str(chunk), *("0" for _ in array.row_shape)])
 
 
@@ -124,7 +124,7 @@ def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def pixels_metadata(shape: PixelsShape) -> dict[str, Any]:
-    """zarr v3 metadata of `images/pixels`: sharded, its shard index at the end and checksummed."""
+    """The zarr v3 metadata of `images/pixels`: sharded, with the shard index and its checksum at the end."""
     sharding = {
         "chunk_shape": [1, *shape.view_shape],
         "codecs": [_ONE_BYTE] if shape.compression is Compression.NONE else [_ONE_BYTE, BLOSC_METADATA],
@@ -141,7 +141,7 @@ def pixels_metadata(shape: PixelsShape) -> dict[str, Any]:
 
 
 def index_metadata(array: IndexArray, rows: int) -> dict[str, Any]:
-    """zarr v3 metadata of an index array with `rows` rows: uncompressed, in chunks of `INDEX_ROWS_PER_CHUNK`."""
+    """The zarr v3 metadata of an index array with `rows` rows: uncompressed, in chunks of `INDEX_ROWS_PER_CHUNK`."""
     return _array_metadata(
         shape=(rows, *array.row_shape),
         chunk_shape=(index_chunk_rows(rows), *array.row_shape),
@@ -152,7 +152,7 @@ def index_metadata(array: IndexArray, rows: int) -> dict[str, Any]:
 
 
 def index_chunk_rows(rows: int) -> int:
-    """Rows in each chunk of an index array that has `rows` rows in all."""
+    """The rows in each chunk of an index array that has `rows` rows altogether."""
     return max(1, min(rows, INDEX_ROWS_PER_CHUNK))
 
 

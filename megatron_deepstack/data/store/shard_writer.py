@@ -1,4 +1,4 @@
-"""Writing one shard of `images/pixels`: chunks back to back in slot order, then the shard's index."""
+"""Writing one shard of `images/pixels`: chunks without gaps in slot order, then the shard's index."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megatron_deepstack.data.store.writer import atomic_file
 class ShardWriter:
     """One shard of `images/pixels`, written view by view and closed once.
 
-    Holds no more than the views being appended and 4 MiB on their way to the disk. The chunks lie back to back in slot
-    order; the index follows.
+    It holds only the views being appended, and 4 MiB that are about to be written. The chunks follow each other without
+    gaps in slot order, and then the index.
     """
 
     def __init__(self, file: DirectFile, shape: PixelsShape) -> None:
@@ -36,11 +36,15 @@ class ShardWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Size in bytes of the shard if it were finished now."""
+        """The size in bytes that the shard would have if it were finished now."""
         return sum(self._sizes) + shard_index_bytes(self._shape)
 
     def append(self, views: np.ndarray) -> None:
-        """Append the views (uint8, N x S x S x 3) of one image."""
+        """Append the views of one image.
+
+        Args:
+            views: uint8 (N, S, S, 3).
+        """
         assert views.dtype == np.uint8, views.dtype
         assert views.shape[1:] == self._shape.view_shape, (views.shape, self._shape)
         if self._shape.compression is not Compression.NONE:
@@ -51,7 +55,7 @@ class ShardWriter:
         self._file.write(np.ascontiguousarray(views).data)
 
     def append_chunk(self, chunk: bytes | memoryview) -> None:
-        """Append one view as another shard of the same codec holds it."""
+        """Append one view as it is stored in another shard of the same codec."""
         self._count([len(chunk)])
         self._file.write(chunk)
 

@@ -1,4 +1,4 @@
-"""Reading views straight out of shards: one `preadv` for neighbouring views, indices and open files cached."""
+"""Reading views directly from shards: one `preadv` for neighbouring views; indices and open files are cached."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_deepstack.data.store.codec import CodecError, decompress
 from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
 
 _OPEN_SHARDS: Final = 128
-"""Shards that all stores of a process keep open, with their indices: 5 KB each for DeepStack-L, 26 KB for -HD."""
+"""Shards that all stores of a process keep open. Their indices take 5 KB each for DeepStack-L, 26 KB for -HD."""
 _MOST_BUFFERS: Final = 1024
 """Buffers that one `preadv` may fill (IOV_MAX)."""
 
 
 class ShardError(Exception):
-    """A view that cannot be had; the message names the shard and ends in a full stop."""
+    """A view that cannot be read; the message names the shard and ends with a full stop."""
 
     def __init__(self, message: str, slot: int) -> None:
         super().__init__(message)
@@ -41,14 +41,22 @@ class Shards(Protocol):
         """Read the views in `slots` into the rows of `out`, uint8 (len(slots), S, S, 3). Raises ShardError."""
 
     def forget(self, slots: Sequence[int]) -> bool:
-        """Drop copies of these views, if any are kept; whether another read may give other bytes."""
+        """Delete copies of these views, if any are kept; returns whether reading again may give other bytes."""
 
     def where(self, slot: int) -> str:
         """The shard that holds a slot, for messages."""
 
 
 def runs(slots: Sequence[int], slots_per_part: int) -> Iterator[tuple[int, list[int]]]:
-    """Neighbours together: the first slot of each run within one shard, and the run's places in `slots`."""
+    """Group neighbouring slots.
+
+    Args:
+        slots: Rows of `images/pixels`, in any order.
+        slots_per_part: Rows of one shard; no group crosses its end.
+
+    Yields:
+        The first slot of each group, and the places of the group's slots in `slots`.
+    """
     order = sorted(range(len(slots)), key=slots.__getitem__)
     first = 0
     for last in range(1, len(order) + 1):
@@ -61,14 +69,14 @@ def runs(slots: Sequence[int], slots_per_part: int) -> Iterator[tuple[int, list[
 
 
 def parse_index(raw: bytes) -> np.ndarray | None:
-    """A shard's index, uint64 (slots, 2) of offset and length, from its bytes; None if its checksum is wrong."""
+    """A shard's index from its bytes: uint64 (slots, 2) of offset and length; None if its checksum is wrong."""
     if google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         return None
     return np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
 
 
 def unpack(packed: memoryview, out: np.ndarray, where: str, slot: int) -> None:
-    """Decompress a view into `out`; raises ShardError where that fails."""
+    """Decompress a view into `out`. Raises ShardError if that fails."""
     try:
         decompress(packed, out)
     except CodecError as error:
@@ -82,9 +90,9 @@ class _OpenShard:
 
 
 class _Uses:
-    """Which open shards were used last, over all readers of this process, so that one limit holds for all of them.
+    """Which open shards were used last, over all readers of this process, so that they share one limit.
 
-    The shards themselves are their readers' own, and are closed when those go away.
+    The shards themselves belong to their readers, and are closed together with them.
     """
 
     def __init__(self) -> None:
@@ -97,7 +105,7 @@ class _Uses:
         self.lock = threading.Lock()
 
     def add(self, reader: LocalShards, part: int) -> None:
-        """A reader uses a shard; one that nobody has used for longest is closed for it. Call with the lock held."""
+        """Note that a reader uses a shard, and close the one that was unused for longest. Call with the lock held."""
         key = (id(reader), part)
         self._readers[key] = weakref.ref(reader)
         self._readers.move_to_end(key)
@@ -118,18 +126,18 @@ class LocalShards:
         self._root = root
         self._pixels = pixels
         self.opened: dict[int, _OpenShard] = {}
-        """By part; only to be touched with the lock of all readers held."""
+        """Open shards by part. Access them only while holding the lock of all readers."""
 
     def where(self, slot: int) -> str:
         """Path of the shard that holds a slot."""
         return str(self._root / shard_path(slot // self._pixels.slots_per_part))
 
     def forget(self, slots: Sequence[int]) -> bool:
-        """Nothing is copied: reading again gives the same bytes."""
+        """Always False: nothing is copied, so reading again gives the same bytes."""
         return False
 
     def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read views into the rows of `out`; neighbours in one call, whatever the order asked for."""
+        """Read views into the rows of `out`, neighbours in one call, whatever their order. Raises ShardError."""
         for first, places in runs(slots, self._pixels.slots_per_part):
             part, slot = divmod(first, self._pixels.slots_per_part)
             shard = self._shard(part, first)
@@ -140,7 +148,7 @@ class LocalShards:
                 self._read_packed(shard.file.fileno(), first, extents, places, out)
 
     def chunks(self, slots: Sequence[int]) -> Iterator[memoryview]:
-        """Views as the shards hold them, compressed or not. Raises ShardError."""
+        """Views as they are stored in the shards, compressed or not. Raises ShardError."""
         for first, places in runs(slots, self._pixels.slots_per_part):
             part, slot = divmod(first, self._pixels.slots_per_part)
             shard = self._shard(part, first)
@@ -152,7 +160,7 @@ class LocalShards:
                 yield chunk
 
     def _read_raw(self, file: int, first: int, extents: list[list[int]], places: list[int], out: np.ndarray) -> None:
-        """Uncompressed views: straight to their rows, as far as they lie back to back in the file."""
+        """Read uncompressed views directly into their rows; those that follow each other in the file share one call."""
         view_bytes, begin = self._pixels.view_bytes, 0
         for k, (offset, size) in enumerate(extents):
             if offset == EMPTY_CHUNK or size != view_bytes:
@@ -171,7 +179,7 @@ class LocalShards:
             unpack(packed, out[places[k]], self.where(first + k), first + k)
 
     def _fill(self, file: int, buffers: list[memoryview], offset: int, slot: int) -> None:
-        """Fill buffers from `offset` on; the system may hand over fewer bytes than asked for."""
+        """Fill buffers from `offset` on; the system may return fewer bytes than asked for."""
         while buffers:
             try:
                 count = os.preadv(file, buffers, offset)
@@ -188,8 +196,9 @@ class LocalShards:
     def _shard(self, part: int, slot: int) -> _OpenShard:
         """Open file and index of a shard.
 
-        An evicted file is closed by its last user's reference going away, so no thread reads through a recycled
-        descriptor. A forked child goes on with its parent's: reads name their offset, so neither disturbs the other.
+        An evicted file is closed only when its last user has released it, so no thread reads through a descriptor that
+        was given to another file. A forked child shares its parent's file: reads name their offset, so the two do not
+        disturb each other.
         """
         with _USES.lock:
             shard = self.opened.get(part)
@@ -234,7 +243,7 @@ class LocalShards:
 
 
 def _rows(out: np.ndarray, places: list[int]) -> list[memoryview]:
-    """The bytes of rows of `out`: as one buffer where they follow each other."""
+    """The bytes of rows of `out`, as one buffer if the rows follow each other."""
     first, last = places[0], places[-1]
     if last - first + 1 == len(places) and places == list(range(first, last + 1)):
         return [out[first : last + 1].reshape(-1).data]

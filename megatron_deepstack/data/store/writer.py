@@ -1,9 +1,9 @@
 """Writing a store: whole shards, whole index arrays, and files that exist either completely or not at all.
 
-Nothing here is rewritten in place. zarr's own writers read, change and write back a shard for each chunk, which loses
-chunks when two processes share one (29 of 64 in a trial) and is ten times slower; here one process owns a shard,
-streams its views into a temporary file, and publishes it once it is whole: by a rename after fsync in a folder, as one
-object in a bucket.
+Nothing is rewritten in place. zarr's own writers read, change and write back a shard for each chunk. That loses chunks
+when two processes share a shard (29 of 64 in a trial) and is ten times slower. Here one process owns a shard, streams
+its views into a temporary file, and publishes it once it is whole: by a rename after fsync in a folder, as one object
+in a bucket.
 """
 
 from __future__ import annotations
@@ -35,8 +35,17 @@ from megatron_deepstack.errors import StoreError
 def atomic_file(path: Location | Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path` only when the block ends without an error.
 
-    Raises StoreError when the file cannot be written (disk full, no permission), LocationError when a bucket fails or
-    there is no room for what is to be sent there. Reading in the block must have errors of its own.
+    The block must not let an OSError of another file escape: it would be taken for an error of this one.
+
+    Args:
+        path: Where it appears.
+
+    Yields:
+        The file, open for writing.
+
+    Raises:
+        StoreError: It cannot be written (disk full, no permission).
+        LocationError: A bucket fails, or there is no space for the local file from which an object is sent.
     """
     try:
         with Location.parse(path).write() as file:
@@ -52,7 +61,7 @@ def write_json(path: Location | Path, document: Any) -> None:
 
 
 def json_bytes(document: Any) -> bytes:
-    """Bytes of a JSON document as every file of a store holds it; keys in the order given."""
+    """A JSON document as it is written in every file of a store; keys keep their order."""
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -62,7 +71,7 @@ def json_line(document: Any) -> bytes:
 
 
 def write_error(path: Location | Path, error: OSError) -> StoreError:
-    """The StoreError for an `error` met while writing `path`."""
+    """The StoreError for an `error` that occurred while writing `path`."""
     return StoreError(
         f"{path}: could not be written: {error.strerror or error}. Nothing half-written is taken for whole: "
         "make room or fix the folder, then run the same command to go on."
@@ -70,7 +79,16 @@ def write_error(path: Location | Path, error: OSError) -> StoreError:
 
 
 def write_skeleton(root: Location | Path, pixels: PixelsShape, attributes: dict[str, Any]) -> None:
-    """Write the metadata of the groups and of `images/pixels`; index arrays get theirs when their length is known."""
+    """Write the metadata of the groups and of `images/pixels`; index arrays get theirs when their length is known.
+
+    Args:
+        root: The store.
+        pixels: Shape of `images/pixels`.
+        attributes: The store's attributes, see `StoreAttributes`.
+
+    Raises:
+        StoreError: A file cannot be written.
+    """
     write_json(_below(root, f"{PIXELS}/{METADATA_FILE}"), pixels_metadata(pixels))
     for group in ("images", "samples"):
         write_json(_below(root, f"{group}/{METADATA_FILE}"), group_metadata())
@@ -91,7 +109,7 @@ class _AbandonedError(Exception):
 
 
 class IndexWriter:
-    """One index array, written front to back in chunks; its metadata follows when its length is known."""
+    """One index array, written from front to back in chunks; its metadata follows when its length is known."""
 
     def __init__(self, root: Location | Path, name: str) -> None:
         self._root = root
@@ -101,7 +119,7 @@ class IndexWriter:
         self._rows = 0
 
     def append(self, rows: np.ndarray | list[Any]) -> None:
-        """Append rows (K x row_shape); a new chunk file starts wherever one is full."""
+        """Append rows (K x row_shape); when a chunk file is full, the next one is started."""
         array = np.asarray(rows, dtype=self._array.dtype).reshape(-1, *self._array.row_shape)
         chunk_rows = index_chunk_rows(2**63)
         while len(array):
@@ -115,7 +133,7 @@ class IndexWriter:
             array = array[space:]
 
     def close(self) -> int:
-        """Pad the last of several chunks to full size, write the metadata; returns the number of rows."""
+        """Pad the last of several chunks to full size and write the metadata; returns the number of rows."""
         padding = -self._rows % index_chunk_rows(self._rows)
         if padding and self._file is not None:
             row = np.dtype(self._array.dtype).itemsize * int(np.prod(self._array.row_shape, dtype=np.int64))
@@ -127,13 +145,13 @@ class IndexWriter:
         return self._rows
 
     def abandon(self) -> None:
-        """Drop the chunk that is being written, if any."""
+        """Discard the chunk that is being written, if there is one."""
         with suppress(_AbandonedError, OSError), self._open:
             raise _AbandonedError
 
     @contextmanager
     def _blaming(self) -> Iterator[None]:
-        """Let the open file say whose fault an error is: its folder's, or that of the one it is sent from."""
+        """Let the open file name the place of an error: its own folder, or the folder for files to be sent."""
         try:
             yield
         except OSError:
@@ -171,7 +189,7 @@ class IndexWriters:
 def open_index(root: Location | Path) -> Iterator[IndexWriters]:
     """Write all index arrays of a store; they are complete when the block ends without an error.
 
-    Raises StoreError when a file cannot be written; the store then stays unfinished, and finalising starts over.
+    Raises StoreError if a file cannot be written; the store then stays unfinished, and finalising starts again.
     """
     writers = IndexWriters(root)
     try:

@@ -1,8 +1,8 @@
-"""Chat formats that set turns apart by control tokens: Llama 3's, and ChatML as Qwen has it.
+"""Chat formats that separate turns by control tokens: the one of Llama 3, and ChatML as Qwen uses it.
 
-Token ids equal those of the models' own chat templates. Control tokens are written by their ids, and text never
-becomes one. An answer is encoded by itself, since that is how the model writes it, after the header of its turn; what
-is learned is the answer and the token that ends the turn.
+Token ids equal those of the models' own chat templates. Control tokens are written by their ids, and text never becomes
+one. An answer is encoded separately, after the header of its turn, since that is how the model writes it. What is
+learned is the answer and the token that ends the turn.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from megatron_deepstack.data.records.turns import Role, Span, Turn, encode_text, image_first
+from megatron_deepstack.data.records.turns import Role, TokenRun, Turn, encode_text, image_first
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 
@@ -37,21 +37,33 @@ class ChatFormat:
     clean: Callable[[str], str] = str
     """What is done to a message."""
 
-    def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer, *, system: str | None = None) -> list[Span]:
-        """Questions and answers in turn, without a beginning of the sequence; `system` replaces the format's own."""
-        spans = [Span(self._system(tokenizer, system), False)]
+    def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer, *, system: str | None = None) -> list[TokenRun]:
+        """Write questions and answers in turn, without a begin of the sequence.
+
+        Args:
+            rounds: Turns, alternating question and answer.
+            tokenizer: Must have the format's control tokens.
+            system: Replaces the format's own system text; None keeps that.
+
+        Returns:
+            Spans of tokens, in order.
+
+        Raises:
+            DataError: The tokenizer lacks a control token.
+        """
+        spans = [TokenRun(self._system(tokenizer, system), False)]
         for turn in rounds:
             if turn.role is Role.HUMAN:
-                spans.append(Span(self._said(_NAMES[turn.role], turn.text, tokenizer), False))
+                spans.append(TokenRun(self._said(_NAMES[turn.role], turn.text, tokenizer), False))
                 continue
-            spans.append(Span(self._opening(_NAMES[turn.role], "", tokenizer), False))
+            spans.append(TokenRun(self._opening(_NAMES[turn.role], "", tokenizer), False))
             answer = encode_text(self._message(turn.text), tokenizer)
-            spans.append(Span([*answer, _control(self.end, tokenizer)], turn.learned))
-            spans.append(Span(tokenizer.encode(self.after_end), False))
+            spans.append(TokenRun([*answer, _control(self.end, tokenizer)], turn.learned))
+            spans.append(TokenRun(tokenizer.encode(self.after_end), False))
         return spans
 
     def prompt(self, question: str, tokenizer: Tokenizer) -> list[int]:
-        """A question, and the header of the answer."""
+        """The token ids of a question and of the header of the answer."""
         said = self._said(_NAMES[Role.HUMAN], question, tokenizer)
         return [*self._system(tokenizer), *said, *self._opening(_NAMES[Role.GPT], "", tokenizer)]
 
@@ -66,7 +78,7 @@ class ChatFormat:
         return text.removeprefix(_NAMES[Role.HUMAN]).strip()
 
     def end_id(self, tokenizer: Tokenizer) -> int:
-        """Id of the token that ends a turn."""
+        """The id of the token that ends a turn."""
         return _control(self.end, tokenizer)
 
     def _system(self, tokenizer: Tokenizer, given: str | None = None) -> list[int]:
@@ -81,7 +93,7 @@ class ChatFormat:
         return self.clean(image_first(text))
 
     def _opening(self, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
-        """Header of a turn and what follows it; text between two control tokens is encoded in one piece."""
+        """The header of a turn and what follows it; text between two control tokens is encoded in one piece."""
         begin = _control(self.begin, tokenizer)
         if not self.after_name:
             return [begin, *encode_text(f"{name}{self.gap}{text}", tokenizer)]
@@ -92,11 +104,11 @@ class ChatFormat:
 LLAMA_3: Final = ChatFormat(
     begin="<|start_header_id|>", after_name="<|end_header_id|>", gap="\n\n", end="<|eot_id|>", clean=str.strip
 )
-"""Llama 3's; it begins with the begin-of-sequence token, and has no system line of its own."""
+"""The format of Llama 3; it begins with the begin-of-sequence token, and has no system line of its own."""
 QWEN: Final = ChatFormat(
     begin="<|im_start|>", gap="\n", end="<|im_end|>", after_end="\n", system="You are a helpful assistant."
 )
-"""ChatML with the system line of Qwen2 and Qwen2-VL (Qwen2.5 says more about itself there, Qwen3 nothing)."""
+"""ChatML with the system line of Qwen2 and Qwen2-VL (that of Qwen2.5 is longer, and Qwen3 has none)."""
 
 
 def _control(name: str, tokenizer: Tokenizer) -> int:

@@ -1,9 +1,10 @@
 """Conversations to token ids and loss masks, equal to the published LLaVA preprocessing where that is well-defined.
 
 A template writes a conversation as one text; the text is cut at each `<image>`, the pieces are encoded separately, and
-IMAGE_TOKEN_ID stands between them. What the assistant says is learned, its end of sequence or of turn included;
-everything else is not. Where the published code gives up silently (a sample whose token count it cannot reproduce is
-masked as a whole), the mask here is simply right; where it loses images (several in one turn), they all stay.
+IMAGE_TOKEN_ID is put between them. What the assistant says is learned, including its end of sequence or of turn;
+everything else is not. In two cases the published code silently loses something. It masks a whole sample whose token
+count it cannot reproduce; here the mask is correct. It loses images if there are several in one turn; here they all
+stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from megatron_deepstack.config.choices import Template
 from megatron_deepstack.data.records.turns import (
     Role,
-    Span,
+    TokenRun,
     Turn,
     encode_text,
     image_first,
@@ -39,7 +40,7 @@ _CHATS: Final[dict[Template, ChatFormat]] = {Template.LLAMA_3: LLAMA_3, Template
 
 
 def known_template(name: Template | str) -> Template:
-    """The template of that name, as a store records it; raises ConfigError for an unknown one."""
+    """The template of that name, as a store records it. Raises ConfigError for an unknown one."""
     try:
         return Template(name)
     except ValueError:
@@ -50,15 +51,15 @@ def known_template(name: Template | str) -> Template:
 def encode_conversation(
     turns: Sequence[Turn], template: Template | str, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation as tokens.
+    """Encode a conversation as tokens.
 
-    A first turn of role `system` takes the place of the template's own system text: v1's line before the first
-    question, the system turn of ChatML, or a system turn in Llama 3's format, which has none of its own.
+    A first turn of role `system` replaces the template's own system text: v1's line before the first question, or the
+    system turn of ChatML. Llama 3's format has no text of its own and gets a system turn.
 
     Args:
         turns: The conversation; an answer whose `learned` is False is written, but not learned.
         template: How it is written.
-        tokenizer: What makes tokens of the text.
+        tokenizer: Makes tokens of the text.
 
     Returns:
         Tokens (int32, T) with one IMAGE_TOKEN_ID per `<image>`, and loss mask (uint8, T; 1 where the token is learned).
@@ -79,10 +80,20 @@ def encode_conversation(
 def encode_prompt(
     question: str, template: Template | str, tokenizer: Tokenizer, *, num_images: int | None = None
 ) -> np.ndarray:
-    """Tokens (int32, T) after which the model writes its answer.
+    """Encode the tokens after which the model writes its answer.
 
-    `num_images` placeholders are put in front of a question that holds none; a question that holds placeholders must
-    hold that many (any number if None). Raises DataError otherwise.
+    Args:
+        question: The question. If it holds no `<image>`, `num_images` of them are put in front.
+        template: How it is written.
+        tokenizer: Makes tokens of the text.
+        num_images: How many `<image>` the question must hold; None allows any number.
+
+    Returns:
+        int32 (T,), with one IMAGE_TOKEN_ID per `<image>`.
+
+    Raises:
+        DataError: The question holds another number of `<image>`, or the tokenizer lacks a token.
+        ConfigError: The template is unknown.
     """
     count = question.count(IMAGE_TOKEN)
     if num_images is not None and count == 0:
@@ -101,7 +112,7 @@ def encode_prompt(
 
 
 def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Tokenizer) -> str:
-    """The question in a prompt: what the last human turn says; empty for a caption, which none is asked for."""
+    """The question in a prompt: the last human turn. It is empty for a caption, which has no question."""
     known = known_template(template)
     if known in _CHATS:
         return _CHATS[known].question_in(prompt, tokenizer)
@@ -112,7 +123,7 @@ def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Toke
 def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end an answer: the one that `template` learns there, and the tokenizer's end of sequence.
 
-    Raises DataError if the tokenizer has neither.
+    Raises DataError if the tokenizer lacks the template's end token.
     """
     known = known_template(template)
     ends = [_CHATS[known].end_id(tokenizer)] if known in _CHATS else [_end(known, tokenizer)]
@@ -120,7 +131,7 @@ def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def check_turns(turns: Sequence[Turn], template: Template) -> None:
-    """Raise DataError, saying what was found, if `template` cannot write these turns."""
+    """Raise DataError, naming what was found, if `template` cannot write these turns."""
     system, turns = system_of(turns), talk_of(turns)
     roles = [turn.role for turn in turns]
     if system is not None and template is Template.PLAIN:
@@ -139,8 +150,8 @@ def check_turns(turns: Sequence[Turn], template: Template) -> None:
         raise DataError(f"begins with a gpt turn that holds an {IMAGE_TOKEN}; a turn that answers nothing is not used")
 
 
-def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> list[Span]:
-    begin = [Span(_begin(template, tokenizer), False)]
+def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> list[TokenRun]:
+    begin = [TokenRun(_begin(template, tokenizer), False)]
     if template is Template.PLAIN:
         return begin + _write_plain(turns, tokenizer)
     if template is Template.V1:
@@ -149,7 +160,7 @@ def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> l
 
 
 def _begin(template: Template, tokenizer: Tokenizer) -> list[int]:
-    """The begin of the sequence, which ChatML has none of."""
+    """The begin of the sequence; ChatML has none."""
     return [] if template is Template.QWEN else [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
 
 
@@ -166,20 +177,20 @@ def _must_have(number: int | None, which: str, template: Template, tokenizer: To
     return number
 
 
-def _write_plain(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[Span]:
+def _write_plain(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[TokenRun]:
     """The first turn gives only its images; the second, a caption, follows with a newline and is learned."""
     images = [IMAGE_TOKEN_ID] * turns[0].text.count(IMAGE_TOKEN)
-    return [Span(images, False), Span(encode_text(turns[1].text + "\n", tokenizer), turns[1].learned)]
+    return [TokenRun(images, False), TokenRun(encode_text(turns[1].text + "\n", tokenizer), turns[1].learned)]
 
 
-def _write_v1(rounds: Sequence[Turn], system: str, tokenizer: Tokenizer) -> list[Span]:
-    """Vicuna's: a system line, then rounds of `USER: ... ASSISTANT: ...`, an end of sequence after each answer."""
-    spans: list[Span] = []
+def _write_v1(rounds: Sequence[Turn], system: str, tokenizer: Tokenizer) -> list[TokenRun]:
+    """Vicuna's format: a system line, then rounds of `USER: ... ASSISTANT: ...` with an end of sequence."""
+    spans: list[TokenRun] = []
     for number in range(0, len(rounds), 2):
         before, answer = (f"{system} " if number == 0 else ""), rounds[number + 1]
         question = f"{before}{_V1_QUESTION}{image_first(rounds[number].text)}{_V1_ANSWER}"
         asked, said = _question_and_answer(question, image_first(answer.text), tokenizer)
-        spans += [Span(asked, False), Span(said, answer.learned)]
+        spans += [TokenRun(asked, False), TokenRun(said, answer.learned)]
     return spans
 
 

@@ -1,8 +1,8 @@
-"""Hugging Face's tokenizers: a tokenizer.json, with the tokenizer_config.json beside it where there is one.
+"""Hugging Face's tokenizers: a tokenizer.json, with the tokenizer_config.json beside it if there is one.
 
-Which tokens begin and end a sequence is said in tokenizer_config.json (or special_tokens_map.json); a tokenizer.json
-alone does not say it, so there the usual names are looked for among its control tokens. Text never becomes a control
-token, as with `split_special_tokens` of transformers.
+tokenizer_config.json (or special_tokens_map.json) names the tokens that begin and end a sequence. A tokenizer.json
+alone does not name them, so the usual names are looked up among its control tokens. Text never becomes a control token,
+as with `split_special_tokens` of transformers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_deepstack.errors import DataError
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 _TOKENS_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json")
-"""Files that name the special tokens, the one that counts first."""
+"""Files that name the special tokens; the first one has precedence."""
 TEMPLATE_FILE: Final = "chat_template.jinja"
 KEPT_FILES: Final = (TOKENIZER_FILE, *_TOKENS_FILES, TEMPLATE_FILE)
 """Files of a tokenizer's folder that belong to it."""
@@ -36,7 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, run by the `tokenizers` library."""
 
     def __init__(self, files: Mapping[str, bytes], source: str) -> None:
-        """`files` are contents by name, tokenizer.json among them. Raises DataError if they make no tokenizer."""
+        """Build the tokenizer from files: contents by name, with a tokenizer.json. Raises DataError if that fails."""
         self.files = dict(files)
         self.source = source
         try:
@@ -66,13 +66,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens and ids that are no words (placeholders, padding rows) are left out."""
+        """The text of token ids, without control tokens and ids that are no words (placeholders, padding rows)."""
         words = [int(i) for i in ids if 0 <= i < self.vocab_size]
         text: str = self._backend.decode(words, skip_special_tokens=True)
         return text
 
     def control_id(self, name: str) -> int | None:
-        """Id of the control token of that name; None if there is none."""
+        """The id of the control token of that name; None if there is none."""
         return self._control.get(name)
 
     def _special_tokens(self) -> dict[str, int | None]:
@@ -114,7 +114,7 @@ _OTHER_DOCUMENTS: Final = {
     "eos_token": "a special_tokens_map.json",
     "weight_map": "an index of weights",
 }
-"""What JSON objects without a tokenizer's `model` are, by a key of theirs."""
+"""For a key of a JSON object that lacks a tokenizer's `model`, what that object is."""
 
 
 def _what_it_is(content: bytes) -> str | None:
@@ -151,5 +151,5 @@ def _read_object(name: str, content: bytes, source: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _cached_tokenizer(files: tuple[tuple[str, bytes], ...], source: str) -> HuggingFaceTokenizer:
-    """Parsing a large one takes a second; a worker gets the same one with every part."""
+    """The tokenizer of these files, cached: parsing a large one takes a second, and every part needs it."""
     return HuggingFaceTokenizer(dict(files), source)

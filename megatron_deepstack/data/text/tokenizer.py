@@ -1,4 +1,4 @@
-"""Text to token ids: what every tokenizer offers, and the SentencePiece kind, as LLaMA and Vicuna have it.
+"""Text to token ids: what every tokenizer offers, and the SentencePiece kind that LLaMA and Vicuna use.
 
 SentencePiece's own encoding is used (the "slow, legacy" behaviour of Hugging Face's LlamaTokenizer, with which the
 published data was made): every separately encoded piece of text gets the model's dummy prefix. Text never becomes a
@@ -30,14 +30,14 @@ TIKTOKEN_ADVICE: Final = (
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Pickles as its files' bytes, so that a worker on another machine needs no file."""
+    """Text to token ids and back. It pickles as its files' bytes, so that a worker on another machine needs no file."""
 
     source: str
     """Where it was read from, for messages."""
     fingerprint: str
     """sha256 of what decides its ids."""
     vocab_size: int
-    """The largest id, and one more."""
+    """The largest id plus one."""
     bos_id: int | None
     """Begin of sequence, if it has one."""
     eos_id: int | None
@@ -48,15 +48,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without begin or end of sequence. Never the id of a control token."""
+        """The token ids of `text`, without begin or end of sequence. It never gives the id of a control token."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens and ids that are no words (placeholders, padding rows) are left out."""
+        """The text of token ids, without control tokens and ids that are no words (placeholders, padding rows)."""
 
     @abstractmethod
     def control_id(self, name: str) -> int | None:
-        """Id of the control token of that name; None if there is none."""
+        """The id of the control token of that name; None if there is none."""
 
     def describe(self) -> dict[str, Any]:
         """What a store records of its tokenizer."""
@@ -68,7 +68,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model."""
 
     def __init__(self, model: bytes, source: str) -> None:
-        """`model` is the content of the file `source`. Raises DataError if it is not a usable model."""
+        """Build the tokenizer from the content of the file `source`. Raises DataError if it is not a usable model."""
         what = what_file_is(model[:START_BYTES])
         if what:
             advice = TIKTOKEN_ADVICE if is_tiktoken(model[:START_BYTES]) else GIVE_A_TOKENIZER
@@ -79,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.files = {SENTENCEPIECE_FILE: model}
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except Exception as error:  # SentencePiece raises RuntimeError or TypeError, by the kind of damage
+        except Exception as error:  # SentencePiece raises RuntimeError or TypeError, depending on the damage
             raise DataError(
                 f"{source}: not a SentencePiece model: it is damaged, or of another kind. {GIVE_A_TOKENIZER}"
             ) from error
@@ -103,18 +103,18 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens and ids that are no words (placeholders, padding rows) are left out."""
+        """The text of token ids, without control tokens and ids that are no words (placeholders, padding rows)."""
         words = [int(i) for i in ids if 0 <= i < self.vocab_size and not self._processor.is_control(int(i))]
         text: str = self._processor.decode(words)
         return text
 
     def control_id(self, name: str) -> int | None:
-        """Id of the control token of that name; None if there is none."""
+        """The id of the control token of that name; None if there is none."""
         number: int = self._processor.piece_to_id(name)
         return number if self._processor.is_control(number) and self._processor.id_to_piece(number) == name else None
 
 
 @lru_cache(maxsize=2)
 def _cached_tokenizer(model: bytes, source: str) -> SentencePieceTokenizer:
-    """Parsing a model takes 20 ms; a worker gets the same one with every part."""
+    """The tokenizer of this model, cached: parsing takes 20 ms, and a worker gets it with every part."""
     return SentencePieceTokenizer(model, source)

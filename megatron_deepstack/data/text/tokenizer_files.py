@@ -1,4 +1,4 @@
-"""Loading a tokenizer, of whichever kind its files are."""
+"""Loading a tokenizer from its files, whatever its kind."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from megatron_deepstack.errors import DataError
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a SentencePiece model file, a Hugging Face tokenizer.json, or the folder that holds either.
+    """Load a tokenizer.
 
-    Files beside a tokenizer.json that name its special tokens are read with it. Raises DataError if the file is missing
-    or is no tokenizer.
+    Args:
+        path: A SentencePiece model file, a Hugging Face tokenizer.json, or the folder that holds either. Files beside a
+            tokenizer.json that name its special tokens are read with it.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        DataError: The file is missing or is no tokenizer.
     """
     file = _file_in(Path(path))
     content = _read(file)

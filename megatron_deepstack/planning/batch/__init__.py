@@ -1,1 +1,7 @@
-"""Samples to micro-batches: placeholders opened up, packs, padded lengths, and a rank's step as a whole."""
+"""From samples to micro-batches: expanded sequences, packs, padded lengths, and the plan of a rank's step.
+
+The one idea: lengths alone determine the layout of a batch, so every rank computes it for itself with the same result.
+
+Begin with `sequence.expand`, which puts an image's visual tokens into a sample. Then `packing` joins several samples to
+one sequence, and `step_plan.plan_step` makes all that a rank needs for a step.
+"""

@@ -1,7 +1,7 @@
-"""Packs: several samples in one row, each attending to itself alone, positions restarting with each.
+"""Packs: several samples in one sequence. Each sample attends only to itself, and its positions begin at 0.
 
-Packing is first-fit decreasing: close to the fewest rows possible (at most 11/9 of them and a constant; Johnson 1973),
-and a pure function of the lengths, so all ranks agree.
+Packing is first-fit decreasing, which needs at most 11/9 of the smallest possible number of packs, and a constant
+(Johnson 1973). It is a pure function of the lengths, so all ranks agree.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from megatron_deepstack.planning.exchange.routes import PlannedSample
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the samples of each row; every sample is in one row, and no row is longer than `capacity`.
+    """Divide samples into packs.
 
-    A sample of more than `capacity` tokens is a mistake of the caller, who refuses or cuts them.
+    Args:
+        lengths: Tokens of each sample, at most `capacity`; the caller has refused or cut longer samples.
+        capacity: Largest number of tokens of a pack.
+
+    Returns:
+        The indices of the samples of each pack, ascending; every sample is in exactly one pack.
     """
     assert max(lengths, default=0) <= capacity, f"a sample of {max(lengths)} tokens in rows of {capacity}"
     rows: list[list[int]] = []
@@ -35,7 +40,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def merge(samples: Sequence[PlannedSample]) -> PlannedSample:
-    """One row made of several samples, images numbered on from sample to sample."""
+    """Join several samples to one pack. Images are numbered through from the first sample to the last."""
     starts = np.cumsum([0, *(s.sequence.length for s in samples)])
     images = np.cumsum([0, *(len(s.grids) for s in samples)])
     spans = [
@@ -53,7 +58,7 @@ def merge(samples: Sequence[PlannedSample]) -> PlannedSample:
 
 
 def filler() -> PlannedSample:
-    """A row without targets, for schedules that need a certain number of micro-batches."""
+    """Return a sample of one token without targets, for schedules that need a certain number of micro-batches."""
     tokens = np.zeros(1, np.int64)
     return PlannedSample(
         sequence=ExpandedSample(tokens=tokens, labels=np.full_like(tokens, IGNORE_INDEX), spans=(), ends=(1,)), grids=()

@@ -1,4 +1,7 @@
-"""From a stored sample to its place in a micro-batch: placeholders opened up, next-token labels, padded length."""
+"""Expanding a stored sample for a micro-batch: visual positions, next-token labels, padded length, sequence shards.
+
+Legend: T is the number of positions of an expanded sample, S is the padded length of a sequence.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,32 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where an image lies in its expanded sequence."""
+    """The positions of an image in its expanded sequence."""
 
     image: int
     """Number of the image within the sample."""
     start: int
     """First position."""
     length: int
-    """Positions left after truncation, 0 if none."""
+    """Number of positions that are left after truncation; it may be 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandedSample:
-    """An expanded sample."""
+    """A sample with a position for each visual token, or several samples in a pack."""
 
     tokens: Tokens
-    """Token ids (T,); 0 where an image's base tokens will be."""
+    """Token ids (T,); 0 at the positions of visual tokens."""
     labels: Tokens
-    """Next token at each position (T,), IGNORE_INDEX where there is no target."""
+    """The next token at each position (T,), IGNORE_INDEX if it is not a target."""
     spans: tuple[Span, ...]
-    """Images in order of appearance."""
+    """The images in order of appearance."""
     ends: tuple[int, ...]
-    """Where each sample ends: one number, or several in a pack."""
+    """One past the last position of each sample: one number, or several in a pack."""
 
     @property
     def length(self) -> int:
-        """T, visual tokens included."""
+        """Number of positions T, including visual tokens."""
         return len(self.tokens)
 
 
@@ -59,11 +62,21 @@ def expand(
     seq_length: int,
     truncate: bool,
 ) -> ExpandedSample:
-    """Open each placeholder into its image's context and shift targets to the position that predicts them.
+    """Replace each placeholder by the positions of its image, and shift targets to the position that predicts them.
 
-    `tokens` (T0,) holds IMAGE_TOKEN_ID once per image, `loss_mask` (T0,) is 1 where the token itself is a target.
-    Raises DataError if placeholders and images differ in number, or the result exceeds `seq_length` and may not
-    be cut.
+    Args:
+        sample_id: Id of the sample, for messages.
+        tokens: Integers (T0,), token ids with IMAGE_TOKEN_ID once per image.
+        loss_mask: Integers (T0,), 1 where the token is a target.
+        context_lengths: Number of positions that each image takes.
+        seq_length: Largest length of an expanded sample.
+        truncate: Whether a longer sample is cut; otherwise it is an error.
+
+    Returns:
+        The expanded sample, with T at most `seq_length`.
+
+    Raises:
+        DataError: Placeholders and images differ in number, or the sample is too long and must not be cut.
     """
     places = np.flatnonzero(tokens == IMAGE_TOKEN_ID)
     if len(places) != len(context_lengths):
@@ -92,7 +105,16 @@ def expand(
 
 
 def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: Precision = Precision.FP32) -> int:
-    """Common length of a step's micro-batches: the longest sample, rounded up to what splits and products need."""
+    """Return the common length of a step's micro-batches.
+
+    Args:
+        lengths: Tokens of each sample or pack of the step, over the whole replica.
+        parallel: The layout, which splits sequences.
+        precision: Precision of matrix products; FP8 needs token counts in multiples of 32 on each rank.
+
+    Returns:
+        S: the largest length, rounded up to the multiple that the layout and the precision need.
+    """
     longest = max(lengths, default=1)
     multiple = math.lcm(sequence_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
     return -(-longest // multiple) * multiple
@@ -100,37 +122,54 @@ def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: P
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Neighbouring positions of the whole sequence that one rank holds one after the other."""
+    """Neighbouring positions of the whole sequence that one rank holds in the same order."""
 
     first: int
     """First position in the whole sequence."""
     stop: int
-    """One past the last."""
+    """One past the last position."""
     local: int
-    """Where `first` lies in the rank's own shard."""
+    """Position of `first` in the rank's own shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceShards:
-    """How ranks of a stage share a sequence: zigzag chunks over cp (of 2 cp chunks, rank i holds i and 2 cp - 1 - i),
-    each rank's part then cut over tp under sequence parallelism.
+    """How the ranks of a stage share a sequence.
 
-    Shards are numbered `cp * tp_shards + tp`.
+    Of 2 cp equal pieces, cp rank i holds the pieces i and 2 cp - 1 - i (zigzag). Under sequence parallelism, what each
+    cp rank holds is then split evenly over its tp ranks. Shards are numbered `cp * tp_shards + tp`.
     """
 
     seq_length: int
-    """S: padded length of the whole sequence, which `sequence_multiple` divides."""
+    """S: padded length of the whole sequence, a multiple of `sequence_multiple`."""
     context: int
+    """Size of cp."""
     tp_shards: int
-    """tp under sequence parallelism, else 1: every tp rank holds all of its cp rank's positions."""
+    """Size of tp under sequence parallelism; otherwise 1, and every tp rank holds all positions of its cp rank."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig, seq_length: int) -> SequenceShards:
-        """The shards of a layout for sequences of `seq_length` positions."""
+        """Return the shards under a layout.
+
+        Args:
+            parallel: The layout.
+            seq_length: S, a multiple of `sequence_multiple(parallel)`.
+
+        Returns:
+            The shards.
+        """
         return cls(seq_length, parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
 
     def stretches(self, cp: int, tp: int) -> tuple[Stretch, ...]:
-        """What the rank at (cp, tp) holds: at most two stretches, in the order of the sequence."""
+        """Return the positions that one rank holds.
+
+        Args:
+            cp: Index on the context-parallel axis.
+            tp: Index on the tensor-parallel axis.
+
+        Returns:
+            At most two stretches, in the order of the rank's shard, which is also that of the sequence.
+        """
         shard_length = self.seq_length // self.context // self.tp_shards
         begin = tp * shard_length if self.tp_shards > 1 else 0
         if self.context == 1:
@@ -145,12 +184,12 @@ class SequenceShards:
         return tuple(found)
 
     def shard_of(self, position: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
-        """The shard that holds each position of the whole sequence."""
+        """Return the number of the shard that holds each position of the whole sequence; any shape."""
         cp, local = self._context(position)
         return cp * self.tp_shards + local // (self.seq_length // self.context // self.tp_shards)
 
     def _context(self, position: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
-        """cp rank of each position, and the position there."""
+        """Return the cp rank of each position, and the position in what that rank holds."""
         if self.context == 1:
             return np.zeros_like(position), position
         size = self.seq_length // (2 * self.context)

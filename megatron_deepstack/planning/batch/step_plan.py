@@ -1,4 +1,7 @@
-"""One training step of a replica, as one rank carries it out: padded micro-batches, and its side of the exchange."""
+"""The plan of a training step for one rank: padded micro-batches, and the rank's side of the exchange.
+
+Legend: M is the number of micro-batches, B is samples of a micro-batch, S is the padded length of a sequence.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +20,34 @@ from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoute
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What a rank needs to know of a step before it touches a device."""
+    """What a rank needs to know about a step before it uses a device."""
 
     seq_length: int
-    """S: common padded length of all micro-batches, the whole sequence before any split."""
+    """S: the padded length of all micro-batches, for the whole sequence before it is split over ranks."""
     tokens: tuple[Tokens, ...]
-    """Per micro-batch (B, S) token ids; 0 at visual positions and in the padding."""
+    """For each micro-batch int64 (B, S) token ids; 0 at visual positions and in the padding."""
     labels: tuple[Tokens, ...]
-    """Per micro-batch (B, S) next tokens, IGNORE_INDEX where there is no target."""
+    """For each micro-batch int64 (B, S) next tokens, IGNORE_INDEX if the next token is not a target."""
     segments: tuple[tuple[int, ...], ...] | None
-    """Per micro-batch the ends of the pack's samples, the padding being a last one; None where rows are not packed."""
+    """For each micro-batch the ends of the pack's samples; padding counts as a last sample. None without packs."""
     routes: RankRoutes
+    """The rank's side of the exchange."""
     lengths: tuple[int, ...]
-    """Tokens of each of the replica's samples, visual ones included, padding not."""
+    """Tokens of each of the replica's samples, including visual tokens, without padding."""
 
     @property
     def num_units(self) -> int:
-        """Units that the replica encodes, each counted once."""
+        """Number of units that the replica encodes, each counted once."""
         return self.routes.num_units
 
     @property
     def num_micro_batches(self) -> int:
-        """M."""
+        """Number of micro-batches, M."""
         return len(self.tokens)
 
     @property
     def micro_batch_size(self) -> int:
-        """B."""
+        """Number of samples or packs of a micro-batch, B."""
         return int(self.tokens[0].shape[0])
 
 
@@ -56,10 +60,18 @@ def plan_step(
     packed: bool = False,
     precision: Precision = Precision.FP32,
 ) -> StepPlan:
-    """Plan a step of one replica for one of its ranks; pure, so all ranks agree without a word.
+    """Plan a step of one replica for one of its ranks. The function is pure, so the plans of all ranks fit together.
 
-    `packed` says that rows hold several samples (`packing.merge`), and each row is a micro-batch. Lengths are padded to
-    what products of `precision` need.
+    Args:
+        model: The recipe's model.
+        parallel: The layout.
+        micro_batches: All samples of the replica, by micro-batch; the same on all of its ranks.
+        replica_rank: The rank within the replica, see `plan_routes`.
+        packed: Whether each micro-batch is one pack, made by `packing.merge`.
+        precision: Precision of matrix products, which may need a longer padding.
+
+    Returns:
+        The plan of this rank.
     """
     seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel, precision)
     return StepPlan(
@@ -73,7 +85,7 @@ def plan_step(
 
 
 def _lengths(sample: PlannedSample) -> tuple[int, ...]:
-    """Of a row's samples."""
+    """Return the number of tokens of each sample in a pack."""
     return tuple(end - begin for begin, end in pairwise((0, *sample.sequence.ends)))
 
 

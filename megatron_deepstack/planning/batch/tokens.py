@@ -1,6 +1,6 @@
-"""Numbers that stand for something other than a word, shared by data, model and training.
+"""Special values among token ids and labels, shared by data, model and training.
 
-Values are the published ones, so that token ids and labels can be compared with reference data as they are.
+They are the published values, so that token ids and labels can be compared with reference data directly.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 IMAGE_TOKEN: Final = "<image>"
-"""Text of the placeholder in a conversation; one per image."""
+"""Text of the placeholder in a conversation, once for each image."""
 IMAGE_TOKEN_ID: Final = -200
 """Id of the placeholder in stored samples; the model puts the image's visual tokens in its place."""
 IGNORE_INDEX: Final = -100
-"""Label of a position that is not learned."""
+"""Label of a position whose next token is not a target."""

@@ -1,13 +1,14 @@
-"""Floating-point operations of the model, counted from recipe and samples alone: two per multiply-add of every matrix.
+"""Floating-point operations of the model, counted from the recipe and the lengths of samples.
 
-These are *model* FLOPs: what the mathematics asks for, whatever the layout does to get it. Sequences count at their own
-length, without padding; causal attention counts half its square; recomputation does not count. Norms, activations and
-the injection (a millionth of the rest) are left out.
+Each multiply-add of a matrix product counts as two operations. These are *model* FLOPs: what the mathematics needs,
+whatever the layout computes in addition. A sequence counts with its own length, without padding. Causal attention
+counts half of the square of the length. Recomputation does not count. Norms, activations and the injection (a millionth
+of the rest) are left out.
 
-A matrix costs its forward once, once more if it learns (its own gradient), and once more if the gradient of its input
-is wanted, because something before it learns. So a part that learns costs three forwards, a frozen decoder under a
-learning projector two, a frozen ViT one. Attention's two products have no weights and two inputs, so their backward
-costs two forwards wherever a gradient passes.
+A matrix costs one forward. If it learns, its gradient costs as much again. If something before it learns, the gradient
+of its input also costs as much. So a part that learns costs three forwards, a frozen decoder after a projector that
+learns costs two, and a frozen ViT costs one. The two products of attention have no weights and two inputs, so their
+backward costs two forwards wherever a gradient passes.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from megatron_deepstack.planning.slots import stage_chunks
 def training_flops(
     model: ModelConfig, trainable: Collection[Part], lora: LoraConfig, lengths: Sequence[int], num_units: int
 ) -> float:
-    """FLOPs of a step, forward and backward.
+    """Count the FLOPs of a step, forward and backward.
 
     Args:
         model: The recipe's model.
         trainable: Parts that learn.
         lora: Adapters of the decoder; rank 0 for none.
-        lengths: Tokens of each sample, visual ones included, padding not.
-        num_units: What the plan deals to ranks: views, or images with all their views where stacks enter the ViT.
+        lengths: Tokens of each sample, including visual tokens, without padding.
+        num_units: Number of units that are encoded: views, or images with all their views if stacks enter the ViT.
 
     Returns:
         Operations, two per multiply-add, of all ranks together.
@@ -51,7 +52,7 @@ def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lor
 
 
 def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """A unit's views through the ViT."""
+    """Count a step's FLOPs of the ViT for the views of one unit."""
     learned = Part.VISION in trainable
     passes = 3 if learned else 1
     vision = model.vision
@@ -64,7 +65,7 @@ def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
 
 
 def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """The rows of one view through both layers."""
+    """Count a step's FLOPs of both projector layers for the rows of one view."""
     learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
     tokens, hidden = tokens_per_view(model.vision), model.language.hidden_size
     first, second = 2 * tokens * model.vision.hidden_size * hidden, 2 * tokens * hidden * hidden
@@ -72,18 +73,34 @@ def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> floa
 
 
 def decoder_flops(language: LanguageConfig, seq_length: int) -> float:
-    """Forward of one sequence of `seq_length` tokens, output layer included."""
+    """Count the FLOPs of the decoder's forward pass, including the output layer.
+
+    Args:
+        language: The decoder.
+        seq_length: Tokens of the sequence.
+
+    Returns:
+        Operations for one sequence.
+    """
     matrices = 2 * seq_length * (language.num_layers * _layer_weights(language) + _head_weights(language))
     return matrices + language.num_layers * _causal_attention(language, seq_length)
 
 
 def view_flops(vision: VisionConfig) -> float:
-    """Forward of one view through the ViT layers whose output is used."""
+    """Count the FLOPs of the forward pass of one view through the ViT layers whose output is used."""
     return _layers_flops(vision, used_layers(vision)) + _patch_flops(vision)
 
 
 def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Entries of the decoder's matrices on each pipeline stage, to which its forward and backward are proportional."""
+    """Count the entries of the decoder's matrices on each stage; the stage's time is about proportional to them.
+
+    Args:
+        language: The decoder.
+        parallel: The layout.
+
+    Returns:
+        The number of entries of each pipeline stage, before tensor parallelism splits them.
+    """
     held = [0] * parallel.pipeline
     for chunk in stage_chunks(language.num_layers, parallel):
         layers = (chunk.stop - chunk.first) * _layer_weights(language)
@@ -92,13 +109,21 @@ def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[i
 
 
 def projector_flops(model: ModelConfig) -> float:
-    """Forward of one view's tokens through the projector."""
+    """Count the FLOPs of the projector's forward pass for the tokens of one view."""
     hidden = model.language.hidden_size
     return 2.0 * tokens_per_view(model.vision) * hidden * (model.vision.hidden_size + hidden)
 
 
 def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
-    """Entries of all adapters' matrices: rank times (inputs + outputs) of each adapted linear."""
+    """Count the entries of all adapters' matrices: rank x (inputs + outputs) for each adapted linear layer.
+
+    Args:
+        language: The decoder.
+        lora: The adapters.
+
+    Returns:
+        The number of entries over all layers of the decoder.
+    """
     sizes = linear_sizes(language)
     return language.num_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
 
@@ -112,7 +137,7 @@ def _head_weights(language: LanguageConfig) -> int:
 
 
 def _causal_attention(language: LanguageConfig, length: int) -> float:
-    """Scores and weighted values of one layer, half of 4 x length^2 x width."""
+    """Count the FLOPs of scores and weighted values in one layer, which are half of 4 x length^2 x width."""
     return 2 * length * length * attention_widths(language)[0]
 
 

@@ -1,7 +1,7 @@
-"""Bytes that a run takes before its first step, counted from the recipe: parameters, a checkpoint, a rank's memory.
+"""The bytes that a run needs, counted from the recipe: parameters, a checkpoint, the memory of a rank.
 
-Weights take 2 bytes in bf16 and 4 in float32. What learns also has a float32 gradient, Adam's two float32 moments, and
-in bf16 a float32 copy of the weight. Activations are not counted: a rank needs more than this, never less.
+A weight takes 2 bytes in bf16 and 4 in float32. A weight that learns also has a float32 gradient, Adam's two float32
+moments, and in bf16 a float32 copy. Activations are not counted, so a rank always needs more than this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _GRADIENT_BYTES = 4
 
 
 def part_parameters(model: ModelConfig) -> dict[Part, int]:
-    """Parameters of each part; the padding of the vocabulary and a few learned vectors are left out."""
+    """Count the parameters of each part. The padding of the vocabulary and a few learned vectors are left out."""
     language, vision = model.language, model.vision
     h = language.hidden_size
     heads = 1 if language.tied_embeddings else 2
@@ -30,25 +30,25 @@ def part_parameters(model: ModelConfig) -> dict[Part, int]:
 
 
 def weight_bytes(recipe: Recipe) -> int:
-    """Size of the model's weights alone in the run's precision."""
+    """Return the bytes of the model's weights in the run's precision."""
     return sum(part_parameters(recipe.model).values()) * _weight_bytes(recipe)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Bytes of one checkpoint: every weight, and the optimizer's state of those that learn."""
+    """Return the bytes of one checkpoint: all weights, and the optimizer's states of those that learn."""
     weights = sum(part_parameters(recipe.model).values()) + _adapters(recipe)
     return weights * _weight_bytes(recipe) + _learned(recipe) * _state_bytes(recipe)
 
 
 def checkpoints_at_once(recipe: Recipe) -> int:
-    """Checkpoints that lie in the run folder at a time, the one that is being written included.
+    """Return how many checkpoints are in the run folder at the same time, with the one that is being written.
 
     Args:
         recipe: The run's recipe.
 
     Returns:
-        At least 1. Where all are kept, and of those that are kept for good, only the first few count: whoever keeps
-        them moves them away.
+        At least 1. If all checkpoints are kept, only the first three count, and those that `keep_every` keeps do not
+        count, since users are expected to move such checkpoints elsewhere.
     """
     every, steps = recipe.checkpoint.interval, recipe.train.steps
     saves = -(-steps // every) if every else 1
@@ -56,11 +56,11 @@ def checkpoints_at_once(recipe: Recipe) -> int:
 
 
 def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
-    """Memory of weights, gradients and optimizer on the fullest rank.
+    """Return the memory of weights, gradients and optimizer states on the rank that needs most.
 
     Args:
         recipe: The recipe.
-        num_ranks: Ranks of the whole run, over which a distributed optimizer is shared out.
+        num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
 
     Returns:
         Bytes, without activations.
@@ -76,12 +76,12 @@ def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
 
 
 def _held(recipe: Recipe, weights: int, learned: int, shares: int) -> int:
-    """Bytes of parameters whose optimizer state is shared out over `shares` ranks."""
+    """Return the bytes of parameters whose optimizer states are split over `shares` ranks."""
     return weights * _weight_bytes(recipe) + learned * _GRADIENT_BYTES + learned * _state_bytes(recipe) // shares
 
 
 def _fullest_stage(recipe: Recipe) -> int:
-    """Most decoder parameters of any pipeline stage."""
+    """Return the largest number of decoder parameters of a pipeline stage."""
     stages = [0] * recipe.parallel.pipeline
     for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):
         stages[chunk.pp] += _chunk_parameters(recipe.model, chunk)
@@ -93,7 +93,7 @@ def _learned(recipe: Recipe) -> int:
 
 
 def _learned_of(recipe: Recipe, part: Part) -> int:
-    """Parameters of a part that learn; of an adapted decoder only its adapters."""
+    """Count the parameters of a part that learn; of a decoder with adapters only the adapters."""
     if part not in recipe.train.trainable:
         return 0
     if part is Part.LANGUAGE and recipe.lora.rank:

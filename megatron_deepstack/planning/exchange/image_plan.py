@@ -1,7 +1,7 @@
-"""What one image asks of a step in any layout: the units that encode it, and its rows by the slot that adds them.
+"""The plan of one image for any layout: the units that encode it, and its rows by the slot that adds them.
 
-Plans of whole images are kept, since a step has many images and few grids. Nothing here knows ranks: `routes` places
-units and rows on them.
+Plans of whole images are cached, since a step has many images and few different grids. Nothing here depends on ranks;
+`routes` assigns units and rows to them.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from megatron_deepstack.planning.slots import EMBEDDING, decoder_slots
 from megatron_deepstack.planning.views import Grid
 
 NEWLINE_ROW = -1
-"""Stands in `SlotRows.row` for the learned newline, which the rank of the image's first unit sends."""
+"""Value in `SlotRows.row` for the learned newline, which the rank of the image's first unit sends."""
 
 Numbers = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """The rows of one image that one slot adds, in the order of `rows.image_rows`; the arrays have one entry a row."""
+    """The rows of one image that one slot adds, in the order of `rows.image_rows`; arrays have one entry per row."""
 
     slot: int
     """Decoder layer, or EMBEDDING."""
     cell: Numbers
     """Position within the image's context, 0-based."""
     unit: Numbers
-    """Which of the image's units makes the row; 0 for the newline."""
+    """Number of the image's unit that makes the row; 0 for the newline."""
     row: Numbers
-    """Row counted from the first row of the image's first unit, or NEWLINE_ROW."""
+    """Number of the row, counted from the first row of the image's first unit, or NEWLINE_ROW."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """The units of one image and where their rows are added."""
+    """The units of one image, and where their rows are added."""
 
     units: tuple[tuple[int, ...], ...]
     """The views that each unit reads, in order."""
     slots: tuple[SlotRows, ...]
-    """Ascending by slot; slots without a row are left out."""
+    """The rows of each slot, ascending by slot; slots without a row are left out."""
 
 
 def image_plan(model: ModelConfig, grid: Grid, length: int) -> ImagePlan:
     """Plan an image of which `length` context positions are left after truncation.
 
     Args:
-        model: The model; its variant, sampler, stacks and vision tower decide.
+        model: The model. The plan depends on its variant, sampler, stacks and vision tower.
         grid: The image's grid (columns, rows).
-        length: Context positions that lie in the sequence, 0 or more; more than the context has counts as all.
+        length: Number of the image's positions in the sequence, 0 or more. A number above the context's means all.
 
     Returns:
         The plan. Views that no row needs have no unit. Arrays are read-only and shared between calls.
@@ -76,7 +76,7 @@ def _plan(model: ModelConfig, grid: Grid, rows: ImageRows, kept: npt.NDArray[np.
     units = _units(model, grid, needed)
     if not units:
         return ImagePlan(units=(), slots=())
-    number = np.zeros(int(needed[-1]) + 2, np.int32)  # the last entry is the newline's, whose number is -1
+    number = np.zeros(int(needed[-1]) + 2, np.int32)  # the last entry is for the newline, whose view number is -1
     if len(units) > 1:
         number[needed] = np.arange(len(units))
     unit = number[view]
@@ -96,7 +96,7 @@ def _frozen(rows: SlotRows) -> SlotRows:
 
 
 def _units(model: ModelConfig, grid: Grid, needed: npt.NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
-    """A unit per needed view, or one of all views where they meet inside the ViT."""
+    """Return one unit for each needed view, or a single unit of all views if stacks are added inside the ViT."""
     if not len(needed):
         return ()
     if model.variant.traits.stacks_in_vit:

@@ -1,7 +1,7 @@
-"""The two sides of one rank's exchange: what it receives, as its chunks add it, and what it sends.
+"""The two sides of one rank's exchange: the rows that it receives, as its chunks add them, and the rows that it sends.
 
-Each side lists its rows in one order, that of `blocks`: by micro-batch, slot, sample and image. A sender sorts them by
-destination, a receiver by origin, both keeping that order among rows of the same rank, so the two agree.
+Each side lists its rows in the order of `blocks`: by micro-batch, slot, sample and image. A sender sorts them by
+destination and a receiver by origin. Both sorts keep the order of `blocks` among rows of one rank, so they agree.
 """
 
 from __future__ import annotations
@@ -19,35 +19,39 @@ from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots
 
 Index = npt.NDArray[np.int64]
 Kept = slice | npt.NDArray[np.bool_]
-"""Which rows of a block."""
+"""A selection of the rows of a block."""
 _EVERYTHING, _NOTHING = slice(None), slice(0)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRows:
-    """What one chunk adds in one micro-batch: a stretch of the rank's stored rows.
+    """The rows that one chunk adds in one micro-batch, which are neighbours among the rank's stored rows.
 
-    `base_rows` and `slot_rows` are that stretch of `RankRoutes.stored_rows`: base rows first, then slot by slot.
-    `slot_rows` and `slot_positions` are (slots of the chunk, R), R being the longest; shorter ones are filled with
-    the index one past the last received row (a row of zeros) at position 0.
+    `base_rows` and `slot_rows` are parts of `RankRoutes.stored_rows`: base rows first, then slot by slot. R is the
+    largest number of rows of a slot. Slots with fewer rows are padded with a row of zeros at position 0; its index is
+    one past the last received row.
     """
 
     first: int
-    """Where the stretch begins in `RankRoutes.stored_rows`."""
+    """Index of the first of these rows in `RankRoutes.stored_rows`."""
     base_rows: Index
+    """(number of base rows,), indices of received rows in the order of arrival."""
     base_positions: Index
+    """(number of base rows,), positions `s * B + b` in the rank's shard."""
     slot_rows: Index
+    """(slots of the chunk, R), indices of received rows."""
     slot_positions: Index
+    """(slots of the chunk, R), positions `s * B + b` in the rank's shard."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A rank of the replica, and what decides which rows it looks at."""
+class ReplicaPlace:
+    """A rank of the replica, with all that determines which rows it receives and sends."""
 
     rank: int
-    """Within the replica: tp + tensor * (cp + context * pp)."""
+    """Rank within the replica: tp + tensor * (cp + context * pp)."""
     num_ranks: int
-    """Of the replica."""
+    """Number of ranks of the replica."""
     tensor: int
     """Size of tp."""
     tp: int
@@ -55,9 +59,9 @@ class Place:
     pp: int
     shards: SequenceShards
     inline: bool
-    """The encoder runs where its rows are added, so nothing travels."""
+    """Whether the encoder runs where its rows are added, so that no row is sent to another rank."""
     returns: bool
-    """Gradients of its received rows go back."""
+    """Whether this rank returns the gradients of the rows that it received."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +75,40 @@ class StepImage:
     start: int
     """First position of its context in the sequence."""
     length: int
-    """Positions left after truncation."""
+    """Number of positions that are left after truncation."""
     first_unit: int
-    """Number of its first unit among all of the replica."""
+    """Number of its first unit among all units of the replica."""
     plan: ImagePlan
 
     @property
     def stop_unit(self) -> int:
-        """One past its last unit."""
+        """One past the number of its last unit."""
         return self.first_unit + len(self.plan.units)
 
 
 def overlapping(images: Sequence[StepImage], mine: range) -> list[StepImage]:
-    """The images of which one of these units is a part."""
+    """Select the images that have a unit in a range.
+
+    Args:
+        images: Images of the step, in order.
+        mine: Numbers of units.
+
+    Returns:
+        The images with at least one of these units, in order.
+    """
     return [image for image in images if image.first_unit < mine.stop and mine.start < image.stop_unit]
 
 
 def blocks(images: Sequence[StepImage], slots: Sequence[int]) -> Iterator[tuple[StepImage, SlotRows]]:
-    """Each image's rows for each slot, in the order of the exchange."""
+    """List the rows of images by slot.
+
+    Args:
+        images: Images of the step, in order.
+        slots: Slots in the order in which their rows are exchanged.
+
+    Yields:
+        An image and its rows for one slot, in the order of the exchange: by micro-batch, slot, sample and image.
+    """
     for _, group in groupby(images, key=lambda image: image.micro_batch):
         together = [(image, {rows.slot: rows for rows in image.plan.slots}) for image in group]
         for slot in slots:
@@ -99,18 +119,20 @@ def blocks(images: Sequence[StepImage], slots: Sequence[int]) -> Iterator[tuple[
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """The rows of a rank in the order of the exchange, whatever rank they come from."""
+    """The rows that a rank receives from all ranks, in the order of the exchange."""
 
     position: Index
+    """Position `s * B + b` in the rank's shard, for each row."""
     source: npt.NDArray[np.uint16]
+    """Replica rank that makes the row, for each row."""
     row: Index
-    """Row counted from the replica's first unit, or NEWLINE_ROW; empty but for the encoder inline."""
+    """Number of the row, counted from the replica's first unit, or NEWLINE_ROW; empty unless the encoder is inline."""
     counts: dict[tuple[int, int], int]
-    """Rows by (micro-batch, slot), in the order of the exchange."""
+    """Number of rows by (micro-batch, slot), in the order of the exchange."""
 
 
 def receive(
-    place: Place, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, view_tokens: int
+    place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, view_tokens: int
 ) -> Received:
     """List the rows that one rank receives.
 
@@ -118,8 +140,8 @@ def receive(
         place: The rank.
         images: All images of the step.
         slots: The slots of the rank's stage, by virtual stage.
-        bounds: int64 (ranks + 1,): where the units of each rank begin, and their number at the end.
-        view_tokens: Rows of a unit.
+        bounds: int64 (ranks + 1,): the first unit of each rank, and at the end the number of all units.
+        view_tokens: Number of rows of a unit.
 
     Returns:
         The rows, in the order of `blocks`.
@@ -143,7 +165,7 @@ def receive(
 
 
 def _own_cells(image: StepImage, block: SlotRows, stretches: Sequence[Stretch]) -> tuple[Kept, Index]:
-    """Which of a block's rows lie in this rank's shard, and their positions there."""
+    """Select the rows of a block that lie in this rank's shard, and return their positions there."""
     stop = image.start + image.length
     met = [one for one in stretches if one.first < stop and image.start < one.stop]
     if not met:
@@ -160,7 +182,7 @@ def _own_cells(image: StepImage, block: SlotRows, stretches: Sequence[Stretch]) 
 
 
 def _sources(image: StepImage, unit: npt.NDArray[np.int32], bounds: Index) -> npt.NDArray[np.uint16]:
-    """Ranks that make the rows of these units; ranks' units begin at `bounds`."""
+    """Return the rank that makes each row, given its unit; the units of rank k begin at `bounds[k]`."""
     owners = np.searchsorted(bounds, np.arange(image.first_unit, image.stop_unit), side="right") - 1
     if owners[0] == owners[-1]:
         return np.full(len(unit), owners[0], np.uint16)
@@ -169,24 +191,26 @@ def _sources(image: StepImage, unit: npt.NDArray[np.int32], bounds: Index) -> np
 
 
 def _replica_rows(image: StepImage, row: npt.NDArray[np.int32], view_tokens: int) -> Index:
-    """Rows counted from the replica's first unit, the newline left as it is."""
+    """Count rows from the replica's first unit instead of the image's; NEWLINE_ROW is not changed."""
     return np.where(row == NEWLINE_ROW, NEWLINE_ROW, row + np.int64(image.first_unit * view_tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What a rank sends, by destination, rows counted from the replica's first unit; `returned` come back."""
+    """The rows that a rank sends. Rows are counted from the replica's first unit."""
 
     rows: Index
+    """Rows to send, by destination."""
     splits: tuple[int, ...]
-    """Rows sent to each rank."""
+    """Number of rows sent to each rank."""
     returned: Index
+    """Rows whose gradients come back, by the rank that returns them."""
     returned_splits: tuple[int, ...]
-    """Gradients that come back from each rank."""
+    """Number of gradients that come back from each rank."""
 
 
 def send(
-    place: Place,
+    place: ReplicaPlace,
     images: Sequence[StepImage],
     slots_of_stage: Sequence[Sequence[int]],
     mine: range,
@@ -199,10 +223,10 @@ def send(
         images: All images of the step.
         slots_of_stage: The slots of each stage, by virtual stage.
         mine: Numbers of the units that the rank encodes.
-        view_tokens: Rows of a unit.
+        view_tokens: Number of rows of a unit.
 
     Returns:
-        The rows by destination; those of one destination in the order of `blocks`.
+        The rows by destination. Rows for one destination are in the order of `blocks`.
     """
     own = overlapping(images, mine)
     copies = place.tensor // place.shards.tp_shards
@@ -234,8 +258,16 @@ def send(
     )
 
 
-def send_to_self(place: Place, rows: Index) -> Sent:
-    """With the encoder inline: all that a rank receives, from itself."""
+def send_to_self(place: ReplicaPlace, rows: Index) -> Sent:
+    """List the rows that a rank sends to itself if the encoder runs inline.
+
+    Args:
+        place: The rank.
+        rows: All rows that it receives, counted from the replica's first unit.
+
+    Returns:
+        The same rows with this rank as their only destination.
+    """
     splits = tuple(len(rows) if rank == place.rank else 0 for rank in range(place.num_ranks))
     if place.returns:
         return Sent(rows, splits, rows, splits)
@@ -243,41 +275,69 @@ def send_to_self(place: Place, rows: Index) -> Sent:
 
 
 def _of_units(image: StepImage, block: SlotRows, mine: range) -> Kept:
-    """The rows of a block that the units of this rank make."""
+    """Select the rows of a block that the units of this rank make."""
     if mine.start <= image.first_unit and image.stop_unit <= mine.stop:
         return _EVERYTHING
     return (block.unit >= mine.start - image.first_unit) & (block.unit < mine.stop - image.first_unit)
 
 
 def _order(keys: npt.NDArray[np.uint16]) -> Index:
-    """A stable order by small keys; of 16-bit numbers it is a radix sort, so its time is linear."""
+    """Return the stable order by key. For 16-bit numbers NumPy uses a radix sort, which takes linear time."""
     if not len(keys) or keys.min() == keys.max():
         return np.arange(len(keys))
     return np.argsort(keys, kind="stable")
 
 
 def local_rows(rows: Index, first_row: int, num_local: int) -> Index:
-    """Rows of the local table, whose last is the newline, from rows counted from the replica's first unit."""
+    """Turn rows of the replica into rows of a rank's table, whose last row is the newline.
+
+    Args:
+        rows: Rows counted from the replica's first unit, or NEWLINE_ROW.
+        first_row: The rank's first row in this count.
+        num_local: Number of rows of the rank's table, including the newline.
+
+    Returns:
+        int64, as many as `rows`.
+    """
     local = np.where(rows == NEWLINE_ROW, num_local - 1, rows - first_row)
     assert not len(local) or 0 <= local.min() <= local.max() < num_local, "a route names a row its rank does not make"
     return local
 
 
 def count_by_rank(ranks: npt.NDArray[np.uint16], num_ranks: int) -> tuple[int, ...]:
-    """How often each rank occurs."""
+    """Count how often each rank occurs.
+
+    Args:
+        ranks: Replica ranks, one for each row.
+        num_ranks: Number of ranks of the replica.
+
+    Returns:
+        The count of each rank.
+    """
     return tuple(np.bincount(ranks, minlength=num_ranks).tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A rank's received rows as its chunks add them; see `RankRoutes.stored_rows`."""
+    """The received rows of a rank, arranged as its chunks add them."""
 
     rows: Index
+    """See `RankRoutes.stored_rows`."""
     chunks: dict[tuple[int, int], ChunkRows]
+    """The rows of each (micro-batch, virtual stage)."""
 
 
 def store(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -> Stored:
-    """Lay the rows of each chunk and micro-batch out as the chunk adds them, in the order of the exchange."""
+    """Arrange the rows of each chunk and micro-batch as the chunk adds them.
+
+    Args:
+        received: The rows that the rank receives.
+        chunks: The chunks of the rank's stage, by virtual stage.
+        slots: The slots of the decoder's stacks.
+
+    Returns:
+        The arranged rows, with each received row once.
+    """
     order = _order(received.source)
     arrival = np.empty_like(order)
     arrival[order] = np.arange(len(order))
@@ -308,7 +368,7 @@ def store(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -> 
 def _stretch_sizes(
     counts: dict[tuple[int, int], int], chunks: Sequence[Chunk], slots: Sequence[int]
 ) -> dict[tuple[int, int], tuple[int, list[int]]]:
-    """By (micro-batch, virtual stage): base rows and rows of each slot; without those that add nothing."""
+    """Count by (micro-batch, virtual stage) the base rows and the rows of each slot; leave out those without rows."""
     found = {}
     for m in dict.fromkeys(m for m, _ in counts):
         for chunk in chunks:

@@ -1,13 +1,14 @@
-"""Which row goes to which rank: one rank's side of a step's exchange, planned by that rank alone.
+"""Which row goes to which rank: one rank's side of a step's exchange, planned by that rank without communication.
 
-A row is a feature vector of hidden size made by the rank that encodes its view. It is added at one position of one
-micro-batch before one layer, so its destination is the rank whose pipeline stage owns the slot and whose sequence
-shard (cp zigzag chunk, tp shard under sequence parallelism) holds the position. With tp but no sequence parallelism
-all tp ranks of the stage add the row; their gradients are equal and only tp rank 0 returns one.
+A row is a feature vector of hidden size, made by the rank that encodes its view. It is added at one position of one
+micro-batch before one layer. So its destination is the rank whose pipeline stage owns the slot, and whose sequence
+shard (zigzag pieces over cp, split over tp under sequence parallelism) holds the position. With tp but without sequence
+parallelism all tp ranks of the stage add the row; their gradients are equal, and only tp rank 0 returns one.
 
-A rank looks only at rows that it sends or receives, so the work does not grow with the number of ranks. Both sides
-find the same order by themselves: what one rank sends another is ordered by micro-batch, slot, sample, image, and then
-as `rows.image_rows` lists an image's rows. `testing.route_table` plans all ranks at once, by definition, for tests.
+A rank plans only rows that it sends or receives, so its work does not grow with the number of ranks. Sender and
+receiver compute the same order: rows from one rank to another are ordered by micro-batch, slot, sample and image, and
+then as `rows.image_rows` lists the rows of an image. `testing.route_table` plans all ranks at once, directly from this
+definition, for tests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.route_sides import (
     ChunkRows,
     Index,
-    Place,
+    ReplicaPlace,
     StepImage,
     count_by_rank,
     local_rows,
@@ -41,63 +42,68 @@ from megatron_deepstack.planning.views import Grid
 
 @dataclass(frozen=True, slots=True)
 class PlannedSample:
-    """A sample as the planner sees it."""
+    """A sample or a pack, with all that the plan needs to know about it."""
 
     sequence: ExpandedSample
+    """Its tokens and labels, and the positions of its images."""
     grids: tuple[Grid, ...]
-    """Grid of each image, in order of appearance."""
+    """The grid of each image, in order of appearance."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeUnit:
-    """One view to encode (DeepStack-V: one image, whose views meet inside the ViT)."""
+    """One view to encode, or for DeepStack-V one image, whose views are encoded together."""
 
     micro_batch: int
+    """Number of the micro-batch."""
     sample: int
     """Index within the micro-batch."""
     image: int
     """Index within the sample."""
     views: tuple[int, ...]
-    """Views the unit reads: one, or all of the image."""
+    """Numbers of the views that the unit reads: one, or all of the image."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankRoutes:
-    """One rank's side of the exchange. Sizes are rows; positions are `s * B + b` in the rank's own shard."""
+    """One rank's side of the exchange. Splits count rows; positions are `s * B + b` in the rank's own shard."""
 
     units: tuple[EncodeUnit, ...]
-    """What this rank encodes; unit u yields local rows u * tokens_per_view onwards; the newline is the last row."""
+    """The units that this rank encodes. Unit u makes the local rows from u * tokens_per_view on, and the newline is the
+    last local row."""
     num_units: int
-    """Units of the whole replica, each counted once."""
+    """Number of units of the whole replica, each counted once."""
     num_replica_rows: int
-    """Rows that the units of the whole replica make; newlines not counted."""
+    """Number of rows that the units of the whole replica make, without newlines."""
     num_local_rows: int
-    """Rows of the local table, the newline included."""
+    """Number of rows of this rank's table, including the newline."""
     send_rows: Index
     """Local rows to send, by destination."""
     send_splits: tuple[int, ...]
+    """Number of rows sent to each rank."""
     receive_splits: tuple[int, ...]
-    """Rows received, by origin."""
+    """Number of rows received from each rank."""
     stored_rows: Index
-    """The received rows as the chunks add them, one stretch for each of `chunks` in order: for each stored row its
-    place in the order of arrival, or `num_received` for a row of zeros. Each received row is stored once."""
+    """The received rows as the chunks add them, for one entry of `chunks` after another. Each number is the place of a
+    row in the order of arrival, or `num_received` for a row of zeros. Each received row occurs once."""
     returns_gradients: bool
-    """Whether the gradients of this rank's received rows go back: of several tp ranks that add the same rows, tp rank
-    0 answers."""
+    """Whether this rank returns the gradients of its received rows. If several tp ranks add the same rows, only tp rank
+    0 does."""
     returned_rows: Index
-    """Local rows whose gradients come back, by sender."""
+    """Local rows whose gradients come back, by the rank that returns them."""
     returned_splits: tuple[int, ...]
+    """Number of gradients that come back from each rank."""
     chunks: dict[tuple[int, int], ChunkRows]
-    """By (micro-batch, virtual stage); absent where nothing is added."""
+    """The rows of each (micro-batch, virtual stage); left out if there are none."""
 
     @property
     def num_received(self) -> int:
-        """Rows this rank receives."""
+        """Number of rows that this rank receives."""
         return sum(self.receive_splits)
 
     @property
     def return_splits(self) -> tuple[int, ...]:
-        """Gradients sent back, by the rank that they go to."""
+        """Number of gradients that this rank returns to each rank."""
         return self.receive_splits if self.returns_gradients else (0,) * len(self.receive_splits)
 
 
@@ -110,19 +116,19 @@ def plan_routes(
 ) -> RankRoutes:
     """Plan one rank's side of the exchange of a step.
 
-    Views that some row needs are dealt to ranks in order and evenly, since all cost the same. With
-    `encoder_placement: inline` nothing travels: the ranks of stage 0 encode their own micro-batches, and every row's
-    source is its destination.
+    The views that rows need are divided among ranks in order and evenly, since all cost the same. With
+    `encoder_placement: inline` no row is sent to another rank: the ranks of stage 0 encode all views themselves, and
+    the source of every row is its destination.
 
     Args:
         model: The model.
         parallel: The layout; tp x cp x pp ranks make a replica.
-        micro_batches: The replica's samples, the same on all of its ranks, all micro-batches of one size.
-        seq_length: S, the padded length of all samples, which `sequence_multiple(parallel)` divides.
+        micro_batches: The replica's samples, the same on all of its ranks; all micro-batches have the same size.
+        seq_length: S, the padded length of all samples, a multiple of `sequence_multiple(parallel)`.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
 
     Returns:
-        The rank's side. Pure: what another rank plans fits without a word.
+        The rank's side. The function is pure, so the sides of all ranks fit together.
     """
     place, view_tokens = _place(parallel, seq_length, rank), tokens_per_view(model.vision)
     images = _images(model, micro_batches)
@@ -160,10 +166,10 @@ def plan_routes(
     )
 
 
-def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> Place:
+def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace:
     rest, tp = divmod(rank, parallel.tensor)
     pp, cp = divmod(rest, parallel.context)
-    return Place(
+    return ReplicaPlace(
         rank=rank,
         num_ranks=parallel.tensor * parallel.context * parallel.pipeline,
         tp=tp,
@@ -177,7 +183,7 @@ def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> Place:
 
 
 def _images(model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]]) -> list[StepImage]:
-    """All images of a step that have a row, in order."""
+    """Return all images of a step that have a row, in order."""
     images, unit = [], 0
     for m, samples in enumerate(micro_batches):
         for b, sample in enumerate(samples):
@@ -190,7 +196,7 @@ def _images(model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]]
 
 
 def _slots_of(stage: Sequence[Chunk], slots: Sequence[int]) -> tuple[int, ...]:
-    """The slots of a stage's chunks, EMBEDDING included, by virtual stage and so ascending."""
+    """Return the slots of a stage's chunks, including EMBEDDING, by virtual stage, which is ascending."""
     embedding = (EMBEDDING,) if any(chunk.has_embedding for chunk in stage) else ()
     return (*embedding, *(slot for chunk in stage for slot in chunk_slots(chunk, slots)))
 

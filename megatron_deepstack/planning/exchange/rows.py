@@ -1,10 +1,12 @@
 """Which token of which view becomes which row of which stack: the sampling of the paper as index arithmetic.
 
-Nothing here touches features. For an image with grid (gw, gh), `image_rows` lists every row the image contributes:
-the stack it belongs to, its cell in the image's stretch of the sequence (the *context*), and the view and token it
-comes from. The ViT's outputs are then only ever indexed, which is exact and differentiable.
+This module handles indices and no features. For an image with grid (gw, gh), `image_rows` lists all rows of the image.
+For each row it gives the stack, the cell (the position among those that the image takes in the sequence, its
+*context*), and the view and token from which the row comes. The outputs of the ViT are then only indexed, which is
+exact and differentiable.
 
-Legend: P tokens per view side, n = gw * gh crops, mosaic = the crops' tokens laid out as (P gh) x (P gw).
+Legend: P is the number of tokens along a side of a view, n = gw * gh is the number of crops, and the mosaic is the
+tokens of all crops arranged as (P gh) x (P gw).
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from megatron_deepstack.planning.exchange.samplers import Index, sample_mosaic
 from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid
 
 BASE = -1
-"""Stack number of the base visual tokens, which take the placeholders' place."""
+"""Stack number of the base visual tokens, which replace the placeholder in the sequence."""
 NEWLINE = -1
 """View number of the learned `image_newline` row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRows:
-    """Rows of one image; the four arrays have one entry per row."""
+    """The rows of one image; the four arrays have one entry per row."""
 
     context_length: int
-    """Sequence positions the image takes."""
+    """Number of positions that the image takes in the sequence."""
     stack: Index
     """Stack number, or BASE."""
     cell: Index
@@ -42,24 +44,34 @@ class ImageRows:
     view: Index
     """View number within the image, or NEWLINE."""
     token: Index
-    """Token within the view, row-major; 0 for the newline."""
+    """Token within the view, counted line by line; 0 for the newline."""
 
 
 def image_rows(model: ModelConfig, grid: Grid) -> ImageRows:
-    """All rows of an image under the model's variant and sampler.
+    """List all rows of an image under the model's variant and sampler.
 
     Args:
         model: The recipe's model.
         grid: Columns and rows of the image's crops.
 
     Returns:
-        The rows, base tokens first, then stack after stack; read-only arrays, shared by all callers.
+        The rows: base tokens first, then stack after stack. The arrays are read-only and shared by all callers.
     """
     return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), grid)
 
 
 def context_length(model: ModelConfig, grid: Grid) -> int:
-    """Sequence positions an image takes: 576, or 576 + 24 gh (24 gw + 1) for an any-resolution context."""
+    """Return the number of positions that an image takes in the sequence.
+
+    With P = 24 that is 576, or 576 + 24 gh (24 gw + 1) if the context also has the mosaic.
+
+    Args:
+        model: The recipe's model.
+        grid: Columns and rows of the image's crops.
+
+    Returns:
+        The number of positions before truncation.
+    """
     return image_rows(model, grid).context_length
 
 
@@ -94,7 +106,7 @@ def _global_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
 
 
 def _sequence_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
-    """The baseline that lengthens the context: global tokens, then stack after stack."""
+    """The global tokens, then the tokens of stack after stack: the baseline with a longer sequence."""
     base = _global_context(sampler, side, grid)
     parts = [base]
     for k, (_, cell, view, token) in enumerate(_crop_stacks(sampler, side, grid, base), start=1):
@@ -104,7 +116,7 @@ def _sequence_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
 
 
 def _mosaic_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
-    """Global tokens, then the mosaic of the crops row by row, each row closed by the newline (paper, DeepStack-HD)."""
+    """The global tokens, then the mosaic line by line, with the newline after each line (paper, DeepStack-HD)."""
     gw, gh = grid
     y, column = np.divmod(np.arange(gh * side * (gw * side + 1)), gw * side + 1)
     newline = column == gw * side
@@ -121,14 +133,14 @@ def _mosaic_context(sampler: Sampler, side: int, grid: Grid) -> _Rows:
 
 
 def _crop_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> list[_Rows]:
-    """One stack a crop, on the cells of the global view, which come first in every context."""
+    """One stack for each crop, on the cells of the global view, which come first in every context."""
     crop, token = sample_mosaic(sampler, side, grid)
     cells = np.arange(side * side)
     return [_rows(k, cells, 1 + crop[k], token[k]) for k in range(len(crop))]
 
 
 def _high_res_stacks(sampler: Sampler, side: int, grid: Grid, context: _Rows) -> list[_Rows]:
-    """Each context view has 2x2 crops of its own; stack k lays them out as the context is, newlines included."""
+    """Each context view has its own 2x2 high-res crops; stack k arranges them like the context, with its newlines."""
     _, cell, view, token = context
     first_crop = 1 + grid[0] * grid[1]
     crop, source = sample_mosaic(sampler, side, (HIGH_RES_SIDE, HIGH_RES_SIDE))

@@ -1,10 +1,11 @@
-"""The samplers: which token of the mosaic each cell of each stack receives, and what a report says of it.
+"""The samplers: which token of the mosaic each cell of each stack receives, and how a report describes that.
 
-A sampler is a row of `SAMPLERS`. Its function answers for whole arrays of stacks and cells at once, so it is
-arithmetic on indices that broadcasts; every token of the mosaic must be given out exactly once. Rows, the ViT's own
-stacks, drawings and the pictures of a store all ask this table.
+A sampler is an entry of `SAMPLERS`. Its function is arithmetic on indices for whole arrays of stacks and cells, and
+must assign every token of the mosaic exactly once. The rows of the decoder, the stacks in the ViT, the drawings of
+plans and the pictures of stores all use this table.
 
-Legend: P tokens per view side, n = gw * gh crops, mosaic = the crops' tokens laid out as (P gh) x (P gw).
+Legend: P is the number of tokens along a side of a view, n = gw * gh is the number of crops, and the mosaic is the
+tokens of all crops arranged as (P gh) x (P gw).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from megatron_deepstack.planning.views import Grid
 
 Index = npt.NDArray[np.int64]
 Place = Callable[[int, Grid, Index, Index], tuple[Index, Index]]
-"""(P, grid, stack numbers (n, 1), cells (P * P,)) to rows and columns of the mosaic, both (n, P * P)."""
+"""Function of P, the grid, stack numbers (n, 1) and cells (P * P,). It returns lines and columns of the mosaic, both
+(n, P * P)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +31,19 @@ class SamplerTraits:
     """What a sampler does."""
 
     place: Place
-    """Where in the mosaic a stack's cell takes its token from."""
+    """Function that gives the place in the mosaic from which a cell of a stack takes its token."""
     note: str
-    """What the stage plan's drawing says below a mosaic of 2x2 crops."""
+    """Text below a mosaic of 2x2 crops in the drawing of the stage plan."""
 
 
 def _dilated(side: int, grid: Grid, stack: Index, cell: Index) -> tuple[Index, Index]:
-    """Stack i gw + j is `mosaic[i::gh, j::gw]`, so a cell receives tokens of its own place in the picture."""
+    """Stack i gw + j is `mosaic[i::gh, j::gw]`, so the tokens of a cell come from one place in the image."""
     gw, gh = grid
     return cell // side * gh + stack // gw, cell % side * gw + stack % gw
 
 
 def _sequential(side: int, grid: Grid, stack: Index, cell: Index) -> tuple[Index, Index]:
-    """Stack k is every n-th token of the mosaic read row by row, from k."""
+    """Stack k is every n-th token of the mosaic, counted line by line from token k."""
     gw, gh = grid
     y, x = np.divmod(stack + cell * (gw * gh), gw * side)
     return y, x
@@ -57,19 +59,19 @@ SAMPLERS: Final[Mapping[Sampler, SamplerTraits]] = {
     Sampler.SEQUENTIAL_1D: SamplerTraits(_sequential, "every 4th token"),
     Sampler.GRID: SamplerTraits(_by_crop, "by crop"),
 }
-"""One row for each sampler; a test looks that none is missing."""
+"""The traits of each sampler; a test makes sure that none is missing."""
 
 
 def sample_mosaic(sampler: Sampler, side: int, grid: Grid) -> tuple[Index, Index]:
-    """Where every row of every stack comes from.
+    """Find the crop and the token of each cell of each stack.
 
     Args:
-        sampler: How the mosaic is cut into stacks.
-        side: P, tokens per side of a view.
+        sampler: How the mosaic is divided into stacks.
+        side: P, the number of tokens along a side of a view.
         grid: Columns and rows of crops.
 
     Returns:
-        Crop (in raster order) and token (row by row) of each stack's cells: two arrays (gw * gh, P * P).
+        Number of the crop (in raster order) and of the token in it (line by line): two int64 arrays (gw * gh, P * P).
     """
     gw, gh = grid
     stack, cell = np.arange(gw * gh)[:, None], np.arange(side * side)
@@ -78,7 +80,16 @@ def sample_mosaic(sampler: Sampler, side: int, grid: Grid) -> tuple[Index, Index
 
 
 def stack_of_token(sampler: Sampler, side: int, grid: Grid) -> Index:
-    """The stack that takes each token of the mosaic, (P gh, P gw)."""
+    """Find the stack that takes each token of the mosaic.
+
+    Args:
+        sampler: How the mosaic is divided into stacks.
+        side: P, the number of tokens along a side of a view.
+        grid: Columns and rows of crops.
+
+    Returns:
+        int64 (P gh, P gw), the number of the stack.
+    """
     gw, gh = grid
     stack, cell = np.arange(gw * gh)[:, None], np.arange(side * side)
     y, x = SAMPLERS[sampler].place(side, grid, stack, cell)

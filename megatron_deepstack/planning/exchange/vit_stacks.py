@@ -1,4 +1,4 @@
-"""DeepStack-V's plan: which stacks enter the ViT before which layer, and which find none."""
+"""DeepStack-V's plan: before which ViT layer each stack is added, and which stacks have no layer."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from megatron_deepstack.errors import SlotError
 from megatron_deepstack.planning.views import FIXED_GRID
 
 STACKS_IN_VIT = FIXED_GRID[0] * FIXED_GRID[1]
-"""Stacks of an image: its crops, whose grid is the same for all images."""
+"""Number of stacks of an image: one for each crop, since all images have the same grid."""
 
 
 @dataclass(frozen=True, slots=True)
 class VitStackPlan:
-    """Where the stacks go in the ViT."""
+    """Where the stacks are added in the ViT."""
 
     slots: tuple[int, ...]
     """0-based ViT layer of each stack that is added."""
     last_unprocessed: bool
-    """The last of them is added to the selected feature itself, after which no layer runs."""
+    """Whether the last of them is added to the selected feature itself, after which no layer runs."""
     dropped: tuple[int, ...]
-    """Stacks whose layer lies after the selected feature: computed by nothing, added nowhere, as published."""
+    """Numbers of stacks whose layer is after the selected feature. They are not used, as published."""
 
 
 def plan_vit_stacks(model: ModelConfig) -> VitStackPlan:
-    """Where the stacks go in the ViT. They run from `stacks.start` on; those beyond the selected feature are reported.
+    """Plan where the stacks are added in the ViT: from layer `stacks.start` on, or at `stacks.slots`.
 
     Args:
         model: A model whose variant adds its stacks in the ViT.
 
     Returns:
-        Layers of the stacks that find one, and the numbers of those that do not.
+        The layers of stacks up to the selected feature, and the numbers of the stacks after it.
 
     Raises:
-        SlotError: Not even the first stack has a place, or `stacks.slots` does not name a layer for each.
+        SlotError: Even the first stack is after the selected feature, or the layers do not rise, or `stacks.slots` does
+            not name one layer for each stack.
     """
     vision, stacks = model.vision, model.stacks
     feature = used_layers(vision)

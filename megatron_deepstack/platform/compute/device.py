@@ -1,4 +1,4 @@
-"""Device and communication backend, chosen once; nothing else asks whether there is a GPU."""
+"""The device and the communication backend. Only this package asks whether there is a GPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ def has_gpu() -> bool:
 
 
 def num_gpus() -> int:
-    """CUDA devices that are visible to this process."""
+    """Return the number of CUDA devices that are visible to this process."""
     return torch.cuda.device_count()
 
 
 def require_devices(num_ranks: int) -> None:
-    """Raise LayoutError where this machine has GPUs, but fewer than ranks: each takes one for itself."""
+    """Make sure that each of `num_ranks` ranks on this machine can have its own GPU; do nothing without any GPU.
+
+    Raises:
+        LayoutError: The machine has GPUs, but fewer than ranks.
+    """
     if has_gpu() and num_gpus() < num_ranks:
         raise LayoutError(
             [
@@ -34,14 +38,15 @@ def require_devices(num_ranks: int) -> None:
 
 
 def local_device() -> torch.device:
-    """The device of this rank: `cuda:LOCAL_RANK`, or the CPU where there is no GPU."""
+    """Return the device of this rank: `cuda:LOCAL_RANK`, or the CPU if there is no GPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu() else torch.device("cpu")
 
 
 def select_device() -> torch.device:
-    """Make `local_device()` the current one and return it. Call once per process, before any allocation.
+    """Make `local_device()` the current device and return it. Call it once per process, before any allocation.
 
-    Raises LayoutError where the machine has no such GPU.
+    Raises:
+        LayoutError: The machine has GPUs, but not as many as LOCAL_RANK needs.
     """
     device = local_device()
     if device.type == "cuda":
@@ -51,38 +56,39 @@ def select_device() -> torch.device:
 
 
 def backend() -> str:
-    """`torch.distributed` backend that fits the device."""
+    """Return the `torch.distributed` backend of the device: `nccl` or `gloo`."""
     return "nccl" if has_gpu() else "gloo"
 
 
 def synchronize() -> None:
-    """Wait for the device; at once on a CPU. For clocks, never for correctness."""
+    """Wait until the device has finished its work; on a CPU return at once. Only clocks need it, never results."""
     if has_gpu():
         torch.cuda.synchronize()
 
 
 def max_memory_bytes() -> int:
-    """Most device memory allocated so far; without a GPU the most memory of this process that was resident."""
+    """Return the peak of allocated device memory; without a GPU, the peak of this process's resident memory."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name() -> str:
-    """What the device calls itself, `cpu` without a GPU."""
+    """Return the name of the current GPU, or `cpu` without a GPU."""
     return torch.cuda.get_device_name() if has_gpu() else "cpu"
 
 
 def compute_capability() -> tuple[int, int]:
-    """CUDA's (major, minor) of this rank's GPU; (0, 0) without one."""
+    """Return the CUDA compute capability (major, minor) of this rank's GPU, or (0, 0) without a GPU."""
     return torch.cuda.get_device_capability() if has_gpu() else (0, 0)
 
 
 def cuda_facts() -> dict[str, Any]:
-    """Plain values about torch and its devices, for `doctor`.
+    """Return plain values about torch and its devices, for the command `doctor`.
 
-    Keys: `torch` (version), `cuda` (version that torch was built for, or empty), `nccl` (version, or empty), `devices`
-    (a list of name and bytes of memory).
+    Returns:
+        A dict with the keys `torch` (version), `cuda` (version that torch was built for, or empty), `nccl` (version, or
+        empty) and `devices` (a list of pairs of name and memory in bytes).
     """
     nccl = ""
     if has_gpu() and torch.distributed.is_nccl_available():
@@ -97,5 +103,5 @@ def cuda_facts() -> dict[str, Any]:
 
 
 def gpu_memories() -> tuple[int, ...]:
-    """Bytes of memory of each GPU that this process sees."""
+    """Return the memory in bytes of each GPU that is visible to this process."""
     return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))

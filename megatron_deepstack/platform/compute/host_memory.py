@@ -37,7 +37,15 @@ class HostMemory:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0))
 
     def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
-        """A contiguous tensor of shape and dtype of `like` at `offset`."""
+        """Return a contiguous tensor in this memory.
+
+        Args:
+            offset: Its first byte, as `lay_out` returns it.
+            like: A tensor of the same shape and dtype.
+
+        Returns:
+            The tensor, valid until the memory grows or is closed.
+        """
         part = self._bytes[offset : offset + like.numel() * like.element_size()]
         return part.view(like.dtype).view(like.shape)
 

@@ -1,9 +1,9 @@
-"""Megatron-Core on a machine without a GPU: each of its CUDA assumptions, named and adapted once.
+"""Megatron-Core on a machine without a GPU: each of its CUDA assumptions is named and adapted here.
 
-Megatron-Core 0.16 and 0.19 write `device='cuda'`, `.cuda()` and `torch.cuda.current_device()` in code that
-otherwise runs on any device, keep their random states on CUDA generators, and assert on `'torch.cuda.FloatTensor'`.
-`adapt_megatron()` answers these with the CPU. It does nothing where CUDA is available. It changes `torch` for the
-whole process, so it is called by the entry points of training processes and by nothing else.
+Megatron-Core 0.16 and 0.19 use `device='cuda'`, `.cuda()` and `torch.cuda.current_device()` in code that otherwise runs
+on any device. They keep their random states on CUDA generators, and assert on `'torch.cuda.FloatTensor'`.
+`adapt_megatron()` replaces all of these by the CPU. It does nothing if CUDA is available. It changes `torch` for the
+whole process, so only the entry points of training processes call it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _is_cuda(device: object) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with a `device` of CUDA replaced by the CPU, by name or by position, and no pinned memory."""
+    """Wrap `function` so that a CUDA device among its arguments becomes the CPU, and memory is never pinned."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ def _redirect_factories() -> None:
 
 
 def _redirect_tensor_methods() -> None:
-    """`Tensor.to('cuda')`, `.cuda()`, and `.type()` as the optimizers' assertions spell it."""
+    """Redirect `Tensor.to('cuda')` and `.cuda()`, and let `.type()` return the names that Megatron expects."""
     torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
@@ -79,7 +79,7 @@ def _redirect_tensor_methods() -> None:
 
 
 class _Stream:
-    """A stream or event of a device that executes in program order: every wait is over already."""
+    """A stream or event of a device that executes in program order, so that there is never anything to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -111,10 +111,11 @@ def _replace_random_states() -> None:
 
 
 def _disable_jit() -> None:
-    """`torch.compile` on a CPU asks for a C++ compiler and a minute per process; the fused functions are small.
+    """Switch `torch.compile` off, since on a CPU it needs a C++ compiler and a minute per process for small functions.
 
-    Megatron decorates them while it is imported, which loads the whole compiler: 2.3 of the 4.5 seconds of CPU that a
-    process takes to import it. So nothing is compiled at all, and where Megatron is there already, nothing is used.
+    Megatron decorates its functions while it is imported, which loads the whole compiler: 2.3 of the 4.5 seconds of CPU
+    time that the import takes. So the decorator does nothing. If Megatron was imported before, what it has already
+    decorated runs without compilation.
     """
     if "megatron.core" in sys.modules:
         torch.compiler.set_stance("force_eager")
@@ -122,12 +123,12 @@ def _disable_jit() -> None:
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Takes the place of `torch.compile`, as a decorator with or without arguments: the function itself."""
+    """Replace `torch.compile` by a decorator, with or without arguments, that returns the function unchanged."""
     return (lambda later: later) if function is None else function
 
 
 def _redirect_rng_tracker() -> None:
-    """The CUDA generator's state, which tensor parallelism forks, is the CPU generator's here."""
+    """Let tensor parallelism, which forks the state of the CUDA generator, use that of the CPU generator."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     module: Any = megatron_random

@@ -1,4 +1,4 @@
-"""A stopwatch for work on the device, which never makes the host wait for it while it runs."""
+"""A stopwatch for work on the device, which does not make the host wait while it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_deepstack.platform.compute.device import has_gpu
 
 
 class Stopwatch:
-    """Adds up intervals: with CUDA events on a GPU, whose kernels run after the call that starts them."""
+    """Adds up intervals. On a GPU it uses CUDA events, since kernels run later than the calls that start them."""
 
     def __init__(self) -> None:
         self._on_device = has_gpu()
@@ -20,11 +20,11 @@ class Stopwatch:
         self._begin: Any = None
 
     def start(self) -> None:
-        """Begin an interval."""
+        """Begin an interval; the previous one must have ended."""
         self._begin = self._now()
 
     def stop(self) -> None:
-        """End it."""
+        """End the interval."""
         assert self._begin is not None, "stopped before it was started"
         begin, self._begin = self._begin, None
         if self._on_device:
@@ -33,7 +33,7 @@ class Stopwatch:
             self._seconds += self._now() - begin
 
     def take(self) -> float:
-        """Seconds of the intervals since the last call. Waits until the device has passed the last of them."""
+        """Return the seconds of all intervals since the last call; wait until the device has finished them."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000.0

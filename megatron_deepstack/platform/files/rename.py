@@ -1,4 +1,4 @@
-"""A rename that replaces nothing, which Linux offers and Python does not."""
+"""A rename that never replaces an existing file; Linux offers it, but Python's library does not."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ _RENAME_NOREPLACE = 1
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a file, whole and at once; of several that ask for one name one gets it. Raises FileExistsError.
+    """Rename a file atomically. If several processes rename to the same name, only one succeeds.
 
-    Raises OSError with EINVAL where the file system knows no such rename.
+    Args:
+        source: The file.
+        target: Its new path on the same file system.
+
+    Raises:
+        FileExistsError: The target exists.
+        OSError: The rename failed; with EINVAL if the system or the file system does not offer such a rename.
     """
     library = ctypes.CDLL(None, use_errno=True)
     names = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target))

@@ -1,7 +1,7 @@
-"""A run folder that can be written, found out before ranks start, and told in one line where it cannot.
+"""Tests before ranks start that the run folder can be written and has room, and errors of one line if not.
 
-`writing` stands around whatever the run writes into its folder, so that a disk that fills up later also ends in one
-line.
+`writing` encloses everything that the run writes into its folder, so that a disk that becomes full later also gives an
+error of one line.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _GIB: Final = 1 << 30
 
 
 def require_writable(run_dir: Path) -> None:
-    """Make the run folder if need be, and write a small file there.
+    """Make the run folder if it does not exist, and test it by writing a small file.
 
     Args:
         run_dir: The recipe's `run_dir`.
 
     Raises:
-        RunFolderError: It is a file, read-only, full, or belongs to somebody else.
+        RunFolderError: It is a file, is read-only, is full, or belongs to another user.
     """
     probe = run_dir / f".writable.{os.uname().nodename}.{os.getpid()}"
     try:
@@ -41,7 +41,7 @@ def require_writable(run_dir: Path) -> None:
 
 
 def write_probe(path: Path, text: str) -> None:
-    """Write a file and bring it to the disk; its folder is made if need be.
+    """Write a file and wait until it is on the disk; its folder is made if it does not exist.
 
     Args:
         path: The file.
@@ -58,15 +58,15 @@ def write_probe(path: Path, text: str) -> None:
 
 
 def require_room(run_dir: Path, needed_bytes: int, what: str) -> None:
-    """Compare the free space of the run folder's file system with what is needed.
+    """Test that the file system of the run folder has enough free space.
 
     Args:
-        run_dir: The recipe's `run_dir`, which is there.
+        run_dir: The recipe's `run_dir`, which exists.
         needed_bytes: Bytes that the run is going to write.
-        what: What needs them, for the message.
+        what: What needs the space, for the message.
 
     Raises:
-        RunFolderError: There is less.
+        RunFolderError: There is less free space.
     """
     free_bytes = shutil.disk_usage(run_dir).free
     if free_bytes < needed_bytes:
@@ -77,26 +77,29 @@ def require_room(run_dir: Path, needed_bytes: int, what: str) -> None:
 
 
 def size_text(num_bytes: int) -> str:
-    """A number of bytes for people.
+    """Write a number of bytes for people.
 
     Args:
-        num_bytes: Bytes.
+        num_bytes: The number.
 
     Returns:
-        In GiB, or in MiB where it is small.
+        The number in GiB, or in MiB below a tenth of a GiB, with its unit.
     """
     return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / (1 << 20):.1f} MiB"
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk answers in the block into an error of one line.
+    """Turn an OSError in the block into an error of one line.
 
     Args:
-        path: What is being written in the run folder, for the message.
+        path: What the block writes in the run folder, for the message.
+
+    Yields:
+        Nothing.
 
     Raises:
-        RunFolderError: In place of any OSError.
+        RunFolderError: The block raised an OSError.
     """
     try:
         yield
@@ -108,13 +111,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def said_by(error: OSError) -> str:
-    """The system's words, with the file that they are about.
+    """Return the system's message of an error, with the file that it concerns.
 
     Args:
-        error: What the system raised.
+        error: The error that the system raised.
 
     Returns:
-        Such as `No space left on device: 'runs/a/metrics.jsonl'`.
+        A text such as `No space left on device: 'runs/a/metrics.jsonl'`.
     """
     words = error.strerror or str(error) or type(error).__name__
     return f"{words}: {str(error.filename)!r}" if error.filename else words

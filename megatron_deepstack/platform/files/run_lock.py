@@ -1,13 +1,13 @@
-"""The lock on a run folder: one `train`, torchrun or `launch` at a time works in it, on whatever machine.
+"""The lock on a run folder: only one `train`, torchrun or `launch` at a time uses it, over all machines.
 
-Two things say who holds it. A lock of the file system on `.run.lock`, where one is offered: the system lets go of it
-when the process dies, however it dies. And `.run.owner.json`, which says who the holder is and is touched every few
-seconds: file systems without locks have only this, and on shared folders locks often reach no further than one machine.
-A holder is gone
-- at once, if it ran on this machine and its process is not there any more;
+Two files show who holds the lock. On `.run.lock` the holder has a lock of the file system, if that offers locks; the
+system releases it when the process dies for any reason. `.run.owner.json` names the holder, which touches it every few
+seconds. It is needed since some file systems have no locks, and on shared folders locks often hold on one machine only.
+A holder counts as gone
+- at once, if it ran on this machine and its process does not exist any more;
 - after `PATIENCE_SECONDS` without a sign of life, if it ran on another machine and does not hold the lock.
-A holder that stood still for so long and finds that another one has taken over ends at once, with its ranks: two would
-write one run.
+A holder that was paused for so long, and finds that another process has taken over, ends at once with its ranks, since
+otherwise two processes would write the same run.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from megatron_deepstack.platform.processes.owner import (
 LOCK_FILE: Final = ".run.lock"
 OWNER_FILE: Final = ".run.owner.json"
 HELD: Final = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""What a file system answers where another process holds the lock."""
+"""Error numbers of a file system on which another process holds the lock."""
 NO_LOCKS: Final = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-"""What a file system answers that offers no locks, or whose lock service is away."""
+"""Error numbers of a file system that offers no locks, or whose lock service cannot be reached."""
 
 
 @contextmanager
 def run_lock(run_dir: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Be the only one that works in a run folder. Called by the process that starts the ranks, or by rank 0.
+    """Hold the lock on a run folder for a block. The process that starts the ranks calls it, or rank 0.
 
     Args:
-        run_dir: The run folder; made if need be.
+        run_dir: The run folder; it is made if it does not exist.
         what: What this process is: `train`, `torchrun` or `launch`.
-        tell: Hears that there is something to wait for.
+        tell: Function that shows a message to the user, if it is necessary to wait.
 
     Yields:
-        While the lock is held.
+        Nothing; the lock is held in the block.
 
     Raises:
-        RunFolderError: Another process holds it, which the message names; or the folder cannot be written.
+        RunFolderError: Another process, which the message names, holds the lock; or the folder cannot be written.
     """
     with writing(run_dir / OWNER_FILE):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -102,14 +102,14 @@ def take_lock(handle: int, file: Path) -> bool | None:
     """Take the file system's lock on an open file, without waiting.
 
     Args:
-        handle: Open for writing.
-        file: Its path, for the message.
+        handle: File descriptor, open for writing.
+        file: Path of the file, for the message.
 
     Returns:
-        True: it is ours. False: another process holds it. None: this file system offers no locks.
+        True if this process has the lock, False if another process holds it, None if the file system offers no locks.
 
     Raises:
-        RunFolderError: The file system answers anything else.
+        RunFolderError: The file system reports another error.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,7 +126,7 @@ def take_lock(handle: int, file: Path) -> bool | None:
 
 
 def _take_over(file: Path, judged: Owner | None) -> bool:
-    """Take away the record of an owner that is gone; False if another process has come first."""
+    """Remove the record of an owner that is gone; return False if another process was faster."""
     aside = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}.gone")
     try:
         file.rename(aside)
@@ -151,7 +151,7 @@ def _created(file: Path, me: Owner) -> bool:
 
 
 def _give_back(run_dir: Path, owner: Owner) -> None:
-    """Take our record away; where the disk refuses, whoever comes next finds that our process is gone."""
+    """Remove this process's record. If the disk refuses, the next process finds that this one does not exist."""
     file = run_dir / OWNER_FILE
     found = read_owner(file)
     if found is not None and found.token == owner.token:
@@ -160,13 +160,13 @@ def _give_back(run_dir: Path, owner: Owner) -> None:
 
 
 def read_owner(file: Path) -> Owner | None:
-    """The owner that a record names.
+    """Read the owner that a record names.
 
     Args:
-        file: The record.
+        file: File of the record.
 
     Returns:
-        The owner; None if there is no record, or none that can be read.
+        The owner; None if there is no record, or if it cannot be read.
     """
     try:
         return Owner(**json.loads(file.read_text(encoding="utf-8")))
@@ -175,7 +175,10 @@ def read_owner(file: Path) -> Owner | None:
 
 
 def _look(file: Path) -> tuple[str, int] | None:
-    """Content and time of the record; None if there is none. Opened, so that shared folders ask their server."""
+    """Return content and time of the record, None if there is none.
+
+    The file is opened, since on a shared folder only that asks the server for its present state.
+    """
     try:
         with file.open(encoding="utf-8", errors="replace") as stream:
             return stream.read(), os.fstat(stream.fileno()).st_mtime_ns
@@ -188,7 +191,7 @@ def _text(owner: Owner) -> str:
 
 
 class _Heart:
-    """Shows that the holder lives, until it is stopped."""
+    """A thread that touches the owner's record every few seconds, until it is stopped."""
 
     def __init__(self, run_dir: Path, owner: Owner) -> None:
         self._run_dir, self._owner = run_dir, owner
@@ -197,7 +200,7 @@ class _Heart:
         self._thread.start()
 
     def stop(self) -> None:
-        """No more signs of life."""
+        """Stop the thread and wait for its end."""
         self._stopped.set()
         self._thread.join()
 
@@ -207,8 +210,8 @@ class _Heart:
             found = read_owner(file)
             if found is not None and found.token != self._owner.token:
                 _end(self._run_dir, found)
-            # A touch takes no space, so a full disk does not make the holder look dead. Where the folder is away for
-            # a moment this beat is left out: what the run itself writes says so.
+            # A touch takes no space, so a full disk does not make the holder look dead. If the folder cannot be reached
+            # for a moment, this beat is left out; the run's own writing reports such an error.
             with suppress(OSError):
                 if found is None:
                     create_whole(file, _text(self._owner))
@@ -217,7 +220,7 @@ class _Heart:
 
 
 def _end(run_dir: Path, other: Owner) -> None:
-    """End this process, and with it the ranks it has started: another one works in the run folder."""
+    """End this process and the ranks that it has started, since another process uses the run folder."""
     sys.stderr.write(
         f"error: {run_dir}: {_who(other)} has taken over this run, since this process stood still for more than "
         f"{PATIENCE_SECONDS:.0f} s. This process ends, so that two do not write one run; the other goes on from the "

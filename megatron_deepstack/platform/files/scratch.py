@@ -1,8 +1,8 @@
-"""Scratch folders: private folders of this machine that vanish when no process holds them any more.
+"""Scratch folders: private folders on this machine that are removed when no process holds them any more.
 
-Each holder keeps a shared lock on a file in the folder. The kernel drops the lock of a process that is killed, so a
-folder whose lock is free is a leftover: the last holder removes its folder, and whoever makes a new one removes the
-leftovers beside it first.
+Each holder keeps a shared lock on a file in the folder. The kernel releases the lock of a process that is killed, so a
+folder whose lock is free is a leftover. The last holder removes its folder, and a process that makes a new folder first
+removes the leftovers beside it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from types import TracebackType
 from typing import Final
 
 MEMORY: Final = Path("/dev/shm")
-"""Files here live in memory, where the system offers it."""
+"""Folder whose files are kept in memory, on systems that offer it."""
 _LOCK: Final = ".held"
 _PROBE_BYTES: Final = 1 << 16
 NUMBER_DIGITS: Final = 3
-"""Of the number in the name of a new folder, at most."""
+"""Largest number of digits of the number in the name of a new folder."""
 
 
 class Scratch:
     """A scratch folder that this process holds. A context manager; `release` may be called more than once."""
 
     def __init__(self, folder: Path, lock: int) -> None:
-        """Use `hold` or `hold_new`."""
+        """Use `hold` or `hold_new` instead. `lock` is the descriptor of the file in the folder that is locked."""
         self.path, self._lock = folder, lock
         self.kept = False
-        """Leave the folder there at the end, for somebody to read."""
+        """Set it to True to keep the folder at the end, so that somebody can read it."""
 
     def __enter__(self) -> Scratch:
         return self
@@ -43,7 +43,7 @@ class Scratch:
         self.release()
 
     def release(self) -> None:
-        """Hold the folder no longer; the last holder removes it."""
+        """Stop holding the folder; the last holder removes it."""
         if self._lock < 0:
             return
         try:
@@ -51,23 +51,23 @@ class Scratch:
                 shutil.rmtree(self.path, ignore_errors=True)
         finally:
             with suppress(OSError):
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for processes that were forked since
             os.close(self._lock)
             self._lock = -1
 
 
 def hold(parent: Path, name: str) -> Scratch:
-    """Hold the folder `name` in `parent`, which is made if it is not there; several processes may hold it.
+    """Hold a folder with a known name, which is made if it does not exist. Several processes may hold it.
 
     Args:
         parent: An existing folder, such as `MEMORY` or the system's temporary folder.
-        name: The same in all processes that share the folder: its kind, a dash, and what tells it from others.
+        name: Name of the folder, the same in all processes that share it: its kind, a dash, and a distinct part.
 
     Returns:
-        The folder, held. It is readable by this user alone.
+        The held folder. Only this user can read it.
 
     Raises:
-        OSError: It cannot be made, or is another user's.
+        OSError: It cannot be made, or belongs to another user.
     """
     folder = parent / name
     while True:
@@ -89,17 +89,17 @@ def hold(parent: Path, name: str) -> Scratch:
 
 
 def hold_new(parent: Path, kind: str) -> Scratch:
-    """Hold a new folder in `parent` that nobody else knows; the leftovers of its kind there are removed first.
+    """Hold a new folder that no other process knows. Leftovers of its kind beside it are removed first.
 
     Args:
         parent: An existing folder.
-        kind: What the folder is for, in one short word. It is named after it: the kind, a dash and a number.
+        kind: What the folder is for, in one short word. The name of the folder is the kind, a dash and a number.
 
     Returns:
-        The folder, held.
+        The held folder.
 
     Raises:
-        OSError: It cannot be made or written, a full disk included.
+        OSError: It cannot be made or written, for example because the disk is full.
     """
     sweep(parent, kind)
     held = hold(parent, _make_new(parent, kind))
@@ -114,7 +114,12 @@ def hold_new(parent: Path, kind: str) -> Scratch:
 
 
 def sweep(parent: Path, kind: str) -> None:
-    """Remove this user's folders of a kind that no process holds. Whatever cannot be removed stays."""
+    """Remove this user's folders of a kind that no process holds. A folder that cannot be removed is left there.
+
+    Args:
+        parent: The folder that contains them.
+        kind: Their kind, as given to `hold_new`.
+    """
     with suppress(OSError):
         for folder in _of_kind(parent, kind):
             with suppress(OSError):
@@ -127,7 +132,7 @@ def sweep(parent: Path, kind: str) -> None:
 
 
 def _make_new(parent: Path, kind: str) -> str:
-    """Name of a new folder, short since paths of sockets are."""
+    """Make a new folder and return its name, which is short since the paths of sockets must be short."""
     for number in range(10**NUMBER_DIGITS):
         with suppress(FileExistsError):
             (parent / f"{kind}-{number}").mkdir(mode=0o700)
@@ -148,7 +153,7 @@ def _lock_alone(lock: int) -> bool:
 
 
 def _is_at(lock: int, path: Path) -> bool:
-    """Whether an open file is still the one at its path, and not one that was removed meanwhile."""
+    """Whether an open file is still the file at its path, and was not removed since it was opened."""
     try:
         there = path.stat()
     except OSError:

@@ -1,10 +1,10 @@
-"""Records as JSON that every parser takes: NaN and infinities, which JSON has not, are written by name.
+"""Records as JSON that every parser accepts, although JSON itself has no NaN and no infinities.
 
-A value that is not finite is written as null, and named in the record's own `not_finite`:
+A value that is not finite is written as null, and is named under the record's key `not_finite`:
 
     {"step": 3, "loss": null, "not_finite": {"loss": "nan"}}
 
-Reading puts it back. Records of earlier versions, which hold bare NaN and Infinity, are read as well.
+Reading restores the value. Records of earlier versions, which hold bare NaN and Infinity, are read as well.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 NOT_FINITE: Final = "not_finite"
-"""Key of the mapping from names (with `/` between a mapping's name and its key) to `nan`, `inf` or `-inf`."""
+"""Key of a mapping from names of values (with `/` between nested keys) to `nan`, `inf` or `-inf`."""
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """One record as one line of strict JSON, without its newline.
+    """Write one record as one line of strict JSON.
 
     Args:
-        record: Plain values; mappings and lists in it may hold numbers that are not finite too.
+        record: Plain values. Mappings and lists in it may also hold numbers that are not finite.
 
     Returns:
-        The line.
+        The line, without a newline at its end.
     """
     names: dict[str, str] = {}
     plain = {key: _replaced(value, str(key), names) for key, value in record.items()}
@@ -35,13 +35,13 @@ def to_line(record: Mapping[str, Any]) -> str:
 
 
 def from_line(line: str) -> Any:
-    """A record from its line.
+    """Read a record from its line.
 
     Args:
-        line: Written by `to_line`, or any JSON.
+        line: A line that `to_line` has written, or any JSON.
 
     Returns:
-        What it holds; in a record NaN and infinities stand where they stood.
+        The value; in a record, NaN and infinities are restored.
 
     Raises:
         ValueError: It is not JSON.

@@ -1,7 +1,7 @@
-"""Files that others read at any moment: they get their content at once, or keep what they had.
+"""Writing files that other processes may read at any moment: a file has its complete new content, or the old one.
 
-The content goes into a second file beside the first and to the disk, and then takes the name. A full disk or a kill
-leaves the old content; what is left of the second file bears the name of its process.
+The content is written to a temporary file in the same folder and to the disk, and then that file is renamed. After a
+full disk or a kill, the old content is still there. The name of a temporary file contains the id of its process.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Final
 from megatron_deepstack.platform.files.rename import rename_new
 
 _NOT_OFFERED: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
-"""What file systems answer that have no hard links, or no rename that replaces nothing."""
+"""Error numbers of file systems that have no hard links."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Give a file its content at once, in place of what it had.
+    """Replace the content of a file atomically.
 
     Args:
-        path: The file; its folder is there.
-        text: The content, written as UTF-8.
+        path: The file; its folder exists.
+        text: The new content, written as UTF-8.
 
     Raises:
-        OSError: The disk refuses; the file is as it was.
+        OSError: The file cannot be written; it is not changed.
     """
     partial = partial_of(path)
     try:
@@ -39,15 +39,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def create_whole(path: Path, text: str) -> None:
-    """Create a file with its content at once; of several that create it at a time one does.
+    """Create a file with its content atomically. If several processes create it, only one succeeds.
 
     Args:
-        path: The file; its folder is there.
+        path: The file; its folder exists.
         text: The content, written as UTF-8.
 
     Raises:
-        FileExistsError: The file is there.
-        OSError: The disk refuses, or offers neither hard links nor a rename that replaces nothing.
+        FileExistsError: The file exists.
+        OSError: The file cannot be written, or the file system offers neither hard links nor a rename that never
+            replaces a file.
     """
     partial = partial_of(path)
     try:
@@ -66,13 +67,13 @@ def create_whole(path: Path, text: str) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file's content lies before it has its name; of this process and host alone.
+    """Return the temporary file for the content of a file, which no other process uses.
 
     Args:
         path: The file.
 
     Returns:
-        A path in the same folder.
+        A path in the same folder, with the names of this host and process in it.
     """
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
 

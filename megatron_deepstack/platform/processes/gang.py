@@ -1,8 +1,8 @@
-"""Processes that stand and fall together: the ranks of one machine, how they ended, and which of them is to blame.
+"""The ranks of one machine as a group that ends together: how each rank ended, and which one caused a failure.
 
-A rank says through its pipe how it ended: with a result, with an expected error, or with a traceback. One that was
-killed says nothing. When one fails the others fail with it, since their collectives break; so what is seen first is
-not always the cause, and `cause` picks it.
+A rank reports through its pipe how it ended: with a result, with an expected error, or with a traceback. A rank that
+was killed reports nothing. When one rank fails the others fail too, since their collectives break. So the failure that
+is seen first is not always the cause, and `cause` chooses the most likely one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megatron_deepstack.errors import DeepStackError, HangError, PreemptedError, RankError
+from megatron_deepstack.platform.processes.cut_off import exception_in, is_cut_off
 
 SETTLE_SECONDS = 2.0
-"""After a rank's collective broke, the time in which another rank's death or error is still taken for the cause."""
+"""Time after a broken collective in which the death or error of another rank still counts as the cause."""
 STOPPED = "stopped on request"
-_BROKEN = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process")
+"""Default message for ranks that end on request and report nothing."""
 _EXIT_SECONDS = 60.0
-"""Longest that a rank may take to leave after its result, or after it saved on request."""
+"""Longest time that a rank may take to end after its result, or after it has saved on request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a rank says at its end: one of the three."""
+    """What a rank reports at its end: one of the three fields."""
 
     result: Any = None
+    """What its function returned."""
     error: DeepStackError | None = None
     """An expected failure."""
     trace: str | None = None
@@ -45,55 +47,55 @@ class Ending:
     rank: int
     pid: int
     report: Report | None
+    """None if the rank reported nothing."""
     exit_code: int = 0
-    """Of a process that said nothing; negative: the signal that killed it."""
+    """Exit code of a process that reported nothing; a negative one is the signal that killed it."""
 
     @property
     def failed(self) -> bool:
-        """Whether it is anything but a result."""
+        """Whether the rank ended without a result."""
         return self.report is None or self.report.error is not None or self.report.trace is not None
 
     @property
     def blame(self) -> int:
-        """The lower, the likelier the cause: killed, failed as expected, ended itself in silence, raised, cut off."""
+        """Rank among possible causes; the lowest is the most likely.
+
+        0: killed; 1: expected error; 2: ended without a report; 3: other exception; 4: lost connection to another rank.
+        """
         if self.report is None:
             return 0 if self.exit_code < 0 else 2
         if self.report.error is not None:
             return 1
-        return 4 if is_broken_connection((self.report.trace or "").strip().rpartition("\n")[2]) else 3
+        return 4 if is_cut_off(*exception_in(self.report.trace or "")) else 3
 
     def as_error(self) -> DeepStackError:
-        """What the user is told."""
+        """Return the error that the user sees."""
         who = f"rank {self.rank} (pid {self.pid})"
         if self.report is None:
             return _silent_end(who, self.exit_code)
         return self.report.error or RankError(f"{who} raised:\n{(self.report.trace or '').rstrip()}")
 
 
-def is_broken_connection(words: str) -> bool:
-    """Whether what a rank raised is a consequence of another rank's end.
+def cause(endings: Iterable[Ending]) -> Ending:
+    """Choose the ending that most likely caused the failure.
 
     Args:
-        words: Of the exception.
+        endings: Endings in order of time; at least one of them failed.
 
     Returns:
-        True where gloo or NCCL say that another process has closed a connection.
+        The ending with the lowest `blame`, the earliest of several.
     """
-    return any(one in words.lower() for one in _BROKEN)
-
-
-def cause(endings: Iterable[Ending]) -> Ending:
-    """The ending to blame among those given in order of time, of which at least one failed."""
     return min((ending for ending in endings if ending.failed), key=lambda ending: ending.blame)
 
 
 class Gang:
-    """Started ranks. Each leads a process group of its own, so that nothing a rank has started outlives it."""
+    """Ranks that were started. Each of them leads a process group, so that no process started by a rank outlives it."""
 
     def __init__(self, processes: Sequence[BaseProcess], pipes: Sequence[Connection], stopped: str = STOPPED) -> None:
-        """`processes[r]` is rank r and sends its `Report` to `pipes[r]`.
-
-        `stopped` is what the user is told of ranks that end on request and say nothing themselves.
+        """Args:
+        processes: The started processes, by rank.
+        pipes: The pipe from which the `Report` of each rank is read, by rank.
+        stopped: Message to the user if ranks end on request and report nothing.
         """
         self.processes, self.pipes, self._stopped = processes, pipes, stopped
         self._exits = [_exit_handle(process) for process in processes]
@@ -101,7 +103,7 @@ class Gang:
         self._stopping = False
 
     def ask_to_stop(self) -> None:
-        """Send every rank SIGTERM, so that it saves and ends; the second time kill them all."""
+        """Send every rank SIGTERM, so that it saves and ends. The second call kills all ranks."""
         number = signal.SIGKILL if self._stopping else signal.SIGTERM
         self._stopping = True
         for rank, process in enumerate(self.processes):
@@ -110,7 +112,14 @@ class Gang:
                     os.kill(process.pid or 0, number)
 
     def wait(self) -> Any:
-        """Rank 0's result once all have ended; when one fails, the others are ended and its error is raised."""
+        """Wait until all ranks have ended; when one fails, end the others.
+
+        Returns:
+            The result of rank 0.
+
+        Raises:
+            DeepStackError: The error of the rank that caused the failure.
+        """
         try:
             while self._missing() and not self._failed():
                 self._collect(None)
@@ -125,7 +134,7 @@ class Gang:
             self.kill()
 
     def kill(self) -> None:
-        """End every rank, a stopped one too, with all that it has started."""
+        """Kill every rank, also one that SIGSTOP has paused, with all processes that it has started."""
         for process in self.processes:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid or 0, signal.SIGKILL)
@@ -144,7 +153,7 @@ class Gang:
         return any(ending.failed for ending in self._endings.values())
 
     def _settle(self) -> None:
-        """Wait while the cause may still be on its way; where ranks have saved on request, until all have ended."""
+        """Wait a short time for the cause to be reported; if ranks have saved on request, wait until all have ended."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while self._missing():
             first = cause(self._endings.values())
@@ -156,7 +165,7 @@ class Gang:
                 return
 
     def _collect(self, timeout: float | None) -> bool:
-        """Take in what ranks report and how they end; False if nothing happened in time."""
+        """Record what ranks report and how they end; return False if nothing happened in time."""
         missing = self._missing()
         by_source: dict[Any, int] = {self.pipes[rank]: rank for rank in missing}
         by_source.update({self._exits[rank]: rank for rank in missing})
@@ -183,9 +192,10 @@ class Gang:
 
 
 def _exit_handle(process: BaseProcess) -> int:
-    """A file descriptor that turns readable when the process ends.
+    """Return a file descriptor that becomes readable when the process ends.
 
-    Not its sentinel, where the kernel offers better: processes that the rank has forked hold that one open.
+    The sentinel of the process is used only if the kernel has no pidfd, since processes that the rank has forked keep
+    the sentinel open.
     """
     try:
         return os.pidfd_open(process.pid or 0)

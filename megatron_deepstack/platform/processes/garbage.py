@@ -1,4 +1,4 @@
-"""Python's collector of reference cycles, kept away from what never becomes garbage."""
+"""Python's collector of reference cycles, which is told to ignore objects that never become garbage."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import gc
 
 
 def settle() -> None:
-    """Leave everything that is alive now out of later collections.
+    """Exclude all objects that exist now from later collections.
 
-    Call once, when what a process needs is imported and nothing large is built yet. torch and Megatron bring half a
-    million objects, and each full collection looks at all of them: 0.2 to 0.4 s, in every rank at a step of its own,
-    for which all others wait.
+    Call it once per process, after all imports and before anything large is built. torch and Megatron create half a
+    million objects, and each full collection would look at all of them. That takes 0.2 to 0.4 s, in each rank at a
+    different step, and all other ranks wait for it.
     """
     gc.collect()
     gc.freeze()

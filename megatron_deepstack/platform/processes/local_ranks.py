@@ -1,8 +1,8 @@
 """Starting ranks on this machine from one command, without torchrun.
 
-The ranks meet in a store that this process keeps on a port of the loopback interface, picked by the operating system;
-torch's own launcher would listen on every interface. SIGTERM and SIGINT to this process reach the ranks as SIGTERM, and
-it waits for what they save; torch's would kill them after 30 seconds.
+The ranks meet in a `TCPStore` of this process, on a port of the loopback interface that the operating system picks;
+torch's launcher would listen on every interface. This process forwards SIGTERM and SIGINT to the ranks as SIGTERM, and
+waits until they have saved; torch's launcher would kill them after 30 seconds.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _ENVIRONMENT = {
 
 
 def launch_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, stopped: str = STOPPED) -> Any:
-    """Run a module-level `function(*args)` in each of `num_ranks` processes. When a rank fails the others are ended.
+    """Run `function(*args)` in each of several new processes. When a rank fails, the others are ended.
 
     Args:
-        function: What each rank runs; found by its name there.
-        num_ranks: Processes.
-        args: For `function`; they are pickled.
-        stopped: What the user is told where this process was asked to stop and the ranks had nothing to say: what
-            became of the work, and how to go on.
+        function: Function of a module that each rank runs; each rank imports it by its name.
+        num_ranks: Number of processes.
+        *args: Arguments of `function`; they are pickled.
+        stopped: Message to the user if this process is asked to stop and the ranks report nothing. It says what
+            happened to the work, and how to continue.
 
     Returns:
-        Rank 0's result.
+        The result of rank 0.
 
     Raises:
-        DeepStackError: The error of errors.py that a rank raised; it names the rank that met it alone.
-        RankError: A rank died, or raised anything else; its message names it.
-        HangError: The ranks found themselves hanging.
+        DeepStackError: The expected error that a rank raised; it names the rank if only that rank met it.
+        RankError: A rank, which the message names, died or raised another exception.
+        HangError: The ranks detected a hang.
         PreemptedError: This process was asked to stop.
-        LayoutError: The ranks outnumber the GPUs; none was started.
+        LayoutError: There are more ranks than GPUs; no rank was started.
     """
     require_devices(num_ranks)
     listener = socket.create_server((_LOOPBACK, 0))
@@ -76,7 +76,7 @@ def _start(function: Callable[..., Any], args: tuple[Any, ...], num_ranks: int, 
     try:
         for rank in range(num_ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, num_ranks, port, theirs, function, args))
+            process = context.Process(target=_rank, args=(os.getpid(), rank, num_ranks, port, theirs, function, args))
             process.start()
             theirs.close()
             processes.append(process)
@@ -92,7 +92,7 @@ def _start(function: Callable[..., Any], args: tuple[Any, ...], num_ranks: int, 
 
 @contextmanager
 def _stop_signals(gang: Gang) -> Iterator[None]:
-    """Hand SIGTERM and SIGINT on to the ranks; only a process's main thread can."""
+    """Forward SIGTERM and SIGINT to the ranks in the block; only the main thread of a process can do that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -107,11 +107,17 @@ def _stop_signals(gang: Gang) -> Iterator[None]:
 
 
 def _rank(
-    rank: int, num_ranks: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    launcher: int,
+    rank: int,
+    num_ranks: int,
+    port: int,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
-    """A rank's life: it ends with its launcher, and tells it how it ended."""
+    """Run in the process of a rank: call the function and report how it ended. The rank dies with its launcher."""
     os.setpgid(0, 0)
-    die_with_parent()
+    die_with_parent(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank),
@@ -120,7 +126,7 @@ def _rank(
         LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR=_LOOPBACK,
         MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # the launcher keeps the store; rank 0 must not open one
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the launcher has the TCPStore; rank 0 must not open one
     )
     try:
         pipe.send(Report(result=function(*args)))

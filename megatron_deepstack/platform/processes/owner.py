@@ -1,8 +1,8 @@
-"""Who holds something that one process at a time may hold: a run folder, or a store that is being written.
+"""The owner of something that only one process at a time may hold: a run folder, or a store that is being written.
 
-An `Owner` is written into a small file beside what is held, and its file is touched every few seconds. Whoever comes
-next judges by it whether the holder still lives: on the same machine by its process, from elsewhere by watching whether
-the file changes, so that clocks need not agree.
+The owner writes an `Owner` into a small file in the folder that it holds, and touches the file every few seconds. By
+this file the next process decides whether the owner still lives. On the same machine it looks for the owner's process.
+From another machine it watches whether the file changes, so the clocks of the machines need not agree.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Final
 from megatron_deepstack.platform.processes.process import machine_start, process_start, still_runs
 
 BEAT_SECONDS: Final = 5.0
-"""Between two signs of life of an owner."""
+"""Time between two signs of life of an owner."""
 PATIENCE_SECONDS: Final = 30.0
-"""An owner on another machine that gives no sign of life for so long is gone."""
+"""An owner on another machine that gives no sign of life for this time counts as gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,17 @@ class Owner:
     """A process that holds something."""
 
     host: str
+    """Name of its machine."""
     machine: str
-    """`machine_start` there; process ids mean something within it only."""
+    """`machine_start` on its machine; process ids are only valid together with it."""
     pid: int
+    """Its process id."""
     started: float
-    """When the process began, in seconds since 1970, so that another of the same id is not taken for it."""
+    """When the process began, in seconds since 1970. It distinguishes the process from a later one with the same id."""
     token: str
-    """Of this holding alone."""
+    """Random text that is new each time something is held."""
     beat: int = 0
-    """Times it has been rewritten."""
+    """Number of times that the record was rewritten."""
     what: str = ""
     """What the process is, such as `train`."""
 
@@ -44,12 +46,12 @@ class Owner:
 
     @property
     def since(self) -> str:
-        """When its process began, for messages, in this machine's time zone."""
+        """When its process began, as text for messages, in this machine's time zone."""
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
 
 
 def this_process(what: str = "") -> Owner:
-    """An owner of this process, with a token of its own.
+    """Make an owner for this process, with a new token.
 
     Args:
         what: What the process is, for messages.
@@ -61,13 +63,13 @@ def this_process(what: str = "") -> Owner:
 
 
 def is_here(owner: Owner) -> bool:
-    """Whether an owner's process id means something on this machine.
+    """Whether the process id of an owner is valid on this machine.
 
     Args:
-        owner: Read from a file.
+        owner: An owner that was read from a file.
 
     Returns:
-        True if it began within the same start of this machine's system or container.
+        True if its process was started since the last start of this machine's system or container.
     """
     return owner.machine == machine_start()
 
@@ -80,17 +82,17 @@ def lives(
     patience_seconds: float,
     beat_seconds: float,
 ) -> bool:
-    """Whether an owner is still at work; takes up to `patience_seconds` if it is on another machine.
+    """Whether an owner still lives. This takes up to `patience_seconds` if it is on another machine.
 
     Args:
-        owner: As read from its file.
-        seen: What `look` returned when it was read.
-        look: What is to be seen of the owner now; None once it has given back what it held.
-        patience_seconds: Longest silence of a living owner.
-        beat_seconds: Between two signs of life.
+        owner: The owner as it was read from its file.
+        seen: What `look` returned when the file was read.
+        look: Returns the present state of the owner's file, or None if the owner has removed it.
+        patience_seconds: Longest time between two signs of life of a living owner.
+        beat_seconds: Usual time between two signs of life.
 
     Returns:
-        True if its process runs here, or if what `look` returns changes elsewhere.
+        True if its process runs on this machine, or, for another machine, if the state of its file changes.
     """
     if is_here(owner):
         return still_runs(owner.pid, owner.started)

@@ -1,7 +1,7 @@
-"""Joining and leaving `torch.distributed`, as torchrun and Ray Train describe it in the environment.
+"""Joining and leaving `torch.distributed`, with the environment variables that torchrun and Ray Train set.
 
-Ranks meet in a store (a small server of keys and values) before there is a process group. What keeps a rank from
-starting is told to the others there, so that all leave with one error, also where a rank has no device to talk by.
+Before there is a process group, ranks meet in a `TCPStore`, a small server of keys and values. There a rank tells the
+others if it cannot start, so that all exit with the same error, even if a rank has no device for collectives.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 DEFAULT_SECONDS: Final = 600.0
-"""Longest wait of a collective, unless the caller says otherwise."""
+"""Default of the longest wait of a collective."""
 _LEAVE: Final = timedelta(seconds=10)
-"""Longest that rank 0 stays after an error, for ranks that have still to read it."""
+"""Longest time that rank 0 waits after an error until all ranks have read it."""
 
 
 def join(timeout_seconds: float = DEFAULT_SECONDS, problem: DeepStackError | None = None) -> None:
-    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Collective over all ranks.
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. Collective over all ranks.
 
-    Does nothing where a launcher has joined already.
+    If a launcher has already joined the group, only the device is selected.
 
     Args:
         timeout_seconds: Longest wait for other ranks, here and in each collective.
-        problem: What keeps this rank from starting, such as a recipe that it cannot read; None if nothing does.
+        problem: Why this rank cannot start, such as an error about its recipe; None if it can start.
 
     Raises:
-        DeepStackError: The same on every rank, if any has a problem or not the device it needs.
-        ConfigError: The port is taken, or the variables are not what torch expects.
+        DeepStackError: The same error on every rank, if any rank has a problem or does not have the device it needs.
+        ConfigError: Another process has the port, or the variables do not have the values that torch expects.
         RankError: The ranks did not meet in time.
-        LayoutError: Outside any launcher.
+        LayoutError: The variables are not set, since no launcher started this process.
     """
     try:
         select_device()
@@ -69,7 +69,7 @@ def join(timeout_seconds: float = DEFAULT_SECONDS, problem: DeepStackError | Non
 
 
 def _meet(timeout_seconds: float) -> tuple[dist.Store, int, int]:
-    """The store that all ranks meet in, this rank and their number."""
+    """Return the TCPStore in which all ranks meet, this rank, and the number of ranks."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     _require_free_port()
     try:
@@ -87,7 +87,7 @@ def _meet(timeout_seconds: float) -> tuple[dist.Store, int, int]:
 
 
 def _require_free_port() -> None:
-    """Raise ConfigError if rank 0 is to open the store at a port that another process has."""
+    """Raise ConfigError if rank 0 has to open the TCPStore at a port that another process uses."""
     if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     port = os.environ["MASTER_PORT"]
@@ -106,7 +106,7 @@ def _require_free_port() -> None:
 
 
 def _agree(store: dist.Store, rank: int, num_ranks: int, problem: DeepStackError | None, timeout: timedelta) -> None:
-    """Wait until all ranks have said whether they can start; raise the same error on all if one cannot."""
+    """Wait until all ranks have reported whether they can start; if one cannot, raise the same error on all ranks."""
     if problem is not None:
         store.set(f"problem/{rank}", pickle.dumps((socket.gethostname(), problem)).hex())
         store.add("problems", 1)
@@ -118,7 +118,7 @@ def _agree(store: dist.Store, rank: int, num_ranks: int, problem: DeepStackError
         for other in range(num_ranks)
         if store.check([f"problem/{other}"])
     }
-    with suppress(dist.DistError, RuntimeError):  # rank 0 may keep the store: it stays until the others have read
+    with suppress(dist.DistError, RuntimeError):  # rank 0 may own the TCPStore, so it waits for the others
         _wait_for_all(store, "informed", num_ranks, _LEAVE if rank == 0 else timedelta(0))
     raise agreed_error(found, num_ranks) from problem
 
@@ -135,7 +135,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def join_by_file(path: Path, rank: int, num_ranks: int, timeout_seconds: float = DEFAULT_SECONDS) -> None:
-    """Join ranks of one machine that meet in a file no group has used before. Collective over all ranks."""
+    """Join a process group of ranks on one machine that meet in a file. Collective over all ranks.
+
+    Args:
+        path: The file, the same on all ranks; no process group may have used it before.
+        rank: This rank.
+        num_ranks: Number of all ranks.
+        timeout_seconds: Longest wait for other ranks, here and in each collective.
+    """
     select_device()
     dist.init_process_group(
         backend(),
@@ -147,6 +154,6 @@ def join_by_file(path: Path, rank: int, num_ranks: int, timeout_seconds: float =
 
 
 def leave() -> None:
-    """Leave the process group, if joined. Not called after a failure: no collective then."""
+    """Leave the process group, if this rank has joined one. Do not call it after a failure, since others may hang."""
     if dist.is_initialized():
         dist.destroy_process_group()

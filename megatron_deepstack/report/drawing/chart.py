@@ -1,8 +1,8 @@
-"""Line and area charts by Bokeh: values under the pointer, and zoom along the steps.
+"""Line and area charts by Bokeh: they show values under the pointer, and zoom along the steps.
 
 A page holds Bokeh's script once and each chart as JSON, so that it is one file that needs no network. Measured with
-five charts of 480 steps: 1.34 MB a page, of which 1.27 MB are the script; Plotly's script alone is 4.8 MB. Bokeh needs
-no `eval` for what is drawn here, so the page's policy can forbid it.
+five charts of 480 steps: a page has 1.34 MB, of which 1.27 MB are the script; Plotly's script alone has 4.8 MB. Bokeh
+needs no `eval` for these charts, so the page's policy can forbid it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Point = tuple[float, float]
 
 _HEIGHT: Final = 270
 _MOST_DRAWN: Final = 2000
-"""Points of a line, more than two a pixel."""
+"""Largest number of points drawn in a line; this is more than two for each pixel."""
 _GREY: Final = "#7b8794"
-"""Of text and axes: readable on the light and on the dark page alike."""
+"""Colour of text and axes, which can be read both on a light and on a dark page."""
 _LOG_FROM: Final = 50.0
-"""Ratio of the largest to the smallest value from which an axis is logarithmic, if that is asked for."""
+"""Above this ratio of the largest to the smallest value an axis is logarithmic, if that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: points (step, value) in order of steps, finite values only."""
+    """One line: points (step, value) in order of steps, only finite values."""
 
     points: Sequence[Point]
     colour: str
     label: str = ""
     faint: Sequence[Point] = ()
-    """Drawn behind them: the raw values of which `points` are a mean."""
+    """The raw values of which `points` are a mean; they are drawn behind the line."""
 
 
 class Charts:
-    """The charts of one page: each call returns the place for a chart, `items` what belongs there."""
+    """The charts of one page: each call returns the place for a chart, and `items` holds its content."""
 
     def __init__(self) -> None:
         self.items: dict[str, Mapping[str, Any]] = {}
@@ -49,13 +49,16 @@ class Charts:
     def lines(
         self, lines: Sequence[Line], *, title: str, marks: Sequence[tuple[float, str]] = (), log: bool = False
     ) -> Markup:
-        """Lines over the same steps, with a legend where they have labels.
+        """Lines over the same steps, with a legend if they have labels.
 
         Args:
-            lines: Lines of equal points are drawn as one that bears all their labels.
-            title: For those who cannot see it.
-            marks: Labelled steps.
-            log: A logarithmic axis where values are positive and differ by a factor of 50 or more.
+            lines: Lines with equal points are drawn as one, with all their labels.
+            title: Describes the chart to those who cannot see it.
+            marks: Steps to mark, each with its label.
+            log: Whether the axis may be logarithmic; it is if all values are positive and differ by a factor above 50.
+
+        Returns:
+            The place for the chart, or a sentence if there are no values.
         """
         drawn = _merged([line for line in lines if line.points])
         if not drawn:
@@ -69,7 +72,15 @@ class Charts:
         return self._place(figure, title, [(line.label, line.colour) for line in drawn if line.label])
 
     def areas(self, parts: Sequence[tuple[str, str, Sequence[Point]]], *, title: str) -> Markup:
-        """Areas on top of each other: (label, colour, points) of each part, all over the same steps, from 0 up."""
+        """Areas on top of each other, from 0 up.
+
+        Args:
+            parts: Label, colour and points of each part, all over the same steps.
+            title: Describes the chart to those who cannot see it.
+
+        Returns:
+            The place for the chart, or a sentence if there are no values.
+        """
         steps = [step for step, _ in parts[0][2]] if parts else []
         if not steps:
             return _nothing()
@@ -105,7 +116,7 @@ class Charts:
 
 
 def library_script() -> str:
-    """Bokeh's own script, whole."""
+    """The content of Bokeh's own script."""
     import bokeh
 
     file = Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js"
@@ -117,7 +128,7 @@ def _nothing() -> Markup:
 
 
 def _merged(lines: Sequence[Line]) -> list[Line]:
-    """Lines with the same points as one, since only the last of them would be seen."""
+    """Lines with the same points as one line, since otherwise only the last of them would be visible."""
     found: dict[tuple[Point, ...], Line] = {}
     for line in lines:
         key = tuple(line.points)
@@ -164,7 +175,7 @@ def _source(columns: Mapping[str, Any]) -> Any:
 
 
 def _draw_line(figure: Any, line: Line) -> None:
-    """The raw values behind, if there are any, and the line; the pointer shows both."""
+    """Draw the raw values, if there are any, and the line over them; the pointer shows both."""
     name = line.label or "value"
     if line.faint:
         figure.line("step", "value", source=_source(_columns(line.faint)), color=line.colour, alpha=0.3)
@@ -213,7 +224,15 @@ def _draw_marks(figure: Any, marks: Sequence[tuple[float, str]]) -> None:
 
 
 def drawn_places(values: Sequence[float]) -> Sequence[int]:
-    """Places of the values to draw: all, or of very many the first, the last, and each stretch's lowest and highest."""
+    """Choose the values to draw.
+
+    Args:
+        values: All values of a line.
+
+    Returns:
+        Their places: all of them, or, if there are very many, the first, the last, and the lowest and highest of each
+        part of the line.
+    """
     if len(values) <= _MOST_DRAWN:
         return range(len(values))
     places = {0, len(values) - 1}
@@ -225,10 +244,11 @@ def drawn_places(values: Sequence[float]) -> Sequence[int]:
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
-    """Each value replaced by the mean of about a thirtieth of all around it; at the ends, of what there is.
+    """Replace each value by the mean of those around it, about a thirtieth of all; fewer at the ends.
 
-    Takes time in proportion to the points: a window of `width` values is the end of one block of that many and the
-    beginning of the next. Differences of sums over all would do too, but lose what is small beside one huge value.
+    The time grows linearly with the number of points: a window of `width` values is the end of one block of that length
+    and the beginning of the next. Differences of running sums would be as fast, but they lose small values beside one
+    huge value.
     """
     half, last = max(1, len(points) // 60), len(points) - 1
     width = 2 * half + 1

@@ -1,7 +1,7 @@
-"""What all pages share: the document with its style and security policy, sections, tables, and writing it to a file.
+"""The parts that all pages share: the document with its style and security policy, sections, tables, and the writing.
 
-Text from data and models is escaped. The page's own policy forbids it to load anything, and to run any script but the
-page's own, which are named by their hashes.
+Text from data and models is escaped. The page's own policy forbids it to load anything, and to run any script except
+the page's own scripts, which are named by their hashes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from megatron_deepstack.report.drawing.svg import Markup, element, joined
 
 
 def document(title: str, charts: Charts, *children: str | Markup) -> str:
-    """A whole page's HTML.
+    """The HTML of a whole page.
 
     Args:
-        title: The page's.
-        charts: Those that stand in `children`. Without any the page does without Bokeh's script.
+        title: The page's title.
+        charts: The charts whose places are in `children`. If there are none, the page has no script of Bokeh.
         children: What is in the page, in order.
+
+    Returns:
+        The HTML.
     """
     folder = files("megatron_deepstack.report")
     style = Markup(folder.joinpath("style.css").read_text(encoding="utf-8"))
@@ -51,11 +54,11 @@ def document(title: str, charts: Charts, *children: str | Markup) -> str:
 
 
 _BRIEF = 28
-"""Letters of a cell that is kept on one line."""
+"""Cells of at most this many letters are kept on one line."""
 
 
 def _data(items: Mapping[str, Mapping[str, Any]]) -> str:
-    """JSON that cannot end the element it stands in."""
+    """JSON that cannot end the element that contains it."""
     return json.dumps(items, allow_nan=False).replace("<", "\\u003c")
 
 
@@ -65,7 +68,7 @@ def section(title: str, *children: str | Markup) -> Markup:
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> Markup:
-    """Large values with small names, side by side."""
+    """Large values with small names below, in a row."""
     return element(
         "div",
         *(element("div", element("b", value), element("span", name), class_="fact") for value, name in pairs),
@@ -76,13 +79,16 @@ def facts(pairs: Sequence[tuple[str, str]]) -> Markup:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str | Markup]], *, sortable: bool = False, kinds: Sequence[str] = ()
 ) -> Markup:
-    """A plain table that scrolls by itself where it is wide.
+    """A plain table; if it is too wide, it scrolls by itself.
 
     Args:
         head: Names of the columns.
         rows: Cells of each row.
-        sortable: A click on a head sorts by its column.
-        kinds: Of each row a word by which the section's filter chooses; none if empty.
+        sortable: Whether a click on a head sorts by its column.
+        kinds: For each row a word by which the section's filter chooses rows; no words if empty.
+
+    Returns:
+        The element.
     """
     top = element("tr", *(element("th", name, scope="col") for name in head))
     marks: Sequence[str | None] = kinds or [None] * len(rows)
@@ -94,18 +100,18 @@ def table(
 
 
 def _cell(content: str | Markup) -> Markup:
-    """A cell; short contents are never broken, so that a table scrolls before it turns into columns of letters."""
+    """A cell. Short contents are never broken into lines, so that a wide table scrolls instead."""
     brief = isinstance(content, Markup) or len(content) <= _BRIEF
     return element("td", content, class_="brief" if brief else None)
 
 
 def wide_drawing(drawn: Markup) -> Markup:
-    """A drawing that keeps a readable size on a narrow screen, where it scrolls sideways by itself."""
+    """A drawing that keeps a readable size on a narrow screen, where it scrolls sideways."""
     return element("div", drawn, class_="wide drawing", tabindex="0")
 
 
 def duration(seconds: float) -> str:
-    """As people say it."""
+    """A number of seconds in words, such as `3 min 20 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,6 +1,6 @@
-"""A picture of stacks reaching pipeline stages, as SVG: the crops' mosaic, the stacks sampled from it, the layers.
+"""An SVG drawing of how stacks reach pipeline stages: the mosaic of crops, the stacks taken from it, the layers.
 
-Drawn from the recipe by the same functions that plan the run, so that the picture cannot disagree with it.
+It is drawn from the recipe by the same functions that plan the run, so the drawing cannot contradict the run.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class _Box:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Boxes side by side, and where each layer's cell came to lie."""
+    """Boxes side by side, and the position of each layer's cell."""
 
     markup: Markup
     centre: dict[int, float]
-    """Middle of a layer's cell by layer number; the embedding's under EMBEDDING."""
+    """The middle of each layer's cell, by layer number; that of the embedding under EMBEDDING."""
     top: float
 
 
 def stage_drawing(recipe: Recipe) -> Markup:
-    """The whole picture: views and stacks above, stages below, a curve from each stack to the layer of its slot."""
+    """The whole drawing: views and stacks above, stages below, a curve from each stack to the layer of its slot."""
     in_vit = recipe.model.variant.traits.stacks_in_vit
     slots = plan_vit_stacks(recipe.model).slots if in_vit else decoder_slots(recipe.model)
     parts: list[Markup] = []
@@ -114,7 +114,7 @@ def _images(recipe: Recipe, *, has_stacks: bool) -> Markup:
 
 
 def _page(x: float, y: float) -> list[Markup]:
-    """A hint of a document: blurred lines, as the global view sees them."""
+    """A sign for a document: blurred lines, as the global view shows them."""
     widths = (0.62, 0.74, 0.4, 0.7, 0.55)
     return [
         rect(x + 12, y + 14 + 14 * index, _TILE * width, 6, fill=_GLOBAL, fill_opacity=0.35, rx=3)
@@ -141,7 +141,7 @@ def _arrow(x: float, y: float, to: float) -> Markup:
 
 
 def _stack(stack: int, slot: int, num_stacks: int, row: _Row) -> Markup:
-    """A stack's tile and the curve to the layer it is added before."""
+    """A stack's tile, and the curve to the layer before which it is added."""
     left = _MARGIN + 2 * _TILE + 90
     pitch = min(150.0, (_WIDTH - _MARGIN - left) / num_stacks)
     size = min(64.0, pitch * 0.8)
@@ -168,7 +168,7 @@ def _curve(x: float, y: float, to_x: float, to_y: float, colour: str) -> Markup:
 
 
 def _row(boxes: Sequence[_Box], slots: Sequence[int], y: float) -> _Row:
-    """Boxes of equal cells over the whole width."""
+    """Boxes with cells of equal width over the whole width of the drawing."""
     gap, padding = 10.0, 5.0
     num_cells = sum(max(box.num_cells, 1) for box in boxes)
     cell = (_WIDTH - 2 * _MARGIN - gap * (len(boxes) - 1) - 2 * padding * len(boxes)) / num_cells
@@ -218,7 +218,7 @@ def _cell(name: int | str, middle: float, y: float, cell: float, slots: Sequence
 
 
 def _caption(recipe: Recipe, slots: Sequence[int], height: float) -> Markup:
-    """What the letters mean."""
+    """The meaning of the letters."""
     lines = ["E: word embedding, where base tokens take the image's place. H: final norm, output layer, loss."]
     lines.append("A coloured layer has that stack added to its input, at the image's positions.")
     if not slots:

@@ -13,10 +13,16 @@ class Markup(str):
 
 
 def element(name: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
-    """`<name attribute="...">children</name>`.
+    """Make `<name attribute="...">children</name>`.
 
-    Plain strings among the children are escaped, Markup is not. In attribute names `_` stands for `-`, and a trailing
-    `_` keeps a name clear of Python's keywords; a number is written with at most two decimals; None is left out.
+    Args:
+        name: The element's name.
+        children: Its content. Plain strings are escaped, Markup is not.
+        attributes: In names, `_` means `-`, and a trailing `_` avoids Python's keywords. A number is written with at
+            most two decimals; an attribute that is None is left out.
+
+    Returns:
+        The element.
     """
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_value(value))}"'
@@ -27,12 +33,22 @@ def element(name: str, *children: str | Markup, **attributes: str | float | None
 
 
 def joined(*children: str | Markup) -> Markup:
-    """Children one after the other, plain strings escaped."""
+    """Children one after the other; plain strings are escaped."""
     return Markup("".join(child if isinstance(child, Markup) else escape(child) for child in children))
 
 
 def drawing(width: float, height: float, title: str, *children: Markup) -> Markup:
-    """An `<svg>` that scales to its container, with a title for those who cannot see it."""
+    """An `<svg>` that scales to its container.
+
+    Args:
+        width: Width of its coordinate system.
+        height: Height of its coordinate system.
+        title: Describes it to those who cannot see it.
+        children: What is drawn, in order.
+
+    Returns:
+        The element.
+    """
     return element(
         "svg",
         element("title", title),
@@ -45,7 +61,7 @@ def drawing(width: float, height: float, title: str, *children: Markup) -> Marku
 
 
 def text(x: float, y: float, content: str, *, size: float = 12, **attributes: str | float | None) -> Markup:
-    """One line of text; `x` is its middle unless `text_anchor` says otherwise."""
+    """One line of text; `x` is its middle, unless `text_anchor` is given."""
     return element("text", content, x=x, y=y, font_size=size, **{"text_anchor": "middle", "fill": INK} | attributes)
 
 
@@ -67,16 +83,25 @@ LINE = "#cbd2d9"
 PAPER = "#ffffff"
 """Background."""
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#7a5c3e")
-"""Colours of the stacks, told apart by colour-blind readers (after Okabe and Ito)."""
+"""Colours of the stacks, which colour-blind readers can distinguish (after Okabe and Ito)."""
 
 
 def stack_colour(stack: int) -> str:
-    """Colour of a stack; repeats after the palette's end."""
+    """The colour of a stack; after the last colour of the palette it begins again."""
     return PALETTE[stack % len(PALETTE)]
 
 
 def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` multiples of 1, 2 or 5 times a power of ten that enclose low and high."""
+    """Round numbers for an axis.
+
+    Args:
+        low: Smallest value.
+        high: Largest value.
+        count: About how many numbers are wanted.
+
+    Returns:
+        Multiples of 1, 2 or 5 times a power of ten, the first at most `low`, the last at least `high`.
+    """
     span = max(high - low, abs(high) * 1e-6, 1e-12)
     unit = 10 ** math.floor(math.log10(span / count))
     step = next(unit * factor for factor in (1, 2, 5, 10, 20) if span / (unit * factor) <= count)

@@ -1,8 +1,8 @@
-"""A recorded step as a picture: ranks as rows, time to the right, each box one thing a rank did.
+"""A recorded step as a drawing: ranks as rows, time to the right, each box one action of a rank.
 
-Numbers on boxes are micro-batches. Encoder and decoder have colours of their own, so that it shows at a glance where
-the encoder's work is: at both ends of the step on every rank (`spread`), or inside the first stage's passes (`inline`).
-What is empty within the schedule is waiting for a neighbour, and sending to it.
+Numbers on boxes are micro-batches. Encoder and decoder have different colours, which shows where the encoder works: at
+both ends of the step on every rank (`spread`), or inside the first stage's passes (`inline`). Empty space within the
+schedule is time for waiting for a neighbour and for sending to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_deepstack.report.drawing.svg import FAINT, LINE, Markup, drawing, 
 _WIDTH, _LEFT, _RIGHT = 1000.0, 118.0, 74.0
 _TOP, _ROW, _GAP, _BOTTOM = 40.0, 30.0, 9.0, 40.0
 _MOST_ROWS = 16
-"""With more ranks, one of each stage is drawn."""
+"""If there are more ranks, only one rank of each stage is drawn."""
 
 COLOURS = {
     "data": "#9aa5b1",
@@ -47,8 +47,8 @@ _SCHEDULE = "schedule"
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """One thing a rank did; seconds from the step's beginning."""
+class Bar:
+    """One action of a rank; times are seconds from the beginning of the step."""
 
     kind: str
     micro_batch: int | None
@@ -59,18 +59,18 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class RankLine:
-    """What one rank did."""
+    """The actions of one rank."""
 
     rank: int
     label: str
     stage: int
-    boxes: tuple[Box, ...]
+    boxes: tuple[Bar, ...]
     schedule: tuple[float, float]
     """When its schedule began and ended."""
 
     @property
     def idle(self) -> float:
-        """Share of the schedule in which no pass ran: the pipeline's bubble, and sending."""
+        """The share of the schedule in which no pass ran: the pipeline's bubble, and sending."""
         begin, end = self.schedule
         busy = sum(box.end - box.begin for box in self.boxes if begin <= box.begin and box.end <= end)
         return max(0.0, 1 - busy / (end - begin)) if end > begin else 0.0
@@ -78,7 +78,7 @@ class RankLine:
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """A step of all ranks."""
+    """One recorded step with all its ranks."""
 
     step: int
     placement: str
@@ -88,17 +88,17 @@ class RecordedStep:
 
     @property
     def seconds(self) -> float:
-        """From the first thing that began to the last that ended."""
+        """The time from the beginning of the step to the end of its last action."""
         return max(box.end for line in self.lines for box in line.boxes)
 
     @property
     def idle(self) -> float:
-        """Mean over ranks."""
+        """The mean idle share over all ranks."""
         return sum(line.idle for line in self.lines) / len(self.lines)
 
 
 def read_timelines(run: Path) -> list[RecordedStep]:
-    """The recorded steps of a run, in order. Raises DataError where a file is damaged."""
+    """The recorded steps of a run, in order. Raises DataError if a file is damaged."""
     steps = []
     for file in RunFolder(run).timelines():
         try:
@@ -119,7 +119,7 @@ def _recorded(document: Mapping[str, Any]) -> RecordedStep:
 
 
 def _line(rank: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> RankLine:
-    boxes = [Box(kind, micro, vpp, begin, end) for kind, micro, vpp, begin, end in rank["intervals"]]
+    boxes = [Bar(kind, micro, vpp, begin, end) for kind, micro, vpp, begin, end in rank["intervals"]]
     axes = [axis for axis in ("dp", "cp", "tp") if any(other[axis] for other in ranks)]
     label = ", ".join([f"stage {rank['pp']}", *(f"{axis} {rank[axis]}" for axis in axes)])
     schedules = [(box.begin, box.end) for box in boxes if box.kind == _SCHEDULE] or [(0.0, 0.0)]
@@ -128,7 +128,15 @@ def _line(rank: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> RankLi
 
 
 def timeline_drawing(step: RecordedStep, *, seconds: float | None = None) -> Markup:
-    """One recorded step; `seconds` is the time that the width stands for, by default the step's own."""
+    """Draw one recorded step.
+
+    Args:
+        step: The step.
+        seconds: The time that the whole width stands for; None takes the step's own time.
+
+    Returns:
+        The drawing.
+    """
     lines = _chosen(step.lines)
     scale = (_WIDTH - _LEFT - _RIGHT) / (seconds or step.seconds)
     height = _TOP + len(lines) * (_ROW + _GAP) + _BOTTOM
@@ -182,8 +190,8 @@ def _row(line: RankLine, y: float, scale: float, chunks: int) -> list[Markup]:
     return parts + [_box(box, y, scale, chunks) for box in sorted(line.boxes, key=lambda box: box.begin)]
 
 
-def _box(box: Box, y: float, scale: float, chunks: int) -> Markup:
-    """Later chunks of a stage are lower, as well as fainter, so that two chunks' passes are told apart."""
+def _box(box: Bar, y: float, scale: float, chunks: int) -> Markup:
+    """A box; later chunks of a stage are lower and fainter, so that passes of two chunks can be distinguished."""
     x, width = _LEFT + box.begin * scale, (box.end - box.begin) * scale
     of_micro_batch = box.micro_batch is not None
     inset = 5.0 * box.vpp / max(chunks - 1, 1) if chunks > 1 and box.kind in ("forward", "backward") else 0.0

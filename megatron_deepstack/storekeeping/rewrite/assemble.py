@@ -1,8 +1,9 @@
-"""Writing a new store from pieces of finished ones: shards as they are where possible, views never decoded.
+"""Writing a new store from pieces of finished ones: whole shards if possible; views are never decoded.
 
-A shard that is kept whole is hard-linked where the file system can, else copied; of others chunks are copied as they
-are. The store is built under a hidden name beside its own and renamed when it is complete, so that it is there whole or
-not at all; what a killed run left is cleared by the next one. The bytes depend on the sources alone.
+A shard that is kept as a whole is hard-linked if the file system allows it, and copied otherwise; of other shards the
+chunks are copied unchanged. The store is built under a hidden name beside its final name and renamed when it is
+complete, so that it exists either as a whole or not at all; the next run removes what a killed run left. The bytes
+depend only on the sources.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _SAMPLES_AT_ONCE: Final = 1 << 16
 
 
 def open_local(path: Path) -> Store:
-    """A store to take from; raises StoreError unless it is a finished one in a folder."""
+    """A store to take from. Raises StoreError unless it is finished and in a local folder."""
     store = Store.open(path)
     if not store.location.is_local:
         raise StoreError(f"{path}: stores are merged and split in folders; copy it to one first")
@@ -53,9 +54,16 @@ def open_local(path: Path) -> Store:
 
 @contextmanager
 def building(root: Path) -> Iterator[Path]:
-    """A folder to build the store `root` in, which gets that name when the block ends without an error.
+    """A folder to build the store `root` in; it gets that name when the block ends without an error.
 
-    Raises StoreError if `root` exists, or another process is building it.
+    Args:
+        root: Where the store will be.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        StoreError: `root` exists, or another process is building it, or it cannot be written.
     """
     if root.exists():
         raise StoreError(f"{root}: exists already; give another folder, or delete this one if it is no longer needed")
@@ -92,8 +100,19 @@ def assemble(
 ) -> Regrouping:
     """Write a complete store of the sources' kept samples and images.
 
-    `description` says how it came about; its hash is the store's plan hash. `quarantine`: lines of quarantine.jsonl.
-    `dropped`: samples that were left out when the sources were made.
+    Args:
+        draft: Folder to write to, see `building`.
+        sources: Stores with what is kept of each.
+        description: How the new store was made; its hash is the store's plan hash.
+        quarantine: Lines of quarantine.jsonl.
+        dropped: Samples that were left out when the sources were made.
+        progress: Called with the number of shards done, and of all.
+
+    Returns:
+        The new store's shards, and the new numbers of all images.
+
+    Raises:
+        StoreError: A source is damaged, or a file cannot be written.
     """
     first = sources[0].store
     slots = max(source.store.pixels.slots_per_part for source in sources)
@@ -148,13 +167,13 @@ def _write_part(
 
 
 def _by_source(part: NewPart) -> Iterator[tuple[int, np.ndarray]]:
-    """Stretches of a part's images that come from one source: its number, and theirs."""
+    """Runs of a part's images that come from one source: the source's number, and the images' numbers."""
     for source, refs in groupby(part.images, key=itemgetter(0)):
         yield source, np.array([image for _, image in refs], np.int64)
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where that cannot be."""
+    """Give the same file a second name, or copy it if that is not possible."""
     if not source.is_file():
         raise StoreError(f"{source}: the shard is missing. See what else is damaged with `store verify`.")
     try:
@@ -169,7 +188,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _blocks(source: Path) -> Iterator[bytes]:
-    """A file's bytes, some at a time. Raises StoreError if it cannot be read, whatever becomes of the copy."""
+    """The bytes of a file, block by block. Raises StoreError if the file, not its copy, has a fault."""
     try:
         with open(source, "rb") as file:
             while block := file.read(1 << 24):
@@ -179,14 +198,14 @@ def _blocks(source: Path) -> Iterator[bytes]:
 
 
 def read_error(path: Path, error: OSError) -> StoreError:
-    """The StoreError for an `error` met while reading a file of a source."""
+    """The StoreError for an `error` that occurred while reading a file of a source."""
     return StoreError(
         f"{path}: cannot be read: {error.strerror or error}. See what else is damaged with `store verify`."
     )
 
 
 def _write_images(index: IndexWriters, plan: Regrouping, sources: Sequence[Source], slots: int) -> dict[str, int]:
-    """Rows of all images; returns the counts."""
+    """Write the rows of all images; returns the counts."""
     paths = _Ragged(index, "images/path")
     found = {"images": 0, "flagged": 0, "quarantined": 0, "views": 0}
     for number, part in enumerate(plan.parts):
@@ -212,13 +231,13 @@ def _write_images(index: IndexWriters, plan: Regrouping, sources: Sequence[Sourc
 
 
 def _checksums(store: Store, images: np.ndarray) -> np.ndarray:
-    """Of all views of these images, one after the other."""
+    """The checksums of all views of these images, one after the other."""
     starts, counts = (store.rows(f"images/{name}").take(images).astype(np.int64) for name in ("start", "count"))
     return store.rows("images/crc32c").take(_stretches(starts, counts))
 
 
 def _write_samples(index: IndexWriters, plan: Regrouping, sources: Sequence[Source]) -> dict[str, int]:
-    """Rows of all samples, some at a time; returns the counts."""
+    """Write the rows of all samples, some at a time; returns the counts."""
     ids, tokens, images = (_Ragged(index, f"samples/{name}") for name in ("id", "tokens", "images"))
     num_targets = 0
     for source, numbers in zip(sources, plan.numbers, strict=True):
@@ -235,14 +254,14 @@ def _write_samples(index: IndexWriters, plan: Regrouping, sources: Sequence[Sour
 
 
 class _Ragged:
-    """A flat array and its offsets, written front to back."""
+    """A flat array and its offsets, written from front to back."""
 
     def __init__(self, index: IndexWriters, name: str) -> None:
         self._index, self._name, self.end = index, name, 0
         index.append(f"{name}_offsets", [0])
 
     def take(self, store: Store, rows: np.ndarray, rename: np.ndarray | None = None) -> None:
-        """Append rows of the same array of `store`, its values renamed."""
+        """Append rows of the same array of `store`; `rename` gives the new number of each value."""
         values, lengths = taken(store, self._name, f"{self._name}_offsets", rows)
         self._index.append(self._name, values if rename is None else rename[values])
         self._index.append(f"{self._name}_offsets", self.end + np.cumsum(lengths))
@@ -250,7 +269,17 @@ class _Ragged:
 
 
 def taken(store: Store, name: str, offsets_name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values of some rows of a ragged array, one after the other, and the rows' lengths."""
+    """Read some rows of a ragged array.
+
+    Args:
+        store: The store.
+        name: The flat array.
+        offsets_name: Its array of offsets.
+        rows: int64 (N,) numbers of rows.
+
+    Returns:
+        Their values one after the other, and their lengths (N,).
+    """
     offsets = store.rows(offsets_name)
     begins = offsets.take(rows)
     lengths = offsets.take(rows + 1) - begins
@@ -258,14 +287,14 @@ def taken(store: Store, name: str, offsets_name: str, rows: np.ndarray) -> tuple
 
 
 def _stretches(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers begin, begin + 1, ... of each stretch, one stretch after the other."""
+    """The numbers begin, begin + 1, ... of each run, one run after the other."""
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     numbers: np.ndarray = np.repeat(begins, lengths) + within
     return numbers
 
 
 def quarantine_lines(store: Store) -> list[bytes]:
-    """Lines of a store's list of what was left out or is damaged. Raises StoreError if it cannot be read."""
+    """The lines of a store's quarantine.jsonl; none if it has no such file. Raises StoreError if it cannot be read."""
     path = store.location.local_path() / "quarantine.jsonl"
     try:
         return path.read_bytes().splitlines(keepends=True) if path.is_file() else []

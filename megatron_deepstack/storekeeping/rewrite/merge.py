@@ -17,7 +17,7 @@ from megatron_deepstack.storekeeping.rewrite.regroup import Source
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What was put together."""
+    """The result of a merge, in numbers."""
 
     samples: int
     images: int
@@ -29,9 +29,18 @@ class Merged:
 
 
 def merge(output: Path, inputs: Sequence[Path], progress: Progress = lambda done, total: None) -> Merged:
-    """Write the store `output` with all samples of `inputs`, in their order.
+    """Write a store with all samples of several stores, in their order.
 
-    Raises StoreError where `output` exists, an input is unfinished, or two inputs were made differently.
+    Args:
+        output: Folder to create.
+        inputs: Folders of two or more finished stores that were made with equal settings.
+        progress: Called with the number of shards done, and of all.
+
+    Returns:
+        Numbers of what was written.
+
+    Raises:
+        StoreError: `output` exists, an input is not finished, or two inputs were made differently.
     """
     if len(inputs) < 2:
         raise StoreError(f"merging takes two stores or more; {len(inputs)} given")
@@ -65,7 +74,7 @@ def _require_alike(first: Store, other: Store) -> None:
 
 
 _BEFORE: Final = {"orientation": "as_stored", "deep_grey": "as_published", "transparency": "as_published"}
-"""What stores were made with that are older than these options."""
+"""The values with which stores were made before these options existed."""
 
 
 def _pairs(first: Store, other: Store) -> Iterator[tuple[str, Any, Any]]:

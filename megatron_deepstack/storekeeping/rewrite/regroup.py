@@ -1,7 +1,8 @@
 """Which images of given stores go into which shard of a new one: pure, from the index arrays.
 
-A shard all of whose images are kept is taken as it is; what is kept of the others is gathered, in order, into new
-shards filled as far as they go. An image that an earlier store has too (by the sha256 of its file) is not kept twice.
+If all images of a shard are kept, the shard is taken as it is. The kept images of the other shards are gathered, in
+order, into new shards, each filled as far as possible. An image that an earlier store holds too (by the sha256 of its
+file) is kept only once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Source:
     samples: np.ndarray
     """Numbers of the samples to keep, ascending."""
     images: np.ndarray
-    """bool (images,): to be kept."""
+    """bool (images,), True for images to keep."""
 
 
 @dataclass(slots=True)
@@ -33,20 +34,20 @@ class NewPart:
     """One shard of the new store."""
 
     images: list[ImageRef] = field(default_factory=list)
-    """In order; those without views among them."""
+    """Images in order, including those without views."""
     whole: tuple[int, int] | None = None
     """Source and part whose shard is taken as it is."""
     used: int = 0
-    """Slots."""
+    """Slots that are filled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Regrouping:
-    """The shards of the new store and where every kept image has gone."""
+    """The shards of the new store, and the new number of every kept image."""
 
     parts: list[NewPart]
     numbers: list[np.ndarray]
-    """Of each source int64 (images,): its images' numbers in the new store, -1 where not kept."""
+    """For each source, int64 (images,): its images' numbers in the new store, -1 for those not kept."""
     num_shared: int
     """Images that were in more than one source and are kept once."""
 
@@ -57,7 +58,15 @@ class Regrouping:
 
 
 def regroup(sources: Sequence[Source], slots_per_part: int) -> Regrouping:
-    """Plan the shards of a store that holds the kept images of all sources."""
+    """Plan the shards of a store that holds the kept images of all sources.
+
+    Args:
+        sources: Stores with what is kept of each.
+        slots_per_part: Views that a shard of the new store has space for.
+
+    Returns:
+        The plan.
+    """
     duplicates, num_shared = _duplicates(sources)
     parts: list[NewPart] = []
     gathered = NewPart()
@@ -90,7 +99,7 @@ def _parts(store: Store) -> Iterator[tuple[int, list[int]]]:
 
 
 def _duplicates(sources: Sequence[Source]) -> tuple[dict[ImageRef, ImageRef], int]:
-    """Kept images that an earlier source keeps too, with the earlier ones."""
+    """Kept images that an earlier source keeps too, each with the earlier image; and their number."""
     seen: dict[bytes, ImageRef] = {}
     found: dict[ImageRef, ImageRef] = {}
     for number, source in enumerate(sources):

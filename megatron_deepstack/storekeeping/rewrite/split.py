@@ -1,4 +1,4 @@
-"""`store split`: some samples of a store, drawn at random, into a store of their own, and the rest into another."""
+"""`store split`: some samples of a store, drawn at random, become a store of their own, and the rest another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_deepstack.storekeeping.rewrite.regroup import Source
 
 @dataclass(frozen=True, slots=True)
 class Divided:
-    """What went where."""
+    """The numbers of samples and images on each side."""
 
     train_samples: int
     heldout_samples: int
@@ -36,10 +36,23 @@ class Divided:
 def split(
     path: Path, train: Path, heldout: Path, *, count: int, seed: int, progress: Progress = lambda done, total: None
 ) -> Divided:
-    """Write `count` samples drawn by `seed` to `heldout` and the others to `train`, both in the order of the store.
+    """Divide a store's samples at random into two stores, both in the order of the store.
 
-    Each side holds the images its samples use and no others. Raises StoreError where an output exists, or `count`
-    leaves one side without samples.
+    Each side holds exactly the images that its samples use.
+
+    Args:
+        path: The finished store.
+        train: Folder to create for the larger side.
+        heldout: Folder to create for the drawn samples.
+        count: Samples to draw.
+        seed: Which samples are drawn.
+        progress: Called with the number of shards done, and of all, once for each side.
+
+    Returns:
+        What each side holds.
+
+    Raises:
+        StoreError: An output exists, or `count` leaves one side without samples.
     """
     store = open_local(path)
     if not 0 < count < len(store):
@@ -70,6 +83,6 @@ def _source(store: Store, samples: np.ndarray) -> Source:
 
 
 def _lines(source: Source) -> list[bytes]:
-    """Of the store's list, the lines about images that are kept."""
+    """Those lines of the store's quarantine.jsonl that name kept images."""
     paths = {source.store.image(int(number)).path for number in np.flatnonzero(source.images)}
     return [line for line in quarantine_lines(source.store) if json.loads(line).get("path") in paths]

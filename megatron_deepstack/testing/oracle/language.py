@@ -20,14 +20,35 @@ Weights = Mapping[str, Tensor]
 
 
 def embed_tokens(weights: Weights, tokens: Tensor) -> Tensor:
-    """Token ids to rows (..., H)."""
+    """Token ids to rows of the embedding.
+
+    Args:
+        weights: Tensors by published name.
+        tokens: int64, any shape.
+
+    Returns:
+        (..., H) in the dtype of the weights.
+    """
     return F.embedding(tokens, weights["model.embed_tokens.weight"])
 
 
 def decode(
     language: LanguageConfig, weights: Weights, hidden_BTH: Tensor, additions_by_layer: Mapping[int, Tensor]
 ) -> Tensor:
-    """Logits (B, T, vocabulary). `additions_by_layer[i]` (B, T, H) is added to the input of layer i."""
+    """The decoder, with stacks added before chosen layers. Gradients flow to everything.
+
+    Args:
+        language: The recipe's decoder.
+        weights: Tensors by published name.
+        hidden_BTH: Input of the first layer.
+        additions_by_layer: By the 0-based number of a layer, (B, T, H) that is added to its input.
+
+    Returns:
+        Logits (B, T, vocabulary).
+
+    Raises:
+        AssertionError: An addition belongs to a layer that the decoder does not have.
+    """
     outside = [layer for layer in additions_by_layer if not 0 <= layer < language.num_layers]
     assert not outside, f"stacks before layers {outside}, but the decoder has layers 0..{language.num_layers - 1}"
     for layer in range(language.num_layers):

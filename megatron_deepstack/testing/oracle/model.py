@@ -44,9 +44,16 @@ def oracle_forward(
     *,
     max_tokens: int | None = None,
 ) -> list[Tensor]:
-    """Logits (T, vocabulary) of each sample, T counted after expansion and cut to `max_tokens`. Gradients flow.
+    """Logits of each sample, one sample at a time. Gradients flow to the weights and the pixels.
 
-    Weights carry their published checkpoint names; their dtype is the dtype of the computation.
+    Args:
+        model: The recipe's model.
+        weights: Every tensor under its published name; their dtype is the dtype of the computation.
+        samples: What is computed.
+        max_tokens: Length to which expanded samples are cut, or None.
+
+    Returns:
+        For each sample (T, vocabulary), where T counts the tokens after placeholders are expanded.
     """
     return [_forward_sample(model, weights, sample, max_tokens) for sample in samples]
 
@@ -54,7 +61,17 @@ def oracle_forward(
 def oracle_loss(
     model: ModelConfig, logits: Sequence[Tensor], samples: Sequence[OracleSample], *, max_tokens: int | None = None
 ) -> Tensor:
-    """Sum of the next-token losses of all samples over the number of their targets (scalar)."""
+    """The loss of a batch: the sum of the next-token losses of all samples over the number of their targets.
+
+    Args:
+        model: The recipe's model.
+        logits: As `oracle_forward` returns them.
+        samples: The same samples.
+        max_tokens: As for `oracle_forward`.
+
+    Returns:
+        A scalar, in the dtype of the logits.
+    """
     sums, num_targets = [], 0
     for sample_logits, sample in zip(logits, samples, strict=True):
         targets = expand_labels(model, sample)[1:max_tokens]
@@ -84,7 +101,17 @@ def num_rows_of_image(model: ModelConfig, grid: Grid) -> int:
 def image_rows(
     model: ModelConfig, weights: Mapping[str, Tensor], pixels_N3HW: Tensor, grid: Grid
 ) -> tuple[Tensor, list[Tensor]]:
-    """Base rows (V, H) of one image and its stacks, each (V, H); stacks that the grid does not fill are absent."""
+    """What one image becomes.
+
+    Args:
+        model: The recipe's model.
+        weights: Tensors by published name.
+        pixels_N3HW: Normalised pixels of all views of the image, in the order in which a store has them.
+        grid: Columns and rows of its crops.
+
+    Returns:
+        The base rows (V, H), and the stacks, each (V, H). Stacks that the grid does not fill are absent.
+    """
     if model.variant is Variant.DEEPSTACK_V:
         return _rows_stacked_in_vit(model, weights, pixels_N3HW, grid), []
     views_NVH = vision.project(weights, vision.encode_views(model.vision, weights, pixels_N3HW))
@@ -134,7 +161,16 @@ def _forward_sample(
 def embed_sample(
     model: ModelConfig, weights: Mapping[str, Tensor], sample: OracleSample
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The decoder's input (T, H), and per layer what is added before it (T, H), zero outside the images."""
+    """A sample as the decoder's input, and what is added to it later.
+
+    Args:
+        model: The recipe's model.
+        weights: Tensors by published name.
+        sample: The sample.
+
+    Returns:
+        The decoder's input (T, H); and by the number of a layer, what is added before it (T, H), zero outside images.
+    """
     images = _images_of(model, sample)
     pieces: list[tuple[Tensor, list[Tensor]]] = []
     for token in sample.tokens:

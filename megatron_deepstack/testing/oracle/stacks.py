@@ -32,7 +32,15 @@ def num_views_of_image(variant: Variant, grid: Grid) -> int:
 
 
 def mosaic(crops: Tensor, grid: Grid) -> Tensor:
-    """Crops in raster order (gh*gw, S*S, W) to the feature map of the whole picture (gh*S, gw*S, W)."""
+    """The feature map of the whole picture, from the crops.
+
+    Args:
+        crops: (gh * gw, S * S, W), crops in raster order.
+        grid: (gw, gh).
+
+    Returns:
+        (gh * S, gw * S, W).
+    """
     gw, gh = grid
     side = math.isqrt(crops.shape[1])
     tiles = crops.reshape(gh, gw, side, side, -1)
@@ -40,7 +48,16 @@ def mosaic(crops: Tensor, grid: Grid) -> Tensor:
 
 
 def sample_stacks(crops: Tensor, grid: Grid, sampler: Sampler) -> list[Tensor]:
-    """Crops in raster order (gh*gw, S*S, W) to gw*gh stacks of (S*S, W); together they hold every token once."""
+    """The mosaic dealt to stacks; together they hold every token once.
+
+    Args:
+        crops: (gh * gw, S * S, W), crops in raster order.
+        grid: (gw, gh).
+        sampler: How it is dealt.
+
+    Returns:
+        gw * gh stacks of (S * S, W).
+    """
     gw, gh = grid
     if sampler is Sampler.GRID:
         return list(crops)
@@ -52,9 +69,15 @@ def sample_stacks(crops: Tensor, grid: Grid, sampler: Sampler) -> list[Tensor]:
 
 
 def any_resolution_layout(views: Tensor, grid: Grid, newline: Tensor) -> Tensor:
-    """Context views (1 + gh*gw, S*S, W), global first, to S*S + gh*S*(gw*S + 1) rows.
+    """The long context of LLaVA-NeXT and DeepStack-HD: the global tokens, then the mosaic of the crops.
 
-    The global tokens come first, then the mosaic of the crops row by row, each row followed by the learned newline.
+    Args:
+        views: (1 + gh * gw, S * S, W), the global view first.
+        grid: (gw, gh).
+        newline: (W,), the learned vector that closes each row of the mosaic.
+
+    Returns:
+        (S * S + gh * S * (gw * S + 1), W).
     """
     picture = mosaic(views[1:], grid)
     newlines = newline.expand(picture.shape[0], 1, -1)

@@ -32,7 +32,16 @@ def num_layers_run(vision: VisionConfig) -> int:
 
 
 def embed_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) -> Tensor:
-    """Patches and positions: (N, T, C); with a class token, a patch bias and a LayerNorm where the tower has them."""
+    """The tower's embedding: patches and positions; class token, bias and LayerNorm where the tower has them.
+
+    Args:
+        vision: The recipe's tower.
+        weights: Tensors by published name.
+        pixels_N3HW: Normalised pixels.
+
+    Returns:
+        (N, T, C) in the dtype of the weights.
+    """
     kernel, bias = (weights.get(f"{PREFIX}embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
     assert kernel is not None
     patches_NCSS = F.conv2d(pixels_N3HW.to(kernel.dtype), kernel, bias, stride=vision.patch_size)
@@ -48,7 +57,17 @@ def embed_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) -> 
 
 
 def run_layers(vision: VisionConfig, weights: Weights, layers: range, hidden_NTC: Tensor) -> Tensor:
-    """The given transformer layers, pre-norm, full attention within a view."""
+    """Some of the tower's layers: LayerNorm first, full attention within a view.
+
+    Args:
+        vision: The recipe's tower.
+        weights: Tensors by published name.
+        layers: 0-based numbers of the layers.
+        hidden_NTC: Input of the first of them.
+
+    Returns:
+        (N, T, C), the output of the last.
+    """
     for layer in layers:
         name = f"encoder.layers.{layer}."
         normed_NTC = _layer_norm(vision, weights, name + "layer_norm1", hidden_NTC)
@@ -60,7 +79,16 @@ def run_layers(vision: VisionConfig, weights: Weights, layers: range, hidden_NTC
 
 
 def encode_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) -> Tensor:
-    """Features of the selected hidden state, class token dropped: (N, S*S, C)."""
+    """Features of the selected hidden state, without the class token.
+
+    Args:
+        vision: The recipe's tower.
+        weights: Tensors by published name.
+        pixels_N3HW: Normalised pixels.
+
+    Returns:
+        (N, S * S, C).
+    """
     hidden_NTC = embed_views(vision, weights, pixels_N3HW)
     hidden_NTC = run_layers(vision, weights, range(num_layers_run(vision)), hidden_NTC)
     return _features(vision, weights, hidden_NTC)
@@ -69,10 +97,20 @@ def encode_views(vision: VisionConfig, weights: Weights, pixels_N3HW: Tensor) ->
 def add_stacks_in_vit(
     vision: VisionConfig, weights: Weights, global_1TC: Tensor, stacks: Sequence[Tensor], slots: Sequence[int]
 ) -> Tensor:
-    """Finish the global view alone from its state before layer `slots[0]`, adding stack k before layer `slots[k]`.
+    """Run the rest of the tower on the global view alone, and add its stacks on the way.
 
     A stack before the layer that the selected hidden state enters still counts; later ones have no effect and are
-    dropped, as published. Returns features (1, S*S, C).
+    dropped, as published.
+
+    Args:
+        vision: The recipe's tower.
+        weights: Tensors by published name.
+        global_1TC: State of the global view before layer `slots[0]`.
+        stacks: Each (S * S, C).
+        slots: The 0-based layer before which each stack is added, ascending.
+
+    Returns:
+        Features (1, S * S, C).
     """
     last = num_layers_run(vision)
     hidden_1TC, done = global_1TC, slots[0]
@@ -95,7 +133,15 @@ def _features(vision: VisionConfig, weights: Weights, hidden_NTC: Tensor) -> Ten
 
 
 def project(weights: Weights, features_C: Tensor) -> Tensor:
-    """The projector, Linear-GELU-Linear with biases: (..., C) to (..., H)."""
+    """The projector, Linear-GELU-Linear with biases.
+
+    Args:
+        weights: Tensors by published name.
+        features_C: (..., C).
+
+    Returns:
+        (..., H).
+    """
     return _linear(weights, "model.mm_projector.2", F.gelu(_linear(weights, "model.mm_projector.0", features_C)))
 
 

@@ -21,10 +21,21 @@ from megatron_deepstack.testing.ranks import RankPool
 def check_cases(
     files: Sequence[str | Path], parallel: ParallelConfig, *, data_parallel: int = 1, micro_batch_size: int = 1
 ) -> Iterator[CaseResult]:
-    """Compare each case under a layout, yielding results as they come. Starts and ends its own ranks.
+    """Compare each case under a layout. Starts its own ranks, and ends them.
 
-    After the last result raises ParityError if a case exceeded a tolerance. Layouts that do not fit a case's model
-    raise LayoutError or SlotError before any rank starts; files that cannot be read raise DataError.
+    Args:
+        files: The cases, NAME.safetensors with NAME.json beside it.
+        parallel: The layout.
+        data_parallel: Number of replicas.
+        micro_batch_size: Samples of a micro-batch.
+
+    Yields:
+        The result of each case as it comes.
+
+    Raises:
+        ParityError: After the last result, if a case exceeded a tolerance.
+        LayoutError, SlotError: The layout does not fit a case's model; raised before any rank starts.
+        DataError: A file cannot be read, or there is none.
     """
     cases = [load_case(path) for path in files]
     if not cases:
@@ -48,7 +59,17 @@ def check_cases(
 
 
 def check_case(pool: RankPool, case: ReferenceCase, parallel: ParallelConfig, micro_batch_size: int = 1) -> CaseResult:
-    """Compare one case on ranks that are already there; their number fixes the data-parallel size."""
+    """Compare one case on ranks that are there already.
+
+    Args:
+        pool: The ranks; their number over those of a replica is the number of replicas.
+        case: The case.
+        parallel: The layout.
+        micro_batch_size: Samples of a micro-batch.
+
+    Raises:
+        RankError: A rank raised, died or hung.
+    """
     from megatron_deepstack.testing.published.reference_rank import check_on_rank
 
     result: CaseResult = pool.run(check_on_rank, case, parallel, micro_batch_size)[0]

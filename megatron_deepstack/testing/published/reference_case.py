@@ -55,9 +55,13 @@ class ReferenceCase:
 
 
 def load_case(path: str | Path) -> ReferenceCase:
-    """Read NAME.safetensors (or its NAME.json, or NAME) and its partner.
+    """Read a case.
 
-    Raises DataError when either file is missing or damaged, or holds a setting this reader does not know.
+    Args:
+        path: NAME.safetensors, NAME.json or NAME; both files must be there.
+
+    Raises:
+        DataError: Either file is missing or damaged, or holds a setting that this reader does not know.
     """
     tensors_path = Path(path) if Path(path).suffix == ".safetensors" else Path(path).with_suffix(".safetensors")
     settings = _read_settings(tensors_path.with_suffix(".json"))

@@ -36,7 +36,7 @@ _MAX_PIXELS: Final = 178_956_970
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class CaseOutcome:
     """Result of one case."""
 
     case: str
@@ -48,10 +48,19 @@ class Line:
         return f"{'equal ' if self.problem is None else 'DIFFERS'} {self.case}: {self.problem or self.detail}"
 
 
-def check_crops(folder: str | Path, photos: str | Path) -> list[Line]:
-    """Compare the views of every case in `folder` with ours, made from the files in `photos`.
+def check_crops(folder: str | Path, photos: str | Path) -> list[CaseOutcome]:
+    """Compare the views of every case with ours.
 
-    Raises ParityError, with all lines, if any differs; DataError if the folder is not in the expected format.
+    Args:
+        folder: Holds `crops.npz` and `crops.json`.
+        photos: Folder of the pictures that the cases name.
+
+    Returns:
+        One line for each case; all are equal.
+
+    Raises:
+        ParityError: A case differs; the message holds all lines.
+        DataError: The folder is not in the expected format.
     """
     settings = _read_json(Path(folder) / "crops.json")
     if not isinstance(settings, dict) or not settings:
@@ -67,10 +76,19 @@ def check_crops(folder: str | Path, photos: str | Path) -> list[Line]:
     return _all_equal(lines, f"cases of {folder}")
 
 
-def check_conversations(file: str | Path, tokenizer: str | Path) -> list[Line]:
-    """Compare token ids and labels of every conversation in `file` with ours, made with `tokenizer`.
+def check_conversations(file: str | Path, tokenizer: str | Path) -> list[CaseOutcome]:
+    """Compare token ids and labels of every conversation with ours.
 
-    Raises ParityError, with all lines, if any differs; DataError if the file is not in the expected format.
+    Args:
+        file: JSON with the conversations and what the published code makes of them.
+        tokenizer: The SentencePiece model that it used.
+
+    Returns:
+        One line for each conversation; all are equal.
+
+    Raises:
+        ParityError: A conversation differs; the message holds all lines.
+        DataError: The file is not in the expected format.
     """
     document = _read_json(Path(file))
     samples = document.get("samples") if isinstance(document, dict) else None
@@ -84,19 +102,19 @@ def check_conversations(file: str | Path, tokenizer: str | Path) -> list[Line]:
     return _all_equal(lines, f"conversations of {file}")
 
 
-def _check_conversation(sample: Mapping[str, Any], tokenizer: Tokenizer) -> Line:
+def _check_conversation(sample: Mapping[str, Any], tokenizer: Tokenizer) -> CaseOutcome:
     case, turns = str(sample["id"]), [Turn(Role(turn["from"]), turn["value"]) for turn in sample["conversations"]]
     try:
         tokens, mask = encode_conversation(turns, sample["version"], tokenizer)
     except DeepStackError as error:
-        return Line(case, str(error), "")
+        return CaseOutcome(case, str(error), "")
     labels = np.where(mask == 1, tokens, IGNORE_INDEX)
     problem = _first_difference("token", tokens.tolist(), sample["input_ids"])
     problem = problem or _first_difference("label", labels.tolist(), sample["labels"])
-    return Line(case, problem, f"{len(tokens)} tokens, {int(mask.sum())} of them learned")
+    return CaseOutcome(case, problem, f"{len(tokens)} tokens, {int(mask.sum())} of them learned")
 
 
-def _check_views(case: str, settings: Mapping[str, Any], views: Mapping[str, np.ndarray], photos: Path) -> Line:
+def _check_views(case: str, settings: Mapping[str, Any], views: Mapping[str, np.ndarray], photos: Path) -> CaseOutcome:
     mode = case.rpartition(".")[2]
     if mode not in _MODES or case not in views:
         raise DataError(f"case {case}: its name must end in one of {', '.join(_MODES)} and be an array of crops.npz")
@@ -107,12 +125,12 @@ def _check_views(case: str, settings: Mapping[str, Any], views: Mapping[str, np.
     except OSError as error:
         raise DataError(f"{photos / settings['file']}: cannot be read: {error.strerror}") from error
     except QuarantineError as error:
-        return Line(case, f"{settings['file']}: {error}", "")
+        return CaseOutcome(case, f"{settings['file']}: {error}", "")
     height, width = pixels.shape[:2]
     grid = pick_grid(rule, width, height, crop_size, num_crops)
     ours = make_views(pixels, grid, layout, crop_size, ImageResize.PILLOW).transpose(0, 3, 1, 2)
     detail = f"{len(ours)} views of {crop_size} pixels, grid {grid[0]}x{grid[1]}"
-    return Line(case, _view_difference(ours, views[case], grid, tuple(settings["grid"])), detail)
+    return CaseOutcome(case, _view_difference(ours, views[case], grid, tuple(settings["grid"])), detail)
 
 
 def _view_difference(
@@ -141,7 +159,7 @@ def _first_difference(noun: str, ours: list[int], theirs: list[int]) -> str | No
     return f"{len(ours)} {noun}s, expected {len(theirs)}"
 
 
-def _all_equal(lines: list[Line], what: str) -> list[Line]:
+def _all_equal(lines: list[CaseOutcome], what: str) -> list[CaseOutcome]:
     differing = [line for line in lines if line.problem is not None]
     if differing:
         listed = "\n".join(str(line) for line in lines)

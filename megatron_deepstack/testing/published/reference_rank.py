@@ -27,7 +27,17 @@ from megatron_deepstack.testing.ranks import groups_for
 
 
 def check_on_rank(rank: int, case: ReferenceCase, parallel: ParallelConfig, micro_batch_size: int) -> CaseResult:
-    """Run a case on this rank and compare; the same result on every rank. Collective over all ranks of the pool."""
+    """Compute a case and compare it with the published numbers. Collective over all ranks of the pool.
+
+    Args:
+        rank: Number of this rank.
+        case: The case.
+        parallel: The layout.
+        micro_batch_size: Samples of a micro-batch.
+
+    Returns:
+        How far it is from the published numbers; the same on every rank.
+    """
     groups = groups_for(parallel)
     model = build_model(case.model, parallel, Precision.FP32, groups)
     fill_model(model, lambda name, shape: case.weights[name].reshape(shape), groups.decoder.tp)

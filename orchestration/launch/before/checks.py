@@ -15,7 +15,7 @@ from orchestration.launch.before.probe import Fact, NodeFacts, differing, files_
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Check:
     """One line of the table."""
 
     node: str
@@ -44,7 +44,7 @@ def judge(
     links: Sequence[Link],
     *,
     uses_gpus: bool,
-) -> tuple[Finding, ...]:
+) -> tuple[Check, ...]:
     """Every check on every node. `seen`: by address, the tokens that the node finds in the run folder."""
     findings = list(_versions(facts))
     for one in facts:
@@ -56,43 +56,43 @@ def judge(
     return (*findings, *map(_link, links))
 
 
-def failures(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+def failures(findings: Sequence[Check]) -> tuple[Check, ...]:
     """The findings that keep a run from starting."""
     return tuple(finding for finding in findings if not finding.sound)
 
 
-def in_words(findings: Sequence[Finding]) -> str:
+def in_words(findings: Sequence[Check]) -> str:
     """Findings for an error: a line each."""
     return "\n".join(
         f"  {one.node}: {one.check}: found {one.found}, expected {one.expected}" for one in failures(findings)
     )
 
 
-def _versions(facts: Sequence[NodeFacts]) -> Iterator[Finding]:
+def _versions(facts: Sequence[NodeFacts]) -> Iterator[Check]:
     different = set(differing([one.versions for one in facts]))
     for one in facts:
         for name in one.versions:
             usual = Counter(other.versions.get(name) for other in facts).most_common(1)[0][0]
             if name in different and one.versions[name] != usual:
-                yield Finding(one.address, f"version of {name}", one.versions[name], f"{usual}, as elsewhere", False)
+                yield Check(one.address, f"version of {name}", one.versions[name], f"{usual}, as elsewhere", False)
     if not different:
         found = ", ".join(f"{name} {value}" for name, value in facts[0].versions.items() if value != "none")
-        yield Finding("all nodes", "versions", found, "the same everywhere", True)
+        yield Check("all nodes", "versions", found, "the same everywhere", True)
 
 
-def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_gpus: bool) -> Iterator[Finding]:
+def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_gpus: bool) -> Iterator[Check]:
     if uses_gpus:
         found = len(one.gpu_memories)
-        yield Finding(one.address, "GPUs", f"{found} seen by torch", f"{ranks_here}", found >= ranks_here)
+        yield Check(one.address, "GPUs", f"{found} seen by torch", f"{ranks_here}", found >= ranks_here)
         needed, least = rank_bytes(recipe, num_ranks), min(one.gpu_memories, default=0)
-        yield Finding(
+        yield Check(
             one.address,
             "GPU memory",
             size_text(least),
             f"{size_text(needed)} for weights and optimizer",
             least >= needed,
         )
-    yield Finding(
+    yield Check(
         one.address,
         "network interface",
         one.interface or "none",
@@ -104,7 +104,7 @@ def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_
     kept = max(checkpoints_at_once(recipe) - one.num_checkpoints, 1)
     needed = kept * checkpoint_bytes(recipe)
     if not one.run_dir.fault:
-        yield Finding(
+        yield Check(
             one.address,
             "disk",
             f"{size_text(one.free_bytes)} free",
@@ -113,42 +113,42 @@ def _node(recipe: Recipe, one: NodeFacts, ranks_here: int, num_ranks: int, uses_
         )
 
 
-def _stores(recipe: Recipe, one: NodeFacts, facts: Sequence[NodeFacts]) -> Iterator[Finding]:
+def _stores(recipe: Recipe, one: NodeFacts, facts: Sequence[NodeFacts]) -> Iterator[Check]:
     for path in stores_of(recipe):
         fact = one.stores[path]
         hashes = Counter(other.stores[path].value for other in facts if not other.stores[path].fault)
         usual = hashes.most_common(1)[0][0] if hashes else ""
         if fact.fault:
-            yield Finding(one.address, f"store {path}", fact.fault, "a finished store, readable here", False)
+            yield Check(one.address, f"store {path}", fact.fault, "a finished store, readable here", False)
         else:
             same = fact.value == usual
-            yield Finding(one.address, f"store {path}", f"plan {fact.value[:12]}", f"plan {usual[:12]}", same)
+            yield Check(one.address, f"store {path}", f"plan {fact.value[:12]}", f"plan {usual[:12]}", same)
 
 
-def _files(recipe: Recipe, one: NodeFacts) -> Iterator[Finding]:
+def _files(recipe: Recipe, one: NodeFacts) -> Iterator[Check]:
     for path in files_of(recipe):
         yield _of_fact(one.address, path, one.files[path], "readable here")
 
 
-def _shared(one: NodeFacts, facts: Sequence[NodeFacts], seen: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+def _shared(one: NodeFacts, facts: Sequence[NodeFacts], seen: Mapping[str, Sequence[str]]) -> Iterator[Check]:
     """The run folder is one folder: each node sees the files of all."""
     if one.run_dir.fault:
-        yield Finding(one.address, "run folder", one.run_dir.fault, "writable here", False)
+        yield Check(one.address, "run folder", one.run_dir.fault, "writable here", False)
         return
     wanted = {other.run_dir.value: other.address for other in facts if not other.run_dir.fault}
     missing = sorted(address for token, address in wanted.items() if token not in seen.get(one.address, ()))
     found = f"the files of {', '.join(missing)} are not there" if missing else "the files of all nodes"
-    yield Finding(one.address, "run folder", found, "one folder that all nodes share", not missing)
+    yield Check(one.address, "run folder", found, "one folder that all nodes share", not missing)
 
 
-def _link(link: Link) -> Finding:
+def _link(link: Link) -> Check:
     nodes = f"{link.first} - {link.second}"
     found = link.fault if link.seconds is None else f"1 MiB in {link.seconds * 1000:.1f} ms"
-    return Finding(nodes, "all-reduce", found, "a way through", link.seconds is not None)
+    return Check(nodes, "all-reduce", found, "a way through", link.seconds is not None)
 
 
-def _of_fact(node: str, check: str, fact: Fact, expected: str) -> Finding:
-    return Finding(node, check, fact.fault or fact.value, expected, not fact.fault)
+def _of_fact(node: str, check: str, fact: Fact, expected: str) -> Check:
+    return Check(node, check, fact.fault or fact.value, expected, not fact.fault)
 
 
 def _has_relative_paths(recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ClusterError
 from megatron_deepstack.platform.network import interface_of
-from orchestration.launch.before.checks import Finding, failures, in_words, judge
+from orchestration.launch.before.checks import Check, failures, in_words, judge
 from orchestration.launch.before.links import LINK_SECONDS, ROUND_SECONDS, rounds_of, try_links
 from orchestration.launch.before.placement import Demand, Node, Seat, neighbours
 from orchestration.launch.before.probe import NodeFacts, Questions, forget_tokens, gather, tokens_seen
@@ -23,7 +23,7 @@ _ANSWER_SECONDS: Final = 180.0
 """For a node to start a process, import torch, and look."""
 
 
-def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str) -> tuple[Finding, ...]:
+def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str) -> tuple[Check, ...]:
     """The checks on this machine, by this process."""
     questions, address = Questions(recipe, folder), seats[0].node.address
     try:
@@ -36,7 +36,7 @@ def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: st
 
 def check_cluster(
     ray: Any, recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str, environment: RankEnvironment
-) -> tuple[Finding, ...]:
+) -> tuple[Check, ...]:
     """The checks on every node that ranks will run on."""
     questions = Questions(recipe, folder, environment.private)
     nodes = list({seat.node.id: seat.node for seat in seats}.values())
@@ -61,7 +61,7 @@ def longest_check_seconds(seats: Sequence[Seat]) -> float:
     return 2 * _ANSWER_SECONDS + len(rounds_of(neighbours(seats))) * ROUND_SECONDS
 
 
-def require_sound(findings: Sequence[Finding]) -> None:
+def require_sound(findings: Sequence[Check]) -> None:
     """Raise ClusterError that lists what is wrong where."""
     wrong = failures(findings)
     if wrong:
@@ -113,7 +113,7 @@ def _probe_on(ray: Any, node: Node, demand: Demand, seats: Sequence[Seat], envir
     )
 
 
-def _ask(ray: Any, nodes: Sequence[Node], questions: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Finding, ...]]:
+def _ask(ray: Any, nodes: Sequence[Node], questions: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Check, ...]]:
     """Answers by node, and a finding for each node that gave none."""
     ray.wait(list(questions.values()), num_returns=len(questions), timeout=_ANSWER_SECONDS)
     answers, lost = {}, []
@@ -127,5 +127,5 @@ def _ask(ray: Any, nodes: Sequence[Node], questions: Mapping[str, Any]) -> tuple
     return answers, tuple(lost)
 
 
-def _silence(node: Node, fault: str) -> Finding:
-    return Finding(node.address, "a process of ours", fault, "an answer", False)
+def _silence(node: Node, fault: str) -> Check:
+    return Check(node.address, "a process of ours", fault, "an answer", False)

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.training.guard.node_board import Beat
-from orchestration.launch.before.checks import Finding
+from orchestration.launch.before.checks import Check
 from orchestration.launch.before.placement import Demand, Seat
 from orchestration.launch.driver.control import Status
-from orchestration.launch.driver.record import LaunchRecord, RankPlace, State
+from orchestration.launch.driver.record import LaunchRecord, RankPlace, RunState
 from orchestration.launch.environment import RankEnvironment
 
 _UNSEEN = ("PYTHONWARNINGS",)
@@ -26,7 +26,7 @@ _ROWS = 16
 """Ranks that are listed one by one; more are listed by node."""
 
 
-def checks_table(findings: Sequence[Finding]) -> Table:
+def checks_table(findings: Sequence[Check]) -> Table:
     """What is wrong where, the rest after it."""
     table = Table(title="checks", title_justify="left")
     for heading in ("", "node", "check", "found", "expected"):
@@ -55,7 +55,7 @@ def whole_plan(
     recipe: Recipe,
     demand: Demand,
     seats: Sequence[Seat],
-    findings: Sequence[Finding],
+    findings: Sequence[Check],
     environment: RankEnvironment,
     *,
     cluster: str,
@@ -82,7 +82,7 @@ def status_text(status: Status) -> str:
     """A run in a few lines."""
     record, last = status.record, status.recent[-1] if status.recent else None
     lines = [f"{status.run_dir}: {status.state}"]
-    if record is not None and record.outcome and record.state is not State.FINISHED:
+    if record is not None and record.outcome and record.state is not RunState.FINISHED:
         lines.append(f"  because    {record.outcome}")
     if last is not None:
         left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
@@ -151,7 +151,7 @@ def _launch_lines(record: LaunchRecord, state: str) -> list[str]:
     lines = [f"  driver     pid {record.pid} on {record.host}, cluster {record.cluster or 'of its own'}"]
     if record.ranks:
         lines.append(f"  ranks      {by_node(record.ranks)}")
-    if record.waiting_for and state == State.RESTARTING:
+    if record.waiting_for and state == RunState.RESTARTING:
         lines.append(f"  waits      {record.waiting_for}")
     lines.append(f"  restarts   {len(record.restarts)} of at most {record.max_failures}")
     lines += [f"    {_clock(one.time)} {one.reason}" for one in record.restarts]

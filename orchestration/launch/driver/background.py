@@ -14,7 +14,7 @@ from orchestration.launch.driver.stopping import wants_it_now
 _FOLLOW_SECONDS: Final = 0.5
 
 
-class Background(threading.Thread):
+class BackgroundCheck(threading.Thread):
     """A piece of work and its outcome. It ends with the process, however it stands then."""
 
     def __init__(self, name: str, work: Callable[[], Any]) -> None:
@@ -37,7 +37,7 @@ class Background(threading.Thread):
         return self.result
 
 
-def follow(background: Background, follower: Follower, run_dir: Path, second: threading.Event) -> None:
+def follow(background: BackgroundCheck, follower: Follower, run_dir: Path, second: threading.Event) -> None:
     """Start work and see it through to its end, looking after the run meanwhile.
 
     Args:

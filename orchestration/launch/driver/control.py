@@ -24,7 +24,14 @@ from megatron_deepstack.platform.processes.owner import Owner, is_here
 from megatron_deepstack.platform.processes.process import still_runs
 from megatron_deepstack.training.guard.heartbeat import read_beats
 from megatron_deepstack.training.guard.node_board import Beat
-from orchestration.launch.driver.record import STALE_SECONDS, LaunchRecord, State, last_lines, newest_step, read_record
+from orchestration.launch.driver.record import (
+    STALE_SECONDS,
+    LaunchRecord,
+    RunState,
+    last_lines,
+    newest_step,
+    read_record,
+)
 from orchestration.launch.driver.stopping import request_stop
 
 _LOOK_SECONDS = 0.5
@@ -54,7 +61,7 @@ class Status:
     @property
     def seconds_left(self) -> float | None:
         """Until the last step, at the median speed of the last ones; only of a run that goes on."""
-        if not self.recent or self.state != State.RUNNING:
+        if not self.recent or self.state != RunState.RUNNING:
             return None
         return (self.num_steps - self.recent[-1]["step"]) * median(one["step_seconds"] for one in self.recent)
 
@@ -68,19 +75,38 @@ class Status:
 
 def status_of(run_dir: Path) -> Status:
     """Read a run's folder; raises ConfigError where there is no run."""
-    record = read_record(run_dir)
     recipe = RunFolder(run_dir).recipe
-    if record is None and not recipe.is_file():
+    if not RunFolder(run_dir).launch_record.is_file() and not recipe.is_file():
         raise ConfigError([f"{run_dir}: no run is there (neither launch.json nor recipe.yaml); expected a run_dir"])
-    owner = read_owner(run_dir / OWNER_FILE)
+    record, owner = _launched(run_dir)
     num_steps, recent = _num_steps(recipe), _recent(run_dir)
-    if record is not None and (owner is None or owner.what == "launch"):
+    if record is not None:
         state, launcher = "lost" if record.lost else str(record.state), "launch"
     else:
-        record, launcher = None, owner.what if owner is not None else "train or torchrun"
+        launcher = owner.what if owner is not None else "train or torchrun"
         state = _state_without_record(run_dir, owner, recent, num_steps)
     beats = read_beats(run_dir)
     return Status(run_dir, state, record, num_steps, recent, newest_step(run_dir), launcher, owner, beats)
+
+
+def _launched(run_dir: Path) -> tuple[LaunchRecord | None, Owner | None]:
+    """The record of `launch`, None where none is or something else has trained since; and who works there now."""
+    record, owner = read_record(run_dir), read_owner(run_dir / OWNER_FILE)
+    if record is None or (owner is not None and owner.what != "launch"):
+        return None, owner
+    return None if owner is None and _is_superseded(run_dir, record) else record, owner
+
+
+def _is_superseded(run_dir: Path, record: LaunchRecord) -> bool:
+    """Whether `train` or torchrun has worked in the folder after `launch`, and has given it back.
+
+    Whatever trains writes the recipe as it starts; `launch` writes its record after that, all the time and at its end.
+    """
+    folder = RunFolder(run_dir)
+    with suppress(OSError):
+        later = folder.recipe.stat().st_mtime - folder.launch_record.stat().st_mtime
+        return later > (0.0 if record.state.over else STALE_SECONDS)
+    return False
 
 
 def _state_without_record(
@@ -101,9 +127,8 @@ def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
 
     Raises ConfigError where nothing runs that `launch` has started, ClusterError if it is still there in the end.
     """
-    record = read_record(run_dir)
+    record, owner = _launched(run_dir)
     if record is None:
-        owner = read_owner(run_dir / OWNER_FILE)
         who = f"`kill {owner.pid}` on {owner.host}" if owner is not None else "send SIGTERM to its `train` process"
         raise ConfigError([f"{run_dir}: not started by `launch`; {who} to stop it, it saves first"])
     if record.state.over:

@@ -19,7 +19,7 @@ from orchestration.launch.driver.record import (
     LaunchRecord,
     RankPlace,
     Restart,
-    State,
+    RunState,
     Tail,
     rank_log,
     write_record,
@@ -64,7 +64,7 @@ class Follower:
                 record.ranks = [RankPlace(**one) for one in event["ranks"]]
                 record.waiting_for = ""
             case "running":
-                record.state = State.RUNNING if record.state is not State.STOPPING else record.state
+                record.state = RunState.RUNNING if record.state is not RunState.STOPPING else record.state
                 self.say(f"launch: attempt {record.attempt}, rank {by_node(record.ranks)}")
             case "failure":
                 self.note_restart(event["time"], event["reason"], event["ranks"])
@@ -76,5 +76,5 @@ class Follower:
     def note_restart(self, moment: float, reason: str, ranks: Sequence[int]) -> None:
         """The gang starts again."""
         self._record.restarts.append(Restart(moment, reason, tuple(ranks)))
-        if self._record.state is not State.STOPPING:
-            self._record.state = State.RESTARTING
+        if self._record.state is not RunState.STOPPING:
+            self._record.state = RunState.RESTARTING

@@ -27,7 +27,7 @@ STALE_SECONDS: Final = 60.0
 """A driver that has not written for so long is gone; a shared folder may be some seconds behind."""
 
 
-class State(StrEnum):
+class RunState(StrEnum):
     """What a launched run is doing, or how it ended."""
 
     STARTING = "starting"
@@ -41,7 +41,7 @@ class State(StrEnum):
     @property
     def over(self) -> bool:
         """Whether nothing more will happen."""
-        return self in (State.FINISHED, State.STOPPED, State.FAILED)
+        return self in (RunState.FINISHED, RunState.STOPPED, RunState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Restart:
 class LaunchRecord:
     """The content of `launch.json`."""
 
-    state: State = State.STARTING
+    state: RunState = RunState.STARTING
     started: float = field(default_factory=time.time)
     heartbeat: float = field(default_factory=time.time)
     host: str = field(default_factory=socket.gethostname)
@@ -114,7 +114,7 @@ def read_record(run_dir: Path) -> LaunchRecord | None:
     path = RunFolder(run_dir).launch_record
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        raw["state"] = State(raw["state"])
+        raw["state"] = RunState(raw["state"])
         raw["ranks"] = [RankPlace(**one) for one in raw["ranks"]]
         raw["restarts"] = [Restart(**{**one, "ranks": tuple(one["ranks"])}) for one in raw["restarts"]]
         return LaunchRecord(**{"machine": "", **raw})  # of an earlier version: judged by its heartbeat

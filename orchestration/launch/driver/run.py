@@ -26,18 +26,18 @@ from megatron_deepstack.platform.files.run_disk import require_writable
 from megatron_deepstack.platform.files.run_lock import run_lock
 from megatron_deepstack.training.guard.watchdog import PATIENT
 from orchestration.cluster import import_ray, ray_session
-from orchestration.launch.before.checks import Finding
+from orchestration.launch.before.checks import Check
 from orchestration.launch.before.placement import Demand, Node, Seat, check_groups_fit, demand_of, place
 from orchestration.launch.before.preflight import check_cluster, check_here, longest_check_seconds, require_sound
 from orchestration.launch.before.report import whole_plan
 from orchestration.launch.before.waiting import wait_for_seats
-from orchestration.launch.driver.background import Background, follow
+from orchestration.launch.driver.background import BackgroundCheck, follow
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import (
     STOP_FILE,
     Events,
     LaunchRecord,
-    State,
+    RunState,
     newest_step,
     write_record,
 )
@@ -74,22 +74,24 @@ def launch(
         write_record(run_dir, record)
         try:
             follower = Follower(run_dir, record)
-            where = f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"
-            follower.say(f"launch: {where}; 5 to 20 s as a rule, at most about a minute")
+            where, most = ("starting Ray on this machine", "about a minute")
+            if address:
+                where, most = f"joining the Ray cluster at {address}", "some minutes, where something else answers"
+            follower.say(f"launch: {where}; 5 to 20 s as a rule, at most {most}")
             with _cluster(recipe, num_ranks, address):
                 _run(recipe, run_dir, record, follower, num_ranks, stop_after)
-            record.state, record.outcome, record.exit_code = State.FINISHED, "finished", 0
+            record.state, record.outcome, record.exit_code = RunState.FINISHED, "finished", 0
         except PreemptedError as error:
-            record.state, record.outcome, record.exit_code = State.STOPPED, str(error), error.exit_code
+            record.state, record.outcome, record.exit_code = RunState.STOPPED, str(error), error.exit_code
             raise
         except DeepStackError as error:
-            record.state, record.outcome, record.exit_code = State.FAILED, str(error), error.exit_code
+            record.state, record.outcome, record.exit_code = RunState.FAILED, str(error), error.exit_code
             raise
         except (KeyboardInterrupt, SystemExit) as error:  # before there were ranks to hand it on to
-            record.state, record.outcome, record.exit_code = State.STOPPED, "interrupted", PreemptedError.exit_code
+            record.state, record.outcome, record.exit_code = RunState.STOPPED, "interrupted", PreemptedError.exit_code
             raise PreemptedError("interrupted before training began; run the same command again") from error
         except BaseException as error:
-            record.state, record.outcome, record.exit_code = State.FAILED, f"{type(error).__name__}: {error}", 1
+            record.state, record.outcome, record.exit_code = RunState.FAILED, f"{type(error).__name__}: {error}", 1
             raise
         finally:
             _write_end(run_dir, record)
@@ -145,7 +147,7 @@ def dry_run(
     require_sound(findings)
 
 
-def _described(recipe: Recipe, demand: Demand, seats: Sequence[Seat], findings: Sequence[Finding], where: str) -> Any:
+def _described(recipe: Recipe, demand: Demand, seats: Sequence[Seat], findings: Sequence[Check], where: str) -> Any:
     step = newest_step(Path(recipe.run_dir))
     start = "from the beginning" if step is None else f"after step {step}, the newest checkpoint, if it is whole"
     return whole_plan(recipe, demand, seats, findings, rank_environment(os.environ), cluster=where, resumes_from=start)
@@ -195,7 +197,7 @@ def _run(
         record.num_ranks = demand.num_ranks
         environment = rank_environment(os.environ)
         follower.say(_what_is_checked(record, seats))
-        checks = Background("checks", lambda: _check(recipe, record, demand, seats, environment))
+        checks = BackgroundCheck("checks", lambda: _check(recipe, record, demand, seats, environment))
         follow(checks, follower, run_dir, second)
         follower.say(f"launch: {checks.outcome()} checks passed")
         if (run_dir / STOP_FILE).exists():
@@ -207,7 +209,7 @@ def _run(
         task = RankTask(recipe, os.getcwd(), stop_after, environment.private)
         while True:
             trainer = gang_trainer(task, run_dir, demand, environment.shown, START_RETRY_SECONDS)
-            fit = Background("ray train", partial(_fit, trainer))
+            fit = BackgroundCheck("ray train", partial(_fit, trainer))
             follow(fit, follower, run_dir, second)
             if fit.result is None or not is_for_a_node(run_dir):
                 break

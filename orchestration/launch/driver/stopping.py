@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deepstack.platform.files.write_whole import write_whole
-from orchestration.launch.driver.record import STOP_FILE, LaunchRecord, State
+from orchestration.launch.driver.record import STOP_FILE, LaunchRecord, RunState
 
 
 @contextmanager
@@ -21,10 +21,10 @@ def stop_signals(run_dir: Path, record: LaunchRecord) -> Iterator[threading.Even
     second = threading.Event()
 
     def handle(number: int, frame: object) -> None:
-        if record.state is State.STOPPING:
+        if record.state is RunState.STOPPING:
             second.set()
             return
-        record.state = State.STOPPING
+        record.state = RunState.STOPPING
         request_stop(run_dir, f"the driver got {signal.Signals(number).name}")
 
     if threading.current_thread() is not threading.main_thread():

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from megatron_deepstack.errors import DeepStackError, RankError
-from megatron_deepstack.training.retry import Failure, is_cut_off
+from megatron_deepstack.platform.processes.cut_off import is_cut_off
+from megatron_deepstack.training.retry import Failure
 
 
 class End(IntEnum):

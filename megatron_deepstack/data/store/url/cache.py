@@ -1,12 +1,14 @@
 """A folder of copies that never holds more than a given number of bytes, shared by all processes of a node.
 
-Copies appear whole by a rename; the least recently used go first, down to nine tenths of the limit, so that looking for
-them is rare. Every copy's bytes are reserved in a counter; the counter's lock is held for a handful of system calls,
-whatever the number of copies. One process at a time makes room, with a lock of its own: others go on as long as the
-counter leaves them room. A copy that goes while somebody reads it stays readable for them, as an unlinked file does.
+Copies appear as a whole, by a rename. When the limit is reached, the least recently used copies are removed down to
+nine tenths of the limit, so that this search is rare. Every copy's bytes are reserved in a counter; the counter's lock
+is held for a few system calls, whatever the number of copies. One process at a time makes room, with a lock of its own;
+others continue as long as the counter leaves them room. A copy that is removed while somebody reads it stays readable
+for them, as an unlinked file does.
 
 Besides copies of single views and blocks, which lie in at most 256 folders, there are whole folders, one for each store
-that was opened, which `held_folder` makes. They count as one copy each, and go only when nobody used them for an hour.
+that was opened, which `remote.copy_index` makes. They count as one copy each, and are removed only after an hour
+without use.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from megatron_deepstack.config.schema import DataConfig
 from megatron_deepstack.errors import StoreError
 
 _LOW_WATER: Final = 0.9
-"""Share of the limit that is left in use when room is made."""
+"""Share of the limit that stays in use when room is made."""
 _ABANDONED_SECONDS: Final = 3600.0
-"""An unfinished copy older than this belongs to a process that was killed; a held folder older is not in use."""
+"""An older unfinished copy belongs to a process that was killed; an older held folder is not in use."""
 _TRIES: Final = 3
-"""Times that room is made for one copy, before it is not kept: all the rest is being written or in use."""
+"""How often room is made for one copy. After that it is not kept: all others are being written or are in use."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """Where local copies of remote stores are kept, and how much of them."""
+    """Where local copies of remote stores are kept, and how many bytes of them."""
 
     folder: str | None = None
     """A folder of this node; one below the system's folder for temporary files if None."""
@@ -44,15 +46,15 @@ class CacheConfig:
 
     @classmethod
     def of(cls, data: DataConfig) -> CacheConfig:
-        """What a recipe asks for."""
+        """The configuration that a recipe asks for."""
         return cls(data.cache_dir, int(data.cache_gib * 2**30))
 
 
 class BoundedFolder:
-    """Copies by name. Holds nothing open, so it is safe in threads, after a fork, and pickles."""
+    """Copies by name. It keeps nothing open, so it is safe in threads and after a fork, and can be pickled."""
 
     def __init__(self, config: CacheConfig) -> None:
-        """Make the folder, unless it is there. Raises StoreError where it cannot be made or is somebody else's."""
+        """Make the folder if it is missing. Raises StoreError if it cannot be made, or belongs to another user."""
         self.root = Path(config.folder) if config.folder is not None else _own_temporary_path()
         self.limit_bytes = config.limit_bytes
         self._copies = self.root / "copies"
@@ -64,11 +66,11 @@ class BoundedFolder:
             self._copies.mkdir(parents=True, exist_ok=True)
 
     def has(self, name: str) -> bool:
-        """Whether there is a copy `name`; it may go at any time."""
+        """Whether there is a copy `name`; it may be removed at any time."""
         return self._path(name).exists()
 
     def read_into(self, name: str, buffer: memoryview) -> bool:
-        """Fill `buffer` with the copy `name`; False if there is none of that size."""
+        """Fill `buffer` with the copy `name`; False if there is no copy of exactly that size."""
         try:
             with open(self._path(name), "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != len(buffer):
@@ -85,14 +87,14 @@ class BoundedFolder:
         return True
 
     def keep(self, name: str, data: bytes | memoryview) -> None:
-        """Keep a copy, if room can be made: not where all the rest is in use or being written.
+        """Keep a copy, if room can be made for it. It is not kept if all other copies are in use or being written.
 
         Args:
-            name: The copy's name; parts of it may be divided by slashes.
+            name: The copy's name; its parts may be divided by slashes.
             data: Its bytes.
 
         Raises:
-            StoreError: It is more than the whole limit, or cannot be written.
+            StoreError: It is larger than the whole limit, or cannot be written.
         """
         self._require_within(len(data), "one copy")
         path = self._path(name)
@@ -108,18 +110,29 @@ class BoundedFolder:
             raise self._error(error) from error
 
     def drop(self, name: str) -> None:
-        """Remove a copy, if it is there; its bytes count until room is made the next time."""
+        """Remove a copy, if there is one; its bytes stay counted until room is made the next time."""
         self._path(name).unlink(missing_ok=True)
 
     def reserve_held(self, size: int, what: str) -> None:
-        """Count `size` bytes that a held folder is about to take; raises StoreError if that is more than the limit."""
+        """Count bytes that a held folder is about to take.
+
+        Args:
+            size: Number of bytes.
+            what: What they are for, for messages.
+
+        Raises:
+            StoreError: They are more than the limit.
+        """
         self._require_within(size, what)
         self._reserve(size, None)
 
     @contextmanager
     def one_at_a_time(self, name: str) -> Iterator[None]:
-        """A block that one thread of one process of the node runs at a time for `name`, so that what is missing is
-        fetched once. Other names may have to wait too, never long: there are 64 locks. Blocks may not be nested."""
+        """A block that only one thread of one process of the node runs at a time for `name`.
+
+        So what is missing is fetched once. There are 64 locks, so other names may have to wait too, for a short time.
+        Such blocks must not be nested.
+        """
         folder = self.root / "locks"
         with self.writing():
             folder.mkdir(exist_ok=True)
@@ -129,7 +142,7 @@ class BoundedFolder:
             yield
 
     def _path(self, name: str) -> Path:
-        """Names with slashes are spread over 256 folders, whatever and however many they are."""
+        """The path of a copy; names with slashes are spread over 256 folders."""
         if "/" not in name:
             return self._copies / name
         return self._copies / f"{zlib.crc32(name.encode()) % 256:02x}" / name.replace("/", "-")
@@ -142,7 +155,7 @@ class BoundedFolder:
             )
 
     def _reserve(self, size: int, partial: Path | None) -> bool:
-        """Count `size` bytes, and take them with an unfinished file; False if no room could be made for them."""
+        """Count `size` bytes, and claim them with an unfinished file; False if no room could be made for them."""
         for _ in range(_TRIES):
             with self._locked() as usage:
                 used = usage.read() + size
@@ -155,9 +168,9 @@ class BoundedFolder:
         return False
 
     def _make_room(self, wanted: int) -> None:
-        """Remove the least recently used copies and count all bytes anew, unless another process has just done so.
+        """Remove the least recently used copies and count all bytes again, unless another process has just done so.
 
-        What others add meanwhile is counted by them, and again here if it is met: the counter is never too low.
+        What others add in the meantime is counted by them, and perhaps once more here: the counter is never too low.
         """
         with open(self.root / "sweep", "ab") as sweep:
             fcntl.flock(sweep, fcntl.LOCK_EX)
@@ -170,7 +183,7 @@ class BoundedFolder:
                 usage.write(left + max(usage.read() - before, 0))
 
     def _remove_oldest(self, wanted: int) -> int:
-        """Remove the least recently used copies; returns the bytes left in use, counted anew."""
+        """Remove the least recently used copies; returns the bytes still in use, counted again."""
         files = sorted([*self._files(), *self._held_folders()])
         total = sum(size for _, size, _ in files)
         target = max(int(_LOW_WATER * self.limit_bytes) - wanted, 0)
@@ -200,7 +213,7 @@ class BoundedFolder:
                     yield status.st_mtime_ns, status.st_size, path
 
     def _held_folders(self) -> Iterator[tuple[int, int, str]]:
-        """The same of each held folder, whose arrays count, as `reserve_held` counted them, and documents do not."""
+        """The same for each held folder. Its arrays count, as `reserve_held` counted them; its documents do not."""
         if not self.held.is_dir():
             return
         for folder in self.held.iterdir():
@@ -214,7 +227,7 @@ class BoundedFolder:
             yield last_use_of_held(folder), size, str(folder)
 
     def _remove_empty_folders(self) -> None:
-        """Folders below `copies` without a file; one that gets a file meanwhile stays, and `_claim` makes it again."""
+        """Remove empty folders below `copies`; one that gets a file meanwhile stays, or `_claim` makes it again."""
         for folder, _, _ in os.walk(self._copies, topdown=False):
             if folder != str(self._copies):
                 with suppress(OSError):
@@ -248,7 +261,7 @@ class _Usage:
 
     file: int
     unknown: int
-    """What an unreadable counter stands for: so much that everything is counted anew."""
+    """The value of an unreadable counter: so large that everything is counted again."""
 
     def read(self) -> int:
         text = os.pread(self.file, 32, 0)
@@ -260,16 +273,16 @@ class _Usage:
 
 
 def _claim(partial: Path, size: int) -> None:
-    """Make an unfinished file of its full size, so that whoever counts meets all of it."""
+    """Make an unfinished file of its full size, so that every process that counts sees all of its bytes."""
     while True:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError), open(partial, "wb") as file:  # the folder may go again before it has a file
+        with suppress(FileNotFoundError), open(partial, "wb") as file:  # another process may remove the empty folder
             file.truncate(size)
             return
 
 
 def last_use_of_held(folder: Path) -> int:
-    """Time in ns of a held folder's last use; of one being made, when it was begun; 0 if it has gone."""
+    """The time in ns of a held folder's last use; if it is being made, of its start; 0 if it is gone."""
     for path in (folder / ".complete", folder):
         with suppress(FileNotFoundError):
             return path.stat().st_mtime_ns
@@ -277,7 +290,12 @@ def last_use_of_held(folder: Path) -> int:
 
 
 def remove_held(folder: Path, used_at: int) -> None:
-    """Remove a held folder, unless it was used after `used_at` or is being made. Readers keep what they have mapped."""
+    """Remove a held folder, unless it is being made or was used after `used_at`. Readers keep what they have mapped.
+
+    Args:
+        folder: The held folder.
+        used_at: Time in ns, as `last_use_of_held` gives it.
+    """
     with suppress(FileNotFoundError), open(folder / ".lock", "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -293,7 +311,7 @@ def _own_temporary_path() -> Path:
 
 
 def _require_own(path: Path) -> None:
-    """Make a folder of this user's alone: names below a folder that all may write to can be anybody's."""
+    """Make a folder that belongs to this user: in a folder that all may write to, any name may belong to anybody."""
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if status.st_uid != os.getuid() or not path.is_dir() or path.is_symlink():

@@ -1,8 +1,9 @@
-"""Stores in an object store: small index arrays copied once, views fetched as byte ranges, all in a bounded cache.
+"""Stores in an object store: small index arrays are copied once, views are fetched as byte ranges into a bounded cache.
 
-A view is fetched and kept by itself, neighbours in one request: training reads images in random order, and whole shards
-(64 images) would be fetched anew for nearly every image wherever the cache is smaller than the store. Requests of one
-call run side by side. Nothing outlives the call, so the reader is safe in threads, after a fork, and pickles.
+Each view is fetched and kept by itself, neighbours in one request. Training reads images in random order: if the cache
+is smaller than the store, whole shards (64 images) would have to be fetched again for nearly every image. Requests of
+one call run in parallel. Nothing stays open after the call, so the reader is safe in threads and after a fork, and can
+be pickled.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ _MOST_INDICES: Final = 1024
 
 
 def copy_index(location: Location, document: bytes, cache: BoundedFolder) -> Path:
-    """Copy metadata and small index arrays of a store below the cache, unless they are there.
+    """Copy metadata and small index arrays of a store into the cache, unless they are there.
 
-    Large arrays (`remote_array.BY_BLOCKS`) are only looked at: `RemoteArray` reads them.
+    Of large arrays (`remote_array.BY_BLOCKS`) only the sizes are checked: `RemoteArray` reads them.
 
     Args:
         location: The store.
-        document: The store's own zarr.json as it is now. A store that was written anew gets a copy of its own, and the
-            copies of what it was before are removed.
-        cache: Where the copy lies; its limit counts the copy, which may go when nobody used it for an hour.
+        document: The store's own zarr.json as it is now. A store that was written again gets a new copy, and the older
+            copies are removed.
+        cache: Where the copy is kept; it counts towards the limit, and may be removed after an hour without use.
 
     Returns:
-        The copy's folder. Its name tells this store, as it is now, from all others.
+        The copy's folder. Its name identifies this store in its present state.
 
     Raises:
         StoreError: An object is missing or of a wrong size, or the copy cannot be written or is larger than the limit.
@@ -85,7 +86,7 @@ def copy_index(location: Location, document: bytes, cache: BoundedFolder) -> Pat
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder of copies, which is made; another process may remove it until the lock is held."""
+    """Hold the lock of a folder of copies, which is made if missing; until then another process may remove it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -108,7 +109,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """All below a folder is on disk, the names of its files included."""
+    """Make sure that everything below a folder is on disk, including the names of its files."""
     for path in (folder, *folder.rglob("*")):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -158,7 +159,7 @@ def _copy(location: Location, folder: Path, name: str) -> None:
 
 
 def _blocks(source: Location) -> Iterator[bytes]:
-    """An object's bytes, some at a time. Raises StoreError if it cannot be read, whatever becomes of the copy."""
+    """The bytes of an object, block by block. Raises StoreError if the object, not the copy, has a fault."""
     try:
         with source.open_read() as file:
             while block := file.read(1 << 22):
@@ -171,7 +172,7 @@ def _blocks(source: Location) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class _Fetch:
-    """Views that lie back to back in a shard: one request."""
+    """Views that follow each other in a shard: one request."""
 
     part: int
     offset: int
@@ -185,7 +186,7 @@ class RemoteShards:
     """Shards at a URL, through a cache of views."""
 
     def __init__(self, location: Location, name: str, pixels: PixelsShape, cache: BoundedFolder) -> None:
-        """`name` tells this store's copies from others'."""
+        """Prepare to read; nothing is fetched. `name` distinguishes this store's copies from those of others."""
         self._location, self._name, self._pixels, self._cache = location, name, pixels, cache
         self._in_use = cache.held / name / ".complete"
         self._indices: dict[int, np.ndarray] = {}
@@ -195,18 +196,24 @@ class RemoteShards:
         return str(self._location.child(shard_path(slot // self._pixels.slots_per_part)))
 
     def forget(self, slots: Sequence[int]) -> bool:
-        """Drop the copies of these views, so that they are fetched again."""
+        """Delete the copies of these views, so that they are fetched again; always True."""
         for slot in slots:
             self._cache.drop(self._copy_name(slot))
         return True
 
     def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read views into the rows of `out`: copies first, then whatever is missing, in few requests side by side.
+        """Read views into the rows of `out`: copies first, then everything missing, in few parallel requests.
 
-        Raises ShardError where an object is missing or damaged, LocationError where the connection fails.
+        Args:
+            slots: Rows of `images/pixels`, in any order.
+            out: uint8 (len(slots), S, S, 3).
+
+        Raises:
+            ShardError: An object is missing or damaged.
+            LocationError: The connection fails.
         """
         with suppress(FileNotFoundError):
-            os.utime(self._in_use)  # the copy of the store's index is not to go
+            os.utime(self._in_use)  # so that the copy of the store's index is not removed
         indices = self._load_indices(sorted({slot // self._pixels.slots_per_part for slot in slots}))
         missing = []
         for first, places in runs(slots, self._pixels.slots_per_part):
@@ -216,7 +223,7 @@ class RemoteShards:
             side_by_side(partial(self._fetch, out), missing)
 
     def _read_copies(self, index: np.ndarray, first: int, places: Sequence[int], out: np.ndarray) -> Iterator[_Fetch]:
-        """Fill rows from copies; yields what has to be fetched."""
+        """Fill rows from copies; yields the requests for all others."""
         part, slot = divmod(first, self._pixels.slots_per_part)
         extents = index[slot : slot + len(places)].tolist()
         waiting: list[tuple[int, int, int, int]] = []
@@ -258,7 +265,7 @@ class RemoteShards:
             self._cache.keep(self._copy_name(slot), view)
 
     def _load_indices(self, parts: Sequence[int]) -> dict[int, np.ndarray]:
-        """Indices of these parts at least. Another thread may replace those kept at any time: each goes by its own."""
+        """The indices of at least these parts. Another thread may replace the cached ones, so use the result."""
         known = self._indices
         missing = [part for part in parts if part not in known]
         if not missing:

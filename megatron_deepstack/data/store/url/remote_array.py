@@ -1,9 +1,9 @@
-"""Large index arrays of a store at a URL, read a block at a time through the bounded cache.
+"""Large index arrays of a store at a URL, read block by block through the bounded cache.
 
-Tokens alone are gigabytes, and a rank reads a few kilobytes of them in a step: only blocks that hold what is asked for
-travel, and the cache evicts them like any other copy. Several processes of a node ask for the same samples at the same
-time, so each block is fetched by one of them, and found in the cache by the others. A copy carries a checksum: after a
-node's crash a file may be there without its bytes.
+Tokens alone are gigabytes, and a rank reads a few kilobytes of them in a step. So only blocks that hold what is asked
+for are fetched, and the cache removes them like any other copy. Several processes of a node ask for the same samples at
+the same time, so one of them fetches each block, and the others find it in the cache. A copy carries a checksum,
+because after a node's crash a file may exist without its bytes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ BY_BLOCKS: Final = (
     "images/sha256",
     "images/crc32c",
 )
-"""Arrays read in blocks; of a store at a URL all others are copied whole, about 60 bytes a sample."""
+"""Arrays read in blocks; all others of a store at a URL are copied as a whole, about 60 bytes for each sample."""
 _BLOCK_BYTES: Final = 256 << 10
-"""Of one block: about 160 samples of 400 tokens."""
+"""Size of one block: about 160 samples of 400 tokens."""
 _REQUESTS: Final = 16
 """Requests at a time."""
 
@@ -42,7 +42,15 @@ _Result = TypeVar("_Result")
 
 
 def side_by_side(do: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Results in order; the first error is raised once all others have come to their end."""
+    """Run requests in parallel threads.
+
+    Args:
+        do: What is done with each item.
+        items: The items.
+
+    Returns:
+        The results in order. If some fail, the first error is raised after all others have ended.
+    """
     with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="store-requests") as pool:
         return list(pool.map(do, items))
 
@@ -55,7 +63,7 @@ class RemoteArray:
 
         Args:
             location: The store.
-            folder: Where its metadata is copied; its name tells this store's blocks from others'.
+            folder: Where its metadata is copied; its name distinguishes this store's blocks from those of others.
             name: The array, one of `schema.INDEX_ARRAYS`.
             cache: Where blocks are kept.
 
@@ -91,7 +99,7 @@ class RemoteArray:
         return together[first - begin : stop - begin]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Rows by their numbers, a copy, in the order given. Raises IndexError."""
+        """Rows by their numbers, as a copy, in the given order. Raises IndexError."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; there are {self._rows}")
         wanted, places = np.divmod(rows, self._block_rows)
@@ -103,13 +111,21 @@ class RemoteArray:
         return out
 
     def missing(self, first: np.ndarray, stop: np.ndarray) -> list[int]:
-        """The blocks that hold rows of the ranges `first` to `stop - 1` and of which there is no copy."""
+        """The blocks that are not in the cache and hold rows of these ranges.
+
+        Args:
+            first: int64 (N,), the first row of each range.
+            stop: int64 (N,), the row after its last one.
+
+        Returns:
+            Numbers of blocks, ascending.
+        """
         spans = zip((first // self._block_rows).tolist(), ((stop - 1) // self._block_rows).tolist(), strict=True)
         blocks = {block for begin, last in spans for block in range(begin, last + 1)}
         return [block for block in sorted(blocks) if not self._cache.has(self._copy_name(block))]
 
     def fetch(self, block: int) -> None:
-        """Put a block into the cache, unless it is there."""
+        """Put a block into the cache, unless it is there already."""
         self._block(block)
 
     def _read(self, blocks: Sequence[int]) -> list[np.ndarray]:

@@ -1,0 +1,55 @@
+"""The 7B stage's steps, variant by variant: rows, stacks, packing, recomputation, FP8, and the optimizer."""
+
+from __future__ import annotations
+
+from megatron_deepstack.config.choices import Layers, Precision, Recompute
+from megatron_deepstack.platform.compute.measure import release_memory
+from megatron_deepstack.testing.gpu.engine import what_is_missing
+from megatron_deepstack.testing.gpu.report import Report, Settings
+from megatron_deepstack.testing.gpu.stage import Stage, stage_size
+from megatron_deepstack.testing.gpu.timing import mean_seconds, only_rank, read_ceiling
+
+
+def run_local(settings: Settings, report: Report) -> None:
+    """Megatron's local layers with torch's attention."""
+    _measure(settings, report, Layers.LOCAL)
+
+
+def run_engine(settings: Settings, report: Report) -> None:
+    """Transformer Engine's layers, and the same in FP8."""
+    missing = what_is_missing()
+    if missing:
+        report.left_out("7B stage, Transformer Engine's layers", missing)
+        return
+    _measure(settings, report, Layers.TRANSFORMER_ENGINE)
+
+
+def _measure(settings: Settings, report: Report, layers: Layers) -> None:
+    """The stage as it is first, then what needs another stage: the first one's memory is given back before."""
+    groups, size, ceiling = only_rank(settings), stage_size(tiny=settings.tiny), read_ceiling(settings)
+    longest, *others = size.seq_lengths
+    stage = Stage(groups, size, layers)
+    variants = {
+        f"rows of {longest}": stage.plan(longest),
+        f"rows of {longest}, no stacks": stage.plan(longest, stacks=False),
+        f"rows of {longest}, packed": stage.plan(longest, packed=True),
+        **{f"rows of {length}": stage.plan(length) for length in others},
+    }
+    for name, plan in variants.items():
+        with report.case(name):
+            report.measured(name, **stage.speed(plan).numbers(ceiling))
+    with report.case("optimizer step"):
+        report.measured("optimizer step", ms=1000 * mean_seconds(stage.update, repeats=3, warm_up=1))
+    del stage
+    release_memory()
+    name = f"rows of {longest}, full recomputation"
+    with report.case(name):
+        stage = Stage(groups, size, layers, recompute=Recompute.FULL)
+        report.measured(name, **stage.speed(stage.plan(longest)).numbers(ceiling))
+        del stage
+    if layers is Layers.TRANSFORMER_ENGINE:
+        release_memory()
+        name = f"rows of {longest}, fp8 tensorwise"
+        with report.case(name):
+            stage = Stage(groups, size, layers, precision=Precision.FP8)
+            report.measured(name, **stage.speed(stage.plan(longest)).numbers(ceiling))
