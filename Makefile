@@ -6,7 +6,8 @@
 # make layouts  set up with the test extra, then only the suites that compare layouts and resumed runs
 # make lint     ruff and mypy
 #
-# PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
+# PYTHON picks the interpreter (3.11 or later), VENV the environment's folder. WORKERS=2 runs the tests of `test` and
+# `test-all` in two processes, each file in one of them. QUICK=yes leaves the slow tests of `layouts` out.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +22,7 @@ TESTABLE := $(VENV)/.testable-$(KEY)
 export OMP_NUM_THREADS ?= 1
 RUN := $(BIN)/megatron-deepstack
 DEMO := demo-run
+SPREAD := $(if $(WORKERS),--numprocesses $(WORKERS) --dist loadgroup)
 
 .PHONY: setup demo test test-all faults layouts lint
 .DELETE_ON_ERROR:
@@ -57,14 +59,14 @@ lint: $(TESTABLE)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --ignore tests/faults -m "not slow"
+	$(BIN)/python -m pytest --ignore tests/faults -m "not slow" $(SPREAD)
 
 test-all: $(TESTABLE)
-	$(BIN)/python -m pytest --ignore tests/faults -m slow
+	$(BIN)/python -m pytest --ignore tests/faults -m slow $(SPREAD)
 
 faults: $(TESTABLE)
 	DEEPSTACK_SOAK_KILLS=20 $(BIN)/python -m pytest tests/faults
 
 layouts: $(TESTABLE)
-	$(BIN)/python -m pytest tests/layouts tests/checkpoint/test_resharding.py \
+	$(BIN)/python -m pytest $(if $(QUICK),-m "not slow") tests/layouts tests/checkpoint/test_resharding.py \
 	  tests/training/test_resume.py tests/training/test_resume_cases.py
