@@ -62,10 +62,10 @@ class TrainedRank:
         """Take over a checkpoint."""
         from megatron_deepstack.checkpoint.folder import verify
         from megatron_deepstack.checkpoint.load import load
-        from megatron_deepstack.checkpoint.saving.commit import layout_of
+        from megatron_deepstack.checkpoint.saving.commit import layout_facts
 
         checkpoint = verify(path)
-        layout = layout_of(self.groups.axes, self.recipe.parallel)
+        layout = layout_facts(self.groups.axes, self.recipe.parallel)
         load(checkpoint, self.model, self.optimizer.chained, layout)
         self.done = checkpoint.manifest.step
 
