@@ -52,6 +52,8 @@ READS = {
 }
 """Places that may read the device, and how often in a step."""
 UPLOADS_IN_SCHEDULE = {
+    # Of pixels that are on the device already, micro-batch by micro-batch where they are encoded inline.
+    "schedule megatron_deepstack/model/vision/vit.py:normalise": 4,
     # Made once for each length of sequence that occurs, and kept.
     "schedule megatron/core/models/common/embeddings/rotary_pos_embedding.py:get_emb": 2,
     "schedule megatron/core/models/common/embeddings/rope_utils.py:get_pos_emb_on_this_cp_rank": 1,
