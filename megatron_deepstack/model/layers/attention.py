@@ -56,7 +56,7 @@ class Packs(PackedSeqParams):
 
         Megatron's own rotation of packed rows reads the bounds on the host in each layer, for queries and for keys.
         """
-        return replace(self, qkv_format="sbhd")
+        return replace(self, qkv_format="sbhd")  # type: ignore[call-arg]  # a field of Megatron's class
 
 
 class FusedCoreAttention(torch.nn.Module):
