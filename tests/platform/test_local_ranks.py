@@ -170,7 +170,8 @@ def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
 
 def test_cause() -> None:
     """A death is blamed before an expected error, that before a silent end, that before an exception of its own."""
-    cut_off = Ending(6, 16, Report(trace="Traceback\nRuntimeError: [...] Connection closed by peer [127.0.0.1]:80"))
+    trace = "Traceback (most recent call last):\n  File ...\nRuntimeError: Connection closed by peer [127.0.0.1]:80"
+    cut_off = Ending(6, 16, Report(trace=trace))
     raised = Ending(0, 10, Report(trace="ValueError: a bug"))
     silent = Ending(1, 11, None, 1)
     refused = Ending(2, 12, Report(error=StoreError("damaged")))
