@@ -34,18 +34,11 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 def sharded_state(
     model: RankModel, optimizer: ChainedOptimizer | None, *, version: int = FORMAT_VERSION
 ) -> dict[str, Any]:
-    """Sharded state dict of this rank, over live tensors.
+    """Sharded state dict of this rank, over live tensors; without `optimizer`, the weights alone. `version` is that of
+    the checkpoint's format.
 
-    Keys name global layers, so a checkpoint does not depend on the layout. Every rank has the whole encoder, so its
-    replica number is the global rank, and rank 0 writes it.
-
-    Args:
-        model: This rank's part of the model.
-        optimizer: Its states are included; None for the weights only.
-        version: Version of the checkpoint's format.
-
-    Returns:
-        `model`: the sharded weights by part; with an optimizer also `optimizer`: its sharded states.
+    Keys name global layers, so a checkpoint does not remember its layout. The encoder stands on every rank, so its
+    replica number is the global rank: rank 0 writes it.
     """
     weights: ShardedStateDict = {}
     for number, chunk in enumerate(model.chunks):
@@ -111,12 +104,8 @@ def _allocate_torch_adam(inner: torch.optim.Adam) -> None:
 def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
     """Take over a loaded optimizer state; the distributed optimizer's tensors were loaded in place.
 
-    Of the values that are common to all parameters only the number of updates is taken. Rates and decay come from the
-    recipe in every step, and the other values differ between distributed optimizers and those that are not.
-
-    Args:
-        optimizer: The optimizer that continues; its states are changed in place.
-        state: What `dist_checkpointing.load` returned under `optimizer`.
+    Of what is common to all parameters only the number of updates is taken: rates and decay come from the recipe in
+    every step, and the rest differs between optimizers that are distributed and not.
     """
     updates = max(_updates(state), default=0.0)
     singles = optimizer.chained_optimizers
@@ -164,12 +153,7 @@ def _encoder_state(encoder: VisualEncoder) -> ShardedStateDict:
 
 
 def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
-    """Copy loaded weights into the modules. Extra states that the checkpoint does not hold stay as they are.
-
-    Args:
-        model: This rank's part of the model, changed in place.
-        weights: State dicts by part: `decoder0`, `decoder1` and so on for the chunks, and `encoder`.
-    """
+    """Copy loaded weights into the modules; extra states that are not kept are missing, and stay as they are."""
     for number, chunk in enumerate(model.chunks):
         chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
     model.encoder.load_state_dict(weights["encoder"])

@@ -25,10 +25,9 @@ _START = "import sys; from megatron_deepstack.checkpoint.saving.writer import se
 
 
 class Work:
-    """A function that runs in a thread of its own. Once `done` is set, `error` holds what went wrong, or None."""
+    """Something that runs in a thread of its own; `error` says what went wrong, once it is `done`."""
 
     def __init__(self, function: Callable[[], int]) -> None:
-        """Start the thread. `function` returns the number of bytes written."""
         self.done = threading.Event()
         self.error: str | None = None
         self.num_bytes = 0
@@ -48,7 +47,6 @@ class Background:
     """The writer process of this rank, and the memory it shares with it."""
 
     def __init__(self) -> None:
-        """Start the writer process."""
         self._memory = HostMemory()
         self._pipe, theirs = Pipe()
         handles = (theirs.fileno(), self._memory.handle)
@@ -65,18 +63,9 @@ class Background:
         self._end = weakref.finalize(self, _end, self._pipe, self._process, self._memory)
 
     def write(self, plan: RankPlan, folder: Path, rank: int, before: Callable[[], None]) -> Work:
-        """Copy the tensors of `plan`, call `before`, and write. Only one write may be in progress.
+        """Copy what `plan` says, call `before`, and write. One at a time.
 
         `staged` is set as soon as the tensors may change again.
-
-        Args:
-            plan: What this rank writes.
-            folder: The partial folder.
-            rank: This rank.
-            before: Called in the thread between copying and writing.
-
-        Returns:
-            The work in progress.
         """
         tensors = [tensor for file in plan.files for _, tensor in file.tensors]
         offsets, num_bytes = lay_out(tensors)
