@@ -89,7 +89,7 @@ class Checkpoint:
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps."""
+    """Folder of the checkpoint after `step` steps, whether it exists or not."""
     return checkpoints_folder(run_dir) / f"{_PREFIX}{step:08d}"
 
 
@@ -104,7 +104,15 @@ def checkpoints_folder(run_dir: str | Path) -> Path:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and bring it to the disk: from then on the folder's content counts."""
+    """Write the manifest and bring it to the disk. From then on the folder's content counts.
+
+    Args:
+        folder: The partial folder, with all other files in it.
+        manifest: What is written, with sizes and checksums of those files.
+
+    Raises:
+        OSError: The disk refuses.
+    """
     with (folder / MANIFEST).open("w", encoding="utf-8") as out:
         out.write(manifest_to_json(manifest))
         out.flush()
@@ -126,7 +134,15 @@ def manifest_to_json(manifest: Manifest) -> str:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, in place of a damaged one that has it."""
+    """Give a finished folder its final name. A damaged folder that has this name is deleted.
+
+    Args:
+        partial: The finished folder, under the name it was written with.
+        final: The name it gets, in the same parent folder.
+
+    Raises:
+        OSError: The disk refuses.
+    """
     sync_folder(partial)
     if final.exists():
         remove(final)
@@ -135,7 +151,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. It loses its name first: what a kill in between leaves is a leftover, not a damaged one.
+    """Delete a checkpoint. It is renamed first, so that a kill in between does not leave a damaged checkpoint.
 
     Raises OSError where it cannot be renamed.
     """
@@ -148,8 +164,15 @@ def remove(folder: Path) -> None:
 def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files match its manifest, and a line on each newer one that does not.
 
-    None if the run has no checkpoint at all. Raises CheckpointError if it has some and none is whole, or if one cannot
-    be read at present: starting over silently would throw the work away.
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        The checkpoint, or None if the run has no checkpoint at all; and the lines.
+
+    Raises:
+        CheckpointError: The run has checkpoints and none is whole, or one cannot be read at present. Starting over
+            without a word would lose the work.
     """
     faults: list[str] = []
     for _, path in reversed(step_folders(run_dir)):
@@ -165,7 +188,15 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def none_whole(run_dir: str | Path, faults: Sequence[str]) -> CheckpointError:
-    """The error of a run all of whose checkpoints have a fault."""
+    """The error of a run in which every checkpoint has a fault.
+
+    Args:
+        run_dir: The run folder.
+        faults: A line on each checkpoint, newest first.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     listed = "\n  ".join(faults)
     return CheckpointError(
         f"{run_dir}: no whole checkpoint among {len(faults)}:\n  {listed}\nRestore one, or remove the folder "
@@ -201,7 +232,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def verify_content(checkpoint: Checkpoint, name: str) -> None:
-    """Compare one file's checksum with the manifest's. Raises CheckpointError."""
+    """Compare one file's size and checksum with those in the manifest.
+
+    Args:
+        checkpoint: The checkpoint that the file belongs to.
+        name: Name of the file, as in the manifest.
+
+    Raises:
+        OutOfReach: The file cannot be read at present.
+        CheckpointError: The file is damaged or cannot be read.
+    """
     try:
         found = fingerprint(checkpoint.path / name)
     except OSError as error:
@@ -231,7 +271,18 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def manifest_from_json(path: Path, text: str) -> Manifest:
-    """The manifest of the checkpoint at `path` from its text. Raises CheckpointError."""
+    """Parse a manifest.
+
+    Args:
+        path: The checkpoint's folder, for messages.
+        text: Content of its manifest file, in JSON.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: The text is damaged, or the format's version is not one that this program reads.
+    """
     try:
         raw = json.loads(text)
         if raw["version"] not in READABLE_VERSIONS:

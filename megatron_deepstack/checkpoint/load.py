@@ -30,10 +30,18 @@ def load(
     optimizer: ChainedOptimizer | None,
     layout: Mapping[str, int] | None = None,
 ) -> None:
-    """Read weights, and with `optimizer` its states, in any layout. Collective over all ranks.
+    """Read weights and optimizer states into a model of any layout. Collective over all ranks.
 
-    Random states are read if the checkpoint was written under the same `layout`. The caller has compared identities
-    (`identity.require_same`). Raises CheckpointError if tensors do not fit, or if the files hold more than data.
+    The caller has compared identities before (`identity.require_same`).
+
+    Args:
+        checkpoint: The checkpoint to read.
+        model: This rank's part of the model, changed in place.
+        optimizer: Its states are read too; None for the weights only.
+        layout: Ranks on each axis of this run. Random states are read if the checkpoint was written under the same.
+
+    Raises:
+        CheckpointError: Tensors do not fit, or the files hold anything but data.
     """
     if optimizer is not None:
         allocate_states(optimizer)

@@ -89,7 +89,17 @@ def _raise_for(said: Sequence[Mapping[str, str]]) -> None:
 
 
 def shares(files: Mapping[str, tuple[int, int]], num_ranks: int) -> list[list[str]]:
-    """Names of files for each rank, so that all read about as much: the largest first, each to who has least."""
+    """Divide files among ranks so that all read about the same number of bytes.
+
+    The largest files are given first, each to the rank that has the fewest bytes so far.
+
+    Args:
+        files: Size in bytes and crc32c by name.
+        num_ranks: Number of ranks.
+
+    Returns:
+        Names of files, one list for each rank.
+    """
     loads = [0] * num_ranks
     names: list[list[str]] = [[] for _ in range(num_ranks)]
     for name, (size, _) in sorted(files.items(), key=lambda item: (-item[1][0], item[0])):

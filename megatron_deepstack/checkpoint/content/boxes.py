@@ -23,7 +23,16 @@ class Box:
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """Elements `start` to `stop - 1` of a row-major tensor of `shape`, in that order, as few boxes.
 
-    At most 2d - 1 for d dimensions: the end of a row, whole rows, the beginning of a row, and so within rows.
+    There are at most 2d - 1 boxes for d dimensions: the end of a row, whole rows and the beginning of a row. The two
+    partial rows are divided in the same way.
+
+    Args:
+        shape: Sizes of the tensor's dimensions.
+        start: Flat index of the first element.
+        stop: Flat index after the last element.
+
+    Yields:
+        Boxes that do not overlap, in row-major order.
     """
     if start >= stop:
         return

@@ -23,7 +23,16 @@ _BEFORE: Mapping[str, Any] = {"lora": {"rank": 0}}
 
 
 def identity(recipe: Recipe, *, plan_hash: str, tokenizer_sha256: str) -> dict[str, Any]:
-    """The facts of a run, as plain JSON values. `plan_hash` and `tokenizer_sha256` are the store's."""
+    """The facts of a run, as plain JSON values.
+
+    Args:
+        recipe: The run's recipe.
+        plan_hash: Hash of the plan, as the store records it.
+        tokenizer_sha256: SHA-256 of the tokenizer, as the store records it.
+
+    Returns:
+        The facts by section: those of `model_identity`, and `train` and `data`.
+    """
     train = recipe.train
     return {
         **model_identity(recipe),
@@ -41,7 +50,7 @@ def identity(recipe: Recipe, *, plan_hash: str, tokenizer_sha256: str) -> dict[s
 
 
 def model_identity(recipe: Recipe) -> dict[str, Any]:
-    """The part of the identity that weights alone depend on."""
+    """The part of the identity that the weights depend on, as plain JSON values."""
     model = asdict(recipe.model)
     del model["layers"]
     language = recipe.model.language

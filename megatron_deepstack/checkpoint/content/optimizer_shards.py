@@ -30,7 +30,15 @@ def sharded_states(
 ) -> dict[str, ShardedTensor]:
     """This rank's states as parts of the checkpoint's tensors; their data are views of the live ones.
 
-    `weights` are the model's sharded weights. Saving reads the views, loading writes into them.
+    Saving reads the views, and loading writes into them.
+
+    Args:
+        optimizer: The distributed optimizer, with its states allocated.
+        weights: The model's sharded weights, which say where each parameter lies in the whole tensor.
+        main_parameter: Name under which main parameters are saved.
+
+    Returns:
+        The parts by a key that is unique on this rank.
     """
     found, _ = extract_sharded_tensors_and_factories(weights)
     by_parameter = {id(sharded.data): sharded for sharded in nested_values(found)}

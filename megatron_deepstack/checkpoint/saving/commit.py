@@ -47,12 +47,23 @@ class Commit:
     keep: int
     keep_every: int
     faults: list[str] = field(default_factory=list)
-    """Lines for the user on older checkpoints that could not be deleted; whoever tells them takes them away."""
+    """Lines for the user on older checkpoints that could not be deleted. The caller that shows them removes them."""
 
     def run(self, final: Path, step: int, metadata: Metadata) -> int:
-        """Make the partial folder of `final` whole, then delete superfluous checkpoints; returns its size in bytes.
+        """Complete the partial folder of `final`, give it its name, and delete checkpoints that are no longer needed.
 
-        Every rank's writer is done. Raises OSError where the disk refuses.
+        One rank calls it, when the writers of all ranks are done.
+
+        Args:
+            final: Folder of the checkpoint.
+            step: Steps done.
+            metadata: Megatron's index of the tensors.
+
+        Returns:
+            Size of the checkpoint in bytes.
+
+        Raises:
+            OSError: The disk refuses.
         """
         partial = partial_path(final)
         files = self._finish(partial, metadata)
@@ -84,7 +95,15 @@ class Commit:
 
 
 def layout_facts(axes: Axes, parallel: ParallelConfig) -> dict[str, int]:
-    """Ranks on each axis, and chunks of a stage."""
+    """The layout as a manifest records it.
+
+    Args:
+        axes: Ranks on each axis.
+        parallel: The recipe's section on parallelism.
+
+    Returns:
+        Ranks by name of the axis, and `vpp`: chunks of a pipeline stage.
+    """
     return {**asdict(axes), "vpp": parallel.virtual_pipeline}
 
 

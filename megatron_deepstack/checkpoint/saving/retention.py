@@ -20,10 +20,19 @@ LOCK = ".being_written"
 
 
 def superfluous(whole: Sequence[int], committed: int, *, keep: int, keep_every: int) -> list[int]:
-    """Steps of `whole` checkpoints that may go after that of step `committed` was written.
+    """Steps of the checkpoints that may be deleted after the one of step `committed` was written.
 
-    The newest `keep` up to `committed` stay (0 keeps all), and multiples of `keep_every` (0 for none). So does whatever
-    lies beyond `committed`: a run that went back to an older checkpoint does not decide about those.
+    Checkpoints of later steps than `committed` stay: a run that went back to an older checkpoint does not decide about
+    them.
+
+    Args:
+        whole: Steps of all whole checkpoints, in any order.
+        committed: Step of the checkpoint just written.
+        keep: Number of newest checkpoints up to `committed` that stay; 0 keeps all.
+        keep_every: Checkpoints at multiples of it stay too; 0 for none.
+
+    Returns:
+        The steps, in ascending order.
     """
     done = sorted(step for step in whole if step <= committed)
     old = done[:-keep] if keep else []

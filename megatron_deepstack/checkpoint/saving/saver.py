@@ -127,7 +127,16 @@ class Saver:
         axes: Axes,
         samples: Mapping[str, Any] | None = None,
     ) -> None:
-        """`facts` and `samples`: what each manifest says of the run's identity and of what it reads."""
+        """Prepare saving; nothing is written yet.
+
+        Args:
+            recipe: The run's recipe.
+            model: This rank's part of the model.
+            optimizer: The optimizer whose states are saved.
+            facts: The run's identity, for each manifest.
+            axes: Ranks on each axis.
+            samples: What the run reads, for each manifest.
+        """
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self._commit = Commit(
             facts=facts,

@@ -74,6 +74,7 @@ class ChecksummedFile:
     """A new file that counts and sums what is written to it."""
 
     def __init__(self, path: Path) -> None:
+        """Create the file, or empty one that exists."""
         self._stream = path.open("wb")
         self._checksum = google_crc32c.Checksum()
         self.num_bytes = 0
@@ -99,7 +100,18 @@ class ChecksummedFile:
 
 
 def write_task(task: WriteTask, memory: mmap.mmap) -> int:
-    """Write the files of a task and then its note; returns the bytes written. Raises OSError."""
+    """Write the files of a task and then its note.
+
+    Args:
+        task: What to write, and where.
+        memory: The memory shared with the rank, which holds the tensors.
+
+    Returns:
+        Bytes written, without the note.
+
+    Raises:
+        OSError: The disk refuses.
+    """
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, tuple[int, int]] = {}
@@ -136,7 +148,13 @@ def _tensor(tensor: StagedTensor, memory: mmap.mmap) -> torch.Tensor:
 
 
 def serve(rank_pid: int, pipe_handle: int, memory_handle: int) -> None:
-    """Life of the process: answer jobs until the rank, whose process is given, closes the pipe or dies."""
+    """Main function of the writer process: answer jobs until the rank closes the pipe or dies.
+
+    Args:
+        rank_pid: Process id of the rank.
+        pipe_handle: File descriptor of the pipe to the rank.
+        memory_handle: File descriptor of the memory shared with the rank.
+    """
     die_with_parent(rank_pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -49,7 +49,15 @@ class Health:
 
     @classmethod
     def of(cls, config: HealthConfig, records: Iterable[Mapping[str, Any]]) -> Health:
-        """What the records of earlier steps amount to."""
+        """The state of health after the steps of earlier records.
+
+        Args:
+            config: Limits of the recipe.
+            records: Records of metrics.jsonl, oldest first.
+
+        Returns:
+            The state after the last record.
+        """
         health = cls(config, losses=deque(maxlen=max(config.spike_window, 1)))
         for record in records:
             loss = None if record["loss"] is None else float(record["loss"])
@@ -88,7 +96,15 @@ class Health:
         return loss > config.spike_factor * usual and loss > usual + _LEAST_RISE
 
     def require_well(self, done: int, ids_of: IdsOf) -> None:
-        """Raise HealthError if the run must not go on after `done` steps. The same on every rank."""
+        """Check that the run may go on. The result is the same on every rank.
+
+        Args:
+            done: Steps done, those before a resumption included.
+            ids_of: From a 0-based step to the ids of its samples.
+
+        Raises:
+            HealthError: Too many steps in a row were left out, or too many samples could not be read.
+        """
         limit = self.config.max_skipped_steps
         if self.skipped_in_row > limit:
             steps = range(done - self.skipped_in_row, done)
@@ -133,13 +149,29 @@ class Health:
 
 
 def some(ids: Sequence[str], limit: int = 16) -> str:
-    """The first of a step's samples, for a message; all of them are in its record."""
+    """List the first samples of a step for a message. The step's record holds all of them.
+
+    Args:
+        ids: Ids of the samples.
+        limit: How many are listed.
+
+    Returns:
+        The ids in one line, with the number of those that are not listed.
+    """
     more = f" and {len(ids) - limit} more (see metrics.jsonl)" if len(ids) > limit else ""
     return ", ".join(ids[:limit]) + more
 
 
 def earlier_records(file: Path, num_steps: int) -> list[dict[str, Any]]:
-    """Records of the first `num_steps` steps in a run's metrics.jsonl; what a kill cut short is passed over."""
+    """Read the records of the first `num_steps` steps from a run's metrics.jsonl.
+
+    Args:
+        file: The file; it need not exist.
+        num_steps: Number of the last step whose record is wanted, 1-based.
+
+    Returns:
+        The records in the order of the file. Lines that are not complete, for example after a kill, are left out.
+    """
     if not file.is_file():
         return []
     records = []

@@ -33,7 +33,16 @@ class Heartbeats:
     """The beats of all ranks, as one rank sees them."""
 
     def __init__(self, run_dir: Path, rank: int, num_ranks: int) -> None:
-        """Make the folder of the nodes' files; raises OSError where that fails."""
+        """Make the folder of the nodes' files.
+
+        Args:
+            run_dir: The run folder.
+            rank: This rank.
+            num_ranks: Number of ranks of the run.
+
+        Raises:
+            OSError: The folder cannot be made.
+        """
         self.folder, self.rank, self.num_ranks = RunFolder(run_dir).heartbeats, rank, num_ranks
         self.folder.mkdir(parents=True, exist_ok=True)
         self.board = NodeBoard(run_dir, rank)
@@ -42,9 +51,14 @@ class Heartbeats:
         """By rank of this node: the number of its last beat, and our beats since it came."""
 
     def write(self, doing: str, *, hanging: bool = False, last: bool = False) -> None:
-        """Beat once; `last`: no other beat follows.
+        """Beat once.
 
-        A disk that refuses costs this beat alone: the next one may get through, and training goes on.
+        If the disk refuses, only this beat is lost. The next one may be written, and training goes on.
+
+        Args:
+            doing: What the rank is doing, for people.
+            hanging: Whether the rank has found a hang and is about to end.
+            last: Whether no other beat follows; it is then written to the node's file by this rank itself.
         """
         self._number += 1
         self.board.put(Beat(self.rank, self._host, os.getpid(), self._number, doing, hanging, self._since))
@@ -97,7 +111,16 @@ def newest(beats: Iterable[Beat]) -> dict[int, Beat]:
 
 
 def silent_ranks(before: dict[int, Beat], after: dict[int, Beat], num_ranks: int) -> tuple[int, ...]:
-    """Ranks that did not beat between two readings, but for those that had found the hang and left."""
+    """Ranks that did not beat between two readings. Ranks that have found the hang themselves are not among them.
+
+    Args:
+        before: Last beat by rank at the first reading.
+        after: Last beat by rank at the second reading.
+        num_ranks: Number of ranks of the run.
+
+    Returns:
+        The ranks in ascending order.
+    """
     return tuple(
         rank
         for rank in range(num_ranks)

@@ -40,7 +40,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether a signal came or the launcher says so."""
+        """Whether a signal came or the launcher asks to stop."""
         return self._noted or self._also()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -18,10 +18,19 @@ from megatron_deepstack.parallel.agree import gather_over_ranks
 
 
 def slow_ranks(seconds: Sequence[float], weights: Sequence[int], factor: float) -> tuple[int, ...]:
-    """Ranks that took more than `factor` times the median rank's time, slowest first; of two ranks the faster's.
+    """Ranks that took more than `factor` times the median rank's time.
 
-    `weights` are the sizes of the ranks' stages: one of twice the median size is allowed twice the time. (Not the
-    other way round: a small stage's ranks wait for data and encode as long as the others.)
+    A stage of twice the median size is allowed twice the time. A stage that is smaller than the median is not allowed
+    less, because its ranks wait for data and encode as long as the others. The median of an even number of ranks is the
+    lower of the two in the middle.
+
+    Args:
+        seconds: Time of each rank, in seconds.
+        weights: Size of each rank's stage, in any unit.
+        factor: How many times the median is too slow.
+
+    Returns:
+        The ranks, slowest first.
     """
     usual, size = median_low(seconds), max(1, median_low(weights))
     limits = [factor * usual * max(1.0, weight / size) for weight in weights]

@@ -14,9 +14,14 @@ from megatron_deepstack.parallel.reduce import of_every_rank
 
 
 def leave_out_unreadable(loaded: LoadedStep, reader: StepReader) -> tuple[LoadedStep, tuple[str, ...], str]:
-    """The step without what any rank could not read; the ids of that, over all replicas, and why, for the console.
+    """Leave the samples out of a step that any rank could not read. Collective over all ranks.
 
-    Collective over all ranks.
+    Args:
+        loaded: This rank's step, with the samples that this rank could not read.
+        reader: The reader that loaded it.
+
+    Returns:
+        The step without these samples; their ids over all replicas; and the reasons, one a line, for the console.
     """
     share = reader.share
     num_micro_batches, micro_batch_size = loaded.samples.shape

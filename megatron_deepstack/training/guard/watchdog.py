@@ -39,7 +39,14 @@ class Watchdog:
     """Beats for its rank and watches over its progress. A context manager."""
 
     def __init__(self, run_dir: Path, rank: int, num_ranks: int, hang_seconds: float) -> None:
-        """`hang_seconds` 0: beat, but never call a hang."""
+        """Prepare the run's folders. The thread is not started yet.
+
+        Args:
+            run_dir: The run folder.
+            rank: This rank.
+            num_ranks: Number of ranks of the run.
+            hang_seconds: Seconds without progress after which the run hangs; 0: beat, but never report a hang.
+        """
         self.run_dir, self.hang_seconds = run_dir, hang_seconds
         self.beat_seconds = min(hang_seconds / 20 or _LONGEST_BEAT_SECONDS, _LONGEST_BEAT_SECONDS)
         self.beats = Heartbeats(run_dir, rank, num_ranks)
@@ -65,7 +72,12 @@ class Watchdog:
         self.beats.close()
 
     def progress(self, doing: str, patience: float = 1.0) -> None:
-        """The rank has come to something new, which may take `patience` times as long as a step."""
+        """Note that the rank begins something new.
+
+        Args:
+            doing: What it is, for people.
+            patience: How many times `hang_seconds` it may take.
+        """
         self._state = (doing, time.monotonic(), patience)
 
     def _watch(self) -> None:
@@ -149,7 +161,19 @@ def last_hang(run_dir: Path) -> str:
 def hang_message(
     beats: dict[int, Beat], silent: tuple[int, ...], num_ranks: int, waited: float, limit: float, stacks: Path
 ) -> str:
-    """What is known of a hang, and what to do."""
+    """Describe a hang for the user.
+
+    Args:
+        beats: Last beat by rank.
+        silent: Ranks that no longer beat.
+        num_ranks: Number of ranks of the run.
+        waited: Seconds without progress.
+        limit: The recipe's `health.hang_seconds`.
+        stacks: Folder of the ranks' stacks.
+
+    Returns:
+        The message, in one line.
+    """
 
     def places(ranks: list[int]) -> str:
         return ", ".join(beats[rank].place if rank in beats else f"rank {rank} (never heard of)" for rank in ranks)

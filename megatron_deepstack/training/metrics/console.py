@@ -20,6 +20,14 @@ class StepConsole:
     """Lines of steps that are due: each `interval`-th, the first and the last, and those that stand out."""
 
     def __init__(self, console: Console, *, first_step: int, num_steps: int, interval: int) -> None:
+        """Start the progress bar if the console is a terminal.
+
+        Args:
+            console: Where lines go.
+            first_step: Steps done before this run.
+            num_steps: Steps of the whole run.
+            interval: Number of steps from one line to the next.
+        """
         self.console, self.first_step, self.num_steps, self.interval = console, first_step, num_steps, interval
         self._begin = time.monotonic()
         self._bar: Progress | None = None

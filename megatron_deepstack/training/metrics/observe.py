@@ -26,11 +26,20 @@ class Observer:
     """Looks at the steps that `logging.profile_steps` and `logging.timeline_steps` name."""
 
     def __init__(self, recipe: Recipe, groups: Groups) -> None:
+        """Take the run's recipe and its process groups."""
         self.recipe, self.groups = recipe, groups
 
     @contextmanager
     def step(self, number: int, clock: StepClock) -> Iterator[None]:
-        """The block is step `number`, 1-based. Collective over all ranks in steps that are drawn."""
+        """Observe the step that the block does. Collective over all ranks in steps of `logging.timeline_steps`.
+
+        Args:
+            number: The step, 1-based.
+            clock: The step's clock, which takes the timeline.
+
+        Yields:
+            Nothing.
+        """
         logging = self.recipe.logging
         with ExitStack() as looking:
             if number in logging.timeline_steps:
@@ -70,7 +79,18 @@ class Observer:
 
 
 def timeline_document(recipe: Recipe, step: int, ranks: list[dict[str, Any]], offsets: list[Offset]) -> dict[str, Any]:
-    """A step of all ranks as plain JSON: intervals [kind, micro-batch, chunk, begin, end], seconds from the first."""
+    """The timeline of one step of all ranks, as plain JSON values.
+
+    Args:
+        recipe: The run's recipe.
+        step: The step, 1-based.
+        ranks: For each rank its place in the layout and its intervals.
+        offsets: For each rank the offset of its clock.
+
+    Returns:
+        The document. An interval is [kind, micro-batch, chunk, begin, end], with times in seconds from the beginning of
+        the first interval of any rank.
+    """
     start = min(
         interval.begin_ns - offset.ns
         for rank, offset in zip(ranks, offsets, strict=True)

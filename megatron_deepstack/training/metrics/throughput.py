@@ -56,11 +56,22 @@ class Throughput:
     """Measures steps of a run on this rank."""
 
     def __init__(self, recipe: Recipe, groups: Groups) -> None:
+        """Take the run's recipe and its process groups."""
         self.recipe, self.num_ranks = recipe, groups.axes.world_size
         self.peak_tflops = recipe.logging.peak_tflops or peak_tflops(device_name(), recipe.train.precision)
 
     def of(self, plan: StepPlan, num_tokens: int, num_images: int, seconds: float) -> Speed:
-        """Speed of a step that took `seconds`; counts are the replica's. Collective over dp."""
+        """Speed of a step, over all replicas. Collective over dp.
+
+        Args:
+            plan: The step of this rank's replica.
+            num_tokens: Tokens of this replica.
+            num_images: Images of this replica.
+            seconds: Time that the step took.
+
+        Returns:
+            The speed of the whole run.
+        """
         recipe = self.recipe
         mine = training_flops(recipe.model, recipe.train.trainable, recipe.lora, plan.lengths, plan.num_units)
         tokens, images, flops = sum_over_replicas([num_tokens, num_images, mine])
@@ -78,9 +89,16 @@ class Throughput:
 
 
 def peak_tflops(device: str, precision: Precision) -> float | None:
-    """Peak of one device in the precision of the run's matrix products; None where it is not known.
+    """Peak of one device in the precision of the run's matrix products.
 
-    Under fp8 the peak is FP8's, although ViT, projector, attention and output layer stay in bf16.
+    Under fp8 it is the peak of FP8, although ViT, projector, attention and output layer stay in bf16.
+
+    Args:
+        device: Name of the device, as the driver reports it.
+        precision: The run's precision.
+
+    Returns:
+        The peak in TFLOP/s; None where it is not known.
     """
     if precision is Precision.FP32:
         return None

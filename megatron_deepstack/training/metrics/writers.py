@@ -39,10 +39,16 @@ class MetricsLog:
     """Where records go. On ranks other than 0 nothing is opened and records vanish. A context manager."""
 
     def __init__(self, recipe: Recipe, *, first_step: int, writes: bool) -> None:
-        """What a run that went further than its checkpoint left of steps after `first_step` is dropped.
+        """Open the outputs. Records of steps after `first_step`, left by an earlier attempt, are dropped.
 
-        Raises ConfigError where Weights & Biases is wanted and cannot be reached, RunFolderError where the run folder
-        cannot be written.
+        Args:
+            recipe: The run's recipe.
+            first_step: Steps done before this run.
+            writes: Whether this rank writes; true on rank 0 only.
+
+        Raises:
+            ConfigError: Weights & Biases is wanted and cannot be reached.
+            RunFolderError: The run folder cannot be written.
         """
         self.console: StepConsole | None = None
         self.run_dir = Path(recipe.run_dir)
@@ -97,6 +103,7 @@ class JsonLines:
     """One JSON object a step, on disk as soon as the step is done."""
 
     def __init__(self, file: Path, first_step: int) -> None:
+        """Open the file to append. Records of steps after `first_step` are dropped from it."""
         _drop_after(file, first_step)
         self._file = file.open("a", encoding="utf-8")
 
@@ -114,7 +121,7 @@ class Board:
     """TensorBoard."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Hides what runs before this one wrote of steps after `first_step`, all of it where the run begins anew."""
+        """Open the folder. What earlier runs wrote of steps after `first_step` is hidden; with 0, all of it."""
         self._hook = threading.excepthook
         threading.excepthook = self._of_thread
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -60,7 +60,15 @@ def part_of(name: str) -> Part:
 
 
 def parameter_groups(engine: Engine, rates: Rates) -> tuple[ParameterGroup, ...]:
-    """The groups that are not empty, over the whole model. Collective over tp and pp."""
+    """The groups of the whole model that are not empty. Collective over tp and pp.
+
+    Args:
+        engine: This rank's part of the model.
+        rates: Peak rates and weight decay of the parts.
+
+    Returns:
+        The groups, in the order of the parts, the same on every rank.
+    """
     kinds = [(part, shape) for part in Part for shape in ("matrices", "vectors")]
     counts: Counter[tuple[Part, str]] = Counter()
     for ddp in engine.decoder_ddp:
@@ -109,7 +117,14 @@ def check_cover(engine: Engine, chained: ChainedOptimizer) -> None:
     """Assert that this rank's groups hold its trainable parameters, each once and among its like.
 
     Under the distributed optimizer a rank's groups hold shards, and Megatron's own map says which parameters these
-    come from; one without a shard on this rank is not in it.
+    come from. A parameter without a shard on this rank is not in the map.
+
+    Args:
+        engine: This rank's part of the model.
+        chained: Its optimizers.
+
+    Raises:
+        AssertionError: A parameter is missing, in two groups, or in a group although it is not trained.
     """
     trained = sum((_tally(_trainable(ddp)) for ddp in engine.wrapped), Counter())
     if not engine.parallel.distributed_optimizer:

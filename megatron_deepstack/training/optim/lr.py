@@ -9,12 +9,24 @@ from megatron_deepstack.config.schema import OptimizerConfig
 
 
 def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
-    """Steps of linear rise, `warmup_fraction` of all, rounded up as Hugging Face's trainer does."""
+    """Number of steps in which the rate rises: `warmup_fraction` of `num_steps`, rounded up as Hugging Face does."""
     return math.ceil(config.warmup_fraction * num_steps)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int, peak: float) -> float:
-    """Rate of 0-based step `step`: rising linearly from peak / warm-up steps to `peak`, then as the schedule says."""
+    """Learning rate of a step.
+
+    It rises linearly from `peak` / warm-up steps to `peak`, and then follows the schedule.
+
+    Args:
+        config: Schedule, warm-up and lowest rate.
+        step: The step, 0-based.
+        num_steps: Steps of the whole run.
+        peak: The highest rate.
+
+    Returns:
+        The rate.
+    """
     warmup = warmup_steps(config, num_steps)
     if step < warmup:
         return peak * (step + 1) / warmup

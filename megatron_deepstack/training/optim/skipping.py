@@ -17,14 +17,21 @@ Trusted = Callable[[float], bool]
 
 
 class SkippingOptimizer(ChainedOptimizer):
-    """Megatron's chain of optimizers, which leaves parameters, states and step counters alone if told so."""
+    """Megatron's chain of optimizers, which can leave out a step and then changes no parameters, states or counters."""
 
     gradient_norm: float = 0.0
     """Global norm of the last step's gradients, before clipping; not finite if one of them is not."""
     trusted: Trusted
 
     def step_if(self, trusted: Trusted) -> bool:
-        """Clip and apply the gradients, if `trusted` says so; whether it did. Collective over all ranks."""
+        """Clip and apply the gradients if they are trusted. Collective over all ranks.
+
+        Args:
+            trusted: Called once with the norm; NaN if some gradient is not finite. All ranks must decide alike.
+
+        Returns:
+            Whether the gradients were applied.
+        """
         self.trusted = trusted
         applied, _, _ = self.step()
         return bool(applied)
