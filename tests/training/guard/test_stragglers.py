@@ -20,7 +20,7 @@ from megatron_deepstack.testing.tiny_store import write_tiny_store
 from megatron_deepstack.training.guard.stragglers import Stragglers, slow_ranks
 
 Pools = Callable[[int], RankPool]
-SLOW_SECONDS = 0.25
+SLOW_SECONDS = 1.0
 
 
 @pytest.mark.parametrize(
