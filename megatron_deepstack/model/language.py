@@ -24,7 +24,7 @@ from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
-from megatron_deepstack.model.layers.rotary import build_rotary, restarted
+from megatron_deepstack.model.layers.rotary import AxialRotary, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
@@ -126,6 +126,7 @@ class LanguageChunk(LanguageModule):
         labels_BS: torch.Tensor | None,
         visual: VisualInputs = NO_VISUAL_INPUTS,
         packs: Packs | None = None,
+        positions_3BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One micro-batch through the chunk. Collective over tp and cp.
 
@@ -134,15 +135,14 @@ class LanguageChunk(LanguageModule):
             labels_BS: int64, likewise; ignored labels may hold any id that is not negative. None asks for logits.
             visual: Rows that this chunk adds.
             packs: Where the samples of a packed row (B = 1) end.
+            positions_3BS: int64 positions in time, line and column of this rank's shard, for a decoder that has them.
 
         Returns:
             Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
             logits (S, B, V / tp).
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
-        rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)
-        if packs is not None and not self.rotates_packs:
-            rotary, packs = restarted(rotary, packs.ends), packs.as_one_row()
+        rotary, packs = self._angles(tokens_BS, packs, positions_3BS)
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=None,
@@ -155,6 +155,19 @@ class LanguageChunk(LanguageModule):
             return hidden_SBH
         logits_SBV = self._logits(hidden_SBH)
         return logits_SBV if labels_BS is None else self.compute_language_model_loss(labels_BS, logits_SBV)
+
+    def _angles(
+        self, tokens_BS: torch.Tensor, packs: Packs | None, positions_3BS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Packs | None]:
+        """What queries and keys turn by, and the packs in the form that the layers then want."""
+        if isinstance(self.rotary, AxialRotary):
+            assert positions_3BS is not None, "the decoder has positions on three axes, and the step has none"
+            angles = self.rotary(positions_3BS)
+            return angles, packs if packs is None or self.rotates_packs else packs.as_one_row()
+        angles = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)
+        if packs is not None and not self.rotates_packs:
+            return restarted(angles, packs.ends), packs.as_one_row()
+        return angles, packs
 
     def _embed(self, tokens_BS: torch.Tensor, visual: VisualInputs) -> torch.Tensor:
         hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)

@@ -107,14 +107,17 @@ class _MicroBatch:
     labels: torch.Tensor | None
     targets: torch.Tensor
     packs: Packs | None
+    positions: torch.Tensor | None
 
 
 def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
     positions = zigzag(plan.seq_length, cp_ranks, cp_rank).numpy()
     bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
-    host = [np.stack(plan.tokens)[..., positions], np.stack(plan.labels)[..., positions], *bounds]
-    tokens_MBS, labels_MBS, *bounds_M = upload_all(host)
+    axial = [] if plan.positions is None else [np.stack(plan.positions)[..., positions]]
+    host = [np.stack(plan.tokens)[..., positions], np.stack(plan.labels)[..., positions], *axial, *bounds]
+    tokens_MBS, labels_MBS, *more = upload_all(host)
+    positions_M3BS, bounds_M = more[: len(axial)], more[len(axial) :]
     targets_MBS = labels_MBS != IGNORE_INDEX
     known_MBS = labels_MBS.clamp(min=0)
     return [
@@ -124,6 +127,7 @@ def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: 
             labels=None if keep_logits else known_MBS[number],
             targets=targets_MBS[number],
             packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
+            positions=positions_M3BS[0][number] if positions_M3BS else None,
         )
         for number in range(plan.num_micro_batches)
     ]
@@ -136,7 +140,7 @@ def _forward_step(
     vpp = _unwrap(model).chunk.vpp
     inputs = visual(batch.number, vpp)
     with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
-        output = model(batch.tokens, batch.labels, inputs, batch.packs)
+        output = model(batch.tokens, batch.labels, inputs, batch.packs, batch.positions)
     if timeline is not None:
         timeline.watch_backward(output, batch.number, vpp)
     return output, partial(_loss, batch.targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,20 +16,28 @@ from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackC
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import padded_length
 from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
-from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, tokens_per_view
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, tokens_per_view, unit_rows
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.testing.route_table import plan_table, rank_routes
-from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
+from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_samples
 
 Delivered = Counter[tuple[int, int, int, int, int, int, int]]
 """(micro-batch, sample, slot, position, image, view, token) and how often it was added, all tp ranks counted."""
 
-models = st.builds(
+cropping = st.builds(
     lambda variant, sampler, slots: tiny_model(variant=variant, stacks=StackConfig(sampler=sampler, slots=slots)),
     st.sampled_from([Variant.DEEPSTACK_L, Variant.DEEPSTACK_HD, Variant.LLAVA, Variant.LLAVA_ANYRES]),
     st.sampled_from(list(Sampler)),
     st.tuples(*[st.integers(0, 7)] * 4),
 )
+native = st.builds(
+    lambda taps, slots: tiny_qwen3_vl(
+        vision=replace(tiny_qwen3_vl().vision, taps=taps), stacks=StackConfig(slots=slots[: len(taps)])
+    ),
+    st.sampled_from([(), (2,), (0, 2), (3, 1, 0)]),
+    st.tuples(*[st.integers(0, 7)] * 3),
+)
+models = st.one_of(cropping, native)
 layouts = st.builds(
     ParallelConfig,
     tensor=st.sampled_from([1, 2]),
@@ -72,7 +81,8 @@ def exchange(routes: list[RankRoutes], model: ModelConfig) -> list[list[tuple[in
         for unit in mine.units:
             first = unit.views[0]
             table += [
-                (unit.micro_batch, unit.sample, unit.image, first, t) for t in range(tokens_per_view(model.vision))
+                (unit.micro_batch, unit.sample, unit.image, first, t)
+                for t in range(unit_rows(model, unit.grid) if unit.grid else tokens_per_view(model.vision))
             ]
         tables.append([*table, (-1, -1, -1, NEWLINE, 0)])
     outgoing = []
