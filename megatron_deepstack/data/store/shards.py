@@ -23,7 +23,8 @@ from megatron_deepstack.data.store.codec import CodecError, decompress
 from megatron_deepstack.data.store.schema import EMPTY_CHUNK, SlotsShape, shard_index_bytes
 
 _OPEN_SHARDS: Final = 128
-"""Shards that all stores of a process keep open. Their indices take 5 KB each for DeepStack-L, 26 KB for -HD."""
+"""Shards that all stores of a process keep open. Their indices take at most 5 KB each for DeepStack-L, 26 KB for -HD,
+and 16 KB for each 64 MiB of views of any size."""
 _MOST_BUFFERS: Final = 1024
 """Buffers that one `preadv` may fill (IOV_MAX)."""
 
@@ -86,10 +87,32 @@ def unpack(packed: memoryview, out: np.ndarray, where: str, slot: int) -> None:
         raise ShardError(f"{where}: the compressed view in row {slot} is damaged: {error}.", slot) from error
 
 
+def used_part(index: np.ndarray) -> np.ndarray:
+    """Return a shard's index without the slots after the last one that was written; a shard may have space for more."""
+    written = np.flatnonzero(index[:, 0] != EMPTY_CHUNK)
+    return index[: int(written[-1]) + 1 if len(written) else 0].copy()
+
+
+def extents_of(index: np.ndarray, first: int, count: int) -> list[list[int]]:
+    """Return offset and length of slots.
+
+    Args:
+        index: What `used_part` returned.
+        first: The first slot of the shard.
+        count: Number of slots.
+
+    Returns:
+        One pair for each slot; the offset is EMPTY_CHUNK for one that was never written.
+    """
+    found: list[list[int]] = index[first : first + count].tolist()
+    return found + [[EMPTY_CHUNK, EMPTY_CHUNK]] * (count - len(found))
+
+
 @dataclass(frozen=True, slots=True)
 class _OpenShard:
     file: BinaryIO
     index: np.ndarray
+    """As `used_part` returns it."""
 
 
 class _Uses:
@@ -144,7 +167,7 @@ class LocalShards:
         for first, places in runs(slots, self._pixels.slots_per_part):
             part, slot = divmod(first, self._pixels.slots_per_part)
             shard = self._shard(part, first)
-            extents = shard.index[slot : slot + len(places)].tolist()
+            extents = extents_of(shard.index, slot, len(places))
             if self._pixels.compression is Compression.NONE:
                 self._read_raw(shard.file.fileno(), first, extents, places, out)
             else:
@@ -155,7 +178,7 @@ class LocalShards:
         for first, places in runs(slots, self._pixels.slots_per_part):
             part, slot = divmod(first, self._pixels.slots_per_part)
             shard = self._shard(part, first)
-            for k, (offset, size) in enumerate(shard.index[slot : slot + len(places)].tolist(), start=first):
+            for k, (offset, size) in enumerate(extents_of(shard.index, slot, len(places)), start=first):
                 if offset == EMPTY_CHUNK:
                     raise self._error(k, f"slot {self._slot(k)} was never written.")
                 chunk = memoryview(bytearray(size))
@@ -221,7 +244,7 @@ class LocalShards:
             require_descriptors(self.where(slot), error)
             raise self._error(slot, f"the shard cannot be opened: {error.strerror or error}.") from error
         try:
-            return _OpenShard(file, self._read_index(file.fileno(), slot))
+            return _OpenShard(file, used_part(self._read_index(file.fileno(), slot)))
         except ShardError:
             file.close()
             raise

@@ -35,7 +35,7 @@ from megatron_deepstack.data.store.schema import (
     index_names,
     shard_index_bytes,
 )
-from megatron_deepstack.data.store.shards import ShardError, parse_index, runs, unpack
+from megatron_deepstack.data.store.shards import ShardError, extents_of, parse_index, runs, unpack, used_part
 from megatron_deepstack.data.store.url.cache import BoundedFolder, last_use_of_held, remove_held
 from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS, side_by_side
 from megatron_deepstack.errors import StoreError
@@ -228,7 +228,7 @@ class RemoteShards:
     def _read_copies(self, index: np.ndarray, first: int, places: Sequence[int], out: np.ndarray) -> Iterator[_Fetch]:
         """Fill rows from copies; yields the requests for all others."""
         part, slot = divmod(first, self._pixels.slots_per_part)
-        extents = index[slot : slot + len(places)].tolist()
+        extents = extents_of(index, slot, len(places))
         waiting: list[tuple[int, int, int, int]] = []
         for number, (place, (offset, size)) in enumerate(zip(places, extents, strict=True), start=first):
             if offset == EMPTY_CHUNK or (self._pixels.compression is Compression.NONE and size != out[place].nbytes):
@@ -286,7 +286,7 @@ class RemoteShards:
         if self._cache.read_into(name, memoryview(raw)):
             index = parse_index(bytes(raw))
             if index is not None:
-                return index
+                return used_part(index)
         slot = part * self._pixels.slots_per_part
         try:
             size = self._location.child(self._pixels.shard_path(part)).size()
@@ -299,7 +299,7 @@ class RemoteShards:
         if index is None:
             raise ShardError(f"{self.where(slot)}: the shard's index is damaged or cut off.", slot)
         self._cache.keep(name, fetched)
-        return index
+        return used_part(index)
 
     def _read_object(self, part: int, first: int, length: int, slot: int) -> bytes:
         try:
