@@ -66,6 +66,5 @@ class WorkProgress:
         """Say how much is done, and how long the rest takes at the mean speed until now."""
         spent = time.monotonic() - self._started
         left = f"{clock(spent / done * (self.total - done))} left" if done else "time left not known yet"
-        return f"{amount(done, self.unit)} of {amount(self.total, self.unit)} {self.unit}, {left}".replace(
-            " bytes,", ","
-        )
+        parts = f"{amount(done, self.unit)} of {amount(self.total, self.unit)} {self.unit}, {left}"
+        return parts.replace(" bytes,", ",")
