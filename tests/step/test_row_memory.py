@@ -29,9 +29,9 @@ def routes_of(parallel: ParallelConfig, rank: int, model: ModelConfig = MODEL) -
 def run_step(rank: int, parallel: ParallelConfig, window_bytes: int) -> tuple[torch.Tensor, list[float], list[float]]:
     """A step whose decoder adds each row to hidden states and multiplies them.
 
-    Returns the gradients of this rank's table, and the most bytes of rows alive at once, in copies of the rows that
-    the rank receives or makes, whichever is more: while rows are sent, in the schedule, and while gradients are returned; then the same as
-    `row_bytes` predicts them.
+    Returns the gradients of this rank's table, and the most bytes of rows alive at once, in copies of the rows that the
+    rank receives or makes, whichever is more: while rows are sent, in the schedule, and while gradients are returned;
+    then the same as `row_bytes` predicts them.
     """
     from megatron_deepstack.model.layers.injection import add_rows, put_rows
     from megatron_deepstack.planning.budget import received_rows
@@ -92,7 +92,8 @@ def test_rows_are_held_once(ranks: Pools, parallel: ParallelConfig) -> None:
     local = 1 / num_ranks  # rows that the rank made or whose gradients it gets, in copies of what rank 0 receives
     sending, schedule, returning = results[0][1]
     # Measured, the local table taken off: sending 1.10 to 1.27, returning 1.10 to 1.21 (gloo's thread may let go of a
-    # window later, which is 1/16); the schedule 1.30 with its hidden states. Four copies were held where leaves, their gradients and tables stood side by side.
+    # window later, which is 1/16); the schedule 1.30 with its hidden states. Four copies were held where leaves, their
+    # gradients and tables stood side by side.
     assert sending < 1.4 + local
     assert schedule < 1.4
     assert returning < 1.3 + local
