@@ -235,7 +235,7 @@ def _start_process(processor: Processor) -> _Process:
     except OSError as error:
         raise DataError(
             f"the process that decodes images does not start: {error.strerror or error}. This is the machine's fault "
-            "(memory, processes, open files); run the same command again when it is mended."
+            "(memory, processes, open files); run the same command again when it is repaired."
         ) from error
 
 

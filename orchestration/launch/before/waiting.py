@@ -27,7 +27,7 @@ def wait_for_seats(
     and how long the wait may take.
 
     `since` is the moment (of time.monotonic) that the wait began. Raises the ClusterError after `seconds`,
-    PreemptedError if asked to stop, and at once what no waiting mends.
+    PreemptedError if asked to stop, and at once any error that waiting does not remove.
     """
     said = ""
     while True:

@@ -44,7 +44,7 @@ _SETTLE_SECONDS = 2.0
 
 
 class RunEnded(Exception):
-    """A failure that no other attempt would mend; it ends Ray Train's control loop."""
+    """A failure that no other attempt would avoid; it ends Ray Train's control loop."""
 
     def __init__(self, diagnosis: Diagnosis) -> None:
         super().__init__(diagnosis.text)

@@ -170,7 +170,7 @@ def after_loss(assignment: Assignment, error: Exception) -> Assignment:
     if assignment.losses >= _MOST_LOSSES:
         raise ClusterError(
             f"part {assignment.part.name}: {_MOST_LOSSES + 1} nodes were lost while they worked on it: {error}. "
-            "What is done is kept: mend the cluster, then run the same command again."
+            "What is done is kept: repair the cluster, then run the same command again."
         ) from error
     return replace(assignment, losses=assignment.losses + 1)
 
