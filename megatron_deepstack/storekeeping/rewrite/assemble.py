@@ -198,7 +198,15 @@ def _blocks(source: Path) -> Iterator[bytes]:
 
 
 def read_error(path: Path, error: OSError) -> StoreError:
-    """The StoreError for an `error` that occurred while reading a file of a source."""
+    """The error of a file of a source that cannot be read.
+
+    Args:
+        path: The file.
+        error: What the system said.
+
+    Returns:
+        A StoreError, to be raised by the caller.
+    """
     return StoreError(
         f"{path}: cannot be read: {error.strerror or error}. See what else is damaged with `store verify`."
     )
