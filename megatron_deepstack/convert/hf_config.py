@@ -31,7 +31,7 @@ from megatron_deepstack.convert.hf_rope import (
     rope_differences,
     window_differences,
 )
-from megatron_deepstack.convert.hf_whole import WHOLE_MODELS
+from megatron_deepstack.convert.hf_whole import WHOLE_MODELS, variant_of_whole
 from megatron_deepstack.convert.hf_written import hf_decoder, hf_tower, select_strategy
 from megatron_deepstack.errors import CheckpointError
 
@@ -192,8 +192,8 @@ def _differences(config: Mapping[str, Any], model: ModelConfig, seq_length: int 
 def _whole(config: Mapping[str, Any], model_type: str, model: ModelConfig, seq_length: int | None) -> Iterator[str]:
     """What the config of a whole model says otherwise than the recipe."""
     whole = WHOLE_MODELS[model_type]
-    if model.variant is not whole.variant:
-        yield _other("model", "variant", str(whole.variant), str(model.variant))
+    if model.variant.traits.whole_model != model_type:
+        yield _other("model", "variant", str(variant_of_whole(model_type)), str(model.variant))
         return
     fields = {**whole.fields, "text_config": IGNORED, "vision_config": IGNORED}
     yield from _unequal("model.language", config, fields, language_facts(model.language))

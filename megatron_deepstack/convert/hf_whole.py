@@ -7,13 +7,14 @@ model from config.json alone, and refuses what it does not understand by its nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from megatron_deepstack.config.build import build_recipe
 from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder
@@ -29,7 +30,6 @@ from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
 class WholeModel:
     """How transformers stores a multimodal model."""
 
-    variant: Variant
     architecture: str
     """Name of its class, which exports write."""
     tower: str
@@ -45,7 +45,6 @@ class WholeModel:
 
 
 QWEN3_VL: Final = WholeModel(
-    variant=Variant.QWEN3_VL,
     architecture="Qwen3VLForConditionalGeneration",
     tower="qwen3_vl",
     family="qwen3_vl",
@@ -67,7 +66,13 @@ WHOLE_MODELS: Final[Mapping[str, WholeModel]] = {"qwen3_vl": QWEN3_VL}
 
 def whole_model_of(variant: Variant) -> tuple[str, WholeModel] | None:
     """Return the `model_type` and the model that computes a variant; None if transformers has none here."""
-    return next(((name, whole) for name, whole in WHOLE_MODELS.items() if whole.variant is variant), None)
+    name = variant.traits.whole_model
+    return None if name is None else (name, WHOLE_MODELS[name])
+
+
+def variant_of_whole(model_type: str) -> Variant:
+    """Return the variant that a model of transformers computes, by its `model_type`."""
+    return next(variant for variant in Variant if variant.traits.whole_model == model_type)
 
 
 def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -93,7 +98,7 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     assert decoder is not None
     assert tower is not None
     plain: dict[str, Any] = {
-        "variant": str(whole.variant),
+        "variant": str(variant_of_whole(str(config["model_type"]))),
         "language": {"family": whole.family, **FAMILIES[whole.family].switches, **_language(text, decoder)},
         "vision": {"kind": whole.tower, **_vision(vision, tower), **dict(_fixed(whole.tower))},
     }
@@ -101,7 +106,16 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         if value.reads is not None:
             plain["language"][value.reads] = _value(config, key, value)
     model = _built(plain, where)
-    return _built({**plain, "stacks": whole.stacks(config, model)}, where)
+    model = _built({**plain, "stacks": whole.stacks(config, model)}, where)
+    _refuse(native_problems(model), where)
+    return model
+
+
+def _refuse(problems: Iterable[Problem], where: str) -> None:
+    found = list(problems)
+    if found:
+        listed = "\n  ".join(f"{', '.join(problem.paths)}: {problem.text}" for problem in found)
+        raise CheckpointError(f"{where}: describes no model that can be computed here:\n  {listed}")
 
 
 def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
@@ -116,9 +130,7 @@ def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
 def _built(plain: Mapping[str, Any], where: str) -> ModelConfig:
     problems: list[Problem] = []
     recipe = build_recipe({"model": plain}, problems)
-    if problems:
-        listed = "\n  ".join(f"{', '.join(problem.paths)}: {problem.text}" for problem in problems)
-        raise CheckpointError(f"{where}: describes no model that can be computed here:\n  {listed}")
+    _refuse(problems, where)
     return recipe.model
 
 

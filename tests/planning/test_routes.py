@@ -217,7 +217,11 @@ def steps(draw: st.DrawFn) -> tuple[ModelConfig, ParallelConfig, list[list[Plann
     first_stage = 8 // parallel.pipeline // parallel.virtual_pipeline - 1
     variant = draw(st.sampled_from(list(Variant)))
     slots = draw(st.tuples(*[st.integers(0, first_stage if inline else 7)] * 4))
-    model = tiny_model(variant=variant, stacks=StackConfig(sampler=draw(st.sampled_from(list(Sampler))), slots=slots))
+    sampler = draw(st.sampled_from(list(Sampler)))
+    if variant.traits.is_native:
+        model = tiny_qwen3_vl(stacks=StackConfig(slots=slots[:2]))
+    else:
+        model = tiny_model(variant=variant, stacks=StackConfig(sampler=sampler, slots=slots))
     cut = draw(st.one_of(st.none(), st.integers(1, 60)))
     samples = tiny_samples(model, draw(st.integers(1, 5)), draw(st.integers(0, 99)))
     planned = [s.planned(model, cut or 1000, truncate=cut is not None) for s in samples]
@@ -243,7 +247,7 @@ def assert_same(found: RankRoutes, expected: RankRoutes) -> None:
     ):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.return_splits == expected.return_splits
-    for name in ("send_rows", "returned_rows", "stored_rows"):
+    for name in ("first_rows", "send_rows", "returned_rows", "stored_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
     assert list(found.chunks) == list(expected.chunks)
     for key, chunk in found.chunks.items():

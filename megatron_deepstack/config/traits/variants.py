@@ -72,6 +72,9 @@ class VariantTraits:
     """Where stacks are added. It has no meaning if there are no stacks."""
     is_llava: bool = False
     """True if transformers' LlavaForConditionalGeneration computes the same, so that an export can use its names."""
+    whole_model: str | None = None
+    """`model_type` of the model of transformers whose mathematics this is as a whole, such as `qwen3_vl`; None for the
+    variants of the paper."""
 
     @property
     def has_crops(self) -> bool:
@@ -135,7 +138,12 @@ VARIANTS: Final[Mapping[Variant, VariantTraits]] = {
     Variant.LLAVA: VariantTraits(views=ViewLayout.GLOBAL, context=Context.GLOBAL, is_llava=True),
     Variant.LLAVA_ANYRES: VariantTraits(views=ViewLayout.CROPS, context=Context.MOSAIC),
     Variant.IN_SEQUENCE: VariantTraits(views=ViewLayout.CROPS, context=Context.SEQUENCE),
-    Variant.QWEN3_VL: VariantTraits(views=ViewLayout.NATIVE, context=Context.MERGED, stack_source=StackSource.TAPS),
+    Variant.QWEN3_VL: VariantTraits(
+        views=ViewLayout.NATIVE,
+        context=Context.MERGED,
+        stack_source=StackSource.TAPS,
+        whole_model="qwen3_vl",
+    ),
 }
 """The traits of each variant. If several variants use the same views, a store of these views is shown as one of the
 first of them."""
