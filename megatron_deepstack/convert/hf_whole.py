@@ -42,6 +42,8 @@ class WholeModel:
     """Prefix of a tensor in its files to the prefix of the published name; the longest one that fits decides."""
     stacks: Callable[[Mapping[str, Any], ModelConfig], dict[str, Any]] = field(default=lambda config, model: {})
     """From its config to the section `model.stacks` of a recipe."""
+    facts: Callable[[ModelConfig], dict[str, Any]] = field(default=lambda model: {})
+    """Values that `fields` read and that are neither the tower's nor the decoder's."""
 
 
 QWEN3_VL: Final = WholeModel(

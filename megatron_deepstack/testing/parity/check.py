@@ -118,6 +118,8 @@ def _run(pool: RankPool | None, task: ParityTask, data_parallel: int) -> ParityN
 
 
 def _lines(found: ParityNumbers, task: ParityTask, loss: float, how: str, model: ModelConfig) -> Iterator[ParityLine]:
+    shown = f", such as {found.weights[0]}" if found.weights else ""
+    yield ParityLine(f"{how}: tensors that are not written back as they were read{shown}", len(found.weights), 0)
     for sample, error in zip(task.samples, found.logits, strict=True):
         yield ParityLine(f"{how}: logits of {sample.name}", error, LOGITS_TOLERANCE)
     yield ParityLine(f"{how}: loss {loss:.6f}", abs(found.loss - loss) / max(abs(loss), 1e-30), LOSS_TOLERANCE)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.convert.published import published_source
+from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.parallel.reduce import gather_last_dim
@@ -54,6 +56,8 @@ class ParityNumbers:
     logits: tuple[float, ...]
     """Per sample the largest absolute error of a logit over the largest logit, or over 1 if that is smaller."""
     loss: float
+    weights: tuple[str, ...]
+    """Names of the folder's tensors that would not be written back as they are."""
     gradients: dict[str, float]
     """Published name to the largest error of an entry over the tensor's largest; infinite if one side has no tensor."""
 
@@ -72,6 +76,7 @@ def compare_on_rank(rank: int, task: ParityTask) -> ParityNumbers:
     model = build_model(task.model, task.parallel, Precision.FP32, groups)
     fill_model(model, published_source(task.folder, model=task.model), groups.decoder.tp)
     freeze(model, tuple(Part))
+    weights = _not_written_back(gather_published(model, groups, lambda parameter: parameter), task)
     engine = build_engine(model, task.model, task.parallel, groups)
     rows = _rows(task, groups.axes.dp)[groups.place.dp]
     planned = [[_planned(task, row) for row in batch] for batch in rows]
@@ -81,7 +86,21 @@ def compare_on_rank(rank: int, task: ParityTask) -> ParityNumbers:
     expected = load_file(task.expected)
     errors = _gradient_errors(gather_published(model, groups, main_gradient), expected)
     logits = _logits_errors(engine, plan, pixels, task, rows, expected)
-    return ParityNumbers(logits=logits, loss=loss.mean, gradients=errors)
+    return ParityNumbers(logits=logits, loss=loss.mean, weights=weights, gradients=errors)
+
+
+def _not_written_back(ours: dict[str, torch.Tensor], task: ParityTask) -> tuple[str, ...]:
+    """Names of the folder's tensors that an export would not have, or not bit for bit, and of those it would add."""
+    written = {to_naming(name, Naming.HUGGING_FACE, task.model): tensor for name, tensor in ours.items()}
+    files = files_by_name(task.folder)
+    if task.model.language.tied_embeddings:
+        files = {name: file for name, file in files.items() if not name.startswith("lm_head.")}
+    wrong = [name for name in files if name not in written or not _same(written[name], read_tensor(files[name], name))]
+    return tuple(wrong + [name for name in written if name not in files])
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.numel() == theirs.numel() and torch.equal(ours.reshape(theirs.shape), theirs.float())
 
 
 Row = tuple[int, ...]
