@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megatron_deepstack.config.schema import ModelConfig, TrainConfig
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import MIXED_VERSION
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.rows import context_length
@@ -75,11 +76,12 @@ def sample_sizes(
 
     Args:
         store: The store.
-        model: Determines how many tokens an image takes, and how many units are encoded for it.
+        model: Determines how many tokens an image takes, and what the encoder does for it.
         samples: Integers (N,), numbers of samples.
 
     Returns:
-        Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its units for the encoder.
+        Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its work for the encoder: its
+        units, or visual tokens where views have any size.
     """
     offsets, ends = store.rows("samples/tokens_offsets"), store.rows("samples/images_offsets")
     tokens = offsets.take(samples + 1) - offsets.take(samples)
@@ -87,10 +89,9 @@ def sample_sizes(
     counts = ends.take(samples + 1) - first
     owner = np.repeat(np.arange(len(samples)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    grids = store.rows("images/grid").take(store.rows("samples/images").take(first[owner] + within))
-    contexts = _by_grid(grids, lambda grid: context_length(model, grid))
-    units = _by_grid(grids, lambda grid: len(image_plan(model, grid, context_length(model, grid)).units))
-    visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in (contexts, units))
+    images = store.rows("samples/images").take(first[owner] + within)
+    work = _visual_tokens(store, images, model), _encoder_work(store, images, model)
+    visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in work)
     return tokens - counts + visual, encoded
 
 
@@ -103,9 +104,25 @@ def _pieces(store: Store, model: ModelConfig) -> Iterator[tuple[int, np.ndarray]
         images = store.rows("samples/images")[int(ends[0]) : int(ends[-1])]
         # A placeholder is one token already; the sum over a sample's images is a difference of running sums.
         running = np.zeros(len(images) + 1, np.int64)
-        contexts = _by_grid(store.rows("images/grid").take(images), lambda grid: context_length(model, grid))
-        np.cumsum(contexts - 1, out=running[1:])
+        np.cumsum(_visual_tokens(store, images, model) - 1, out=running[1:])
         yield first, tokens + running[ends[1:] - ends[0]] - running[ends[:-1] - ends[0]]
+
+
+def _visual_tokens(store: Store, images: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """The tokens that each of these images takes in the context: int64 (N,)."""
+    if store.version == MIXED_VERSION:
+        patches = store.rows("images/grid_thw").take(images).astype(np.int64)
+        found: np.ndarray = patches.prod(axis=1) // int(store.attributes.processor["merge_size"]) ** 2
+        return found
+    return _by_grid(store.rows("images/grid").take(images), lambda grid: context_length(model, grid))
+
+
+def _encoder_work(store: Store, images: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """What each of these images costs the encoder, int64 (N,): units, or tokens where views have any size."""
+    if store.version == MIXED_VERSION:
+        return _visual_tokens(store, images, model)
+    grids = store.rows("images/grid").take(images)
+    return _by_grid(grids, lambda grid: len(image_plan(model, grid, context_length(model, grid)).units))
 
 
 def _by_grid(grids: np.ndarray, number_of: Callable[[Grid], int]) -> np.ndarray:

@@ -14,8 +14,8 @@ from megatron_deepstack.platform.quantity import clock, flop_rate
 from megatron_deepstack.training.metrics.record import StepRecord
 
 _GIB = 1 << 30
-_SHOWN_IMBALANCE = 0.005
-"""Smallest imbalance of the replicas that has a column; with one replica there is none."""
+_SHOWN = 0.005
+"""Smallest share of padding, and smallest imbalance of the replicas, that has a column."""
 
 
 class StepConsole:
@@ -113,8 +113,9 @@ def _columns(record: StepRecord) -> Iterator[_Column]:
     yield _Column("flops", "", rate, f" {unit} a rank")
     if record.mfu is not None:
         yield _Column("mfu", "MFU", f"{record.mfu:.1%}")
-    yield _Column("padding", "pad", f"{record.padding:.0%}")
-    if record.imbalance >= _SHOWN_IMBALANCE:
+    if record.padding >= _SHOWN:
+        yield _Column("padding", "pad", f"{record.padding:.0%}")
+    if record.imbalance >= _SHOWN:
         yield _Column("uneven", "uneven", f"{record.imbalance:.0%}")
     yield _Column("data", "data", f"{record.seconds.get('data', 0.0) / max(record.step_seconds, 1e-9):.0%}")
     yield _Column("memory", "", f"{record.memory_bytes / _GIB:.1f}", " GiB")
