@@ -92,13 +92,14 @@ def speed_section(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
 
 def _waste(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
     """Padding and the replicas' imbalance, if any was recorded."""
-    names = (("padding", "#cc79a7", "padding, %"), ("imbalance", "#e69f00", "busiest replica above the mean, %"))
-    found = [([(step, 100 * value) for step, value in metrics.series(name)], *rest) for name, *rest in names]
-    lines = [
-        Line(running_mean(points), colour, label, faint=points)
-        for points, colour, label in found
-        if any(value for _, value in points)
-    ]
+    lines = []
+    for name, colour, label in (
+        ("padding", "#cc79a7", "padding, %"),
+        ("imbalance", "#e69f00", "busiest replica above the mean, %"),
+    ):
+        points = [(step, 100 * value) for step, value in metrics.series(name)]
+        if any(value for _, value in points):
+            lines.append(Line(running_mean(points), colour, label, faint=points))
     if lines:
         yield element("h3", "padding, and work of the busiest replica above the mean, percent")
         yield charts.lines(lines, title="Padding and imbalance by step")

@@ -36,6 +36,11 @@ class StepPlan:
     """Tokens of each of the replica's samples, including visual tokens, without padding."""
 
     @property
+    def seq_length(self) -> int:
+        """S of the longest micro-batch."""
+        return max(self.seq_lengths)
+
+    @property
     def num_units(self) -> int:
         """Number of units that the replica encodes, each counted once."""
         return self.routes.num_units
@@ -59,6 +64,7 @@ def plan_step(
     *,
     packed: bool = False,
     precision: Precision = Precision.FP32,
+    seq_lengths: Sequence[int] | None = None,
 ) -> StepPlan:
     """Plan a step of one replica for one of its ranks. The function is pure, so the plans of all ranks fit together.
 
@@ -69,12 +75,13 @@ def plan_step(
         replica_rank: The rank within the replica, see `plan_routes`.
         packed: Whether each micro-batch is one pack, made by `packing.merge`.
         precision: Precision of matrix products, which may need a longer padding.
+        seq_lengths: S of each micro-batch; None for what `padded_lengths` chooses.
 
     Returns:
         The plan of this rank.
     """
     lengths = [[sample.sequence.length for sample in batch] for batch in micro_batches]
-    seq_lengths = padded_lengths(lengths, parallel, precision, packed=packed)
+    seq_lengths = tuple(seq_lengths or padded_lengths(lengths, parallel, precision, packed=packed))
     padded = list(zip(micro_batches, seq_lengths, strict=True))
     return StepPlan(
         seq_lengths=seq_lengths,
