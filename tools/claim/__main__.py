@@ -30,7 +30,7 @@ def main() -> None:
     try:
         show(folder.absolute(), experiment, arguments.parallel, arguments.publish, quick=arguments.quick)
     except (VerbError, KeyboardInterrupt) as error:
-        raise SystemExit(f"claim: {error or 'stopped'}\nThe same command goes on from here.") from None
+        raise SystemExit(f"claim: {str(error) or 'stopped'}\nThe same command goes on from here.") from None
 
 
 def show(folder: Path, experiment: Experiment, parallel: int, publish: Path | None, *, quick: bool) -> None:
