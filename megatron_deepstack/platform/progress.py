@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from megatron_deepstack.platform.quantity import clock, count
+from megatron_deepstack.platform.quantity import amount, clock
 
 SECONDS_BETWEEN_LINES: Final = 5.0
 
@@ -66,4 +66,5 @@ class WorkProgress:
         """Say how much is done, and how long the rest takes at the mean speed until now."""
         spent = time.monotonic() - self._started
         left = f"{clock(spent / done * (self.total - done))} left" if done else "time left not known yet"
-        return f"{count(done, self.unit)} of {count(self.total, self.unit)} {self.unit}, {left}".replace(" bytes,", ",")
+        parts = f"{amount(done, self.unit)} of {amount(self.total, self.unit)} {self.unit}, {left}"
+        return parts.replace(" bytes,", ",")

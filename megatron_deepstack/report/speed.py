@@ -27,7 +27,15 @@ PARTS = {
 
 
 def median(metrics: Metrics, name: str) -> float | None:
-    """The median of a recorded quantity; None if it was never recorded."""
+    """The median of a recorded quantity.
+
+    Args:
+        metrics: The metrics of a run.
+        name: Name of the quantity in `metrics.jsonl`.
+
+    Returns:
+        The median over the steps in the quantity's own unit, or None if it was never recorded.
+    """
     values = [value for _, value in metrics.series(name)]
     return statistics.median(values) if values else None
 
@@ -50,7 +58,15 @@ def seconds_by_part(metrics: Metrics) -> dict[str, list[Point]]:
 
 
 def speed_section(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
-    """Tokens per second, model FLOP/s or their share of the peak, and time by part."""
+    """Tokens per second, model FLOP/s or their share of the peak, and time by part.
+
+    Args:
+        metrics: The metrics of a run.
+        charts: What draws the charts of the page.
+
+    Yields:
+        A heading and a chart for each quantity that was recorded.
+    """
     tokens = metrics.series("tokens_per_second")
     yield element("h3", "tokens per second")
     line = Line(running_mean(tokens), "#0072b2", "tokens/s", faint=tokens)

@@ -25,7 +25,15 @@ _STYLE: Final = (
 
 
 def drawn(stats: Statistics, title: str) -> Markup:
-    """The histograms in two columns under a title. The pointer over a bar shows its label and count."""
+    """The histograms in two columns under a title. The pointer over a bar shows its label and count.
+
+    Args:
+        stats: The counts of a store.
+        title: Text above the histograms; it is escaped.
+
+    Returns:
+        An element `svg` with its own style for light and dark themes.
+    """
     width, height = _PANEL
     panels = [
         element("g", *_panel(one), transform=f"translate({k % _COLUMNS * width},{_HEAD + k // _COLUMNS * height})")

@@ -235,7 +235,7 @@ def _start_process(processor: Processor) -> _Process:
     except OSError as error:
         raise DataError(
             f"the process that decodes images does not start: {error.strerror or error}. This is the machine's fault "
-            "(memory, processes, open files); run the same command again when it is mended."
+            "(memory, processes, open files); run the same command again when it is repaired."
         ) from error
 
 
@@ -264,5 +264,13 @@ def _end_all(processes: list[_Process]) -> None:
 
 @lru_cache(maxsize=1)
 def shared_decoder(processor: Processor, max_image_seconds: float) -> Decoder:
-    """The decoder of this process, kept from one part to the next because its start takes half a second."""
+    """The decoder of this process, kept from one part to the next because its start takes half a second.
+
+    Args:
+        processor: What decides the pixels of the views.
+        max_image_seconds: Longest time for one image; an image that takes longer is quarantined.
+
+    Returns:
+        The decoder of the last call if that had the same arguments, else a new one.
+    """
     return Decoder(processor, max_image_seconds)

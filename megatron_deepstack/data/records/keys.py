@@ -48,7 +48,15 @@ def holds_nothing(value: Any) -> bool:
 
 
 def without(item: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """An object without the keys to be passed over, and without the keys that hold nothing."""
+    """An object without the keys to be passed over, and without the keys that hold nothing.
+
+    Args:
+        item: The object, a part of a record.
+        ignored: Names of the keys to be passed over.
+
+    Returns:
+        A new dict with the remaining keys, in their order.
+    """
     return {key: value for key, value in item.items() if key not in ignored and not holds_nothing(value)}
 
 

@@ -73,7 +73,7 @@ class Faults:
         """Raise DataError if there was any fault; the message lists the first ten."""
         if self.total:
             more = [f"... and {self.total - _SHOWN} more"] if self.total > _SHOWN else []
-            head = f"{self.total} of {self.records} records cannot be used; mend or remove them:"
+            head = f"{self.total} of {self.records} records cannot be used; correct or remove them:"
             raise DataError("\n  ".join([head, *self._listed, *more]) + self._advice())
 
     def _advice(self) -> str:

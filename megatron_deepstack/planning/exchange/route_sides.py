@@ -318,7 +318,7 @@ def count_by_rank(ranks: npt.NDArray[np.uint16], num_ranks: int) -> tuple[int, .
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class ArrangedRows:
     """The received rows of a rank, arranged as its chunks add them."""
 
     rows: Index
@@ -327,7 +327,7 @@ class Stored:
     """The rows of each (micro-batch, virtual stage)."""
 
 
-def store(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -> Stored:
+def arrange(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -> ArrangedRows:
     """Arrange the rows of each chunk and micro-batch as the chunk adds them.
 
     Args:
@@ -362,7 +362,7 @@ def store(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -> 
         )
         first = stop
     assert taken == len(order), "a row arrived at a stage that does not own its slot"
-    return Stored(rows, found)
+    return ArrangedRows(rows, found)
 
 
 def _stretch_sizes(

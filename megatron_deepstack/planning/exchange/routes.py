@@ -27,13 +27,13 @@ from megatron_deepstack.planning.exchange.route_sides import (
     Index,
     ReplicaPlace,
     StepImage,
+    arrange,
     count_by_rank,
     local_rows,
     overlapping,
     receive,
     send,
     send_to_self,
-    store,
 )
 from megatron_deepstack.planning.exchange.rows import tokens_per_view
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
@@ -141,7 +141,7 @@ def plan_routes(
     by_stage = [[chunk for chunk in chunks if chunk.pp == pp] for pp in range(parallel.pipeline)]
     slots_of_stage = [_slots_of(stage, slots) for stage in by_stage]
     received = receive(place, images, slots_of_stage[place.pp], bounds, view_tokens)
-    stored = store(received, by_stage[place.pp], slots)
+    stored = arrange(received, by_stage[place.pp], slots)
     sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine, view_tokens)
     num_local = len(mine) * view_tokens + 1
     send_rows = local_rows(sent.rows, mine.start * view_tokens, num_local)

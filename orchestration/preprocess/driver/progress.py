@@ -82,7 +82,12 @@ class JobProgress:
         self.quarantined += len(done.quarantined)
 
     def add(self, done: PartDone, node: str) -> None:
-        """Count a part that `node` has just finished."""
+        """Count a part that has just been finished.
+
+        Args:
+            done: What was done.
+            node: Name of the node that did it.
+        """
         self.add_earlier(done)
         self.nodes[node] += 1
         self.images_now += done.images

@@ -51,7 +51,15 @@ class Need:
 
 
 def check_space(job: Job, todo: Sequence[Part]) -> None:
-    """Raise StoreError, saying how much is needed and how much is free, if the disk cannot hold what is to be done."""
+    """Check that the disk can hold what is to be done.
+
+    Args:
+        job: The job.
+        todo: The parts that are still to be done.
+
+    Raises:
+        StoreError: It cannot; the message says how much is needed and how much is free.
+    """
     if not job.root.is_local or not todo:
         return
     free = shutil.disk_usage(job.root.local_path()).free
@@ -70,7 +78,15 @@ def check_space(job: Job, todo: Sequence[Part]) -> None:
 
 
 def estimate(job: Job, parts: Sequence[ImagePart]) -> Need:
-    """Bytes of the shards of `parts`, from the sizes of some of their images."""
+    """Estimate the size of shards from the sizes of some of their images.
+
+    Args:
+        job: The job.
+        parts: The parts whose shards are to be written.
+
+    Returns:
+        The number of bytes, and what it is based on.
+    """
     images = [(part, path) for part in parts for path in part.paths]
     sample = _spread(images, _SAMPLED_IMAGES)
     sizes = np.array(_image_sizes(job, sample), dtype=np.float64)
@@ -83,7 +99,7 @@ def estimate(job: Job, parts: Sequence[ImagePart]) -> Need:
 def _worst_case(job: Job, parts: Sequence[ImagePart]) -> int:
     """Uncompressed, and with the most views for every image."""
     num_images = sum(len(part.paths) for part in parts)
-    each = job.processor.most_views * job.pixels.view_bytes + _BYTES_PER_IMAGE
+    each = job.processor.most_views * job.pixels.slot_bytes + _BYTES_PER_IMAGE
     return num_images * each + len(parts) * shard_index_bytes(job.pixels)
 
 

@@ -31,12 +31,25 @@ from orchestration.preprocess.sources.ahead import ahead
 
 
 def begin_store(root: Location, plan: Plan) -> None:
-    """Write what a store holds before its first part: metadata and attributes that say it is not complete."""
+    """Write what a store holds before its first part: metadata and attributes that say it is not complete.
+
+    Args:
+        root: The store.
+        plan: The plan of the job.
+    """
     write_skeleton(root, plan.pixels, _attributes(plan, counts={}, complete=False))
 
 
 def finish_store(ledger: Ledger, plan: Plan) -> dict[str, int]:
-    """Write index arrays and quarantine list, mark the store complete; returns the counts. All parts are done."""
+    """Write index arrays and quarantine list, and mark the store complete. All parts are done.
+
+    Args:
+        ledger: The records of the finished parts.
+        plan: The plan of the job.
+
+    Returns:
+        Numbers of images and samples by kind.
+    """
     root = ledger.root
     with open_index(root) as index:
         images = _write_images(plan, ledger, index)
@@ -59,7 +72,12 @@ def clear_leftovers(root: Location) -> None:
 
 
 def write_quarantine(root: Location, lines: Iterable[dict[str, Any]]) -> None:
-    """Write the list of what was left out or is damaged."""
+    """Write the list of what was left out or is damaged.
+
+    Args:
+        root: The store.
+        lines: One object for each image or record.
+    """
     with atomic_file(root.child(QUARANTINE_FILE)) as file:
         for line in lines:
             file.write(json_line(line))

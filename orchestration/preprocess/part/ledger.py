@@ -37,9 +37,14 @@ class Ledger:
         self.plan_hash = plan_hash
 
     def commit(self, name: str, record: Record) -> None:
-        """Create the record of a part. A twin that was faster has written the same bytes.
+        """Create the record of a part. If another worker has done the same part faster, it has written the same bytes.
 
-        Raises StoreError if the record exists with other content: an input changed while the job ran.
+        Args:
+            name: Name of the part.
+            record: What was written of it.
+
+        Raises:
+            StoreError: The record exists with other content, since an input changed while the job ran.
         """
         path = self._path(name)
         content = json_line({"plan_hash": self.plan_hash, **record})
@@ -96,7 +101,12 @@ class Ledger:
 def claim_folder(root: Location, plan: Plan) -> None:
     """Write the plan into a new store, or check that the store there is this plan's.
 
-    Raises StoreError, naming what differs, for another plan's store, and for a folder that holds anything else.
+    Args:
+        root: The store.
+        plan: The plan of the job.
+
+    Raises:
+        StoreError: The folder holds the store of another plan, and the message names what differs, or anything else.
     """
     path = root.child(PLAN_FILE)
     if path.is_file():
@@ -115,7 +125,15 @@ def claim_folder(root: Location, plan: Plan) -> None:
 
 
 def text_path(root: Location, name: str) -> Location:
-    """Where the tokens of a part of records wait for the end of the job."""
+    """Where the tokens of a part of records are kept until the end of the job.
+
+    Args:
+        root: The store.
+        name: Name of the part.
+
+    Returns:
+        The file, whether it exists or not.
+    """
     return root.child(f"{PARTS_FOLDER}/{name}.bin")
 
 

@@ -109,7 +109,16 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
-    """The plan of preprocessing `inputs` as `recipe` says."""
+    """The plan of preprocessing `inputs` as `recipe` says.
+
+    Args:
+        recipe: The recipe.
+        inputs: The records that were read, and where their images are.
+        tokenizer: The tokenizer that the recipe names.
+
+    Returns:
+        The plan; the same arguments give the same hash on every machine.
+    """
     processor = Processor.of(recipe)
     images = tuple(dict.fromkeys(path for record in inputs.records for path in record.images))
     description = {

@@ -41,7 +41,15 @@ class Job:
     max_image_seconds: float
 
     def image_at(self, part: ImagePart, path: str) -> ImageAt:
-        """Where an image of the part is."""
+        """Where an image of a part is.
+
+        Args:
+            part: The part.
+            path: The image as its record names it.
+
+        Returns:
+            A file below the image folder, or a member of a tar shard.
+        """
         member = part.members.get(path)
         if member is not None:
             return member
@@ -64,10 +72,18 @@ class PartDone:
 
 
 def do_part(job: Job, part: Part) -> PartDone:
-    """Write a part's data, then its commit record.
+    """Write a part's data, then its commit record. A broken image is no error: it is named in the record.
 
-    Raises StoreError when the store cannot be written, DataError when the machine fails to read an input. A broken
-    image is no error: it is named in the record.
+    Args:
+        job: The job.
+        part: The part.
+
+    Returns:
+        What was done.
+
+    Raises:
+        StoreError: The store cannot be written.
+        DataError: The machine cannot read an input.
     """
     started = time.monotonic()
     if isinstance(part, ImagePart):
@@ -79,7 +95,17 @@ def do_part(job: Job, part: Part) -> PartDone:
 
 
 def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds: float = 0.0) -> PartDone:
-    """The report that goes with a commit record."""
+    """The report that goes with a commit record.
+
+    Args:
+        name: Name of the part.
+        record: Its commit record.
+        written_bytes: Bytes that were written, 0 if another job has done the part.
+        seconds: Time that it took.
+
+    Returns:
+        The report.
+    """
     images = record.get("images", [])
     bad = [image for image in images if image["status"] == ImageStatus.QUARANTINED]
     return PartDone(
