@@ -119,17 +119,17 @@ def layout_views(layout: ViewLayout, grid: Grid) -> int:
             return context * (1 + HIGH_RES_SIDE**2)
 
 
-def num_views(variant: Variant, grid: Grid) -> int:
+def num_views(variant: Variant, shape: ImageShape) -> int:
     """Return the number of views of an image that a variant uses.
 
     Args:
         variant: The variant.
-        grid: Columns and rows of the image's crops.
+        shape: Columns and rows of the image's crops, or the patches of its one view.
 
     Returns:
         The number of views, including the global view.
     """
-    return layout_views(layout_of(variant), grid)
+    return 1 if isinstance(shape, ViewGrid) else layout_views(layout_of(variant), shape)
 
 
 def most_views(layout: ViewLayout, rule: GridRule, num_crops: int) -> int:

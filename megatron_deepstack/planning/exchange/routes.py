@@ -117,7 +117,7 @@ def plan_routes(
     model: ModelConfig,
     parallel: ParallelConfig,
     micro_batches: Sequence[Sequence[PlannedSample]],
-    seq_length: int,
+    seq_lengths: Sequence[int],
     rank: int,
 ) -> RankRoutes:
     """Plan one rank's side of the exchange of a step.
@@ -130,13 +130,14 @@ def plan_routes(
         model: The model.
         parallel: The layout; tp x cp x pp ranks make a replica.
         micro_batches: The replica's samples, the same on all of its ranks; all micro-batches have the same size.
-        seq_length: S, the padded length of all samples, a multiple of `sequence_multiple(parallel)`.
+        seq_lengths: S of each micro-batch, the padded length of its samples, a multiple of
+            `sequence_multiple(parallel)`.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
 
     Returns:
         The rank's side. The function is pure, so the sides of all ranks fit together.
     """
-    place = _place(parallel, seq_length, rank)
+    place = _place(parallel, seq_lengths, rank)
     images, dealt = _images(model, micro_batches, place)
     bounds, num_units = dealt.bounds, int(dealt.bounds[-1])
     mine = range(int(bounds[rank]), int(bounds[rank + 1]))
@@ -173,7 +174,7 @@ def plan_routes(
     )
 
 
-def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace:
+def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> ReplicaPlace:
     rest, tp = divmod(rank, parallel.tensor)
     pp, cp = divmod(rest, parallel.context)
     return ReplicaPlace(
@@ -183,7 +184,9 @@ def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace
         cp=cp,
         pp=pp,
         tensor=parallel.tensor,
-        shards=SequenceShards.of(parallel, seq_length),
+        context=parallel.context,
+        tp_shards=parallel.tensor if parallel.sequence_parallel else 1,
+        shards=tuple(SequenceShards.of(parallel, length) for length in seq_lengths),
         inline=parallel.encoder_placement is EncoderPlacement.INLINE,
         returns=parallel.sequence_parallel or tp == 0,
     )
