@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
@@ -10,6 +13,8 @@ from reference_folder import pytest_terminal_summary, reference  # noqa: F401 - 
 
 from megatron_deepstack.platform.processes.garbage import settle
 from megatron_deepstack.testing.ranks import RankPool
+
+CHILD_PROCESSES = str(Path(__file__).parent / "child_processes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,6 +26,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def pytest_configure() -> None:
+    """Processes that tests start treat warnings of our code as errors; see child_processes/sitecustomize.py."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if CHILD_PROCESSES not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([CHILD_PROCESSES, *filter(None, paths)])
+        sys.path.append(CHILD_PROCESSES)  # which some tests pass on as PYTHONPATH
 
 
 def group_of(item: pytest.Item) -> str:

@@ -11,11 +11,13 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +31,10 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_DEVICE
 
 
 class RankPool:
-    """Worker processes that are joined in one process group. A context manager; also closed when collected."""
+    """Worker processes that are joined in one process group. A context manager; also closed when collected.
+
+    A warning that is an error in the process that starts them is an error in them.
+    """
 
     def __init__(self, num_ranks: int, deadline_seconds: float = 240.0) -> None:
         """Start the processes.
@@ -48,7 +53,8 @@ class RankPool:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(os.getpid(), rank, num_ranks, self._folder.name, theirs))
+                place = (os.getpid(), rank, num_ranks, self._folder.name)
+                process = context.Process(target=_serve, args=(*place, theirs, warning_filters()))
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -161,8 +167,46 @@ def _receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
-def _serve(parent: int, rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
-    """A rank's life: join, then answer calls until the pipe closes."""
+WarningFilter = tuple[Any, str, type[Warning], str, int]
+"""Action, pattern of the message, class, pattern of the module, and line, as `warnings.filterwarnings` takes them."""
+
+
+def warning_filters() -> list[WarningFilter]:
+    """The filters of warnings in force in this process, the first one that fits being the one that counts.
+
+    Filters of classes that other packages define are left out, since a rank would import these packages for them.
+    """
+    rules: Sequence[Any] = warnings.filters
+    return [
+        (action, _pattern(message), category, _pattern(module), line)
+        for action, message, category, module, line in rules
+        if category.__module__ == "builtins"
+    ]
+
+
+def _pattern(rule: Any) -> str:
+    """Python keeps a pattern, a text that must be equal, or None for anything."""
+    if rule is None:
+        return ""
+    return rf"{re.escape(rule)}\Z" if isinstance(rule, str) else str(rule.pattern)
+
+
+def follow_filters(filters: Sequence[WarningFilter]) -> None:
+    """Treat warnings in this process as another process does.
+
+    Args:
+        filters: What `warning_filters` gave there.
+    """
+    warnings.resetwarnings()
+    for action, message, category, module, line in reversed(filters):
+        warnings.filterwarnings(action, message, category, module, line)
+
+
+def _serve(
+    parent: int, rank: int, num_ranks: int, folder: str, pipe: Connection, filters: Sequence[WarningFilter]
+) -> None:
+    """A rank's life: join, then answer calls until the pipe closes. Warnings are treated as in the parent process."""
+    follow_filters(filters)
     stacks = _stack_file(folder, rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
