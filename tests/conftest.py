@@ -20,8 +20,8 @@ CHILD_PROCESSES = str(Path(__file__).parent / "child_processes")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What runs in one process where pytest-xdist has several (`-n 2 --dist loadgroup`).
 
-    All tests of a file do, for the fixtures they share; all that use pools of ranks do, since a pool costs seconds and
-    half a gigabyte a rank; and all that start Ray do, since several would fight for the cores.
+    All tests of a file do, for the fixtures they share; and all that start Ray do, since several would fight for the
+    cores.
     """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
@@ -38,8 +38,6 @@ def pytest_configure() -> None:
 
 def group_of(item: pytest.Item) -> str:
     """The name of the group that a test runs in."""
-    if "ranks" in getattr(item, "fixturenames", ()):
-        return "ranks"
     return "orchestration" if "orchestration" in item.path.parts else item.path.stem
 
 
