@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.model.language import LanguageChunk, VisualInputs
 from megatron_deepstack.model.layers.attention import Packs
+from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.parallel.context import zigzag
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
@@ -82,6 +83,51 @@ def run_schedule(
     )
 
 
+def run_cached_step(
+    config: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    tokens: Sequence[np.ndarray],
+    steps: Sequence[CachedStep],
+    visual: VisualOf,
+    *,
+    cp_rank: int,
+) -> list[torch.Tensor]:
+    """Run some tokens of all micro-batches forward, after those that are in the caches. Collective over pp, tp and cp.
+
+    Args:
+        config: The decoder's.
+        chunks: This rank's chunks.
+        tokens: Per micro-batch int64 (B, W), the whole step's; all of one shape.
+        steps: Per micro-batch where these tokens are. The caches take their keys and values.
+        visual: Asked once per forward for the rows that a chunk adds.
+        cp_rank: This rank's index on the context-parallel axis.
+
+    Returns:
+        On the last stage, per micro-batch the wanted logits (B, V / tp); elsewhere nothing.
+    """
+    config.no_sync_func = None
+    width = int(tokens[0].shape[1])
+    positions = zigzag(width, config.context_parallel_size, cp_rank).numpy()
+    (tokens_MBS,) = upload_all([np.stack(tokens)[..., positions]])
+    batches = [
+        _MicroBatch(number=number, tokens=tokens_MBS[number], labels=None, targets=tokens_MBS[number], packs=step)
+        for number, step in enumerate(steps)
+    ]
+    data = [iter(batches) for _ in range(len(chunks))]
+    with torch.no_grad():
+        outputs: list[torch.Tensor] = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, visual, None),
+            data_iterator=data if len(chunks) > 1 else data[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=width,
+            micro_batch_size=int(tokens[0].shape[0]),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return [logits_B1V[:, 0] for logits_B1V in outputs]
+
+
 def _sum(counts: list[torch.Tensor]) -> torch.Tensor:
     """On the device: reading a count would make the host wait for its micro-batch."""
     return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=local_device())
@@ -106,7 +152,7 @@ class _MicroBatch:
     tokens: torch.Tensor
     labels: torch.Tensor | None
     targets: torch.Tensor
-    packs: Packs | None
+    packs: Packs | CachedStep | None
 
 
 def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:

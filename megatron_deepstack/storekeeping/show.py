@@ -20,7 +20,8 @@ from PIL import Image
 from megatron_deepstack import __version__
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.store.lengths import expanded_lengths
-from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID

@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from megatron_deepstack.data.order.sampler import Indices, StoreStream, mixed_batch
-from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.views import Grid
 
@@ -145,7 +146,7 @@ class Mixture:
         """Views of many images, see `Store.read_many`; those of one store are read together."""
         places = np.cumsum([0, *(len(views) for _, views in requests)])
         if out is None:
-            out = np.empty((int(places[-1]), *self.stores[0].pixels.view_shape), np.uint8)
+            out = np.empty((int(places[-1]), *self.stores[0].pixels.slot_shape), np.uint8)
         found = [self._find(image, self._first_image, "image") for image, _ in requests]
         for k in sorted({store for store, _ in found}):
             mine = [n for n, (store, _) in enumerate(found) if store == k]

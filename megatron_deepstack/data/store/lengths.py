@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig, TrainConfig
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import MIXED_VERSION
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.exchange.rows import context_length
 
@@ -74,8 +75,17 @@ def _pieces(store: Store, model: ModelConfig) -> Iterator[tuple[int, np.ndarray]
         images = store.rows("samples/images")[int(ends[0]) : int(ends[-1])]
         # A placeholder is one token already; the sum over a sample's images is a difference of running sums.
         running = np.zeros(len(images) + 1, np.int64)
-        np.cumsum(_contexts(store.rows("images/grid").take(images), model) - 1, out=running[1:])
+        np.cumsum(_visual_tokens(store, images, model) - 1, out=running[1:])
         yield first, tokens + running[ends[1:] - ends[0]] - running[ends[:-1] - ends[0]]
+
+
+def _visual_tokens(store: Store, images: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """The tokens that each of these images takes in the context: int64 (N,)."""
+    if store.version == MIXED_VERSION:
+        patches = store.rows("images/grid_thw").take(images).astype(np.int64)
+        found: np.ndarray = patches.prod(axis=1) // int(store.attributes.processor["merge_size"]) ** 2
+        return found
+    return _contexts(store.rows("images/grid").take(images), model)
 
 
 def _contexts(grids: np.ndarray, model: ModelConfig) -> np.ndarray:

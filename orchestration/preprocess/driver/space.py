@@ -99,7 +99,7 @@ def estimate(job: Job, parts: Sequence[ImagePart]) -> Need:
 def _worst_case(job: Job, parts: Sequence[ImagePart]) -> int:
     """Uncompressed, and with the most views for every image."""
     num_images = sum(len(part.paths) for part in parts)
-    each = job.processor.most_views * job.pixels.view_bytes + _BYTES_PER_IMAGE
+    each = job.processor.most_views * job.pixels.slot_bytes + _BYTES_PER_IMAGE
     return num_images * each + len(parts) * shard_index_bytes(job.pixels)
 
 
