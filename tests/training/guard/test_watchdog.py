@@ -18,7 +18,7 @@ from megatron_deepstack.training.guard.node_board import Beat
 from megatron_deepstack.training.guard.watchdog import PATIENT, Watchdog, hang_message, last_hang
 
 HANG_SECONDS = 4.0
-"""Beats, and the time to tell of a hang, are shares of it: with 2 s a busy machine once ended a rank before it had told."""
+"""Beats, and the time to tell of a hang, are shares of it. With 2 s a busy machine ended a rank before it had told."""
 
 
 def beat(rank: int, number: int, *, hanging: bool = False) -> Beat:
