@@ -11,6 +11,7 @@ arrays.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
@@ -47,6 +48,9 @@ _FETCH: Final = (
     "The copy of {location} in {folder} is damaged, or the store itself: delete that folder, and it is fetched anew; "
     "if that does not help, preprocess again."
 )
+
+_MOST_FLAT_BYTES: Final = 64 << 20
+"""Bytes of views that `read_flat` holds beside its result."""
 
 
 class Store:
@@ -312,6 +316,32 @@ class Store:
         shapes = [self.view_shape(image) for image in images]
         pairs = zip(shapes, places, strict=False)
         return [from_blocks(blocks[first:], shape) for shape, first in pairs]
+
+    def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Read the one view of each of some images, which may have any size, one after another without gaps.
+
+        Beside the result, at most 64 MiB are held, or the largest view.
+
+        Args:
+            images: Numbers of images.
+            out: uint8 (bytes of all views,) that receives them; a new array if None.
+
+        Returns:
+            uint8 (bytes of all views,); each view is (frames, height, width, 3).
+
+        Raises:
+            StoreError: As in `read_views`, for the first fault found.
+        """
+        ends = np.cumsum([0, *(prod(self.view_shape(image)) for image in images)]).tolist()
+        found = np.empty(ends[-1], np.uint8) if out is None else out
+        assert found.shape == (ends[-1],), (found.shape, ends[-1])
+        first = 0
+        while first < len(images):
+            last = max(bisect_right(ends, ends[first] + _MOST_FLAT_BYTES) - 1, first + 1)
+            for number, view in enumerate(self.read_whole(images[first:last]), start=first):
+                found[ends[number] : ends[number + 1]] = view.reshape(-1)
+            first = last
+        return found
 
     def _start_of(self, image: int, views: Sequence[int]) -> int:
         """The row of the image's global view. Raises StoreError if the image lacks one of the views."""
