@@ -4,6 +4,8 @@
 # make setup    only the set-up; nothing is installed twice
 # make faults   set up with the test extra, then only the suite that kills, stops and damages; prints its table
 # make layouts  set up with the test extra, then only the suites that compare layouts and resumed runs
+# make claim    set up, then train DeepStack and its baselines from scratch and compare them: an hour on two cores;
+#               QUICK=yes is a short form. Interrupted, the same command goes on
 # make lint     ruff and mypy
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder. WORKERS=2 runs the tests of `test` and
@@ -24,7 +26,7 @@ RUN := $(BIN)/megatron-deepstack
 DEMO := demo-run
 SPREAD := $(if $(WORKERS),--numprocesses $(WORKERS) --dist loadgroup)
 
-.PHONY: setup demo test test-all faults layouts lint
+.PHONY: setup demo claim test test-all faults layouts lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -53,6 +55,9 @@ demo: $(INSTALLED)
 	$(RUN) train demo
 	$(RUN) generate $(DEMO)
 	$(RUN) report $(DEMO)
+
+claim: $(INSTALLED)
+	$(BIN)/python -m tools.claim $(if $(QUICK),--quick)
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check
