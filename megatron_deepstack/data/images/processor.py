@@ -74,7 +74,16 @@ class Processor:
         return most_views(self.layout, self.grid, self.num_crops)
 
     def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> PixelsShape:
-        """The shape of the pixels of a store."""
+        """The shape of the pixels of a store.
+
+        Args:
+            num_parts: Number of parts, and so of shards.
+            images_per_part: Images of a part.
+            compression: Codec of the slots.
+
+        Returns:
+            The shape; a shard has space for the most slots that each image can take.
+        """
         return PixelsShape(num_parts, images_per_part * self.most_slots, self.crop_size, compression)
 
     def describe(self) -> dict[str, Any]:

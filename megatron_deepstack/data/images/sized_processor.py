@@ -50,7 +50,16 @@ class SizedProcessor:
         return num_blocks(3 * max(self.max_pixels, side * side * (MAX_ASPECT_RATIO + 1)))
 
     def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> BlockSlots:
-        """The shape of the pixels of a store."""
+        """The shape of the pixels of a store.
+
+        Args:
+            num_parts: Number of parts, and so of shards.
+            images_per_part: Images of a part.
+            compression: Codec of the slots.
+
+        Returns:
+            The shape; a shard has space for the most slots that each image can take.
+        """
         return BlockSlots(num_parts, images_per_part * self.most_slots, compression)
 
     def describe(self) -> dict[str, Any]:
