@@ -96,7 +96,18 @@ def with_calls(text: str, calls: Any, where: str) -> str:
 
 
 def call_in_text(text: str, where: str) -> str:
-    """Return the call that a turn holds as a JSON text. Raises FaultError if it holds none."""
+    """Return the call that a turn holds as a JSON text.
+
+    Args:
+        text: One call as JSON, or a list of calls.
+        where: The place of the turn, for messages.
+
+    Returns:
+        The calls as the assistant writes them.
+
+    Raises:
+        FaultError: The text is no call.
+    """
     try:
         call = json.loads(text)
     except ValueError as error:
