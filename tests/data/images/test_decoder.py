@@ -42,8 +42,8 @@ def decoder() -> Iterator[Decoder]:
 def check(image: SharedImage | QuarantineError, at: ImageAt) -> None:
     assert isinstance(image, SharedImage)
     assert isinstance(at, Location)
-    views = PROCESSOR.process(at.read_bytes()).views
-    np.testing.assert_array_equal(image.views, views)
+    views = PROCESSOR.process(at.read_bytes()).slots
+    np.testing.assert_array_equal(image.slots, views)
     assert image.crc32c == checksums(views)
 
 
