@@ -23,7 +23,6 @@ from megatron_deepstack.cli.output import complete_recipe
 from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DeepStackError
 
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C in a verb that has nothing to save, as shells have it."""
 
