@@ -99,6 +99,7 @@ class LanguageChunk(LanguageModule):
         self.slots = chunk_slots(chunk, slots)
         self.pre_process, self.post_process = chunk.has_embedding, chunk.has_head
         self.share_embeddings_and_output_weights = language.tied_embeddings
+        self.language = language
         self.vocab_size = language.vocab_size
         self.padded_vocabulary = padded_vocabulary(language.vocab_size, config.tensor_model_parallel_size)
         if self.pre_process:
@@ -205,6 +206,8 @@ class LanguageChunk(LanguageModule):
         hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
         if torch.is_grad_enabled() and not hidden_SBH.requires_grad:
             hidden_SBH = hidden_SBH.detach().requires_grad_()  # frozen decoder: the schedule needs a graph even of text
+        if self.language.embedding_multiplier != 1.0:
+            hidden_SBH = hidden_SBH * self.language.embedding_multiplier
         if visual.base_rows is None:
             return hidden_SBH
         assert visual.base_positions is not None
@@ -231,6 +234,8 @@ class LanguageChunk(LanguageModule):
         return self._without_padding(torch.nn.functional.linear(hidden_SBH[step.wanted, rows], weight)[None])
 
     def _without_padding(self, logits_SBV: torch.Tensor) -> torch.Tensor:
+        if self.language.logits_scaling != 1.0:
+            logits_SBV = logits_SBV / self.language.logits_scaling
         width = logits_SBV.shape[-1]
         first_padded = max(self.vocab_size - self.tp_group.rank() * width, 0)
         if first_padded < width:

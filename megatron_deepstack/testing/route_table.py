@@ -91,7 +91,7 @@ def _unit_views(model: ModelConfig, grid: ImageShape, needed: Index) -> list[tup
     if not len(needed):
         return []
     if model.variant.traits.stacks_in_vit:
-        assert not isinstance(grid, ViewGrid)
+        assert isinstance(grid, tuple)
         return [tuple(range(1 + grid[0] * grid[1]))]
     return [(int(view),) for view in needed]
 

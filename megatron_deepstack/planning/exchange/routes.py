@@ -146,7 +146,8 @@ def plan_routes(
     chunks, slots = stage_chunks(model.language.num_layers, parallel), decoder_slots(model)
     by_stage = [[chunk for chunk in chunks if chunk.pp == pp] for pp in range(parallel.pipeline)]
     slots_of_stage = [_slots_of(stage, slots) for stage in by_stage]
-    received = receive(place, images, slots_of_stage[place.pp], bounds)
+    has_base_rows = model.variant.traits.has_base_rows
+    received = receive(place, images, slots_of_stage[place.pp], bounds, has_base_rows=has_base_rows)
     stored = arrange(received, by_stage[place.pp], slots)
     sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine)
     first_rows = dealt.first_row[mine.start : mine.stop + 1] - dealt.first_row[mine.start]
