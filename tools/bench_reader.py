@@ -41,7 +41,7 @@ from megatron_deepstack.planning.views import smart_resize
 
 VIEWS = 5
 IMAGES_PER_PART = 64
-MIXED_PER_PART = 8
+MIXED_PER_PART = 20
 Read = Callable[[int], np.ndarray]
 
 
@@ -126,12 +126,11 @@ def write_mixed(root: Path, images: int) -> float:
     sums, starts, took = np.zeros((parts, shape.slots_per_part), np.uint32), [], 0.0
     for part in range(parts):
         numbers = range(part * MIXED_PER_PART, min((part + 1) * MIXED_PER_PART, images))
-        views = [picture(number, shapes[number]) for number in numbers]
+        views = [as_blocks(picture(number, shapes[number])) for number in numbers]
         begin, used = time.perf_counter(), 0
         with open_shard(root, part, shape) as shard:
-            for view in views:
+            for filled in views:
                 starts.append(part * shape.slots_per_part + used)
-                filled = as_blocks(view)
                 shard.append(filled)
                 sums[part, used : used + len(filled)] = checksums(filled)
                 used += len(filled)
