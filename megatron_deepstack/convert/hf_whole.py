@@ -1,15 +1,14 @@
 """Whole multimodal models of transformers whose stacks we compute: their configs and names, in both directions.
 
 A family is one entry of `WHOLE_MODELS`: its `model_type`, the keys of its config.json beside those of tower and decoder
-(whose rows in `config.traits` say what their keys mean), and the prefixes of its tensors. `model_of_folder` reads a
-model from config.json alone, and refuses what it does not understand by its name.
+(whose rows in `config.traits` say what their keys mean), and the prefixes of its tensors. `hf_folder_model` reads a
+model with them from config.json alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from megatron_deepstack.config.build import build_recipe
@@ -20,7 +19,7 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, read
 from megatron_deepstack.config.traits.towers import TOWERS, HfTower
-from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG
+from megatron_deepstack.convert.hf_facts import ACTIVATIONS
 from megatron_deepstack.convert.hf_rope import axial_base, rotary_base, rotary_sections
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
@@ -175,27 +174,3 @@ def _read(theirs: Mapping[str, Any], fields: Mapping[str, HfField]) -> Iterator[
 def _value(theirs: Mapping[str, Any], key: str, known: HfField) -> Any:
     value = theirs.get(key)
     return known.default if value is None else value
-
-
-def model_of_folder(folder: Path) -> ModelConfig:
-    """Read the model of a folder from its config.json, and refuse whatever else that file says.
-
-    Args:
-        folder: A Hugging Face folder.
-
-    Returns:
-        The model.
-
-    Raises:
-        CheckpointError: There is no config.json, or it describes something that is not computed here; the message names
-            the file and each key.
-    """
-    from megatron_deepstack.convert.hf_config import read_config, require_same_model
-
-    config = read_config(folder)
-    where = str(folder / CONFIG)
-    if not config:
-        raise CheckpointError(f"{where}: no such file; name a Hugging Face folder with {CONFIG}")
-    model = model_of_config(config, where)
-    require_same_model(config, model, str(folder))
-    return model

@@ -12,7 +12,7 @@ from whole_folders import qwen3_vl
 
 from megatron_deepstack.config.choices import EncoderPlacement, Recompute
 from megatron_deepstack.config.schema import ParallelConfig
-from megatron_deepstack.convert.hf_whole import model_of_folder
+from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.errors import CheckpointError, ParityError, SlotError
 from megatron_deepstack.planning.slots import decoder_slots
 from megatron_deepstack.testing.parity.check import check_folder

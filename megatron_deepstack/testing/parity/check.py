@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.convert.hf_config import read_config
 from megatron_deepstack.convert.hf_facts import CONFIG
+from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_names import part_of
-from megatron_deepstack.convert.hf_whole import model_of_folder
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import ParityError
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
