@@ -259,6 +259,8 @@ def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
         units=step.units[rank],
         first_rows=np.array(step.first_rows[rank]),
         num_units=len(rows_of),
+        grids=(),
+        imbalance=1.0,
         num_replica_rows=sum(rows_of.values()),
         num_local_rows=num_local,
         send_rows=np.ascontiguousarray(sent["src_row"]),

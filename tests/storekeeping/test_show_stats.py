@@ -62,7 +62,7 @@ def test_stacks_of_l_are_the_papers_dilated_sampling() -> None:
                 assert (whole[i::gh, j::gw] == i * gw + j).all()
 
 
-@pytest.mark.parametrize("variant", Variant)
+@pytest.mark.parametrize("variant", [one for one in Variant if one.traits.whole_model is None])
 @pytest.mark.parametrize("sampler", Sampler)
 def test_maps_agree_with_the_rows_that_training_routes(variant: Variant, sampler: Sampler) -> None:
     asked = model(variant, sampler)

@@ -22,7 +22,7 @@ from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.planning.batch.sequence import ExpandedSample, SequenceShards, Span
 from megatron_deepstack.planning.budget.cost import unit_flops
-from megatron_deepstack.planning.exchange.dealing import Dealt, deal_by_cost, deal_in_order
+from megatron_deepstack.planning.exchange.dealing import Dealt, deal_by_cost, deal_in_order, imbalance
 from megatron_deepstack.planning.exchange.image_plan import ImagePlan, image_plan
 from megatron_deepstack.planning.exchange.route_sides import (
     ChunkRows,
@@ -79,6 +79,10 @@ class RankRoutes:
     """(units + 1,): the first local row of each unit, and at the end that of the newline."""
     num_units: int
     """Number of units of the whole replica, each counted once."""
+    grids: tuple[ViewGrid, ...]
+    """The patches of each unit of the whole replica, if views have any size."""
+    imbalance: float
+    """FLOPs of the rank of the replica that has most to encode, over the mean of all ranks; 1 if all have the same."""
     num_replica_rows: int
     """Number of rows that the units of the whole replica make, without newlines."""
     num_local_rows: int
@@ -139,6 +143,8 @@ def plan_routes(
     """
     place = _place(parallel, seq_lengths, rank)
     images, dealt = _images(model, micro_batches, place)
+    shapes = [micro_batches[image.micro_batch][image.sample].grids[image.image] for image in images]
+    ranges = [range(image.first_unit, image.stop_unit) for image in images]
     bounds, num_units = dealt.bounds, int(dealt.bounds[-1])
     mine = range(int(bounds[rank]), int(bounds[rank + 1]))
     if place.inline:
@@ -162,6 +168,12 @@ def plan_routes(
         units=_encode_units(images, mine, micro_batches),
         first_rows=first_rows,
         num_units=num_units,
+        grids=tuple(shape for shape in shapes if isinstance(shape, ViewGrid)),
+        imbalance=imbalance(
+            [unit_flops(model, shape) for shape in shapes],
+            ranges,
+            bounds,
+        ),
         num_replica_rows=int(dealt.first_row[-1]),
         num_local_rows=num_local,
         send_rows=send_rows,
