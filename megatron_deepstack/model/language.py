@@ -182,7 +182,7 @@ class LanguageChunk(LanguageModule):
             return self._wanted_logits(hidden_SBH, packs)
         if targets is None:
             return self._logits(hidden_SBH)
-        rows_R1H = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])[targets.rows][:, None]
+        rows_R1H = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, targets.rows)[:, None]
         return self.compute_language_model_loss(targets.labels, self._logits(rows_R1H))
 
     def _angles(
