@@ -210,6 +210,10 @@ def _built(plain: Mapping[str, Any], where: str) -> ModelConfig:
 def _language(text: Mapping[str, Any], decoder: HfDecoder, family: FamilyTraits) -> dict[str, Any]:
     found = dict(_read(text, decoder.fields))
     found.pop("activation", None)  # the family has one, and a config with another is refused
+    width, heads = found["hidden_size"], found["num_heads"]
+    if isinstance(width, int) and isinstance(heads, int) and heads:
+        found["num_kv_heads"] = heads if found["num_kv_heads"] is None else found["num_kv_heads"]
+        found["head_dim"] = width // heads if found["head_dim"] is None else found["head_dim"]
     found["rope_theta"] = rotary_base(text, decoder)
     if family.has_axial_positions:
         found["mrope_section"] = rotary_sections(text)
