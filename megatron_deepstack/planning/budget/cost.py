@@ -45,8 +45,21 @@ def training_flops(
     Returns:
         Operations, two per multiply-add, of all ranks together.
     """
-    encoder = num_units * (_vision_training(model, trainable) + _projector_training(model, trainable))
+    encoder = num_units * encoder_training_flops(model, trainable)
     return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
+
+
+def encoder_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """Count a step's FLOPs of tower and projector for one unit, forward and backward."""
+    return vision_training_flops(model, trainable) + _projector_training(model, trainable)
+
+
+def head_training_flops(
+    language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, tokens: float
+) -> float:
+    """Count a step's FLOPs of the output layer for some tokens, forward and backward."""
+    learned = Part.LANGUAGE in trainable and lora.rank == 0
+    return (2 + learned) * 2 * tokens * _head_weights(language)
 
 
 def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
@@ -57,8 +70,8 @@ def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lor
     return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
 
 
-def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """Count a step's FLOPs of the ViT for the views of one unit."""
+def vision_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """Count a step's FLOPs of the ViT for the views of one unit; with nothing trainable those of the forward pass."""
     learned = Part.VISION in trainable
     passes = 3 if learned else 1
     vision = model.vision
