@@ -104,7 +104,7 @@ def test_gradients_equal_the_oracle(ranks: Pools) -> None:
     logits = oracle_forward(recipe.model, merged(weights, recipe.lora), chosen)
     truth = oracle_loss(recipe.model, logits, chosen)
     truth.backward()
-    assert loss == pytest.approx(float(truth), rel=LOSS_TOLERANCE)
+    assert loss == pytest.approx(truth.item(), rel=LOSS_TOLERANCE)
     learned = {name: weight.grad for name, weight in weights.items() if "lora_" in name or "mm_projector" in name}
     assert set(gradients) == set(learned)
     assert len([name for name in learned if "lora_" in name]) == 8 * (4 + 7)  # an A per fused linear, a B per published
