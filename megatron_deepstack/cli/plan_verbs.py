@@ -35,9 +35,7 @@ def plan(
 ) -> None:
     """Show stages and stacks, memory, time and whether it fits; with --gpus all layouts. Starts nothing."""
     from megatron_deepstack.planning.budget.hardware import machine_named
-    from megatron_deepstack.planning.budget.run_plan import advice, plan_run
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
-    from megatron_deepstack.report.plan_estimate import estimate, plan_values
     from megatron_deepstack.report.plan_text import plan_table
 
     loaded = load_checked_recipe(recipe, overrides or ())
@@ -47,35 +45,51 @@ def plan(
         return
     num_ranks = ranks or model_ranks(loaded.parallel)
     check_world(loaded, num_ranks)
-    shapes = _shapes(loaded, store)
-    found = plan_run(loaded, shapes, machine, num_ranks)
-    knob = "" if found.fits else advice(found, shapes)
+    if not as_json:
+        Console().print(plan_table(loaded, Console().width))
+    values = _estimate(loaded, store, machine, num_ranks, timeline, as_json)
     if as_json:
         from megatron_deepstack.report.plan_document import plan_document
 
-        print_json({**plan_document(loaded, num_ranks), "estimate": plan_values(found, knob)})
-    else:
-        console = Console()
-        console.print(plan_table(loaded, console.width))
-        console.print(estimate(found, knob, console.width))
+        print_json({**plan_document(loaded, num_ranks), "estimate": values})
     if svg is not None:
         from megatron_deepstack.report.drawing.stages import stage_drawing
 
         _write(svg, "--svg", stage_drawing(loaded) + "\n")
+
+
+def _estimate(
+    loaded: Recipe, store: str | None, machine: Any, num_ranks: int, timeline: Path | None, as_json: bool
+) -> dict[str, object] | None:
+    """Print the estimate of the recipe's own layout, or return it for programs; None where there is none."""
+    from megatron_deepstack.planning.budget.run_plan import advice, is_modelled, plan_run
+    from megatron_deepstack.report.plan_estimate import estimate, plan_values, predicted_step
+
+    if not is_modelled(loaded):
+        if not as_json:
+            Console().print(f"{loaded.model.variant}: memory and time are not predicted for views of any size")
+        return None
+    shapes = _shapes(loaded, store)
+    found = plan_run(loaded, shapes, machine, num_ranks)
+    knob = "" if found.fits else advice(found, shapes)
+    if not as_json:
+        Console().print(estimate(found, knob, Console().width))
     if timeline is not None:
         from megatron_deepstack.report.drawing.timeline import timeline_drawing
-        from megatron_deepstack.report.plan_estimate import predicted_step
 
         _write(timeline, "--timeline", timeline_drawing(predicted_step(found)) + "\n")
+    return plan_values(found, knob)
 
 
 def _all_layouts(loaded: Recipe, gpus: int, gpu: str, store: str | None, as_json: bool) -> None:
     from megatron_deepstack.planning.budget.hardware import machine_named
     from megatron_deepstack.planning.budget.layouts import all_layouts
+    from megatron_deepstack.planning.budget.run_plan import require_modelled
     from megatron_deepstack.report.plan_estimate import layouts_table, layouts_values, side_by_side
 
     if gpus < 1:
         raise ConfigError([f"--gpus: found {gpus}, expected 1 or more; the nearest that works is --gpus 1"])
+    require_modelled(loaded)
     found = all_layouts(loaded, _shapes(loaded, store), machine_named(gpu), gpus)
     if as_json:
         print_json({"name": loaded.name, "gpus": gpus, **layouts_values(found, gpus)})
@@ -137,10 +151,12 @@ def show_before_start(loaded: Recipe, num_ranks: int, anyway: bool, tell: Callab
         LayoutError: It does not fit this machine's GPUs; the message says what would.
     """
     from megatron_deepstack.planning.budget.hardware import machine_of_device
-    from megatron_deepstack.planning.budget.run_plan import advice, plan_run
+    from megatron_deepstack.planning.budget.run_plan import advice, is_modelled, plan_run
     from megatron_deepstack.platform.compute import gpu_model
     from megatron_deepstack.report.plan_estimate import refusal, three_lines
 
+    if not is_modelled(loaded):
+        return
     shapes = _shapes(loaded, None)
     found = plan_run(loaded, shapes, machine_of_device(gpu_model.gpu_model() or "cpu"), num_ranks)
     tell(three_lines(found))

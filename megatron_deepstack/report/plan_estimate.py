@@ -203,7 +203,15 @@ def _reasons(found: Layouts, num_ranks: int) -> Iterator[str]:
 
 
 def plan_values(plan: RunPlan, advice: str) -> dict[str, object]:
-    """The estimate as plain values, for programs; bytes, seconds, and operations of a step."""
+    """The estimate as plain values, for programs; bytes, seconds, and operations of a step.
+
+    Args:
+        plan: The plan.
+        advice: Overrides that make it fit, where it does not.
+
+    Returns:
+        Bytes, seconds, and operations of a step by name.
+    """
     return {
         "gpu": plan.machine.name,
         "layout": describe(plan.recipe.parallel, plan.num_ranks),
@@ -234,7 +242,15 @@ def plan_values(plan: RunPlan, advice: str) -> dict[str, object]:
 
 
 def layouts_values(found: Layouts, num_ranks: int) -> dict[str, object]:
-    """All layouts as plain values."""
+    """All layouts as plain values.
+
+    Args:
+        found: All layouts.
+        num_ranks: Number of GPUs.
+
+    Returns:
+        The layouts that fit, those that are too large, and those that are not possible.
+    """
     return {
         "fitting": [plan_values(plan, "") for plan in found.fitting],
         "too_large": [plan_values(plan, "") for plan in found.too_large],
@@ -243,7 +259,15 @@ def layouts_values(found: Layouts, num_ranks: int) -> dict[str, object]:
 
 
 def refusal(plan: RunPlan, advice: str) -> str:
-    """Why a layout is not started, and what to do."""
+    """Why a layout is not started, and what to do.
+
+    Args:
+        plan: A plan that does not fit.
+        advice: Overrides that make it fit; empty for none.
+
+    Returns:
+        One sentence.
+    """
     limit = (plan.limit_bytes or 0) / _GB
     knob = f"it would fit with {advice}" if advice else "use more GPUs"
     return (

@@ -51,14 +51,32 @@ def training_flops(
 
 
 def encoder_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """Count a step's FLOPs of tower and projector for one unit, forward and backward."""
+    """Count a step's FLOPs of tower and projector for one unit, forward and backward.
+
+    Args:
+        model: The model.
+        trainable: Parts that learn.
+
+    Returns:
+        Operations.
+    """
     return vision_training_flops(model, trainable) + _projector_training(model, trainable)
 
 
 def head_training_flops(
     language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, tokens: float
 ) -> float:
-    """Count a step's FLOPs of the output layer for some tokens, forward and backward."""
+    """Count a step's FLOPs of the output layer, forward and backward.
+
+    Args:
+        language: The decoder.
+        trainable: Parts that learn.
+        lora: Adapters of the decoder; rank 0 for none.
+        tokens: Number of tokens.
+
+    Returns:
+        Operations.
+    """
     learned = Part.LANGUAGE in trainable and lora.rank == 0
     return (2 + learned) * 2 * tokens * _head_weights(language)
 
@@ -72,7 +90,15 @@ def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lor
 
 
 def vision_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """Count a step's FLOPs of the ViT for the views of one unit; with nothing trainable those of the forward pass."""
+    """Count a step's FLOPs of the ViT for the views of one unit.
+
+    Args:
+        model: The model.
+        trainable: Parts that learn; with none of them the forward pass alone is counted.
+
+    Returns:
+        Operations.
+    """
     learned = Part.VISION in trainable
     passes = 3 if learned else 1
     vision = model.vision

@@ -62,7 +62,15 @@ class Durations:
         self.flows = self.learns or Part.PROJECTOR in recipe.train.trainable or Part.VISION in recipe.train.trainable
 
     def forward(self, batch: MicroBatchLoad, chunk: Chunk) -> float:
-        """Seconds of the forward pass of a micro-batch through a chunk."""
+        """Seconds of the forward pass of a micro-batch through a chunk.
+
+        Args:
+            batch: The micro-batch.
+            chunk: The chunk.
+
+        Returns:
+            Seconds.
+        """
         return (
             (chunk.stop - chunk.first) * self._layer(batch)
             + chunk.has_head * self._head(batch)
@@ -70,7 +78,15 @@ class Durations:
         )
 
     def backward(self, batch: MicroBatchLoad, chunk: Chunk) -> float:
-        """Seconds of the backward pass, recomputation included."""
+        """Seconds of the backward pass, recomputation included.
+
+        Args:
+            batch: The micro-batch.
+            chunk: The chunk.
+
+        Returns:
+            Seconds.
+        """
         if not self.flows:
             return 0.0
         layers, parallel = chunk.stop - chunk.first, self.recipe.parallel
@@ -131,7 +147,15 @@ class Durations:
         return learned * 34 / self.machine.memory_bandwidth + 20 * self.machine.latency
 
     def bytes_of_stage(self, stage: int, layers: int) -> Bytes:
-        """What a rank of a stage with so many layers sends in a step."""
+        """What a rank of a stage with so many layers sends in a step.
+
+        Args:
+            stage: Number of the stage.
+            layers: Its number of decoder layers.
+
+        Returns:
+            The bytes by kind.
+        """
         parallel = self.recipe.parallel
         batches = self.load.micro_batches
         passes = 3 if parallel.recompute is Recompute.FULL else 2

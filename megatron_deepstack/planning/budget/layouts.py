@@ -11,7 +11,7 @@ from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import Shapes
-from megatron_deepstack.planning.budget.run_plan import RunPlan, plan_run
+from megatron_deepstack.planning.budget.run_plan import RunPlan, plan_run, require_modelled
 from megatron_deepstack.planning.check import check_world, find_plan_problems, model_ranks
 
 _MOST_STAGES = 32
@@ -51,6 +51,7 @@ def all_layouts(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int
     Returns:
         The layouts.
     """
+    require_modelled(recipe)
     plans, refused = [], []
     for parallel in _candidates(recipe, machine, num_ranks):
         other = replace(recipe, parallel=parallel)
@@ -100,7 +101,15 @@ def _divisors(number: int, most: int) -> list[int]:
 
 
 def describe(parallel: ParallelConfig, num_ranks: int) -> str:
-    """Write a layout in words, such as `TP 2 SP x PP 4 (VPP 2) x DP 8, recompute`."""
+    """Write a layout in words, such as `TP 2 SP x PP 4 VPP 2 x DP 8 ZeRO-1, recompute full`.
+
+    Args:
+        parallel: The layout.
+        num_ranks: Number of all ranks.
+
+    Returns:
+        The words.
+    """
     replicas = num_ranks // model_ranks(parallel)
     parts = []
     if parallel.tensor > 1:

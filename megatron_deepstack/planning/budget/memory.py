@@ -171,7 +171,17 @@ def _split_positions(parallel: ParallelConfig, batch: MicroBatchLoad) -> float:
 
 
 def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, packed: bool) -> int:
-    """Return the bytes that one decoder layer keeps of one micro-batch, without recomputation of whole layers."""
+    """Return the bytes that one decoder layer keeps of one micro-batch, without recomputation of whole layers.
+
+    Args:
+        recipe: The recipe.
+        batch: The micro-batch.
+        fused: Whether layers are Transformer Engine's.
+        packed: Whether the micro-batch is a pack.
+
+    Returns:
+        Bytes on one rank.
+    """
     parallel, model = recipe.parallel, recipe.model
     language, element = model.language, _element_bytes(recipe.train.precision)
     w, k, f = kept_widths(model, parallel.tensor)
@@ -268,5 +278,13 @@ def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], d
 
 
 def uses_fused_layers(recipe: Recipe, on_gpu: bool) -> bool:
-    """Whether layers are Transformer Engine's on this kind of machine, as far as can be told without it."""
+    """Whether layers are Transformer Engine's on a kind of machine, as far as can be told without it.
+
+    Args:
+        recipe: The recipe.
+        on_gpu: Whether the machine has GPUs.
+
+    Returns:
+        True if they are.
+    """
     return on_gpu and recipe.model.layers is not Layers.LOCAL

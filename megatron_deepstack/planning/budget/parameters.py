@@ -33,7 +33,15 @@ class Held:
 
 
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
-    """Return the rows of the embedding: the vocabulary rounded up so that ranks and tensor cores divide it."""
+    """Return the rows of the embedding: the vocabulary rounded up so that ranks and tensor cores divide it.
+
+    Args:
+        vocab_size: Number of token ids.
+        tensor_ranks: Size of tp.
+
+    Returns:
+        The number of rows over all ranks.
+    """
     multiple = lcm(_VOCABULARY_MULTIPLE, tensor_ranks)
     return -(-vocab_size // multiple) * multiple
 
@@ -145,6 +153,14 @@ def _tower(vision: VisionConfig) -> tuple[int, int, int]:
 
 
 def kept_widths(model: ModelConfig, tensor_ranks: int) -> tuple[int, int, int]:
-    """Return what one tp rank has of the width of queries, of keys (or values), and of the MLP."""
+    """Return what one tp rank has of the widths of a layer.
+
+    Args:
+        model: The recipe's model.
+        tensor_ranks: Size of tp.
+
+    Returns:
+        Width of queries, of keys (or values), and of the MLP.
+    """
     queries, keys = attention_widths(model.language)
     return queries // tensor_ranks, keys // tensor_ranks, model.language.ffn_hidden_size // tensor_ranks
