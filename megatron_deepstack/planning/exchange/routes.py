@@ -143,25 +143,21 @@ def plan_routes(
     """
     place = _place(parallel, seq_lengths, rank)
     images, dealt = _images(model, micro_batches, place)
-    shapes = [micro_batches[image.micro_batch][image.sample].grids[image.image] for image in images]
-    ranges = [range(image.first_unit, image.stop_unit) for image in images]
-    bounds, num_units = dealt.bounds, int(dealt.bounds[-1])
+    bounds, num_units, shapes = dealt.bounds, int(dealt.bounds[-1]), _shapes(images, micro_batches)
     mine = range(int(bounds[rank]), int(bounds[rank + 1]))
     if place.inline:
         mine = range(num_units if place.pp == 0 else 0)
     chunks, slots = stage_chunks(model.language.num_layers, parallel), decoder_slots(model)
     by_stage = [[chunk for chunk in chunks if chunk.pp == pp] for pp in range(parallel.pipeline)]
     slots_of_stage = [_slots_of(stage, slots) for stage in by_stage]
-    has_base_rows = model.variant.traits.has_base_rows
-    received = receive(place, images, slots_of_stage[place.pp], bounds, has_base_rows=has_base_rows)
+    has_base = model.variant.traits.has_base_rows
+    received = receive(place, images, slots_of_stage[place.pp], bounds, has_base_rows=has_base)
     stored = arrange(received, by_stage[place.pp], slots)
     sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine)
     first_rows = dealt.first_row[mine.start : mine.stop + 1] - dealt.first_row[mine.start]
     first_row, num_local = int(dealt.first_row[mine.start]), int(first_rows[-1]) + 1
     send_rows = local_rows(sent.rows, first_row, num_local)
-    returned = send_rows
-    if sent.returned is not sent.rows:
-        returned = local_rows(sent.returned, first_row, num_local)
+    returned = send_rows if sent.returned is sent.rows else local_rows(sent.returned, first_row, num_local)
     uses = np.bincount(returned, minlength=num_local)
     assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
     return RankRoutes(
@@ -169,11 +165,7 @@ def plan_routes(
         first_rows=first_rows,
         num_units=num_units,
         grids=tuple(shape for shape in shapes if isinstance(shape, ViewGrid)),
-        imbalance=imbalance(
-            [unit_flops(model, shape) for shape in shapes],
-            ranges,
-            bounds,
-        ),
+        imbalance=_imbalance(model, images, shapes, bounds),
         num_replica_rows=int(dealt.first_row[-1]),
         num_local_rows=num_local,
         send_rows=send_rows,
@@ -185,6 +177,15 @@ def plan_routes(
         returned_splits=sent.returned_splits,
         chunks=stored.chunks,
     )
+
+
+def _shapes(images: Sequence[StepImage], micro_batches: Sequence[Sequence[PlannedSample]]) -> list[ImageShape]:
+    return [micro_batches[image.micro_batch][image.sample].grids[image.image] for image in images]
+
+
+def _imbalance(model: ModelConfig, images: Sequence[StepImage], shapes: Sequence[ImageShape], bounds: Index) -> float:
+    costs = [unit_flops(model, shape) for shape in shapes]
+    return imbalance(costs, [range(image.first_unit, image.stop_unit) for image in images], bounds)
 
 
 def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> ReplicaPlace:
