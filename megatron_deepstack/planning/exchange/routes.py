@@ -144,13 +144,11 @@ def plan_routes(
     place = _place(parallel, seq_lengths, rank)
     images, dealt = _images(model, micro_batches, place)
     bounds, num_units, shapes = dealt.bounds, int(dealt.bounds[-1]), _shapes(images, micro_batches)
-    mine = range(int(bounds[rank]), int(bounds[rank + 1]))
-    if place.inline:
-        mine = range(num_units if place.pp == 0 else 0)
+    inline = range(num_units if place.pp == 0 else 0)
+    mine = inline if place.inline else range(int(bounds[rank]), int(bounds[rank + 1]))
     chunks, slots = stage_chunks(model.language.num_layers, parallel), decoder_slots(model)
     by_stage = [[chunk for chunk in chunks if chunk.pp == pp] for pp in range(parallel.pipeline)]
-    slots_of_stage = [_slots_of(stage, slots) for stage in by_stage]
-    has_base = model.variant.traits.has_base_rows
+    slots_of_stage, has_base = [_slots_of(stage, slots) for stage in by_stage], model.variant.traits.has_base_rows
     received = receive(place, images, slots_of_stage[place.pp], bounds, has_base_rows=has_base)
     stored = arrange(received, by_stage[place.pp], slots)
     sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine)
