@@ -169,11 +169,10 @@ def _stacks(recipe: Recipe) -> Iterator[Problem]:
 
 def _native(recipe: Recipe) -> Iterator[Problem]:
     yield from native_problems(recipe.model)
-    if recipe.model.variant.traits.is_native:
+    if recipe.data.min_pixels > recipe.data.max_pixels:
         yield _problem(
-            "model.variant",
-            f"{recipe.model.variant} has views of any size, which no store holds yet; "
-            "`check-parity` compares such models with transformers",
+            "data.min_pixels data.max_pixels",
+            f"found {recipe.data.min_pixels} and {recipe.data.max_pixels}; the first cannot exceed the second",
         )
 
 
