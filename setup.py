@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "av>=14",
             "flask>=3",
             "flask-cors>=5",
             "hypothesis>=6",
@@ -61,5 +62,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "s3": ["s3fs>=2025.3"],
+        # PyAV and not torchcodec: its wheels bring FFmpeg, and one build serves every release of torch
+        "video": ["av>=14"],
     },
 )
