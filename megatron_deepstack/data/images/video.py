@@ -106,7 +106,15 @@ def sampled_frames(num_frames: int, fps: float, limits: VideoLimits) -> list[int
 
 
 def pair_times(frames: Sequence[int], fps: float) -> list[float]:
-    """Return the time in seconds of each pair of frames: the middle between its two."""
+    """Return the time of each pair of frames: the middle between its two.
+
+    Args:
+        frames: Numbers of frames, two for each pair.
+        fps: Frames per second of the video.
+
+    Returns:
+        Seconds from the start of the video.
+    """
     return [(first / fps + second / fps) / 2 for first, second in zip(frames[::2], frames[1::2], strict=True)]
 
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import IO, Final
 
@@ -99,18 +99,31 @@ def read_inputs(
     if not records:
         raise DataError(f"{shown}: holds no records; at least one is needed")
     sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    paths = (path for record in records for path in (*record.images, *(f for v in record.videos for f in v.files)))
-    image_folder = _image_folder(folder, shown) if any(path not in members for path in paths) else None
+    needed = any(path not in members for record in records for path in _paths_of(record))
+    image_folder = _image_folder(folder, shown) if needed else None
+    inputs = Inputs(tuple(map(str, files)), sha256, tuple(records), members, image_folder)
+    return inputs if videos is None else _with_frames(inputs, videos)
+
+
+def _paths_of(record: Record) -> Iterator[str]:
+    """The paths of a record's images and of its videos' files."""
+    yield from record.images
+    for video in record.videos:
+        yield from video.files
+
+
+def _with_frames(inputs: Inputs, videos: VideoRules) -> Inputs:
+    """The inputs with videos written as images."""
 
     def file_at(path: str) -> FileAt:
-        member = members.get(path)
+        member = inputs.members.get(path)
         if member is not None:
             return member
-        assert image_folder is not None, path
-        return image_folder.child(path)
+        assert inputs.image_folder is not None, path
+        return inputs.image_folder.child(path)
 
-    with_images, frames = (tuple(records), {}) if videos is None else with_frames(records, videos, file_at)
-    return Inputs(tuple(map(str, files)), sha256, with_images, members, image_folder, frames)
+    records, frames = with_frames(inputs.records, videos, file_at)
+    return replace(inputs, records=records, frames=frames)
 
 
 def find_files(patterns: Sequence[str]) -> Iterator[Location]:
