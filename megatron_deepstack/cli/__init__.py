@@ -21,6 +21,7 @@ __all__ = [
     "app",
     "ask_verbs",
     "data_verbs",
+    "evaluate_verbs",
     "first_verbs",
     "launch_verbs",
     "main",

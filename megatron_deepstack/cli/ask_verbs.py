@@ -20,7 +20,6 @@ def ask(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
     words: Annotated[
         list[str] | None,
-        PathKind.LOCATION,
         typer.Argument(
             metavar="PICTURE... QUESTION",
             help="Pictures, and last the question in quotes; changes to the recipe may stand among them.",

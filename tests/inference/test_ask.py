@@ -166,6 +166,15 @@ def test_words_are_told_apart(words: list[str], option: str | None, expected: Wo
     assert understand(words, option, lambda path: path in ("a.png", "b")) == expected
 
 
+def test_home_is_expanded_in_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    understood = understand(["~/a.png", "~ or $5, which?"], None, lambda path: path == "/home/me/a.png")
+    assert understood == Words((), ("/home/me/a.png",), "~ or $5, which?")
+    assert understand(["$5?"], None, lambda path: False).question == "$5?"
+    with pytest.raises(ConfigError, match="no home folder is known of the user"):
+        understand(["~nobody-has-this-name/a.png"], None, lambda path: False)
+
+
 @pytest.mark.parametrize("words", [["c.png", "What?"], ["c.jpeg"], ["s3://bucket/c"], ["dog", "What?"]])
 def test_a_picture_that_is_not_there_is_named(words: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"{words[0]}: no such picture; the words after the run are pictures"):
@@ -232,10 +241,10 @@ def test_a_chat_remembers_turns_and_pictures(recipe: Recipe, preparation: Prepar
 
 
 def test_a_chat_goes_on_after_a_question_that_cannot_be_asked(preparation: Preparation) -> None:
-    asked, said = talk(replace(preparation, context=64), ["/picture gone.png", "word " * 200, "Hello?"])
+    asked, said = talk(replace(preparation, context=200), ["/picture gone.png", "word " * 200, "Hello?"])
     assert [one.text for one in asked] == ["Hello?"]
     assert "gone.png: no such file" in said[0]
-    assert "the model's context has 64" in said[1]
+    assert "the model's context has 200" in said[1]
 
 
 def answer_prepared(rank: int, recipe: Recipe, preparation: Preparation, prepared: list[Prepared]) -> list[list[int]]:

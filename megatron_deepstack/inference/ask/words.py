@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Final
 
+from megatron_deepstack.config.constraints import PathError, expand_home
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import ConfigError
@@ -16,6 +18,8 @@ _OVERRIDE: Final = re.compile(rf"({_SECTIONS})(\.\w+)+=.*", re.DOTALL)
 _LOOKS_LIKE_A_PICTURE: Final = re.compile(
     r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|jp2|heic|avif|ppm)|\w[\w+.-]*://\S+", re.IGNORECASE
 )
+
+_LONGEST_PATH: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ def understand(
     pictures = [word for word in words if not _OVERRIDE.fullmatch(word)]
     if question is None and pictures and not _is_picture(pictures[-1], exists):
         question = pictures.pop()
+    pictures = [_with_home(picture) for picture in pictures]
     missing = [picture for picture in pictures if not exists(picture)]
     if missing:
         raise ConfigError(
@@ -65,4 +70,18 @@ def understand(
 
 
 def _is_picture(word: str, exists: Callable[[str], bool]) -> bool:
-    return bool(_LOOKS_LIKE_A_PICTURE.fullmatch(word)) or (len(word) < 4096 and "\n" not in word and exists(word))
+    if _LOOKS_LIKE_A_PICTURE.fullmatch(word):
+        return True
+    if not word or len(word) >= _LONGEST_PATH or "\n" in word or word.startswith("$"):
+        return False
+    with suppress(PathError):
+        return exists(expand_home(word))
+    return False
+
+
+def _with_home(picture: str) -> str:
+    """The path with `~` as the home folder. A question may begin so as well, so this cannot be done for every word."""
+    try:
+        return expand_home(picture)
+    except PathError as error:
+        raise ConfigError([f"found {picture!r}, expected {error}"]) from error
