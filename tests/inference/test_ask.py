@@ -71,7 +71,7 @@ def test_a_picture_has_the_pixels_of_the_store(
         stored = store.image(number)
         picture = preparation.read(str(Path(str(data.images)) / stored.path))
         assert picture.grid == stored.grid
-        np.testing.assert_array_equal(picture.views, store.read_views(number, range(stored.count)))
+        np.testing.assert_array_equal(picture.slots, store.read_views(number, range(stored.count)))
 
 
 def test_without_a_store_the_recipe_says_how(recipe: Recipe, tokenizer: Tokenizer, preparation: Preparation) -> None:

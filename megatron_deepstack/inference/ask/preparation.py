@@ -23,6 +23,7 @@ from megatron_deepstack.data.text.conversation import encode_prompt, known_templ
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError, StoreError
 from megatron_deepstack.inference.questions import Question, plan_question
+from megatron_deepstack.planning.views import Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +51,27 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class Framed:
+    """What a plan asks of a picture."""
+
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedPictures:
     """The pictures of some questions as a source of views."""
 
     crop_size: int
     pictures: tuple[ProcessedImage, ...]
 
-    def image(self, index: int) -> ProcessedImage:
+    def image(self, index: int) -> Framed:
         """The picture of that number."""
-        return self.pictures[index]
+        columns, rows = self.pictures[index].grid
+        return Framed((columns, rows))
 
     def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
         """uint8 (number of views, S, S, 3), in the order of `views`."""
-        return self.pictures[image].views[list(views)]
+        return self.pictures[image].slots[list(views)]
 
 
 @dataclass(frozen=True, slots=True)
