@@ -31,8 +31,8 @@ class Asked:
     """A question as the user gives it."""
 
     text: str
-    pictures: tuple[str, ...] = ()
-    """Paths or URLs."""
+    pictures: tuple[str | bytes, ...] = ()
+    """Paths or URLs, or the content of image files."""
     history: tuple[Turn, ...] = ()
     """What was said before, in turn: question, answer. Its pictures come before those of the question."""
     id: str = ""
@@ -144,13 +144,15 @@ class Preparation:
             )
         return Prepared(prompt=prompt, pictures=pictures, room=self.context - length)
 
-    def read(self, picture: str) -> ProcessedImage:
+    def read(self, picture: str | bytes) -> ProcessedImage:
         """One picture's views. Raises DataError, with the file's name, if it cannot be used."""
         try:
-            data = read_image(Location.parse(picture), self.processor.max_image_pixels)
-            return self.processor.process(data)
+            if isinstance(picture, bytes):
+                return self.processor.process(picture)
+            return self.processor.process(read_image(Location.parse(picture), self.processor.max_image_pixels))
         except QuarantineError as error:
-            raise DataError(f"{picture}: {error}; give another picture") from error
+            name = "a picture without a file" if isinstance(picture, bytes) else picture
+            raise DataError(f"{name}: {error}; give another picture") from error
 
     def question(self, prepared: Prepared, number: int, first_picture: int) -> Question:
         """A prepared question as generation takes it.

@@ -122,7 +122,7 @@ class Session:
         return {
             "id": reply.asked.id or None,
             "question": reply.asked.text,
-            "pictures": list(reply.asked.pictures),
+            "pictures": [picture for picture in reply.asked.pictures if isinstance(picture, str)],
             "answer": reply.answer if reply.error is None else None,
             "ended": reply.ended,
             "error": reply.error,
