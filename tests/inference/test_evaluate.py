@@ -91,7 +91,7 @@ def test_a_file_is_evaluated_by_the_command_line(ranks: Pools, recipe: Recipe, t
 def test_what_is_missing_is_said_before_ranks_start(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     there = replace(recipe, run_dir=str(tmp_path))
-    with pytest.raises(LayoutError, match="--ranks 3: no whole number of replicas .*give a multiple of 2"):
+    with pytest.raises(LayoutError, match=r"--ranks 3: no whole number of replicas .*give a multiple of 2"):
         evaluate(there, Questions(store=str(recipe.data.store)), max_new_tokens=4, ranks=3)
     with pytest.raises(ConfigError, match=r"data\.validation_store: not set; name questions with --store or --file"):
         evaluate(there, Questions(), max_new_tokens=4)
