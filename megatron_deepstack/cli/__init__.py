@@ -8,6 +8,7 @@ verbs in their order, with examples); the verbs are in the modules `*_verbs.py`.
 from megatron_deepstack.cli import (
     ask_verbs,
     data_verbs,
+    evaluate_verbs,
     first_verbs,
     launch_verbs,
     reference_verbs,
