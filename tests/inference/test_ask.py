@@ -317,7 +317,6 @@ def test_a_file_of_questions_is_answered_by_the_command_line(ranks: Pools, recip
     [
         (["--json"], "--json: a chat has no document; give a question or --file"),
         (["--file", "q.jsonl", "Why?"], "--file q.jsonl: found a question or pictures beside it"),
-        (["Why?", "--temperature", "-1"], "--temperature: found -1.0"),
     ],
 )
 def test_options_that_do_not_go_together(recipe: Recipe, arguments: list[str], message: str) -> None:

@@ -11,17 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.inference.ask.preparation import Asked, Preparation, Prepared
-from megatron_deepstack.inference.ask.rank import Batch, serve
+from megatron_deepstack.inference.ask.rank import Batch, Scoring, serve
 from megatron_deepstack.inference.ask.text import StopWords, TextStream
 from megatron_deepstack.inference.sampling import GREEDY, Sampling
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 
 _STOPPED = "ask: stopped on request"
+_LOOK_SECONDS = 0.5
+"""Time after which it is looked whether the ranks still live."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +61,11 @@ class Conversation:
     def __init__(self, preparation: Preparation, manner: Manner, connection: Connection) -> None:
         self.preparation, self.manner = preparation, manner
         self._connection, self._asked = connection, 0
-        self._words = StopWords(manner.stop, preparation.tokenizer)
         self._stop_ids = stop_ids(preparation.template, preparation.tokenizer)
+
+    @property
+    def _words(self) -> StopWords:
+        return StopWords(self.manner.stop, self.preparation.tokenizer)
 
     def ask(self, asked: Asked, shown: Callable[[str], None] = lambda text: None) -> Reply:
         """Ask one question.
@@ -124,6 +130,23 @@ class Conversation:
         seconds = time.monotonic() - started
         return [self._reply(a, p, ids, seconds) for a, p, ids in zip(asked, prepared, message, strict=True)]
 
+    def score(self, batch: Sequence[tuple[Asked, str]]) -> list[tuple[float, bool]]:
+        """How likely given answers are.
+
+        Args:
+            batch: Questions, each with an answer to it.
+
+        Returns:
+            For each the logarithm of the answer's probability, without the end of the turn, and whether greedy
+            decoding would give that answer's tokens.
+
+        Raises:
+            DataError: A question cannot be asked, or is too long with its answer.
+        """
+        prepared = [self.preparation.prepare_answered(asked, answer) for asked, answer in batch]
+        self._connection.send(Scoring(tuple(one for one, _ in prepared), tuple(ids for _, ids in prepared)))
+        return list(self._connection.recv())
+
     def _reply(self, asked: Asked, prepared: Prepared, ids: list[int], seconds: float) -> Reply:
         text = self.preparation.tokenizer.decode(ids)
         cut = self._words.before(text)
@@ -172,3 +195,69 @@ def converse(recipe: Recipe, preparation: Preparation, manner: Manner, talk: Cal
     launch_ranks(serve, num_ranks, recipe, preparation, theirs, stopped=_STOPPED)
     if failures:
         raise failures[0]
+
+
+class OpenRanks:
+    """The ranks of one replica in the background, for a program that asks now and then; a context manager."""
+
+    def __init__(self, recipe: Recipe, preparation: Preparation, manner: Manner) -> None:
+        """Start the ranks and wait until they are ready.
+
+        Args:
+            recipe: The run's recipe, with overrides.
+            preparation: How questions are prepared.
+            manner: How they are answered, until `conversation.manner` is set to something else.
+
+        Raises:
+            DeepStackError: What a rank raised.
+        """
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        self._failures: list[BaseException] = []
+        parallel = replace(recipe.parallel, sequence_parallel=False)
+        arguments = (replace(recipe, parallel=parallel), preparation, theirs)
+        self._connection = Watched(ours, self._check)
+        num_ranks = parallel.tensor * parallel.context * parallel.pipeline
+        self._thread = threading.Thread(target=self._run, args=(num_ranks, arguments), daemon=True)
+        self._thread.start()
+        self._connection.recv()
+        self.conversation = Conversation(preparation, manner, self._connection)  # type: ignore[arg-type]
+
+    def _run(self, num_ranks: int, arguments: tuple[Any, ...]) -> None:
+        try:
+            launch_ranks(serve, num_ranks, *arguments, stopped=_STOPPED)
+        except BaseException as error:
+            self._failures.append(error)
+
+    def _check(self) -> None:
+        """Raise what ended the ranks, if they have ended."""
+        if self._failures:
+            raise self._failures[0]
+
+    def close(self) -> None:
+        """End the ranks, and wait until they have ended."""
+        self._connection.send(None)
+        self._thread.join()
+
+    def __enter__(self) -> OpenRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Watched:
+    """A connection whose other end may die: while it waits, it looks whether there is still somebody to wait for."""
+
+    def __init__(self, connection: Connection, check: Callable[[], None]) -> None:
+        self._connection, self._check = connection, check
+
+    def send(self, message: Any) -> None:
+        """As a connection's."""
+        self._check()
+        self._connection.send(message)
+
+    def recv(self) -> Any:
+        """As a connection's. Raises what ended the other side."""
+        while not self._connection.poll(_LOOK_SECONDS):
+            self._check()
+        return self._connection.recv()

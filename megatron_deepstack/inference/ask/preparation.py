@@ -17,12 +17,13 @@ from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.data.images.processor import ProcessedImage, Processor
 from megatron_deepstack.data.images.source import QuarantineError, read_image
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.records.turns import Turn
+from megatron_deepstack.data.records.turns import Role, Turn
 from megatron_deepstack.data.store.attributes import StoreAttributes, parse_attributes, read_document
-from megatron_deepstack.data.text.conversation import encode_prompt, known_template
+from megatron_deepstack.data.text.conversation import encode_conversation, encode_prompt, known_template
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError, StoreError
 from megatron_deepstack.inference.questions import Question, plan_question
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 from megatron_deepstack.planning.views import Grid
 
 
@@ -125,7 +126,7 @@ class Preparation:
             DataError: A picture cannot be used, the text names another number of pictures, or the prompt is too long.
         """
         pictures = tuple(self.read(picture) for picture in asked.pictures)
-        earlier = sum(turn.text.count("<image>") for turn in asked.history)
+        earlier = sum(turn.text.count(IMAGE_TOKEN) for turn in asked.history)
         prompt = encode_prompt(
             asked.text,
             self.template,
@@ -143,6 +144,30 @@ class Preparation:
                 f"{self.context} ({self.context_name}), with the answer. Ask a shorter question, or give fewer pictures"
             )
         return Prepared(prompt=prompt, pictures=pictures, room=self.context - length)
+
+    def prepare_answered(self, asked: Asked, answer: str) -> tuple[Prepared, tuple[int, ...]]:
+        """The same for a question whose answer is given, encoded as in training.
+
+        Args:
+            asked: The question.
+            answer: The answer's text.
+
+        Returns:
+            The question, and the answer's token ids without the end of the turn; at least one.
+
+        Raises:
+            DataError: As `prepare`, or the answer is empty or has no room.
+        """
+        prepared = self.prepare(asked)
+        turns = [Turn(Role.HUMAN, IMAGE_TOKEN), Turn(Role.GPT, answer)]
+        tokens, learned = encode_conversation(turns, self.template, self.tokenizer)
+        ids = tuple(tokens[learned == 1].tolist())[:-1]
+        if not 0 < len(ids) <= prepared.room:
+            raise DataError(
+                f"the answer {_short(answer)!r} takes {len(ids)} positions, and there is room for 1 to {prepared.room} "
+                f"({self.context_name} {self.context})"
+            )
+        return prepared, ids
 
     def read(self, picture: str | bytes) -> ProcessedImage:
         """One picture's views. Raises DataError, with the file's name, if it cannot be used."""

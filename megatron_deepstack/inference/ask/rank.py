@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.inference.ask.preparation import Preparation, Prepared
 from megatron_deepstack.inference.ask.text import StopWords
-from megatron_deepstack.inference.generate import Writing, generate_answers
+from megatron_deepstack.inference.generate import Writing, generate_answers, score_answers
 from megatron_deepstack.inference.main import MICRO_BATCH_SIZE, load_engine, micro_batches
 from megatron_deepstack.inference.sampling import Sampling
 from megatron_deepstack.parallel.groups import create_groups
@@ -34,6 +34,15 @@ class Batch:
     stop_ids: tuple[int, ...]
     stop_words: StopWords
     sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Questions with answers, whose probability is asked for."""
+
+    questions: tuple[Prepared, ...]
+    answers: tuple[tuple[int, ...], ...]
+    """Token ids of each answer; at least one."""
 
 
 def serve(recipe: Recipe, preparation: Preparation, connection: Connection) -> None:
@@ -59,7 +68,10 @@ def serve(recipe: Recipe, preparation: Preparation, connection: Connection) -> N
         batch = _next(connection)
         if batch is None:
             break
-        answers = answer_batch(engine, preparation, batch, connection if dist.get_rank() == 0 else None)
+        if isinstance(batch, Scoring):
+            answers: Sequence[object] = score_batch(engine, preparation, batch)
+        else:
+            answers = answer_batch(engine, preparation, batch, connection if dist.get_rank() == 0 else None)
         if dist.get_rank() == 0:
             connection.send(tuple(answers))
     leave()
@@ -112,7 +124,29 @@ def _answer_group(
     return [ids[: prepared.room] for ids, prepared in zip(flat, group, strict=True)]
 
 
-def _next(connection: Connection) -> Batch | None:
+def score_batch(engine: Engine, preparation: Preparation, scoring: Scoring) -> list[tuple[float, bool]]:
+    """Probabilities of given answers. Collective over the replica.
+
+    Args:
+        engine: The model.
+        preparation: How the questions were prepared.
+        scoring: Questions and answers, the same on all ranks.
+
+    Returns:
+        For each the sum of its tokens' log-probabilities, and whether each token is the most likely one.
+    """
+    found: list[tuple[float, bool]] = []
+    size = MICRO_BATCH_SIZE * engine.parallel.pipeline
+    for first in range(0, len(scoring.questions), size):
+        group, answers = scoring.questions[first : first + size], scoring.answers[first : first + size]
+        starts = np.cumsum([0, *(len(prepared.pictures) for prepared in group)])
+        questions = [preparation.question(one, index, int(starts[index])) for index, one in enumerate(group)]
+        batches = micro_batches(questions, engine.parallel)
+        found += score_answers(engine, preparation.views(group), batches, answers)
+    return found
+
+
+def _next(connection: Connection) -> Batch | Scoring | None:
     """The next batch on every rank. Collective over all ranks."""
     box: list[Any] = [connection.recv() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
