@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model
 
@@ -66,7 +66,7 @@ def measure(rank: int, task: Task) -> dict[str, list[float]]:
     Returns:
         By way the seconds of each repeat.
     """
-    model = tiny_model(language=task.language)
+    model = tiny_model(language=task.language, stacks=StackConfig(slots=(0, 1, 2, 3)))
     ours = our_way(model, task)
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: ours("cached", task.new),
