@@ -45,14 +45,29 @@ def evaluation_sections(runs: Sequence[tuple[str, Path]]) -> Iterator[Markup]:
 
 
 def common_questions(first: Evaluation, second: Evaluation) -> list[Pair]:
-    """The questions of both, by id, that ask the same: same text, same known answers."""
+    """The questions of both, by id, that ask the same: same text, same known answers.
+
+    Args:
+        first: One evaluation.
+        second: The other, whose order the result has.
+
+    Returns:
+        Each question as it is in the first, and in the second.
+    """
     known = {one.id: one for one in first.answers}
     pairs = [(known[one.id], one) for one in second.answers if one.id in known]
     return [(old, new) for old, new in pairs if (old.question, old.references) == (new.question, new.references)]
 
 
 def differences(pairs: Sequence[Pair]) -> dict[str, Difference]:
-    """Of each metric that both have, the difference over the questions for which it is defined."""
+    """The differences of two evaluations.
+
+    Args:
+        pairs: The questions that they have in common.
+
+    Returns:
+        Of each metric that both have, the difference over the questions for which it is defined.
+    """
     found = {}
     for metric in METRICS:
         both = [(old.scores[metric], new.scores[metric]) for old, new in pairs if metric in old.scores]
