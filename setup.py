@@ -18,7 +18,10 @@ setup(
         "megatron_deepstack": ["recipes/*.yaml", "report/*.css", "report/*.js"],
         "orchestration": ["manifests/*.yaml", "manifests/*.sh", "manifests/*.sbatch"],
     },
-    entry_points={"console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"],
+        "lmms_eval.models": ["megatron_deepstack = megatron_deepstack.inference.lmms.manifest:manifest"],
+    },
     install_requires=[
         "Pillow>=11",
         "PyYAML>=6",

@@ -75,8 +75,12 @@ class ChatFormat:
 
     def prompt(self, question: str, tokenizer: Tokenizer) -> list[int]:
         """The token ids of a question and of the header of the answer."""
+        return [*self._system(tokenizer), *self.question(question, tokenizer)]
+
+    def question(self, question: str, tokenizer: Tokenizer) -> list[int]:
+        """The same without the system's line, for a question that follows an answer."""
         said = self._said(_NAMES[Role.HUMAN], question, tokenizer)
-        return [*self._system(tokenizer), *said, *self._opening(_NAMES[Role.GPT], "", tokenizer)]
+        return [*said, *self._opening(_NAMES[Role.GPT], "", tokenizer)]
 
     def question_in(self, tokens: Sequence[int], tokenizer: Tokenizer) -> str:
         """The last thing a human says in a prompt, without its images; empty if it holds no turn."""
