@@ -37,17 +37,22 @@ class Chunk:
     """Whether the chunk has the final norm, the output layer and the loss."""
 
     def owns(self, slot: int) -> bool:
-        """Whether rows of this slot are added in this chunk."""
-        return self.has_embedding if slot == EMBEDDING else self.first <= slot < self.stop
+        """Whether rows of this slot are added in this chunk; those of the slot after the last layer with the head."""
+        if slot == EMBEDDING:
+            return self.has_embedding
+        return self.first <= slot < self.stop or (self.has_head and slot == self.stop)
 
 
-def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None = None) -> tuple[int, ...]:
+def stack_slots(
+    stacks: StackConfig, num_layers: int, *, num_stacks: int | None = None, after_last: bool = False
+) -> tuple[int, ...]:
     """Return the layer of each stack, in stack order (paper, algorithm 1; the published default is 1, 2, 3, 4).
 
     Args:
         stacks: The section `model.stacks` of the recipe.
         num_layers: Number of layers of the decoder.
         num_stacks: Number of stacks; None means `stacks.num_crops`, one for each crop.
+        after_last: Whether a stack may also be added to the output of the last layer, whose slot is `num_layers`.
 
     Returns:
         0-based global layers, one for each stack.
@@ -66,7 +71,7 @@ def stack_slots(stacks: StackConfig, num_layers: int, *, num_stacks: int | None 
             f"({wanted}), or change model.stacks.num_crops"
         )
     for stack, slot in enumerate(slots):
-        if not 0 <= slot < num_layers:
+        if not 0 <= slot < num_layers + after_last:
             problems.append(
                 f"model.stacks: stack {stack} has slot {slot}, outside the model of {num_layers} layers "
                 f"(0 to {num_layers - 1}); lower model.stacks.start or interval, or name layers in model.stacks.slots"
@@ -84,7 +89,9 @@ def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
     """
     if not model.variant.traits.stacks_in_decoder:
         return ()
-    return stack_slots(model.stacks, model.language.num_layers, num_stacks=num_decoder_stacks(model))
+    after_last = model.variant.traits.is_native  # published so: stack k is added to the output of layer k
+    number = num_decoder_stacks(model)
+    return stack_slots(model.stacks, model.language.num_layers, num_stacks=number, after_last=after_last)
 
 
 def num_decoder_stacks(model: ModelConfig) -> int:

@@ -58,9 +58,19 @@ class InjectionLayer(TransformerLayer):
     flat positions, (N, R) int64. Shorter slots are filled with zero rows at position 0.
     """
 
-    def __init__(self, *args: Any, slot_index: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, slot_index: int | None, after_index: int | None = None, **kwargs: Any) -> None:
+        """`slot_index` are the rows that are added to the layer's input, `after_index` those added to its output."""
         super().__init__(*args, **kwargs)
-        self.slot_index = slot_index
+        self.slot_index, self.after_index = slot_index, after_index
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLayer's, followed by the rows after the last layer of a decoder, where there are any."""
+        hidden_states, context = super().forward(*args, **kwargs)
+        rows, positions = kwargs.get("context"), kwargs.get("context_mask")
+        if self.after_index is None or rows is None:
+            return hidden_states, context
+        assert positions is not None
+        return add_rows(hidden_states, rows[self.after_index], positions[self.after_index]), context
 
     def _forward_attention(  # type: ignore[override]
         self,
@@ -71,7 +81,7 @@ class InjectionLayer(TransformerLayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As TransformerLayer's, after the addition; returns (hidden states before the MLP, context)."""
-        if context is not None:
+        if context is not None and self.slot_index is not None:
             assert context_mask is not None
             hidden_states = add_rows(hidden_states, context[self.slot_index], context_mask[self.slot_index])
         return super()._forward_attention(hidden_states, *args, context=context, context_mask=context_mask, **kwargs)

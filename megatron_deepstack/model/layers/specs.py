@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_deepstack.config.choices import Layers, LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
-from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.errors import ConfigError, SlotError
 from megatron_deepstack.model.layers.attention import FusedCoreAttention
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
@@ -49,6 +49,9 @@ def decoder_block(
     language: LanguageConfig, layers: Layers, lora: LoraConfig, first: int, stop: int, slots: Sequence[int]
 ) -> TransformerBlockSubmodules:
     """Specs of decoder layers `first` to `stop - 1`; `slots` are the chunk's own, ascending."""
+    if stop in slots and first == stop:
+        text = f"a stack is added to the output of layer {stop - 1}, and the stage of the head has no layer"
+        raise SlotError([f"parallel.layers_per_stage: {text}; give that stage one"])
     engine = uses_transformer_engine(layers)
     submodules = (
         _engine_submodules(language, lora)
@@ -59,12 +62,18 @@ def decoder_block(
         add = scaled_addition(language.residual_multiplier)
         submodules = replace(submodules, self_attn_bda=add, mlp_bda=add)
     specs = [
-        ModuleSpec(module=InjectionLayer, params={"slot_index": slots.index(layer)}, submodules=submodules)
-        if layer in slots
+        ModuleSpec(module=InjectionLayer, params=_places(layer, stop, slots), submodules=submodules)
+        if any(place is not None for place in _places(layer, stop, slots).values())
         else ModuleSpec(module=TransformerLayer, submodules=submodules)
         for layer in range(first, stop)
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_final_norm() if engine else Norm)
+
+
+def _places(layer: int, stop: int, slots: Sequence[int]) -> dict[str, int | None]:
+    """Which of the chunk's rows a layer adds, before it and, if it is the last of the decoder, after it."""
+    after = slots.index(stop) if layer == stop - 1 and stop in slots else None
+    return {"slot_index": slots.index(layer) if layer in slots else None, "after_index": after}
 
 
 def vit_layer() -> ModuleSpec:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.convert.hf_config import read_config
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
@@ -19,7 +20,7 @@ from megatron_deepstack.errors import ParityError
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.testing.parity.by_transformers import by_transformers, special_tokens
 from megatron_deepstack.testing.parity.drawn import draw_samples
-from megatron_deepstack.testing.parity.on_ranks import EXPECTED, ParityNumbers, ParityTask, compare_on_rank
+from megatron_deepstack.testing.parity.on_ranks import EXPECTED, ParityNumbers, ParityTask
 from megatron_deepstack.testing.ranks import RankPool
 
 LOGITS_TOLERANCE = 2e-5
@@ -84,7 +85,8 @@ def check_folder(
     expected = by_transformers(folder, model, config, samples)
     tensors = {f"logits.{index}": value for index, value in enumerate(expected.logits)}
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="check-parity-") as scratch:
+    with ExitStack() as opened:
+        scratch = opened.enter_context(tempfile.TemporaryDirectory(prefix="check-parity-"))
         file = Path(scratch) / EXPECTED
         save_file({name: value.contiguous() for name, value in {**tensors, **expected.gradients}.items()}, file)
         task = ParityTask(
@@ -96,28 +98,22 @@ def check_folder(
             packed=False,
             expected=file,
         )
+        ranks = pool or opened.enter_context(_pool(parallel, data_parallel))
         for packed in (False, True) if parallel.context == 1 else (False,):
             how = "packed" if packed else "padded"
-            for line in _lines(
-                _run(pool, replace(task, packed=packed), data_parallel), task, expected.loss, how, model
-            ):
+            found: ParityNumbers = ranks.run(compare_on_rank, replace(task, packed=packed))[0]
+            for line in _lines(found, task, expected.loss, how):
                 failed += not line.passed
                 yield line
     if failed:
         raise ParityError(f"{folder}: {failed} quantities exceed their tolerances")
 
 
-def _run(pool: RankPool | None, task: ParityTask, data_parallel: int) -> ParityNumbers:
-    if pool is not None:
-        found: ParityNumbers = pool.run(compare_on_rank, task)[0]
-        return found
-    parallel = task.parallel
-    with RankPool(parallel.tensor * parallel.context * parallel.pipeline * data_parallel) as own:
-        found = own.run(compare_on_rank, task)[0]
-        return found
+def _pool(parallel: ParallelConfig, data_parallel: int) -> RankPool:
+    return RankPool(parallel.tensor * parallel.context * parallel.pipeline * data_parallel)
 
 
-def _lines(found: ParityNumbers, task: ParityTask, loss: float, how: str, model: ModelConfig) -> Iterator[ParityLine]:
+def _lines(found: ParityNumbers, task: ParityTask, loss: float, how: str) -> Iterator[ParityLine]:
     shown = f", such as {found.weights[0]}" if found.weights else ""
     yield ParityLine(f"{how}: tensors that are not written back as they were read{shown}", len(found.weights), 0)
     for sample, error in zip(task.samples, found.logits, strict=True):
