@@ -20,7 +20,7 @@ from megatron_deepstack.errors import ParityError
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.testing.parity.by_transformers import by_transformers, special_tokens
 from megatron_deepstack.testing.parity.drawn import draw_samples
-from megatron_deepstack.testing.parity.on_ranks import EXPECTED, ParityNumbers, ParityTask
+from megatron_deepstack.testing.parity.on_ranks import EXPECTED, ParityNumbers, ParityTask, compare_on_rank
 from megatron_deepstack.testing.ranks import RankPool
 
 LOGITS_TOLERANCE = 2e-5
