@@ -120,7 +120,7 @@ def export(
     naming: Annotated[
         str,
         typer.Option(
-            help="`published`: DeepStack's own names. `hugging_face`: for variant llava, as transformers loads it."
+            help="`published`: DeepStack's own names. `hugging_face`: a folder that transformers loads and prompts."
         ),
     ] = "published",
 ) -> None:

@@ -1,12 +1,12 @@
-"""Writing a whole model for others to load: safetensors, config.json, and how pictures are prepared for it.
+"""Writing a whole model for others to load: safetensors, and the files that `export_files` plans.
 
-Every variant can be written under published names, and `train.init_from` reads it back. Under Hugging Face's names the
-result is a `LlavaForConditionalGeneration`, so these are for variant llava alone, which adds no stacks.
+Every variant can be written under published names and under Hugging Face's, and `train.init_from` reads both back.
+Under Hugging Face's names the folder is all that transformers needs: variant llava is a
+`LlavaForConditionalGeneration`, the others bring the code of `convert.hf_folder`.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,24 +17,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from megatron_deepstack.config.schema import ModelConfig, VisionConfig
-from megatron_deepstack.config.sizes import tokens_per_view
-from megatron_deepstack.config.traits.towers import tower_of
-from megatron_deepstack.convert.hf_facts import CONFIG
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.convert.export_files import About, ExportPlan, plan_export, transformers_config
 from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
-from megatron_deepstack.convert.hf_written import hf_tower, llava_config, published_config
 from megatron_deepstack.convert.tensor_files import write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.errors import CheckpointError, ConfigError, DataError
+from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX
 from megatron_deepstack.platform.progress import WorkProgress
 from megatron_deepstack.platform.quantity import data_size
-
-PREPROCESSOR = "preprocessor_config.json"
-VOCABULARY_MULTIPLE = 64
-"""Size that Hugging Face's LLaVA pads its vocabulary to, behind the image token."""
-_BICUBIC = 3
 
 
 def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None:
@@ -50,20 +42,18 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
         CheckpointError: `output` exists and is not an empty folder.
     """
     if naming is Naming.HUGGING_FACE:
-        if not model.variant.traits.is_llava:
-            raise ConfigError(
-                [
-                    f"model.variant: transformers has no model that computes {model.variant}; export with "
-                    f"{Naming.PUBLISHED} names, or train variant llava"
-                ]
-            )
-        llava_config(model, model.language.vocab_size, 0, 0)
+        transformers_config(model, model.language.vocab_size, 0)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; name another, nothing is overwritten")
 
 
 def export_model(
-    rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Tokenizer | None = None
+    rank_model: RankModel,
+    model: ModelConfig,
+    output: Path,
+    naming: Naming,
+    tokenizer: Tokenizer | None = None,
+    about: About | None = None,
 ) -> None:
     """Write a model into a new folder, whole or not at all.
 
@@ -75,27 +65,20 @@ def export_model(
         output: The folder.
         naming: Whose names the export has.
         tokenizer: Its files are written beside the tensors.
+        about: How images and conversations are prepared for it, and its model card; the defaults of a recipe if None.
 
     Raises:
         ConfigError, CheckpointError: See `require_exportable`.
-        DataError: The file system is full or may not be written.
+        DataError: The file system is full or may not be written, or transformers cannot have the tokenizer.
     """
     require_exportable(model, output, naming)
     tensors = published_tensors(rank_model)
-    if naming is Naming.PUBLISHED:
-        config = published_config(model)
-    else:
-        vocab_size, image_token = _with_image_token(tensors, model.language.vocab_size)
-        if hf_tower(model.vision).final_norm and not tower_of(model.vision).has_post_norm:
-            _add_final_norm(tensors, model.vision.hidden_size)
-        config = llava_config(model, vocab_size, image_token, tokens_per_view(model.vision))
     some = next(iter(tensors.values()))
-    config["dtype"] = str(some.dtype).removeprefix("torch.")
+    plan = plan_export(model, naming, tokenizer, str(some.dtype).removeprefix("torch."), about or About())
+    _fit_to_transformers(tensors, model, plan)
     with new_folder(output) as partial:
         _write_weights(partial, _renamed(tensors, model, naming))
-        _write_json(partial / CONFIG, config)
-        _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
-        for name, content in ({} if tokenizer is None else tokenizer.files).items():
+        for name, content in plan.files.items():
             (partial / name).write_bytes(content)
 
 
@@ -165,7 +148,8 @@ def _renamed(tensors: dict[str, torch.Tensor], model: ModelConfig, naming: Namin
     """The tensors under the names, and in the shapes, that the naming has for them."""
     found = {}
     for name, tensor in tensors.items():
-        ones = leading_ones(name, model) if naming is Naming.HUGGING_FACE else 0
+        is_llava = naming is Naming.HUGGING_FACE and model.variant.traits.is_llava
+        ones = leading_ones(name, model) if is_llava else 0
         found[to_naming(name, naming, model)] = tensor.reshape((1,) * ones + tuple(tensor.shape))
     return found
 
@@ -193,18 +177,31 @@ def published_tensors(rank_model: RankModel) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _with_image_token(tensors: dict[str, torch.Tensor], vocab_size: int) -> tuple[int, int]:
-    """Lengthen the vocabulary by the image token, which Hugging Face's LLaVA looks up; returns its size and the id.
-
-    New rows are the mean of all: their logit is the mean logit, never the largest, so generation cannot choose them.
-    """
-    padded = (vocab_size // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE
+def _fit_to_transformers(tensors: dict[str, torch.Tensor], model: ModelConfig, plan: ExportPlan) -> None:
+    """Add what transformers' model has and ours lacks: rows for the image token, and a tower's unused norm."""
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
-            rows = tensors[name]
-            mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
-            tensors[name] = torch.cat([rows, mean.expand(padded - vocab_size, -1)])
-    return padded, vocab_size
+            tensors[name] = lengthened(tensors[name], plan.vocab_size)
+    if plan.has_final_norm:
+        _add_final_norm(tensors, model.vision.hidden_size)
+
+
+def lengthened(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """An embedding or output layer with more rows.
+
+    New rows are the mean of all: their logit is the mean logit, never the largest, so generation cannot choose them.
+
+    Args:
+        rows: (V, H).
+        num_rows: Rows of the result, at least V.
+
+    Returns:
+        (num_rows, H), the same tensor if it has as many already.
+    """
+    if num_rows == len(rows):
+        return rows
+    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(num_rows - len(rows), -1)])
 
 
 def _add_final_norm(tensors: dict[str, torch.Tensor], width: int) -> None:
@@ -212,27 +209,3 @@ def _add_final_norm(tensors: dict[str, torch.Tensor], width: int) -> None:
     like = tensors[f"{VISION_PREFIX}embeddings.patch_embedding.weight"]
     tensors[f"{VISION_PREFIX}post_layernorm.weight"] = like.new_ones(width)
     tensors[f"{VISION_PREFIX}post_layernorm.bias"] = like.new_zeros(width)
-
-
-def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
-    """How a global view is made, for transformers: a plain bicubic resize, without padding or cropping."""
-    size = {"height": vision.image_size, "width": vision.image_size}
-    known = tower_of(vision).hugging_face
-    return {
-        "image_processor_type": "CLIPImageProcessor" if known is None else known.image_processor,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": size,
-        "resample": _BICUBIC,
-        "do_center_crop": False,
-        "crop_size": size,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(vision.mean),
-        "image_std": list(vision.std),
-    }
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

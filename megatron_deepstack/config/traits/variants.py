@@ -65,7 +65,8 @@ class VariantTraits:
     stacked_part: StackedPart = StackedPart.DECODER
     """Where stacks are added. It has no meaning if there are no stacks."""
     is_llava: bool = False
-    """True if transformers' LlavaForConditionalGeneration computes the same, so that an export can use its names."""
+    """True if transformers' own LlavaForConditionalGeneration computes the same. An export is then one; for other
+    variants it brings its own code."""
 
     @property
     def has_crops(self) -> bool:
