@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.export_files import About, ExportPlan, plan_export, transformers_config
 from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
-from megatron_deepstack.convert.tensor_files import write_tensors
+from megatron_deepstack.convert.tensor_files import LazyTensor
+from megatron_deepstack.convert.tensor_writer import SHARD_BYTES, write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.model.build import RankModel
@@ -71,22 +72,43 @@ def export_model(
         ConfigError, CheckpointError: See `require_exportable`.
         DataError: The file system is full or may not be written, or transformers cannot have the tokenizer.
     """
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in published_tensors(rank_model).items()}
+    write_model(tensors, model, output, naming, tokenizer, about)
+
+
+def write_model(
+    tensors: Mapping[str, LazyTensor],
+    model: ModelConfig,
+    output: Path,
+    naming: Naming,
+    tokenizer: Tokenizer | None = None,
+    about: About | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model's tensors into a new folder, whole or not at all; one tensor at a time is in memory.
+
+    Args:
+        tensors: Every tensor of the model by its published name.
+        model: The recipe's model.
+        output: The folder.
+        naming: Whose names the export has.
+        tokenizer: See `export_model`.
+        about: See `export_model`.
+        shard_bytes: Size up to which tensors share a file.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: See `export_model`.
+    """
     require_exportable(model, output, naming)
-    tensors = published_tensors(rank_model)
     some = next(iter(tensors.values()))
     plan = plan_export(model, naming, tokenizer, str(some.dtype).removeprefix("torch."), about or About())
-    _fit_to_transformers(tensors, model, plan)
-    with new_folder(output) as partial:
-        _write_weights(partial, _renamed(tensors, model, naming))
+    fitting = _renamed(_fit_to_transformers(dict(tensors), model, plan), model, naming)
+    with new_folder(output) as folder:
+        total = sum(tensor.num_bytes for tensor in fitting.values())
+        with WorkProgress("export", total, "bytes") as progress:
+            write_tensors(folder, fitting, shard_bytes, progress.at)
         for name, content in plan.files.items():
-            (partial / name).write_bytes(content)
-
-
-def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """The tensors, with a line or a bar on stderr of how far it is."""
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with WorkProgress("export", total, "bytes") as progress:
-        write_tensors(folder, tensors, progress=progress.at)
+            (folder / name).write_bytes(content)
 
 
 @contextmanager
@@ -102,16 +124,16 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         DataError: The file system is full or may not be written.
     """
-    partial = output.with_name(output.name + ".partial")
+    unfinished = output.with_name(output.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
         if output.exists():
             output.rmdir()
-        partial.rename(output)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        unfinished.rename(output)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
             f"{output}: cannot be written: {reason}; nothing of it is left. Name a folder on a file system with room"
@@ -144,13 +166,13 @@ def require_room(output: Path, num_bytes: int) -> None:
         )
 
 
-def _renamed(tensors: dict[str, torch.Tensor], model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
+def _renamed(tensors: dict[str, LazyTensor], model: ModelConfig, naming: Naming) -> dict[str, LazyTensor]:
     """The tensors under the names, and in the shapes, that the naming has for them."""
     found = {}
     for name, tensor in tensors.items():
         is_llava = naming is Naming.HUGGING_FACE and model.variant.traits.is_llava
-        ones = leading_ones(name, model) if is_llava else 0
-        found[to_naming(name, naming, model)] = tensor.reshape((1,) * ones + tuple(tensor.shape))
+        shape = (1,) * (leading_ones(name, model) if is_llava else 0) + tensor.shape
+        found[to_naming(name, naming, model)] = tensor.changed(shape, partial(torch.reshape, shape=shape))
     return found
 
 
@@ -177,13 +199,19 @@ def published_tensors(rank_model: RankModel) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _fit_to_transformers(tensors: dict[str, torch.Tensor], model: ModelConfig, plan: ExportPlan) -> None:
+def _fit_to_transformers(tensors: dict[str, LazyTensor], model: ModelConfig, plan: ExportPlan) -> dict[str, LazyTensor]:
     """Add what transformers' model has and ours lacks: rows for the image token, and a tower's unused norm."""
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
-            tensors[name] = lengthened(tensors[name], plan.vocab_size)
+            shape = (plan.vocab_size, *tensors[name].shape[1:])
+            tensors[name] = tensors[name].changed(shape, lambda rows: lengthened(rows, plan.vocab_size))
     if plan.has_final_norm:
-        _add_final_norm(tensors, model.vision.hidden_size)
+        # transformers' towers end in a norm that no selected feature passes; ours have none, so it is the identity
+        like = tensors[f"{VISION_PREFIX}embeddings.patch_embedding.weight"].dtype
+        for kind, value in (("weight", 1.0), ("bias", 0.0)):
+            norm = torch.full((model.vision.hidden_size,), value, dtype=like)
+            tensors[f"{VISION_PREFIX}post_layernorm.{kind}"] = LazyTensor.of(norm)
+    return tensors
 
 
 def lengthened(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -202,10 +230,3 @@ def lengthened(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
         return rows
     mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
     return torch.cat([rows, mean.expand(num_rows - len(rows), -1)])
-
-
-def _add_final_norm(tensors: dict[str, torch.Tensor], width: int) -> None:
-    """transformers' towers end in a norm that no selected feature passes; ours have none, so it is the identity."""
-    like = tensors[f"{VISION_PREFIX}embeddings.patch_embedding.weight"]
-    tensors[f"{VISION_PREFIX}post_layernorm.weight"] = like.new_ones(width)
-    tensors[f"{VISION_PREFIX}post_layernorm.bias"] = like.new_zeros(width)
