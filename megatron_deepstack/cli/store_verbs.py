@@ -62,7 +62,10 @@ def verify(
 RecipeOption = Annotated[
     str | None,
     PathKind.LOCAL,
-    typer.Option("--recipe", help="Model that looks at it; by default the one its views were made for."),
+    typer.Option(
+        "--recipe",
+        help="Recipe of the model that is to read the store; by default the model of its views.",
+    ),
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from megatron_deepstack.config.choices import Template
+from megatron_deepstack.data.records.turns import image_first
 from megatron_deepstack.data.text.chat import ChatFormat
 from megatron_deepstack.data.text.conversation import CHATS, V1_ANSWER, V1_QUESTION, V1_SYSTEM
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -23,16 +24,16 @@ _SAID = """\
       {%- if item['type'] == 'text' -%}
         {%- set found.text = found.text + item['text'] -%}
       {%- elif item['type'] in ('image', 'image_url') -%}
-        {%- set found.text = found.text + '<image>\\n' -%}
+        {%- set found.text = found.text + IMAGE_ITEM -%}
       {%- else -%}
         {{- raise_exception('content of type ' + item['type'] + ' is not read here, only text and image') -}}
       {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- if found.text.count('<image>') == 1 -%}
+  {%- if FIRST_IMAGE and found.text.count('<image>') == 1 -%}
     {%- set found.text = ('<image>\\n' + found.text.replace('<image>', '').strip()).strip() -%}
   {%- endif -%}
-  {{- found.text -}}
+  {{- found.text.replace('<image>', AROUND) -}}
 {%- endmacro -%}
 {%- set talk = messages -%}
 {%- set system = SYSTEM -%}
@@ -59,7 +60,7 @@ _PLAIN = """\
 """
 _CHAT = """\
 {%- macro turn(role, text) -%}{{- BEGIN + role + NAMED + text + END -}}{%- endmacro -%}
-{{- FIRST -}}
+{{- FIRST_TOKEN -}}
 {%- if system -%}{{- turn('system', system) -}}{%- endif -%}
 {%- for message in talk -%}
   {{- turn(message['role'], said(message['content'])STRIP) -}}
@@ -81,17 +82,29 @@ def chat_template(template: Template) -> str:
         return _filled(_SAID + _PLAIN, SYSTEM="", IMAGE=IMAGE_TOKEN)
     if template is Template.V1:
         return _filled(_SAID + _V1, SYSTEM=V1_SYSTEM, QUESTION=V1_QUESTION, ANSWER=V1_ANSWER)
-    return _chat(CHATS[template], begins=template is not Template.QWEN)
+    return _chat(CHATS[template], begins=template not in (Template.QWEN, Template.QWEN3_VL))
 
 
 def _chat(form: ChatFormat, *, begins: bool) -> str:
-    text = (_SAID + _CHAT).replace("FIRST", "bos_token" if begins else "''")
+    text = (_SAID + _CHAT).replace("FIRST_TOKEN", "bos_token" if begins else "''")
     text = text.replace("STRIP", ".strip()" if form.clean is str.strip else "")
     named, end = form.after_name + form.gap, form.end + form.after_end
-    return _filled(text, SYSTEM=form.system, BEGIN=form.begin, NAMED=named, END=end)
+    around = IMAGE_TOKEN.join(form.around_image or ("", ""))
+    return _filled(
+        text,
+        SYSTEM=form.system,
+        BEGIN=form.begin,
+        NAMED=named,
+        END=end,
+        IMAGE_ITEM=IMAGE_TOKEN + form.after_image,
+        AROUND=around,
+        FIRST_IMAGE=form.arrange is image_first,
+    )
 
 
-def _filled(text: str, **words: str) -> str:
+def _filled(text: str, **words: str | bool) -> str:
+    """The text with its capital words replaced."""
+    words = {"IMAGE_ITEM": f"{IMAGE_TOKEN}\n", "AROUND": IMAGE_TOKEN, "FIRST_IMAGE": True, **words}
     for name, word in words.items():
         text = text.replace(name, json.dumps(word))
     return text

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.sizes import used_layers
 from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder, family_of, llama_fields
-from megatron_deepstack.config.traits.hf_fields import IGNORED, NO_INFLUENCE, NOT_SO, HfField, fixed
+from megatron_deepstack.config.traits.hf_fields import IGNORED, NO_INFLUENCE, REQUIRED_VALUES, HfField, fixed
 from megatron_deepstack.config.traits.towers import TOWERS, tower_of
 from megatron_deepstack.config.traits.variants import Variant
 from megatron_deepstack.convert.hf_facts import CONFIG, language_facts, vision_facts
@@ -309,7 +309,7 @@ def _unequal(
             if value != facts[field.reads]:
                 yield _other(section, field.reads, value, facts[field.reads])
     for key, value in theirs.items():
-        known = fields.get(key, NOT_SO.get(key))
+        known = fields.get(key, REQUIRED_VALUES.get(key))
         if known is None and value is not None and key not in NO_INFLUENCE and key not in special:
             yield (
                 f"{key}: found {_short(value)}, a key that is not known here and may change what the weights compute; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.inference.main import answer_store, open_questions, require_checkpoint
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
-from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, require_writable
+from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, require_writable_answers
 
 SHOWN = 20
 _STOPPED = "generate: stopped on request; nothing was written, the same command begins anew"
@@ -92,7 +92,8 @@ def generate(
     opened, _ = open_questions(recipe, path)
     first = limit if limit is not None and limit < len(opened) else None
     file = answers_file(recipe.run_dir, path, held_out=held_out, first=first)
-    require_writable(file)
+    require_writable_answers(file)
+    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))  # a step is one token wide
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline
     asked, ranks = first or len(opened), "1 process" if num_ranks == 1 else f"{num_ranks} processes"

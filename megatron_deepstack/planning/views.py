@@ -2,17 +2,22 @@
 
 A *view* is one square picture for the vision tower. View 0 is the *global view*, the whole image. The *crops* are tiles
 of a larger version of the image, in raster order. These are the context views; DeepStack-HD also has 2x2 *high-res
-crops* of each of them. Grids are `(gw, gh)`: columns, rows. Everything here is arithmetic; `data.images` handles
-pixels.
+crops* of each of them. Grids are `(gw, gh)`: columns, rows.
+
+Other models look at an image at its own resolution, as one view of any size: a `ViewGrid` counts the patches of such a
+view, and `smart_resize` chooses its size. Everything here is arithmetic; `data.images` handles pixels.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 from megatron_deepstack.config.choices import GridRule, Variant
 from megatron_deepstack.config.traits.variants import ViewLayout
-from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.errors import ConfigError, DataError
 
 Grid = tuple[int, int]
 
@@ -144,3 +149,94 @@ def most_views(layout: ViewLayout, rule: GridRule, num_crops: int) -> int:
         return layout_views(layout, (1, 1))
     grids = (FIXED_GRID,) if rule is GridRule.FIXED_2X2 else candidate_grids(num_crops)
     return max(layout_views(layout, grid) for grid in grids)
+
+
+MAX_ASPECT_RATIO: Final = 200
+"""Largest ratio of the longer side of an image to its shorter side that `smart_resize` accepts, as published."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewGrid:
+    """The patches of one view at its own resolution, before patches are merged."""
+
+    frames: int
+    """Number of patches in time: 1 for a picture, and for a pair of a video's frames."""
+    height: int
+    """Number of patches from top to bottom."""
+    width: int
+    """Number of patches from left to right."""
+
+    @classmethod
+    def of_pixels(cls, width: int, height: int, *, patch_size: int, merge_size: int, frames: int = 1) -> ViewGrid:
+        """Return the grid of a view of the given size.
+
+        Args:
+            width: Width in pixels, a multiple of `patch_size * merge_size`.
+            height: Height in pixels, a multiple of the same.
+            patch_size: Side of a patch in pixels.
+            merge_size: Number of patches that one visual token merges in each direction.
+            frames: Number of patches in time.
+
+        Returns:
+            The grid.
+
+        Raises:
+            DataError: A side is not a positive multiple.
+        """
+        multiple = patch_size * merge_size
+        if width < multiple or height < multiple or width % multiple or height % multiple:
+            raise DataError(
+                f"a view of {width}x{height} pixels: both sides must be positive multiples of {multiple} (patches of "
+                f"{patch_size} pixels, {merge_size}x{merge_size} of them in a token); resize it with `smart_resize`"
+            )
+        return cls(frames=frames, height=height // patch_size, width=width // patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches."""
+        return self.frames * self.height * self.width
+
+    def num_tokens(self, merge_size: int) -> int:
+        """Return the number of visual tokens, each of which merges `merge_size` x `merge_size` patches."""
+        return self.frames * (self.height // merge_size) * (self.width // merge_size)
+
+    def pixel_size(self, patch_size: int) -> tuple[int, int]:
+        """Return width and height in pixels."""
+        return self.width * patch_size, self.height * patch_size
+
+
+def smart_resize(width: int, height: int, *, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Choose the size of a view from the size of its image, as published for Qwen-VL.
+
+    Sides are rounded to multiples. If the area is then outside the limits, both sides are scaled by the same factor,
+    so that the area comes back within them.
+
+    Args:
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        multiple: Pixels of which each side becomes a multiple: side of a patch times the merge size.
+        min_pixels: Smallest area of a view in pixels.
+        max_pixels: Largest area of a view in pixels. A very long view may exceed it, since no side is below `multiple`.
+
+    Returns:
+        Width and height of the view in pixels.
+
+    Raises:
+        DataError: The image has no pixels, or one side is more than 200 times the other.
+    """
+    if min(width, height) < 1:
+        raise DataError(f"an image of {width}x{height} pixels: it needs at least one pixel in each direction")
+    ratio = max(width, height) / min(width, height)
+    if ratio > MAX_ASPECT_RATIO:
+        raise DataError(
+            f"an image of {width}x{height} pixels: its sides have a ratio of {ratio:.0f}, and at most "
+            f"{MAX_ASPECT_RATIO} is possible; crop it or leave it out"
+        )
+    wide, high = round(width / multiple) * multiple, round(height / multiple) * multiple
+    if wide * high > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        wide, high = (max(multiple, math.floor(side / shrink / multiple) * multiple) for side in (width, height))
+    elif wide * high < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        wide, high = (math.ceil(side * grow / multiple) * multiple for side in (width, height))
+    return wide, high

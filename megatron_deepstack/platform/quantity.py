@@ -41,7 +41,7 @@ def number_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def count(value: float, unit: str) -> str:
+def amount(value: float, unit: str) -> str:
     """Write an amount without its unit, or a size with its unit if the unit is `bytes`.
 
     Args:

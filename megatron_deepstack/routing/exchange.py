@@ -14,21 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_deepstack.planning.budget import received_rows
 from megatron_deepstack.planning.exchange.routes import RankRoutes
 from megatron_deepstack.platform.compute.upload import upload
-
-WINDOW_BYTES: Final = 256 << 20
-"""Bytes of a step's rows, over all ranks of the replica, that one window holds. A rank has at most about two windows
-beside its rows."""
-MOST_WINDOWS: Final = 16
-"""Largest number of windows. With more, the pieces of a row would be too short to copy quickly; with 16 they have 512
-bytes at hidden size 4,096."""
 
 
 def send_rows(table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup) -> torch.Tensor:
@@ -99,8 +92,7 @@ def _places_by_arrival(routes: RankRoutes, like: torch.Tensor) -> torch.Tensor:
 def _windows(routes: RankRoutes, table: torch.Tensor) -> Iterator[slice]:
     """Return the ranges of columns that are exchanged together, which are the same on all ranks of the replica."""
     width = table.shape[1]
-    total = routes.num_replica_rows * width * table.element_size()
-    count = max(1, min(MOST_WINDOWS, -(-total // WINDOW_BYTES), width))
+    count = received_rows.num_windows(routes.num_replica_rows, width, table.element_size())
     bounds = [width * k // count for k in range(count + 1)]
     return (slice(first, stop) for first, stop in pairwise(bounds))
 

@@ -119,7 +119,7 @@ def _place(store: str) -> str:
     return os.path.realpath(location.local_path()) if location.is_local else str(location).rstrip("/")
 
 
-def require_writable(file: Path) -> None:
+def require_writable_answers(file: Path) -> None:
     """Test, before the answers are computed, that their file can be written. No file is left behind.
 
     Raises:

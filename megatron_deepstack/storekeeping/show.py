@@ -20,7 +20,8 @@ from PIL import Image
 from megatron_deepstack import __version__
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.store.lengths import expanded_lengths
-from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
@@ -74,7 +75,18 @@ def page(
     *,
     slots_known: bool = True,
 ) -> str:
-    """The page's HTML; the arguments are those of `write_page`."""
+    """The page's HTML.
+
+    Args:
+        store: The store.
+        model: The model that is assumed to read it.
+        samples: Numbers of the samples to show, from 0, in the order of the page.
+        tokenizer: The store's tokenizer; without it the page shows token numbers.
+        slots_known: Whether the slots are those of a recipe; if not, the page does not name layers.
+
+    Returns:
+        The whole document as text.
+    """
     lengths = expanded_lengths(store, model)
     sections = [_sample(store, model, number, int(lengths[number]), tokenizer) for number in samples]
     body = element(

@@ -76,7 +76,7 @@ def _numbers(store: Store, model: ModelConfig, lengths: np.ndarray) -> dict[str,
         "counts": dict(store.attributes.counts),
         "variant": str(model.variant),
         "view_pixels": store.crop_size,
-        "pixel_bytes": store.pixels.view_bytes * int(store.array("images/count").sum()),
+        "pixel_bytes": store.pixels.slot_bytes * int(store.array("images/count").sum()),
         "compression": str(store.pixels.compression),
         "tokens_with_images": int(lengths.sum()),
         "longest_sample": int(lengths.max()) if len(lengths) else 0,
@@ -93,7 +93,7 @@ def _facts(store: Store, model: ModelConfig, lengths: np.ndarray, flagged: dict[
     yield "images", f"{store.num_images:,} ({bad})"
     if flagged:
         yield "flagged because of", f"{in_words(flagged)} (each is named in {QUARANTINE_FILE})"
-    raw = store.pixels.view_bytes * int(store.array("images/count").sum())
+    raw = store.pixels.slot_bytes * int(store.array("images/count").sum())
     yield "views", f"{counts.get('views', 0):,} of {store.crop_size} pixels, {raw / 2**30:.2f} GiB before compression"
     yield "compression", str(store.pixels.compression)
     yield "text tokens", f"{counts.get('tokens', 0):,}, {counts.get('target_tokens', 0):,} of them learned"

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, CLIPVisionConfig, SiglipVisionConfig
 from megatron_deepstack.config.architectures import VISION
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from megatron_deepstack.config.traits.families import FAMILIES
-from megatron_deepstack.config.traits.hf_fields import NO_INFLUENCE, NOT_SO
+from megatron_deepstack.config.traits.hf_fields import NO_INFLUENCE, REQUIRED_VALUES
 from megatron_deepstack.config.traits.towers import TOWERS
 from megatron_deepstack.convert.hf_config import require_same_model
 from megatron_deepstack.convert.hf_rope import ROPE_KEYS, WINDOW_KEYS
@@ -257,7 +257,7 @@ def test_every_key_of_a_computed_family_is_understood(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type]().to_dict()
     known = FAMILIES[model_type].hugging_face
     assert known is not None
-    assert not config.keys() - known.fields.keys() - NO_INFLUENCE - NOT_SO.keys() - ROPE_KEYS - WINDOW_KEYS
+    assert not config.keys() - known.fields.keys() - NO_INFLUENCE - REQUIRED_VALUES.keys() - ROPE_KEYS - WINDOW_KEYS
     heads = config["num_attention_heads"]
     derived = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
     for key, field in known.fields.items():
@@ -270,7 +270,7 @@ def test_every_key_of_a_computed_family_is_understood(model_type: str) -> None:
 def test_every_key_of_a_tower_is_understood(kind: str, config: Any) -> None:
     theirs, known = config().to_dict(), TOWERS[kind].hugging_face
     assert known is not None
-    assert not theirs.keys() - known.fields.keys() - NO_INFLUENCE - NOT_SO.keys()
+    assert not theirs.keys() - known.fields.keys() - NO_INFLUENCE - REQUIRED_VALUES.keys()
     for key, field in known.fields.items():
         if key in theirs and (field.reads is not None or field.fixed) and field.compared:
             assert theirs[key] == field.default, key

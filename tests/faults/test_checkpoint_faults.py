@@ -242,7 +242,7 @@ def test_a_full_disk(undisturbed: Recipe, small_disk: Path, record_fault: Record
     done = last_step(recipe.run_dir)
     assert "No space left on device" in command.text
     assert "could not be written" in command.text
-    assert "Mend the disk (space, quota, permissions" in command.text
+    assert "Make the disk usable again (space, quota, permissions" in command.text
     assert "Traceback" not in command.text
     assert not partials(recipe.run_dir)
     checkpoint, faults = newest_whole(recipe.run_dir)

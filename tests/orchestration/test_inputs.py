@@ -72,7 +72,7 @@ def test_faults_of_all_files_are_listed_together(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         ids(f"{tmp_path}/a.json", f"{tmp_path}/b.jsonl")
     head, *listed, more = str(caught.value).splitlines()
-    assert head == "11 of 12 records cannot be used; mend or remove them:"
+    assert head == "11 of 12 records cannot be used; correct or remove them:"
     assert len(listed) == 10
     assert listed[9].strip().startswith(f"{tmp_path}/b.jsonl, record 2 at line 3 (id ''): has the id ''")
     assert more.strip() == "... and 1 more"

@@ -1,10 +1,19 @@
 """Grids and numbers of views, as published."""
 
+import ast
+import math
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from megatron_deepstack.config.choices import GridRule, Variant
-from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.views import (
+    ViewGrid,
     ViewLayout,
     best_grid,
     candidate_grids,
@@ -12,6 +21,7 @@ from megatron_deepstack.planning.views import (
     most_views,
     num_views,
     pick_grid,
+    smart_resize,
 )
 
 
@@ -73,3 +83,48 @@ def test_most_views_covers_every_candidate() -> None:
 
 def test_fixed_grid_ignores_the_image() -> None:
     assert pick_grid(GridRule.FIXED_2X2, 5000, 10, 336, 4) == (2, 2)
+
+
+@cache
+def published_smart_resize() -> Callable[..., tuple[int, int]]:
+    """transformers' function from its source, since the module around it needs torchvision."""
+    source = Path(find_spec("transformers").origin).parent / "models/qwen2_vl/image_processing_qwen2_vl.py"  # type: ignore[union-attr, arg-type]
+    functions = [node for node in ast.parse(source.read_text()).body if getattr(node, "name", "") == "smart_resize"]
+    names: dict[str, Any] = {"math": math}
+    exec(compile(ast.Module(functions, []), str(source), "exec"), names)
+    return names["smart_resize"]
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(640, 480), (200, 150), (4000, 3000), (33, 31), (1, 1), (16, 3000), (6400, 33), (20000, 120), (47, 48), (80, 16)],
+)
+@pytest.mark.parametrize(("low", "high"), [(65536, 16777216), (1, 4096), (4096, 40000)])
+def test_views_are_resized_as_published(width: int, height: int, low: int, high: int) -> None:
+    theirs = published_smart_resize()(height, width, factor=32, min_pixels=low, max_pixels=high)
+    assert smart_resize(width, height, multiple=32, min_pixels=low, max_pixels=high) == theirs[::-1]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "words"),
+    [
+        (0, 7, "an image of 0x7 pixels: it needs at least one pixel"),
+        (4020, 20, "an image of 4020x20 pixels: its sides have a ratio of 201, and at most 200 is possible"),
+    ],
+    ids=["empty", "ratio"],
+)
+def test_an_image_without_a_size_is_refused(width: int, height: int, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        smart_resize(width, height, multiple=32, min_pixels=1, max_pixels=10**9)
+
+
+def test_a_grid_counts_patches_and_tokens() -> None:
+    grid = ViewGrid.of_pixels(96, 64, patch_size=16, merge_size=2)
+    assert grid == ViewGrid(frames=1, height=4, width=6)
+    assert (grid.num_patches, grid.num_tokens(2), grid.pixel_size(16)) == (24, 6, (96, 64))
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 64), (16, 64), (96, 80)])
+def test_a_view_of_another_size_is_refused(width: int, height: int) -> None:
+    with pytest.raises(DataError, match=f"a view of {width}x{height} pixels: both sides must be positive multiples"):
+        ViewGrid.of_pixels(width, height, patch_size=16, merge_size=2)

@@ -13,7 +13,7 @@ from megatron_deepstack.run_folder.answers import (
     answers_file,
     read_answer_sets,
     read_answers,
-    require_writable,
+    require_writable_answers,
     write_answers,
 )
 
@@ -87,13 +87,13 @@ def test_without_expected_answers_there_is_no_score() -> None:
 
 def test_a_folder_that_cannot_be_written_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "answers").write_text("a file in the way")
-    for attempt in (require_writable, lambda file: write_answers(file, [])):
+    for attempt in (require_writable_answers, lambda file: write_answers(file, [])):
         with pytest.raises(DataError, match=r"the answers cannot be written.*or copy the run elsewhere"):
             attempt(tmp_path / "answers" / "x.jsonl")
 
 
 def test_looking_whether_answers_can_be_written_leaves_the_old_ones(tmp_path: Path) -> None:
     write_answers(tmp_path / "answers.jsonl", answers("s", "yes"))
-    require_writable(tmp_path / "answers.jsonl")
+    require_writable_answers(tmp_path / "answers.jsonl")
     assert [answer.answer for answer in read_answers(tmp_path)] == ["yes"]
     assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"]

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_deepstack.checkpoint.saving.writer import Item
 
-Place = tuple[str, tuple[int, ...]]
+TensorPart = tuple[str, tuple[int, ...]]
 """Key of a tensor in the checkpoint, and the offset of a rank's part in it."""
 
 
@@ -79,7 +79,7 @@ class Planner:
         self._checked = True
         writer, metadata = self._strategy.planned
         files = [_planned_file(bucket, live) for bucket in writer.write_buckets]
-        planned = {_place_of(item) for file in files for item, _ in file.tensors}
+        planned = {_part_of(item) for file in files for item, _ in file.tensors}
         assert planned == ours, f"planned otherwise than the state is: {sorted(planned ^ ours)[:5]}"
         return RankPlan(
             files=files,
@@ -105,7 +105,7 @@ class _NothingToDo:
         """Called by Megatron in place of writing."""
 
 
-def _take_data(state: Any) -> Iterator[tuple[Place, torch.Tensor, bool]]:
+def _take_data(state: Any) -> Iterator[tuple[TensorPart, torch.Tensor, bool]]:
     """Every tensor of a state dict with its place, and whether this rank writes it, being the first of those that hold
     it. A stand-in of the same shape and dtype takes its place there.
     """
@@ -117,7 +117,7 @@ def _take_data(state: Any) -> Iterator[tuple[Place, torch.Tensor, bool]]:
         state.data = torch.empty(state.data.shape, dtype=state.data.dtype, device="meta")
 
 
-def _planned_file(bucket: Any, live: dict[Place, torch.Tensor]) -> PlannedFile:
+def _planned_file(bucket: Any, live: dict[TensorPart, torch.Tensor]) -> PlannedFile:
     _, name, (objects, stand_ins) = bucket
     return PlannedFile(
         name=name,
@@ -131,7 +131,7 @@ def _item_of(item: WriteItem) -> Item:
     return index.fqn, None if index.offset is None else list(index.offset), index.index
 
 
-def _place_of(item: Item) -> Place:
+def _part_of(item: Item) -> TensorPart:
     key, offset, _ = item
     return key, tuple(offset or ())
 
@@ -140,7 +140,7 @@ def _content(data: io.BytesIO) -> bytes:
     return data.getvalue()
 
 
-def _live_tensor(item: WriteItem, stand_in: torch.Tensor, live: dict[Place, torch.Tensor]) -> torch.Tensor:
+def _live_tensor(item: WriteItem, stand_in: torch.Tensor, live: dict[TensorPart, torch.Tensor]) -> torch.Tensor:
     tensor = live[item.index.fqn, tuple(item.index.offset or ())].view(stand_in.shape)
     assert tensor.dtype == stand_in.dtype, f"{item.index.fqn}: planned as {stand_in.dtype}, is {tensor.dtype}"
     return tensor

@@ -271,8 +271,8 @@ class Saver:
         raise of_all_ranks(
             CheckpointError(
                 f"{flight.final}: the checkpoint after step {flight.step} could not be written:\n  {found}\n"
-                f"{self._what_is_left()} Mend the disk (space, quota, permissions; checkpoint.keep bounds what is "
-                "used), then run the same command again"
+                f"{self._what_is_left()} Make the disk usable again (space, quota, permissions; checkpoint.keep "
+                "bounds what is used), then run the same command again"
             )
         )
 

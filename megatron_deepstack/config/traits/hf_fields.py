@@ -93,7 +93,7 @@ _LENGTHS = "max_position_embeddings max_sequence_length"
 NO_INFLUENCE: Final = frozenset(" ".join((_THE_FILE, _RUNNING, _ANSWERS, _OTHER_HEADS, _START, _LENGTHS)).split())
 """Keys that do not change what the weights compute in any kind of model."""
 
-NOT_SO: Final[Mapping[str, HfField]] = {
+REQUIRED_VALUES: Final[Mapping[str, HfField]] = {
     "add_cross_attention": fixed(False),
     "cross_attention_hidden_size": fixed(None),
     "is_encoder_decoder": fixed(False),

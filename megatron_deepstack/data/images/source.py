@@ -144,5 +144,5 @@ def _insist(request: Callable[[], _Result]) -> _Result:
 def _machine_error(path: str, error: OSError) -> DataError:
     return DataError(
         f"{path}: reading failed: {error.strerror or error}. This is the machine's or the network's fault, not the "
-        "image's; run the same command again when it is mended."
+        "image's; run the same command again when it is repaired."
     )

@@ -47,3 +47,18 @@ def restarted(angles: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
         (S, 1, 1, D), made without asking the device for anything.
     """
     return torch.cat([angles[: end - begin] for begin, end in pairwise((0, *ends))])
+
+
+def angles_at(rotary: RotaryEmbedding, positions: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Angles of any positions, for steps with a key/value cache.
+
+    Args:
+        rotary: As `build_rotary` returns it.
+        positions: int64 (S, B), or (S, 1) for a batch in step, all below `capacity`.
+        capacity: Number of positions for which a table is made; the same number again takes the same table.
+
+    Returns:
+        (S, B or 1, 1, D).
+    """
+    table = rotary(capacity, packed_seq=True)  # of the whole sequence: a packed row is not cut over cp
+    return table[:, 0][positions]

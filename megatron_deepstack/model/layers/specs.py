@@ -26,6 +26,7 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.layers.attention import FusedCoreAttention
 from megatron_deepstack.model.layers.injection import InjectionLayer
+from megatron_deepstack.model.layers.key_value_cache import with_cache
 from megatron_deepstack.model.layers.lora import adapted
 from megatron_deepstack.model.layers.norm import Norm
 from megatron_deepstack.platform.compute.device import has_gpu
@@ -131,12 +132,15 @@ def _engine_submodules(language: LanguageConfig, lora: LoraConfig) -> Transforme
             norm=engine.TENorm,
             column=engine.TEColumnParallelLinear,
             row=engine.TERowParallelLinear,
-            attention=engine.TEDotProductAttention,
+            attention=with_cache(engine.TEDotProductAttention),
         )
         return _submodules(classes, AttnMaskType.causal, language.qk_norm, lora)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=language.qk_norm).submodules
+    submodules = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=language.qk_norm).submodules
+    attention = submodules.self_attention.submodules
+    attention.core_attention = with_cache(attention.core_attention)
+    return submodules
 
 
 def _final_norm() -> type:

@@ -21,7 +21,7 @@ from megatron_deepstack.config.choices import Sampler
 from megatron_deepstack.planning.views import Grid
 
 Index = npt.NDArray[np.int64]
-Place = Callable[[int, Grid, Index, Index], tuple[Index, Index]]
+MosaicLookup = Callable[[int, Grid, Index, Index], tuple[Index, Index]]
 """Function of P, the grid, stack numbers (n, 1) and cells (P * P,). It returns lines and columns of the mosaic, both
 (n, P * P)."""
 
@@ -30,8 +30,8 @@ Place = Callable[[int, Grid, Index, Index], tuple[Index, Index]]
 class SamplerTraits:
     """What a sampler does."""
 
-    place: Place
-    """Function that gives the place in the mosaic from which a cell of a stack takes its token."""
+    lookup: MosaicLookup
+    """Function that gives the line and the column of the mosaic from which a cell of a stack takes its token."""
     note: str
     """Text below a mosaic of 2x2 crops in the drawing of the stage plan."""
 
@@ -75,7 +75,7 @@ def sample_mosaic(sampler: Sampler, side: int, grid: Grid) -> tuple[Index, Index
     """
     gw, gh = grid
     stack, cell = np.arange(gw * gh)[:, None], np.arange(side * side)
-    y, x = SAMPLERS[sampler].place(side, grid, stack, cell)
+    y, x = SAMPLERS[sampler].lookup(side, grid, stack, cell)
     return y // side * gw + x // side, y % side * side + x % side
 
 
@@ -92,7 +92,7 @@ def stack_of_token(sampler: Sampler, side: int, grid: Grid) -> Index:
     """
     gw, gh = grid
     stack, cell = np.arange(gw * gh)[:, None], np.arange(side * side)
-    y, x = SAMPLERS[sampler].place(side, grid, stack, cell)
+    y, x = SAMPLERS[sampler].lookup(side, grid, stack, cell)
     taken = np.full((gh * side, gw * side), -1, np.int64)
     taken[y, x] = stack
     return taken

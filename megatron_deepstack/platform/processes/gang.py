@@ -57,8 +57,8 @@ class Ending:
         return self.report is None or self.report.error is not None or self.report.trace is not None
 
     @property
-    def blame(self) -> int:
-        """Rank among possible causes; the lowest is the most likely.
+    def order_among_causes(self) -> int:
+        """Number in the order of possible causes; the lowest is the most likely one.
 
         0: killed; 1: expected error; 2: ended without a report; 3: other exception; 4: lost connection to another rank.
         """
@@ -83,9 +83,9 @@ def cause(endings: Iterable[Ending]) -> Ending:
         endings: Endings in order of time; at least one of them failed.
 
     Returns:
-        The ending with the lowest `blame`, the earliest of several.
+        The ending with the lowest `order_among_causes`, the earliest of several.
     """
-    return min((ending for ending in endings if ending.failed), key=lambda ending: ending.blame)
+    return min((ending for ending in endings if ending.failed), key=lambda ending: ending.order_among_causes)
 
 
 class Gang:
@@ -159,7 +159,7 @@ class Gang:
             first = cause(self._endings.values())
             if first.report is not None and isinstance(first.report.error, PreemptedError):
                 deadline = max(deadline, time.monotonic() + _EXIT_SECONDS)
-            elif first.blame < 2:
+            elif first.order_among_causes < 2:
                 return
             if not self._collect(deadline - time.monotonic()):
                 return

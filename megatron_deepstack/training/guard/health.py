@@ -143,8 +143,8 @@ class Health:
         if self.because == NOT_FINITE:
             return "Look at these samples, lower the learning rate or optimizer.clip_grad, or train in fp32"
         return (
-            "`megatron-deepstack store verify` finds what is damaged, `store show` what of a sample is learned; mend "
-            "the store, or leave such records out"
+            "`megatron-deepstack store verify` finds what is damaged, `store show` what of a sample is learned; repair "
+            "or leave out such records, and preprocess again"
         )
 
 

@@ -35,6 +35,6 @@ class Tally:
         whole = self._root.child(QUARANTINE_FILE)
         raise DataError(
             f"{len(found)} of {self._num_images} images are quarantined, more than data.max_quarantined allows "
-            f"({self._limit:g}):\n  {listed}\nThe whole list so far is {whole}. Mend the images "
+            f"({self._limit:g}):\n  {listed}\nThe whole list so far is {whole}. Repair or replace these images "
             "and preprocess into a new folder, or raise data.max_quarantined and run again: what is done is kept."
         )

@@ -87,7 +87,7 @@ def test_the_first_ten_faults_are_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_records(path, Template.V1)
     lines = str(caught.value).splitlines()
-    assert lines[0].endswith("25 of 26 records cannot be used; mend or remove them:")
+    assert lines[0].endswith("25 of 26 records cannot be used; correct or remove them:")
     assert [line.split(":")[0].strip() for line in lines[1:11]] == [
         f"records.json, record {n} at line 1 (id '')" for n in range(1, 11)
     ]
