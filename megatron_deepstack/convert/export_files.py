@@ -28,6 +28,7 @@ from megatron_deepstack.convert.hf_written import (
     select_strategy,
 )
 from megatron_deepstack.convert.tokenizer_json import transformers_files
+from megatron_deepstack.convert.vocabulary import padded_vocabulary
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -45,8 +46,6 @@ CODE: Final = (
     "vision_deepstack.py",
 )
 """Files of `convert.hf_folder` that an export carries."""
-VOCABULARY_MULTIPLE: Final = 64
-"""Size that Hugging Face's LLaVA pads its vocabulary to, behind the image token."""
 _MOST_NEW_TOKENS: Final = 512
 _BICUBIC: Final = 3
 
@@ -96,7 +95,7 @@ def plan_export(
     """
     if naming is Naming.PUBLISHED:
         files = {
-            CONFIG: _json({**published_config(model), "dtype": dtype}),
+            CONFIG: _json({**published_config(model), "data": _prepared(about.data), "dtype": dtype}),
             PREPROCESSOR: _json(preprocessor_config(model.vision)),
             **({} if tokenizer is None else tokenizer.files),
         }
@@ -106,6 +105,8 @@ def plan_export(
     config = transformers_config(model, vocab_size, image_token)
     if about.seq_length is not None:
         config["text_config"]["max_position_embeddings"] = about.seq_length
+    if not model.variant.traits.is_llava:
+        config["data"] = _prepared(about.data)
     files = {CONFIG: _json({**config, "dtype": dtype}), **known, **_processor_files(model, about.data)}
     files[CARD] = _card(model, about).encode()
     if tokenizer is not None:
@@ -117,13 +118,6 @@ def plan_export(
         vocab_size=vocab_size,
         has_final_norm=is_llava and hf_tower(model.vision).final_norm and not tower_of(model.vision).has_post_norm,
     )
-
-
-def padded_vocabulary(vocab_size: int, image_token: int) -> int:
-    """Rows of a vocabulary with a place for the image token: as they are if it fits, else a multiple of 64."""
-    if image_token < vocab_size:
-        return vocab_size
-    return (image_token // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE
 
 
 def transformers_config(model: ModelConfig, vocab_size: int, image_token: int) -> dict[str, Any]:
@@ -159,6 +153,17 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(vision.mean),
         "image_std": list(vision.std),
+    }
+
+
+def _prepared(data: DataConfig) -> dict[str, Any]:
+    """How images and conversations were prepared, for `convert` and for answers from an exported folder."""
+    images = {name: str(getattr(data, name)) for name in ("resize", "orientation", "deep_grey")}
+    return {
+        "template": str(data.template),
+        **images,
+        "transparency": data.transparency.lower(),
+        "max_image_pixels": data.max_image_pixels,
     }
 
 

@@ -130,7 +130,6 @@ def deepstack_config(model: ModelConfig, vocab_size: int, image_token: int) -> d
         ConfigError: transformers has no such decoder.
     """
     decoder, vision, traits = hf_decoder(model.language), model.vision, model.variant.traits
-    tower, facts = tower_of(vision), vision_facts(vision)
     return {
         "architectures": ["DeepStackForConditionalGeneration"],
         "model_type": DEEPSTACK,
@@ -153,21 +152,27 @@ def deepstack_config(model: ModelConfig, vocab_size: int, image_token: int) -> d
         "num_text_tokens": model.language.vocab_size,
         "tie_word_embeddings": model.language.tied_embeddings,
         "text_config": {"model_type": decoder.model_types[0], **text_config(model.language, vocab_size)},
-        "vision_config": {
-            "model_type": "deepstack_vision",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_heads,
-            "hidden_act": facts["activation"],
-            "layer_norm_eps": vision.layernorm_epsilon,
-            "has_class_token": tower.has_class_token,
-            "has_patch_bias": tower.has_patch_bias,
-            "has_pre_norm": tower.has_pre_norm,
-            "has_post_norm": tower.has_post_norm,
-        },
+        "vision_config": deepstack_vision_config(vision),
+    }
+
+
+def deepstack_vision_config(vision: VisionConfig) -> dict[str, Any]:
+    """Config of the tower in `convert.hf_folder`, which is one code for towers of all kinds."""
+    tower = tower_of(vision)
+    return {
+        "model_type": "deepstack_vision",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "hidden_act": vision_facts(vision)["activation"],
+        "layer_norm_eps": vision.layernorm_epsilon,
+        "has_class_token": tower.has_class_token,
+        "has_patch_bias": tower.has_patch_bias,
+        "has_pre_norm": tower.has_pre_norm,
+        "has_post_norm": tower.has_post_norm,
     }
 
 

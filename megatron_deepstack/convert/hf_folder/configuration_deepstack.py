@@ -109,8 +109,7 @@ class DeepStackConfig(PretrainedConfig):
             image_token_index: Id of the placeholder, which the processor repeats once per token of an image.
             num_text_tokens: Number of ids that stand for text; rows of the embedding from here on are placeholders and
                 padding. All rows if None.
-            **kwargs: What transformers adds, and `stacks`, the section of the recipe that `slots` and `sampler` come
-                from.
+            **kwargs: What transformers adds; `stacks` and `data`, from the recipe, by which the folder is read back.
         """
         if not isinstance(text_config, PretrainedConfig):
             text_config = dict(text_config or {})
