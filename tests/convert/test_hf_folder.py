@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from megatron_deepstack.config.choices import GridRule, Sampler, Template, Variant
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ModelConfig, StackConfig, VisionConfig
@@ -48,6 +51,7 @@ MODELS = {
         stacks=StackConfig(sampler=Sampler.GRID, interval=0),
     ),
     "anyres": replace(MODEL, variant=Variant.LLAVA_ANYRES),
+    "llava": replace(MODEL, variant=Variant.LLAVA),
     "in-sequence": replace(MODEL, variant=Variant.IN_SEQUENCE),
 }
 PHOTOS = [draw_photo(50, 40, 1), draw_photo(70, 20, 2), draw_photo(16, 16, 3)]
@@ -115,7 +119,7 @@ def oracle_logits(name: str, processor: Any) -> list[Tensor]:
     return oracle_forward(model, drawn_weights(model), samples)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "llava"])
 def test_logits_are_the_oracles_in_a_batch_padded_on_either_side(folder: Folder, name: str) -> None:
     """Prompts with one image, with none, and with several between words, of different lengths."""
     model, processor = load(folder(name))
@@ -165,6 +169,94 @@ def test_greedy_tokens_are_the_oracles(folder: Folder) -> None:
     allowed = [i for i in range(LANGUAGE.vocab_size) if i not in stops]
     chosen = torch.tensor(allowed)[logits[-65:-1, allowed].argmax(-1)]
     assert torch.equal(chosen, tokens[-64:])
+
+
+def test_the_baseline_is_transformers_own_and_can_be_prompted(folder: Folder) -> None:
+    """LLaVA's classes, without code: logits from a prompt with a picture, and an answer that ends."""
+    path = folder("llava")
+    assert not list(path.glob("*.py"))
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~_umask()}
+    model, processor = LlavaForConditionalGeneration.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    assert isinstance(processor, LlavaProcessor)
+    content = [{"type": "image", "image": PHOTOS[0]}, {"type": "text", "text": "What is this?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = inputs["input_ids"][0]
+    image = tokens == processor.image_token_id
+    assert int(image.sum()) == 16
+    keep = torch.cat([image[:1].new_ones(1), ~(image[1:] & image[:-1])])
+    asked = tokens.masked_fill(image, IMAGE_TOKEN_ID)[keep]
+    sample = OracleSample(tokens=asked, labels=asked, pixel_values=inputs["pixel_values"], grids=((1, 1),))
+    (expected,) = oracle_forward(MODELS["llava"], drawn_weights(MODELS["llava"]), [sample])
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, :, : LANGUAGE.vocab_size]
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    ids = model.generate(**inputs, max_new_tokens=3)
+    assert ids.max() < LANGUAGE.vocab_size or ids[0, -3:].max() < LANGUAGE.vocab_size
+    assert model.generation_config.eos_token_id == [processor.tokenizer.eos_token_id]
+
+
+def _umask() -> int:
+    """Of this process; it can be read only by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+FRESH = """
+import sys
+sys.meta_path = [found for found in sys.meta_path if "editable" not in str(found).lower()]
+sys.path = [place for place in sys.path if place != sys.argv[3]]
+try:
+    import megatron_deepstack
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("this package can be imported")
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+content = [{"type": "image", "path": sys.argv[2]}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+print(model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :].tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["l", "v", "hd"])
+def test_it_answers_where_this_package_is_not(folder: Folder, tmp_path: Path, name: str) -> None:
+    """A process that cannot import this package gives the tokens that this process gives."""
+    PHOTOS[0].save(tmp_path / "photo.png")
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, str(folder(name)), str(tmp_path / "photo.png"), root],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    model, processor = load(folder(name))
+    content = [{"type": "image", "image": PHOTOS[0]}, {"type": "text", "text": "What is this?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert done.stdout.splitlines()[-1] == str(tokens)
 
 
 def test_a_chunk_without_its_rows_is_refused(folder: Folder) -> None:
