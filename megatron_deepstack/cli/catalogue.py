@@ -23,7 +23,7 @@ GROUPS: Final = (
     Group("Before anything starts", ("doctor", "recipes", "plan")),
     Group("Data", ("draw", "preprocess", "store")),
     Group("Training", ("train", "launch", "status", "stop")),
-    Group("A trained run", ("generate", "report", "export")),
+    Group("A trained run", ("generate", "report", "export", "convert")),
     Group("Comparison with the published implementation", ("check-reference",)),
     Group("Look at a store", ("store verify", "store show", "store stats")),
     Group("Make stores of stores", ("store merge", "store split")),
@@ -66,6 +66,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "export my-run exported",
         "export my-run exported --naming hugging_face data.tokenizer=/elsewhere/tokenizer.model",
     ),
+    "convert": ("convert exported for-transformers", "convert for-transformers published --to paper"),
     "check-reference": (
         "check-reference reference/cases/plain.safetensors --pp 2",
         "check-reference --crops reference/crops --photos reference/photos",
