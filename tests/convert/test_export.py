@@ -104,10 +104,7 @@ def test_transformers_computes_the_same_logits(ranks: Pools, trained: Path, tmp_
     tokens = tokens.masked_fill(image, model.config.image_token_id).repeat_interleave(torch.where(image, 16, 1))
     with torch.no_grad():
         theirs = model(input_ids=tokens[None], pixel_values=pixels).logits[0]
-    assert theirs.shape[1] == 512
-    torch.testing.assert_close(theirs[:, : LANGUAGE.vocab_size], ours, atol=TOLERANCE, rtol=0)
-    added = theirs[:, LANGUAGE.vocab_size :]
-    assert bool((added < theirs[:, : LANGUAGE.vocab_size].max(dim=1, keepdim=True).values).all())
+    torch.testing.assert_close(theirs, ours, atol=TOLERANCE, rtol=0)  # the image token has a row that no word has
 
 
 def test_pictures_are_prepared_alike(ranks: Pools, trained: Path, tmp_path: Path) -> None:
