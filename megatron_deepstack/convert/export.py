@@ -23,7 +23,7 @@ from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
 from megatron_deepstack.convert.tensor_files import LazyTensor
 from megatron_deepstack.convert.tensor_writer import SHARD_BYTES, write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.errors import CheckpointError, DataError
+from megatron_deepstack.errors import CheckpointError, ConfigError, DataError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX
 from megatron_deepstack.platform.progress import WorkProgress
@@ -43,6 +43,13 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
         CheckpointError: `output` exists and is not an empty folder.
     """
     if naming is Naming.HUGGING_FACE:
+        if model.variant.traits.whole_model is not None:
+            raise ConfigError(
+                [
+                    f"model.variant: {model.variant} is not written under Hugging Face's names yet; export with "
+                    f"{Naming.PUBLISHED} names"
+                ]
+            )
         transformers_config(model, model.language.vocab_size, 0)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; name another, nothing is overwritten")

@@ -153,6 +153,8 @@ def _described(config: Mapping[str, Any], images: Mapping[str, Any], folder: Pat
 
 def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     """The variant and its stacks."""
+    if kind in set(Variant) and Variant(kind).traits.whole_model is not None:
+        raise CheckpointError(f"{folder / CONFIG}: a folder of {kind}, which is read by train.init_from alone")
     if kind == DEEPSTACK or kind in set(Variant):
         return {"variant": config.get("variant", kind), "stacks": config.get("stacks") or {}}
     if kind == "llava":

@@ -56,4 +56,8 @@ def vision_facts(vision: VisionConfig) -> dict[str, Any]:
         "num_heads": vision.num_heads,
         "activation": ACTIVATIONS[vision.activation],
         "layernorm_epsilon": vision.layernorm_epsilon,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+        "num_positions": vision.num_positions,
+        "taps": list(vision.taps),
     }
