@@ -7,6 +7,7 @@ Under Hugging Face's names the folder is all that transformers needs: variant ll
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,11 +20,13 @@ import torch
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.export_files import About, ExportPlan, plan_export, transformers_config
+from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
+from megatron_deepstack.convert.hf_whole_export import whole_folder
 from megatron_deepstack.convert.tensor_files import LazyTensor
 from megatron_deepstack.convert.tensor_writer import SHARD_BYTES, write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.errors import CheckpointError, ConfigError, DataError
+from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX
 from megatron_deepstack.platform.progress import WorkProgress
@@ -42,14 +45,7 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
         ConfigError: Hugging Face has no such variant, tower or decoder.
         CheckpointError: `output` exists and is not an empty folder.
     """
-    if naming is Naming.HUGGING_FACE:
-        if model.variant.traits.whole_model is not None:
-            raise ConfigError(
-                [
-                    f"model.variant: {model.variant} is not written under Hugging Face's names yet; export with "
-                    f"{Naming.PUBLISHED} names"
-                ]
-            )
+    if naming is Naming.HUGGING_FACE and model.variant.traits.whole_model is None:
         transformers_config(model, model.language.vocab_size, 0)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; name another, nothing is overwritten")
@@ -107,6 +103,9 @@ def write_model(
         ConfigError, CheckpointError, DataError: See `export_model`.
     """
     require_exportable(model, output, naming)
+    if model.variant.traits.whole_model is not None:
+        _write_whole({name: tensor.read() for name, tensor in tensors.items()}, model, output, tokenizer)
+        return
     some = next(iter(tensors.values()))
     plan = plan_export(model, naming, tokenizer, str(some.dtype).removeprefix("torch."), about or About())
     fitting = _renamed(_fit_to_transformers(dict(tensors), model, plan), model, naming)
@@ -115,6 +114,21 @@ def write_model(
         with WorkProgress("export", total, "bytes") as progress:
             write_tensors(folder, fitting, shard_bytes, progress.at)
         for name, content in plan.files.items():
+            (folder / name).write_bytes(content)
+
+
+def _write_whole(
+    tensors: dict[str, torch.Tensor], model: ModelConfig, output: Path, tokenizer: Tokenizer | None
+) -> None:
+    """A model that transformers has itself, under its names whatever naming is asked for: it has no others."""
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    renamed, config = whole_folder(tensors, model, tokenizer)
+    lazy = {name: LazyTensor.of(tensor) for name, tensor in renamed.items()}
+    with new_folder(output) as folder:
+        with WorkProgress("export", sum(tensor.num_bytes for tensor in lazy.values()), "bytes") as progress:
+            write_tensors(folder, lazy, progress=progress.at)
+        (folder / CONFIG).write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+        for name, content in ({} if tokenizer is None else tokenizer.files).items():
             (folder / name).write_bytes(content)
 
 
