@@ -30,7 +30,7 @@ from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name, l
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows, without_placeholders
 from megatron_deepstack.data.text.tokenizer_files import TOKENIZER_FILES
 from megatron_deepstack.errors import CheckpointError
-from megatron_deepstack.model.weights import published_shapes
+from megatron_deepstack.model.published_shapes import published_shapes
 
 _SHOWN: Final = 6
 """Names that a message lists."""

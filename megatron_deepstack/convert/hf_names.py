@@ -183,7 +183,7 @@ def to_naming(published: str, naming: Naming, model: ModelConfig | None = None) 
     """
     if naming is Naming.PUBLISHED:
         return published
-    if model is not None and not model.variant.traits.is_llava:
+    if model is not None and not model.variant.traits.is_llava and model.variant.traits.whole_model is None:
         decoder = {ours: f"model.language_{theirs}" for ours, theirs in _decoder_tensors(model).items()}
         own = _by_template(published, decoder) or _renamed(published, _TO_DEEPSTACK)
         assert own is not None, f"{published}: the exported model has no such tensor"

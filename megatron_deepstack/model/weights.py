@@ -14,7 +14,7 @@ import torch
 
 from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
-from megatron_deepstack.config.sizes import head_width, num_kv_heads, tokens_per_view
+from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.language import LanguageChunk
@@ -113,12 +113,13 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
     }
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
         prefix = f"{LAYERS_PREFIX}{layer}."
-        rules = _decoder_layer(prefix, model) | _adapters(prefix, model.language, lora_rank)
+        rules = decoder_layer_rules(prefix, model) | _adapters(prefix, model.language, lora_rank)
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
 
 
-def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
+def decoder_layer_rules(prefix: str, model: ModelConfig) -> Rules:
+    """What the parameters of a decoder's layer are made of, by their names in it."""
     language = model.language
     h, f = language.hidden_size, language.ffn_hidden_size
     d, groups = head_width(language), num_kv_heads(language)
@@ -160,7 +161,7 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
     return frozenset(
         name
         for layer in range(language.num_layers)
-        for ours, rule in _decoder_layer(f"{LAYERS_PREFIX}{layer}.", model).items()
+        for ours, rule in decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model).items()
         if ours not in absent
         for name in rule.names
     )
@@ -226,12 +227,13 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
         known = {name: rule for name, rule in known.items() if not name.startswith("projector.")}
         known.update(_qformers(encoder.projector, len(vision.taps) - model.qformer.num_sampled))
     for layer in range(vision.num_layers):
-        for name, rule in _vit_layer(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
+        for name, rule in vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
             known[f"vit.decoder.layers.{layer}.{name}"] = rule
     return _select(encoder, known)
 
 
-def _vit_layer(prefix: str, model: ModelConfig) -> Rules:
+def vit_layer_rules(prefix: str, model: ModelConfig) -> Rules:
+    """What the parameters of a tower's layer are made of, by their names in it."""
     c, f, heads = model.vision.hidden_size, model.vision.ffn_hidden_size, model.vision.num_heads
     attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
     rules = {
@@ -386,33 +388,3 @@ def mark_split(module: torch.nn.Module, rules: Rules) -> None:
     """
     for name, parameter in module.named_parameters():
         parameter.tensor_model_parallel = rules[name].tp_dim is not None  # type: ignore[attr-defined]
-
-
-def published_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Published names and shapes of every tensor of a model, without adapters, in the order in which they are used."""
-    language, vision, tower = model.language, model.vision, tower_of(model.vision)
-    h, c, p = language.hidden_size, vision.hidden_size, vision.patch_size
-    embeddings, vocabulary = f"{VISION_PREFIX}embeddings.", (language.vocab_size, h)
-    shapes: dict[str, Shape] = {f"{embeddings}patch_embedding.weight": (c, 3, p, p)}
-    if tower.has_patch_bias:
-        shapes[f"{embeddings}patch_embedding.bias"] = (c,)
-    if tower.has_class_token:
-        shapes[f"{embeddings}class_embedding"] = (c,)
-    shapes[f"{embeddings}position_embedding.weight"] = (tokens_per_view(vision) + tower.num_leading_tokens, c)
-    for norm in ("pre_layrnorm",) * tower.has_pre_norm + ("post_layernorm",) * tower.has_post_norm:
-        shapes |= {f"{VISION_PREFIX}{norm}.{kind}": (c,) for kind in ("weight", "bias")}
-    rules = [_vit_layer(f"{VISION_PREFIX}encoder.layers.{layer}.", model) for layer in range(vision.num_layers)]
-    shapes |= {f"{PROJECTOR_PREFIX}0.weight": (h, c), f"{PROJECTOR_PREFIX}2.weight": (h, h)}
-    shapes |= {f"{PROJECTOR_PREFIX}{number}.bias": (h,) for number in (0, 2)}
-    if model.variant.traits.has_newline:
-        shapes["model.image_newline"] = (h,)
-    shapes |= {"model.embed_tokens.weight": vocabulary, "model.norm.weight": (h,)}
-    if not language.tied_embeddings:
-        shapes["lm_head.weight"] = vocabulary
-    layers = decoder_layer_names(model)
-    rules += [_decoder_layer(f"{LAYERS_PREFIX}{layer}.", model) for layer in range(language.num_layers)]
-    for of_layer in rules:
-        for rule in of_layer.values():
-            named = zip(rule.names, rule.shapes, strict=True)
-            shapes |= {n: s for n, s in named if n in layers or not n.startswith(LAYERS_PREFIX)}
-    return shapes

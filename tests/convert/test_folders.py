@@ -23,7 +23,7 @@ from megatron_deepstack.convert.tensor_writer import write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, ConfigError
-from megatron_deepstack.model.weights import published_shapes
+from megatron_deepstack.model.published_shapes import published_shapes
 from megatron_deepstack.testing.tiny_data import write_tokenizer
 
 VISION = VisionConfig(

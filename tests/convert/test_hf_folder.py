@@ -26,7 +26,7 @@ from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.convert.tensor_files import LazyTensor
 from megatron_deepstack.data.text.conversation import encode_prompt
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.model.weights import published_shapes
+from megatron_deepstack.model.published_shapes import published_shapes
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.testing.oracle import OracleSample, oracle_forward
 from megatron_deepstack.testing.tiny_data import draw_photo, write_tokenizer
