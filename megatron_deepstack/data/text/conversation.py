@@ -135,8 +135,8 @@ def _next_question(question: str, template: Template, tokenizer: Tokenizer) -> l
     if template is Template.PLAIN:
         raise DataError("template plain writes captions only, so a question cannot follow an answer")
     if template is Template.V1:
-        return encode_text(f"{_V1_QUESTION}{image_first(question)}{_V1_ANSWER}", tokenizer)
-    return _CHATS[template].question(question, tokenizer)
+        return encode_text(f"{V1_QUESTION}{image_first(question)}{V1_ANSWER}", tokenizer)
+    return CHATS[template].question(question, tokenizer)
 
 
 def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Tokenizer) -> str:
