@@ -32,6 +32,7 @@ setup(
         "numcodecs>=0.15",
         "numpy>=2",
         "omegaconf>=2.4",
+        "protobuf>=5",
         "psutil>=5.9",
         "ray[default,train]>=2.60,<3",
         "rich>=13",
@@ -46,6 +47,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "av>=14",
             "flask>=3",
             "flask-cors>=5",
             "hypothesis>=6",
@@ -64,5 +66,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "s3": ["s3fs>=2025.3"],
+        # PyAV and not torchcodec: its wheels bring FFmpeg, and one build serves every release of torch
+        "video": ["av>=14"],
     },
 )
