@@ -89,14 +89,14 @@ def _replica_group(axes: Axes, place: Place, timeout: timedelta) -> dist.Process
 
 
 def _encoder_groups(timeout: timedelta) -> ProcessGroupCollection:
-    """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis."""
-    world_size = dist.get_world_size()
-    world = dist.new_group(range(world_size), timeout=timeout)
-    alone = None
-    for rank in range(world_size):
-        group = dist.new_group([rank], timeout=timeout)
-        if rank == dist.get_rank():
-            alone = group
+    """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis.
+
+    Megatron has groups of one rank already, for experts, of which there are none here. All ranks wait for each other
+    at every new group, so one group more for each rank would make the start quadratic in their number.
+    """
+    world = dist.new_group(range(dist.get_world_size()), timeout=timeout)
+    alone = parallel_state.get_expert_model_parallel_group()
+    assert alone.size() == 1, f"the group of experts has {alone.size()} ranks"
     return ProcessGroupCollection(
         tp=alone,
         pp=alone,
