@@ -204,7 +204,11 @@ def main() -> None:
             ratio, wanted = found[0] / found[1], expected[0] / expected[1]
             off.append(abs(wanted / ratio - 1))
             print(f"{name:28} {ratio:5.2f} times measured, {wanted:5.2f} predicted ({wanted / ratio - 1:+.0%})")
-    print(json.dumps({"published_worst_error": round(max(errors), 3), "ratio_worst_error": round(max(off, default=0.0), 3)}))
+    print(
+        json.dumps(
+            {"published_worst_error": round(max(errors), 3), "ratio_worst_error": round(max(off, default=0.0), 3)}
+        )
+    )
 
 
 if __name__ == "__main__":
