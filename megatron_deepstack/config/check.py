@@ -17,7 +17,7 @@ from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Rec
 from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
 from megatron_deepstack.config.traits.families import find_family, fits, unknown_family
 from megatron_deepstack.config.traits.towers import find_tower, unknown_tower
-from megatron_deepstack.config.traits.variants import variant_without_crops
+from megatron_deepstack.config.traits.variants import ViewLayout, variant_without_crops
 from megatron_deepstack.errors import ConfigError, LayoutError
 
 
@@ -169,11 +169,16 @@ def _stacks(recipe: Recipe) -> Iterator[Problem]:
 
 def _native(recipe: Recipe) -> Iterator[Problem]:
     yield from native_problems(recipe.model)
-    if recipe.model.variant.traits.is_native:
+    if recipe.data.min_pixels > recipe.data.max_pixels:
+        yield _problem(
+            "data.min_pixels data.max_pixels",
+            f"found {recipe.data.min_pixels} and {recipe.data.max_pixels}; the first cannot exceed the second",
+        )
+    if recipe.model.variant.traits.views is ViewLayout.TILES:
         yield _problem(
             "model.variant",
-            f"{recipe.model.variant} has views of any size, which no store holds yet; "
-            "`check-parity` compares such models with transformers",
+            f"{recipe.model.variant} has padded tiles, which no store holds yet; `check-parity` compares such models "
+            "with transformers",
         )
 
 

@@ -45,9 +45,6 @@ CASES = {
     "pp2-vpp2": (2, tiny_recipe(parallel=ParallelConfig(pipeline=2, virtual_pipeline=2))),
 }
 READS = {
-    # The order of positions, a tensor of the host, for each length of a micro-batch; Python 3.12 has no <dictcomp>.
-    "step megatron_deepstack/step/schedule.py:<dictcomp>": 4,
-    "step megatron_deepstack/step/schedule.py:_micro_batches": 4,
     "step megatron_deepstack/parallel/reduce.py:loss_and_tokens": 1,
     "step megatron/core/utils.py:local_multi_tensor_l2_norm": 2,  # where Transformer Engine is absent
     "step megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 2,  # decoder and encoder
@@ -56,7 +53,7 @@ READS = {
 UPLOADS_IN_SCHEDULE = {
     # Of pixels that are on the device already, micro-batch by micro-batch where they are encoded inline.
     "schedule megatron_deepstack/model/vision/vit.py:normalise": 4,
-    # Made once for each length of sequence that occurs, and kept; each of four padded micro-batches may have its own.
+    # Made once for each length of sequence that occurs, and kept; each of four micro-batches may have its own.
     "schedule megatron/core/models/common/embeddings/rotary_pos_embedding.py:get_emb": 4,
     "schedule megatron/core/models/common/embeddings/rope_utils.py:get_pos_emb_on_this_cp_rank": 4,
 }
