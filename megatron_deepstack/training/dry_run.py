@@ -75,6 +75,7 @@ def dry_run(recipe: Recipe, world_size: int, ranks: tuple[int, ...], shapes: Sha
 
 
 def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterator[Part]:
+    import torch
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -104,7 +105,8 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
             train = recipe.train
             model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
             freeze(model, train.trainable)
-            held = sum(p.numel() * p.element_size() for one in (*model.chunks, model.encoder) for p in one.parameters())
+            modules: list[torch.nn.Module] = [*model.chunks, model.encoder]
+            held = sum(p.numel() * p.element_size() for one in modules for p in one.parameters())
             note.append(f"{held / 1e9:.3g} GB of weights")
         yield from found
         found.clear()
