@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part
+from megatron_deepstack.config import speed_rules
+from megatron_deepstack.config.choices import (
+    Batching,
+    EncoderPlacement,
+    GridRule,
+    Part,
+    Recompute,
+    RecomputeModule,
+)
 from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
@@ -307,4 +315,14 @@ def _stores(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-_RULES = (_vision, _language, _stacks, _layout, _training, _stores)
+def _speed(recipe: Recipe) -> Iterator[Problem]:
+    for paths, text in speed_rules.violations(recipe.speed, recipe.parallel, recipe.train.precision, recipe.lora):
+        yield _problem(paths, text)
+    if recipe.parallel.recompute is Recompute.SELECTIVE and not recipe.parallel.recompute_modules:
+        yield _problem(
+            "parallel.recompute_modules parallel.recompute",
+            f"is empty, and recompute is selective; name at least one of {', '.join(RecomputeModule)}",
+        )
+
+
+_RULES = (_vision, _language, _stacks, _layout, _speed, _training, _stores)

@@ -24,6 +24,7 @@ from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
+from megatron_deepstack.model.layers.megatron_config import without_gradient_accumulation
 from megatron_deepstack.model.layers.rotary import build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
@@ -107,7 +108,7 @@ class LanguageChunk(LanguageModule):
         return ColumnParallelLinear(
             config.hidden_size,
             self.padded_vocabulary,
-            config=config,
+            config=without_gradient_accumulation(config),
             init_method=config.init_method,
             bias=False,
             skip_bias_add=False,

@@ -10,6 +10,7 @@ from megatron_deepstack.config.schema.data import DataConfig
 from megatron_deepstack.config.schema.model import LanguageConfig, LoraConfig, ModelConfig, StackConfig, VisionConfig
 from megatron_deepstack.config.schema.operation import CheckpointConfig, HealthConfig, LaunchConfig, LoggingConfig
 from megatron_deepstack.config.schema.recipe import Recipe
+from megatron_deepstack.config.schema.speed import SpeedConfig
 from megatron_deepstack.config.schema.training import OptimizerConfig, ParallelConfig, TrainConfig
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Recipe",
+    "SpeedConfig",
     "StackConfig",
     "TrainConfig",
     "VisionConfig",

@@ -14,6 +14,7 @@ from megatron_deepstack.config.choices import (
     Precision,
     Recompute,
     RecomputeMethod,
+    RecomputeModule,
 )
 from megatron_deepstack.config.constraints import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, PathKind, Unit
 
@@ -58,6 +59,9 @@ class ParallelConfig:
     first layers of each chunk."""
     recompute_num_layers: Annotated[int, POSITIVE, Unit("layers")] = 1
     """Layers of each group under `uniform`, or recomputed layers of each chunk under `block`."""
+    recompute_modules: tuple[RecomputeModule, ...] = (RecomputeModule.CORE_ATTENTION,)
+    """Parts of each layer that `recompute: selective` computes again: `core_attn`, which saves nothing where attention
+    is one fused kernel; `mlp`, which saves most of a layer's activations for about half of its forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.model.layers.megatron_config import vision_config
+from megatron_deepstack.model.layers.speed import PLAIN, Speed
 from megatron_deepstack.model.vision.tower import build_tower
 from megatron_deepstack.model.vision.vit import VitStacks
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
@@ -35,9 +36,11 @@ class Projector(torch.nn.Module):
 class VisualEncoder(MegatronModule):
     """Pixels to rows; replicated on every rank."""
 
-    def __init__(self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection, speed: Speed = PLAIN
+    ) -> None:
         """`groups` is the encoder's view of the world: data-parallel over everything."""
-        config = vision_config(model.vision, precision)
+        config = vision_config(model.vision, precision, speed)
         super().__init__(config=config)
         stacks = None
         if model.variant.traits.stacks_in_vit:
