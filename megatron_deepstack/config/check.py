@@ -204,11 +204,20 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
             f"ranks here; use spread",
             LayoutError,
         )
-    if parallel.encoder_placement is EncoderPlacement.INLINE and parallel.encoder_chunk_views:
+    for name in ("encoder_chunk_views", "encoder_memory_gib"):
+        bound = getattr(parallel, name)
+        if parallel.encoder_placement is EncoderPlacement.INLINE and bound:
+            yield _problem(
+                f"parallel.{name} parallel.encoder_placement",
+                f"{bound:g} bounds nothing under inline, which keeps the activations of all views of "
+                f"a micro-batch for the schedule's own backward; set 0, or use spread",
+                LayoutError,
+            )
+    if parallel.encoder_chunk_views and parallel.encoder_memory_gib:
         yield _problem(
-            "parallel.encoder_chunk_views parallel.encoder_placement",
-            f"{parallel.encoder_chunk_views} bounds nothing under inline, which keeps the activations of all views of "
-            f"a micro-batch for the schedule's own backward; set 0, or use spread",
+            "parallel.encoder_memory_gib parallel.encoder_chunk_views",
+            f"{parallel.encoder_memory_gib:g} GiB and {parallel.encoder_chunk_views} views both bound the tower's "
+            f"activations; set one of them to 0",
             LayoutError,
         )
     yield from _sequence_split(recipe.train.seq_length, parallel)
@@ -266,18 +275,13 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             f"{train.seq_length} tokens cannot hold one image of {tokens} visual tokens "
             f"({vision.image_size} / {vision.patch_size} squared) and any text",
         )
-    if train.batching is Batching.PACKED:
-        for path, value in (
-            ("train.micro_batch_size", train.micro_batch_size),
-            ("parallel.context", recipe.parallel.context),
-        ):
-            if value > 1:
-                yield _problem(
-                    f"{path} train.batching",
-                    f"{value} with train.batching=packed, where a row is a micro-batch and is not split over context "
-                    f"ranks; set {path}=1, or train.batching=padded",
-                    LayoutError,
-                )
+    if train.batching is Batching.PACKED and train.micro_batch_size > 1:
+        yield _problem(
+            "train.micro_batch_size train.batching",
+            f"{train.micro_batch_size} with train.batching=packed, where a row is a micro-batch; set "
+            f"train.micro_batch_size=1, or train.batching=padded",
+            LayoutError,
+        )
     if not train.trainable or len(set(train.trainable)) < len(train.trainable):
         yield _problem(
             "train.trainable",

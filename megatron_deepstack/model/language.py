@@ -143,7 +143,7 @@ class LanguageChunk(LanguageModule):
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
         rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)
         if packs is not None and not self.rotates_packs:
-            rotary, packs = restarted(rotary, packs.ends), packs.as_one_row()
+            rotary, packs = restarted(rotary, packs.ends, self.pg_collection.cp), packs.as_one_row()
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=None,

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.planning.budget.encoder_views import views_at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,16 @@ class Engine:
     def wrapped(self) -> list[DistributedDataParallel]:
         """Everything with gradient buffers."""
         return [*self.decoder_ddp, *([] if self.encoder_ddp is None else [self.encoder_ddp])]
+
+    @property
+    def encoder_chunk_views(self) -> int:
+        """Views whose activations of a trained tower are kept at a time; 0 for no bound."""
+        return views_at_once(
+            self.parallel,
+            self.model_config.vision,
+            self.model.encoder.config.params_dtype.itemsize,
+            fused=self.model.speed.activation_fusion,
+        )
 
     def gather_parameters(self) -> None:
         """Make every rank's parameters whole after an update. Collective over dp x cp.

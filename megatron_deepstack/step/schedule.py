@@ -111,9 +111,14 @@ class _MicroBatch:
 
 def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
-    positions = zigzag(plan.seq_length, cp_ranks, cp_rank).numpy()
+    ends = plan.segments or ((plan.seq_length,),) * plan.num_micro_batches
+    positions = [zigzag(one, cp_ranks, cp_rank) for one in ends]
     bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
-    host = [np.stack(plan.tokens)[..., positions], np.stack(plan.labels)[..., positions], *bounds]
+    tokens, labels = (
+        np.stack([whole[..., own] for whole, own in zip(all_of_them, positions, strict=True)])
+        for all_of_them in (plan.tokens, plan.labels)
+    )
+    host = [tokens, labels, *bounds]
     tokens_MBS, labels_MBS, *bounds_M = upload_all(host)
     targets_MBS = labels_MBS != IGNORE_INDEX
     known_MBS = labels_MBS.clamp(min=0)

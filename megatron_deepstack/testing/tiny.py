@@ -22,7 +22,8 @@ from megatron_deepstack.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from megatron_deepstack.planning.batch.packing import filler, merge, pack
+from megatron_deepstack.config.sizes import sample_multiple
+from megatron_deepstack.planning.batch.packing import filler, merge, pack, padded_sample_length
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
@@ -173,10 +174,11 @@ def tiny_rows(
         return planned, images
     flat = [one for batch in planned for one in batch]
     flat_images = [one for batch in images for one in batch]
-    packs = pack([one.sequence.length for one in flat], train.seq_length)
+    least = sample_multiple(recipe.parallel)
+    packs = pack([padded_sample_length(one.sequence.length, least) for one in flat], train.seq_length)
     multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
     fillers = -len(packs) % multiple
-    rows = [merge([flat[i] for i in indices]) for indices in packs] + [filler()] * fillers
+    rows = [merge([flat[i] for i in indices], least) for indices in packs] + [filler(least)] * fillers
     row_images = [tuple(image for i in indices for image in flat_images[i]) for indices in packs] + [()] * fillers
     return [[row] for row in rows], [[one] for one in row_images]
 

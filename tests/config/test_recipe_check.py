@@ -45,6 +45,10 @@ def test_each_range_is_checked(found, path):
 
 
 RULES = {
+    "two bounds of the tower": (
+        {"parallel.encoder_chunk_views": 4, "parallel.encoder_memory_gib": 2.5},
+        "parallel.encoder_memory_gib: 2.5 GiB and 4 views both bound the tower's activations; set one of them to 0",
+    ),
     "overlap of one chunk": (
         {"speed.overlap_p2p": "always"},
         "speed.overlap_p2p: always is impossible here: a stage has one chunk (parallel.virtual_pipeline is 1); use",

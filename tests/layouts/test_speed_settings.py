@@ -65,7 +65,6 @@ def test_float32_results_are_the_same(
     expected: Trial = ranks(num_ranks).run(run_uncompiled, plain)[0]
     actual: Trial = ranks(num_ranks).run(run_uncompiled, changed)[0]
     error, name = worst(actual.parameters, expected.parameters)
-    print("XX", max(abs(a - b) / b for a, b in zip(actual.losses, expected.losses)), error)
     assert actual.losses == pytest.approx(expected.losses, rel=1e-6)
     assert error <= 1e-4, f"parameter {name} after three steps"
 
@@ -86,9 +85,4 @@ def test_bf16_results_differ_by_rounding(
     changed = replace(plain, speed=replace(plain.speed, **speed))
     expected: Trial = ranks(num_ranks).run(run_uncompiled, plain)[0]
     actual: Trial = ranks(num_ranks).run(run_uncompiled, changed)[0]
-    print(
-        "XX",
-        max(abs(a - b) / b for a, b in zip(actual.losses, expected.losses)),
-        [abs(a - b) / b for a, b in zip(actual.gradient_norms, expected.gradient_norms)],
-    )
     assert actual.losses == pytest.approx(expected.losses, rel=1e-2)

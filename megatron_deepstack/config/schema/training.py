@@ -45,6 +45,9 @@ class ParallelConfig:
     encoder_chunk_views: Annotated[int, NOT_NEGATIVE, Unit("views")] = 0
     """Number of views whose ViT activations are kept at a time when the ViT is trained; the others are computed again
     in the backward pass. 0 keeps all."""
+    encoder_memory_gib: Annotated[float, NOT_NEGATIVE, Unit("GiB")] = 0.0
+    """Memory of each rank for ViT activations when the ViT is trained. It takes the place of `encoder_chunk_views`: as
+    many views are kept at a time as fit into it. 0 sets no bound."""
     distributed_optimizer: bool = False
     """Split the optimizer's states over data-parallel ranks (ZeRO-1), instead of a copy on each of them."""
     overlap_grad_reduce: bool = True

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Batching, Unreadable
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.order.mixture import Mixture, Samples
 from megatron_deepstack.data.order.sampler import Indices, share_of_replica
@@ -24,7 +25,7 @@ from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
-from megatron_deepstack.planning.batch.packing import filler, merge, pack
+from megatron_deepstack.planning.batch.packing import filler, merge, pack, padded_sample_length
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
 from megatron_deepstack.planning.exchange.routes import EncodeUnit, PlannedSample
@@ -210,11 +211,13 @@ class StepReader:
 
     def _pack(self, samples: list[_Row]) -> list[list[_Row]]:
         """Packed rows, each a micro-batch of its own; fillers complete the number that interleaving needs."""
-        packs = pack([one.planned.sequence.length for one in samples], self.train.seq_length)
-        rows = [_merge([samples[i] for i in indices]) for indices in packs]
+        least = sample_multiple(self.parallel)
+        lengths = [padded_sample_length(one.planned.sequence.length, least) for one in samples]
+        packs = pack(lengths, self.train.seq_length)
+        rows = [_merge([samples[i] for i in indices], least) for indices in packs]
         multiple = self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
         wanted = -(-len(rows) // multiple) * multiple
-        return [[row] for row in (*rows, *[_Row(filler())] * (wanted - len(rows)))]
+        return [[row] for row in (*rows, *[_Row(filler(least))] * (wanted - len(rows)))]
 
     def _pixels(
         self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit]
@@ -253,10 +256,10 @@ class StepReader:
         return tuple(found.values())
 
 
-def _merge(samples: Sequence[_Row]) -> _Row:
-    """Join samples into one packed row."""
+def _merge(samples: Sequence[_Row], multiple: int) -> _Row:
+    """Join samples into one packed row, each padded to a multiple of tokens."""
     return _Row(
-        planned=merge([one.planned for one in samples]),
+        planned=merge([one.planned for one in samples], multiple),
         images=tuple(image for one in samples for image in one.images),
         members=tuple(index for one in samples for index in one.members),
         image_members=tuple(member for member, one in enumerate(samples) for _ in one.images),

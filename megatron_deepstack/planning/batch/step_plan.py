@@ -74,19 +74,22 @@ def plan_step(
         The plan of this rank.
     """
     seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel, precision)
+    segments = tuple(_segments(batch, seq_length) for batch in micro_batches) if packed else None
     return StepPlan(
         seq_length=seq_length,
         tokens=tuple(_pad([s.sequence.tokens for s in batch], seq_length, 0) for batch in micro_batches),
         labels=tuple(_pad([s.sequence.labels for s in batch], seq_length, IGNORE_INDEX) for batch in micro_batches),
-        segments=tuple(_segments(batch, seq_length) for batch in micro_batches) if packed else None,
-        routes=plan_routes(model, parallel, micro_batches, seq_length, replica_rank),
+        segments=segments,
+        routes=plan_routes(model, parallel, micro_batches, seq_length, replica_rank, segments),
         lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
     )
 
 
 def _lengths(sample: PlannedSample) -> tuple[int, ...]:
-    """Return the number of tokens of each sample in a pack."""
-    return tuple(end - begin for begin, end in pairwise((0, *sample.sequence.ends)))
+    """Return the number of tokens of each sample in a pack, without padding."""
+    ends = sample.sequence.ends
+    padding = sample.sequence.padding or (0,) * len(ends)
+    return tuple(end - begin - more for (begin, end), more in zip(pairwise((0, *ends)), padding, strict=True))
 
 
 def _segments(batch: Sequence[PlannedSample], seq_length: int) -> tuple[int, ...]:

@@ -113,6 +113,7 @@ def plan_routes(
     micro_batches: Sequence[Sequence[PlannedSample]],
     seq_length: int,
     rank: int,
+    segments: Sequence[tuple[int, ...]] | None = None,
 ) -> RankRoutes:
     """Plan one rank's side of the exchange of a step.
 
@@ -126,11 +127,17 @@ def plan_routes(
         micro_batches: The replica's samples, the same on all of its ranks; all micro-batches have the same size.
         seq_length: S, the padded length of all samples, a multiple of `sequence_multiple(parallel)`.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
+        segments: For each micro-batch the ends of the pack's samples, padding included, which context parallelism
+            splits one by one; None without packs.
 
     Returns:
         The rank's side. The function is pure, so the sides of all ranks fit together.
     """
-    place, view_tokens = _place(parallel, seq_length, rank), tokens_per_view(model.vision)
+    whole = SequenceShards.of(parallel, seq_length)
+    shards = [whole] * len(micro_batches)
+    if segments is not None and parallel.context > 1:
+        shards = [SequenceShards.of(parallel, seq_length, ends) for ends in segments]
+    place, view_tokens = _place(parallel, whole, shards, rank), tokens_per_view(model.vision)
     images = _images(model, micro_batches)
     num_units = images[-1].stop_unit if images else 0
     bounds = np.array([num_units * k // place.num_ranks for k in range(place.num_ranks + 1)])
@@ -166,7 +173,9 @@ def plan_routes(
     )
 
 
-def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace:
+def _place(
+    parallel: ParallelConfig, whole: SequenceShards, shards: Sequence[SequenceShards], rank: int
+) -> ReplicaPlace:
     rest, tp = divmod(rank, parallel.tensor)
     pp, cp = divmod(rest, parallel.context)
     return ReplicaPlace(
@@ -176,7 +185,9 @@ def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace
         cp=cp,
         pp=pp,
         tensor=parallel.tensor,
-        shards=SequenceShards.of(parallel, seq_length),
+        num_shards=whole.context * whole.tp_shards,
+        tp_shards=whole.tp_shards,
+        shards=tuple(shards),
         inline=parallel.encoder_placement is EncoderPlacement.INLINE,
         returns=parallel.sequence_parallel or tp == 0,
     )
