@@ -40,13 +40,22 @@ def ray_session(
 ) -> Iterator[bool]:
     """A running Ray: the one this process already uses, the cluster at `address`, or one started here on loopback.
 
-    Yields whether it was started here, with `environment` in all its processes; elsewhere a task has to ask for it by
-    a runtime environment, which takes 3 s to begin with. Ray is shut down at the end if it was started or joined
-    here.
-    A Ray started here has `workers` CPUs, and `gpus` GPUs (all of the machine's if None).
-    Its sockets and logs lie in a folder of this machine that is removed at the end; see `ray_folder`.
-    Without an `address` the environment's RAY_ADDRESS counts, which `ray job submit` sets. Raises ConfigError if no
-    cluster answers there, ClusterError if one does not let us in, or if Ray does not start here.
+    A Ray that was started or joined here is shut down at the end. The sockets and logs of one that was started here lie
+    in a folder of this machine that is removed at the end; see `ray_folder`.
+
+    Args:
+        workers: CPUs of a Ray that is started here; all of the machine's if None.
+        address: An existing cluster. If None, RAY_ADDRESS of the environment counts, which `ray job submit` sets.
+        environment: Variables for all processes of a Ray that is started here. Elsewhere a task has to ask for them by
+            a runtime environment, which takes 3 s to begin with.
+        gpus: GPUs of a Ray that is started here; all of the machine's if None.
+
+    Yields:
+        Whether Ray was started here, with `environment` in all its processes.
+
+    Raises:
+        ConfigError: No cluster answers at `address`.
+        ClusterError: The cluster refuses this process, or Ray does not start here.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     ray = import_ray(address)

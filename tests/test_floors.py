@@ -165,12 +165,18 @@ def test_every_module_says_what_it_is(file: Path) -> None:
 
 SECTIONED = (
     "megatron_deepstack/config/",
+    "megatron_deepstack/data/images/",
+    "megatron_deepstack/data/records/",
+    "megatron_deepstack/demo/",
     "megatron_deepstack/errors.py",
     "megatron_deepstack/parallel/",
     "megatron_deepstack/planning/",
     "megatron_deepstack/platform/",
+    "megatron_deepstack/report/",
     "megatron_deepstack/routing/",
     "megatron_deepstack/run_folder/",
+    "megatron_deepstack/storekeeping/",
+    "orchestration/",
 )
 """Folders and files whose docstrings teach: those of packages, and those of functions with several parameters."""
 TAUGHT = [file for file in FILES if by_name(file).startswith(SECTIONED)]

@@ -170,11 +170,12 @@ class Bench:
         """
         import torch.distributed as dist
 
+        from megatron_deepstack.model.vision.views import Views
         from megatron_deepstack.step.encode import EncoderPass
 
         engine, plan = self.engines[EncoderPlacement.SPREAD], self.plans[EncoderPlacement.SPREAD]
         (chunk,), tokens = engine.model.chunks, torch.from_numpy(plan.tokens[0])
-        hidden = torch.randn(plan.seq_length, 1, LANGUAGE.hidden_size, requires_grad=True)
+        hidden = torch.randn(plan.seq_lengths[0], 1, LANGUAGE.hidden_size, requires_grad=True)
         pixels = torch.randint(0, 256, (VIEWS, VISION.image_size, VISION.image_size, 3), dtype=torch.uint8)
         chunk.set_input_tensor(hidden)
         dist.barrier()
@@ -183,7 +184,7 @@ class Bench:
         clock.append(time.perf_counter())
         torch.autograd.backward(output, torch.ones_like(output))
         clock.append(time.perf_counter())
-        encoded = EncoderPass(engine.model.encoder, pixels)
+        encoded = EncoderPass(engine.model.encoder, Views(pixels))
         clock.append(time.perf_counter())
         encoded.backward(torch.ones_like(encoded.rows))
         clock.append(time.perf_counter())

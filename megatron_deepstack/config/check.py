@@ -19,6 +19,7 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.fields import leaves
+from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
@@ -174,6 +175,16 @@ def _stacks(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _native(recipe: Recipe) -> Iterator[Problem]:
+    yield from native_problems(recipe.model)
+    if recipe.model.variant.traits.is_native:
+        yield _problem(
+            "model.variant",
+            f"{recipe.model.variant} has views of any size, which no store holds yet; "
+            "`check-parity` compares such models with transformers",
+        )
+
+
 def _layout(recipe: Recipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     for name, size in _split_by_tensor(recipe.model.language).items():
@@ -213,6 +224,13 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
                 f"a micro-batch for the schedule's own backward; set 0, or use spread",
                 LayoutError,
             )
+    if parallel.encoder_memory_gib and recipe.model.variant.traits.is_native:
+        yield _problem(
+            "parallel.encoder_memory_gib model.variant",
+            f"{parallel.encoder_memory_gib:g} GiB cannot be turned into a number of views, whose sizes differ under "
+            f"{recipe.model.variant}; set 0, or parallel.encoder_chunk_views",
+            LayoutError,
+        )
     if parallel.encoder_chunk_views and parallel.encoder_memory_gib:
         yield _problem(
             "parallel.encoder_memory_gib parallel.encoder_chunk_views",
@@ -268,7 +286,8 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.global_batch_size train.micro_batch_size",
             f"{train.global_batch_size} is not a multiple of train.micro_batch_size {train.micro_batch_size}",
         )
-    tokens = tokens_per_view(vision) if vision.patch_size else 0
+    native = recipe.model.variant.traits.is_native
+    tokens = tokens_per_view(vision) if vision.patch_size and not native else 0
     if tokens >= train.seq_length:
         yield _problem(
             "train.seq_length model.vision.image_size model.vision.patch_size",
@@ -320,7 +339,9 @@ def _stores(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _speed(recipe: Recipe) -> Iterator[Problem]:
-    for paths, text in speed_rules.violations(recipe.speed, recipe.parallel, recipe.train.precision, recipe.lora):
+    for paths, text in speed_rules.violations(
+        recipe.speed, recipe.model.language, recipe.parallel, recipe.train.precision, recipe.lora
+    ):
         yield _problem(paths, text)
     if recipe.parallel.recompute is Recompute.SELECTIVE and not recipe.parallel.recompute_modules:
         yield _problem(
@@ -329,4 +350,4 @@ def _speed(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-_RULES = (_vision, _language, _stacks, _layout, _speed, _training, _stores)
+_RULES = (_vision, _language, _stacks, _native, _layout, _speed, _training, _stores)

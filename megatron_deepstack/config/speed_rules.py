@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_deepstack.config.choices import GradientDtype, Precision, Switch
-from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, SpeedConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, SpeedConfig
 
 FUSIONS = (
     "activation_fusion",
@@ -26,10 +26,13 @@ def switch_of(speed: SpeedConfig, name: str) -> Switch:
     return speed.fusions if switch is Switch.AUTO and name in FUSIONS else switch
 
 
-def obstacles(parallel: ParallelConfig, precision: Precision, lora: LoraConfig) -> dict[str, tuple[str, str]]:
+def obstacles(
+    language: LanguageConfig, parallel: ParallelConfig, precision: Precision, lora: LoraConfig
+) -> dict[str, tuple[str, str]]:
     """List what a recipe makes impossible.
 
     Args:
+        language: The decoder.
         parallel: The layout.
         precision: Dtype of parameters and activations.
         lora: Adapters of the decoder.
@@ -38,6 +41,9 @@ def obstacles(parallel: ParallelConfig, precision: Precision, lora: LoraConfig) 
         By setting, the path of the field that stands against it, and why, as a clause.
     """
     found = {}
+    if language.mrope_section is not None:
+        reason = "the kernel takes one position for a token, and this decoder has three"
+        found["rope_fusion"] = "model.language.mrope_section", reason
     if lora.rank:
         found["gradient_accumulation_fusion"] = "lora.rank", "LoRA freezes the decoder's matrices"
     if precision is Precision.FP32:
@@ -54,12 +60,13 @@ def obstacles(parallel: ParallelConfig, precision: Precision, lora: LoraConfig) 
 
 
 def violations(
-    speed: SpeedConfig, parallel: ParallelConfig, precision: Precision, lora: LoraConfig
+    speed: SpeedConfig, language: LanguageConfig, parallel: ParallelConfig, precision: Precision, lora: LoraConfig
 ) -> Iterator[tuple[str, str]]:
     """Yield what a recipe demands and makes impossible.
 
     Args:
         speed: The section.
+        language: The decoder.
         parallel: The layout.
         precision: Dtype of parameters and activations.
         lora: Adapters of the decoder.
@@ -67,7 +74,7 @@ def violations(
     Yields:
         The paths of the fields that do not fit, and what is wrong in words.
     """
-    for name, (path, reason) in obstacles(parallel, precision, lora).items():
+    for name, (path, reason) in obstacles(language, parallel, precision, lora).items():
         if switch_of(speed, name) is Switch.ALWAYS:
             yield f"speed.{name} {path}", f"always is impossible here: {reason}; use auto"
     if speed.gradient_dtype is GradientDtype.BF16 and precision is Precision.FP32:

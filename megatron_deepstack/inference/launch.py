@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ def generate(
     first = limit if limit is not None and limit < len(opened) else None
     file = answers_file(recipe.run_dir, path, held_out=held_out, first=first)
     require_writable_answers(file)
+    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))  # a step is one token wide
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline
     asked, ranks = first or len(opened), "1 process" if num_ranks == 1 else f"{num_ranks} processes"

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_deepstack.checkpoint.content.identity import model_identity, require_same
@@ -22,7 +23,7 @@ from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, ConfigError
-from megatron_deepstack.inference.generate import generate_answers
+from megatron_deepstack.inference.generate import Method, Writing, generate_answers
 from megatron_deepstack.inference.questions import Question, read_question
 from megatron_deepstack.model.build import build_model
 from megatron_deepstack.parallel.groups import Groups, create_groups
@@ -73,6 +74,7 @@ def answer_questions(
     store_path: str,
     limit: int | None,
     max_new_tokens: int,
+    method: Method = Method.CACHED,
 ) -> list[Answer]:
     """Answer the questions of an open store. Collective over the replica.
 
@@ -84,6 +86,7 @@ def answer_questions(
         store_path: Folder or URL of the store, which is recorded with each answer.
         limit: Most questions to answer, from the first one; None for all.
         max_new_tokens: Longest answer in tokens.
+        method: How tokens are computed; the text is the same.
 
     Returns:
         The answers, in the store's order, on every rank.
@@ -97,10 +100,11 @@ def answer_questions(
             group = questions[first : first + MICRO_BATCH_SIZE * recipe.parallel.pipeline]
             batches = _micro_batches(group, recipe.parallel)
 
-            def share(done: float, first: int = first, size: int = len(group)) -> None:
-                progress.at(first + size * done)
+            def told(number: int, _: np.ndarray, first: int = first, size: int = len(group)) -> None:
+                progress.at(first + size * number / max_new_tokens)
 
-            answered = generate_answers(engine, store, batches, stops, max_new_tokens, share)
+            writing = Writing(max_new_tokens=max_new_tokens, stop_ids=stops, method=method, told=told)
+            answered = generate_answers(engine, store, batches, writing)
             tokens += [row for batch in answered for row in batch][: len(group)]
             progress.at(len(tokens))
     return [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]

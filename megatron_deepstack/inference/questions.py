@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -14,21 +16,44 @@ from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.planning.exchange.rows import context_length
+from megatron_deepstack.planning.views import ImageShape
+
+
+class Picture(Protocol):
+    """What a plan needs to know about an image."""
+
+    @property
+    def grid(self) -> ImageShape:
+        """Crops across and down, or the patches of the one view."""
+
+
+class Views(Protocol):
+    """Where the views of questions' images come from: a store, or pictures that were processed just now."""
+
+    @property
+    def crop_size(self) -> int:
+        """Side S of a view in pixels."""
+
+    def image(self, index: int) -> Picture:
+        """The image of that number."""
+
+    def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
+        """uint8 (number of views, S, S, 3), in the order of `views`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question of a store."""
+    """One question with its images."""
 
     index: int
-    """Sample index in the store."""
+    """Its number: the sample's index in a store, or the place among the questions that were asked."""
     id: str
     text: str
     expected: str
     prompt: np.ndarray
     """int32 (T,) tokens up to the answer, with one IMAGE_TOKEN_ID per image."""
     images: tuple[int, ...]
-    """Numbers of its images in the store."""
+    """Numbers of its images in the source of views."""
 
 
 def read_question(store: Store, index: int, tokenizer: Tokenizer) -> Question:
@@ -60,19 +85,19 @@ def read_question(store: Store, index: int, tokenizer: Tokenizer) -> Question:
     )
 
 
-def plan_question(question: Question, store: Store, model: ModelConfig, max_new_tokens: int) -> PlannedSample:
+def plan_question(question: Question, views: Views, model: ModelConfig, max_new_tokens: int) -> PlannedSample:
     """The prompt with its images expanded, and with space for the answer after it.
 
     Args:
         question: The question.
-        store: The store that holds its images.
+        views: The source of its images.
         model: Determines how many tokens an image takes.
-        max_new_tokens: Positions for the answer.
+        max_new_tokens: Positions for the answer; 0 for the prompt alone.
 
     Returns:
         The planned sample.
     """
-    grids = tuple(store.image(image).grid for image in question.images)
+    grids = tuple(views.image(image).grid for image in question.images)
     room = np.zeros(max_new_tokens, np.int64)
     sequence = expand(
         question.id,

@@ -73,6 +73,7 @@ def build_model(
     decided = decide_speed(
         speed,
         capabilities(),
+        language=model.language,
         parallel=parallel,
         precision=precision,
         layers=model.layers,

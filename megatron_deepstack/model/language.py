@@ -17,6 +17,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -24,9 +25,11 @@ from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
+from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.model.layers.megatron_config import without_gradient_accumulation
-from megatron_deepstack.model.layers.rotary import build_rotary, restarted
+from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
+from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
 VOCABULARY_MULTIPLE = 128
@@ -126,7 +129,8 @@ class LanguageChunk(LanguageModule):
         tokens_BS: torch.Tensor,
         labels_BS: torch.Tensor | None,
         visual: VisualInputs = NO_VISUAL_INPUTS,
-        packs: Packs | None = None,
+        packs: Packs | CachedStep | None = None,
+        positions_3BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One micro-batch through the chunk. Collective over tp and cp.
 
@@ -134,16 +138,15 @@ class LanguageChunk(LanguageModule):
             tokens_BS: int64, this rank's cp shard in zigzag order.
             labels_BS: int64, likewise; ignored labels may hold any id that is not negative. None asks for logits.
             visual: Rows that this chunk adds.
-            packs: Where the samples of a packed row (B = 1) end.
+            packs: Where the samples of a packed row (B = 1) end; or the step of a generation with a key/value cache.
+            positions_3BS: int64 positions in time, line and column of this rank's shard, for a decoder that has them.
 
         Returns:
             Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
-            logits (S, B, V / tp).
+            logits (S, B, V / tp), of which a step with a cache gives only those it wants: (1, B, V / tp).
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
-        rotary = self.rotary(tokens_BS.shape[1] * self.config.context_parallel_size, packed_seq=packs is not None)
-        if packs is not None and not self.rotates_packs:
-            rotary, packs = restarted(rotary, packs.ends, self.pg_collection.cp), packs.as_one_row()
+        rotary, packs = self._angles(tokens_BS.shape[1] * self.config.context_parallel_size, packs, positions_3BS)
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=None,
@@ -154,8 +157,27 @@ class LanguageChunk(LanguageModule):
         )
         if not self.post_process:
             return hidden_SBH
+        if isinstance(packs, CachedStep):
+            return self._wanted_logits(hidden_SBH, packs)
         logits_SBV = self._logits(hidden_SBH)
         return logits_SBV if labels_BS is None else self.compute_language_model_loss(labels_BS, logits_SBV)
+
+    def _angles(
+        self, length: int, packs: Packs | CachedStep | None, positions_3BS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Packs | CachedStep | None]:
+        """By what queries and keys of `length` tokens (over cp) are rotated, and what the layers get of `packs`."""
+        if isinstance(self.rotary, AxialRotary):
+            assert positions_3BS is not None, "the decoder has positions on three axes, and the step has none"
+            one_row = isinstance(packs, Packs) and not self.rotates_packs
+            return self.rotary(positions_3BS), packs.as_one_row() if isinstance(packs, Packs) and one_row else packs
+        if isinstance(packs, CachedStep):
+            assert packs.cache is not None
+            assert packs.positions is not None
+            return angles_at(self.rotary, packs.positions, packs.cache.capacity), packs
+        rotary = self.rotary(length, packed_seq=packs is not None)
+        if packs is not None and not self.rotates_packs:
+            return restarted(rotary, packs.ends, self.pg_collection.cp), packs.as_one_row()
+        return rotary, packs
 
     def _embed(self, tokens_BS: torch.Tensor, visual: VisualInputs) -> torch.Tensor:
         hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
@@ -170,6 +192,23 @@ class LanguageChunk(LanguageModule):
         """Logits with the vocabulary's padding out of reach: a padded column must not take part in the softmax."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight)
+        return self._without_padding(logits_SBV)
+
+    def _wanted_logits(self, hidden_SBH: torch.Tensor, step: CachedStep) -> torch.Tensor:
+        """(1, B, V / tp): of one token of each sequence. Collective over tp and cp where they share the sequence."""
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=self.tp_group)
+        if self.config.context_parallel_size > 1:
+            hidden_SBH = gather_sequence(hidden_SBH, self.cp_group)
+        rows = torch.arange(hidden_SBH.shape[1], device=hidden_SBH.device)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return self._without_padding(torch.nn.functional.linear(hidden_SBH[step.wanted, rows], weight)[None])
+
+    def _without_padding(self, logits_SBV: torch.Tensor) -> torch.Tensor:
         width = logits_SBV.shape[-1]
         first_padded = max(self.vocab_size - self.tp_group.rank() * width, 0)
         if first_padded < width:

@@ -27,7 +27,15 @@ PARTS = {
 
 
 def median(metrics: Metrics, name: str) -> float | None:
-    """The median of a recorded quantity; None if it was never recorded."""
+    """The median of a recorded quantity.
+
+    Args:
+        metrics: The metrics of a run.
+        name: Name of the quantity in `metrics.jsonl`.
+
+    Returns:
+        The median over the steps in the quantity's own unit, or None if it was never recorded.
+    """
     values = [value for _, value in metrics.series(name)]
     return statistics.median(values) if values else None
 
@@ -50,7 +58,15 @@ def seconds_by_part(metrics: Metrics) -> dict[str, list[Point]]:
 
 
 def speed_section(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
-    """Tokens per second, model FLOP/s or their share of the peak, and time by part."""
+    """Tokens per second, model FLOP/s or their share of the peak, and time by part.
+
+    Args:
+        metrics: The metrics of a run.
+        charts: What draws the charts of the page.
+
+    Yields:
+        A heading and a chart for each quantity that was recorded.
+    """
     tokens = metrics.series("tokens_per_second")
     yield element("h3", "tokens per second")
     line = Line(running_mean(tokens), "#0072b2", "tokens/s", faint=tokens)
@@ -67,10 +83,26 @@ def speed_section(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
         yield element("h3", f"model {unit} a rank")
         line = Line(running_mean(points), "#009e73", unit, faint=points)
         yield charts.lines([line], title=f"Model {unit} a rank by step")
+    yield from _waste(metrics, charts)
     if parts := seconds_by_part(metrics):
         yield element("h3", "seconds of a step, by part, on rank 0")
         areas = [(_with_share(name, parts), PARTS[name], running_mean(points)) for name, points in parts.items()]
         yield charts.areas(areas, title="Seconds of each step by part")
+
+
+def _waste(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
+    """Padding and the replicas' imbalance, if any was recorded."""
+    lines = []
+    for name, colour, label in (
+        ("padding", "#cc79a7", "padding, %"),
+        ("imbalance", "#e69f00", "busiest replica above the mean, %"),
+    ):
+        points = [(step, 100 * value) for step, value in metrics.series(name)]
+        if any(value for _, value in points):
+            lines.append(Line(running_mean(points), colour, label, faint=points))
+    if lines:
+        yield element("h3", "padding, and work of the busiest replica above the mean, percent")
+        yield charts.lines(lines, title="Padding and imbalance by step")
 
 
 def _with_share(name: str, parts: dict[str, list[Point]]) -> str:

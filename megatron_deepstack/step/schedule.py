@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.model.language import LanguageChunk, VisualInputs
 from megatron_deepstack.model.layers.attention import Packs
+from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.parallel.context import zigzag
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
@@ -62,6 +63,7 @@ def run_schedule(
     stage returns logits instead of losses. Forwards and backwards are recorded in `timeline`, if there is one.
     """
     config.finalize_model_grads_func = _leave_to_train_step
+    config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states
     config.no_sync_func = None if forward_only else _no_sync(chunks)
     batches = _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits)
     data = [iter(batches) for _ in range(len(chunks))]
@@ -70,7 +72,7 @@ def run_schedule(
         data_iterator=data if len(chunks) > 1 else data[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=plan.num_micro_batches,
-        seq_length=plan.seq_length,
+        seq_length=plan.seq_lengths[0],
         micro_batch_size=plan.micro_batch_size,
         forward_only=forward_only,
         collect_non_loss_data=keep_logits,
@@ -80,6 +82,58 @@ def run_schedule(
     return ScheduleResult(
         num_tokens=_sum([count for _, count in outputs]), losses=[total for total, _ in outputs], logits=[]
     )
+
+
+def run_cached_step(
+    config: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    tokens: Sequence[np.ndarray],
+    steps: Sequence[CachedStep],
+    visual: VisualOf,
+    *,
+    cp_rank: int,
+) -> list[torch.Tensor]:
+    """Run some tokens of all micro-batches forward, after those that are in the caches. Collective over pp, tp and cp.
+
+    Args:
+        config: The decoder's.
+        chunks: This rank's chunks.
+        tokens: Per micro-batch int64 (B, W), the whole step's; all of one shape.
+        steps: Per micro-batch where these tokens are. The caches take their keys and values.
+        visual: Asked once per forward for the rows that a chunk adds.
+        cp_rank: This rank's index on the context-parallel axis.
+
+    Returns:
+        On the last stage, per micro-batch the wanted logits (B, V / tp); elsewhere nothing.
+    """
+    config.no_sync_func = None
+    width = int(tokens[0].shape[1])
+    positions = zigzag((width,), config.context_parallel_size, cp_rank)
+    (tokens_MBS,) = upload_all([np.stack(tokens)[..., positions]])
+    batches = [
+        _MicroBatch(
+            number=number,
+            tokens=tokens_MBS[number],
+            labels=None,
+            targets=tokens_MBS[number],
+            packs=step,
+            positions=None,
+        )
+        for number, step in enumerate(steps)
+    ]
+    data = [iter(batches) for _ in range(len(chunks))]
+    with torch.no_grad():
+        outputs: list[torch.Tensor] = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, visual, None),
+            data_iterator=data if len(chunks) > 1 else data[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=width,
+            micro_batch_size=int(tokens[0].shape[0]),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return [logits_B1V[:, 0] for logits_B1V in outputs]
 
 
 def _sum(counts: list[torch.Tensor]) -> torch.Tensor:
@@ -106,31 +160,32 @@ class _MicroBatch:
     tokens: torch.Tensor
     labels: torch.Tensor | None
     targets: torch.Tensor
-    packs: Packs | None
+    packs: Packs | CachedStep | None
+    positions: torch.Tensor | None
 
 
 def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
-    ends = plan.segments or ((plan.seq_length,),) * plan.num_micro_batches
-    positions = [zigzag(one, cp_ranks, cp_rank) for one in ends]
-    bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
-    tokens, labels = (
-        np.stack([whole[..., own] for whole, own in zip(all_of_them, positions, strict=True)])
-        for all_of_them in (plan.tokens, plan.labels)
-    )
-    host = [tokens, labels, *bounds]
-    tokens_MBS, labels_MBS, *bounds_M = upload_all(host)
-    targets_MBS = labels_MBS != IGNORE_INDEX
-    known_MBS = labels_MBS.clamp(min=0)
+    ends = plan.segments or tuple((length,) for length in plan.seq_lengths)
+    own = [zigzag(one, cp_ranks, cp_rank) for one in ends]
+    bounds = [np.array((0, *one), np.int64) for one in plan.segments or ()]
+    axial = plan.positions or ()
+    kinds = [plan.tokens, plan.labels, *([axial] if axial else [])]
+    mine = [array[..., places] for arrays in kinds for array, places in zip(arrays, own, strict=True)]
+    uploaded = upload_all([*mine, *bounds])
+    count = plan.num_micro_batches
+    tokens_M, labels_M, more = uploaded[:count], uploaded[count : 2 * count], uploaded[2 * count :]
+    positions_M, bounds_M = more[: len(axial)], more[len(axial) :]
     return [
         _MicroBatch(
             number=number,
-            tokens=tokens_MBS[number],
-            labels=None if keep_logits else known_MBS[number],
-            targets=targets_MBS[number],
+            tokens=tokens_M[number],
+            labels=None if keep_logits else labels_M[number].clamp(min=0),
+            targets=labels_M[number] != IGNORE_INDEX,
             packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
+            positions=positions_M[number] if positions_M else None,
         )
-        for number in range(plan.num_micro_batches)
+        for number in range(count)
     ]
 
 
@@ -141,7 +196,7 @@ def _forward_step(
     vpp = _unwrap(model).chunk.vpp
     inputs = visual(batch.number, vpp)
     with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
-        output = model(batch.tokens, batch.labels, inputs, batch.packs)
+        output = model(batch.tokens, batch.labels, inputs, batch.packs, batch.positions)
     if timeline is not None:
         timeline.watch_backward(output, batch.number, vpp)
     return output, partial(_loss, batch.targets)

@@ -97,6 +97,31 @@ def visual_inputs(
     )
 
 
+def of_stretch(inputs: VisualInputs, micro_batch_size: int, first: int, stop: int) -> VisualInputs:
+    """What a chunk adds at some positions of whole sequences, in a forward pass of these positions alone.
+
+    Args:
+        inputs: What it adds at all positions; sequences are not split over ranks.
+        micro_batch_size: B.
+        first: First position.
+        stop: One past the last position.
+
+    Returns:
+        The rows of these positions, whose flat positions then count from `first`. In slots the other rows are zero.
+    """
+    begin, end = first * micro_batch_size, stop * micro_batch_size
+    base_rows, base_positions = inputs.base_rows, inputs.base_positions
+    if base_positions is not None and base_rows is not None:
+        there = (base_positions >= begin) & (base_positions < end)
+        base_rows, base_positions = base_rows[there], base_positions[there] - begin
+    slot_rows, slot_positions = inputs.slot_rows, inputs.slot_positions
+    if slot_positions is not None and slot_rows is not None:
+        elsewhere = (slot_positions < begin) | (slot_positions >= end)
+        slot_rows = slot_rows.masked_fill(elsewhere[..., None], 0)
+        slot_positions = (slot_positions - begin).masked_fill(elsewhere, 0)
+    return VisualInputs(base_rows, base_positions, slot_rows, slot_positions)
+
+
 def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`rows[index]` for an index of any shape on the same device: (..., H); differentiable."""
     return rows.index_select(0, index.reshape(-1)).view(*index.shape, rows.shape[1])

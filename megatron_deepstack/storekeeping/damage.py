@@ -28,7 +28,15 @@ class Damage:
 
 
 def rows(numbers: np.ndarray, noun: str) -> str:
-    """Numbers as a phrase, such as `samples 3, 7, 9, ... (120 in all)`."""
+    """Numbers as a phrase, such as `samples 3, 7, 9, ... (120 in all)`.
+
+    Args:
+        numbers: Integers (N,), at least one.
+        noun: What they number, in the singular.
+
+    Returns:
+        The phrase with the first few of them.
+    """
     listed = ", ".join(str(number) for number in numbers[:_LISTED].tolist())
     more = f", ... ({len(numbers)} in all)" if len(numbers) > _LISTED else ""
     return f"{noun}{'s' if len(numbers) > 1 else ''} {listed}{more}"

@@ -20,7 +20,7 @@ from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location, require_descriptors
 from megatron_deepstack.data.store.codec import CodecError, decompress
 from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PIXELS, shard_index_bytes, shard_path
+from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PIXELS, VERSION, shard_index_bytes
 from megatron_deepstack.data.store.shards import parse_index
 from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.storekeeping.damage import REMAKE, RESTORE, Damage, rows
@@ -116,7 +116,8 @@ def shard_faults(store: Store, part: int, images: np.ndarray) -> Iterator[Damage
     Yields:
         The faults.
     """
-    name, location = shard_path(part), store.location.child(shard_path(part))
+    name = store.pixels.shard_path(part)
+    location = store.location.child(name)
     length = shard_index_bytes(store.pixels)
     try:
         size = location.size()
@@ -167,7 +168,7 @@ def _extent_faults(name: str, index: np.ndarray, owners: np.ndarray, data_bytes:
 
 
 def _view_faults(store: Store, part: int, index: np.ndarray, owners: np.ndarray) -> Iterator[Damage]:
-    name, first = shard_path(part), part * store.pixels.slots_per_part
+    name, first = store.pixels.shard_path(part), part * store.pixels.slots_per_part
     sums = store.rows("images/crc32c")[first : first + store.pixels.slots_per_part]
     location = store.location.child(name)
     try:
@@ -194,7 +195,7 @@ def _unreadable(error: OSError) -> str:
 
 def _view_name(store: Store, row: int, image: int) -> str:
     view = row - int(store.rows("images/start")[image])
-    return f"view {view} of image {image} ({_path_of(store, image)!r})"
+    return f"{'view' if store.version == VERSION else 'block'} {view} of image {image} ({_path_of(store, image)!r})"
 
 
 def _path_of(store: Store, image: int) -> str:
@@ -209,21 +210,25 @@ def _chunk_fault(store: Store, chunk: bytes, size: int, written: int) -> str | N
         return f"is cut off after {len(chunk)} of {size} bytes"
     pixels: bytes | np.ndarray = chunk
     if store.pixels.compression is not Compression.NONE:
-        pixels = np.empty(store.pixels.view_bytes, np.uint8)
+        pixels = np.empty(store.pixels.slot_bytes, np.uint8)
         try:
             decompress(memoryview(chunk), pixels)
         except CodecError as error:
             return f"is damaged: {error}"
-    elif size != store.pixels.view_bytes:
-        return f"has {size} bytes, expected {store.pixels.view_bytes}"
+    elif size != store.pixels.slot_bytes:
+        return f"has {size} bytes, expected {store.pixels.slot_bytes}"
     found = google_crc32c.value(pixels)
     return None if found == written else f"is damaged: its crc32c is {found:08x}, {written:08x} was written"
 
 
 def _strange_shards(store: Store) -> list[Damage]:
     """Files among the shards that belong to no part of the array."""
-    known = {str(store.location.child(shard_path(part))) for part in range(store.pixels.num_parts)}
+    known = {str(store.location.child(store.pixels.shard_path(part))) for part in range(store.pixels.num_parts)}
     shards: Location = store.location.child(f"{PIXELS}/c")
-    strange = [found for found in map(str, shards.list("*/0/0/*")) if found not in known]
+    strange = [
+        found
+        for found in map(str, shards.list("*" + "/0" * (len(store.pixels.slot_shape) - 1) + "/*"))
+        if found not in known
+    ]
     advice = f"delete it if nothing is being written to the store now, else {REMAKE}"
     return [Damage(found, "is no shard of this store", advice) for found in strange]

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import GridRule
 from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.data.store.schema import ImageStatus
+from megatron_deepstack.data.store.schema import BLOCK_BYTES, MIXED_VERSION, ImageStatus
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import ViewLayout, candidate_grids, layout_views
 from megatron_deepstack.storekeeping.damage import REMAKE, Damage, rows
@@ -97,6 +97,9 @@ def _references(store: Store) -> Iterator[Damage]:
 
 
 def _images(store: Store) -> Iterator[Damage]:
+    if store.version == MIXED_VERSION:
+        yield from _sized_images(store)
+        return
     status, count, grid = (store.array(f"images/{name}") for name in ("status", "count", "grid"))
     unknown = np.flatnonzero(status > max(ImageStatus))
     if len(unknown):
@@ -116,6 +119,28 @@ def _images(store: Store) -> Iterator[Damage]:
     ghosts = np.flatnonzero(~stored & (count != 0))
     if len(ghosts):
         yield Damage("images/count", f"{rows(ghosts, 'image')}: quarantined, and yet with views", REMAKE)
+
+
+def _sized_images(store: Store) -> Iterator[Damage]:
+    """Images of one view of any size: its patches can be merged, and it has exactly the blocks that its pixels fill."""
+    status, count, frames = (store.array(f"images/{name}") for name in ("status", "count", "frames"))
+    grid, processor = store.array("images/grid_thw").astype(np.int64), store.attributes.processor
+    patch, merge = int(processor["patch_size"]), int(processor["merge_size"])
+    stored = status != ImageStatus.QUARANTINED
+    odd = (grid < 1).any(axis=1) | (grid[:, 1:] % merge != 0).any(axis=1)
+    for wrong, name, what in (
+        (status > max(ImageStatus), "status", f"not one of {[int(s) for s in ImageStatus]}"),
+        (stored & odd, "grid_thw", f"no grid of patches of which {merge} x {merge} become a token"),
+        (stored & ((frames < 1) | (frames > 2)), "frames", "one frame, or a pair of them, was expected"),
+        (~stored & (count != 0), "count", "quarantined, and yet with a view"),
+    ):
+        if wrong.any():
+            yield Damage(f"images/{name}", f"{rows(np.flatnonzero(wrong), 'image')}: {what}", REMAKE)
+    blocks = -(-frames.astype(np.int64) * grid[:, 1] * grid[:, 2] * patch * patch * 3 // BLOCK_BYTES)
+    wrong = np.flatnonzero(stored & ~odd & (count != blocks))
+    if len(wrong):
+        what = f"its view fills {blocks[wrong[0]]} blocks, found {count[wrong[0]]}"
+        yield Damage("images/count", f"{rows(wrong, 'image')}: {what}", REMAKE)
 
 
 def _expected_views(store: Store) -> dict[tuple[int, int], int]:
@@ -153,7 +178,7 @@ def _counts(store: Store) -> Iterator[Damage]:
         "images": store.num_images,
         "flagged": int((status == ImageStatus.FLAGGED).sum()),
         "quarantined": int((status == ImageStatus.QUARANTINED).sum()),
-        "views": int(store.array("images/count").sum()),
+        "views": num_views(store),
         "samples": len(store),
         "tokens": len(store.array("samples/tokens")),
         "target_tokens": int((store.array("samples/loss_mask") == 1).sum()),
@@ -161,6 +186,12 @@ def _counts(store: Store) -> Iterator[Damage]:
     for name, number in found.items():
         if told.get(name) != number:
             yield Damage("zarr.json", f"counts.{name} is {told.get(name)}, the arrays have {number}", REMAKE)
+
+
+def num_views(store: Store) -> int:
+    """The number of views that a store holds."""
+    counts = store.array("images/count")
+    return int(np.count_nonzero(counts) if store.version == MIXED_VERSION else counts.sum())
 
 
 _RULES: Final[tuple[Rule, ...]] = (_texts, _tokens, _references, _images, _places, _counts)

@@ -59,7 +59,7 @@ def write_tiny_store(
                 used = shard.used
                 starts.append(part * slots + used)
                 count = layout_views(layout, grid) if grid else 0
-                views = generator.integers(0, 256, (count, *pixels.view_shape), dtype=np.uint8)
+                views = generator.integers(0, 256, (count, *pixels.slot_shape), dtype=np.uint8)
                 sums[part, used : used + count] = checksums(views)
                 shard.append(views)
     counts = [layout_views(layout, grid) if grid else 0 for grid in grids]

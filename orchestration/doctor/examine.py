@@ -58,7 +58,15 @@ def _probe(name: str, deadline: float) -> Outcome:
 
 
 def run_probe(command: Sequence[str], deadline: float) -> Outcome:
-    """Run a probe's process, which leads a group of its own, so that nothing that it has started outlives it."""
+    """Run a probe's process, which leads a group of its own, so that nothing that it has started outlives it.
+
+    Args:
+        command: The command line of the process.
+        deadline: Seconds after which the process and all that it has started are killed.
+
+    Returns:
+        The facts that it printed as JSON in its last line, or the fault.
+    """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )

@@ -6,18 +6,22 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
+from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
 from megatron_deepstack.inference import launch
+from megatron_deepstack.inference.generate import Method
 from megatron_deepstack.inference.main import open_questions, require_checkpoint
 from megatron_deepstack.inference.questions import read_question
+from megatron_deepstack.inference.sampling import GREEDY, Sampling
 from megatron_deepstack.run_folder.answers import Answer, Score, read_answer_sets, read_answers
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
@@ -26,6 +30,7 @@ from orchestration.preprocess.driver.run import preprocess
 
 Pools = Callable[[int], RankPool]
 ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")
+NEW_TOKENS = 12
 
 
 def train_two_steps(rank: int, recipe: Recipe) -> None:
@@ -36,47 +41,122 @@ def train_two_steps(rank: int, recipe: Recipe) -> None:
         run(recipe, groups_for(recipe.parallel))
 
 
-def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig) -> list[Answer]:
-    """Train in the recipe's layout, then answer in another."""
+def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig, changes: dict[str, Any]) -> list[list[int]]:
+    """Train in the recipe's layout, then answer in another; `changes` are of `Writing`."""
+    from megatron_deepstack.inference.generate import Writing, generate_answers
+    from megatron_deepstack.inference.main import load_engine
+
+    train_two_steps(rank, recipe)
+    assert recipe.data.store is not None
+    store, tokenizer = open_questions(recipe, recipe.data.store)
+    engine = load_engine(replace(recipe, parallel=parallel), groups_for(parallel))
+    questions = [read_question(store, index, tokenizer) for index in range(4)]
+    size = changes.pop("batch", 2)
+    batches = [questions[first : first + size] for first in range(0, 4, size)]
+    writing = Writing(max_new_tokens=NEW_TOKENS, stop_ids=(510,), **changes)
+    return [ids for batch in generate_answers(engine, store, batches, writing) for ids in batch]
+
+
+def answer_by_generate(rank: int, recipe: Recipe) -> list[Answer]:
+    """As the verb does, after training."""
     from megatron_deepstack.inference.main import answer_questions, load_engine
 
     train_two_steps(rank, recipe)
     assert recipe.data.store is not None
-    other = replace(recipe, parallel=parallel)
-    store, tokenizer = open_questions(other, recipe.data.store)
-    engine = load_engine(other, groups_for(parallel))
-    return answer_questions(other, engine, store, tokenizer, recipe.data.store, None, 5)
+    store, tokenizer = open_questions(recipe, recipe.data.store)
+    engine = load_engine(recipe, groups_for(recipe.parallel))
+    return answer_questions(recipe, engine, store, tokenizer, recipe.data.store, None, 5)
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("generate")
     names = write_photos(folder / "images", 4)
-    records = [record(n, [names[n]] if n < 4 else [], answer=answer) for n, answer in enumerate(ANSWERS)]
+    images = (names[:1], names[1:3], names[3:], [], [])
+    records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
     data = DataConfig(
         records=(str(write_records(folder / "records.json", records)),),
         images=str(folder / "images"),
         tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
         store=str(folder / "store.zarr"),
     )
-    language = LanguageConfig(vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4)
+    language = LanguageConfig(
+        vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2
+    )
     run = tiny_recipe(tiny_model(language=language), ParallelConfig(pipeline=2))
-    run = replace(run, data=data, train=replace(run.train, steps=2), run_dir=str(folder / "run"))
+    run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
     preprocess(run, str(data.store), workers=0)
     return run
 
 
-def test_every_layout_gives_the_same_text(ranks: Pools, recipe: Recipe) -> None:
-    """Two stages, one rank, tensor and context parallel: token by token the same answers."""
-    expected = ranks(2).run(train_and_answer, recipe, ParallelConfig(pipeline=2))[0]
-    assert [answer.expected for answer in expected] == list(ANSWERS)
-    for num_ranks, parallel in (
-        (1, ParallelConfig()),
-        (2, ParallelConfig(tensor=2, sequence_parallel=True)),
-        (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
-        (2, ParallelConfig(context=2)),
-    ):
-        assert ranks(num_ranks).run(train_and_answer, recipe, parallel)[0] == expected
+ONE, SAMPLED = ParallelConfig(), Sampling(temperature=1.5, top_p=0.9, seed=3)
+LAYOUTS = {
+    "two stages": (2, ParallelConfig(pipeline=2), {}),
+    "two stages, each of two chunks": (2, ParallelConfig(pipeline=2, virtual_pipeline=2), {}),
+    "tensor parallel": (2, ParallelConfig(tensor=2), {}),
+    "tensor and sequence parallel": (2, ParallelConfig(tensor=2, sequence_parallel=True), {}),
+    "context parallel": (2, ParallelConfig(context=2), {}),
+    "encoder in the first stage": (1, ParallelConfig(encoder_placement=EncoderPlacement.INLINE), {}),
+    "one question at a time": (1, ONE, {"batch": 1}),
+    "all questions at once": (1, ONE, {"batch": 4}),
+    "prompt read in pieces": (1, ONE, {"prefill_tokens": 14}),
+    "prompt read token by token": (1, ONE, {"prefill_tokens": 1}),
+    "prompt read in pieces by two stages": (2, ParallelConfig(pipeline=2), {"prefill_tokens": 10}),
+}
+
+
+@pytest.fixture(scope="module")
+def computed_again(ranks: Pools, recipe: Recipe) -> dict[Sampling, list[list[int]]]:
+    """The reference: the whole sequence for each token, as training computes it."""
+    ranks(2).run(train_two_steps, recipe)
+    slow = {"method": Method.RECOMPUTED}
+    return {
+        sampling: ranks(1).run(train_and_answer, recipe, ONE, {**slow, "sampling": sampling})[0]
+        for sampling in (GREEDY, SAMPLED)
+    }
+
+
+def test_the_reference_is_no_trivial_text(computed_again: dict[Sampling, list[list[int]]]) -> None:
+    greedy, drawn = computed_again.values()
+    assert [len(ids) for ids in greedy] == [NEW_TOKENS] * 4
+    assert len({tuple(ids) for ids in greedy}) == 4
+    assert all(ids != other for ids, other in zip(greedy, drawn, strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_cache_gives_the_text_of_whole_sequences(
+    ranks: Pools, recipe: Recipe, computed_again: dict[Sampling, list[list[int]]], name: str
+) -> None:
+    """Greedy and drawn, for every layout, batch and piece; the prompts of a batch differ in length."""
+    num_ranks, parallel, changes = LAYOUTS[name]
+    for sampling, expected in computed_again.items():
+        for found in ranks(num_ranks).run(train_and_answer, recipe, parallel, {**changes, "sampling": sampling}):
+            assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tensor=2, context=2, sequence_parallel=True),
+        ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True),
+        ParallelConfig(pipeline=2, context=2),
+    ],
+    ids=["tensor x context", "tensor x pipeline", "pipeline x context"],
+)
+def test_two_axes_at_once(
+    ranks: Pools, recipe: Recipe, computed_again: dict[Sampling, list[list[int]]], parallel: ParallelConfig
+) -> None:
+    for sampling, expected in computed_again.items():
+        for found in ranks(4).run(train_and_answer, recipe, parallel, {"sampling": sampling}):
+            assert found == expected
+
+
+def test_generate_answers_all_questions_of_a_store(ranks: Pools, recipe: Recipe) -> None:
+    answers = ranks(2).run(answer_by_generate, recipe)[0]
+    assert [answer.expected for answer in answers] == list(ANSWERS)
+    one_rank = replace(recipe, parallel=ONE)
+    assert ranks(1).run(answer_by_generate, one_rank)[0] == answers
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from megatron_deepstack.config.choices import (
     Precision,
     Switch,
 )
-from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe, SpeedConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe, SpeedConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.layers.activation import ACTIVATIONS, activate, identity
 from megatron_deepstack.model.layers.megatron_config import (
@@ -49,6 +49,7 @@ def decided(
     return decide_speed(
         SpeedConfig(**speed),  # type: ignore[arg-type]
         machine,
+        language=LanguageConfig(),
         parallel=parallel,
         precision=precision,
         layers=layers,

@@ -175,7 +175,7 @@ def merge_and_split(folder: Path) -> list[tuple[object, dict[str, list[int]]]]:
     outputs = [folder / name for name in ("out", "train", "held")]
     assert all(whole(path) for path in outputs)
     return [
-        (content(path), {name: Store.open(path).array(name).tolist() for name in schema.INDEX_ARRAYS})
+        (content(path), {name: Store.open(path).array(name).tolist() for name in schema.index_names(schema.VERSION)})
         for path in outputs
     ]
 

@@ -28,8 +28,9 @@ class DataConfig:
     tokenizer: Annotated[str, PathKind.LOCAL] | None = None
     """SentencePiece model file, or a Hugging Face tokenizer: a tokenizer.json, or the folder that holds it."""
     template: Template = Template.V1
-    """How a conversation is written as text: `plain` (only captions), `v1` (Vicuna), `llama_3` or `qwen` (ChatML). It
-    must be the template that the decoder was trained with."""
+    """How a conversation is written as text: `plain` (only captions), `v1` (Vicuna), `llama_3`, `qwen` (ChatML)
+    or `qwen3_vl` (ChatML with tools, and with images where they stand, between control tokens). It must be the template
+    that the decoder was trained with."""
     store: Annotated[str, PathKind.LOCATION] | None = None
     """The zarr store that `preprocess` writes and `train` reads: a folder, or the URL of an object store."""
     stores: tuple[Annotated[str, PathKind.LOCATION], ...] | None = None
@@ -42,6 +43,12 @@ class DataConfig:
     resize: ImageResize = ImageResize.PILLOW
     """Kernel that resizes images. `pillow` gives exactly the pixels of the published preprocessing; `torch` rounds
     differently."""
+    min_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 65_536
+    """Smallest area of the view of an image, for models that look at an image at its own resolution (`qwen3_vl`);
+    smaller images are enlarged. Both limits are Qwen3-VL's own."""
+    max_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 16_777_216
+    """Largest area of such a view; larger images are reduced. Each 1024 pixels (32 x 32) become one visual token, so
+    this bounds the tokens of an image: 16,384 by default."""
     orientation: Orientation = Orientation.AS_STORED
     """Whether photos are turned as their EXIF tag says: `exif` turns them, `as_stored` does not, as published."""
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED

@@ -7,28 +7,31 @@ with the recipe again when a run opens the store; resizing, orientation and temp
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.config.choices import DeepGrey, GridRule, ImageResize, Orientation
+from megatron_deepstack.config.choices import Compression, DeepGrey, GridRule, ImageResize, Orientation
 from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
 from megatron_deepstack.data.images.pictures import decode_image, make_views
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import PixelsShape
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.views import Grid, ViewLayout, layout_of, most_views, pick_grid
+from megatron_deepstack.planning.views import ViewLayout, layout_of, most_views, pick_grid
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessedImage:
     """An image's views and what is known of it."""
 
-    views: np.ndarray
-    """uint8 (views, S, S, 3)."""
-    grid: Grid
+    slots: np.ndarray
+    """The views as the store holds them: uint8 (views, S, S, 3), or (blocks, BLOCK_BYTES) of one view of any size."""
+    grid: tuple[int, ...]
+    """Columns and rows of crops, or the patches of a view of any size in time, height and width."""
     size: tuple[int, int]
     damage: str | None
     """What is wrong with the file although it could be decoded, or what its conversion to RGB lost."""
@@ -67,9 +70,22 @@ class Processor:
         )
 
     @property
-    def most_views(self) -> int:
-        """The largest number of views that an image can have."""
+    def most_slots(self) -> int:
+        """The largest number of slots, here views, that an image can take in a store."""
         return most_views(self.layout, self.grid, self.num_crops)
+
+    def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> PixelsShape:
+        """The shape of the pixels of a store.
+
+        Args:
+            num_parts: Number of parts, and so of shards.
+            images_per_part: Images of a part.
+            compression: Codec of the slots.
+
+        Returns:
+            The shape; a shard has space for the most slots that each image can take.
+        """
+        return PixelsShape(num_parts, images_per_part * self.most_slots, self.crop_size, compression)
 
     def describe(self) -> dict[str, Any]:
         """What a store records of its processor; plain JSON values."""
@@ -80,7 +96,7 @@ class Processor:
 
         Args:
             data: The file's bytes.
-            out: uint8 (at least `most_views`, S, S, 3), whose first rows take the views; a new array if None.
+            out: uint8 (at least `most_slots`, S, S, 3), whose first rows take the views; a new array if None.
 
         Returns:
             The views and what is known of the image.
@@ -123,6 +139,8 @@ def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = 
 def _view_faults(store: Store, model: ModelConfig) -> list[str]:
     made, stacks, layouts = store.attributes.processor, model.stacks, list(ViewLayout)
     needed = layout_of(model.variant)
+    if ViewLayout.NATIVE in (needed, made["layout"]):
+        return _native_faults(made, needed, model)
     faults = [_fault("model.vision.image_size", model.vision.image_size, made["crop_size"])]
     if layouts.index(ViewLayout(made["layout"])) < layouts.index(needed):
         faults.append(
@@ -132,6 +150,15 @@ def _view_faults(store: Store, model: ModelConfig) -> list[str]:
         faults.append(_fault("model.stacks.grid", stacks.grid.value, made["grid"]))
         if stacks.grid is GridRule.BEST_FIT:
             faults.append(_fault("model.stacks.num_crops", stacks.num_crops, made["num_crops"]))
+    return [fault for fault in faults if fault]
+
+
+def _native_faults(made: Mapping[str, Any], needed: ViewLayout, model: ModelConfig) -> list[str]:
+    """Differences if the store or the model has views of any size."""
+    if needed != made["layout"]:
+        return [f"model.variant {model.variant.value!r} needs the views {needed.value!r}, it holds {made['layout']!r}"]
+    asked = {name: getattr(model.vision, name) for name in ("patch_size", "merge_size")}
+    faults = [_fault(f"model.vision.{name}", value, made[name]) for name, value in asked.items()]
     return [fault for fault in faults if fault]
 
 

@@ -11,14 +11,19 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import groupby
+from math import prod
 from typing import Protocol
 
 import numpy as np
 
+from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.order.sampler import Indices, StoreStream, mixed_batch
-from megatron_deepstack.data.store.reader import Sample, Store, StoredImage
+from megatron_deepstack.data.store.lengths import sample_sizes
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape
 
 
 class Samples(Protocol):
@@ -50,14 +55,20 @@ class Samples(Protocol):
     def sample_images(self, index: int) -> tuple[int, ...]:
         """The numbers of a sample's images."""
 
-    def grid(self, image: int) -> Grid:
-        """The grid of an image."""
+    def grid(self, image: int) -> ImageShape:
+        """The grid of an image's crops, or the patches of its one view."""
 
     def image(self, index: int) -> StoredImage:
         """The image with the number `index`."""
 
     def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
         """Views of many images, see `Store.read_many`."""
+
+    def view_shape(self, image: int) -> tuple[int, int, int, int]:
+        """The shape of an image's one view, see `Store.view_shape`."""
+
+    def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Views of any size, one after another, see `Store.read_flat`."""
 
 
 class Mixture:
@@ -131,8 +142,8 @@ class Mixture:
         store, number = self._find(index, self._first_sample, "sample")
         return tuple(self._first_image[store] + image for image in self.stores[store].sample_images(number))
 
-    def grid(self, image: int) -> Grid:
-        """Grid of an image."""
+    def grid(self, image: int) -> ImageShape:
+        """The grid of an image's crops, or the patches of its one view."""
         store, number = self._find(image, self._first_image, "image")
         return self.stores[store].grid(number)
 
@@ -145,12 +156,50 @@ class Mixture:
         """Views of many images, see `Store.read_many`; those of one store are read together."""
         places = np.cumsum([0, *(len(views) for _, views in requests)])
         if out is None:
-            out = np.empty((int(places[-1]), *self.stores[0].pixels.view_shape), np.uint8)
+            out = np.empty((int(places[-1]), *self.stores[0].pixels.slot_shape), np.uint8)
         found = [self._find(image, self._first_image, "image") for image, _ in requests]
         for k in sorted({store for store, _ in found}):
             mine = [n for n, (store, _) in enumerate(found) if store == k]
             rows = np.concatenate([np.arange(places[n], places[n + 1]) for n in mine])
             out[rows] = self.stores[k].read_many([(found[n][1], requests[n][1]) for n in mine])
+        return out
+
+    def sizes(self, model: ModelConfig, samples: Indices) -> tuple[Indices, Indices]:
+        """Tokens and units of samples, see `sample_sizes`."""
+        which = np.searchsorted(self._first_sample, samples, side="right") - 1
+        lengths, units = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
+        for k in np.unique(which).tolist():
+            here = which == k
+            numbers = samples[here] - self._first_sample[k]
+            lengths[here], units[here] = sample_sizes(self.stores[k], model, numbers)
+        return lengths, units
+
+    def view_shape(self, image: int) -> tuple[int, int, int, int]:
+        """Frames, height and width in pixels, and 3, of the one view of an image, which may have any size."""
+        store, number = self._find(image, self._first_image, "image")
+        return self.stores[store].view_shape(number)
+
+    def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Views of any size, see `Store.read_flat`; those of one store are read together.
+
+        Args:
+            images: Numbers of images, counted over all stores.
+            out: uint8 (bytes of all views,) that receives them; a new array if None.
+
+        Returns:
+            uint8 (bytes of all views,).
+
+        Raises:
+            StoreError: A view cannot be read, or is damaged.
+        """
+        ends = np.cumsum([0, *(prod(self.view_shape(image)) for image in images)]).tolist()
+        if out is None:
+            out = np.empty(ends[-1], np.uint8)
+        found = [self._find(image, self._first_image, "image") for image in images]
+        for store, group in groupby(range(len(found)), key=lambda place: found[place][0]):
+            places = list(group)
+            numbers = [found[place][1] for place in places]
+            self.stores[store].read_flat(numbers, out[ends[places[0]] : ends[places[-1] + 1]])
         return out
 
     def _find(self, index: int, firsts: list[int], noun: str) -> tuple[int, int]:
@@ -168,3 +217,20 @@ class Mixture:
                     f"data.stores: {first.name} was made with tokenizer {first.tokenizer_sha256[:12]}..., {store.name} "
                     f"with {store.tokenizer_sha256[:12]}...; preprocess one of them again with the other's tokenizer"
                 )
+
+
+def sizes_of(samples: Samples, model: ModelConfig, numbers: Indices) -> tuple[Indices, Indices]:
+    """Sizes of chosen samples of a store or a mixture, from index arrays alone.
+
+    Args:
+        samples: What training reads.
+        model: Determines how many tokens an image takes, and how many units are encoded for it.
+        numbers: int64 (N,), numbers of samples.
+
+    Returns:
+        Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its units for the encoder.
+    """
+    if isinstance(samples, Mixture):
+        return samples.sizes(model, numbers)
+    assert isinstance(samples, Store)
+    return sample_sizes(samples, model, numbers)

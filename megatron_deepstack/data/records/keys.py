@@ -28,7 +28,7 @@ _TOOLS: Final = ("tools", "tool_calls", "tool_call", "tool_call_id", "functions"
 _PREFERENCES: Final = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label")
 _REASONS: Final[dict[str, str]] = {
     **dict.fromkeys(_MEDIA, "images are the only medium that is read"),
-    **dict.fromkeys(_TOOLS, "no template here writes tool calls"),
+    **dict.fromkeys(_TOOLS, "this template does not write tool calls (data.template=qwen3_vl does)"),
     **dict.fromkeys(_PREFERENCES, "preferences are not learned"),
 }
 
@@ -48,7 +48,15 @@ def holds_nothing(value: Any) -> bool:
 
 
 def without(item: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """An object without the keys to be passed over, and without the keys that hold nothing."""
+    """An object without the keys to be passed over, and without the keys that hold nothing.
+
+    Args:
+        item: The object, a part of a record.
+        ignored: Names of the keys to be passed over.
+
+    Returns:
+        A new dict with the remaining keys, in their order.
+    """
     return {key: value for key, value in item.items() if key not in ignored and not holds_nothing(value)}
 
 

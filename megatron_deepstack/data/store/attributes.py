@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.index import parse_metadata
-from megatron_deepstack.data.store.schema import FORMAT, METADATA_FILE, VERSION
+from megatron_deepstack.data.store.schema import FORMAT, METADATA_FILE, MIXED_VERSION, VERSION
 from megatron_deepstack.errors import StoreError
 
 
@@ -20,7 +20,7 @@ class StoreAttributes:
     plan_hash: str
     """sha256 of everything that decided the store's bytes: settings, records, tokenizer, list of images."""
     processor: dict[str, Any]
-    """How views were made: crop_size, layout, num_crops, grid, resize, max_image_pixels, orientation."""
+    """How views were made, such as crop_size, layout, num_crops, grid, resize, max_image_pixels, orientation."""
     tokenizer: dict[str, Any]
     """sha256, vocab_size, bos_id, eos_id, pad_id, and the conversation template."""
     counts: dict[str, int]
@@ -62,9 +62,10 @@ def parse_attributes(location: Location, document: bytes) -> StoreAttributes:
         raise StoreError(
             f"{location}: a zarr group, but not one of ours: its `format` is {found!r}, expected {FORMAT!r}."
         )
-    if raw.get("version") != VERSION:
+    if raw.get("version") not in (VERSION, MIXED_VERSION):
         raise StoreError(
-            f"{location}: the store has format version {raw.get('version')!r}, this program reads {VERSION}. "
+            f"{location}: the store has format version {raw.get('version')!r}, this program reads "
+            f"{VERSION} and {MIXED_VERSION}. "
             "Preprocess the data again with this version."
         )
     names = StoreAttributes.__dataclass_fields__

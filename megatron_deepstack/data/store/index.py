@@ -8,19 +8,27 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import require_descriptors
 from megatron_deepstack.data.store.schema import (
     INDEX_ARRAYS,
     METADATA_FILE,
+    PIXELS,
+    VERSION,
+    BlockSlots,
+    PixelsShape,
+    SlotsShape,
     index_chunk_path,
     index_chunk_rows,
     index_metadata,
+    pixels_metadata,
 )
 from megatron_deepstack.errors import StoreError
 
@@ -102,6 +110,34 @@ def checked_rows(root: Path, name: str) -> int:
         raise StoreError(f"{root / name / METADATA_FILE}: its shape is {shape!r}.")
     check_metadata(root / name, metadata, index_metadata(INDEX_ARRAYS[name], shape[0]))
     return int(shape[0])
+
+
+def read_pixels_shape(root: Path, version: int) -> SlotsShape:
+    """The shape of `images/pixels` from its metadata.
+
+    Args:
+        root: Folder below which the metadata is.
+        version: Format version of the store.
+
+    Returns:
+        The shape.
+
+    Raises:
+        StoreError: Its metadata is not what this version writes.
+    """
+    metadata = read_metadata(root, PIXELS)
+    try:
+        slots, slots_per_part = metadata["shape"][0], metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+        shape: SlotsShape = BlockSlots(slots // slots_per_part, slots_per_part)
+        if version == VERSION:
+            shape = PixelsShape(slots // slots_per_part, slots_per_part, metadata["shape"][1])
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise StoreError(f"{root / PIXELS}: metadata lacks shape or shards.") from error
+    compressed = replace(shape, compression=Compression.ZSTD)
+    if metadata.get("codecs") == pixels_metadata(compressed)["codecs"]:
+        shape = compressed
+    check_metadata(root / PIXELS, metadata, pixels_metadata(shape))
+    return shape
 
 
 def read_metadata(root: Path, name: str) -> dict[str, Any]:

@@ -11,69 +11,47 @@ arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import google_crc32c
 import numpy as np
 
-from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.order.sampler import Indices, global_batch
+from megatron_deepstack.data.store.agreement import check_counts
 from megatron_deepstack.data.store.attributes import StoreAttributes, finished_attributes, read_document
-from megatron_deepstack.data.store.index import ArrayReader, IndexReader, check_metadata, read_metadata
+from megatron_deepstack.data.store.blocks import from_blocks
+from megatron_deepstack.data.store.checked_slots import CheckedSlots, ImageNames
+from megatron_deepstack.data.store.index import ArrayReader, IndexReader, read_pixels_shape
 from megatron_deepstack.data.store.schema import (
-    INDEX_ARRAYS,
-    PIXELS,
+    MIXED_VERSION,
+    VERSION,
     ImageStatus,
     PixelsShape,
-    pixels_metadata,
+    SlotsShape,
+    index_names,
+    num_blocks,
 )
-from megatron_deepstack.data.store.shards import LocalShards, ShardError, Shards
+from megatron_deepstack.data.store.shards import LocalShards, Shards
+from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.data.store.url.cache import BoundedFolder, CacheConfig
 from megatron_deepstack.data.store.url.remote import RemoteShards, copy_index
 from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS, RemoteArray, side_by_side
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 _REMAKE: Final = "The store was changed or is damaged: preprocess again."
 _FETCH: Final = (
     "The copy of {location} in {folder} is damaged, or the store itself: delete that folder, and it is fetched anew; "
     "if that does not help, preprocess again."
 )
-_RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folder."
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A conversation as tokens; arrays are read-only views of the mapped file, or copies if the store is at a URL."""
-
-    id: str
-    tokens: np.ndarray
-    """int32 (T,), one IMAGE_TOKEN_ID per image, in the order of `images`."""
-    loss_mask: np.ndarray
-    """uint8 (T,), 1 where the token itself is learned."""
-    images: tuple[int, ...]
-    """Image numbers; the same image may serve many samples."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredImage:
-    """Where an image's views are, and facts about the image."""
-
-    start: int
-    """Row of `images/pixels` that holds the global view."""
-    count: int
-    """Number of views; 0 for a quarantined image."""
-    grid: Grid
-    size: tuple[int, int]
-    """Width and height of the original in pixels."""
-    status: ImageStatus
-    path: str
-    """Path as the records give it."""
+_MOST_FLAT_BYTES: Final = 64 << 20
+"""Bytes of views that `read_flat` holds beside its result."""
 
 
 class Store:
@@ -83,7 +61,7 @@ class Store:
         self,
         location: Location,
         attributes: StoreAttributes,
-        pixels: PixelsShape,
+        pixels: SlotsShape,
         index: dict[str, ArrayReader],
         shards: Shards,
         *,
@@ -95,8 +73,10 @@ class Store:
         self.pixels = pixels
         self.verify_checksums = verify_checksums
         self._index = index
-        self._shards = shards
         self._cache = cache
+        checksums = index["images/crc32c"] if verify_checksums else None
+        self._names = ImageNames(location, index, "view" if attributes.version == VERSION else "block")
+        self._slots = CheckedSlots(shards, checksums, self._names)
 
     @classmethod
     def open(
@@ -124,9 +104,9 @@ class Store:
         copies = None if location.is_local else BoundedFolder(cache)
         folder = location.local_path() if copies is None else copy_index(location, document, copies)
         try:
-            pixels = _read_pixels_shape(folder)
+            pixels = read_pixels_shape(folder, attributes.version)
             index: dict[str, ArrayReader] = {}
-            for name in INDEX_ARRAYS:
+            for name in index_names(attributes.version):
                 if copies is not None and name in BY_BLOCKS:
                     index[name] = RemoteArray(location, folder, name, copies)
                 else:
@@ -135,7 +115,7 @@ class Store:
             if copies is not None:
                 shards = RemoteShards(location, folder.name, pixels, copies)
             store = cls(location, attributes, pixels, index, shards, verify_checksums=verify_checksums, cache=cache)
-            store._check_counts()
+            check_counts(location, attributes, index, pixels.num_slots)
         except StoreError as error:
             advice = _REMAKE if copies is None else _FETCH.format(location=location, folder=folder)
             raise StoreError(f"{error} {advice}") from error
@@ -185,8 +165,14 @@ class Store:
         return len(self._index["images/start"])
 
     @property
+    def version(self) -> int:
+        """Format version: VERSION if all views have one size, MIXED_VERSION if they may have any."""
+        return self.attributes.version
+
+    @property
     def crop_size(self) -> int:
-        """Side of a view in pixels."""
+        """Side of a view in pixels, of a store whose views have one size."""
+        assert isinstance(self.pixels, PixelsShape), f"{self.location}: its views have many sizes"
         return self.pixels.crop_size
 
     def sample(self, index: int) -> Sample:
@@ -235,21 +221,34 @@ class Store:
         lengths.flags.writeable = False
         return lengths
 
-    def grid(self, image: int) -> Grid:
-        """The grid of an image. Raises IndexError outside 0..num_images-1."""
+    def grid(self, image: int) -> ImageShape:
+        """The grid of an image's crops, or the patches of its one view. Raises IndexError outside 0..num_images-1."""
         self._check_number("image", image, self.num_images)
+        if self.version == MIXED_VERSION:
+            return self.view_grid(image)
         gw, gh = self._index["images/grid"][image].tolist()
         return gw, gh
+
+    def view_grid(self, image: int) -> ViewGrid:
+        """The patches of an image's one view, which may have any size. Raises IndexError outside 0..num_images-1."""
+        self._check_number("image", image, self.num_images)
+        moving = int(self._index["images/frames"][image]) > 1
+        frames, height, width = self._index["images/grid_thw"][image].tolist()
+        return ViewGrid(frames, height, width, moving=moving)
+
+    def view_shape(self, image: int) -> tuple[int, int, int, int]:
+        """Frames, height and width in pixels, and 3, of the one view of an image, which may have any size."""
+        grid, side = self.view_grid(image), int(self.attributes.processor["patch_size"])
+        return int(self._index["images/frames"][image]), grid.height * side, grid.width * side, 3
 
     def image(self, index: int) -> StoredImage:
         """The image `index`. Raises IndexError outside 0..num_images-1."""
         self._check_number("image", index, self.num_images)
-        gw, gh = self._index["images/grid"][index].tolist()
         width, height = self._index["images/size"][index].tolist()
         return StoredImage(
             start=int(self._index["images/start"][index]),
             count=int(self._index["images/count"][index]),
-            grid=(gw, gh),
+            grid=self.grid(index),
             size=(width, height),
             status=ImageStatus(int(self._index["images/status"][index])),
             path=self._text("images/path", index),
@@ -284,53 +283,78 @@ class Store:
         Raises:
             StoreError: As in `read_views`, for the first fault found.
         """
+        assert self.version == VERSION, f"{self.location}: its views have many sizes; read them with read_whole"
         slots, images = [], []
         for image, views in requests:
             start = self._start_of(image, views)
             slots += [start + view for view in views]
             images += [image] * len(views)
         if out is None:
-            out = np.empty((len(slots), *self.pixels.view_shape), dtype=np.uint8)
-        assert out.shape == (len(slots), *self.pixels.view_shape), (out.shape, len(slots))
-        self._read(slots, images, out)
-        damaged = self._damaged(slots, out) if self.verify_checksums else []
-        if damaged and self._shards.forget([slots[place] for place in damaged]):
-            self._read(slots, images, out)
-            damaged = self._damaged(slots, out)
-        if damaged:
-            raise self._damage_error(slots[damaged[0]], images[damaged[0]], out[damaged[0]])
+            out = np.empty((len(slots), *self.pixels.slot_shape), dtype=np.uint8)
+        assert out.shape == (len(slots), *self.pixels.slot_shape), (out.shape, len(slots))
+        self._slots.read(slots, images, out)
         return out
+
+    def read_whole(self, images: Sequence[int]) -> list[np.ndarray]:
+        """Read the one view of each of some images, which may have any size, in the order of the shards.
+
+        Args:
+            images: Numbers of images.
+
+        Returns:
+            For each image uint8 (frames, height, width, 3), a part of one array that holds all of them.
+
+        Raises:
+            StoreError: As in `read_views`, for the first fault found.
+        """
+        assert self.version == MIXED_VERSION, f"{self.location}: its views have one size; read them with read_many"
+        places = [0, *np.cumsum([num_blocks(prod(self.view_shape(image))) for image in images]).tolist()]
+        blocks = np.empty((places[-1], *self.pixels.slot_shape), np.uint8)
+        slots: list[int] = []
+        owners: list[int] = []
+        for image, first, last in zip(images, places[:-1], places[1:], strict=True):
+            start = self._start_of(image, range(last - first))
+            slots += range(start, start + last - first)
+            owners += [image] * (last - first)
+        self._slots.read(slots, owners, blocks)
+        shapes = [self.view_shape(image) for image in images]
+        pairs = zip(shapes, places, strict=False)
+        return [from_blocks(blocks[first:], shape) for shape, first in pairs]
+
+    def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Read the one view of each of some images, which may have any size, one after another without gaps.
+
+        Beside the result, at most 64 MiB are held, or the largest view.
+
+        Args:
+            images: Numbers of images.
+            out: uint8 (bytes of all views,) that receives them; a new array if None.
+
+        Returns:
+            uint8 (bytes of all views,); each view is (frames, height, width, 3).
+
+        Raises:
+            StoreError: As in `read_views`, for the first fault found.
+        """
+        ends = np.cumsum([0, *(prod(self.view_shape(image)) for image in images)]).tolist()
+        found = np.empty(ends[-1], np.uint8) if out is None else out
+        assert found.shape == (ends[-1],), (found.shape, ends[-1])
+        first = 0
+        while first < len(images):
+            last = max(bisect_right(ends, ends[first] + _MOST_FLAT_BYTES) - 1, first + 1)
+            for number, view in enumerate(self.read_whole(images[first:last]), start=first):
+                found[ends[number] : ends[number + 1]] = view.reshape(-1)
+            first = last
+        return found
 
     def _start_of(self, image: int, views: Sequence[int]) -> int:
         """The row of the image's global view. Raises StoreError if the image lacks one of the views."""
         self._check_number("image", image, self.num_images)
         count = int(self._index["images/count"][image])
         if any(not 0 <= view < count for view in views):
-            raise StoreError(f"{self._where(image)} has {count} views; views {list(views)} were asked for")
+            what = "views" if self.version == VERSION else "blocks"
+            raise StoreError(f"{self._names.image(image)} has {count} {what}; {what} {list(views)} were asked for")
         return int(self._index["images/start"][image])
-
-    def _read(self, slots: list[int], images: list[int], out: np.ndarray) -> None:
-        try:
-            self._shards.read(slots, out)
-        except ShardError as error:
-            image = images[slots.index(error.slot)]
-            raise StoreError(f"{error} It holds {self._where(image)}. {_RESTORE}") from error
-
-    def _damaged(self, slots: list[int], out: np.ndarray) -> list[int]:
-        """Places whose pixels differ from those that were written."""
-        written = self._index["images/crc32c"].take(np.array(slots, np.int64)).tolist()
-        return [place for place, sum_ in enumerate(written) if google_crc32c.value(out[place]) != sum_]
-
-    def _damage_error(self, slot: int, image: int, pixels: np.ndarray) -> StoreError:
-        view = slot - int(self._index["images/start"][image])
-        found, stored = google_crc32c.value(pixels), int(self._index["images/crc32c"][slot])
-        return StoreError(
-            f"{self._shards.where(slot)}: view {view} of {self._where(image)} is damaged: its crc32c is {found:08x}, "
-            f"{stored:08x} was written. {_RESTORE}"
-        )
-
-    def _where(self, image: int) -> str:
-        return f"image {image} ({self._text('images/path', image)!r}) of store {self.location}"
 
     def _text(self, name: str, row: int) -> str:
         first, last = self._index[f"{name}_offsets"][row : row + 2]
@@ -340,52 +364,9 @@ class Store:
         if not 0 <= number < limit:
             raise IndexError(f"{self.location}: {noun} {number} was asked for; there are {limit}")
 
-    def _check_counts(self) -> None:
-        """Check lengths that must agree, so that a damaged index is found at once and not at sample 400,000."""
-        images, samples, counts = self.num_images, self.num_samples, self.attributes.counts
-        self._check_rows(
-            {
-                "images/start": counts.get("images", -1),
-                **dict.fromkeys((f"images/{name}" for name in ("count", "grid", "size", "status", "sha256")), images),
-                "images/path_offsets": images + 1,
-                "images/crc32c": self.pixels.num_slots,
-                "samples/tokens_offsets": counts.get("samples", -2) + 1,
-                "samples/images_offsets": samples + 1,
-                "samples/id_offsets": samples + 1,
-                "samples/loss_mask": len(self._index["samples/tokens"]),
-            }
-        )
-        ends = {name: self._index[f"{name}_offsets"] for name in _RAGGED}
-        self._check_rows({name: int(offsets[len(offsets) - 1]) for name, offsets in ends.items()})
-
-    def _check_rows(self, expected: Mapping[str, int]) -> None:
-        found = {name: len(self._index[name]) for name in expected}
-        wrong = [
-            f"{name} has {found[name]} rows, {rows} expected" for name, rows in expected.items() if found[name] != rows
-        ]
-        if wrong:
-            raise StoreError(f"{self.location}: the store contradicts itself: {'; '.join(wrong)}.")
-
 
 _OFFSETS_OF: Final = {"samples/loss_mask": "samples/tokens_offsets"}
 """The offsets to use for arrays that have none of their own."""
-_RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
-"""Flat arrays whose rows are delimited by an array of offsets."""
-
-
-def _read_pixels_shape(root: Path) -> PixelsShape:
-    metadata = read_metadata(root, PIXELS)
-    try:
-        slots, crop_size = metadata["shape"][0], metadata["shape"][1]
-        slots_per_part = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
-        shape = PixelsShape(num_parts=slots // slots_per_part, slots_per_part=slots_per_part, crop_size=crop_size)
-    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise StoreError(f"{root / PIXELS}: metadata lacks shape or shards.") from error
-    compressed = replace(shape, compression=Compression.ZSTD)
-    if metadata.get("codecs") == pixels_metadata(compressed)["codecs"]:
-        shape = compressed
-    check_metadata(root / PIXELS, metadata, pixels_metadata(shape))
-    return shape
 
 
 def _reopen(path: str, verify_checksums: bool, cache: CacheConfig) -> Store:

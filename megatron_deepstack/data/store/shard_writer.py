@@ -13,18 +13,18 @@ from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.codec import compress
 from megatron_deepstack.data.store.direct_file import DirectFile
-from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
+from megatron_deepstack.data.store.schema import EMPTY_CHUNK, SlotsShape, shard_index_bytes
 from megatron_deepstack.data.store.writer import atomic_file
 
 
 class ShardWriter:
-    """One shard of `images/pixels`, written view by view and closed once.
+    """One shard of `images/pixels`, written slot by slot and closed once.
 
-    It holds only the views being appended, and 4 MiB that are about to be written. The chunks follow each other without
+    It holds only the slots being appended, and 4 MiB that are about to be written. The chunks follow each other without
     gaps in slot order, and then the index.
     """
 
-    def __init__(self, file: DirectFile, shape: PixelsShape) -> None:
+    def __init__(self, file: DirectFile, shape: SlotsShape) -> None:
         self._file = file
         self._shape = shape
         self._sizes: list[int] = []
@@ -39,23 +39,23 @@ class ShardWriter:
         """The size in bytes that the shard would have if it were finished now."""
         return sum(self._sizes) + shard_index_bytes(self._shape)
 
-    def append(self, views: np.ndarray) -> None:
-        """Append the views of one image.
+    def append(self, slots: np.ndarray) -> None:
+        """Append the slots of one image: its views, or the blocks of them.
 
         Args:
-            views: uint8 (N, S, S, 3).
+            slots: uint8 (N, *slot_shape).
         """
-        assert views.dtype == np.uint8, views.dtype
-        assert views.shape[1:] == self._shape.view_shape, (views.shape, self._shape)
+        assert slots.dtype == np.uint8, slots.dtype
+        assert slots.shape[1:] == self._shape.slot_shape, (slots.shape, self._shape)
         if self._shape.compression is not Compression.NONE:
-            for view in views:
-                self.append_chunk(compress(view))
+            for slot in slots:
+                self.append_chunk(compress(slot))
             return
-        self._count([self._shape.view_bytes] * len(views))
-        self._file.write(np.ascontiguousarray(views).data)
+        self._count([self._shape.slot_bytes] * len(slots))
+        self._file.write(np.ascontiguousarray(slots).data)
 
     def append_chunk(self, chunk: bytes | memoryview) -> None:
-        """Append one view as it is stored in another shard of the same codec."""
+        """Append one slot as it is stored in another shard of the same codec."""
         self._count([len(chunk)])
         self._file.write(chunk)
 
@@ -74,9 +74,9 @@ class ShardWriter:
 
 
 @contextmanager
-def open_shard(root: Location | Path, part: int, shape: PixelsShape) -> Iterator[ShardWriter]:
+def open_shard(root: Location | Path, part: int, shape: SlotsShape) -> Iterator[ShardWriter]:
     """Write the shard of `part`; it appears in the store when the block ends without an error."""
-    path = Location.parse(root).child(shard_path(part))
+    path = Location.parse(root).child(shape.shard_path(part))
     with atomic_file(path) as file, closing(DirectFile(file)) as direct:
         writer = ShardWriter(direct, shape)
         yield writer

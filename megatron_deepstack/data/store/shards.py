@@ -1,4 +1,7 @@
-"""Reading views directly from shards: one `preadv` for neighbouring views; indices and open files are cached."""
+"""Reading slots directly from shards: one `preadv` for neighbouring slots; indices and open files are cached.
+
+A slot is a view, or, in stores of views of any size, a block of one.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ import numpy as np
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import require_descriptors
 from megatron_deepstack.data.store.codec import CodecError, decompress
-from megatron_deepstack.data.store.schema import EMPTY_CHUNK, PixelsShape, shard_index_bytes, shard_path
+from megatron_deepstack.data.store.schema import EMPTY_CHUNK, SlotsShape, shard_index_bytes
 
 _OPEN_SHARDS: Final = 128
-"""Shards that all stores of a process keep open. Their indices take 5 KB each for DeepStack-L, 26 KB for -HD."""
+"""Shards that all stores of a process keep open. Their indices take at most 5 KB each for DeepStack-L, 26 KB for -HD,
+and 16 KB for each 64 MiB of views of any size."""
 _MOST_BUFFERS: Final = 1024
 """Buffers that one `preadv` may fill (IOV_MAX)."""
 
@@ -35,13 +39,13 @@ class ShardError(Exception):
 
 
 class Shards(Protocol):
-    """Where a store's views come from."""
+    """Where a store's pixels come from."""
 
     def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read the views in `slots` into the rows of `out`, uint8 (len(slots), S, S, 3). Raises ShardError."""
+        """Read `slots` into the rows of `out`, uint8 (len(slots), *slot_shape). Raises ShardError."""
 
     def forget(self, slots: Sequence[int]) -> bool:
-        """Delete copies of these views, if any are kept; returns whether reading again may give other bytes."""
+        """Delete copies of these slots, if any are kept; returns whether reading again may give other bytes."""
 
     def where(self, slot: int) -> str:
         """The shard that holds a slot, for messages."""
@@ -76,17 +80,39 @@ def parse_index(raw: bytes) -> np.ndarray | None:
 
 
 def unpack(packed: memoryview, out: np.ndarray, where: str, slot: int) -> None:
-    """Decompress a view into `out`. Raises ShardError if that fails."""
+    """Decompress a slot into `out`. Raises ShardError if that fails."""
     try:
         decompress(packed, out)
     except CodecError as error:
         raise ShardError(f"{where}: the compressed view in row {slot} is damaged: {error}.", slot) from error
 
 
+def used_part(index: np.ndarray) -> np.ndarray:
+    """Return a shard's index without the slots after the last one that was written; a shard may have space for more."""
+    written = np.flatnonzero(index[:, 0] != EMPTY_CHUNK)
+    return index[: int(written[-1]) + 1 if len(written) else 0].copy()
+
+
+def extents_of(index: np.ndarray, first: int, count: int) -> list[list[int]]:
+    """Return offset and length of slots.
+
+    Args:
+        index: What `used_part` returned.
+        first: The first slot of the shard.
+        count: Number of slots.
+
+    Returns:
+        One pair for each slot; the offset is EMPTY_CHUNK for one that was never written.
+    """
+    found: list[list[int]] = index[first : first + count].tolist()
+    return found + [[EMPTY_CHUNK, EMPTY_CHUNK]] * (count - len(found))
+
+
 @dataclass(frozen=True, slots=True)
 class _OpenShard:
     file: BinaryIO
     index: np.ndarray
+    """As `used_part` returns it."""
 
 
 class _Uses:
@@ -122,7 +148,7 @@ _USES: Final = _Uses()
 class LocalShards:
     """Shards in a folder, the most recently used ones open. Safe in threads, and after a fork."""
 
-    def __init__(self, root: Path, pixels: PixelsShape) -> None:
+    def __init__(self, root: Path, pixels: SlotsShape) -> None:
         self._root = root
         self._pixels = pixels
         self.opened: dict[int, _OpenShard] = {}
@@ -130,29 +156,29 @@ class LocalShards:
 
     def where(self, slot: int) -> str:
         """Path of the shard that holds a slot."""
-        return str(self._root / shard_path(slot // self._pixels.slots_per_part))
+        return str(self._root / self._pixels.shard_path(slot // self._pixels.slots_per_part))
 
     def forget(self, slots: Sequence[int]) -> bool:
         """Always False: nothing is copied, so reading again gives the same bytes."""
         return False
 
     def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read views into the rows of `out`, neighbours in one call, whatever their order. Raises ShardError."""
+        """Read slots into the rows of `out`, neighbours in one call, whatever their order. Raises ShardError."""
         for first, places in runs(slots, self._pixels.slots_per_part):
             part, slot = divmod(first, self._pixels.slots_per_part)
             shard = self._shard(part, first)
-            extents = shard.index[slot : slot + len(places)].tolist()
+            extents = extents_of(shard.index, slot, len(places))
             if self._pixels.compression is Compression.NONE:
                 self._read_raw(shard.file.fileno(), first, extents, places, out)
             else:
                 self._read_packed(shard.file.fileno(), first, extents, places, out)
 
     def chunks(self, slots: Sequence[int]) -> Iterator[memoryview]:
-        """Views as they are stored in the shards, compressed or not. Raises ShardError."""
+        """Slots as they are stored in the shards, compressed or not. Raises ShardError."""
         for first, places in runs(slots, self._pixels.slots_per_part):
             part, slot = divmod(first, self._pixels.slots_per_part)
             shard = self._shard(part, first)
-            for k, (offset, size) in enumerate(shard.index[slot : slot + len(places)].tolist(), start=first):
+            for k, (offset, size) in enumerate(extents_of(shard.index, slot, len(places)), start=first):
                 if offset == EMPTY_CHUNK:
                     raise self._error(k, f"slot {self._slot(k)} was never written.")
                 chunk = memoryview(bytearray(size))
@@ -160,12 +186,12 @@ class LocalShards:
                 yield chunk
 
     def _read_raw(self, file: int, first: int, extents: list[list[int]], places: list[int], out: np.ndarray) -> None:
-        """Read uncompressed views directly into their rows; those that follow each other in the file share one call."""
-        view_bytes, begin = self._pixels.view_bytes, 0
+        """Read uncompressed slots directly into their rows; those that follow each other in the file share one call."""
+        slot_bytes, begin = self._pixels.slot_bytes, 0
         for k, (offset, size) in enumerate(extents):
-            if offset == EMPTY_CHUNK or size != view_bytes:
+            if offset == EMPTY_CHUNK or size != slot_bytes:
                 raise self._error(first + k, f"slot {self._slot(first + k)} was never written.")
-            if k + 1 < len(extents) and extents[k + 1][0] == offset + view_bytes and k + 1 - begin < _MOST_BUFFERS:
+            if k + 1 < len(extents) and extents[k + 1][0] == offset + slot_bytes and k + 1 - begin < _MOST_BUFFERS:
                 continue
             self._fill(file, _rows(out, places[begin : k + 1]), extents[begin][0], first + begin)
             begin = k + 1
@@ -218,7 +244,7 @@ class LocalShards:
             require_descriptors(self.where(slot), error)
             raise self._error(slot, f"the shard cannot be opened: {error.strerror or error}.") from error
         try:
-            return _OpenShard(file, self._read_index(file.fileno(), slot))
+            return _OpenShard(file, used_part(self._read_index(file.fileno(), slot)))
         except ShardError:
             file.close()
             raise

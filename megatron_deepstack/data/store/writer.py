@@ -21,11 +21,13 @@ from megatron_deepstack.data.store.schema import (
     INDEX_ARRAYS,
     METADATA_FILE,
     PIXELS,
-    PixelsShape,
+    VERSION,
+    SlotsShape,
     group_metadata,
     index_chunk_path,
     index_chunk_rows,
     index_metadata,
+    index_names,
     pixels_metadata,
 )
 from megatron_deepstack.errors import StoreError
@@ -78,7 +80,7 @@ def write_error(path: Location | Path, error: OSError) -> StoreError:
     )
 
 
-def write_skeleton(root: Location | Path, pixels: PixelsShape, attributes: dict[str, Any]) -> None:
+def write_skeleton(root: Location | Path, pixels: SlotsShape, attributes: dict[str, Any]) -> None:
     """Write the metadata of the groups and of `images/pixels`; index arrays get theirs when their length is known.
 
     Args:
@@ -167,8 +169,8 @@ class IndexWriter:
 class IndexWriters:
     """The index writers of a store, by name."""
 
-    def __init__(self, root: Location | Path) -> None:
-        self._writers = {name: IndexWriter(root, name) for name in INDEX_ARRAYS}
+    def __init__(self, root: Location | Path, version: int) -> None:
+        self._writers = {name: IndexWriter(root, name) for name in index_names(version)}
 
     def append(self, name: str, rows: np.ndarray | list[Any]) -> None:
         """Append rows to the array `name`."""
@@ -186,12 +188,20 @@ class IndexWriters:
 
 
 @contextmanager
-def open_index(root: Location | Path) -> Iterator[IndexWriters]:
+def open_index(root: Location | Path, version: int = VERSION) -> Iterator[IndexWriters]:
     """Write all index arrays of a store; they are complete when the block ends without an error.
 
-    Raises StoreError if a file cannot be written; the store then stays unfinished, and finalising starts again.
+    Args:
+        root: The store.
+        version: Its format version, which decides what index arrays it has.
+
+    Yields:
+        The writers of the arrays.
+
+    Raises:
+        StoreError: A file cannot be written; the store then stays unfinished, and finalising starts again.
     """
-    writers = IndexWriters(root)
+    writers = IndexWriters(root, version)
     try:
         yield writers
         writers.close()

@@ -10,7 +10,6 @@ Legend: S local sequence, B micro-batch, A query heads of this tp rank, G key/va
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -22,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_deepstack.model.layers.key_value_cache import CachedStep, attend_to_cache, score_scale
 from megatron_deepstack.parallel.context import gather_sequence, pieces
 
 
@@ -81,10 +81,9 @@ class FusedCoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         assert pg_collection is not None, "the layer spec passes process groups"
+        self.layer_number = layer_number
         self.causal = attn_mask_type is AttnMaskType.causal
-        self.scale = softmax_scale or 1.0 / math.sqrt(
-            config.kv_channels or config.hidden_size // config.num_attention_heads
-        )
+        self.scale = score_scale(config, softmax_scale)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
@@ -99,6 +98,16 @@ class FusedCoreAttention(torch.nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         """`query` (S, B, A, D), `key` and `value` (S, B, G, D) to (S, B, A * D); B is 1 where rows are packed."""
+        if isinstance(packed_seq_params, CachedStep):
+            return attend_to_cache(
+                self.layer_number,
+                query,
+                key,
+                value,
+                packed_seq_params,
+                scale=self.scale,
+                cp_group=self.cp_group,
+            )
         if packed_seq_params is not None:
             ends = packed_seq_params.ends
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,6 +27,7 @@ from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.layers.activation import activated
 from megatron_deepstack.model.layers.attention import FusedCoreAttention
 from megatron_deepstack.model.layers.injection import InjectionLayer
+from megatron_deepstack.model.layers.key_value_cache import with_cache
 from megatron_deepstack.model.layers.lora import adapted
 from megatron_deepstack.model.layers.norm import Norm
 from megatron_deepstack.platform.compute.device import has_gpu
@@ -147,10 +148,15 @@ def _mlp(submodules: MLPSubmodules) -> object:
 def _engine_submodules(language: LanguageConfig, lora: LoraConfig) -> TransformerLayerSubmodules:
     """Megatron's own, which fuse norm and linear; with adapters apart, since A wants what the linear sees."""
     if lora.rank:
-        return _submodules(_engine_classes(), AttnMaskType.causal, language.qk_norm, lora)
+        classes = _engine_classes()
+        classes = replace(classes, attention=with_cache(classes.attention))
+        return _submodules(classes, AttnMaskType.causal, language.qk_norm, lora)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=language.qk_norm).submodules
+    submodules = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=language.qk_norm).submodules
+    attention = submodules.self_attention.submodules
+    attention.core_attention = with_cache(attention.core_attention)
+    return submodules
 
 
 def _final_norm() -> type:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_deepstack.config.choices import GradientDtype, Layers, Precision, Switch
-from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe, SpeedConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe, SpeedConfig
 from megatron_deepstack.config.speed_rules import FUSIONS, obstacles, switch_of
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.platform.compute.capabilities import Capabilities
@@ -41,6 +41,7 @@ def decide_speed(
     wanted: SpeedConfig,
     machine: Capabilities,
     *,
+    language: LanguageConfig,
     parallel: ParallelConfig,
     precision: Precision,
     layers: Layers,
@@ -51,6 +52,7 @@ def decide_speed(
     Args:
         wanted: The recipe's section.
         machine: What this rank can use.
+        language: The decoder.
         parallel: The layout.
         precision: Dtype of parameters and activations.
         layers: The decoder's layers, as the recipe names them.
@@ -67,7 +69,7 @@ def decide_speed(
     decisions = _Decisions(wanted, machine)
     compiler = [machine.compiler_problem] if machine.compiler_problem else []
     kernel = [] if not engine or machine.apex_gradients else [*engine, "Apex's kernel is not installed"]
-    by_recipe = {name: reason for name, (_, reason) in obstacles(parallel, precision, lora).items()}
+    by_recipe = {name: reason for name, (_, reason) in obstacles(language, parallel, precision, lora).items()}
     by_machine = {
         "activation_fusion": compiler,
         "rope_fusion": engine,
@@ -95,6 +97,7 @@ def speed_of(recipe: Recipe, machine: Capabilities) -> Speed:
     return decide_speed(
         recipe.speed,
         machine,
+        language=recipe.model.language,
         parallel=recipe.parallel,
         precision=recipe.train.precision,
         layers=recipe.model.layers,

@@ -14,6 +14,10 @@ backward costs two forwards wherever a gradient passes.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, ParallelConfig, VisionConfig
@@ -22,6 +26,9 @@ from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
+
+Lengths = TypeVar("Lengths", float, npt.NDArray[np.float64])
 
 
 def training_flops(
@@ -72,15 +79,15 @@ def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> floa
     return (1 + learned + below) * first + (1 + learned + (learned or below)) * second
 
 
-def decoder_flops(language: LanguageConfig, seq_length: int) -> float:
+def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
     """Count the FLOPs of the decoder's forward pass, including the output layer.
 
     Args:
         language: The decoder.
-        seq_length: Tokens of the sequence.
+        seq_length: Tokens of the sequence, or float64 of any shape.
 
     Returns:
-        Operations for one sequence.
+        Operations for one sequence, or for each.
     """
     matrices = 2 * seq_length * (language.num_layers * _layer_weights(language) + _head_weights(language))
     return matrices + language.num_layers * _causal_attention(language, seq_length)
@@ -89,6 +96,30 @@ def decoder_flops(language: LanguageConfig, seq_length: int) -> float:
 def view_flops(vision: VisionConfig) -> float:
     """Count the FLOPs of the forward pass of one view through the ViT layers whose output is used."""
     return _layers_flops(vision, used_layers(vision)) + _patch_flops(vision)
+
+
+def unit_flops(model: ModelConfig, shape: ImageShape) -> float:
+    """Count the FLOPs of encoding one unit of an image, forward, from its patches to its rows.
+
+    Args:
+        model: The recipe's model.
+        shape: Columns and rows of the image's crops, or the patches of its one view.
+
+    Returns:
+        Operations. Attention is quadratic in the patches of a frame, so a large view costs more than several small
+        ones of the same area.
+    """
+    if not isinstance(shape, ViewGrid):
+        views = 1 + STACKS_IN_VIT if model.variant.traits.stacks_in_vit else 1
+        return views * view_flops(model.vision) + projector_flops(model)
+    vision = model.vision
+    c, patches = vision.hidden_size, shape.num_patches
+    embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * c
+    weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
+    layers = vision.num_layers * (2 * patches * weights + 4 * patches * shape.height * shape.width * c)
+    merged = c * vision.merge_size**2
+    merger = 2 * shape.num_tokens(vision.merge_size) * merged * (merged + model.language.hidden_size)
+    return float(embedding + layers + (1 + len(vision.taps)) * merger)
 
 
 def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:
@@ -136,7 +167,7 @@ def _head_weights(language: LanguageConfig) -> int:
     return language.hidden_size * language.vocab_size
 
 
-def _causal_attention(language: LanguageConfig, length: int) -> float:
+def _causal_attention(language: LanguageConfig, length: Lengths) -> Lengths:
     """Count the FLOPs of scores and weighted values in one layer, which are half of 4 x length^2 x width."""
     return 2 * length * length * attention_widths(language)[0]
 

@@ -63,7 +63,15 @@ def _data(items: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def section(title: str, *children: str | Markup) -> Markup:
-    """A titled box."""
+    """A titled box.
+
+    Args:
+        title: Text of the heading; it is escaped.
+        *children: What stands below it; text is escaped, markup is not.
+
+    Returns:
+        An element `section`.
+    """
     return element("section", element("h2", title), *children)
 
 
@@ -118,7 +126,18 @@ def duration(seconds: float) -> str:
 
 
 def write(file: Path, page: str) -> Path:
-    """Write a page and return its file. Raises DataError if it cannot be written."""
+    """Write a page.
+
+    Args:
+        file: Where to; an existing file is replaced.
+        page: The whole document as text.
+
+    Returns:
+        `file`.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -61,12 +61,34 @@ def drawing(width: float, height: float, title: str, *children: Markup) -> Marku
 
 
 def text(x: float, y: float, content: str, *, size: float = 12, **attributes: str | float | None) -> Markup:
-    """One line of text; `x` is its middle, unless `text_anchor` is given."""
+    """One line of text.
+
+    Args:
+        x: Middle of the text, or what the attribute `text_anchor` says, in the units of the drawing.
+        y: Its base line.
+        content: The text; it is escaped.
+        size: Height of the letters, in the units of the drawing.
+        **attributes: Further attributes, with `_` where SVG has `-`.
+
+    Returns:
+        An element `text`.
+    """
     return element("text", content, x=x, y=y, font_size=size, **{"text_anchor": "middle", "fill": INK} | attributes)
 
 
 def rect(x: float, y: float, width: float, height: float, **attributes: str | float | None) -> Markup:
-    """A rectangle."""
+    """A rectangle.
+
+    Args:
+        x: Left edge, in the units of the drawing.
+        y: Upper edge.
+        width: Width in the same units.
+        height: Height in the same units.
+        **attributes: Further attributes, with `_` where SVG has `-`.
+
+    Returns:
+        An element `rect`.
+    """
     return element("rect", x=x, y=y, width=width, height=height, **attributes)
 
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.data.store.schema import ImageStatus, PixelsShape, shard_path
+from megatron_deepstack.data.store.schema import VERSION, ImageStatus, SlotsShape, index_names
 from megatron_deepstack.data.store.shard_writer import open_shard
 from megatron_deepstack.data.store.shards import LocalShards, ShardError
 from megatron_deepstack.data.store.writer import (
@@ -125,7 +125,7 @@ def assemble(
         except ShardError as error:
             raise StoreError(f"{error} See what else is damaged with `store verify`.") from error
         progress(number + 1, len(plan.parts))
-    with open_index(draft) as index:
+    with open_index(draft, shape.version) as index:
         counts = {**_write_images(index, plan, sources, slots), **_write_samples(index, plan, sources)}
     with atomic_file(draft / "quarantine.jsonl") as file:
         file.writelines(quarantine)
@@ -150,13 +150,13 @@ def _write_part(
     part: NewPart,
     sources: Sequence[Source],
     shards: Sequence[LocalShards],
-    shape: PixelsShape,
+    shape: SlotsShape,
 ) -> None:
     if part.whole is not None:
         source, old = part.whole
         store = sources[source].store
         if store.pixels.slots_per_part == shape.slots_per_part:
-            _link(store.location.local_path() / shard_path(old), draft / shard_path(number))
+            _link(store.location.local_path() / shape.shard_path(old), draft / shape.shard_path(number))
             return
     with open_shard(draft, number, shape) as shard:
         for source, images in _by_source(part):
@@ -198,7 +198,15 @@ def _blocks(source: Path) -> Iterator[bytes]:
 
 
 def read_error(path: Path, error: OSError) -> StoreError:
-    """The StoreError for an `error` that occurred while reading a file of a source."""
+    """The error of a file of a source that cannot be read.
+
+    Args:
+        path: The file.
+        error: What the system said.
+
+    Returns:
+        A StoreError, to be raised by the caller.
+    """
     return StoreError(
         f"{path}: cannot be read: {error.strerror or error}. See what else is damaged with `store verify`."
     )
@@ -211,23 +219,29 @@ def _write_images(index: IndexWriters, plan: Regrouping, sources: Sequence[Sourc
     for number, part in enumerate(plan.parts):
         taken_from = [(sources[source].store, images) for source, images in _by_source(part)]
         columns = {
-            name: np.concatenate([store.rows(f"images/{name}").take(images) for store, images in taken_from])
-            for name in ("count", "grid", "size", "status", "sha256")
+            name: np.concatenate([store.rows(name).take(images) for store, images in taken_from])
+            for name in _columns(sources[0].store.version)
         }
-        ends = np.cumsum(columns["count"], dtype=np.int64)
+        ends = np.cumsum(columns["images/count"], dtype=np.int64)
         sums = np.zeros(slots, np.uint32)
         sums[: ends[-1]] = np.concatenate([_checksums(store, images) for store, images in taken_from])
         index.append("images/start", number * slots + np.concatenate([[0], ends[:-1]]))
         index.append("images/crc32c", sums)
         for name, rows in columns.items():
-            index.append(f"images/{name}", rows)
+            index.append(name, rows)
         for store, images in taken_from:
             paths.take(store, images)
         found["images"] += len(part.images)
-        found["flagged"] += int((columns["status"] == ImageStatus.FLAGGED).sum())
-        found["quarantined"] += int((columns["status"] == ImageStatus.QUARANTINED).sum())
-        found["views"] += int(ends[-1])
+        found["flagged"] += int((columns["images/status"] == ImageStatus.FLAGGED).sum())
+        found["quarantined"] += int((columns["images/status"] == ImageStatus.QUARANTINED).sum())
+        found["views"] += int(ends[-1] if sources[0].store.version == VERSION else (columns["images/count"] > 0).sum())
     return found
+
+
+def _columns(version: int) -> list[str]:
+    """Arrays of one row per image that are copied as they are."""
+    others = ("images/start", "images/path", "images/path_offsets", "images/crc32c")
+    return [name for name in index_names(version) if name.startswith("images/") and name not in others]
 
 
 def _checksums(store: Store, images: np.ndarray) -> np.ndarray:

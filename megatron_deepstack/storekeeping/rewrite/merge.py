@@ -78,6 +78,7 @@ _BEFORE: Final = {"orientation": "as_stored", "deep_grey": "as_published", "tran
 
 
 def _pairs(first: Store, other: Store) -> Iterator[tuple[str, Any, Any]]:
+    yield "version", first.version, other.version
     yield "compression", str(first.pixels.compression), str(other.pixels.compression)
     for group in ("processor", "tokenizer"):
         here, there = getattr(first.attributes, group), getattr(other.attributes, group)

@@ -45,7 +45,19 @@ def judge(
     *,
     uses_gpus: bool,
 ) -> tuple[Check, ...]:
-    """Every check on every node. `seen`: by address, the tokens that the node finds in the run folder."""
+    """Every check on every node.
+
+    Args:
+        recipe: The run's recipe.
+        seats: Where each rank will run, by rank.
+        facts: What each node reported.
+        seen: By address of a node, the tokens that this node finds in the run folder.
+        links: Results of the trials of links between neighbours.
+        uses_gpus: Whether each rank has a GPU.
+
+    Returns:
+        All findings, good and bad.
+    """
     findings = list(_versions(facts))
     for one in facts:
         ranks_here = sum(seat.node.address == one.address for seat in seats)

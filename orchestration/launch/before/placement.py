@@ -72,7 +72,16 @@ class Demand:
 
 
 def demand_of(recipe: Recipe, nodes: Sequence[Node], num_ranks: int | None = None) -> Demand:
-    """One worker per GPU, or per CPU slot where no node has a GPU; one replica of the model if nothing else is said."""
+    """One worker per GPU, or per CPU slot where no node has a GPU; one replica of the model if nothing else is said.
+
+    Args:
+        recipe: The run's recipe.
+        nodes: The nodes of the cluster that are alive.
+        num_ranks: Number of ranks; if None, `launch.ranks`, and without that the ranks of one replica.
+
+    Returns:
+        What the run needs.
+    """
     return Demand(
         num_ranks=num_ranks or recipe.launch.ranks or model_ranks(recipe.parallel),
         parallel=recipe.parallel,
@@ -82,7 +91,15 @@ def demand_of(recipe: Recipe, nodes: Sequence[Node], num_ranks: int | None = Non
 
 
 def check_groups_fit(demand: Demand, nodes: Sequence[Node]) -> None:
-    """Raise LayoutError if nodes have slots, but none enough for a tensor-parallel group; with all that nodes have."""
+    """Check that some node is large enough for a tensor-parallel group, with all slots that it has, free or not.
+
+    Args:
+        demand: What the run needs.
+        nodes: The nodes of the cluster that are alive.
+
+    Raises:
+        LayoutError: Nodes have free slots, but none has enough slots for a group.
+    """
     largest = max(nodes, key=demand.slots, default=None)
     tensor = demand.parallel.tensor
     if largest is None or demand.slots(largest) >= tensor or not any(map(demand.free, nodes)):
@@ -96,10 +113,18 @@ def check_groups_fit(demand: Demand, nodes: Sequence[Node]) -> None:
 
 
 def place(demand: Demand, nodes: Sequence[Node]) -> tuple[Seat, ...]:
-    """Seats by rank, on as few nodes as possible; nodes in order of their addresses, so that a restart on the same
-    nodes gives the same ranks the same place.
+    """Choose seats, on as few nodes as possible.
 
-    Raises ClusterError where slots are missing.
+    Args:
+        demand: What the run needs.
+        nodes: The nodes of the cluster that are alive.
+
+    Returns:
+        One seat for each rank, by rank. Nodes are in order of their addresses, so that a restart on the same nodes
+        gives the same ranks the same seats.
+
+    Raises:
+        ClusterError: The nodes have fewer slots than ranks.
     """
     ordered = sorted(nodes, key=_address_order)
     tensor = demand.parallel.tensor

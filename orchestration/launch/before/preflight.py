@@ -24,7 +24,17 @@ _ANSWER_SECONDS: Final = 180.0
 
 
 def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str) -> tuple[Check, ...]:
-    """The checks on this machine, by this process."""
+    """The checks on this machine, by this process.
+
+    Args:
+        recipe: The run's recipe.
+        demand: What the run needs.
+        seats: Where each rank will run, all of them on this machine.
+        folder: The current folder, from which relative paths count.
+
+    Returns:
+        All findings, good and bad.
+    """
     questions, address = Questions(recipe, folder), seats[0].node.address
     try:
         facts = gather(questions, address, "here")
@@ -37,7 +47,19 @@ def check_here(recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: st
 def check_cluster(
     ray: Any, recipe: Recipe, demand: Demand, seats: Sequence[Seat], folder: str, environment: RankEnvironment
 ) -> tuple[Check, ...]:
-    """The checks on every node that ranks will run on."""
+    """The checks on every node that ranks will run on.
+
+    Args:
+        ray: The module ray, connected to the cluster.
+        recipe: The run's recipe.
+        demand: What the run needs.
+        seats: Where each rank will run, by rank.
+        folder: The current folder, from which relative paths count on every node.
+        environment: The variables that ranks receive.
+
+    Returns:
+        All findings, good and bad; a node that does not answer is one of them.
+    """
     questions = Questions(recipe, folder, environment.private)
     nodes = list({seat.node.id: seat.node for seat in seats}.values())
     probes = {node.id: _probe_on(ray, node, demand, seats, environment) for node in nodes}
@@ -72,7 +94,16 @@ class Probe:
     """An actor on a node; a process like the ranks' own."""
 
     def gather(self, questions: Questions, address: str, token: str) -> NodeFacts:
-        """See `probe.gather`."""
+        """See `probe.gather`.
+
+        Args:
+            questions: What to look for.
+            address: Address of this node.
+            token: Name of the file that is left in the run folder.
+
+        Returns:
+            The facts of this node.
+        """
         take(questions.environment)
         return gather(questions, address, token)
 
@@ -87,7 +118,17 @@ class Probe:
         return open_meeting_point(address)
 
     def try_link(self, rank: int, own: str, address: str, port: int) -> float:
-        """One side of an all-reduce over the interface that holds `own`."""
+        """One side of an all-reduce over the interface that holds `own`.
+
+        Args:
+            rank: 0 or 1: which side.
+            own: Address of this node.
+            address: Address of the node of side 0, where both meet.
+            port: The port there.
+
+        Returns:
+            Seconds that it took.
+        """
         import os
 
         from megatron_deepstack.parallel.link import try_link

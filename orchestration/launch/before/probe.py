@@ -73,7 +73,16 @@ class Questions:
 
 
 def gather(questions: Questions, address: str, token: str) -> NodeFacts:
-    """All facts of this node; `token` is the name of the file it leaves in the run folder."""
+    """All facts of this node.
+
+    Args:
+        questions: What to look for.
+        address: Address of this node in the cluster.
+        token: Name of the file that this node leaves in the run folder, for the other nodes to see.
+
+    Returns:
+        The facts; what could not be found out is a fault in them.
+    """
     from megatron_deepstack.platform.compute.device import gpu_memories
 
     folder = _find(partial(_enter, questions.folder))

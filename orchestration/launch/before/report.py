@@ -61,7 +61,20 @@ def whole_plan(
     cluster: str,
     resumes_from: str,
 ) -> Group:
-    """All that `launch` would do."""
+    """All that `launch` would do.
+
+    Args:
+        recipe: The run's recipe.
+        demand: What the run needs.
+        seats: Where each rank would run, by rank.
+        findings: Results of the checks.
+        environment: The variables that ranks would receive; the values of private ones are not shown.
+        cluster: The cluster in words.
+        resumes_from: Where training would begin, in words.
+
+    Returns:
+        Something for rich to print.
+    """
     launching = recipe.launch
     variables = {**environment.shown, **dict.fromkeys(environment.private, "(set)")}
     listed = "\n".join(f"    {name}={value}" for name, value in sorted(variables.items()) if name not in _UNSEEN)

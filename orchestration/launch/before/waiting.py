@@ -23,11 +23,21 @@ def wait_for_seats(
     tell: Callable[[str], None],
     asked_to_stop: Callable[[], bool],
 ) -> Found:
-    """What `seats` gives, once it raises ClusterError no more; `tell` hears what is missing, each time it changes,
-    and how long the wait may take.
+    """Wait until the cluster has room for all ranks.
 
-    `since` is the moment (of time.monotonic) that the wait began. Raises the ClusterError after `seconds`,
-    PreemptedError if asked to stop, and at once any error that waiting does not remove.
+    Args:
+        seats: Gives the seats, or raises ClusterError while something is missing.
+        since: When the wait began, in seconds of time.monotonic.
+        seconds: Longest wait from then on.
+        tell: Receives what is missing and how long the wait may take, each time this changes.
+        asked_to_stop: Whether somebody has asked to stop.
+
+    Returns:
+        What `seats` gave.
+
+    Raises:
+        ClusterError: Something was still missing after `seconds`.
+        PreemptedError: Somebody has asked to stop.
     """
     said = ""
     while True:

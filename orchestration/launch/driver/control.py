@@ -123,9 +123,19 @@ def _state_without_record(
 
 
 def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
-    """Ask a run to save and end, or with `now` to end at once, and wait until it has; returns what became of it.
+    """Ask a run to save and end, and wait until it has ended.
 
-    Raises ConfigError where nothing runs that `launch` has started, ClusterError if it is still there in the end.
+    Args:
+        run_dir: The run's folder.
+        now: End at once, without saving.
+        wait_seconds: Longest wait for the end.
+
+    Returns:
+        What became of the run, in one line.
+
+    Raises:
+        ConfigError: Nothing runs here that `launch` has started.
+        ClusterError: The run has not ended in time.
     """
     record, owner = _launched(run_dir)
     if record is None:

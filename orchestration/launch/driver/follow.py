@@ -74,7 +74,13 @@ class Follower:
                 )
 
     def note_restart(self, moment: float, reason: str, ranks: Sequence[int]) -> None:
-        """The gang starts again."""
+        """Record that the gang starts again.
+
+        Args:
+            moment: When it failed, in seconds since 1970.
+            reason: Why, in one line.
+            ranks: The ranks that caused it.
+        """
         self._record.restarts.append(Restart(moment, reason, tuple(ranks)))
         if self._record.state is not RunState.STOPPING:
             self._record.state = RunState.RESTARTING

@@ -104,7 +104,12 @@ class LaunchRecord:
 
 
 def write_record(run_dir: Path, record: LaunchRecord) -> None:
-    """Replace `launch.json`."""
+    """Replace `launch.json`.
+
+    Args:
+        run_dir: The run's folder.
+        record: The new content; its heartbeat is set to this moment.
+    """
     record.heartbeat = time.time()
     write_whole(RunFolder(run_dir).launch_record, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
 
@@ -136,13 +141,26 @@ class Events:
         self.path.write_text("", encoding="utf-8")
 
     def add(self, kind: str, **facts: Any) -> None:
-        """Append an event."""
+        """Append an event.
+
+        Args:
+            kind: What has happened.
+            **facts: Further values of the line, which JSON can hold.
+        """
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": kind, "time": time.time(), **facts}) + "\n")
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
-    """What a rank prints; its standard error lies beside it as `.err`."""
+    """The file of what a rank prints; its standard error lies beside it as `.err`.
+
+    Args:
+        run_dir: The run's folder.
+        rank: Number of the rank, from 0.
+
+    Returns:
+        The path, whether the file exists or not.
+    """
     return RunFolder(run_dir).log(rank)
 
 
@@ -174,7 +192,15 @@ class Tail:
 
 
 def last_lines(path: Path, number: int) -> list[str]:
-    """The end of a log, if there is one; at most 64 KiB of it are read."""
+    """The end of a log; at most 64 KiB of it are read.
+
+    Args:
+        path: The file.
+        number: How many lines at most; empty lines do not count.
+
+    Returns:
+        The lines, none if the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - (1 << 16)))

@@ -56,12 +56,21 @@ START_RETRY_SECONDS: Final = 30.0
 def launch(
     recipe: Recipe, *, num_ranks: int | None = None, address: str | None = None, stop_after: int | None = None
 ) -> None:
-    """Train `recipe` as a gang of Ray Train workers, and return when the run is done.
+    """Train a recipe as a gang of Ray Train workers, and return when the run is done.
 
-    `address`: an existing cluster, whose nodes see the store and `run_dir` under the same paths; otherwise Ray runs on
-    this machine alone. Raises PreemptedError after a stop on request, RankError when the budget of restarts is used
-    up, ClusterError for what the cluster lacks, RunFolderError where the run folder cannot be written or another
-    process trains in it, and any expected failure that a rank raised.
+    Args:
+        recipe: The run's recipe.
+        num_ranks: Number of workers; if None, as the recipe says.
+        address: An existing cluster, whose nodes see the stores and `run_dir` under the same paths; otherwise Ray runs
+            on this machine alone.
+        stop_after: Step after which the run saves and ends; None for all steps of the recipe.
+
+    Raises:
+        PreemptedError: The run was stopped on request.
+        RankError: Ranks failed more often than `launch.max_failures`.
+        ClusterError: The cluster lacks something.
+        RunFolderError: The run folder cannot be written, or another process trains in it.
+        DeepStackError: Any other expected failure that a rank raised.
     """
     run_dir = Path(recipe.run_dir).absolute()
     address = address or os.environ.get("RAY_ADDRESS")
@@ -127,9 +136,18 @@ def _own_cpus(recipe: Recipe, num_ranks: int | None) -> int:
 def dry_run(
     recipe: Recipe, show: Callable[[Any], None], *, num_ranks: int | None = None, address: str | None = None
 ) -> None:
-    """Show all that `launch` would do, the checks included, as something for rich to print; nothing is trained.
+    """Show all that `launch` would do, the checks included; nothing is trained.
 
-    Without a cluster not even Ray is started. Raises ClusterError if a check failed.
+    Without a cluster not even Ray is started.
+
+    Args:
+        recipe: The run's recipe.
+        show: Receives something for rich to print.
+        num_ranks: Number of workers; if None, as the recipe says.
+        address: An existing cluster; None for this machine alone.
+
+    Raises:
+        ClusterError: A check failed.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     check_plan(recipe)

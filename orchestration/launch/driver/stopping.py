@@ -17,7 +17,15 @@ from orchestration.launch.driver.record import STOP_FILE, LaunchRecord, RunState
 
 @contextmanager
 def stop_signals(run_dir: Path, record: LaunchRecord) -> Iterator[threading.Event]:
-    """SIGTERM and Ctrl-C ask the ranks to save and end; the second one sets the event."""
+    """SIGTERM and Ctrl-C ask the ranks to save and end, as long as the context lasts.
+
+    Args:
+        run_dir: The run's folder, where the request is left.
+        record: The run's record, whose state becomes STOPPING.
+
+    Yields:
+        An event that the second signal sets.
+    """
     second = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -39,7 +47,13 @@ def stop_signals(run_dir: Path, record: LaunchRecord) -> Iterator[threading.Even
 
 
 def request_stop(run_dir: Path, reason: str, *, how: str = "save") -> None:
-    """Ask for an end of the run: `save` first, or `now`; `drain`: save, to go on without a node that is taken back."""
+    """Ask for an end of the run.
+
+    Args:
+        run_dir: The run's folder, where the request is left for all ranks.
+        reason: Who asks, and why.
+        how: `save`: save first; `now`: end at once; `drain`: save, to go on without a node that is taken back.
+    """
     write_whole(run_dir / STOP_FILE, json.dumps({"how": how, "reason": reason, "time": time.time()}) + "\n")
 
 

@@ -63,6 +63,12 @@ class Rendezvous(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Open the meeting point on the node of rank 0, and tell every worker where it is.
+
+        Args:
+            worker_group: The workers, as Ray Train has started them.
+            backend_config: Not used.
+        """
         workers = worker_group.get_workers()
         address = workers[0].metadata.node_ip
         port = worker_group.execute_single(0, open_meeting_point, address)
@@ -132,7 +138,15 @@ class GangCallback(ControllerCallback, WorkerGroupCallback):
         self._events.add("ranks", ranks=ranks)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Write down a failure that Ray Train is about to retry; raises RunEnded where it should not."""
+        """Record a failure that Ray Train is about to retry.
+
+        Args:
+            previous_state: The state that Ray Train's controller leaves.
+            current_state: The state that it enters.
+
+        Raises:
+            RunEnded: Another attempt would fail as well.
+        """
         name = type(current_state).__name__
         if name == "RunningState" and type(previous_state).__name__ != "RunningState":
             self._events.add("running")
@@ -193,7 +207,15 @@ class GangCallback(ControllerCallback, WorkerGroupCallback):
 
 
 def failures_of(errors: dict[int, Exception], places: Sequence[str]) -> list[RankEnd]:
-    """Ray's and our exceptions, by rank, as failures."""
+    """Ray's exceptions and ours as failures.
+
+    Args:
+        errors: The exception of each rank that failed.
+        places: By rank, the node and the process, in words.
+
+    Returns:
+        One failure for each of `errors`, in their order.
+    """
     return [_failure(rank, error, places[rank] if rank < len(places) else "") for rank, error in errors.items()]
 
 

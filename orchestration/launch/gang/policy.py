@@ -89,7 +89,15 @@ _WORDS = {
 
 
 def end_of_exception(kind: str, text: str) -> End:
-    """Whether an exception of a rank is its own or a broken connection to another."""
+    """Whether an exception of a rank is its own or a broken connection to another.
+
+    Args:
+        kind: Name of the exception's class.
+        text: Its message.
+
+    Returns:
+        CUT_OFF for a broken connection, else RAISED.
+    """
     return End.CUT_OFF if is_cut_off(kind, text) else End.RAISED
 
 

@@ -109,7 +109,14 @@ def open_meeting_point(address: str) -> int:
 
 
 def enter(place: Mapping[str, int], own_address: str, master_address: str, master_port: int) -> None:
-    """Set the variables that `platform.process_group.join` reads, and the interface that neighbours are reached by."""
+    """Set the variables that `platform.process_group.join` reads, and the interface that neighbours are reached by.
+
+    Args:
+        place: RANK, WORLD_SIZE and the other numbers of this rank, as torchrun names them.
+        own_address: Address of this node.
+        master_address: Address of rank 0's node.
+        master_port: The port there, on which the store already listens.
+    """
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(
         MASTER_ADDR=master_address,

@@ -20,6 +20,16 @@ def gang_trainer(
     """A trainer whose `fit()` runs `task` on the gang, again after failures, and returns what rank 0 returned.
 
     Workers that fail to start are another budget of Ray Train's: as many tries as there is time for, and the restarts.
+
+    Args:
+        task: What each rank does.
+        run_dir: The run's folder.
+        demand: Number of workers, and what each of them needs.
+        environment: Variables for the workers.
+        start_retry_seconds: Longest time of one try to start all workers.
+
+    Returns:
+        Ray Train's trainer.
     """
     launching = task.recipe.launch
     start_tries = int(launching.start_seconds // start_retry_seconds)

@@ -32,7 +32,17 @@ class _Expected:
 
 
 def check_nodes(ray: Any, job: Job, parts: Sequence[Part], environment: Mapping[str, str]) -> None:
-    """Ask every node of the cluster; raises ClusterError naming those that cannot do the job, and why."""
+    """Ask every node of the cluster whether it can do the job.
+
+    Args:
+        ray: The module ray, connected to the cluster.
+        job: The job.
+        parts: The parts that are still to be done.
+        environment: Variables for the tasks.
+
+    Raises:
+        ClusterError: Some nodes cannot do it; the message names them, each with the reason.
+    """
     expected = _Expected(megatron_deepstack.__version__, read_token(job.root), _find_image(job, parts))
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     task = ray.remote(num_cpus=0, max_retries=0)(_look)

@@ -25,7 +25,7 @@ from orchestration.preprocess.part.finalise import begin_store, clear_leftovers,
 from orchestration.preprocess.part.ledger import Ledger, claim_folder
 from orchestration.preprocess.part.parts import Part, Plan, make_plan
 from orchestration.preprocess.part.work import Job, summarise
-from orchestration.preprocess.sources.inputs import read_inputs
+from orchestration.preprocess.sources.inputs import Inputs, read_inputs
 from orchestration.preprocess.sources.paths import check_paths
 from orchestration.preprocess.sources.reading import Reading
 
@@ -40,14 +40,28 @@ def preprocess(
     workers: int | None = None,
     address: str | None = None,
 ) -> Summary:
-    """Turn records and images into the store `output`; arguments take the place of the recipe's `data` fields.
+    """Turn records and images into a store; arguments take the place of the recipe's `data` fields.
 
-    `workers`: worker processes of a local Ray (all CPUs if None), or 0 for none, in this process. `address`: an
-    existing Ray cluster, whose nodes must see the image folder and `output`; `workers` then limits the parts in flight.
+    Args:
+        recipe: The recipe.
+        output: Path or URL of the store.
+        records: File of records.
+        images: Folder of images, or tar shards.
+        tokenizer: File of the tokenizer.
+        workers: Worker processes of a local Ray (as many as CPUs if None), or 0 to work in this process. With
+            `address`, the number of parts that are in work at the same time.
+        address: An existing Ray cluster, whose nodes must see the images and `output`.
 
-    Raises ConfigError, DataError (inputs; too many quarantined images), StoreError (another plan's store, another job
-    at work, a disk that is full or too small), ClusterError (a node that cannot do the job), LocationError (a bucket
-    that cannot be reached), PreemptedError (SIGTERM or SIGINT).
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: A field is missing, or no cluster answers at `address`.
+        DataError: An input cannot be used, or too many images are quarantined.
+        StoreError: `output` belongs to another plan or to another job at work, or the disk is full or too small.
+        ClusterError: A node cannot do the job.
+        LocationError: A bucket cannot be reached.
+        PreemptedError: SIGTERM or SIGINT arrived.
     """
     data = recipe.data
     words = _given(tokenizer or data.tokenizer, "tokenizer", "a SentencePiece model or tokenizer.json")
@@ -72,23 +86,20 @@ def preprocess(
             clear_leftovers(root)
             return nothing_done(root, len(plan.parts))
         begin_store(root, plan)
-        job = Job(
-            root,
-            inputs.image_folder,
-            plan.hash,
-            plan.processor,
-            plan.pixels,
-            plan.template,
-            model,
-            data.max_image_seconds,
-        )
-        return _run(job, plan, recipe.data.max_quarantined, lease, workers=workers, address=address)
+        job = _job_of(root, plan, inputs, model, data.max_image_seconds)
+        return _run(job, plan, data.max_quarantined, lease, workers=workers, address=address)
+
+
+def _job_of(root: Location, plan: Plan, inputs: Inputs, model: Tokenizer, max_image_seconds: float) -> Job:
+    return Job(
+        root, inputs.image_folder, plan.hash, plan.processor, plan.pixels, plan.template, model, max_image_seconds
+    )
 
 
 def _run(
     job: Job, plan: Plan, max_quarantined: float, lease: Lease, *, workers: int | None, address: str | None
 ) -> Summary:
-    ledger = Ledger(job.root, job.plan_hash)
+    ledger = Ledger(job.root, job.plan_hash, job.pixels)
     with JobProgress(len(plan.images), len(plan.records)) as progress:
         tally = Tally(job.root, len(plan.images), max_quarantined)
         todo = _find_todo(ledger, plan, progress, tally)

@@ -51,7 +51,15 @@ class Need:
 
 
 def check_space(job: Job, todo: Sequence[Part]) -> None:
-    """Raise StoreError, saying how much is needed and how much is free, if the disk cannot hold what is to be done."""
+    """Check that the disk can hold what is to be done.
+
+    Args:
+        job: The job.
+        todo: The parts that are still to be done.
+
+    Raises:
+        StoreError: It cannot; the message says how much is needed and how much is free.
+    """
     if not job.root.is_local or not todo:
         return
     free = shutil.disk_usage(job.root.local_path()).free
@@ -70,7 +78,15 @@ def check_space(job: Job, todo: Sequence[Part]) -> None:
 
 
 def estimate(job: Job, parts: Sequence[ImagePart]) -> Need:
-    """Bytes of the shards of `parts`, from the sizes of some of their images."""
+    """Estimate the size of shards from the sizes of some of their images.
+
+    Args:
+        job: The job.
+        parts: The parts whose shards are to be written.
+
+    Returns:
+        The number of bytes, and what it is based on.
+    """
     images = [(part, path) for part in parts for path in part.paths]
     sample = _spread(images, _SAMPLED_IMAGES)
     sizes = np.array(_image_sizes(job, sample), dtype=np.float64)
@@ -81,9 +97,9 @@ def estimate(job: Job, parts: Sequence[ImagePart]) -> Need:
 
 
 def _worst_case(job: Job, parts: Sequence[ImagePart]) -> int:
-    """Uncompressed, and with the most views for every image."""
+    """Uncompressed, and with the most slots for every image."""
     num_images = sum(len(part.paths) for part in parts)
-    each = job.processor.most_views * job.pixels.view_bytes + _BYTES_PER_IMAGE
+    each = job.processor.most_slots * job.pixels.slot_bytes + _BYTES_PER_IMAGE
     return num_images * each + len(parts) * shard_index_bytes(job.pixels)
 
 
@@ -91,13 +107,13 @@ def _image_sizes(job: Job, sample: Sequence[tuple[ImagePart, str]]) -> list[int]
     """Bytes that each image of the sample takes in the store; 0 for one that will be quarantined."""
     decoder = Decoder(job.processor, job.max_image_seconds)
     with closing(decoder), closing(decoder.decode([job.image_at(part, path) for part, path in sample])) as decoded:
-        return [0 if isinstance(image, QuarantineError) else _stored_bytes(job, image.views) for image in decoded]
+        return [0 if isinstance(image, QuarantineError) else _stored_bytes(job, image.slots) for image in decoded]
 
 
-def _stored_bytes(job: Job, views: np.ndarray) -> int:
+def _stored_bytes(job: Job, slots: np.ndarray) -> int:
     if job.pixels.compression is Compression.NONE:
-        return views.nbytes
-    return sum(len(compress(view)) for view in views)
+        return slots.nbytes
+    return sum(len(compress(slot)) for slot in slots)
 
 
 def _text_bytes(job: Job, records: Sequence[Record]) -> int:

@@ -48,7 +48,16 @@ class Summary:
 
 
 def write_report(root: Location, counts: Mapping[str, int], progress: JobProgress) -> Summary:
-    """Write the report of the job that has just ended."""
+    """Write the report of the job that has just ended.
+
+    Args:
+        root: The store.
+        counts: The counts of the finished store.
+        progress: What this job has done.
+
+    Returns:
+        The same report as a value.
+    """
     summary = _summary(root, counts, progress)
     write_json(root.child(REPORT_FILE), asdict(summary))
     return summary
@@ -81,9 +90,17 @@ def is_complete(root: Location) -> bool:
 
 
 def nothing_done(root: Location, num_parts: int) -> Summary:
-    """What a job on a finished store did: its counts, and no work. The report of the job that made it is left alone.
+    """What a job on a finished store did: its counts, and no work.
 
-    That is written now if that job was killed before it could.
+    The report of the job that made the store is left alone; if that job was killed before it could write it, it is
+    written now.
+
+    Args:
+        root: The store.
+        num_parts: Number of the plan's parts.
+
+    Returns:
+        The report.
     """
     counts = _attributes(root)["counts"]
     progress = JobProgress(0, 0)

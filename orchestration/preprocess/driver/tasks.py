@@ -59,7 +59,16 @@ class Assignment:
 
 
 def do_here(job: Job, parts: Sequence[Part], tick: Callable[[], None]) -> Generator[Finished, None, None]:
-    """Parts one after the other, in this process."""
+    """Do parts one after the other, in this process.
+
+    Args:
+        job: The job.
+        parts: The parts to do.
+        tick: Called before each part; what it raises ends the job.
+
+    Yields:
+        Each part when it is finished.
+    """
     for part in parts:
         tick()
         yield Finished(do_part(job, part), os.uname().nodename)
@@ -73,7 +82,19 @@ def do_with_ray(
     progress: JobProgress,
     tick: Callable[[], None],
 ) -> Generator[Finished, None, None]:
-    """Parts in worker processes of a Ray cluster, finished ones first; `tick` is called at least every second."""
+    """Do parts in worker processes of a Ray cluster.
+
+    Args:
+        job: The job.
+        parts: The parts to do.
+        workers: See `preprocess`.
+        address: An existing Ray cluster; None for one of this machine alone.
+        progress: Where the job stands; its clock starts again when Ray is up.
+        tick: Called at least every second; what it raises ends the job.
+
+    Yields:
+        Parts in the order in which they are finished.
+    """
     if not parts:
         return
     outlives_job = import_ray(address).is_initialized()
@@ -166,7 +187,18 @@ class _Window:
 
 
 def after_loss(assignment: Assignment, error: Exception) -> Assignment:
-    """The assignment once more; raises ClusterError if nodes were lost under it again and again."""
+    """The assignment once more, after its node was lost.
+
+    Args:
+        assignment: A part, and how often it has failed.
+        error: What Ray raised.
+
+    Returns:
+        The assignment with one more loss.
+
+    Raises:
+        ClusterError: Nodes were lost during this part too often.
+    """
     if assignment.losses >= _MOST_LOSSES:
         raise ClusterError(
             f"part {assignment.part.name}: {_MOST_LOSSES + 1} nodes were lost while they worked on it: {error}. "
@@ -176,7 +208,18 @@ def after_loss(assignment: Assignment, error: Exception) -> Assignment:
 
 
 def after_crash(assignment: Assignment, error: Exception) -> Assignment:
-    """The assignment once more; raises DataError if its workers died again and again."""
+    """The assignment once more, after its worker died.
+
+    Args:
+        assignment: A part, and how often it has failed.
+        error: What Ray raised.
+
+    Returns:
+        The assignment with one more crash.
+
+    Raises:
+        DataError: Workers died during this part too often.
+    """
     if assignment.crashes >= _MOST_CRASHES:
         part = assignment.part
         paths = ", ".join(part.paths[:_SHOWN]) + ", ..." if isinstance(part, ImagePart) else "records"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store.schema import shard_path
+from megatron_deepstack.data.store.schema import SlotsShape
 from megatron_deepstack.data.store.writer import json_line, write_error, write_json
 from megatron_deepstack.errors import StoreError
 from orchestration.preprocess.driver.lease import LEASE_FILE
@@ -32,14 +32,20 @@ Record = dict[str, Any]
 class Ledger:
     """Commit records of one plan in one store."""
 
-    def __init__(self, root: Location, plan_hash: str) -> None:
+    def __init__(self, root: Location, plan_hash: str, pixels: SlotsShape) -> None:
         self.root = root
         self.plan_hash = plan_hash
+        self._pixels = pixels
 
     def commit(self, name: str, record: Record) -> None:
-        """Create the record of a part. A twin that was faster has written the same bytes.
+        """Create the record of a part. If another worker has done the same part faster, it has written the same bytes.
 
-        Raises StoreError if the record exists with other content: an input changed while the job ran.
+        Args:
+            name: Name of the part.
+            record: What was written of it.
+
+        Raises:
+            StoreError: The record exists with other content, since an input changed while the job ran.
         """
         path = self._path(name)
         content = json_line({"plan_hash": self.plan_hash, **record})
@@ -83,7 +89,7 @@ class Ledger:
 
     def _data_size(self, part: Part) -> int | None:
         image_part = isinstance(part, ImagePart)
-        path = self.root.child(shard_path(part.number)) if image_part else text_path(self.root, part.name)
+        path = self.root.child(self._pixels.shard_path(part.number)) if image_part else text_path(self.root, part.name)
         try:
             return path.size()
         except FileNotFoundError:
@@ -96,7 +102,12 @@ class Ledger:
 def claim_folder(root: Location, plan: Plan) -> None:
     """Write the plan into a new store, or check that the store there is this plan's.
 
-    Raises StoreError, naming what differs, for another plan's store, and for a folder that holds anything else.
+    Args:
+        root: The store.
+        plan: The plan of the job.
+
+    Raises:
+        StoreError: The folder holds the store of another plan, and the message names what differs, or anything else.
     """
     path = root.child(PLAN_FILE)
     if path.is_file():
@@ -115,7 +126,15 @@ def claim_folder(root: Location, plan: Plan) -> None:
 
 
 def text_path(root: Location, name: str) -> Location:
-    """Where the tokens of a part of records wait for the end of the job."""
+    """Where the tokens of a part of records are kept until the end of the job.
+
+    Args:
+        root: The store.
+        name: Name of the part.
+
+    Returns:
+        The file, whether it exists or not.
+    """
     return root.child(f"{PARTS_FOLDER}/{name}.bin")
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from megatron_deepstack.data.images.decoder import SharedImage, shared_decoder
-from megatron_deepstack.data.images.processor import Processor
+from megatron_deepstack.data.images.processors import AnyProcessor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store.schema import ImageStatus, PixelsShape
+from megatron_deepstack.data.store.schema import ImageStatus, SlotsShape
 from megatron_deepstack.data.store.shard_writer import ShardWriter, open_shard
 from megatron_deepstack.data.store.writer import atomic_file
 from megatron_deepstack.data.text.conversation import encode_conversation
@@ -34,14 +34,22 @@ class Job:
     image_folder: Location | None
     """Where images are that lie in no tar shard; None if all do."""
     plan_hash: str
-    processor: Processor
-    pixels: PixelsShape
+    processor: AnyProcessor
+    pixels: SlotsShape
     template: str
     tokenizer: Tokenizer
     max_image_seconds: float
 
     def image_at(self, part: ImagePart, path: str) -> ImageAt:
-        """Where an image of the part is."""
+        """Where an image of a part is.
+
+        Args:
+            part: The part.
+            path: The image as its record names it.
+
+        Returns:
+            A file below the image folder, or a member of a tar shard.
+        """
         member = part.members.get(path)
         if member is not None:
             return member
@@ -64,22 +72,40 @@ class PartDone:
 
 
 def do_part(job: Job, part: Part) -> PartDone:
-    """Write a part's data, then its commit record.
+    """Write a part's data, then its commit record. A broken image is no error: it is named in the record.
 
-    Raises StoreError when the store cannot be written, DataError when the machine fails to read an input. A broken
-    image is no error: it is named in the record.
+    Args:
+        job: The job.
+        part: The part.
+
+    Returns:
+        What was done.
+
+    Raises:
+        StoreError: The store cannot be written.
+        DataError: The machine cannot read an input.
     """
     started = time.monotonic()
     if isinstance(part, ImagePart):
         record, written = _do_images(job, part)
     else:
         record, written = _do_text(job, part.name, part.records)
-    Ledger(job.root, job.plan_hash).commit(part.name, record)
+    Ledger(job.root, job.plan_hash, job.pixels).commit(part.name, record)
     return summarise(part.name, record, written, time.monotonic() - started)
 
 
 def summarise(name: str, record: dict[str, Any], written_bytes: int = 0, seconds: float = 0.0) -> PartDone:
-    """The report that goes with a commit record."""
+    """The report that goes with a commit record.
+
+    Args:
+        name: Name of the part.
+        record: Its commit record.
+        written_bytes: Bytes that were written, 0 if another job has done the part.
+        seconds: Time that it took.
+
+    Returns:
+        The report.
+    """
     images = record.get("images", [])
     bad = [image for image in images if image["status"] == ImageStatus.QUARANTINED]
     return PartDone(
@@ -106,7 +132,7 @@ def _put(path: str, image: SharedImage | QuarantineError, shard: ShardWriter) ->
     """Append an image's views to the shard; its entry in the commit record."""
     if isinstance(image, QuarantineError):
         return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(image)}
-    shard.append(image.views)
+    shard.append(image.slots)
     return {
         "path": path,
         "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,

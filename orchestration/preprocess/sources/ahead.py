@@ -17,7 +17,15 @@ _AHEAD: Final = 64
 
 
 def ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """`map(function, items)`, read ahead; the first error ends it."""
+    """`map(function, items)` by several threads that work some items ahead; the first error ends it.
+
+    Args:
+        function: Called in a thread, once for each item.
+        items: Read in the calling thread, only as far ahead as needed.
+
+    Yields:
+        The results in the order of the items.
+    """
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="ahead") as pool:
         waiting: deque[Future[_Result]] = deque()
         try:

@@ -257,7 +257,7 @@ def test_a_full_cache_folder_is_named(url: str, cache: CacheConfig, monkeypatch:
 
 def test_indices_are_replaced_by_other_threads_while_one_reads(url: str, folder: Path, cache: CacheConfig) -> None:
     store, local = Store.open(url, cache=cache), Store.open(folder)
-    shards = store._shards
+    shards = store._slots._shards
     assert isinstance(shards, remote.RemoteShards)
     read_copies = remote.RemoteShards._read_copies
 

@@ -48,7 +48,7 @@ def write_store(root: Path) -> None:
             for count in part_counts:
                 used = shard.used
                 starts.append(part * PIXELS.slots_per_part + used)
-                views = generator.integers(0, 256, (count, *PIXELS.view_shape), dtype=np.uint8)
+                views = generator.integers(0, 256, (count, *PIXELS.slot_shape), dtype=np.uint8)
                 sums[part, used : used + count] = checksums(views)
                 shard.append(views)
     with writer.open_index(root) as index:
@@ -96,7 +96,7 @@ def test_every_view_equals_zarr_pythons(finished: Path) -> None:
 
 def test_every_index_array_equals_zarr_pythons(finished: Path) -> None:
     theirs = zarr.open_group(finished, mode="r")
-    for name in schema.INDEX_ARRAYS:
+    for name in schema.index_names(schema.VERSION):
         array = theirs[name][:]
         np.testing.assert_array_equal(IndexReader(finished, name)[:], array)
     assert theirs.attrs["format"] == schema.FORMAT
@@ -206,7 +206,7 @@ def test_index_arrays_of_several_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     write_store(tmp_path)
     opened, theirs = Store.open(tmp_path), zarr.open_group(tmp_path, mode="r")
     assert theirs["samples/tokens"].chunks == (4,)
-    for name in schema.INDEX_ARRAYS:
+    for name in schema.index_names(schema.VERSION):
         np.testing.assert_array_equal(IndexReader(tmp_path, name)[:], theirs[name][:])
     tokens = IndexReader(tmp_path, "samples/tokens")
     assert np.shares_memory(tokens[4:6], tokens[5:7]), "within a chunk nothing is copied"
@@ -223,7 +223,7 @@ def test_a_flipped_byte_is_noticed_and_zarr_python_would_not(copied: Path) -> No
     before = zarr.open_group(copied, mode="r")["images/pixels"][9]
     shard = copied / schema.shard_path(1)
     data = bytearray(shard.read_bytes())
-    data[3 * PIXELS.view_bytes + 50] ^= 0x10
+    data[3 * PIXELS.slot_bytes + 50] ^= 0x10
     shard.write_bytes(data)
     assert (zarr.open_group(copied, mode="r")["images/pixels"][9] != before).sum() == 1, "the fault did not take"
     opened = Store.open(copied)
@@ -271,7 +271,7 @@ def test_a_short_shard_is_noticed(copied: Path, length: int, message: str) -> No
 
 def test_a_chunk_that_was_never_written_is_noticed(copied: Path) -> None:
     with shard_writer.open_shard(copied, 1, PIXELS) as shard:
-        shard.append(np.ones((2, *PIXELS.view_shape), dtype=np.uint8))
+        shard.append(np.ones((2, *PIXELS.slot_shape), dtype=np.uint8))
     with pytest.raises(StoreError, match="slot 2 was never written"):
         Store.open(copied).read_views(2, [2])
 
@@ -292,7 +292,7 @@ def change_metadata(root: Path, name: str, **changes: object) -> None:
         (lambda root: (root / "zarr.json").unlink(), "not a store: it has no zarr.json"),
         (lambda root: (root / "zarr.json").write_text("{"), "zarr.json: not JSON"),
         (lambda root: change_attributes(root, complete=False), "has not finished. Run the same `preprocess` command"),
-        (lambda root: change_attributes(root, version=7), "format version 7, this program reads 1"),
+        (lambda root: change_attributes(root, version=7), "format version 7, this program reads 1 and 2"),
         (lambda root: change_attributes(root, format="other"), "its `format` is 'other'"),
         (lambda root: writer.write_attributes(root, {}), "its `format` is None"),
         (
@@ -325,7 +325,7 @@ def test_what_is_no_finished_store_is_refused(copied: Path, damage: Callable[[Pa
 def test_a_file_that_fails_half_way_never_appears(tmp_path: Path) -> None:
     def fail() -> None:
         with shard_writer.open_shard(tmp_path, 0, PIXELS) as shard:
-            shard.append(np.ones((2, *PIXELS.view_shape), dtype=np.uint8))
+            shard.append(np.ones((2, *PIXELS.slot_shape), dtype=np.uint8))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

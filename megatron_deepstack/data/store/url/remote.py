@@ -22,19 +22,20 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.store.attributes import parse_attributes
 from megatron_deepstack.data.store.index import chunk_bytes, parse_metadata
 from megatron_deepstack.data.store.schema import (
     EMPTY_CHUNK,
     INDEX_ARRAYS,
     METADATA_FILE,
     PIXELS,
-    PixelsShape,
+    SlotsShape,
     index_chunk_path,
     index_chunk_rows,
+    index_names,
     shard_index_bytes,
-    shard_path,
 )
-from megatron_deepstack.data.store.shards import ShardError, parse_index, runs, unpack
+from megatron_deepstack.data.store.shards import ShardError, extents_of, parse_index, runs, unpack, used_part
 from megatron_deepstack.data.store.url.cache import BoundedFolder, last_use_of_held, remove_held
 from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS, side_by_side
 from megatron_deepstack.errors import StoreError
@@ -67,9 +68,10 @@ def copy_index(location: Location, document: bytes, cache: BoundedFolder) -> Pat
     with cache.writing(), _locked(folder):
         done = folder / ".complete"
         if not done.exists():
-            arrays = [f"{array}/{METADATA_FILE}" for array in (PIXELS, *INDEX_ARRAYS)]
+            names = index_names(parse_attributes(location, document).version)
+            arrays = [f"{array}/{METADATA_FILE}" for array in (PIXELS, *names)]
             side_by_side(partial(_copy, location, folder), arrays)
-            chunks = _chunks(location, folder)
+            chunks = _chunks(location, folder, names)
             side_by_side(partial(_check_size, location), [chunk for chunk in chunks if chunk.name in BY_BLOCKS])
             small = [chunk for chunk in chunks if chunk.name not in BY_BLOCKS]
             cache.reserve_held(sum(chunk.size for chunk in small), f"the index of {location}")
@@ -127,9 +129,10 @@ class _Chunk:
     size: int
 
 
-def _chunks(location: Location, folder: Path) -> list[_Chunk]:
+def _chunks(location: Location, folder: Path, names: Sequence[str]) -> list[_Chunk]:
     chunks = []
-    for name, array in INDEX_ARRAYS.items():
+    for name in names:
+        array = INDEX_ARRAYS[name]
         metadata = f"{name}/{METADATA_FILE}"
         shape = parse_metadata(str(location.child(metadata)), (folder / metadata).read_bytes()).get("shape")
         rows = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
@@ -185,7 +188,7 @@ class _Fetch:
 class RemoteShards:
     """Shards at a URL, through a cache of views."""
 
-    def __init__(self, location: Location, name: str, pixels: PixelsShape, cache: BoundedFolder) -> None:
+    def __init__(self, location: Location, name: str, pixels: SlotsShape, cache: BoundedFolder) -> None:
         """Prepare to read; nothing is fetched. `name` distinguishes this store's copies from those of others."""
         self._location, self._name, self._pixels, self._cache = location, name, pixels, cache
         self._in_use = cache.held / name / ".complete"
@@ -193,7 +196,7 @@ class RemoteShards:
 
     def where(self, slot: int) -> str:
         """URL of the shard that holds a slot."""
-        return str(self._location.child(shard_path(slot // self._pixels.slots_per_part)))
+        return str(self._location.child(self._pixels.shard_path(slot // self._pixels.slots_per_part)))
 
     def forget(self, slots: Sequence[int]) -> bool:
         """Delete the copies of these views, so that they are fetched again; always True."""
@@ -225,7 +228,7 @@ class RemoteShards:
     def _read_copies(self, index: np.ndarray, first: int, places: Sequence[int], out: np.ndarray) -> Iterator[_Fetch]:
         """Fill rows from copies; yields the requests for all others."""
         part, slot = divmod(first, self._pixels.slots_per_part)
-        extents = index[slot : slot + len(places)].tolist()
+        extents = extents_of(index, slot, len(places))
         waiting: list[tuple[int, int, int, int]] = []
         for number, (place, (offset, size)) in enumerate(zip(places, extents, strict=True), start=first):
             if offset == EMPTY_CHUNK or (self._pixels.compression is Compression.NONE and size != out[place].nbytes):
@@ -283,10 +286,10 @@ class RemoteShards:
         if self._cache.read_into(name, memoryview(raw)):
             index = parse_index(bytes(raw))
             if index is not None:
-                return index
+                return used_part(index)
         slot = part * self._pixels.slots_per_part
         try:
-            size = self._location.child(shard_path(part)).size()
+            size = self._location.child(self._pixels.shard_path(part)).size()
         except OSError as error:
             raise self._missing(slot, error) from error
         index, fetched = None, b""
@@ -296,11 +299,11 @@ class RemoteShards:
         if index is None:
             raise ShardError(f"{self.where(slot)}: the shard's index is damaged or cut off.", slot)
         self._cache.keep(name, fetched)
-        return index
+        return used_part(index)
 
     def _read_object(self, part: int, first: int, length: int, slot: int) -> bytes:
         try:
-            data = self._location.child(shard_path(part)).read_bytes(first, length)
+            data = self._location.child(self._pixels.shard_path(part)).read_bytes(first, length)
         except OSError as error:
             raise self._missing(slot, error) from error
         if len(data) != length:
