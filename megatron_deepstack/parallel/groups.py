@@ -6,7 +6,6 @@ with each other. Every rank of every replica has a copy of the encoder, so its g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -80,21 +79,24 @@ def create_groups(parallel: ParallelConfig, seed: int, timeout_seconds: float = 
 
 
 def _replica_group(axes: Axes, place: Place, timeout: timedelta) -> dist.ProcessGroup:
-    return _own_group(axes.replica_ranks(place.dp), timeout)
-
-
-def _own_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """One of the groups into which all ranks are divided, each rank into one; collective over the group alone.
-
-    Otherwise every rank would have to create the groups of all others too, one meeting of all ranks after another.
-    """
-    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    mine = None
+    for dp in range(axes.dp):
+        group = dist.new_group(axes.replica_ranks(dp), timeout=timeout)
+        if dp == place.dp:
+            mine = group
+    assert mine is not None
+    return mine
 
 
 def _encoder_groups(timeout: timedelta) -> ProcessGroupCollection:
-    """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis."""
+    """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis.
+
+    The group of one rank is the one that Megatron has made for experts, of which there are none: creating a group for
+    every rank would be as many meetings of all ranks as there are ranks.
+    """
     world = dist.new_group(range(dist.get_world_size()), timeout=timeout)
-    alone = _own_group([dist.get_rank()], timeout)
+    alone = parallel_state.get_expert_model_parallel_group()
+    assert alone.size() == 1, "a layout without expert parallelism has expert groups of one rank"
     return ProcessGroupCollection(
         tp=alone,
         pp=alone,
