@@ -54,9 +54,8 @@ READS = {
 UPLOADS_IN_SCHEDULE = {
     # Of pixels that are on the device already, micro-batch by micro-batch where they are encoded inline.
     "schedule megatron_deepstack/model/vision/vit.py:normalise": 4,
-    # Made once for each length of sequence that occurs, and kept.
+    # Made once for each power of 2 that a length of sequence needs, and kept.
     "schedule megatron/core/models/common/embeddings/rotary_pos_embedding.py:get_emb": 2,
-    "schedule megatron/core/models/common/embeddings/rope_utils.py:get_pos_emb_on_this_cp_rank": 1,
 }
 
 
