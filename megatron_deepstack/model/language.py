@@ -33,6 +33,8 @@ from megatron_deepstack.parallel.context import gather_sequence, own_part
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
 VOCABULARY_MULTIPLE = 128
+LEAST_ANGLES = 1024
+"""Positions of the smallest table of angles, half a megabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class LanguageChunk(LanguageModule):
             assert packs.positions is not None
             return angles_at(self.rotary, packs.positions, packs.cache.capacity), packs
         # A table is made and uploaded once for each power of 2, not for each length; `packed_seq` leaves it whole.
-        rotary = self.rotary(1 << (length - 1).bit_length(), packed_seq=True)[:length]
+        rotary = self.rotary(max(LEAST_ANGLES, 1 << (length - 1).bit_length()), packed_seq=True)[:length]
         group = self.pg_collection.cp
         if packs is None:
             return (own_part(rotary, (length,), group) if group.size() > 1 else rotary), packs
