@@ -1,4 +1,4 @@
-"""Verbs of a run: plan, train, generate, export, report."""
+"""Verbs of a run: train, generate, export, report."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say, tell
 from megatron_deepstack.cli.output import JsonOption, print_json, stdout_for_results
+from megatron_deepstack.cli.plan_verbs import show_before_start
 from megatron_deepstack.config.constraints import PathKind
-from megatron_deepstack.errors import ConfigError, DataError, of_all_ranks
+from megatron_deepstack.errors import ConfigError, of_all_ranks
 
 
 @app.command()
@@ -24,6 +25,7 @@ def train(
     restarts: Annotated[
         int, typer.Option(min=0, help="How often to start again from the newest checkpoint after a rank died or hung.")
     ] = 0,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Start even if memory seems too small.")] = False,
 ) -> None:
     """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun.
 
@@ -42,6 +44,7 @@ def train(
 
     num_ranks = ranks or model_ranks(loaded.parallel)
     Console().print(plan_table(loaded))
+    show_before_start(loaded, num_ranks, anyway, say)
     say(f"train: starting {num_ranks} {'process' if num_ranks == 1 else 'processes'}, run folder {loaded.run_dir}")
     from megatron_deepstack.training.launch import train_here
 
@@ -148,32 +151,3 @@ def report(
     from megatron_deepstack.report.page import write_report
 
     say(f"report: {write_report(runs[0], output) if len(runs) == 1 else write_comparison(runs, output)}")
-
-
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Check the layout for this many processes.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write the plan as a drawing to this file too.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show which stage holds which layers and stacks. Starts nothing."""
-    from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
-    from megatron_deepstack.report.plan_text import plan_table
-
-    loaded = load_checked_recipe(recipe, overrides or ())
-    check_world(loaded, ranks or model_ranks(loaded.parallel))
-    if as_json:
-        from megatron_deepstack.report.plan_document import plan_document
-
-        print_json(plan_document(loaded, ranks or model_ranks(loaded.parallel)))
-    else:
-        Console().print(plan_table(loaded, Console().width))
-    if svg is not None:
-        from megatron_deepstack.report.drawing.stages import stage_drawing
-
-        try:
-            svg.write_text(stage_drawing(loaded) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error

@@ -20,6 +20,7 @@ SMALLEST = {
     "bench_cli": ["--repeats=1"],
     "bench_injection": ["--repeats=1"],
     "bench_placement": ["--repeats=1"],
+    "bench_plan": ["--repeats=1", "--pairs=1"],
     "bench_planning": ["--samples=2"],
     "bench_preprocess": ["--rounds=1", "--images=8"],
     "bench_reader": ["--images=2", "--rounds=1", "--reads=1"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 from megatron_deepstack.config.choices import Compression, DeepGrey, ImageResize, Orientation, Template, Unreadable
-from megatron_deepstack.config.constraints import POSITIVE, SHARE, Matches, PathKind, Unit
+from megatron_deepstack.config.constraints import NOT_NEGATIVE, POSITIVE, SHARE, Matches, PathKind, Unit
 
 _TRANSPARENCY: Final = Matches(
     "as_published|#[0-9a-fA-F]{6}", 'as_published, or a colour as "#rrggbb", such as "#ffffff" for white'
@@ -40,6 +40,11 @@ class DataConfig:
     samples."""
     validation_store: Annotated[str, PathKind.LOCATION] | None = None
     """Zarr store of held-out samples, for `train.validation_interval` and `generate`."""
+    expected_text_tokens: Annotated[int, POSITIVE, Unit("tokens")] = 260
+    """Mean number of text tokens of a sample, from which `plan` estimates memory and time where there is no store. The
+    default is about that of LLaVA's 665K instructions."""
+    expected_images: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Mean number of images of a sample, for the same estimate."""
     resize: ImageResize = ImageResize.PILLOW
     """Kernel that resizes images. `pillow` gives exactly the pixels of the published preprocessing; `torch` rounds
     differently."""

@@ -172,6 +172,6 @@ def _padding(
     positions, taken = 0, _taken(tokens, parallel) if train.batching is Batching.PACKED else tokens
     for batches in replicas:
         rows = [[sum(taken[one] for one in row) or 1 for row in batch] for batch in batches]
-        padded = padded_lengths(rows, parallel, train.precision, packed=train.batching is Batching.PACKED)
+        padded = padded_lengths(rows, parallel, train.precision)
         positions += sum(len(batch) * length for batch, length in zip(batches, padded, strict=True))
     return 1 - sum(tokens) / positions if positions else 0.0

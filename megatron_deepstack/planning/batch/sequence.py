@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_I
 from megatron_deepstack.planning.budget.linears import FP8_TOKENS
 
 Tokens = npt.NDArray[np.int64]
+
+_SMALL_WASTE: Final = 0.05
+"""Share of padding for which stages do not send shapes before their messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,25 +133,26 @@ def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: P
 
 
 def padded_lengths(
-    lengths: Sequence[Sequence[int]], parallel: ParallelConfig, precision: Precision = Precision.FP32, *, packed: bool
+    lengths: Sequence[Sequence[int]], parallel: ParallelConfig, precision: Precision = Precision.FP32
 ) -> tuple[int, ...]:
     """Return the padded length of each micro-batch of a step.
 
     Micro-batches need not have one length where nothing is sent between stages, or where the schedule sends the shape
-    before each message, as 1F1B can. Packs have nearly the same length, so that sending shapes would only cost time.
+    before each message, as 1F1B can. Where lengths are nearly the same, sending shapes would only cost time.
 
     Args:
         lengths: For each micro-batch of a replica the tokens of its samples or packs.
         parallel: The layout, which splits sequences.
         precision: Precision of matrix products.
-        packed: Whether micro-batches are packs.
 
     Returns:
-        S of each micro-batch. All are equal under the interleaved schedule, and for packs in a pipeline.
+        S of each micro-batch. All are equal under the interleaved schedule, and in a pipeline where this wastes little.
     """
     each = tuple(padded_length(batch, parallel, precision) for batch in lengths)
-    differ = parallel.pipeline == 1 or (parallel.virtual_pipeline == 1 and not packed)
-    return each if differ else (max(each, default=1),) * len(each)
+    common = (max(each, default=1),) * len(each)
+    waste = 1 - sum(each) / max(sum(common), 1)
+    differ = parallel.pipeline == 1 or (parallel.virtual_pipeline == 1 and waste > _SMALL_WASTE)
+    return each if differ else common
 
 
 @dataclass(frozen=True, slots=True)

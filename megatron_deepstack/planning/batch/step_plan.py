@@ -86,7 +86,7 @@ def plan_step(
         The plan of this rank.
     """
     lengths = [[sample.sequence.length for sample in batch] for batch in micro_batches]
-    seq_lengths = tuple(seq_lengths or padded_lengths(lengths, parallel, precision, packed=packed))
+    seq_lengths = tuple(seq_lengths or padded_lengths(lengths, parallel, precision))
     padded = list(zip(micro_batches, seq_lengths, strict=True))
     segments = tuple(_segments(batch, length) for batch, length in padded) if packed else None
     return StepPlan(

@@ -46,8 +46,39 @@ def training_flops(
     Returns:
         Operations, two per multiply-add, of all ranks together.
     """
-    encoder = num_units * (_vision_training(model, trainable) + _projector_training(model, trainable))
+    encoder = num_units * encoder_training_flops(model, trainable)
     return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
+
+
+def encoder_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """Count a step's FLOPs of tower and projector for one unit, forward and backward.
+
+    Args:
+        model: The model.
+        trainable: Parts that learn.
+
+    Returns:
+        Operations.
+    """
+    return vision_training_flops(model, trainable) + _projector_training(model, trainable)
+
+
+def head_training_flops(
+    language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, tokens: float
+) -> float:
+    """Count a step's FLOPs of the output layer, forward and backward.
+
+    Args:
+        language: The decoder.
+        trainable: Parts that learn.
+        lora: Adapters of the decoder; rank 0 for none.
+        tokens: Number of tokens.
+
+    Returns:
+        Operations.
+    """
+    learned = Part.LANGUAGE in trainable and lora.rank == 0
+    return (2 + learned) * 2 * tokens * _head_weights(language)
 
 
 def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
@@ -58,8 +89,16 @@ def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lor
     return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
 
 
-def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """Count a step's FLOPs of the ViT for the views of one unit."""
+def vision_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """Count a step's FLOPs of the ViT for the views of one unit.
+
+    Args:
+        model: The model.
+        trainable: Parts that learn; with none of them the forward pass alone is counted.
+
+    Returns:
+        Operations.
+    """
     learned = Part.VISION in trainable
     passes = 3 if learned else 1
     vision = model.vision
