@@ -25,7 +25,7 @@ from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Rec
 from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
 from megatron_deepstack.config.traits.families import find_family, fits, unknown_family
 from megatron_deepstack.config.traits.towers import find_tower, unknown_tower
-from megatron_deepstack.config.traits.variants import variant_without_crops
+from megatron_deepstack.config.traits.variants import ViewLayout, variant_without_crops
 from megatron_deepstack.errors import ConfigError, LayoutError
 
 
@@ -177,11 +177,11 @@ def _stacks(recipe: Recipe) -> Iterator[Problem]:
 
 def _native(recipe: Recipe) -> Iterator[Problem]:
     yield from native_problems(recipe.model)
-    if recipe.model.variant.traits.is_native:
+    if recipe.model.variant.traits.views is ViewLayout.TILES:
         yield _problem(
             "model.variant",
-            f"{recipe.model.variant} has views of any size, which no store holds yet; "
-            "`check-parity` compares such models with transformers",
+            f"{recipe.model.variant} has padded tiles, which no store holds yet; `check-parity` compares such models "
+            "with transformers",
         )
 
 

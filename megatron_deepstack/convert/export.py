@@ -22,6 +22,7 @@ from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
+from megatron_deepstack.convert.hf_whole_export import whole_folder
 from megatron_deepstack.convert.hf_written import hf_tower, llava_config, published_config
 from megatron_deepstack.convert.tensor_files import write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
         ConfigError: Hugging Face has no such variant, tower or decoder.
         CheckpointError: `output` exists and is not an empty folder.
     """
-    if naming is Naming.HUGGING_FACE:
+    if naming is Naming.HUGGING_FACE and model.variant.traits.whole_model is None:
         if not model.variant.traits.is_llava:
             raise ConfigError(
                 [
@@ -82,6 +83,9 @@ def export_model(
     """
     require_exportable(model, output, naming)
     tensors = published_tensors(rank_model)
+    if model.variant.traits.whole_model is not None:
+        _write_whole(tensors, model, output, tokenizer)
+        return
     if naming is Naming.PUBLISHED:
         config = published_config(model)
     else:
@@ -95,6 +99,19 @@ def export_model(
         _write_weights(partial, _renamed(tensors, model, naming))
         _write_json(partial / CONFIG, config)
         _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
+        for name, content in ({} if tokenizer is None else tokenizer.files).items():
+            (partial / name).write_bytes(content)
+
+
+def _write_whole(
+    tensors: dict[str, torch.Tensor], model: ModelConfig, output: Path, tokenizer: Tokenizer | None
+) -> None:
+    """A model that transformers has itself, under its names whatever naming is asked for: it has no others."""
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    renamed, config = whole_folder(tensors, model, tokenizer)
+    with new_folder(output) as partial:
+        _write_weights(partial, renamed)
+        _write_json(partial / CONFIG, {**config, "dtype": dtype})
         for name, content in ({} if tokenizer is None else tokenizer.files).items():
             (partial / name).write_bytes(content)
 

@@ -54,6 +54,27 @@ class VisualInputs:
 NO_VISUAL_INPUTS = VisualInputs()
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTargets:
+    """The positions of one micro-batch whose loss is computed; the output layer sees no others."""
+
+    rows: torch.Tensor
+    """(R,) int64 flat positions s * B + b in this rank's shard; equally many on all tp ranks."""
+    labels: torch.Tensor
+    """(1, N) int64 labels of the rows of all tp ranks that share the sequence, one rank after another. Where a row only
+    fills up, any id that is not negative."""
+
+    @classmethod
+    def everywhere(cls, labels_BS: torch.Tensor) -> HeadTargets:
+        """Targets at all positions, without sequence parallelism.
+
+        Args:
+            labels_BS: int64 labels, none of them negative.
+        """
+        rows = torch.arange(labels_BS.numel(), device=labels_BS.device)
+        return cls(rows=rows, labels=labels_BS.t().reshape(1, -1))
+
+
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
     """V: vocabulary rounded up so that tensor cores and `tensor_ranks` divide it; equal for all usual layouts."""
     multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_ranks)
@@ -81,6 +102,7 @@ class LanguageChunk(LanguageModule):
         self.slots = chunk_slots(chunk, slots)
         self.pre_process, self.post_process = chunk.has_embedding, chunk.has_head
         self.share_embeddings_and_output_weights = language.tied_embeddings
+        self.language = language
         self.vocab_size = language.vocab_size
         self.padded_vocabulary = padded_vocabulary(language.vocab_size, config.tensor_model_parallel_size)
         if self.pre_process:
@@ -129,7 +151,7 @@ class LanguageChunk(LanguageModule):
     def forward(
         self,
         tokens_BS: torch.Tensor,
-        labels_BS: torch.Tensor | None,
+        targets: HeadTargets | None,
         visual: VisualInputs = NO_VISUAL_INPUTS,
         packs: Packs | CachedStep | None = None,
         positions_3BS: torch.Tensor | None = None,
@@ -138,13 +160,13 @@ class LanguageChunk(LanguageModule):
 
         Args:
             tokens_BS: int64, this rank's cp shard in zigzag order.
-            labels_BS: int64, likewise; ignored labels may hold any id that is not negative. None asks for logits.
+            targets: Where the loss is computed. None asks for logits.
             visual: Rows that this chunk adds.
             packs: Where the samples of a packed row (B = 1) end; or the step of a generation with a key/value cache.
             positions_3BS: int64 positions in time, line and column of this rank's shard, for a decoder that has them.
 
         Returns:
-            Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
+            Hidden states (S, B, H) for the next stage; on the last, losses (1, N) of the targets, or without them the
             logits (S, B, V / tp), of which a step with a cache gives only those it wants: (1, B, V / tp).
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
@@ -161,8 +183,10 @@ class LanguageChunk(LanguageModule):
             return hidden_SBH
         if isinstance(packs, CachedStep):
             return self._wanted_logits(hidden_SBH, packs)
-        logits_SBV = self._logits(hidden_SBH)
-        return logits_SBV if labels_BS is None else self.compute_language_model_loss(labels_BS, logits_SBV)
+        if targets is None:
+            return self._logits(hidden_SBH)
+        rows_R1H = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, targets.rows)[:, None]
+        return self.compute_language_model_loss(targets.labels, self._logits(rows_R1H))
 
     def _angles(
         self, length: int, packs: Packs | CachedStep | None, positions_3BS: torch.Tensor | None
@@ -189,6 +213,8 @@ class LanguageChunk(LanguageModule):
         hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
         if torch.is_grad_enabled() and not hidden_SBH.requires_grad:
             hidden_SBH = hidden_SBH.detach().requires_grad_()  # frozen decoder: the schedule needs a graph even of text
+        if self.language.embedding_multiplier != 1.0:
+            hidden_SBH = hidden_SBH * self.language.embedding_multiplier
         if visual.base_rows is None:
             return hidden_SBH
         assert visual.base_positions is not None
@@ -215,6 +241,8 @@ class LanguageChunk(LanguageModule):
         return self._without_padding(torch.nn.functional.linear(hidden_SBH[step.wanted, rows], weight)[None])
 
     def _without_padding(self, logits_SBV: torch.Tensor) -> torch.Tensor:
+        if self.language.logits_scaling != 1.0:
+            logits_SBV = logits_SBV / self.language.logits_scaling
         width = logits_SBV.shape[-1]
         first_padded = max(self.vocab_size - self.tp_group.rank() * width, 0)
         if first_padded < width:

@@ -71,6 +71,7 @@ class Pictures:
         if isinstance(stored.grid, ViewGrid):
             frames = [embedded(frame, "view") for frame in opened.read_whole([image])[0]]
             return element("div", *(element("figure", one) for one in frames), class_="views")
+        assert isinstance(stored.grid, tuple), "no store holds padded tiles"
         gw, gh = stored.grid
         views = opened.read_views(image, range(min(stored.count, 1 + gw * gh)))
         figures = [element("figure", embedded(views[0], "global view"), element("figcaption", "global view"))]

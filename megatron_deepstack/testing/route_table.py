@@ -91,7 +91,7 @@ def _unit_views(model: ModelConfig, grid: ImageShape, needed: Index) -> list[tup
     if not len(needed):
         return []
     if model.variant.traits.stacks_in_vit:
-        assert not isinstance(grid, ViewGrid)
+        assert isinstance(grid, tuple)
         return [tuple(range(1 + grid[0] * grid[1]))]
     return [(int(view),) for view in needed]
 
@@ -269,6 +269,8 @@ def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
         units=step.units[rank],
         first_rows=np.array(step.first_rows[rank]),
         num_units=len(rows_of),
+        grids=(),
+        imbalance=1.0,
         num_replica_rows=sum(rows_of.values()),
         num_local_rows=num_local,
         send_rows=np.ascontiguousarray(sent["src_row"]),

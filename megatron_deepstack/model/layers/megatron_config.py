@@ -40,6 +40,7 @@ def decoder_config(
         kv_channels=head_width(language),
         layernorm_epsilon=language.norm_epsilon,
         qk_layernorm=language.qk_norm,
+        softmax_scale=language.attention_multiplier,
         add_bias_linear=family.has_linear_biases,
         add_qkv_bias=language.qkv_bias,
         activation_func=ACTIVATIONS[family.activation],

@@ -30,6 +30,7 @@ from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
 from megatron_deepstack.model.layers.lora import adapted
 from megatron_deepstack.model.layers.norm import Norm
+from megatron_deepstack.model.layers.residual import scaled_addition
 from megatron_deepstack.platform.compute.device import has_gpu
 from megatron_deepstack.platform.compute.transformer_engine import engine_problem
 
@@ -55,6 +56,9 @@ def decoder_block(
         if engine
         else _submodules(_LOCAL, AttnMaskType.causal, language.qk_norm, lora)
     )
+    if language.residual_multiplier != 1.0:
+        add = scaled_addition(language.residual_multiplier)
+        submodules = replace(submodules, self_attn_bda=add, mlp_bda=add)
     specs = [
         ModuleSpec(module=InjectionLayer, params={"slot_index": slots.index(layer)}, submodules=submodules)
         if layer in slots
