@@ -14,7 +14,7 @@ FLOORS = (
     {"megatron_deepstack.config", "megatron_deepstack.platform"},
     {"megatron_deepstack.planning", "megatron_deepstack.parallel"},
     {"megatron_deepstack.data", "megatron_deepstack.routing"},
-    {"megatron_deepstack.model", "megatron_deepstack.run_folder"},
+    {"megatron_deepstack.model", "megatron_deepstack.run_folder", "megatron_deepstack.scores"},
     {"megatron_deepstack.step"},
     {"megatron_deepstack.checkpoint", "megatron_deepstack.convert"},
     {"megatron_deepstack.training", "megatron_deepstack.inference", "megatron_deepstack.report"},

@@ -6,7 +6,9 @@ verbs in their order, with examples); the verbs are in the modules `*_verbs.py`.
 """
 
 from megatron_deepstack.cli import (
+    ask_verbs,
     data_verbs,
+    evaluate_verbs,
     first_verbs,
     launch_verbs,
     plan_verbs,
@@ -19,7 +21,9 @@ from megatron_deepstack.cli.paths import expand_homes
 
 __all__ = [
     "app",
+    "ask_verbs",
     "data_verbs",
+    "evaluate_verbs",
     "first_verbs",
     "launch_verbs",
     "main",

@@ -23,7 +23,7 @@ GROUPS: Final = (
     Group("Before anything starts", ("doctor", "recipes", "plan")),
     Group("Data", ("draw", "preprocess", "store")),
     Group("Training", ("train", "launch", "status", "stop")),
-    Group("A trained run", ("generate", "report", "export")),
+    Group("A trained run", ("generate", "ask", "evaluate", "report", "export")),
     Group("Comparison with the published implementation", ("check-reference",)),
     Group("Comparison with transformers", ("check-parity",)),
     Group("Look at a store", ("store verify", "store show", "store stats")),
@@ -61,6 +61,16 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "generate my-run",
         "generate my-run --store other.zarr --limit 20",
         "generate my-run --json data.tokenizer=/elsewhere/tokenizer.model",
+    ),
+    "ask": (
+        'ask my-run photo.jpg "What is in the picture?"',
+        "ask my-run --file questions.jsonl --images photos --json",
+        "ask my-run photo.jpg --temperature 0.7 --top-p 0.9",
+    ),
+    "evaluate": (
+        "evaluate my-run",
+        "evaluate my-run --file questions.jsonl --images photos --ranks 8",
+        "evaluate my-run --store other.zarr --limit 200 --json",
     ),
     "report": ("report my-run", "report my-run other-run --output both.html"),
     "export": (

@@ -177,6 +177,11 @@ def _stacks(recipe: Recipe) -> Iterator[Problem]:
 
 def _native(recipe: Recipe) -> Iterator[Problem]:
     yield from native_problems(recipe.model)
+    if recipe.data.min_pixels > recipe.data.max_pixels:
+        yield _problem(
+            "data.min_pixels data.max_pixels",
+            f"found {recipe.data.min_pixels} and {recipe.data.max_pixels}; the first cannot exceed the second",
+        )
     if recipe.model.variant.traits.views is ViewLayout.TILES:
         yield _problem(
             "model.variant",

@@ -94,6 +94,7 @@ def run_cached_step(
     visual: VisualOf,
     *,
     cp_rank: int,
+    axial: Sequence[np.ndarray] | None = None,
 ) -> list[torch.Tensor]:
     """Run some tokens of all micro-batches forward, after those that are in the caches. Collective over pp, tp and cp.
 
@@ -104,6 +105,7 @@ def run_cached_step(
         steps: Per micro-batch where these tokens are. The caches take their keys and values.
         visual: Asked once per forward for the rows that a chunk adds.
         cp_rank: This rank's index on the context-parallel axis.
+        axial: Per micro-batch int64 (3, B, W), the tokens' positions on three axes; None for a decoder without them.
 
     Returns:
         On the last stage, per micro-batch the wanted logits (B, V / tp); elsewhere nothing.
@@ -111,9 +113,17 @@ def run_cached_step(
     config.no_sync_func = None
     width = int(tokens[0].shape[1])
     positions = zigzag((width,), config.context_parallel_size, cp_rank)
-    (tokens_MBS,) = upload_all([np.stack(tokens)[..., positions]])
+    host = [np.stack(each)[..., positions] for each in (tokens, axial) if each is not None]
+    tokens_MBS, *axial_M3BS = upload_all(host)
     batches = [
-        _MicroBatch(number, tokens_MBS[number], targets=None, counted=None, packs=step, positions=None)
+        _MicroBatch(
+            number,
+            tokens_MBS[number],
+            targets=None,
+            counted=None,
+            packs=step,
+            positions=axial_M3BS[0][number] if axial_M3BS else None,
+        )
         for number, step in enumerate(steps)
     ]
     data = [iter(batches) for _ in range(len(chunks))]

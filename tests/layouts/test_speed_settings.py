@@ -65,8 +65,10 @@ def test_float32_results_are_the_same(
     expected: Trial = ranks(num_ranks).run(run_uncompiled, plain)[0]
     actual: Trial = ranks(num_ranks).run(run_uncompiled, changed)[0]
     error, name = worst(actual.parameters, expected.parameters)
+    # Measured: overlaps and recomputation equal to the last bit; the activation 3e-7 of the largest parameter, the
+    # fused optimizer 2e-7 of it and 5e-8 of a loss.
     assert actual.losses == pytest.approx(expected.losses, rel=1e-6)
-    assert error <= 1e-4, f"parameter {name} after three steps"
+    assert error <= 1e-5, f"parameter {name} after three steps"
 
 
 ROUNDED = [
@@ -85,4 +87,5 @@ def test_bf16_results_differ_by_rounding(
     changed = replace(plain, speed=replace(plain.speed, **speed))
     expected: Trial = ranks(num_ranks).run(run_uncompiled, plain)[0]
     actual: Trial = ranks(num_ranks).run(run_uncompiled, changed)[0]
-    assert actual.losses == pytest.approx(expected.losses, rel=1e-2)
+    # Measured: cross-entropy equal to the last bit, bf16 sums of gradients 3e-5 of a loss.
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-3)

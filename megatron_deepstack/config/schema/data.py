@@ -54,6 +54,16 @@ class DataConfig:
     max_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 16_777_216
     """Largest area of such a view; larger images are reduced. Each 1024 pixels (32 x 32) become one visual token, so
     this bounds the tokens of an image: 16,384 by default."""
+    video_fps: Annotated[float, POSITIVE, Unit("frames a second")] = 2.0
+    """Frames a second that are taken of a video, at equal distances; at least 4, and an even number. Only `qwen3_vl`
+    takes videos. These values are Qwen3-VL's own."""
+    video_max_frames: Annotated[int, POSITIVE, Unit("frames")] = 768
+    """Most frames that are taken of a video."""
+    video_min_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 4_096
+    """Fewest pixels of all frames of a video together; smaller frames are enlarged."""
+    video_max_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 25_165_824
+    """Most pixels of all frames of a video together; larger frames are reduced. Two frames of 1024 pixels (32 x 32)
+    become one visual token, so this bounds the tokens of a video: 12,288 by default."""
     orientation: Orientation = Orientation.AS_STORED
     """Whether photos are turned as their EXIF tag says: `exif` turns them, `as_stored` does not, as published."""
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED

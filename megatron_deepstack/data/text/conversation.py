@@ -87,7 +87,12 @@ def encode_conversation(
 
 
 def encode_prompt(
-    question: str, template: Template | str, tokenizer: Tokenizer, *, num_images: int | None = None
+    question: str,
+    template: Template | str,
+    tokenizer: Tokenizer,
+    *,
+    num_images: int | None = None,
+    history: Sequence[Turn] = (),
 ) -> np.ndarray:
     """Encode the tokens after which the model writes its answer.
 
@@ -96,12 +101,14 @@ def encode_prompt(
         template: How it is written.
         tokenizer: Makes tokens of the text.
         num_images: How many `<image>` the question must hold; None allows any number.
+        history: What was said before: questions and answers in turn, encoded as in training.
 
     Returns:
         int32 (T,), with one IMAGE_TOKEN_ID per `<image>`.
 
     Raises:
-        DataError: The question holds another number of `<image>`, or the tokenizer lacks a token.
+        DataError: The question holds another number of `<image>`, the tokenizer lacks a token, or the template has no
+            place for what was said before.
         ConfigError: The template is unknown.
     """
     known, count = known_template(template), question.count(IMAGE_TOKEN)
@@ -110,6 +117,9 @@ def encode_prompt(
         question, count = f"{IMAGE_TOKEN}{gap}" * num_images + question, num_images
     if num_images is not None and count != num_images:
         raise DataError(f"the question {question!r} holds {count} {IMAGE_TOKEN}, but there are {num_images} images")
+    if history:
+        before, _ = encode_conversation(history, known, tokenizer)
+        return np.concatenate([before, np.array(_next_question(question, known, tokenizer), dtype=np.int32)])
     if known is Template.PLAIN:
         tokens = [*_begin(known, tokenizer), *[IMAGE_TOKEN_ID] * count]
     elif known is Template.V1:
@@ -118,6 +128,15 @@ def encode_prompt(
     else:
         tokens = [*_begin(known, tokenizer), *_CHATS[known].prompt(question, tokenizer)]
     return np.array(tokens, dtype=np.int32)
+
+
+def _next_question(question: str, template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a question that follows an answer."""
+    if template is Template.PLAIN:
+        raise DataError("template plain writes captions only, so a question cannot follow an answer")
+    if template is Template.V1:
+        return encode_text(f"{_V1_QUESTION}{image_first(question)}{_V1_ANSWER}", tokenizer)
+    return _CHATS[template].question(question, tokenizer)
 
 
 def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Tokenizer) -> str:
