@@ -21,7 +21,15 @@ FUSIONS = (
 
 
 def switch_of(speed: SpeedConfig, name: str) -> Switch:
-    """Return how a setting is switched, `speed.fusions` taken into account."""
+    """Return how a setting is switched, `speed.fusions` taken into account.
+
+    Args:
+        speed: The section.
+        name: Name of a field that is a `Switch`.
+
+    Returns:
+        The field's value, or that of `fusions` where a fusion is `auto`.
+    """
     switch: Switch = getattr(speed, name)
     return speed.fusions if switch is Switch.AUTO and name in FUSIONS else switch
 

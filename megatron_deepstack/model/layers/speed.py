@@ -93,7 +93,18 @@ def decide_speed(
 
 
 def speed_of(recipe: Recipe, machine: Capabilities) -> Speed:
-    """As `decide_speed`, for a whole recipe."""
+    """Decide on all fusions and overlaps of a recipe, as `decide_speed` does.
+
+    Args:
+        recipe: The recipe.
+        machine: What this rank can use.
+
+    Returns:
+        What is done.
+
+    Raises:
+        ConfigError: Something that the recipe demands is impossible.
+    """
     return decide_speed(
         recipe.speed,
         machine,
@@ -106,7 +117,15 @@ def speed_of(recipe: Recipe, machine: Capabilities) -> Speed:
 
 
 def engine_obstacles(layers: Layers, machine: Capabilities) -> list[str]:
-    """Return what keeps layers from being Transformer Engine's; empty if they are."""
+    """Return what keeps layers from being Transformer Engine's.
+
+    Args:
+        layers: As the recipe names them.
+        machine: What this rank can use.
+
+    Returns:
+        Clauses for a message; empty if the layers are Transformer Engine's.
+    """
     if layers is Layers.LOCAL:
         return ["the layers are Megatron's local ones"]
     if not machine.gpu:

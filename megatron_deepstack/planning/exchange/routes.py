@@ -138,8 +138,7 @@ def plan_routes(
         seq_lengths: S of each micro-batch, the padded length of its samples, a multiple of
             `sequence_multiple(parallel)`.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
-        segments: For each micro-batch the ends of the pack's samples, padding included, which context parallelism
-            splits one by one; None without packs.
+        segments: For each micro-batch the ends of the pack's samples, which cp splits one by one; None without packs.
 
     Returns:
         The rank's side. The function is pure, so the sides of all ranks fit together.
