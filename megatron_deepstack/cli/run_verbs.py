@@ -123,7 +123,7 @@ def export(
     naming: Annotated[
         str,
         typer.Option(
-            help="`published`: DeepStack's own names. `hugging_face`: for variant llava, as transformers loads it."
+            help="`published`: DeepStack's own names. `hugging_face`: a folder that transformers loads and prompts."
         ),
     ] = "published",
 ) -> None:
@@ -134,6 +134,30 @@ def export(
     from megatron_deepstack.inference.export import export_run
 
     say(f"export: {export_run(run, output, Naming(naming), overrides or (), say=tell)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of weights with a config.json.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to create.")],
+    to: Annotated[
+        str,
+        typer.Option(help="`hugging_face`: as transformers loads and prompts it. `paper`: the published names."),
+    ] = "hugging_face",
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of a file of weights in GB.")] = 5.0,
+) -> None:
+    """Write a folder of weights in another layout: an export of either naming, LLaVA's, or a release of DeepStack.
+
+    No run is needed and no model is built. Every tensor keeps its dtype and its bytes, and one at a time is in memory.
+    """
+    namings = {"hugging_face": "hugging_face", "paper": "published"}
+    if to not in namings:
+        raise ConfigError([f"--to: found {to!r}, expected {' or '.join(namings)}"])
+    from megatron_deepstack.convert.folders import convert_folder
+    from megatron_deepstack.convert.hf_names import Naming
+
+    convert_folder(source, target, Naming(namings[to]), shard_bytes=int(shard_gb * 1e9), say=tell)
+    say(f"convert: {target}")
 
 
 @app.command()
