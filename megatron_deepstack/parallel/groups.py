@@ -91,12 +91,12 @@ def _replica_group(axes: Axes, place: Place, timeout: timedelta) -> dist.Process
 def _encoder_groups(timeout: timedelta) -> ProcessGroupCollection:
     """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis.
 
-    Megatron has groups of one rank already, for experts, of which there are none here. All ranks wait for each other
-    at every new group, so one group more for each rank would make the start quadratic in their number.
+    The group of one rank is the one that Megatron has made for experts, of which there are none: creating a group for
+    every rank would be as many meetings of all ranks as there are ranks.
     """
     world = dist.new_group(range(dist.get_world_size()), timeout=timeout)
     alone = parallel_state.get_expert_model_parallel_group()
-    assert alone.size() == 1, f"the group of experts has {alone.size()} ranks"
+    assert alone.size() == 1, "a layout without expert parallelism has expert groups of one rank"
     return ProcessGroupCollection(
         tp=alone,
         pp=alone,

@@ -293,7 +293,7 @@ def _knobs(plan: RunPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]:
         yield "parallel.distributed_optimizer=true", _parallel(distributed_optimizer=True)
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         yield "parallel.sequence_parallel=true", _parallel(sequence_parallel=True)
-    if Part.VISION in recipe.train.trainable and not parallel.encoder_chunk_views:
+    if Part.VISION in recipe.train.trainable and not (parallel.encoder_chunk_views or parallel.encoder_memory_gib):
         yield "parallel.encoder_chunk_views=8", _parallel(encoder_chunk_views=8)
     if recipe.train.micro_batch_size > 1:
         yield "train.micro_batch_size=1", lambda one: replace(one, train=replace(one.train, micro_batch_size=1))
