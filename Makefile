@@ -8,8 +8,9 @@
 #               QUICK=yes is a short form. Interrupted, the same command goes on
 # make lint     ruff and mypy
 #
-# PYTHON picks the interpreter (3.11 or later), VENV the environment's folder. WORKERS=2 runs the tests of `test` and
-# `test-all` in two processes, each file in one of them. QUICK=yes leaves the slow tests of `layouts` out.
+# PYTHON picks the interpreter (3.11 or later), VENV the environment's folder. WORKERS is the number of processes
+# that run the tests, each file in one of them (2; WORKERS=1 runs them in one, in which `-s` and `--pdb` work). QUICK=yes
+# leaves the slow tests of `layouts` out.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +25,8 @@ TESTABLE := $(VENV)/.testable-$(KEY)
 export OMP_NUM_THREADS ?= 1
 RUN := $(BIN)/megatron-deepstack
 DEMO := demo-run
-SPREAD := $(if $(WORKERS),--numprocesses $(WORKERS) --dist loadgroup)
+WORKERS ?= 2
+SPREAD := $(if $(filter-out 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadgroup)
 
 .PHONY: setup demo claim test test-all faults layouts lint
 .DELETE_ON_ERROR:
@@ -73,5 +75,5 @@ faults: $(TESTABLE)
 	DEEPSTACK_SOAK_KILLS=20 $(BIN)/python -m pytest tests/faults
 
 layouts: $(TESTABLE)
-	$(BIN)/python -m pytest $(if $(QUICK),-m "not slow") tests/layouts tests/checkpoint/test_resharding.py \
+	$(BIN)/python -m pytest $(SPREAD) $(if $(QUICK),-m "not slow") tests/layouts tests/checkpoint/test_resharding.py \
 	  tests/training/test_resume.py tests/training/test_resume_cases.py

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
@@ -11,22 +14,30 @@ from reference_folder import pytest_terminal_summary, reference  # noqa: F401 - 
 from megatron_deepstack.platform.processes.garbage import settle
 from megatron_deepstack.testing.ranks import RankPool
 
+CHILD_PROCESSES = str(Path(__file__).parent / "child_processes")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What runs in one process where pytest-xdist has several (`-n 2 --dist loadgroup`).
 
-    All tests of a file do, for the fixtures they share; all that use pools of ranks do, since a pool costs seconds and
-    half a gigabyte a rank; and all that start Ray do, since several would fight for the cores.
+    All tests of a file do, for the fixtures they share; and all that start Ray do, since several would fight for the
+    cores.
     """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
 
 
+def pytest_configure() -> None:
+    """Processes that tests start treat warnings of our code as errors; see child_processes/sitecustomize.py."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if CHILD_PROCESSES not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([CHILD_PROCESSES, *filter(None, paths)])
+        sys.path.append(CHILD_PROCESSES)  # which some tests pass on as PYTHONPATH
+
+
 def group_of(item: pytest.Item) -> str:
     """The name of the group that a test runs in."""
-    if "ranks" in getattr(item, "fixturenames", ()):
-        return "ranks"
     return "orchestration" if "orchestration" in item.path.parts else item.path.stem
 
 

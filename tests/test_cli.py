@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_deepstack.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def complete(words: str, folder: Path) -> list[str]:
     }
     program = Path(sys.executable).with_name(PROGRAM)
     done = subprocess.run(
-        [str(program)], env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60
+        [str(program)], env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=240
     )
     assert done.stderr == ""
     return done.stdout.split()

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(came: Callable[[], object], what: Callable[[], object] | str = "condition", seconds: float = 60) -> None:
+def wait_until(
+    came: Callable[[], object], what: Callable[[], object] | str = "condition", seconds: float = 200
+) -> None:
     """Look until `came()` is true.
 
     Args:

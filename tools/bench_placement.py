@@ -174,7 +174,7 @@ class Bench:
 
         engine, plan = self.engines[EncoderPlacement.SPREAD], self.plans[EncoderPlacement.SPREAD]
         (chunk,), tokens = engine.model.chunks, torch.from_numpy(plan.tokens[0])
-        hidden = torch.randn(plan.seq_length, 1, LANGUAGE.hidden_size, requires_grad=True)
+        hidden = torch.randn(plan.seq_lengths[0], 1, LANGUAGE.hidden_size, requires_grad=True)
         pixels = torch.randint(0, 256, (VIEWS, VISION.image_size, VISION.image_size, 3), dtype=torch.uint8)
         chunk.set_input_tensor(hidden)
         dist.barrier()

@@ -16,7 +16,8 @@ import numpy as np
 
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
-from megatron_deepstack.planning.batch.packing import merge, pack
+from megatron_deepstack.planning.batch.packer import pack
+from megatron_deepstack.planning.batch.packing import merge
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.step_plan import plan_step
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID

@@ -49,8 +49,10 @@ def status(
 ) -> None:
     """Show what a run is doing: step, loss, time left, restarts and their reasons, ranks and nodes, newest checkpoint.
 
-    The exit code is 0 while the run continues or after it has finished; the run's own exit code if it stopped or
-    failed; and 1 if its driver has ended without a record of it.
+    The exit code is 0 while the run continues or after it has finished. If `launch` started the run and it stopped or
+    failed, it is the run's own exit code. A run of `train` or torchrun leaves no record of its end: if it ended before
+    its last step, the state is "not running", and the exit code is 0. If the process that works in the folder has
+    ended without giving it back, the state is "lost", and the exit code is 1.
     """
     from orchestration.launch.before.report import status_document, status_text
     from orchestration.launch.driver.control import status_of

@@ -106,6 +106,8 @@ class Template(StrEnum):
     LLAMA_3 = "llama_3"
     QWEN = "qwen"
     """The template ChatML."""
+    QWEN3_VL = "qwen3_vl"
+    """ChatML with images between control tokens, tools and their calls."""
 
 
 class ImageResize(StrEnum):

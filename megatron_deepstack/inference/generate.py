@@ -18,6 +18,7 @@ from megatron_deepstack.inference.questions import Question, Views, plan_questio
 from megatron_deepstack.inference.sampling import GREEDY, Sampling
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import gather_last_dim, share_from_last_stage
+from megatron_deepstack.planning.batch.sequence import padded_length
 from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
 from megatron_deepstack.platform.compute.device import local_device
 from megatron_deepstack.step.engine import Engine
@@ -88,7 +89,14 @@ def _decoder(
     """The prompts' lengths (M, B), and a decoder that has read nothing yet, but has encoded the images."""
     room = writing.max_new_tokens if writing.method is Method.RECOMPUTED else 0
     planned = [[plan_question(q, views, engine.model_config, room) for q in batch] for batch in questions]
-    plan = plan_step(engine.model_config, engine.parallel, planned, engine.groups.replica_rank)
+    longest = padded_length([one.sequence.length for batch in planned for one in batch], engine.parallel)
+    plan = plan_step(
+        engine.model_config,
+        engine.parallel,
+        planned,
+        engine.groups.replica_rank,
+        seq_lengths=(longest,) * len(planned),
+    )
     lengths = np.array([[s.sequence.length - room for s in batch] for batch in planned])
     visual = VisualPass(engine, plan, torch.from_numpy(_pixels(views, questions, plan)))
     if writing.method is Method.RECOMPUTED:

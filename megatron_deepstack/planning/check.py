@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_deepstack.config.check import find_problems, out_of_range
 from megatron_deepstack.config.choices import (
+    Batching,
     EncoderPlacement,
     Layers,
     LoraTarget,
@@ -240,8 +241,20 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 
 
 def _batches(recipe: Recipe, num_replicas: int) -> Iterator[Problem]:
-    """Each replica needs a whole number of micro-batches, and of rounds over the stages if chunks interleave."""
+    """Each replica needs a whole number of micro-batches, and of rounds over the stages if chunks interleave.
+
+    Packs of the whole batch are dealt to replicas, with empty ones where they do not divide evenly.
+    """
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if recipe.train.batching is Batching.PACKED:
+        if batch < num_replicas:
+            yield Problem(
+                paths=("train.global_batch_size",),
+                text=f"{batch} samples for {num_replicas} replicas, some of which would never get one; use "
+                f"{num_replicas} or more, or fewer ranks",
+                kind=LayoutError,
+            )
+        return
     interleaved = recipe.parallel.virtual_pipeline > 1
     unit = micro * num_replicas * (recipe.parallel.pipeline if interleaved else 1)
     if batch % unit == 0:

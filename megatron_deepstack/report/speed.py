@@ -83,10 +83,26 @@ def speed_section(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
         yield element("h3", f"model {unit} a rank")
         line = Line(running_mean(points), "#009e73", unit, faint=points)
         yield charts.lines([line], title=f"Model {unit} a rank by step")
+    yield from _waste(metrics, charts)
     if parts := seconds_by_part(metrics):
         yield element("h3", "seconds of a step, by part, on rank 0")
         areas = [(_with_share(name, parts), PARTS[name], running_mean(points)) for name, points in parts.items()]
         yield charts.areas(areas, title="Seconds of each step by part")
+
+
+def _waste(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
+    """Padding and the replicas' imbalance, if any was recorded."""
+    lines = []
+    for name, colour, label in (
+        ("padding", "#cc79a7", "padding, %"),
+        ("imbalance", "#e69f00", "busiest replica above the mean, %"),
+    ):
+        points = [(step, 100 * value) for step, value in metrics.series(name)]
+        if any(value for _, value in points):
+            lines.append(Line(running_mean(points), colour, label, faint=points))
+    if lines:
+        yield element("h3", "padding, and work of the busiest replica above the mean, percent")
+        yield charts.lines(lines, title="Padding and imbalance by step")
 
 
 def _with_share(name: str, parts: dict[str, list[Point]]) -> str:

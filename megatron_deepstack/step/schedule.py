@@ -63,6 +63,7 @@ def run_schedule(
     stage returns logits instead of losses. Forwards and backwards are recorded in `timeline`, if there is one.
     """
     config.finalize_model_grads_func = _leave_to_train_step
+    config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states
     config.no_sync_func = None if forward_only else _no_sync(chunks)
     batches = _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits)
     data = [iter(batches) for _ in range(len(chunks))]
@@ -71,7 +72,7 @@ def run_schedule(
         data_iterator=data if len(chunks) > 1 else data[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=plan.num_micro_batches,
-        seq_length=plan.seq_length,
+        seq_length=plan.seq_lengths[0],
         micro_batch_size=plan.micro_batch_size,
         forward_only=forward_only,
         collect_non_loss_data=keep_logits,
@@ -157,21 +158,21 @@ class _MicroBatch:
 
 def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
-    positions = zigzag(plan.seq_length, cp_ranks, cp_rank).numpy()
+    positions = {length: zigzag(length, cp_ranks, cp_rank).numpy() for length in set(plan.seq_lengths)}
     bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
-    host = [np.stack(plan.tokens)[..., positions], np.stack(plan.labels)[..., positions], *bounds]
-    tokens_MBS, labels_MBS, *bounds_M = upload_all(host)
-    targets_MBS = labels_MBS != IGNORE_INDEX
-    known_MBS = labels_MBS.clamp(min=0)
+    mine = [array[:, positions[array.shape[1]]] for array in (*plan.tokens, *plan.labels)]
+    uploaded = upload_all([*mine, *bounds])
+    count = plan.num_micro_batches
+    tokens_M, labels_M, bounds_M = uploaded[:count], uploaded[count : 2 * count], uploaded[2 * count :]
     return [
         _MicroBatch(
             number=number,
-            tokens=tokens_MBS[number],
-            labels=None if keep_logits else known_MBS[number],
-            targets=targets_MBS[number],
+            tokens=tokens_M[number],
+            labels=None if keep_logits else labels_M[number].clamp(min=0),
+            targets=labels_M[number] != IGNORE_INDEX,
             packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
         )
-        for number in range(plan.num_micro_batches)
+        for number in range(count)
     ]
 
 

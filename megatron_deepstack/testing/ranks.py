@@ -11,15 +11,18 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import re
 import signal
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.errors import RankError
@@ -29,7 +32,10 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_DEVICE
 
 
 class RankPool:
-    """Worker processes that are joined in one process group. A context manager; also closed when collected."""
+    """Worker processes that are joined in one process group. A context manager; also closed when collected.
+
+    A warning that is an error in the process that starts them is an error in them.
+    """
 
     def __init__(self, num_ranks: int, deadline_seconds: float = 240.0) -> None:
         """Start the processes.
@@ -40,15 +46,16 @@ class RankPool:
         """
         self.num_ranks, self.deadline_seconds = num_ranks, deadline_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[Any] = []
         saved = {key: os.environ.get(key) for key in _ENVIRONMENT}
         os.environ.update(_ENVIRONMENT)
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(os.getpid(), rank, num_ranks, self._folder.name, theirs))
+                start = _Start(os.getpid(), rank, num_ranks, self._folder.name, dict(os.environ), warning_filters())
+                process = context.Process(target=_serve, args=(start, theirs))
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -161,30 +168,97 @@ def _receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
-def _serve(parent: int, rank: int, num_ranks: int, folder: str, pipe: Connection) -> None:
-    """A rank's life: join, then answer calls until the pipe closes."""
-    stacks = _stack_file(folder, rank).open("w")
+WarningFilter = tuple[Any, str, type[Warning], str, int]
+"""Action, pattern of the message, class, pattern of the module, and line, as `warnings.filterwarnings` takes them."""
+
+
+def warning_filters() -> list[WarningFilter]:
+    """The filters of warnings in force in this process, the first one that fits being the one that counts.
+
+    Filters of classes that other packages define are left out, since a rank would import these packages for them.
+    """
+    rules: Sequence[Any] = warnings.filters
+    return [
+        (action, _pattern(message), category, _pattern(module), line)
+        for action, message, category, module, line in rules
+        if category.__module__ == "builtins"
+    ]
+
+
+def _pattern(rule: Any) -> str:
+    """Python keeps a pattern, a text that must be equal, or None for anything."""
+    if rule is None:
+        return ""
+    return rf"{re.escape(rule)}\Z" if isinstance(rule, str) else str(rule.pattern)
+
+
+def follow_filters(filters: Sequence[WarningFilter]) -> None:
+    """Treat warnings in this process as another process does.
+
+    Args:
+        filters: What `warning_filters` gave there.
+    """
+    warnings.resetwarnings()
+    for action, message, category, module, line in reversed(filters):
+        warnings.filterwarnings(action, message, category, module, line)
+
+
+_PRELOADED = "megatron_deepstack.testing.preloaded"
+
+
+def _context() -> Any:
+    """How ranks are started.
+
+    Without a GPU they are forked from one process that has imported everything, since importing costs each of them 4 s
+    of a core and 350 MB. CUDA does not survive a fork, so with a GPU each rank imports for itself.
+    """
+    from megatron_deepstack.platform.compute.device import has_gpu
+
+    if has_gpu() or sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_PRELOADED])
+    return context
+
+
+class _Start(NamedTuple):
+    """What a rank is told at its start. A forked one has the environment of the process that it was forked from."""
+
+    parent: int
+    rank: int
+    num_ranks: int
+    folder: str
+    environment: dict[str, str]
+    filters: list[WarningFilter]
+
+
+def _serve(start: _Start, pipe: Connection) -> None:
+    """A rank's life: join, then answer calls until the pipe closes. Warnings are treated as in the parent process."""
+    forked = _PRELOADED in sys.modules
+    os.environ.clear()
+    os.environ.update(start.environment, LOCAL_RANK=str(start.rank))
+    follow_filters(start.filters)
+    stacks = _stack_file(start.folder, start.rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
     from megatron_deepstack.platform.processes.parent import die_with_parent
     from megatron_deepstack.platform.processes.process_group import join_by_file, leave
 
-    die_with_parent(parent)
-    os.environ["LOCAL_RANK"] = str(rank)
+    die_with_parent(os.getppid() if forked else start.parent)
     adapt_megatron()
     from megatron_deepstack.testing.writers import lend_writers
 
     lend_writers()
-    _worlds.update(folder=folder, rank=rank, num_ranks=num_ranks, number=0)
-    join_by_file(Path(folder) / "rendezvous-0", rank, num_ranks)
+    _worlds.update(folder=start.folder, rank=start.rank, num_ranks=start.num_ranks, number=0)
+    join_by_file(Path(start.folder) / "rendezvous-0", start.rank, start.num_ranks)
     while True:
         try:
             function, args = _receive(pipe)
         except (EOFError, OSError):
             break
         try:
-            _send(pipe, (None, function(rank, *args)))
+            _send(pipe, (None, function(start.rank, *args)))
         except Exception as error:
             _send(pipe, (traceback.format_exc(), _picklable(error)))
             return

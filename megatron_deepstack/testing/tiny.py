@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_deepstack.config.choices import Batching, Part, Precision
+from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -22,7 +22,8 @@ from megatron_deepstack.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from megatron_deepstack.planning.batch.packing import filler, merge, pack
+from megatron_deepstack.planning.batch.dealing import deal
+from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
@@ -153,32 +154,29 @@ Images = tuple[np.ndarray, ...]
 """Views of each image of a row."""
 
 
-def tiny_rows(
-    samples: list[list[TinySample]], recipe: Recipe, truncate: bool
+def tiny_share(
+    samples: list[TinySample], recipe: Recipe, dp: int, num_replicas: int, truncate: bool = False
 ) -> tuple[list[list[PlannedSample]], list[list[Images]]]:
-    """Micro-batches as the planner takes them, and the images that belong to them.
+    """What one replica gets of a global batch, dealt as in training.
 
     Args:
-        samples: By micro-batch.
-        recipe: Its `train.batching` decides whether samples are packed.
+        samples: The samples of the global batch.
+        recipe: Its layout and `train.batching` decide how samples are dealt.
+        dp: The replica's number, from 0.
+        num_replicas: Number of replicas.
         truncate: Cut samples that are longer than `train.seq_length`.
 
     Returns:
         Planned samples and images, both by micro-batch and by place in it; a pack is one of these.
     """
     model, train = recipe.model, recipe.train
-    planned = [[s.planned(model, train.seq_length, truncate) for s in batch] for batch in samples]
-    images = [[s.pixels for s in batch] for batch in samples]
-    if train.batching is Batching.PADDED:
-        return planned, images
-    flat = [one for batch in planned for one in batch]
-    flat_images = [one for batch in images for one in batch]
-    packs = pack([one.sequence.length for one in flat], train.seq_length)
-    multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
-    fillers = -len(packs) % multiple
-    rows = [merge([flat[i] for i in indices]) for indices in packs] + [filler()] * fillers
-    row_images = [tuple(image for i in indices for image in flat_images[i]) for indices in packs] + [()] * fillers
-    return [[row] for row in rows], [[one] for one in row_images]
+    planned = [one.planned(model, train.seq_length, truncate) for one in samples]
+    lengths = np.array([one.sequence.length for one in planned])
+    units = np.array([sum(num_views(model.variant, grid) for grid in one.grids) for one in planned])
+    mine = deal(lengths, units, model.language, recipe.parallel, train, num_replicas).replicas[dp]
+    rows = [[merge([planned[one] for one in row]) if row else filler() for row in batch] for batch in mine]
+    images = [[tuple(image for one in row for image in samples[one].pixels) for row in batch] for batch in mine]
+    return rows, images
 
 
 def unit_pixels(model: ModelConfig, images: list[list[Images]], plan: StepPlan) -> torch.Tensor:
@@ -186,7 +184,7 @@ def unit_pixels(model: ModelConfig, images: list[list[Images]], plan: StepPlan) 
 
     Args:
         model: The recipe's model.
-        images: As `tiny_rows` returns them.
+        images: As `tiny_share` returns them.
         plan: This rank's plan.
 
     Returns:

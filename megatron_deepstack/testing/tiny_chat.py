@@ -17,6 +17,9 @@ LLAMA_3_TOKENS: Final = (
     "<|eot_id|>",
 )
 QWEN_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN3_VL_TOKENS: Final = (*QWEN_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN3_VL_WORDS: Final = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+"""Tokens of their own that are no control tokens: a text that contains them becomes them."""
 LLAMA_3_CONFIG: Final = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 QWEN_CONFIG: Final = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 _WORDS: Final = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -27,13 +30,16 @@ _LINES: Final = (
 )
 
 
-def write_chat_tokenizer(folder: Path, control: Sequence[str], config: dict[str, Any] | None) -> Path:
+def write_chat_tokenizer(
+    folder: Path, control: Sequence[str], config: dict[str, Any] | None, words: Sequence[str] = ()
+) -> Path:
     """Make a byte-level tokenizer with control tokens.
 
     Args:
         folder: Where `tokenizer.json` is written; made if it is not there.
         control: The control tokens, such as `QWEN_TOKENS`.
         config: Content of `tokenizer_config.json`; None leaves that file out.
+        words: Tokens of their own that are no control tokens, such as `QWEN3_VL_WORDS`.
 
     Returns:
         The folder.
@@ -46,6 +52,7 @@ def write_chat_tokenizer(folder: Path, control: Sequence[str], config: dict[str,
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(_LINES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in control])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in words])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     if config is not None:

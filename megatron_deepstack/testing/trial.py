@@ -10,9 +10,9 @@ import torch
 
 from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
+from megatron_deepstack.data.order.sampler import global_batch
 from megatron_deepstack.planning.batch.step_plan import plan_step
-from megatron_deepstack.testing.tiny import TinySample, tiny_rows, tiny_samples, unit_pixels
+from megatron_deepstack.testing.tiny import tiny_samples, tiny_share, unit_pixels
 
 
 @dataclass(slots=True)
@@ -66,9 +66,8 @@ def run_trial(
     trial = Trial()
     for step in range(train.steps):
         order = global_batch(train.seed, step, train.global_batch_size, num_samples)
-        mine = share_of_replica(order, groups.place.dp, groups.axes.dp, train.micro_batch_size)
-        batches: list[list[TinySample]] = [[samples[int(i)] for i in row] for row in mine]
-        planned, images = tiny_rows(batches, recipe, truncate)
+        batch = [samples[int(i)] for i in order]
+        planned, images = tiny_share(batch, recipe, groups.place.dp, groups.axes.dp, truncate)
         packed = train.batching is Batching.PACKED
         plan = plan_step(
             recipe.model, recipe.parallel, planned, groups.replica_rank, packed=packed, precision=train.precision

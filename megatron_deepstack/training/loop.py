@@ -23,7 +23,8 @@ from megatron_deepstack.config.choices import Part, Unreadable
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.order.steps import LoadedStep, Prefetcher
+from megatron_deepstack.data.order.prefetch import Prefetcher
+from megatron_deepstack.data.order.steps import LoadedStep
 from megatron_deepstack.errors import DeepStackError, HealthError, PreemptedError, of_all_ranks
 from megatron_deepstack.parallel.agree import phase, sum_over_ranks
 from megatron_deepstack.parallel.groups import Groups
@@ -223,6 +224,7 @@ class _Loop:
             num_targets=loss.num_tokens,
             step_seconds=step_seconds,
             **asdict(speed),
+            **asdict(loaded.balance),
             memory_bytes=max_memory_bytes(),
             seconds=parts,
             applied=norm.applied,

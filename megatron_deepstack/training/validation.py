@@ -9,7 +9,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from megatron_deepstack.data.order.steps import LoadedStep, PlannedSamples, Prefetcher, StepReader
+from megatron_deepstack.data.order.prefetch import Prefetcher
+from megatron_deepstack.data.order.steps import LoadedStep, PlannedSamples, StepReader
 from megatron_deepstack.step.train_step import VisualPass
 from megatron_deepstack.training.session import Session
 
@@ -39,11 +40,9 @@ class HeldOutBatches:
         return self.reader.read(step, planned)
 
     def _samples(self, batch: int) -> np.ndarray:
-        """int64 (micro-batches, micro_batch_size): store indices, dealt as in training."""
-        train, share = self.reader.train, self.reader.share
-        size = train.global_batch_size
-        order = (batch * size + np.arange(size)) % len(self.reader.store)
-        return order.reshape(-1, share.num_replicas, train.micro_batch_size)[:, share.dp]
+        """int64 (global batch size,): store indices."""
+        size = self.reader.train.global_batch_size
+        return (batch * size + np.arange(size)) % len(self.reader.store)
 
 
 @dataclass(frozen=True, slots=True)

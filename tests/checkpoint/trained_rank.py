@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
-from megatron_deepstack.testing.tiny import tiny_recipe, tiny_rows, tiny_samples, unit_pixels
+from megatron_deepstack.testing.tiny import tiny_recipe, tiny_samples, tiny_share, unit_pixels
 
 State = dict[str, torch.Tensor]
 
@@ -43,15 +43,15 @@ class TrainedRank:
 
     def step(self) -> float:
         """Train one step; the loss."""
-        from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
+        from megatron_deepstack.data.order.sampler import global_batch
         from megatron_deepstack.planning.batch.step_plan import plan_step
         from megatron_deepstack.step.clock import StepClock
         from megatron_deepstack.step.train_step import forward_backward
 
         train = self.recipe.train
         order = global_batch(train.seed, self.done, train.global_batch_size, len(self.samples))
-        mine = share_of_replica(order, self.groups.place.dp, self.groups.axes.dp, train.micro_batch_size)
-        planned, images = tiny_rows([[self.samples[int(i)] for i in row] for row in mine], self.recipe, truncate=False)
+        batch = [self.samples[int(i)] for i in order]
+        planned, images = tiny_share(batch, self.recipe, self.groups.place.dp, self.groups.axes.dp)
         plan = plan_step(self.recipe.model, self.recipe.parallel, planned, self.groups.replica_rank)
         loss = forward_backward(self.engine, plan, unit_pixels(self.recipe.model, images, plan), StepClock())
         self.optimizer.step(self.done)

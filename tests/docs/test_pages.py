@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from pages import PAGES, README, ROOT, anchors, commands, links, name_of, text_of
 from typer.testing import CliRunner
 
+from megatron_deepstack import errors
 from megatron_deepstack.cli import app
 
 MOST_README_LINES = 200
@@ -84,3 +86,21 @@ def test_the_gpu_job_is_skipped_without_a_runner():
     jobs = yaml.safe_load(text_of(ROOT / ".github" / "workflows" / "ci.yml"))["jobs"]
     assert jobs["gpu"]["if"] == "${{ vars.GPU_RUNNER != '' }}"
     assert any(step.get("run") == "bash .ci/run" for step in jobs["test"]["steps"])
+
+
+WIDEST = 120
+"""Characters of a line of prose, as of a line of code; rows of tables cannot be broken."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_fit_an_editor(page: Path):
+    lines = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL).splitlines()
+    wide = [line for line in lines if len(line) > WIDEST and not line.startswith(("|", "    "))]
+    assert not wide, f"{name_of(page)}: more than {WIDEST} characters: {wide}"
+
+
+def test_every_exit_code_is_listed():
+    _, _, section = text_of(ROOT / "docs" / "survival.md").partition("## Exit codes")
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", section, flags=re.MULTILINE)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert {kind.exit_code for kind in kinds if kind is not errors.DeepStackError} | {0} == listed

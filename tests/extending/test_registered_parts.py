@@ -249,7 +249,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, registered: None) -> Referenc
         grads=gradients,
         samples=tuple(samples),
         logits=tuple(logits),
-        loss=float(loss),
+        loss=loss.item(),
         attention_mask=torch.empty(0),
         max_tokens=None,
     )
@@ -337,7 +337,7 @@ def test_stacks_go_in_front_of_the_new_decoder(ranks: Pools, case: ReferenceCase
         model=model,
         samples=(sample,),
         logits=(logits.detach(),),
-        loss=float(loss),
+        loss=loss.item(),
         grads={name: tensor.grad for name, tensor in weights.items() if tensor.grad is not None},
     )
     result = check_case(pool, stacked, ParallelConfig())

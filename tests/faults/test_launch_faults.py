@@ -50,9 +50,16 @@ class Cluster:
         import_ray(None)
         from ray.cluster_utils import Cluster as RayCluster
 
-        self._cluster: Any = RayCluster()
-        self._add("127.0.0.2", include_dashboard=False)
-        self.second: Any = self._add("127.0.0.3")
+        for tries_left in (2, 1, 0):
+            self._cluster: Any = RayCluster()
+            try:
+                self._add("127.0.0.2", include_dashboard=False)
+                self.second: Any = self._add("127.0.0.3")
+                return
+            except Exception as error:  # Ray has no class for it
+                self._cluster.shutdown()
+                if not tries_left or "timed out during startup" not in str(error):
+                    raise  # Ray waits 30 s for a node, and on a busy machine the first one may need longer
 
     @property
     def address(self) -> str:

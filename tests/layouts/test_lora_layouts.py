@@ -12,13 +12,13 @@ from test_training_layouts import rows
 
 from megatron_deepstack.config.choices import LoraTarget, Part, Precision, Recompute
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe
-from megatron_deepstack.data.order.sampler import global_batch, share_of_replica
+from megatron_deepstack.data.order.sampler import global_batch
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.planning.batch.step_plan import plan_step
 from megatron_deepstack.testing.compare import gather_published, main_gradient, worst
 from megatron_deepstack.testing.oracle.model import oracle_forward, oracle_loss
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe, tiny_rows, tiny_samples, unit_pixels
+from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe, tiny_samples, tiny_share, unit_pixels
 from megatron_deepstack.testing.trial import Trial, run_trial
 
 Pools = Callable[[int], RankPool]
@@ -68,8 +68,7 @@ def step_gradients(rank: int, recipe: Recipe) -> tuple[float, Tensors, Tensors] 
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
     samples = tiny_samples(recipe.model, NUM_SAMPLES)
     order = global_batch(train.seed, 0, train.global_batch_size, NUM_SAMPLES)
-    mine = share_of_replica(order, groups.place.dp, groups.axes.dp, train.micro_batch_size)
-    planned, images = tiny_rows([[samples[int(i)] for i in row] for row in mine], recipe, truncate=False)
+    planned, images = tiny_share([samples[int(i)] for i in order], recipe, groups.place.dp, groups.axes.dp)
     plan = plan_step(recipe.model, recipe.parallel, planned, groups.replica_rank)
     loss = forward_backward(engine, plan, unit_pixels(recipe.model, images, plan), StepClock()).mean
     gradients = gather_published(model, groups, main_gradient)
@@ -105,7 +104,7 @@ def test_gradients_equal_the_oracle(ranks: Pools) -> None:
     logits = oracle_forward(recipe.model, merged(weights, recipe.lora), chosen)
     truth = oracle_loss(recipe.model, logits, chosen)
     truth.backward()
-    assert loss == pytest.approx(float(truth), rel=LOSS_TOLERANCE)
+    assert loss == pytest.approx(truth.item(), rel=LOSS_TOLERANCE)
     learned = {name: weight.grad for name, weight in weights.items() if "lora_" in name or "mm_projector" in name}
     assert set(gradients) == set(learned)
     assert len([name for name in learned if "lora_" in name]) == 8 * (4 + 7)  # an A per fused linear, a B per published

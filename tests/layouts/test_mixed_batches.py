@@ -59,7 +59,7 @@ def expected(recipe: Recipe, shapes: dict[str, tuple[int, ...]], max_tokens: int
     logits = oracle_forward(recipe.model, weights, chosen, max_tokens=max_tokens)
     loss = oracle_loss(recipe.model, logits, chosen, max_tokens=max_tokens)
     loss.backward()
-    return float(loss), weights
+    return loss.item(), weights
 
 
 MODELS = {

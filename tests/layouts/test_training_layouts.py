@@ -188,3 +188,20 @@ def test_packs_equal_padded_rows(ranks: Pools, num_ranks: int, parallel: Paralle
     assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
     error, name = worst(actual.parameters, expected.parameters)
     assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("batching", "micro_batch_size"), [(Batching.PACKED, 1), (Batching.PADDED, 2)], ids=["packed", "padded"]
+)
+def test_the_number_of_replicas_makes_no_difference(
+    ranks: Pools, num_ranks: int, batching: Batching, micro_batch_size: int
+) -> None:
+    """Samples are dealt anew for each number of replicas; the step's loss and gradient stay what they are."""
+    recipe = tiny_recipe(global_batch_size=8, micro_batch_size=micro_batch_size)
+    recipe = replace(recipe, train=replace(recipe.train, batching=batching))
+    expected: Trial = ranks(1).run(run_trial, recipe, 16)[0]
+    actual: Trial = ranks(num_ranks).run(run_trial, recipe, 16)[0]
+    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    error, name = worst(actual.first_gradients, expected.first_gradients)
+    assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"

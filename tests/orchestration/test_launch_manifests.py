@@ -217,7 +217,7 @@ def calls(stubs: dict[str, str]) -> str:
 
 
 def end(script: subprocess.Popen[bytes]) -> int:
-    code = script.wait(60)
+    code = script.wait(200)
     with suppress(ProcessLookupError):
         os.killpg(script.pid, signal.SIGKILL)  # the stubs of `ray start`, which Slurm would end
     return code

@@ -171,7 +171,7 @@ def run_and_die(corpus: Any, output: Path, owner: str, call: str, workers: int) 
     job |= {"tokenizer": str(corpus.tokenizer), "workers": workers}
     command = [sys.executable, "-c", KILLER, json.dumps(job), owner, call, json.dumps(sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert process.returncode == -signal.SIGKILL, f"the fault did not fire: {process.stderr}"
 
 

@@ -61,7 +61,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     yield Head(f"http://127.0.0.1:{dashboard}", environment)
     started = [*psutil.Process(process.pid).children(recursive=True)]
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     for child in started:
         if child.is_running():
             child.kill()

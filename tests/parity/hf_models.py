@@ -119,7 +119,7 @@ def make_case(
         grads=published_gradients(module),
         samples=tuple(samples),
         logits=tuple(logits.detach().float() for logits, _ in results),
-        loss=float(loss),
+        loss=loss.item(),
         attention_mask=torch.empty(0),
         max_tokens=None,
     )

@@ -83,7 +83,7 @@ def oracle_case(model: ModelConfig, grids: tuple[Grid, ...]) -> ReferenceCase:
         grads={name: value.grad.float() for name, value in exact.items() if value.grad is not None},
         samples=samples,
         logits=tuple(rows.detach().float() for rows in logits),
-        loss=float(loss),
+        loss=loss.item(),
         attention_mask=torch.empty(0),
         max_tokens=None,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deepstack.config.choices import EncoderPlacement, Part, Variant
+from megatron_deepstack.config.choices import Batching, EncoderPlacement, Part, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -166,3 +166,10 @@ def test_interleaving_takes_rounds_of_stages():
 
 def test_ranks_of_a_replica():
     assert model_ranks(ParallelConfig(tensor=2, pipeline=3, context=4)) == 24
+
+
+def test_packs_divide_over_any_number_of_replicas() -> None:
+    packed = replace(recipe(), train=TrainConfig(global_batch_size=10, batching=Batching.PACKED))
+    check_world(packed, 4)
+    with pytest.raises(LayoutError, match=r"10 samples for 12 replicas, some of which .* use 12 or more, or fewer"):
+        check_world(packed, 12)

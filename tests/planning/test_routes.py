@@ -44,7 +44,7 @@ def plan_all(
 ) -> list[RankRoutes]:
     """Each rank's own plan."""
     ranks = parallel.tensor * parallel.context * parallel.pipeline
-    return [plan_routes(model, parallel, batches, length, rank) for rank in range(ranks)]
+    return [plan_routes(model, parallel, batches, [length] * len(batches), rank) for rank in range(ranks)]
 
 
 def expected_rows(model: ModelConfig, batches: list[list[PlannedSample]]) -> Delivered:
@@ -163,7 +163,7 @@ def test_views_are_dealt_evenly(num_samples: int) -> None:
     routes = plan_all(model, parallel, batches, 512)
     counts = [len(mine.units) for mine in routes]
     assert max(counts) - min(counts) <= 1
-    assert sum(counts) == len(plan_routes(model, ParallelConfig(), batches, 512, 0).units)
+    assert sum(counts) == len(plan_routes(model, ParallelConfig(), batches, [512] * num_samples, 0).units)
     assert {mine.num_units for mine in routes} == {sum(counts)}
 
 

@@ -211,7 +211,7 @@ def test_a_holder_that_was_taken_over_ends(tmp_path: Path) -> None:
     """It stood still for long, and another machine has judged it gone: two must not write one run."""
     holder = hold(tmp_path, "train", beat_seconds=0.02)
     leave_record(tmp_path, host="elsewhere", pid=7, token="another")
-    assert holder.wait(60) == RunFolderError.exit_code
+    assert holder.wait(200) == RunFolderError.exit_code
     assert holder.stderr is not None
     said = holder.stderr.read()
     assert "`train` (process 7 on elsewhere" in said

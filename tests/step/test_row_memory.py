@@ -23,7 +23,7 @@ MODEL = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(slots=(0, 1,
 def routes_of(parallel: ParallelConfig, rank: int, model: ModelConfig = MODEL) -> tuple[RankRoutes, int]:
     batches = [[s.planned(model, 1000)] for s in tiny_samples(model, 24)]
     length = padded_length([s.sequence.length for batch in batches for s in batch], parallel)
-    return plan_routes(model, parallel, batches, length, rank), length
+    return plan_routes(model, parallel, batches, [length] * len(batches), rank), length
 
 
 def run_step(rank: int, parallel: ParallelConfig, window_bytes: int) -> tuple[torch.Tensor, list[float], list[float]]:

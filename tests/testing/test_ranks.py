@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -18,6 +22,10 @@ def _sum_of_ranks(rank: int, offset: int) -> int:
     total = torch.tensor(rank + offset)
     dist.all_reduce(total)
     return int(total) * 10 + rank
+
+
+def _warn(rank: int, message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=1)
 
 
 def _raise_on_one(rank: int) -> None:
@@ -55,6 +63,25 @@ def test_an_error_carries_traceback_and_cause() -> None:
         assert not pool.alive
         with pytest.raises(RankError, match="has ended after a failure"):
             pool.run(_raise_on_one)
+
+
+def test_ranks_treat_warnings_as_this_process_does() -> None:
+    """A warning that is an error here is one there, except where this test says otherwise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "known: .*", UserWarning, re.escape(__name__))
+        with RankPool(1) as pool:
+            pool.run(_warn, "known: to this test")
+            with pytest.raises(RankError, match="UserWarning: another") as caught:
+                pool.run(_warn, "another")
+    assert isinstance(caught.value.__cause__, UserWarning)
+
+
+@pytest.mark.parametrize(("module", "ends"), [("orchestration", 1), ("megatron_deepstack.step", 1), ("another", 0)])
+def test_processes_of_tests_end_with_a_warning_of_ours(module: str, ends: int) -> None:
+    code = f"import warnings; warnings.warn_explicit('old', UserWarning, 'file', 1, module={module!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == ends, done.stderr
+    assert "UserWarning: old" in done.stderr
 
 
 @pytest.mark.slow

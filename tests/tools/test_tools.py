@@ -15,6 +15,7 @@ TOOLS = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
 WRITERS = ("golden_recipes", "layout_page", "options_page", "recipe_schema")
 """They write files of this repository, and only compare with `--check`."""
 SMALLEST = {
+    "bench_balance": ["--steps=2", "--large-steps=1"],
     "bench_checkpoint": ["--ranks=1", "--repeats=1", "--hidden=64", "--layers=4"],
     "bench_cli": ["--repeats=1"],
     "bench_injection": ["--repeats=1"],

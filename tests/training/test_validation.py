@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_deepstack.config.schema import ParallelConfig
-from megatron_deepstack.data.order.steps import Prefetcher, Share, StepReader
+from megatron_deepstack.data.order.prefetch import Prefetcher
+from megatron_deepstack.data.order.steps import Share, StepReader
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import SAMPLES, write_tiny_store
@@ -41,7 +42,7 @@ def test_batches_are_the_same_each_time(root: Path, monkeypatch: pytest.MonkeyPa
         assert len(batches) == len(SAMPLES) // 4
         rounds = [list(Prefetcher(batches, 0, len(batches))) for _ in range(2)]
         for batch, (first, second) in enumerate(zip(*rounds, strict=True)):
-            order = np.arange(batch * 4, batch * 4 + 4).reshape(-1, 2, 2)[:, replica]
+            order = np.arange(batch * 4, batch * 4 + 4)
             expected = reader_of(root, 4, replica).load_samples(batch, order)
             for found in (first, second):
                 assert np.array_equal(found.samples, expected.samples)
@@ -54,6 +55,7 @@ def test_batches_are_the_same_each_time(root: Path, monkeypatch: pytest.MonkeyPa
 def test_a_store_smaller_than_a_batch_repeats(tmp_path: Path) -> None:
     batches = HeldOutBatches(reader_of(write_tiny_store(tmp_path / "small", samples=((0,), (4,), ())), 4))
     assert len(batches) == 1
-    assert batches.load(0).samples.tolist() == [[0, 1]]
+    assert batches.load(0).samples.tolist() == [0, 1, 2, 0]
     small = HeldOutBatches(reader_of(tmp_path / "small", 4, replica=1))
-    assert small.load(0).samples.tolist() == [[2, 0]]
+    members = [one for loaded in (batches.load(0), small.load(0)) for rows in loaded.members for one in rows]
+    assert sorted(index for one in members for index in one) == [0, 0, 1, 2]

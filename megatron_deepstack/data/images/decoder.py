@@ -28,7 +28,8 @@ from typing import IO, Any, Final
 
 from megatron_deepstack import errors
 from megatron_deepstack.data.images.decoder_process import SLOTS, ViewSlots, Word, memory_bytes
-from megatron_deepstack.data.images.processor import ProcessedImage, Processor
+from megatron_deepstack.data.images.processor import ProcessedImage
+from megatron_deepstack.data.images.processors import AnyProcessor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_local
 from megatron_deepstack.errors import DataError, LocationError
 
@@ -56,13 +57,13 @@ class SharedImage(ProcessedImage):
     """An image whose views lie in memory shared with the decoder process."""
 
     crc32c: list[int]
-    """One checksum for each view."""
+    """One checksum for each slot."""
 
 
 class Decoder:
     """Reads and decodes images in a process that starts when it is needed, and ends with this object."""
 
-    def __init__(self, processor: Processor, max_image_seconds: float) -> None:
+    def __init__(self, processor: AnyProcessor, max_image_seconds: float) -> None:
         self._processor = processor
         self._seconds = max_image_seconds
         self._running: list[_Process] = []
@@ -127,7 +128,7 @@ class _LostError(Exception):
 class _Process:
     """A running process and its shared memory."""
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(self, processor: AnyProcessor) -> None:
         self._processor = processor
         memory = os.memfd_create("deepstack-views")
         try:
@@ -174,9 +175,9 @@ class _Process:
         match answer:
             case None:
                 raise _LostError(f"takes longer than data.max_image_seconds ({seconds:g} s), twice")
-            case [Word.VIEWS, [rows, columns], [width, height], damage, sha256, sums]:
-                views = self._slots.views(self._slot)[: len(sums)]
-                return SharedImage(views, (rows, columns), (width, height), damage, sha256, sums)
+            case [Word.VIEWS, [*grid], [width, height], damage, sha256, sums]:
+                slots = self._slots.views(self._slot)[: len(sums)]
+                return SharedImage(slots, tuple(grid), (width, height), damage, sha256, sums)
             case [Word.QUARANTINE, str(reason)]:
                 return QuarantineError(reason)
             case [Word.ERROR, str(name), str(message)]:
@@ -229,7 +230,7 @@ class _Process:
             time.sleep(0.001)
 
 
-def _start_process(processor: Processor) -> _Process:
+def _start_process(processor: AnyProcessor) -> _Process:
     try:
         return _Process(processor)
     except OSError as error:
@@ -263,7 +264,7 @@ def _end_all(processes: list[_Process]) -> None:
 
 
 @lru_cache(maxsize=1)
-def shared_decoder(processor: Processor, max_image_seconds: float) -> Decoder:
+def shared_decoder(processor: AnyProcessor, max_image_seconds: float) -> Decoder:
     """The decoder of this process, kept from one part to the next because its start takes half a second.
 
     Args:

@@ -31,7 +31,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from megatron_deepstack.data.images.processor import Processor
+from megatron_deepstack.config.choices import Compression
+from megatron_deepstack.data.images.processors import AnyProcessor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_local, read_image
 from megatron_deepstack.data.store.codec import checksums
 from megatron_deepstack.errors import DeepStackError
@@ -56,19 +57,19 @@ class Word(StrEnum):
 class ViewSlots:
     """Shared memory for the views of `SLOTS` images."""
 
-    def __init__(self, memory: mmap.mmap, processor: Processor) -> None:
+    def __init__(self, memory: mmap.mmap, processor: AnyProcessor) -> None:
         self._views = np.frombuffer(memory, np.uint8).reshape(SLOTS, *_slot_shape(processor))
 
     def views(self, slot: int) -> np.ndarray:
-        """Space for the views of any image: uint8 (most views of an image, S, S, 3), S the side of a view."""
+        """Space for the slots of any image: uint8 (most slots of an image, *slot_shape)."""
         return self._views[slot]
 
 
-def _slot_shape(processor: Processor) -> tuple[int, int, int, int]:
-    return processor.most_views, processor.crop_size, processor.crop_size, 3
+def _slot_shape(processor: AnyProcessor) -> tuple[int, ...]:
+    return processor.most_slots, *processor.pixels(1, 1, Compression.NONE).slot_shape
 
 
-def memory_bytes(processor: Processor) -> int:
+def memory_bytes(processor: AnyProcessor) -> int:
     """The size of the shared memory in bytes."""
     return SLOTS * math.prod(_slot_shape(processor))
 
@@ -84,7 +85,7 @@ def serve(connection: Connection, memory: int) -> None:
     Raises:
         EOFError: The other side has closed the connection.
     """
-    processor: Processor = connection.recv()
+    processor: AnyProcessor = connection.recv()
     slots = ViewSlots(mmap.mmap(memory, 0), processor)
     _say(connection, Word.READY)
     while True:
@@ -102,7 +103,7 @@ def _say(connection: Connection, *words: Any) -> None:
 
 
 def _do_image(
-    connection: Connection, processor: Processor, image: ImageAt, data: Future[bytes], views: np.ndarray
+    connection: Connection, processor: AnyProcessor, image: ImageAt, data: Future[bytes], views: np.ndarray
 ) -> None:
     """Write the image's views and report them, or report why there are none."""
     try:
@@ -115,7 +116,7 @@ def _do_image(
     except DeepStackError as error:
         _say(connection, Word.ERROR, type(error).__name__, str(error))
     else:
-        _say(connection, Word.VIEWS, done.grid, done.size, done.damage, done.sha256, checksums(done.views))
+        _say(connection, Word.VIEWS, done.grid, done.size, done.damage, done.sha256, checksums(done.slots))
 
 
 def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[bytes]]]:

@@ -241,7 +241,7 @@ class _Canvas:
 
     def __init__(self, pixels: np.ndarray, crop_size: int, resize: ImageResize) -> None:
         self._crop_size = crop_size
-        self._stretch = _stretch_with_torch(pixels) if resize is ImageResize.TORCH else _stretch_with_pillow(pixels)
+        self._stretch = _stretching(pixels, resize)
 
     def cut(self, grid: Grid, out: np.ndarray) -> None:
         """Write the stretched image in raster order: uint8 (gw*gh, S, S, 3)."""
@@ -255,6 +255,27 @@ def _group_by_crop(high_res: np.ndarray, grid: Grid) -> np.ndarray:
     (gw, gh), side = grid, HIGH_RES_SIDE
     rest = high_res.shape[1:]
     return high_res.reshape(gh, side, gw, side, *rest).transpose(0, 2, 1, 3, 4, 5, 6).reshape(-1, *rest)
+
+
+def stretch(pixels: np.ndarray, width: int, height: int, resize: ImageResize) -> np.ndarray:
+    """Resize an image with the bicubic filter.
+
+    Args:
+        pixels: The image, uint8 (height, width, 3).
+        width: New width in pixels.
+        height: New height in pixels.
+        resize: Which implementation resizes.
+
+    Returns:
+        uint8 (height, width, 3); the image itself if it has this size.
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return _stretching(pixels, resize)(width, height)
+
+
+def _stretching(pixels: np.ndarray, resize: ImageResize) -> Callable[[int, int], np.ndarray]:
+    return _stretch_with_torch(pixels) if resize is ImageResize.TORCH else _stretch_with_pillow(pixels)
 
 
 def _stretch_with_pillow(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:

@@ -12,23 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.config.choices import DeepGrey, GridRule, ImageResize, Orientation
+from megatron_deepstack.config.choices import Compression, DeepGrey, GridRule, ImageResize, Orientation
 from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
 from megatron_deepstack.data.images.pictures import decode_image, make_views
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import PixelsShape
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.views import Grid, ViewLayout, layout_of, most_views, pick_grid
+from megatron_deepstack.planning.views import ViewLayout, layout_of, most_views, pick_grid
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessedImage:
     """An image's views and what is known of it."""
 
-    views: np.ndarray
-    """uint8 (views, S, S, 3)."""
-    grid: Grid
+    slots: np.ndarray
+    """The views as the store holds them: uint8 (views, S, S, 3), or (blocks, BLOCK_BYTES) of one view of any size."""
+    grid: tuple[int, ...]
+    """Columns and rows of crops, or the patches of a view of any size in time, height and width."""
     size: tuple[int, int]
     damage: str | None
     """What is wrong with the file although it could be decoded, or what its conversion to RGB lost."""
@@ -67,9 +69,22 @@ class Processor:
         )
 
     @property
-    def most_views(self) -> int:
-        """The largest number of views that an image can have."""
+    def most_slots(self) -> int:
+        """The largest number of slots, here views, that an image can take in a store."""
         return most_views(self.layout, self.grid, self.num_crops)
+
+    def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> PixelsShape:
+        """The shape of the pixels of a store.
+
+        Args:
+            num_parts: Number of parts, and so of shards.
+            images_per_part: Images of a part.
+            compression: Codec of the slots.
+
+        Returns:
+            The shape; a shard has space for the most slots that each image can take.
+        """
+        return PixelsShape(num_parts, images_per_part * self.most_slots, self.crop_size, compression)
 
     def describe(self) -> dict[str, Any]:
         """What a store records of its processor; plain JSON values."""
@@ -80,7 +95,7 @@ class Processor:
 
         Args:
             data: The file's bytes.
-            out: uint8 (at least `most_views`, S, S, 3), whose first rows take the views; a new array if None.
+            out: uint8 (at least `most_slots`, S, S, 3), whose first rows take the views; a new array if None.
 
         Returns:
             The views and what is known of the image.

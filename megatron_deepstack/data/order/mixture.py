@@ -15,7 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.order.sampler import Indices, StoreStream, mixed_batch
+from megatron_deepstack.data.store.lengths import sample_sizes
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.errors import StoreError
@@ -154,6 +156,16 @@ class Mixture:
             out[rows] = self.stores[k].read_many([(found[n][1], requests[n][1]) for n in mine])
         return out
 
+    def sizes(self, model: ModelConfig, samples: Indices) -> tuple[Indices, Indices]:
+        """Tokens and units of samples, see `sample_sizes`."""
+        which = np.searchsorted(self._first_sample, samples, side="right") - 1
+        lengths, units = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
+        for k in np.unique(which).tolist():
+            here = which == k
+            numbers = samples[here] - self._first_sample[k]
+            lengths[here], units[here] = sample_sizes(self.stores[k], model, numbers)
+        return lengths, units
+
     def _find(self, index: int, firsts: list[int], noun: str) -> tuple[int, int]:
         """The store, and the number within that store."""
         if not 0 <= index < firsts[-1]:
@@ -169,3 +181,20 @@ class Mixture:
                     f"data.stores: {first.name} was made with tokenizer {first.tokenizer_sha256[:12]}..., {store.name} "
                     f"with {store.tokenizer_sha256[:12]}...; preprocess one of them again with the other's tokenizer"
                 )
+
+
+def sizes_of(samples: Samples, model: ModelConfig, numbers: Indices) -> tuple[Indices, Indices]:
+    """Sizes of chosen samples of a store or a mixture, from index arrays alone.
+
+    Args:
+        samples: What training reads.
+        model: Determines how many tokens an image takes, and how many units are encoded for it.
+        numbers: int64 (N,), numbers of samples.
+
+    Returns:
+        Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its units for the encoder.
+    """
+    if isinstance(samples, Mixture):
+        return samples.sizes(model, numbers)
+    assert isinstance(samples, Store)
+    return sample_sizes(samples, model, numbers)

@@ -1,7 +1,7 @@
 """The order of training data: a pure function of (seed, epoch, position), with no state to save except the step.
 
 The endless stream of samples is one epoch after another, each with its own permutation. Step t of a run takes the next
-`global_batch_size` samples, whatever the number of ranks; the replicas then divide a batch among themselves.
+`global_batch_size` samples, whatever the number of ranks; `planning.batch.dealing` divides them among replicas.
 
 A mixture has one such stream for each of its stores, merged by weight: the store's j-th sample (from 0) is due at time
 (j + 1/2) / weight, and the merged stream is ordered by due time (Webster's method of apportionment). So after any
@@ -135,18 +135,3 @@ def _permutation(key: Sequence[int], length: int) -> Order:
     np.random.Generator(np.random.PCG64(list(key))).shuffle(order)
     order.setflags(write=False)
     return order
-
-
-def share_of_replica(batch: Indices, dp: int, num_replicas: int, micro_batch_size: int) -> Indices:
-    """The part of a global batch that belongs to one replica.
-
-    Args:
-        batch: int64 (global batch size,).
-        dp: The replica's number, from 0.
-        num_replicas: Number of replicas.
-        micro_batch_size: Samples of one micro-batch.
-
-    Returns:
-        int64 (micro-batches, micro_batch_size).
-    """
-    return batch.reshape(-1, num_replicas, micro_batch_size)[:, dp]

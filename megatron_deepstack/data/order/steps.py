@@ -1,30 +1,30 @@
 """From a store to what one rank needs for a step: the plan of its replica, and the pixels of the views it encodes.
 
-Every rank of a replica reads the tokens and counts of all its samples: they are small and memory-mapped. Pixels are
-read only by the rank that encodes them, in one call. One step is prepared ahead in a thread.
+Every rank looks up the sizes of all samples of the step, which decide what its replica gets, and reads the tokens of
+its replica's samples. Both are small and memory-mapped. Pixels are read only by the rank that encodes them, in one
+call. `prefetch` prepares a step ahead in a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from megatron_deepstack.config.choices import Batching, Unreadable
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.data.images.processor import check_store
-from megatron_deepstack.data.order.mixture import Mixture, Samples
-from megatron_deepstack.data.order.sampler import Indices, share_of_replica
+from megatron_deepstack.data.order.mixture import Mixture, Samples, sizes_of
+from megatron_deepstack.data.order.sampler import Indices
 from megatron_deepstack.data.order.unreadable import UnreadableSample, Where, without
 from megatron_deepstack.data.store.lengths import check_lengths
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
-from megatron_deepstack.planning.batch.packing import filler, merge, pack
+from megatron_deepstack.planning.batch.dealing import Balance, Deal, deal
+from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
 from megatron_deepstack.planning.exchange.routes import EncodeUnit, PlannedSample
@@ -49,13 +49,15 @@ class LoadedStep:
     pixels: np.ndarray
     """uint8 (views of this rank's units, image, image, 3)."""
     samples: Indices
-    """Store indices of the replica's samples, (micro-batches, micro_batch_size)."""
+    """Store indices of all samples of the step, over all replicas, int64 (N,)."""
     num_tokens: int
     """Tokens of the replica's samples, with visual tokens and without padding."""
     num_images: int
     """Images of the replica's samples."""
     members: tuple[tuple[tuple[int, ...], ...], ...]
     """Store indices of the samples in each row of each micro-batch; a pack holds several, a filler holds none."""
+    balance: Balance
+    """What the whole step, over all replicas, loses to padding and uneven work."""
     unreadable: tuple[UnreadableSample, ...] = ()
     """Samples whose views this rank should have read and could not; their pixels are zero."""
 
@@ -100,12 +102,14 @@ class PlannedSamples:
 
     plan: StepPlan
     samples: Indices
-    """Store indices, int64 (micro-batches, micro_batch_size)."""
+    """Store indices of all samples of the step, over all replicas, int64 (N,)."""
     num_tokens: int
     """Tokens of the samples, with visual tokens and without padding."""
     num_images: int
     rows: tuple[tuple[_Places, ...], ...]
     """By micro-batch and row."""
+    balance: Balance
+    """Of the whole step, over all replicas."""
 
 
 class StepReader:
@@ -136,9 +140,7 @@ class StepReader:
             StoreError: Pixels are missing or damaged and `unreadable` is `stop`; the message names step and sample.
             DataError: A sample does not fit `train.seq_length`.
         """
-        batch = self.store.batch(self.train.seed, step, self.train.global_batch_size)
-        mine = share_of_replica(batch, self.share.dp, self.share.num_replicas, self.train.micro_batch_size)
-        return self.load_samples(step, mine)
+        return self.load_samples(step, self.store.batch(self.train.seed, step, self.train.global_batch_size))
 
     def sample_ids(self, step: int) -> tuple[str, ...]:
         """Ids of all samples of the 0-based step `step`, over all replicas, in the order of the global batch."""
@@ -146,25 +148,29 @@ class StepReader:
         return tuple(self.store.sample(int(index)).id for index in batch)
 
     def load_samples(self, step: int, samples: Indices) -> LoadedStep:
-        """The same as `load` for chosen samples: store indices, int64 (micro-batches, micro_batch_size)."""
+        """The same as `load` for chosen samples: store indices, int64 (N,), of all replicas together."""
         return self.read(step, self.plan_samples(samples))
 
     def plan_samples(self, samples: Indices) -> PlannedSamples:
-        """Plan chosen samples, without reading pixels.
+        """Plan a step of chosen samples, without reading pixels.
+
+        The sizes of all samples are looked up, since they decide which of them this replica gets. Everything else is
+        read only of the replica's own samples.
 
         Args:
-            samples: Store indices, int64 (micro-batches, micro_batch_size).
+            samples: Store indices, int64 (N,), of all replicas together.
 
         Returns:
-            The plan, which `read` accepts any number of times.
+            The plan of this rank, which `read` accepts any number of times.
 
         Raises:
             DataError: A sample does not fit `train.seq_length`.
         """
-        self.store.prepare(samples.reshape(-1))
-        read = [[self._read(int(i)) for i in row] for row in samples]
+        dealt = self._deal(samples)
+        mine = [[samples[list(row)] for row in batch] for batch in dealt.replicas[self.share.dp]]
+        self.store.prepare(np.concatenate([row for batch in mine for row in batch]))
         packed = self.train.batching is Batching.PACKED
-        rows = self._pack([one for row in read for one in row]) if packed else read
+        rows = [[self._row(row.tolist()) for row in batch] for batch in mine]
         batches = [[row.planned for row in batch] for batch in rows]
         precision = self.train.precision
         plan = plan_step(
@@ -173,8 +179,9 @@ class StepReader:
         return PlannedSamples(
             plan=plan,
             samples=samples,
-            num_tokens=sum(one.planned.sequence.length for row in read for one in row),
-            num_images=sum(len(one.images) for row in read for one in row),
+            num_tokens=sum(row.planned.sequence.length for batch in rows for row in batch if row.members),
+            num_images=sum(len(row.images) for batch in rows for row in batch),
+            balance=dealt.balance,
             rows=tuple(tuple(_Places.of(row) for row in batch) for batch in rows),
         )
 
@@ -197,24 +204,33 @@ class StepReader:
             plan=planned.plan,
             pixels=pixels,
             samples=planned.samples,
+            balance=planned.balance,
             num_tokens=planned.num_tokens,
             num_images=planned.num_images,
             members=tuple(tuple(row.members for row in batch) for batch in planned.rows),
             unreadable=unreadable,
         )
 
+    def _deal(self, samples: Indices) -> Deal:
+        """Divide a step's samples among replicas. Raises DataError if one does not fit `train.seq_length`."""
+        lengths, units = sizes_of(self.store, self.model, samples)
+        too_long = np.flatnonzero(lengths > self.train.seq_length)
+        if len(too_long) and not self.train.truncate:
+            planned_sample(self.store, self.model, self.train, int(samples[too_long[0]]))
+        lengths = np.minimum(lengths, self.train.seq_length)
+        return deal(lengths, units, self.model.language, self.parallel, self.train, self.share.num_replicas)
+
+    def _row(self, indices: Sequence[int]) -> _Row:
+        """One row of some samples; a filler if there are none."""
+        if not indices:
+            return _Row(filler())
+        read = [self._read(index) for index in indices]
+        return read[0] if len(read) == 1 else _merge(read)
+
     def _read(self, index: int) -> _Row:
         images = self.store.sample_images(index)
         planned = planned_sample(self.store, self.model, self.train, index)
         return _Row(planned, images, (index,), (0,) * len(images))
-
-    def _pack(self, samples: list[_Row]) -> list[list[_Row]]:
-        """Packed rows, each a micro-batch of its own; fillers complete the number that interleaving needs."""
-        packs = pack([one.planned.sequence.length for one in samples], self.train.seq_length)
-        rows = [_merge([samples[i] for i in indices]) for indices in packs]
-        multiple = self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
-        wanted = -(-len(rows) // multiple) * multiple
-        return [[row] for row in (*rows, *[_Row(filler())] * (wanted - len(rows)))]
 
     def _pixels(
         self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit]
@@ -364,35 +380,3 @@ def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index
         truncate=train.truncate,
     )
     return PlannedSample(sequence=sequence, grids=grids)
-
-
-class Loads(Protocol):
-    """Anything that gives a step by its number."""
-
-    def load(self, step: int) -> LoadedStep:
-        """Load the 0-based step."""
-
-
-class Prefetcher:
-    """Iterates over steps `first` to `stop - 1`; each is prepared in a thread while the one before is trained.
-
-    An error in the thread is raised, with a note, when its step is asked for. The thread ends with the iteration.
-    """
-
-    def __init__(self, reader: Loads, first: int, stop: int) -> None:
-        self.reader, self.first, self.stop = reader, first, stop
-
-    def __iter__(self) -> Iterator[LoadedStep]:
-        if self.first >= self.stop:
-            return
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-            upcoming: Future[LoadedStep] = pool.submit(self.reader.load, self.first)
-            for step in range(self.first, self.stop):
-                try:
-                    ready = upcoming.result()
-                except Exception as error:
-                    error.add_note(f"while the data of step {step + 1} was prepared")
-                    raise
-                if step + 1 < self.stop:
-                    upcoming = pool.submit(self.reader.load, step + 1)
-                yield ready

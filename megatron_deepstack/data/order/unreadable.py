@@ -41,7 +41,7 @@ def without(plan: StepPlan, samples: Iterable[Where]) -> StepPlan:
     """
     labels = [array.copy() for array in plan.labels]
     for micro_batch, row, member in samples:
-        begin, end = 0, plan.seq_length
+        begin, end = 0, plan.seq_lengths[micro_batch]
         if plan.segments is not None:
             ends = plan.segments[micro_batch]
             begin, end = ends[member - 1] if member else 0, ends[member]

@@ -20,6 +20,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from megatron_deepstack.data.records.keys import FaultError, check_keys, how_to_ignore, without
+from megatron_deepstack.data.records.tools import (
+    CALL_ROLES,
+    RESPONSE_ROLES,
+    call_in_text,
+    response,
+    with_calls,
+    with_tools,
+)
 from megatron_deepstack.data.records.turns import Role, Turn
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
@@ -37,7 +45,7 @@ _ROLES: Final = {
     "system": Role.SYSTEM,
     "developer": Role.SYSTEM,
 }
-_TOOL_ROLES: Final = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
+_TOOL_ROLES: Final = (*RESPONSE_ROLES, *CALL_ROLES)
 _SPEAKER_KEYS: Final = (("from", "value"), ("role", "content"))
 """The keys of a turn for who speaks and for what is said, as LLaVA and as OpenAI name them."""
 _LEARNED_KEYS: Final = ("loss", "train", "weight")
@@ -65,12 +73,15 @@ def holds_talk(item: Any) -> bool:
     return single or any(item.get(key) is not None for key in TALK_KEYS)
 
 
-def read_conversation(record: Mapping[str, Any], ignored: Collection[str] = ()) -> Conversation:
+def read_conversation(
+    record: Mapping[str, Any], ignored: Collection[str] = (), *, writes_tools: bool = False
+) -> Conversation:
     """Read the conversation in a record.
 
     Args:
         record: The record's JSON object.
         ignored: Keys to pass over at every level of the record, and placeholders of other media to treat as plain text.
+        writes_tools: Whether the template writes tools; if not, they are a fault.
 
     Returns:
         Its turns, with the system text first if there is one, and its images.
@@ -80,10 +91,15 @@ def read_conversation(record: Mapping[str, Any], ignored: Collection[str] = ()) 
     """
     item = without(record, ignored)
     form = _form(item, record)
-    check_keys(item, (*_EVERYWHERE, form, *((*_SINGLE_FORMS[form], _HISTORY) if form in _SINGLE_FORMS else ())))
+    everywhere = (*_EVERYWHERE, "tools") if writes_tools else _EVERYWHERE
+    check_keys(item, (*everywhere, form, *((*_SINGLE_FORMS[form], _HISTORY) if form in _SINGLE_FORMS else ())))
     named: list[str] = []
-    turns = list(_single(item, form)) if form in _SINGLE_FORMS else list(_talk(item[form], ignored, named))
+    turns = (
+        list(_single(item, form)) if form in _SINGLE_FORMS else list(_talk(item[form], ignored, named, writes_tools))
+    )
     turns = _with_system(item.get("system"), turns)
+    if writes_tools:
+        turns = with_tools(turns, item.get("tools"))
     if all(not turn.learned for turn in turns if turn.role is Role.GPT) and any(t.role is Role.GPT for t in turns):
         raise FaultError("none of its answers is to be learned; leave the record out")
     _check_foreign(turns, record, ignored)
@@ -97,7 +113,7 @@ def named_images(record: Mapping[str, Any]) -> list[str]:
         item = without(record, ())
         for key in TALK_KEYS:
             if key in item:
-                list(_talk(item[key], (), named))
+                list(_talk(item[key], (), named, True))
         return list(_images(item, named))
     except FaultError:
         return []
@@ -129,10 +145,10 @@ def _single(item: Mapping[str, Any], form: str) -> Iterator[Turn]:
     yield Turn(Role.GPT, _text(item[form], f"`{form}`"))
 
 
-def _talk(value: Any, ignored: Collection[str], named: list[str]) -> Iterator[Turn]:
+def _talk(value: Any, ignored: Collection[str], named: list[str], writes_tools: bool) -> Iterator[Turn]:
     """The turns of a list; images that they name are added to `named`."""
     for number, turn in enumerate(_list_of(value, "its conversation")):
-        yield _usual_turn(turn, ignored) or _turn(turn, f"turn {number}", ignored, named)
+        yield _usual_turn(turn, ignored) or _turn(turn, f"turn {number}", ignored, named, writes_tools)
 
 
 def _usual_turn(turn: Any, ignored: Collection[str]) -> Turn | None:
@@ -149,8 +165,12 @@ def _usual_turn(turn: Any, ignored: Collection[str]) -> Turn | None:
     return None
 
 
-def _turn(turn: Any, where: str, ignored: Collection[str], named: list[str]) -> Turn:
+def _turn(turn: Any, where: str, ignored: Collection[str], named: list[str], writes_tools: bool) -> Turn:
     speaker, said = _speaker_keys(turn)
+    if writes_tools and isinstance(turn, dict):
+        tool_turn = _tool_turn(turn, where, ignored, named)
+        if tool_turn is not None:
+            return tool_turn
     if not isinstance(turn, dict) or not isinstance(turn.get(said), str | list):
         calls = isinstance(turn, dict) and sorted({"tool_calls", "function_call"} & without(turn, ignored).keys())
         if calls:
@@ -160,6 +180,25 @@ def _turn(turn: Any, where: str, ignored: Collection[str], named: list[str]) -> 
     role = _role(turn.get(speaker), where)
     check_keys(held, (speaker, said, *_LEARNED_KEYS), where)
     return Turn(role, _content(turn[said], where, ignored, named), _learned(held, role, where))
+
+
+def _tool_turn(turn: dict[str, Any], where: str, ignored: Collection[str], named: list[str]) -> Turn | None:
+    """A turn that calls tools, or that holds a tool's response; None for any other."""
+    speaker, said = _speaker_keys(turn)
+    held, name = without(turn, ignored), turn.get(speaker)
+    if name in RESPONSE_ROLES:
+        check_keys(held, (speaker, said, "tool_call_id", "name"), where)
+        return Turn(Role.HUMAN, response(_content(held.get(said, ""), where, ignored, named)))
+    if name in CALL_ROLES:
+        check_keys(held, (speaker, said, *_LEARNED_KEYS), where)
+        return Turn(Role.GPT, call_in_text(_text(turn.get(said), where), where), _learned(held, Role.GPT, where))
+    if "tool_calls" not in held:
+        return None
+    if _role(name, where) is not Role.GPT:
+        raise FaultError(f"{where} calls tools; only what the assistant says can")
+    check_keys(held, (speaker, said, "tool_calls", *_LEARNED_KEYS), where)
+    text = _content(held.get(said, ""), where, ignored, named)
+    return Turn(Role.GPT, with_calls(text, held["tool_calls"], where), _learned(held, Role.GPT, where))
 
 
 def _speaker_keys(turn: Any) -> tuple[str, str]:
@@ -172,7 +211,10 @@ def _role(name: Any, where: str) -> Role:
     if isinstance(name, str) and name in _ROLES:
         return _ROLES[name]
     if name in _TOOL_ROLES:
-        raise FaultError(f"{where} is of the role {name!r}: no template here writes tool calls; leave the record out")
+        raise FaultError(
+            f"{where} is of the role {name!r}: this template does not write tool calls; leave the record out, or use "
+            "data.template=qwen3_vl"
+        )
     raise FaultError(f"{where} has the unknown role {name!r}; known: {', '.join(_ROLES)}")
 
 

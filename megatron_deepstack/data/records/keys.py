@@ -28,7 +28,7 @@ _TOOLS: Final = ("tools", "tool_calls", "tool_call", "tool_call_id", "functions"
 _PREFERENCES: Final = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label")
 _REASONS: Final[dict[str, str]] = {
     **dict.fromkeys(_MEDIA, "images are the only medium that is read"),
-    **dict.fromkeys(_TOOLS, "no template here writes tool calls"),
+    **dict.fromkeys(_TOOLS, "this template does not write tool calls (data.template=qwen3_vl does)"),
     **dict.fromkeys(_PREFERENCES, "preferences are not learned"),
 }
 

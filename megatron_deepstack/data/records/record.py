@@ -16,7 +16,7 @@ from typing import Any, Final
 from megatron_deepstack.data.records.dialects import kind_of, read_conversation
 from megatron_deepstack.data.records.keys import FaultError, how_to_ignore
 from megatron_deepstack.data.records.turns import Turn
-from megatron_deepstack.data.text.conversation import Template, check_turns
+from megatron_deepstack.data.text.conversation import Template, check_turns, writes_tools
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
@@ -117,7 +117,7 @@ def _parse(item: Any, rules: RecordRules, number: str, images: Sequence[str] | N
     if not isinstance(item, dict):
         raise FaultError(f"is {kind_of(item)}, an object was expected")
     identifier = _identifier(item.get("id"), number)
-    talk = read_conversation(item, rules.ignore_keys)
+    talk = read_conversation(item, rules.ignore_keys, writes_tools=writes_tools(rules.template))
     places = tuple(_place(path, rules.image_folder) for path in (talk.images if images is None else images))
     record = Record(identifier, places, talk.turns)
     _check_placeholders(record)

@@ -6,17 +6,42 @@ slot is read. A copy of a remote slot that is damaged is fetched again once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import google_crc32c
 import numpy as np
 
+from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.index import ArrayReader
 from megatron_deepstack.data.store.shards import ShardError, Shards
 from megatron_deepstack.errors import StoreError
 
 _RESTORE: Final = "Restore the shard from a copy, or preprocess into a new folder."
+
+
+class ImageNames:
+    """What images and their slots are called in messages."""
+
+    def __init__(self, location: Location, index: Mapping[str, ArrayReader], slot: str) -> None:
+        """Prepare to name.
+
+        Args:
+            location: The store.
+            index: Its index arrays by name.
+            slot: What a slot is called: a view, or a block.
+        """
+        self._location, self._index, self._slot = location, index, slot
+
+    def image(self, image: int) -> str:
+        """The name of an image: its number, its path and its store."""
+        first, last = self._index["images/path_offsets"][image : image + 2]
+        path = self._index["images/path"][int(first) : int(last)].tobytes().decode()
+        return f"image {image} ({path!r}) of store {self._location}"
+
+    def slot(self, image: int, slot: int) -> str:
+        """The name of a slot within its image, such as `view 2`."""
+        return f"{self._slot} {slot - int(self._index['images/start'][image])}"
 
 
 class CheckedSlots:
@@ -26,19 +51,16 @@ class CheckedSlots:
         self,
         shards: Shards,
         checksums: ArrayReader | None,
-        name_slot: Callable[[int, int], str],
-        name_image: Callable[[int], str],
+        names: ImageNames,
     ) -> None:
         """Prepare to read.
 
         Args:
             shards: Where the slots come from.
             checksums: The array `images/crc32c`; None reads without checking.
-            name_slot: The name of a slot of an image, such as `view 2`, from the image's number and the slot.
-            name_image: The name of an image, from its number.
+            names: What images and slots are called in messages.
         """
-        self._shards, self._checksums = shards, checksums
-        self._name_slot, self._name_image = name_slot, name_image
+        self._shards, self._checksums, self._names = shards, checksums, names
 
     def read(self, slots: list[int], images: list[int], out: np.ndarray) -> None:
         """Read slots in the order in which they lie in the shards, neighbours together.
@@ -59,7 +81,7 @@ class CheckedSlots:
             damaged = self._damaged(slots, out)
         if damaged:
             place, written = damaged[0]
-            name = f"{self._name_slot(images[place], slots[place])} of {self._name_image(images[place])}"
+            name = f"{self._names.slot(images[place], slots[place])} of {self._names.image(images[place])}"
             raise StoreError(
                 f"{self._shards.where(slots[place])}: {name} is damaged: its crc32c is "
                 f"{google_crc32c.value(out[place]):08x}, {written:08x} was written. {_RESTORE}"
@@ -70,7 +92,7 @@ class CheckedSlots:
             self._shards.read(slots, out)
         except ShardError as error:
             image = images[slots.index(error.slot)]
-            raise StoreError(f"{error} It holds {self._name_image(image)}. {_RESTORE}") from error
+            raise StoreError(f"{error} It holds {self._names.image(image)}. {_RESTORE}") from error
 
     def _damaged(self, slots: Sequence[int], out: np.ndarray) -> list[tuple[int, int]]:
         """Places whose bytes differ from those that were written, each with the checksum that was written."""

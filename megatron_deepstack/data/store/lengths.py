@@ -7,16 +7,19 @@ arrays of at most 50 MB (measured on a made-up index that was in the page cache)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_deepstack.config.schema import ModelConfig, TrainConfig
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import MIXED_VERSION
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.rows import context_length
+from megatron_deepstack.planning.views import Grid
 
 _LISTED: Final = 10
 """Samples named in an error."""
@@ -66,6 +69,32 @@ def check_lengths(store: Store, model: ModelConfig, train: TrainConfig) -> None:
         )
 
 
+def sample_sizes(
+    store: Store, model: ModelConfig, samples: npt.NDArray[np.integer]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Sizes of chosen samples, from the index arrays alone.
+
+    Args:
+        store: The store.
+        model: Determines how many tokens an image takes, and what the encoder does for it.
+        samples: Integers (N,), numbers of samples.
+
+    Returns:
+        Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its work for the encoder: its
+        units, or visual tokens where views have any size.
+    """
+    offsets, ends = store.rows("samples/tokens_offsets"), store.rows("samples/images_offsets")
+    tokens = offsets.take(samples + 1) - offsets.take(samples)
+    first = ends.take(samples)
+    counts = ends.take(samples + 1) - first
+    owner = np.repeat(np.arange(len(samples)), counts)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    images = store.rows("samples/images").take(first[owner] + within)
+    work = _visual_tokens(store, images, model), _encoder_work(store, images, model)
+    visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in work)
+    return tokens - counts + visual, encoded
+
+
 def _pieces(store: Store, model: ModelConfig) -> Iterator[tuple[int, np.ndarray]]:
     """Pieces of the store: the number of the first sample, and the lengths of it and of those that follow."""
     for first in range(0, len(store), _PIECE):
@@ -85,20 +114,28 @@ def _visual_tokens(store: Store, images: np.ndarray, model: ModelConfig) -> np.n
         patches = store.rows("images/grid_thw").take(images).astype(np.int64)
         found: np.ndarray = patches.prod(axis=1) // int(store.attributes.processor["merge_size"]) ** 2
         return found
-    return _contexts(store.rows("images/grid").take(images), model)
+    return _by_grid(store.rows("images/grid").take(images), lambda grid: context_length(model, grid))
 
 
-def _contexts(grids: np.ndarray, model: ModelConfig) -> np.ndarray:
-    """The tokens that an image with each of these grids, (N, 2), takes in the context: int64 (N,)."""
+def _encoder_work(store: Store, images: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """What each of these images costs the encoder, int64 (N,): units, or tokens where views have any size."""
+    if store.version == MIXED_VERSION:
+        return _visual_tokens(store, images, model)
+    grids = store.rows("images/grid").take(images)
+    return _by_grid(grids, lambda grid: len(image_plan(model, grid, context_length(model, grid)).units))
+
+
+def _by_grid(grids: np.ndarray, number_of: Callable[[Grid], int]) -> np.ndarray:
+    """A number of each of these grids, (N, 2), found once for each different grid: int64 (N,)."""
     if not len(grids):
         return np.zeros(0, np.int64)
     columns = int(grids[:, 0].max()) + 1
     number = grids[:, 1].astype(np.int64) * columns + grids[:, 0]
     counted = number.max() < _COUNTED
     found = np.flatnonzero(np.bincount(number)) if counted else np.unique(number)
-    contexts = [context_length(model, (int(one % columns), int(one // columns))) for one in found]
+    numbers = [number_of((int(one % columns), int(one // columns))) for one in found]
     if counted:
         table = np.zeros(int(found[-1]) + 1, np.int64)
-        table[found] = contexts
+        table[found] = numbers
         return table[number]
-    return np.array(contexts, np.int64)[np.searchsorted(found, number)]
+    return np.array(numbers, np.int64)[np.searchsorted(found, number)]

@@ -11,7 +11,8 @@ arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -21,9 +22,10 @@ import numpy as np
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.order.sampler import Indices, global_batch
+from megatron_deepstack.data.store.agreement import check_counts
 from megatron_deepstack.data.store.attributes import StoreAttributes, finished_attributes, read_document
 from megatron_deepstack.data.store.blocks import from_blocks
-from megatron_deepstack.data.store.checked_slots import CheckedSlots
+from megatron_deepstack.data.store.checked_slots import CheckedSlots, ImageNames
 from megatron_deepstack.data.store.index import ArrayReader, IndexReader, read_pixels_shape
 from megatron_deepstack.data.store.schema import (
     MIXED_VERSION,
@@ -48,6 +50,9 @@ _FETCH: Final = (
     "if that does not help, preprocess again."
 )
 
+_MOST_FLAT_BYTES: Final = 64 << 20
+"""Bytes of views that `read_flat` holds beside its result."""
+
 
 class Store:
     """A finished store, open for reading. Safe in threads and worker processes; it pickles as its path."""
@@ -70,7 +75,8 @@ class Store:
         self._index = index
         self._cache = cache
         checksums = index["images/crc32c"] if verify_checksums else None
-        self._slots = CheckedSlots(shards, checksums, self._slot_name, self._where)
+        self._names = ImageNames(location, index, "view" if attributes.version == VERSION else "block")
+        self._slots = CheckedSlots(shards, checksums, self._names)
 
     @classmethod
     def open(
@@ -109,7 +115,7 @@ class Store:
             if copies is not None:
                 shards = RemoteShards(location, folder.name, pixels, copies)
             store = cls(location, attributes, pixels, index, shards, verify_checksums=verify_checksums, cache=cache)
-            store._check_counts()
+            check_counts(location, attributes, index, pixels.num_slots)
         except StoreError as error:
             advice = _REMAKE if copies is None else _FETCH.format(location=location, folder=folder)
             raise StoreError(f"{error} {advice}") from error
@@ -313,20 +319,40 @@ class Store:
         pairs = zip(shapes, places, strict=False)
         return [from_blocks(blocks[first:], shape) for shape, first in pairs]
 
+    def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Read the one view of each of some images, which may have any size, one after another without gaps.
+
+        Beside the result, at most 64 MiB are held, or the largest view.
+
+        Args:
+            images: Numbers of images.
+            out: uint8 (bytes of all views,) that receives them; a new array if None.
+
+        Returns:
+            uint8 (bytes of all views,); each view is (frames, height, width, 3).
+
+        Raises:
+            StoreError: As in `read_views`, for the first fault found.
+        """
+        ends = np.cumsum([0, *(prod(self.view_shape(image)) for image in images)]).tolist()
+        found = np.empty(ends[-1], np.uint8) if out is None else out
+        assert found.shape == (ends[-1],), (found.shape, ends[-1])
+        first = 0
+        while first < len(images):
+            last = max(bisect_right(ends, ends[first] + _MOST_FLAT_BYTES) - 1, first + 1)
+            for number, view in enumerate(self.read_whole(images[first:last]), start=first):
+                found[ends[number] : ends[number + 1]] = view.reshape(-1)
+            first = last
+        return found
+
     def _start_of(self, image: int, views: Sequence[int]) -> int:
         """The row of the image's global view. Raises StoreError if the image lacks one of the views."""
         self._check_number("image", image, self.num_images)
         count = int(self._index["images/count"][image])
         if any(not 0 <= view < count for view in views):
             what = "views" if self.version == VERSION else "blocks"
-            raise StoreError(f"{self._where(image)} has {count} {what}; {what} {list(views)} were asked for")
+            raise StoreError(f"{self._names.image(image)} has {count} {what}; {what} {list(views)} were asked for")
         return int(self._index["images/start"][image])
-
-    def _slot_name(self, image: int, slot: int) -> str:
-        return f"{'view' if self.version == VERSION else 'block'} {slot - int(self._index['images/start'][image])}"
-
-    def _where(self, image: int) -> str:
-        return f"image {image} ({self._text('images/path', image)!r}) of store {self.location}"
 
     def _text(self, name: str, row: int) -> str:
         first, last = self._index[f"{name}_offsets"][row : row + 2]
@@ -336,42 +362,9 @@ class Store:
         if not 0 <= number < limit:
             raise IndexError(f"{self.location}: {noun} {number} was asked for; there are {limit}")
 
-    def _check_counts(self) -> None:
-        """Check lengths that must agree, so that a damaged index is found at once and not at sample 400,000."""
-        images, samples, counts = self.num_images, self.num_samples, self.attributes.counts
-        self._check_rows(
-            {
-                "images/start": counts.get("images", -1),
-                **dict.fromkeys(
-                    (name for name in self._index if name.startswith("images/") and name not in _OF_ANOTHER_LENGTH),
-                    images,
-                ),
-                "images/path_offsets": images + 1,
-                "images/crc32c": self.pixels.num_slots,
-                "samples/tokens_offsets": counts.get("samples", -2) + 1,
-                "samples/images_offsets": samples + 1,
-                "samples/id_offsets": samples + 1,
-                "samples/loss_mask": len(self._index["samples/tokens"]),
-            }
-        )
-        ends = {name: self._index[f"{name}_offsets"] for name in _RAGGED}
-        self._check_rows({name: int(offsets[len(offsets) - 1]) for name, offsets in ends.items()})
-
-    def _check_rows(self, expected: Mapping[str, int]) -> None:
-        found = {name: len(self._index[name]) for name in expected}
-        wrong = [
-            f"{name} has {found[name]} rows, {rows} expected" for name, rows in expected.items() if found[name] != rows
-        ]
-        if wrong:
-            raise StoreError(f"{self.location}: the store contradicts itself: {'; '.join(wrong)}.")
-
 
 _OFFSETS_OF: Final = {"samples/loss_mask": "samples/tokens_offsets"}
 """The offsets to use for arrays that have none of their own."""
-_OF_ANOTHER_LENGTH: Final = {"images/start", "images/path", "images/path_offsets", "images/crc32c"}
-"""Arrays about images whose length is not the number of images, or is checked before."""
-_RAGGED: Final = ("samples/tokens", "samples/images", "samples/id", "images/path")
-"""Flat arrays whose rows are delimited by an array of offsets."""
 
 
 def _reopen(path: str, verify_checksums: bool, cache: CacheConfig) -> Store:

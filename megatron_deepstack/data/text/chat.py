@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from megatron_deepstack.data.records.turns import Role, TokenRun, Turn, encode_text, image_first
+from megatron_deepstack.data.records.turns import Role, TokenRun, Turn, image_first
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
 _NAMES: Final = {Role.HUMAN: "user", Role.GPT: "assistant"}
 
@@ -36,6 +37,14 @@ class ChatFormat:
     """What the system says first, if anything."""
     clean: Callable[[str], str] = str
     """What is done to a message."""
+    arrange: Callable[[str], str] = image_first
+    """Where the images of a message belong in it."""
+    around_image: tuple[str, ...] = ()
+    """Control tokens before and after an image, if any."""
+    after_image: str = "\n"
+    """Text after an image that is put in front of a question."""
+    writes_tools: bool = False
+    """Whether tools, calls of them and their responses are written as in `data.records.tools`."""
 
     def write(self, rounds: Sequence[Turn], tokenizer: Tokenizer, *, system: str | None = None) -> list[TokenRun]:
         """Write questions and answers in turn, without a begin of the sequence.
@@ -57,7 +66,7 @@ class ChatFormat:
                 spans.append(TokenRun(self._said(_NAMES[turn.role], turn.text, tokenizer), False))
                 continue
             spans.append(TokenRun(self._opening(_NAMES[turn.role], "", tokenizer), False))
-            answer = encode_text(self._message(turn.text), tokenizer)
+            answer = self._encode(self._message(turn.text), tokenizer)
             spans.append(TokenRun([*answer, _control(self.end, tokenizer)], turn.learned))
             spans.append(TokenRun(tokenizer.encode(self.after_end), False))
         return spans
@@ -90,15 +99,25 @@ class ChatFormat:
         return [*opening, _control(self.end, tokenizer), *tokenizer.encode(self.after_end)]
 
     def _message(self, text: str) -> str:
-        return self.clean(image_first(text))
+        return self.clean(self.arrange(text))
 
     def _opening(self, name: str, text: str, tokenizer: Tokenizer) -> list[int]:
         """The header of a turn and what follows it; text between two control tokens is encoded in one piece."""
         begin = _control(self.begin, tokenizer)
         if not self.after_name:
-            return [begin, *encode_text(f"{name}{self.gap}{text}", tokenizer)]
+            return [begin, *self._encode(f"{name}{self.gap}{text}", tokenizer)]
         after = _control(self.after_name, tokenizer)
-        return [begin, *tokenizer.encode(name), after, *encode_text(self.gap + text, tokenizer)]
+        return [begin, *tokenizer.encode(name), after, *self._encode(self.gap + text, tokenizer)]
+
+    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """The ids of a text with placeholders. The pieces between the placeholders are encoded separately."""
+        around = [_control(name, tokenizer) for name in self.around_image]
+        image = [*around[:1], IMAGE_TOKEN_ID, *around[1:]]
+        first, *rest = text.split(IMAGE_TOKEN)
+        tokens = tokenizer.encode(first)
+        for piece in rest:
+            tokens += [*image, *tokenizer.encode(piece)]
+        return tokens
 
 
 LLAMA_3: Final = ChatFormat(
@@ -109,6 +128,18 @@ QWEN: Final = ChatFormat(
     begin="<|im_start|>", gap="\n", end="<|im_end|>", after_end="\n", system="You are a helpful assistant."
 )
 """ChatML with the system line of Qwen2 and Qwen2-VL (that of Qwen2.5 is longer, and Qwen3 has none)."""
+QWEN3_VL: Final = ChatFormat(
+    begin="<|im_start|>",
+    gap="\n",
+    end="<|im_end|>",
+    after_end="\n",
+    arrange=str,
+    around_image=("<|vision_start|>", "<|vision_end|>"),
+    after_image="",
+    writes_tools=True,
+)
+"""ChatML as Qwen3-VL uses it: no system line of its own, images where they stand between two control tokens. What an
+answer thinks (`<think>`) is part of the answer."""
 
 
 def _control(name: str, tokenizer: Tokenizer) -> int:

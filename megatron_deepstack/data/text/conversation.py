@@ -25,7 +25,7 @@ from megatron_deepstack.data.records.turns import (
     system_of,
     talk_of,
 )
-from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, ChatFormat
+from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, QWEN3_VL, ChatFormat
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
@@ -36,7 +36,11 @@ _V1_SYSTEM: Final = (
 )
 _V1_QUESTION: Final = "USER: "
 _V1_ANSWER: Final = " ASSISTANT:"
-_CHATS: Final[dict[Template, ChatFormat]] = {Template.LLAMA_3: LLAMA_3, Template.QWEN: QWEN}
+_CHATS: Final[dict[Template, ChatFormat]] = {
+    Template.LLAMA_3: LLAMA_3,
+    Template.QWEN: QWEN,
+    Template.QWEN3_VL: QWEN3_VL,
+}
 
 
 def known_template(name: Template | str) -> Template:
@@ -46,6 +50,11 @@ def known_template(name: Template | str) -> Template:
     except ValueError:
         known = ", ".join(Template)
         raise ConfigError([f"data.template is {str(name)!r}; known templates: {known}"]) from None
+
+
+def writes_tools(template: Template) -> bool:
+    """Whether a template writes tools, calls of them and their responses."""
+    return template in _CHATS and _CHATS[template].writes_tools
 
 
 def encode_conversation(
@@ -95,12 +104,12 @@ def encode_prompt(
         DataError: The question holds another number of `<image>`, or the tokenizer lacks a token.
         ConfigError: The template is unknown.
     """
-    count = question.count(IMAGE_TOKEN)
+    known, count = known_template(template), question.count(IMAGE_TOKEN)
     if num_images is not None and count == 0:
-        question, count = f"{IMAGE_TOKEN}\n" * num_images + question, num_images
+        gap = _CHATS[known].after_image if known in _CHATS else "\n"
+        question, count = f"{IMAGE_TOKEN}{gap}" * num_images + question, num_images
     if num_images is not None and count != num_images:
         raise DataError(f"the question {question!r} holds {count} {IMAGE_TOKEN}, but there are {num_images} images")
-    known = known_template(template)
     if known is Template.PLAIN:
         tokens = [*_begin(known, tokenizer), *[IMAGE_TOKEN_ID] * count]
     elif known is Template.V1:
@@ -161,7 +170,11 @@ def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> l
 
 def _begin(template: Template, tokenizer: Tokenizer) -> list[int]:
     """The begin of the sequence; ChatML has none."""
-    return [] if template is Template.QWEN else [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
+    return (
+        []
+        if template in (Template.QWEN, Template.QWEN3_VL)
+        else [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
+    )
 
 
 def _end(template: Template, tokenizer: Tokenizer) -> int:

@@ -1,7 +1,6 @@
 """Packs: several samples in one sequence. Each sample attends only to itself, and its positions begin at 0.
 
-Packing is first-fit decreasing, which needs at most 11/9 of the smallest possible number of packs, and a constant
-(Johnson 1973). It is a pure function of the lengths, so all ranks agree.
+`packer` decides which samples share a pack.
 """
 
 from __future__ import annotations
@@ -13,30 +12,6 @@ import numpy as np
 from megatron_deepstack.planning.batch.sequence import ExpandedSample, Span
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.exchange.routes import PlannedSample
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Divide samples into packs.
-
-    Args:
-        lengths: Tokens of each sample, at most `capacity`; the caller has refused or cut longer samples.
-        capacity: Largest number of tokens of a pack.
-
-    Returns:
-        The indices of the samples of each pack, ascending; every sample is in exactly one pack.
-    """
-    assert max(lengths, default=0) <= capacity, f"a sample of {max(lengths)} tokens in rows of {capacity}"
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, left in enumerate(room) if left >= lengths[index]), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(capacity)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return [sorted(row) for row in rows]
 
 
 def merge(samples: Sequence[PlannedSample]) -> PlannedSample:

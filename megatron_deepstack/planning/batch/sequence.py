@@ -105,10 +105,10 @@ def expand(
 
 
 def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: Precision = Precision.FP32) -> int:
-    """Return the common length of a step's micro-batches.
+    """Return the common length of samples that are computed together.
 
     Args:
-        lengths: Tokens of each sample or pack of the step, over the whole replica.
+        lengths: Tokens of each sample or pack.
         parallel: The layout, which splits sequences.
         precision: Precision of matrix products; FP8 needs token counts in multiples of 32 on each rank.
 
@@ -118,6 +118,28 @@ def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: P
     longest = max(lengths, default=1)
     multiple = math.lcm(sequence_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
     return -(-longest // multiple) * multiple
+
+
+def padded_lengths(
+    lengths: Sequence[Sequence[int]], parallel: ParallelConfig, precision: Precision = Precision.FP32, *, packed: bool
+) -> tuple[int, ...]:
+    """Return the padded length of each micro-batch of a step.
+
+    Micro-batches need not have one length where nothing is sent between stages, or where the schedule sends the shape
+    before each message, as 1F1B can. Packs have nearly the same length, so that sending shapes would only cost time.
+
+    Args:
+        lengths: For each micro-batch of a replica the tokens of its samples or packs.
+        parallel: The layout, which splits sequences.
+        precision: Precision of matrix products.
+        packed: Whether micro-batches are packs.
+
+    Returns:
+        S of each micro-batch. All are equal under the interleaved schedule, and for packs in a pipeline.
+    """
+    each = tuple(padded_length(batch, parallel, precision) for batch in lengths)
+    differ = parallel.pipeline == 1 or (parallel.virtual_pipeline == 1 and not packed)
+    return each if differ else (max(each, default=1),) * len(each)
 
 
 @dataclass(frozen=True, slots=True)

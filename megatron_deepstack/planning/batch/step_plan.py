@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
-from megatron_deepstack.planning.batch.sequence import Tokens, padded_length
+from megatron_deepstack.planning.batch.sequence import Tokens, padded_lengths
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
 
@@ -22,8 +22,8 @@ from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoute
 class StepPlan:
     """What a rank needs to know about a step before it uses a device."""
 
-    seq_length: int
-    """S: the padded length of all micro-batches, for the whole sequence before it is split over ranks."""
+    seq_lengths: tuple[int, ...]
+    """S of each micro-batch: its padded length, for the whole sequence before it is split over ranks."""
     tokens: tuple[Tokens, ...]
     """For each micro-batch int64 (B, S) token ids; 0 at visual positions and in the padding."""
     labels: tuple[Tokens, ...]
@@ -34,6 +34,11 @@ class StepPlan:
     """The rank's side of the exchange."""
     lengths: tuple[int, ...]
     """Tokens of each of the replica's samples, including visual tokens, without padding."""
+
+    @property
+    def seq_length(self) -> int:
+        """S of the longest micro-batch."""
+        return max(self.seq_lengths)
 
     @property
     def num_units(self) -> int:
@@ -59,6 +64,7 @@ def plan_step(
     *,
     packed: bool = False,
     precision: Precision = Precision.FP32,
+    seq_lengths: Sequence[int] | None = None,
 ) -> StepPlan:
     """Plan a step of one replica for one of its ranks. The function is pure, so the plans of all ranks fit together.
 
@@ -69,17 +75,20 @@ def plan_step(
         replica_rank: The rank within the replica, see `plan_routes`.
         packed: Whether each micro-batch is one pack, made by `packing.merge`.
         precision: Precision of matrix products, which may need a longer padding.
+        seq_lengths: S of each micro-batch; None for what `padded_lengths` chooses.
 
     Returns:
         The plan of this rank.
     """
-    seq_length = padded_length([s.sequence.length for batch in micro_batches for s in batch], parallel, precision)
+    lengths = [[sample.sequence.length for sample in batch] for batch in micro_batches]
+    seq_lengths = tuple(seq_lengths or padded_lengths(lengths, parallel, precision, packed=packed))
+    padded = list(zip(micro_batches, seq_lengths, strict=True))
     return StepPlan(
-        seq_length=seq_length,
-        tokens=tuple(_pad([s.sequence.tokens for s in batch], seq_length, 0) for batch in micro_batches),
-        labels=tuple(_pad([s.sequence.labels for s in batch], seq_length, IGNORE_INDEX) for batch in micro_batches),
-        segments=tuple(_segments(batch, seq_length) for batch in micro_batches) if packed else None,
-        routes=plan_routes(model, parallel, micro_batches, seq_length, replica_rank),
+        seq_lengths=seq_lengths,
+        tokens=tuple(_pad([s.sequence.tokens for s in batch], length, 0) for batch, length in padded),
+        labels=tuple(_pad([s.sequence.labels for s in batch], length, IGNORE_INDEX) for batch, length in padded),
+        segments=tuple(_segments(batch, length) for batch, length in padded) if packed else None,
+        routes=plan_routes(model, parallel, micro_batches, seq_lengths, replica_rank),
         lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
     )
 

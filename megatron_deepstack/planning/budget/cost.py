@@ -14,6 +14,10 @@ backward costs two forwards wherever a gradient passes.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, ParallelConfig, VisionConfig
@@ -22,6 +26,8 @@ from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
+
+Lengths = TypeVar("Lengths", float, npt.NDArray[np.float64])
 
 
 def training_flops(
@@ -72,15 +78,15 @@ def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> floa
     return (1 + learned + below) * first + (1 + learned + (learned or below)) * second
 
 
-def decoder_flops(language: LanguageConfig, seq_length: int) -> float:
+def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
     """Count the FLOPs of the decoder's forward pass, including the output layer.
 
     Args:
         language: The decoder.
-        seq_length: Tokens of the sequence.
+        seq_length: Tokens of the sequence, or float64 of any shape.
 
     Returns:
-        Operations for one sequence.
+        Operations for one sequence, or for each.
     """
     matrices = 2 * seq_length * (language.num_layers * _layer_weights(language) + _head_weights(language))
     return matrices + language.num_layers * _causal_attention(language, seq_length)
@@ -136,7 +142,7 @@ def _head_weights(language: LanguageConfig) -> int:
     return language.hidden_size * language.vocab_size
 
 
-def _causal_attention(language: LanguageConfig, length: int) -> float:
+def _causal_attention(language: LanguageConfig, length: Lengths) -> Lengths:
     """Count the FLOPs of scores and weighted values in one layer, which are half of 4 x length^2 x width."""
     return 2 * length * length * attention_widths(language)[0]
 

@@ -54,10 +54,15 @@ class ReplicaPlace:
     """Number of ranks of the replica."""
     tensor: int
     """Size of tp."""
+    context: int
+    """Size of cp."""
+    tp_shards: int
+    """Number of shards into which tp divides a sequence: 1 without sequence parallelism."""
     tp: int
     cp: int
     pp: int
-    shards: SequenceShards
+    shards: tuple[SequenceShards, ...]
+    """How the ranks of a stage share the sequences of each micro-batch."""
     inline: bool
     """Whether the encoder runs where its rows are added, so that no row is sent to another rank."""
     returns: bool
@@ -146,11 +151,11 @@ def receive(
     Returns:
         The rows, in the order of `blocks`.
     """
-    stretches = place.shards.stretches(place.cp, place.tp)
+    stretches = [shards.stretches(place.cp, place.tp) for shards in place.shards]
     positions, sources, rows = [np.empty(0, np.int64)], [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
     counts: dict[tuple[int, int], int] = {}
     for image, block in blocks(images, slots):
-        kept, local = _own_cells(image, block, stretches)
+        kept, local = _own_cells(image, block, stretches[image.micro_batch])
         if not len(local):
             continue
         positions.append(local * image.batch_size + image.sample)
@@ -229,8 +234,8 @@ def send(
         The rows by destination. Rows for one destination are in the order of `blocks`.
     """
     own = overlapping(images, mine)
-    copies = place.tensor // place.shards.tp_shards
-    num_shards = place.shards.context * place.shards.tp_shards
+    copies = place.tensor // place.tp_shards
+    num_shards = place.context * place.tp_shards
     rows_of, returned, splits, returned_splits = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [], []
     for slots in slots_of_stage:
         rows, shards = [np.empty(0, np.int64)], [np.empty(0, np.uint16)]
@@ -238,7 +243,8 @@ def send(
             kept = _of_units(image, block, mine)
             rows.append(_replica_rows(image, block.row[kept], view_tokens))
             if num_shards > 1:
-                shards.append(place.shards.shard_of(block.cell[kept] + np.int64(image.start)).astype(np.uint16))
+                here = place.shards[image.micro_batch]
+                shards.append(here.shard_of(block.cell[kept] + np.int64(image.start)).astype(np.uint16))
         ordered = np.concatenate(rows)
         counts: tuple[int, ...] = (len(ordered),)
         if num_shards > 1:

@@ -111,7 +111,7 @@ def plan_routes(
     model: ModelConfig,
     parallel: ParallelConfig,
     micro_batches: Sequence[Sequence[PlannedSample]],
-    seq_length: int,
+    seq_lengths: Sequence[int],
     rank: int,
 ) -> RankRoutes:
     """Plan one rank's side of the exchange of a step.
@@ -124,13 +124,14 @@ def plan_routes(
         model: The model.
         parallel: The layout; tp x cp x pp ranks make a replica.
         micro_batches: The replica's samples, the same on all of its ranks; all micro-batches have the same size.
-        seq_length: S, the padded length of all samples, a multiple of `sequence_multiple(parallel)`.
+        seq_lengths: S of each micro-batch, the padded length of its samples, a multiple of
+            `sequence_multiple(parallel)`.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
 
     Returns:
         The rank's side. The function is pure, so the sides of all ranks fit together.
     """
-    place, view_tokens = _place(parallel, seq_length, rank), tokens_per_view(model.vision)
+    place, view_tokens = _place(parallel, seq_lengths, rank), tokens_per_view(model.vision)
     images = _images(model, micro_batches)
     num_units = images[-1].stop_unit if images else 0
     bounds = np.array([num_units * k // place.num_ranks for k in range(place.num_ranks + 1)])
@@ -166,7 +167,7 @@ def plan_routes(
     )
 
 
-def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace:
+def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> ReplicaPlace:
     rest, tp = divmod(rank, parallel.tensor)
     pp, cp = divmod(rest, parallel.context)
     return ReplicaPlace(
@@ -176,7 +177,9 @@ def _place(parallel: ParallelConfig, seq_length: int, rank: int) -> ReplicaPlace
         cp=cp,
         pp=pp,
         tensor=parallel.tensor,
-        shards=SequenceShards.of(parallel, seq_length),
+        context=parallel.context,
+        tp_shards=parallel.tensor if parallel.sequence_parallel else 1,
+        shards=tuple(SequenceShards.of(parallel, length) for length in seq_lengths),
         inline=parallel.encoder_placement is EncoderPlacement.INLINE,
         returns=parallel.sequence_parallel or tp == 0,
     )

@@ -6,7 +6,9 @@ One rank cannot show a hang or a wrong order. It does show a dtype or a call tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
@@ -98,15 +100,25 @@ def _all_gather(group: dist.ProcessGroup) -> bool:
     return torch.equal(parts[0], _rows())
 
 
+@contextmanager
+def _as_megatron_calls_it() -> Iterator[None]:
+    """Without torch's warning of newer names, which the oldest torch that is supported does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning)
+        yield
+
+
 def _all_gather_into(group: dist.ProcessGroup) -> bool:
     target = torch.empty_like(_rows())
-    dist.all_gather_into_tensor(target, _rows(), group=group)
+    with _as_megatron_calls_it():
+        dist.all_gather_into_tensor(target, _rows(), group=group)
     return torch.equal(target, _rows())
 
 
 def _reduce_scatter(group: dist.ProcessGroup) -> bool:
     target = torch.empty_like(_rows(torch.float32))
-    dist.reduce_scatter_tensor(target, _rows(torch.float32), group=group)
+    with _as_megatron_calls_it():
+        dist.reduce_scatter_tensor(target, _rows(torch.float32), group=group)
     return torch.equal(target, _rows(torch.float32))
 
 

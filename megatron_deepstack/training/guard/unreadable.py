@@ -23,15 +23,11 @@ def leave_out_unreadable(loaded: LoadedStep, reader: StepReader) -> tuple[Loaded
     Returns:
         The step without these samples; their ids over all replicas; and the reasons, one a line, for the console.
     """
-    share = reader.share
-    num_micro_batches, micro_batch_size = loaded.samples.shape
-    mine = np.zeros((num_micro_batches, share.num_replicas, micro_batch_size), bool)
-    mine[:, share.dp] = np.isin(loaded.samples, [sample.index for sample in loaded.unreadable])
-    lost = any_over_ranks(mine)
+    lost = any_over_ranks(np.isin(loaded.samples, [sample.index for sample in loaded.unreadable]))
     if not lost.any():
         return loaded, (), ""
     reasons = of_every_rank("\n".join(sample.reason for sample in loaded.unreadable))
-    indices = set(loaded.samples[lost[:, share.dp]].tolist())
+    indices = set(loaded.samples[lost].tolist())
     places = [
         (micro_batch, row, member)
         for micro_batch, rows in enumerate(loaded.members)
@@ -40,5 +36,5 @@ def leave_out_unreadable(loaded: LoadedStep, reader: StepReader) -> tuple[Loaded
         if index in indices
     ]
     ids = reader.sample_ids(loaded.step)
-    left_out = tuple(ids[position] for position in np.flatnonzero(lost.reshape(-1)))
+    left_out = tuple(ids[position] for position in np.flatnonzero(lost))
     return loaded.without(places), left_out, "\n".join(filter(None, reasons))

@@ -14,6 +14,8 @@ from megatron_deepstack.platform.quantity import clock, flop_rate
 from megatron_deepstack.training.metrics.record import StepRecord
 
 _GIB = 1 << 30
+_SHOWN = 0.005
+"""Smallest share of padding, and smallest imbalance of the replicas, that has a column."""
 
 
 class StepConsole:
@@ -98,7 +100,7 @@ class _Column(NamedTuple):
     unit: str = ""
 
 
-_FIRST_TO_GO = ("memory", "data", "grad", "flops", "lr", "mfu", "tokens")
+_FIRST_TO_GO = ("memory", "padding", "uneven", "data", "grad", "flops", "lr", "mfu", "tokens")
 """Kinds of columns in the order in which a narrow terminal does without them; the loss stays."""
 
 
@@ -111,6 +113,10 @@ def _columns(record: StepRecord) -> Iterator[_Column]:
     yield _Column("flops", "", rate, f" {unit} a rank")
     if record.mfu is not None:
         yield _Column("mfu", "MFU", f"{record.mfu:.1%}")
+    if record.padding >= _SHOWN:
+        yield _Column("padding", "pad", f"{record.padding:.0%}")
+    if record.imbalance >= _SHOWN:
+        yield _Column("uneven", "uneven", f"{record.imbalance:.0%}")
     yield _Column("data", "data", f"{record.seconds.get('data', 0.0) / max(record.step_seconds, 1e-9):.0%}")
     yield _Column("memory", "", f"{record.memory_bytes / _GIB:.1f}", " GiB")
 

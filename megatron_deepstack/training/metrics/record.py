@@ -25,6 +25,10 @@ class StepRecord:
     images_per_second: float
     memory_bytes: int
     """Most device memory allocated on rank 0 so far; without a GPU its most resident memory."""
+    padding: float = 0.0
+    """Share of padding among all positions that the decoder computed, over all replicas."""
+    imbalance: float = 0.0
+    """Decoder work of the busiest replica above that of the mean replica, as a share of the mean."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Time by part of the step on rank 0."""
     applied: bool = True

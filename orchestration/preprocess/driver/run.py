@@ -99,7 +99,7 @@ def _job_of(root: Location, plan: Plan, inputs: Inputs, model: Tokenizer, max_im
 def _run(
     job: Job, plan: Plan, max_quarantined: float, lease: Lease, *, workers: int | None, address: str | None
 ) -> Summary:
-    ledger = Ledger(job.root, job.plan_hash)
+    ledger = Ledger(job.root, job.plan_hash, job.pixels)
     with JobProgress(len(plan.images), len(plan.records)) as progress:
         tally = Tally(job.root, len(plan.images), max_quarantined)
         todo = _find_todo(ledger, plan, progress, tally)

@@ -97,9 +97,9 @@ def estimate(job: Job, parts: Sequence[ImagePart]) -> Need:
 
 
 def _worst_case(job: Job, parts: Sequence[ImagePart]) -> int:
-    """Uncompressed, and with the most views for every image."""
+    """Uncompressed, and with the most slots for every image."""
     num_images = sum(len(part.paths) for part in parts)
-    each = job.processor.most_views * job.pixels.slot_bytes + _BYTES_PER_IMAGE
+    each = job.processor.most_slots * job.pixels.slot_bytes + _BYTES_PER_IMAGE
     return num_images * each + len(parts) * shard_index_bytes(job.pixels)
 
 
@@ -107,13 +107,13 @@ def _image_sizes(job: Job, sample: Sequence[tuple[ImagePart, str]]) -> list[int]
     """Bytes that each image of the sample takes in the store; 0 for one that will be quarantined."""
     decoder = Decoder(job.processor, job.max_image_seconds)
     with closing(decoder), closing(decoder.decode([job.image_at(part, path) for part, path in sample])) as decoded:
-        return [0 if isinstance(image, QuarantineError) else _stored_bytes(job, image.views) for image in decoded]
+        return [0 if isinstance(image, QuarantineError) else _stored_bytes(job, image.slots) for image in decoded]
 
 
-def _stored_bytes(job: Job, views: np.ndarray) -> int:
+def _stored_bytes(job: Job, slots: np.ndarray) -> int:
     if job.pixels.compression is Compression.NONE:
-        return views.nbytes
-    return sum(len(compress(view)) for view in views)
+        return slots.nbytes
+    return sum(len(compress(slot)) for slot in slots)
 
 
 def _text_bytes(job: Job, records: Sequence[Record]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records.record import Record
 from megatron_deepstack.data.store.quarantine import QUARANTINE_FILE, image_line
-from megatron_deepstack.data.store.schema import FORMAT, VERSION, ImageStatus
+from megatron_deepstack.data.store.schema import FORMAT, MIXED_VERSION, ImageStatus, SlotsShape
 from megatron_deepstack.data.store.writer import (
     IndexWriters,
     atomic_file,
@@ -51,7 +51,7 @@ def finish_store(ledger: Ledger, plan: Plan) -> dict[str, int]:
         Numbers of images and samples by kind.
     """
     root = ledger.root
-    with open_index(root) as index:
+    with open_index(root, plan.pixels.version) as index:
         images = _write_images(plan, ledger, index)
         samples = _write_samples(plan, ledger, index, images.status)
     write_quarantine(root, [*images.listed, *samples.dropped])
@@ -86,7 +86,7 @@ def write_quarantine(root: Location, lines: Iterable[dict[str, Any]]) -> None:
 def _attributes(plan: Plan, *, counts: dict[str, int], complete: bool) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": plan.pixels.version,
         "plan_hash": plan.hash,
         "processor": plan.processor.describe(),
         "tokenizer": {**plan.description["tokenizer"], "template": plan.template},
@@ -148,7 +148,7 @@ def _write_images(plan: Plan, ledger: Ledger, index: IndexWriters) -> _Images:
     for part, record in zip(plan.image_parts, ledger.read_done(plan.image_parts), strict=True):
         images = record["images"]
         assert [image["path"] for image in images] == list(part.paths), part.name
-        num_views += _write_image_part(part, images, plan.pixels.slots_per_part, index)
+        num_views += _write_image_part(part, images, plan.pixels, index)
         paths.append_texts([image["path"] for image in images])
         status += [image["status"] for image in images]
         bad = (image for image in images if image["status"] != ImageStatus.STORED)
@@ -156,20 +156,25 @@ def _write_images(plan: Plan, ledger: Ledger, index: IndexWriters) -> _Images:
     return _Images(np.array(status, dtype=np.uint8), num_views, listed)
 
 
-def _write_image_part(part: ImagePart, images: list[dict[str, Any]], slots: int, index: IndexWriters) -> int:
+def _write_image_part(part: ImagePart, images: list[dict[str, Any]], pixels: SlotsShape, index: IndexWriters) -> int:
     """Rows of one part's images; returns its number of views."""
     checksums = [image.get("crc32c", []) for image in images]
     counts = [len(sums) for sums in checksums]
+    slots = pixels.slots_per_part
     starts = part.number * slots + np.cumsum([0, *counts[:-1]])
     row_sums = np.zeros(slots, dtype=np.uint32)
     row_sums[: sum(counts)] = [value for sums in checksums for value in sums]
     index.append("images/start", starts)
     index.append("images/count", counts)
-    index.append("images/grid", [image.get("grid", [0, 0]) for image in images])
     index.append("images/size", [image.get("size", [0, 0]) for image in images])
     index.append("images/status", [image["status"] for image in images])
     index.append("images/sha256", np.array([_digest(image) for image in images], dtype=np.uint8))
     index.append("images/crc32c", row_sums)
+    if pixels.version == MIXED_VERSION:
+        index.append("images/grid_thw", [image.get("grid", [0, 0, 0]) for image in images])
+        index.append("images/frames", [int(count > 0) for count in counts])
+        return sum(count > 0 for count in counts)
+    index.append("images/grid", [image.get("grid", [0, 0]) for image in images])
     return sum(counts)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store.schema import shard_path
+from megatron_deepstack.data.store.schema import SlotsShape
 from megatron_deepstack.data.store.writer import json_line, write_error, write_json
 from megatron_deepstack.errors import StoreError
 from orchestration.preprocess.driver.lease import LEASE_FILE
@@ -32,9 +32,10 @@ Record = dict[str, Any]
 class Ledger:
     """Commit records of one plan in one store."""
 
-    def __init__(self, root: Location, plan_hash: str) -> None:
+    def __init__(self, root: Location, plan_hash: str, pixels: SlotsShape) -> None:
         self.root = root
         self.plan_hash = plan_hash
+        self._pixels = pixels
 
     def commit(self, name: str, record: Record) -> None:
         """Create the record of a part. If another worker has done the same part faster, it has written the same bytes.
@@ -88,7 +89,7 @@ class Ledger:
 
     def _data_size(self, part: Part) -> int | None:
         image_part = isinstance(part, ImagePart)
-        path = self.root.child(shard_path(part.number)) if image_part else text_path(self.root, part.name)
+        path = self.root.child(self._pixels.shard_path(part.number)) if image_part else text_path(self.root, part.name)
         try:
             return path.size()
         except FileNotFoundError:

@@ -16,10 +16,10 @@ from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.images.processor import Processor
+from megatron_deepstack.data.images.processors import AnyProcessor, processor_of
 from megatron_deepstack.data.images.source import TarMember
 from megatron_deepstack.data.records.record import Record
-from megatron_deepstack.data.store.schema import FORMAT, VERSION, PixelsShape
+from megatron_deepstack.data.store.schema import FORMAT, SlotsShape
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from orchestration.preprocess.sources.inputs import Inputs
 
@@ -66,7 +66,7 @@ class Plan:
 
     description: dict[str, Any]
     """Everything that decides the store's bytes, as plain JSON values."""
-    processor: Processor
+    processor: AnyProcessor
     template: str
     records: Sequence[Record]
     images: tuple[str, ...]
@@ -102,10 +102,9 @@ class Plan:
         return (*self.image_parts, *self.text_parts)
 
     @property
-    def pixels(self) -> PixelsShape:
+    def pixels(self) -> SlotsShape:
         """Shape of `images/pixels`."""
-        slots_per_part = self.images_per_part * self.processor.most_views
-        return PixelsShape(len(self.image_parts), slots_per_part, self.processor.crop_size, self.compression)
+        return self.processor.pixels(len(self.image_parts), self.images_per_part, self.compression)
 
 
 def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
@@ -119,11 +118,11 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
     Returns:
         The plan; the same arguments give the same hash on every machine.
     """
-    processor = Processor.of(recipe)
+    processor = processor_of(recipe)
     images = tuple(dict.fromkeys(path for record in inputs.records for path in record.images))
     description = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": processor.pixels(1, 1, recipe.data.compression).version,
         "records": {"sha256": inputs.sha256, "count": len(inputs.records)},
         "images": len(images),
         "processor": processor.describe(),

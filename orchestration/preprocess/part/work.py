@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from megatron_deepstack.data.images.decoder import SharedImage, shared_decoder
-from megatron_deepstack.data.images.processor import Processor
+from megatron_deepstack.data.images.processors import AnyProcessor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError
 from megatron_deepstack.data.location import Location
-from megatron_deepstack.data.store.schema import ImageStatus, PixelsShape
+from megatron_deepstack.data.store.schema import ImageStatus, SlotsShape
 from megatron_deepstack.data.store.shard_writer import ShardWriter, open_shard
 from megatron_deepstack.data.store.writer import atomic_file
 from megatron_deepstack.data.text.conversation import encode_conversation
@@ -34,8 +34,8 @@ class Job:
     image_folder: Location | None
     """Where images are that lie in no tar shard; None if all do."""
     plan_hash: str
-    processor: Processor
-    pixels: PixelsShape
+    processor: AnyProcessor
+    pixels: SlotsShape
     template: str
     tokenizer: Tokenizer
     max_image_seconds: float
@@ -90,7 +90,7 @@ def do_part(job: Job, part: Part) -> PartDone:
         record, written = _do_images(job, part)
     else:
         record, written = _do_text(job, part.name, part.records)
-    Ledger(job.root, job.plan_hash).commit(part.name, record)
+    Ledger(job.root, job.plan_hash, job.pixels).commit(part.name, record)
     return summarise(part.name, record, written, time.monotonic() - started)
 
 
@@ -132,7 +132,7 @@ def _put(path: str, image: SharedImage | QuarantineError, shard: ShardWriter) ->
     """Append an image's views to the shard; its entry in the commit record."""
     if isinstance(image, QuarantineError):
         return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(image)}
-    shard.append(image.views)
+    shard.append(image.slots)
     return {
         "path": path,
         "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,

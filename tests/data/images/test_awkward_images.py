@@ -124,7 +124,7 @@ def test_the_corpus(tmp_path: Path) -> None:
             continue
         kinds["flagged" if outcome.damage else "stored"] += 1
         assert outcome.damage == {**FLAGGED, **LOSSY}.get(name, (None, None))[1]
-        np.testing.assert_array_equal(outcome.views, PROCESSOR.process(corpus[name]).views)
+        np.testing.assert_array_equal(outcome.slots, PROCESSOR.process(corpus[name]).slots)
     decoder.close()
     assert kinds == {"stored": len(FORMATS), "flagged": len(FLAGGED) + len(LOSSY), "quarantined": len(BROKEN)}
 

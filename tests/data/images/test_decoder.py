@@ -42,8 +42,8 @@ def decoder() -> Iterator[Decoder]:
 def check(image: SharedImage | QuarantineError, at: ImageAt) -> None:
     assert isinstance(image, SharedImage)
     assert isinstance(at, Location)
-    views = PROCESSOR.process(at.read_bytes()).views
-    np.testing.assert_array_equal(image.views, views)
+    views = PROCESSOR.process(at.read_bytes()).slots
+    np.testing.assert_array_equal(image.slots, views)
     assert image.crc32c == checksums(views)
 
 
@@ -169,7 +169,7 @@ def test_the_process_goes_with_its_parent(photos: list[ImageAt]) -> None:
         driver.kill()
     end = select.poll()
     end.register(watch, select.POLLIN)
-    ready = end.poll(20_000)
+    ready = end.poll(200_000)
     os.close(watch)
     assert ready, "the decoder outlives its driver"
 

@@ -65,7 +65,7 @@ def test_processing(variant: Variant, grid: tuple[int, int], views: int) -> None
     processor = Processor.of(tiny_recipe(variant=variant))
     image = processor.process(jpeg_bytes(90, 30, seed=1))
     assert (image.grid, image.size, image.damage) == (grid, (90, 30), None)
-    assert image.views.shape == (views, 28, 28, 3)
-    assert views <= processor.most_views
+    assert image.slots.shape == (views, 28, 28, 3)
+    assert views <= processor.most_slots
     with pytest.raises(QuarantineError, match="not an image"):
         processor.process(b"text")

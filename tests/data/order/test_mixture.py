@@ -7,7 +7,7 @@ import pytest
 
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.data.order.mixture import Mixture
-from megatron_deepstack.data.order.sampler import merged_streams, share_of_replica
+from megatron_deepstack.data.order.sampler import merged_streams
 from megatron_deepstack.data.order.steps import Share, open_training_reader
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.writer import write_attributes
@@ -92,12 +92,12 @@ def test_each_store_comes_in_epochs_of_its_own(mixture: Mixture) -> None:
     assert epochs[0] != epochs[1], "each epoch has an order of its own"
 
 
-def test_each_step_has_its_share_and_each_replica_meets_both_stores(mixture: Mixture) -> None:
+def test_each_step_has_its_share_of_both_stores_in_any_order(mixture: Mixture) -> None:
     seen = set()
     for step in range(12):
         batch = mixture.batch(7, step, 8)
         assert (batch < 4).sum() == 6
-        seen |= {(dp, int(one) < 4) for dp in range(2) for one in share_of_replica(batch, dp, 2, 1).flat}
+        seen |= {(place < 4, int(one) < 4) for place, one in enumerate(batch)}
     assert len(seen) == 4
 
 
@@ -142,8 +142,10 @@ def test_a_reader_of_a_mixture(paths: tuple[str, str]) -> None:
     halves = [open_training_reader(asked, Share(dp=dp, num_replicas=2, replica_rank=0)) for dp in range(2)]
     for step in range(3):
         together = alone.load(step)
-        pieces = [half.load(step).samples for half in halves]
-        assert sorted(np.concatenate(pieces).flat) == sorted(together.samples.flat)
+        loaded = [half.load(step) for half in halves]
+        assert all(np.array_equal(one.samples, together.samples) for one in loaded)
+        members = [index for one in loaded for batch in one.members for row in batch for index in row]
+        assert sorted(members) == sorted(together.samples)
         assert len(together.pixels) == sum(len(unit.views) for unit in together.plan.routes.units)
     assert asked.parallel == ParallelConfig()
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_deepstack.data.order.sampler import epoch_order, global_batch, share_of_replica
+from megatron_deepstack.data.order.sampler import epoch_order, global_batch
 
 
 @given(num_samples=st.integers(1, 50), batch=st.integers(1, 20), seed=st.integers(0, 5))
@@ -20,12 +20,3 @@ def test_every_sample_once_an_epoch(num_samples: int, batch: int, seed: int) -> 
 def test_epochs_and_seeds_differ() -> None:
     orders = [epoch_order(seed, epoch, 100).tolist() for seed in range(2) for epoch in range(2)]
     assert len({tuple(order) for order in orders}) == 4
-
-
-def test_replicas_share_a_batch() -> None:
-    """Whatever the number of replicas, together they have the batch."""
-    batch = global_batch(0, 3, 24, 1000)
-    for num_replicas, size in ((1, 4), (2, 3), (4, 2), (3, 8)):
-        shares = [share_of_replica(batch, dp, num_replicas, size) for dp in range(num_replicas)]
-        assert sorted(np.concatenate([s.ravel() for s in shares])) == sorted(batch)
-        assert all(s.shape == (24 // num_replicas // size, size) for s in shares)

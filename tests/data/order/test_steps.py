@@ -8,7 +8,8 @@ import pytest
 
 from megatron_deepstack.config.choices import Batching, Unreadable
 from megatron_deepstack.config.schema import ParallelConfig, TrainConfig
-from megatron_deepstack.data.order.steps import LoadedStep, Prefetcher, Share, StepReader, planned_sample
+from megatron_deepstack.data.order.prefetch import Prefetcher
+from megatron_deepstack.data.order.steps import LoadedStep, Share, StepReader, planned_sample
 from megatron_deepstack.data.order.unreadable import without
 from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.reader import Store
@@ -48,7 +49,7 @@ def reader(
 
 def everything(reader: StepReader) -> LoadedStep:
     """All samples of the store, in order."""
-    return reader.load_samples(4, np.arange(12).reshape(-1, reader.train.micro_batch_size))
+    return reader.load_samples(4, np.arange(12))
 
 
 def targets(loaded: LoadedStep) -> int:
@@ -90,7 +91,7 @@ def test_without_them_their_targets_are_gone_and_nothing_else(root: Path, batchi
     assert targets(loaded) - targets(left) == num_lost > 0
     for before, after in zip(loaded.plan.labels, left.plan.labels, strict=True):
         assert ((after == before) | (after == IGNORE_INDEX)).all()
-    for name in ("seq_length", "tokens", "segments", "routes"):
+    for name in ("seq_lengths", "tokens", "segments", "routes"):
         assert getattr(left.plan, name) is getattr(loaded.plan, name)
     others = [
         where

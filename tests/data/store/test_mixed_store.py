@@ -11,7 +11,7 @@ import zarr
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.data.store import schema
+from megatron_deepstack.data.store import reader, schema
 from megatron_deepstack.data.store.blocks import as_blocks, from_blocks
 from megatron_deepstack.data.store.index import IndexReader
 from megatron_deepstack.data.store.lengths import expanded_lengths
@@ -54,6 +54,15 @@ def test_every_view_is_what_was_written(root: Path) -> None:
     assert store.view_grid(2) == ViewGrid(frames=1, height=6, width=4)
     assert store.view_shape(2) == (2, 96, 64, 3)
     assert pickle.loads(pickle.dumps(store)).read_whole([0])[0].shape == (1, 32, 64, 3)
+
+
+@pytest.mark.parametrize("most", [1, 40_000, 1 << 30])
+def test_views_one_after_another_in_pieces_of_any_size(root: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(reader, "_MOST_FLAT_BYTES", most)
+    images = [5, 0, 2, 1, 5]
+    expected = np.concatenate([tiny_view(0, image, SHAPES[image]).reshape(-1) for image in images])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(Store.open(root).read_flat(images), expected)
+    assert Store.open(root).read_flat([]).shape == (0,)
 
 
 def test_zarr_python_reads_every_view_as_one_slice(root: Path) -> None:

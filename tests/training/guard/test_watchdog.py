@@ -17,6 +17,9 @@ from megatron_deepstack.training.guard.heartbeat import read_beats, silent_ranks
 from megatron_deepstack.training.guard.node_board import Beat
 from megatron_deepstack.training.guard.watchdog import PATIENT, Watchdog, hang_message, last_hang
 
+HANG_SECONDS = 4.0
+"""Beats, and the time to tell of a hang, are shares of it. With 2 s a busy machine ended a rank before it had told."""
+
 
 def beat(rank: int, number: int, *, hanging: bool = False) -> Beat:
     return Beat(rank, f"node{rank}", 100 + rank, number, "step 12", hanging)
@@ -46,7 +49,7 @@ def test_the_message_names_ranks_and_hosts() -> None:
 def _watched(folder: str, behaviour: str) -> str:
     """Two ranks of which none, one or both make progress, without any process group."""
     rank = int(os.environ["RANK"])
-    with Watchdog(Path(folder), rank, 2, hang_seconds=2.0) as watchdog:
+    with Watchdog(Path(folder), rank, 2, hang_seconds=HANG_SECONDS) as watchdog:
         watchdog.progress("step 1")
         if behaviour == "fine":
             wait_until(lambda: watchdog.progress("step 2") or past_the_limit(watchdog), "more beats")

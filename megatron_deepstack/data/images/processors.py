@@ -1,0 +1,15 @@
+"""The processor that a recipe asks for: views of one size, or one view at the image's own resolution."""
+
+from __future__ import annotations
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.images.processor import Processor
+from megatron_deepstack.data.images.sized_processor import SizedProcessor
+
+AnyProcessor = Processor | SizedProcessor
+"""Any of the processors. All of them make slots of a store from the bytes of an image."""
+
+
+def processor_of(recipe: Recipe) -> AnyProcessor:
+    """Return the processor that `recipe` asks for."""
+    return Processor.of(recipe)

@@ -1,0 +1,111 @@
+"""The processor of models that look at an image at its own resolution: one view, whose size follows from the image's.
+
+The size is the published one (`smart_resize`): multiples of a merged patch, with an area within limits. The pixels are
+resized by Pillow's bicubic filter, and equal those of the published processor that uses Pillow. The published processor
+that uses torchvision rounds differently, as torch does (`data.resize=torch`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_deepstack.config.choices import Compression, DeepGrey, ImageResize, Orientation
+from megatron_deepstack.config.traits.variants import ViewLayout
+from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
+from megatron_deepstack.data.images.pictures import decode_image, stretch
+from megatron_deepstack.data.images.processor import ProcessedImage
+from megatron_deepstack.data.images.source import QuarantineError
+from megatron_deepstack.data.store.blocks import as_blocks
+from megatron_deepstack.data.store.schema import BlockSlots, num_blocks
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.views import MAX_ASPECT_RATIO, ViewGrid, smart_resize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizedProcessor:
+    """How an image file becomes one view at its own resolution."""
+
+    layout: ViewLayout
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    resize: ImageResize
+    max_image_pixels: int
+    orientation: Orientation = Orientation.AS_STORED
+    deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
+    transparency: str = AS_PUBLISHED
+
+    @property
+    def most_slots(self) -> int:
+        """The largest number of slots, here blocks, that an image can take in a store.
+
+        A very long view may have more pixels than `max_pixels`, since no side is below a merged patch.
+        """
+        side = self.patch_size * self.merge_size
+        return num_blocks(3 * max(self.max_pixels, side * side * (MAX_ASPECT_RATIO + 1)))
+
+    def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> BlockSlots:
+        """The shape of the pixels of a store.
+
+        Args:
+            num_parts: Number of parts, and so of shards.
+            images_per_part: Images of a part.
+            compression: Codec of the slots.
+
+        Returns:
+            The shape; a shard has space for the most slots that each image can take.
+        """
+        return BlockSlots(num_parts, images_per_part * self.most_slots, compression)
+
+    def describe(self) -> dict[str, Any]:
+        """What a store records of its processor; plain JSON values."""
+        return {name: value if isinstance(value, int) else str(value) for name, value in asdict(self).items()}
+
+    def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
+        """Make the view of an image file.
+
+        Args:
+            data: The file's bytes.
+            out: uint8 (at least `most_slots`, BLOCK_BYTES), whose first rows take the view; a new array if None.
+
+        Returns:
+            The view as blocks, and what is known of the image.
+
+        Raises:
+            QuarantineError: The image cannot be used.
+        """
+        colours = ColourRules(self.deep_grey, self.transparency)
+        image = decode_image(data, self.max_image_pixels, self.orientation, colours)
+        view, grid = self.view_of(image.pixels)
+        height, width = image.pixels.shape[:2]
+        sha256 = hashlib.sha256(data).hexdigest()
+        thw = (grid.frames, grid.height, grid.width)
+        return ProcessedImage(as_blocks(view, out), thw, (width, height), image.damage, sha256)
+
+    def view_of(self, pixels: np.ndarray) -> tuple[np.ndarray, ViewGrid]:
+        """Resize a picture to its view.
+
+        Args:
+            pixels: uint8 (height, width, 3).
+
+        Returns:
+            uint8 (new height, new width, 3), and the view's patches.
+
+        Raises:
+            QuarantineError: One side is more than 200 times the other.
+        """
+        height, width = pixels.shape[:2]
+        multiple = self.patch_size * self.merge_size
+        try:
+            wide, high = smart_resize(
+                width, height, multiple=multiple, min_pixels=self.min_pixels, max_pixels=self.max_pixels
+            )
+        except DataError as error:
+            raise QuarantineError(str(error)) from error
+        grid = ViewGrid.of_pixels(wide, high, patch_size=self.patch_size, merge_size=self.merge_size)
+        return stretch(pixels, wide, high, self.resize), grid

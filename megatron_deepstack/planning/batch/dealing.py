@@ -1,0 +1,169 @@
+"""How a step's samples are dealt to replicas: a pure function of their lengths, so all ranks of all replicas agree.
+
+Every replica gets the same number of micro-batches, then nearly the same work in the decoder, and then nearly the same
+in the encoder. The loss is a sum over the global batch divided by one count, so it makes no difference which replica
+computes which sample. Rows are made of the whole batch and not of each replica's samples: otherwise the replica with
+the most rows would hold up all others.
+
+Legend: N samples of the global batch, R replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_deepstack.config.choices import Batching
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, TrainConfig
+from megatron_deepstack.planning.batch.packer import pack
+from megatron_deepstack.planning.batch.sequence import padded_lengths
+from megatron_deepstack.planning.budget.cost import decoder_flops
+
+Costs = npt.NDArray[np.float64]
+MicroBatch = tuple[tuple[int, ...], ...]
+"""The samples of each row, as positions in the global batch; a row of no samples is a filler."""
+
+_NEARLY_EQUAL: Final = 0.01
+"""A replica may have this share more decoder work than the mean, if that evens out the encoder's."""
+_EVEN: Final = 0.001
+"""Differences below this share of the mean are left as they are."""
+_EXCHANGES: Final = 64
+"""Largest number of exchanges of each kind."""
+_PARTNERS: Final = 8
+"""Idlest replicas with which the busiest one tries to exchange."""
+_LOOKED_AT: Final = 128
+"""Largest number of a replica's micro-batches that are looked at for an exchange."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """What a step loses to padding, and to replicas that wait for the slowest one."""
+
+    padding: float
+    """Share of padding among all positions that the decoder computes, over all replicas."""
+    imbalance: float
+    """Decoder work of the busiest replica above that of the mean replica, as a share of the mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """A step's samples by replica."""
+
+    replicas: tuple[tuple[MicroBatch, ...], ...]
+    """The micro-batches of each replica, the most costly first; equally many for all replicas."""
+    balance: Balance
+
+
+def deal(
+    lengths: npt.NDArray[np.integer],
+    num_units: npt.NDArray[np.integer],
+    language: LanguageConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    num_replicas: int,
+) -> Deal:
+    """Divide a global batch among replicas, and each replica's samples among micro-batches.
+
+    Args:
+        lengths: int64 (N,), tokens of each sample, including visual tokens and after truncation.
+        num_units: int64 (N,), units that each sample gives the encoder.
+        language: The decoder, which determines what a length costs.
+        parallel: The layout of a replica.
+        train: Capacity of a row, size of a micro-batch, and whether samples are packed.
+        num_replicas: R.
+
+    Returns:
+        The micro-batches of all replicas. With other numbers of replicas the same samples are in the step.
+    """
+    tokens, cost = lengths.tolist(), decoder_flops(language, lengths.astype(np.float64))
+    if train.batching is Batching.PACKED:
+        rounds = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        batches: list[MicroBatch] = [
+            (tuple(row),) for row in pack(tokens, train.seq_length, max(num_replicas * rounds, 1))
+        ]
+        costs = np.array([cost[list(row)].sum() for (row,) in batches])
+    else:
+        order = np.argsort(-lengths, kind="stable").reshape(-1, train.micro_batch_size).tolist()
+        batches = [tuple((one,) for one in sorted(batch)) for batch in order]
+        costs = np.array([len(batch) * cost[batch[0]] for batch in order])
+    units = np.array([sum(num_units[list(row)].sum() for row in batch) for batch in batches], np.float64)
+    chosen = deal_evenly(costs, units, num_replicas)
+    replicas = tuple(tuple(batches[one] for one in mine) for mine in chosen)
+    work = np.array([costs[mine].sum() for mine in chosen])
+    padding = _padding(replicas, tokens, parallel, train)
+    return Deal(replicas, Balance(padding, float(work.max() / work.mean() - 1) if work.any() else 0.0))
+
+
+def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int]]:
+    """Deal micro-batches to replicas, equally many to each.
+
+    In each round every replica gets one of the R most costly micro-batches that are left: the one with the least work
+    so far the most costly. Then the busiest replica and the idlest exchange micro-batches as long as that helps, first
+    to even out the costs, and then the second costs where it makes no replica busier.
+
+    Args:
+        costs: float64, the cost of each micro-batch; their number is a multiple of R.
+        others: float64, the second cost of each.
+        num_replicas: R.
+
+    Returns:
+        The numbers of each replica's micro-batches, the most costly first.
+    """
+    order = np.lexsort([-others, -costs]).reshape(-1, num_replicas)
+    work = np.zeros(num_replicas)
+    table = np.zeros_like(order)
+    for number, group in enumerate(order):
+        idle_first = np.argsort(work, kind="stable")
+        table[number, idle_first] = group
+        work[idle_first] += costs[group]
+    table = table.T.copy()
+    if num_replicas > 1:
+        _exchange(table, costs, costs, np.inf)
+        _exchange(table, others, costs, 1 + _NEARLY_EQUAL)
+    return [mine[np.lexsort([mine, -costs[mine]])].tolist() for mine in table]
+
+
+def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit: float) -> None:
+    """Even out `costs` over the replicas of a table (R, micro-batches each), in place.
+
+    No exchange makes a replica's sum of `limited` larger than the largest one is already, or than `limit` means.
+    """
+    work, kept = costs[table].sum(1), limited[table].sum(1)
+    most = max(float(kept.max()), limit * float(kept.mean()))
+    every = -(-table.shape[1] // _LOOKED_AT)
+    for _ in range(_EXCHANGES):
+        busy, found = int(work.argmax()), False
+        ones = table[busy, ::every].copy()
+        for idle in np.argsort(work, kind="stable")[:_PARTNERS].tolist():
+            half = (work[busy] - work[idle]) / 2
+            if half <= _EVEN * work.mean():
+                break
+            twos = table[idle, ::every].copy()
+            gain, moved = costs[ones][:, None] - costs[twos], limited[ones][:, None] - limited[twos]
+            allowed = (kept[busy] - moved <= most) & (kept[idle] + moved <= most)
+            left = np.where(allowed, np.abs(gain - half), np.inf)
+            one, two = np.unravel_index(int(left.argmin()), left.shape)
+            if left[one, two] < half:
+                table[busy, one * every], table[idle, two * every] = twos[two], ones[one]
+                work[[busy, idle]] += np.array([-1, 1]) * gain[one, two]
+                kept[[busy, idle]] += np.array([-1, 1]) * moved[one, two]
+                found = True
+                break
+        if not found:
+            return
+
+
+def _padding(
+    replicas: Sequence[Sequence[MicroBatch]], tokens: Sequence[int], parallel: ParallelConfig, train: TrainConfig
+) -> float:
+    """Return the share of positions that hold no sample."""
+    positions = 0
+    for batches in replicas:
+        rows = [[sum(tokens[one] for one in row) or 1 for row in batch] for batch in batches]
+        padded = padded_lengths(rows, parallel, train.precision, packed=train.batching is Batching.PACKED)
+        positions += sum(len(batch) * length for batch, length in zip(batches, padded, strict=True))
+    return 1 - sum(tokens) / positions if positions else 0.0
