@@ -132,6 +132,24 @@ def test_debug_shows_the_traceback_and_leaves_as_without_it(recipe, arguments, c
     assert debug.stderr.endswith(plain.stderr)
 
 
+@pytest.mark.parametrize(
+    ("words", "verb", "seam"),
+    [
+        (["store", "verify", "a.zarr"], "store verify", "megatron_deepstack.storekeeping.verify.verify"),
+        (["status", "run"], "status", "orchestration.launch.driver.control.status_of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_ctrl_c_is_said_in_the_words_of_the_verb(monkeypatch, words, verb, seam):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seam, interrupted)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 130
+    assert result.stderr == f"{verb}: stopped on request before it was done; the same command begins anew\n"
+
+
 def test_markup_in_a_message_is_text(tmp_path):
     done = run("plan", "[/red][bold]x")
     assert "recipe '[/red][bold]x': no such file" in done.stderr

@@ -170,6 +170,7 @@ class Bench:
         """
         import torch.distributed as dist
 
+        from megatron_deepstack.model.vision.views import Views
         from megatron_deepstack.step.encode import EncoderPass
 
         engine, plan = self.engines[EncoderPlacement.SPREAD], self.plans[EncoderPlacement.SPREAD]
@@ -183,7 +184,7 @@ class Bench:
         clock.append(time.perf_counter())
         torch.autograd.backward(output, torch.ones_like(output))
         clock.append(time.perf_counter())
-        encoded = EncoderPass(engine.model.encoder, pixels)
+        encoded = EncoderPass(engine.model.encoder, Views(pixels))
         clock.append(time.perf_counter())
         encoded.backward(torch.ones_like(encoded.rows))
         clock.append(time.perf_counter())

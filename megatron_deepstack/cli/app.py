@@ -23,6 +23,9 @@ from megatron_deepstack.cli.output import complete_recipe
 from megatron_deepstack.config.constraints import PathKind
 from megatron_deepstack.errors import ConfigError, DeepStackError
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C in a verb that has nothing to save, as shells have it."""
+
 
 class Verbs(TyperGroup):
     """A group of verbs; turns expected failures into a message and an exit code."""
@@ -34,6 +37,11 @@ class Verbs(TyperGroup):
             if ctx.find_root().params.get("debug"):
                 traceback.print_exception(error)
             _fail(error)
+        except KeyboardInterrupt as error:
+            # Verbs with work to save or to give back handle the signal themselves, and end with words of their own.
+            verb = _path(ctx, ctx.invoked_subcommand or "")
+            tell(f"{verb}: stopped on request before it was done; the same command begins anew")
+            raise typer.Exit(INTERRUPTED) from error
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The verbs in the order of the work."""

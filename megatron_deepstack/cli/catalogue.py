@@ -25,6 +25,7 @@ GROUPS: Final = (
     Group("Training", ("train", "launch", "status", "stop")),
     Group("A trained run", ("generate", "report", "export")),
     Group("Comparison with the published implementation", ("check-reference",)),
+    Group("Comparison with transformers", ("check-parity",)),
     Group("Look at a store", ("store verify", "store show", "store stats")),
     Group("Make stores of stores", ("store merge", "store split")),
 )
@@ -66,6 +67,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "export my-run exported",
         "export my-run exported --naming hugging_face data.tokenizer=/elsewhere/tokenizer.model",
     ),
+    "check-parity": ("check-parity models/qwen3-vl-2b", "check-parity my-export --tp 2 --pp 2 --sequence-parallel"),
     "check-reference": (
         "check-reference reference/cases/plain.safetensors --pp 2",
         "check-reference --crops reference/crops --photos reference/photos",

@@ -1,4 +1,4 @@
-"""The verb that compares with the published implementation."""
+"""The verbs that compare: with numbers of the published implementation, and with transformers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,37 @@ def check_reference(
         from megatron_deepstack.testing.published.reference_data import check_conversations
 
         _say_all(check_conversations(conversations, tokenizer))
+
+
+@app.command(name="check-parity")
+def check_parity(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Hugging Face folder: config.json and weights.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    vpp: Annotated[int, typer.Option(min=1, help="Chunks per stage.")] = 1,
+    cp: Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Replicas.")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="With --tp above 1.")] = False,
+    recompute: Annotated[Recompute, typer.Option(help="Activation recomputation.")] = Recompute.NONE,
+    encoder_placement: Annotated[
+        EncoderPlacement, typer.Option(help="Where tower and mergers run.")
+    ] = EncoderPlacement.SPREAD,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples of a micro-batch.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn samples.")] = 0,
+) -> None:
+    """Compare a Hugging Face folder with transformers on drawn inputs, in float32; fails beyond the tolerances."""
+    from megatron_deepstack.testing.parity.check import check_folder
+
+    layout = ParallelConfig(
+        tensor=tp,
+        pipeline=pp,
+        virtual_pipeline=vpp,
+        context=cp,
+        sequence_parallel=sequence_parallel,
+        recompute=recompute,
+        encoder_placement=encoder_placement,
+    )
+    _say_all(check_folder(folder, layout, data_parallel=dp, micro_batch_size=micro_batch_size, seed=seed))
 
 
 def _together(**options: Path | None) -> None:

@@ -8,6 +8,7 @@ Hugging Face configurations.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
@@ -15,6 +16,39 @@ from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
 _HALF = (0.5, 0.5, 0.5)
 _LLAMA_7B = LanguageConfig()
 _LLAMA_13B = LanguageConfig(hidden_size=5120, ffn_hidden_size=13824, num_layers=40, num_heads=40)
+
+_QWEN3_VL_LARGE = VisionConfig(
+    kind="qwen3_vl",
+    patch_size=16,
+    temporal_patch_size=2,
+    merge_size=2,
+    hidden_size=1152,
+    ffn_hidden_size=4304,
+    num_layers=27,
+    num_heads=16,
+    num_positions=2304,
+    taps=(8, 16, 24),
+    select_layer=-1,
+    activation=Activation.GELU_TANH,
+    layernorm_epsilon=1e-6,
+    mean=_HALF,
+    std=_HALF,
+)
+_QWEN3_VL_SMALL = replace(_QWEN3_VL_LARGE, hidden_size=1024, ffn_hidden_size=4096, num_layers=24, taps=(5, 11, 17))
+_QWEN3_VL = LanguageConfig(
+    family="qwen3_vl",
+    vocab_size=151936,
+    hidden_size=2048,
+    ffn_hidden_size=6144,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    norm_epsilon=1e-6,
+    rope_theta=5_000_000.0,
+    mrope_section=(24, 20, 20),
+    qk_norm=True,
+)
 
 VISION: Mapping[str, VisionConfig] = {
     "clip_vit_l14_224": VisionConfig(image_size=224),
@@ -30,6 +64,10 @@ VISION: Mapping[str, VisionConfig] = {
         mean=_HALF,
         std=_HALF,
     ),
+    "qwen3_vl_2b": _QWEN3_VL_SMALL,
+    "qwen3_vl_4b": _QWEN3_VL_SMALL,
+    "qwen3_vl_8b": _QWEN3_VL_LARGE,
+    "qwen3_vl_32b": _QWEN3_VL_LARGE,
 }
 """Published vision towers, by the name that `model.vision.architecture` gives.
 
@@ -99,5 +137,11 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
         rope_theta=1_000_000.0,
         qk_norm=True,
     ),
+    "qwen3_vl_2b": replace(_QWEN3_VL, tied_embeddings=True),
+    "qwen3_vl_4b": replace(
+        _QWEN3_VL, hidden_size=2560, ffn_hidden_size=9728, num_layers=36, num_heads=32, tied_embeddings=True
+    ),
+    "qwen3_vl_8b": replace(_QWEN3_VL, hidden_size=4096, ffn_hidden_size=12288, num_layers=36, num_heads=32),
+    "qwen3_vl_32b": replace(_QWEN3_VL, hidden_size=5120, ffn_hidden_size=25600, num_layers=64, num_heads=64),
 }
 """Published decoders, by the name that `model.language.architecture` gives."""

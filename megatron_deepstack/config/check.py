@@ -11,6 +11,7 @@ from functools import reduce
 
 from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part
 from megatron_deepstack.config.fields import leaves
+from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
@@ -166,6 +167,16 @@ def _stacks(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _native(recipe: Recipe) -> Iterator[Problem]:
+    yield from native_problems(recipe.model)
+    if recipe.model.variant.traits.is_native:
+        yield _problem(
+            "model.variant",
+            f"{recipe.model.variant} has views of any size, which no store holds yet; "
+            "`check-parity` compares such models with transformers",
+        )
+
+
 def _layout(recipe: Recipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     for name, size in _split_by_tensor(recipe.model.language).items():
@@ -251,7 +262,8 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.global_batch_size train.micro_batch_size",
             f"{train.global_batch_size} is not a multiple of train.micro_batch_size {train.micro_batch_size}",
         )
-    tokens = tokens_per_view(vision) if vision.patch_size else 0
+    native = recipe.model.variant.traits.is_native
+    tokens = tokens_per_view(vision) if vision.patch_size and not native else 0
     if tokens >= train.seq_length:
         yield _problem(
             "train.seq_length model.vision.image_size model.vision.patch_size",
@@ -307,4 +319,4 @@ def _stores(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-_RULES = (_vision, _language, _stacks, _layout, _training, _stores)
+_RULES = (_vision, _language, _stacks, _native, _layout, _training, _stores)

@@ -24,8 +24,15 @@ from megatron_deepstack.config.traits.hf_fields import IGNORED, NO_INFLUENCE, RE
 from megatron_deepstack.config.traits.towers import TOWERS, tower_of
 from megatron_deepstack.config.traits.variants import Variant
 from megatron_deepstack.convert.hf_facts import CONFIG, language_facts, vision_facts
-from megatron_deepstack.convert.hf_rope import ROPE_KEYS, WINDOW_KEYS, rope_differences, window_differences
-from megatron_deepstack.convert.hf_written import select_strategy
+from megatron_deepstack.convert.hf_rope import (
+    ROPE_KEYS,
+    WINDOW_KEYS,
+    axial_differences,
+    rope_differences,
+    window_differences,
+)
+from megatron_deepstack.convert.hf_whole import WHOLE_MODELS, variant_of_whole
+from megatron_deepstack.convert.hf_written import hf_decoder, hf_tower, select_strategy
 from megatron_deepstack.errors import CheckpointError
 
 _LLAVA: Mapping[str, HfField] = {
@@ -161,6 +168,8 @@ def _differences(config: Mapping[str, Any], model: ModelConfig, seq_length: int 
             yield f"vision_feature_select_strategy: {strategy!r}, computed is {select_strategy(model.vision)!r}"
         yield from _decoder({"model_type": "llama", **text}, {}, model, seq_length)
         yield from _tower({"model_type": "clip_vision_model", **_section(vision)}, model)
+    elif model_type in WHOLE_MODELS:
+        yield from _whole(config, model_type, model, seq_length)
     elif model_type in _TOWER_PAIRS:
         yield from _unequal("", config, _PAIR, {})
         yield from _tower({"model_type": _TOWER_PAIRS[model_type], **_section(vision)}, model)
@@ -178,6 +187,19 @@ def _differences(config: Mapping[str, Any], model: ModelConfig, seq_length: int 
         yield from _tower(config, model)
     else:
         yield _unknown_type("model_type", config.get("model_type"))
+
+
+def _whole(config: Mapping[str, Any], model_type: str, model: ModelConfig, seq_length: int | None) -> Iterator[str]:
+    """What the config of a whole model says otherwise than the recipe."""
+    whole = WHOLE_MODELS[model_type]
+    if model.variant.traits.whole_model != model_type:
+        yield _other("model", "variant", str(variant_of_whole(model_type)), str(model.variant))
+        return
+    fields = {**whole.fields, "text_config": IGNORED, "vision_config": IGNORED}
+    yield from _unequal("model.language", config, fields, language_facts(model.language))
+    text_type, vision_type = (known.model_types[0] for known in (hf_decoder(model.language), hf_tower(model.vision)))
+    yield from _decoder({"model_type": text_type, **_section(config.get("text_config"))}, {}, model, seq_length)
+    yield from _tower({"model_type": vision_type, **_section(config.get("vision_config"))}, model)
 
 
 def _section(value: Any) -> Mapping[str, Any]:
@@ -206,7 +228,8 @@ def _unknown_type(key: str, value: Any) -> str:
     )
     return (
         f"{key}: found {value!r}, and what such a model computes is not known here; known are the decoders "
-        f"{', '.join(decoders)}, the towers {', '.join(towers)} ({', '.join(_TOWER_PAIRS)}), llava and llava_next"
+        f"{', '.join(decoders)}, the towers {', '.join(towers)} ({', '.join(_TOWER_PAIRS)}), "
+        f"llava, llava_next and {', '.join(WHOLE_MODELS)}"
     )
 
 
@@ -259,7 +282,7 @@ def _numbers(
         _fill(text, "head_dim", known, width // heads)
     fields, special = {**known.fields, **more}, ROPE_KEYS | WINDOW_KEYS
     yield from _unequal("model.language", text, fields, language_facts(language), special)
-    yield from rope_differences(text, language)
+    yield from rope_differences(text, language, known)
     yield from window_differences(text, known, language.num_layers, seq_length)
 
 
@@ -291,7 +314,11 @@ def _tower(vision: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
         yield _other("model.vision", "kind", kind, model.vision.kind)
     known = TOWERS[kind].hugging_face
     assert known is not None
-    yield from _unequal("model.vision", vision, known.fields, vision_facts(model.vision))
+    special = ROPE_KEYS if TOWERS[kind].is_native else frozenset()
+    facts = {**vision_facts(model.vision), "out_hidden_size": model.language.hidden_size}
+    yield from _unequal("model.vision", vision, known.fields, facts, special)
+    if TOWERS[kind].is_native:
+        yield from axial_differences(vision, model.vision.rope_theta)
 
 
 def _unequal(

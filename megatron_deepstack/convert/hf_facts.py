@@ -9,7 +9,7 @@ from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     Activation.QUICK_GELU: "quick_gelu",
     Activation.GELU: "gelu",
     Activation.GELU_TANH: "gelu_pytorch_tanh",
@@ -41,7 +41,7 @@ def language_facts(language: LanguageConfig) -> dict[str, Any]:
         "tied_embeddings": language.tied_embeddings,
         "qkv_bias": language.qkv_bias,
         "qk_norm": language.qk_norm,
-        "activation": _ACTIVATIONS[family_of(language).activation],
+        "activation": ACTIVATIONS[family_of(language).activation],
     }
 
 
@@ -54,6 +54,10 @@ def vision_facts(vision: VisionConfig) -> dict[str, Any]:
         "ffn_hidden_size": vision.ffn_hidden_size,
         "num_layers": vision.num_layers,
         "num_heads": vision.num_heads,
-        "activation": _ACTIVATIONS[vision.activation],
+        "activation": ACTIVATIONS[vision.activation],
         "layernorm_epsilon": vision.layernorm_epsilon,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+        "num_positions": vision.num_positions,
+        "taps": list(vision.taps),
     }

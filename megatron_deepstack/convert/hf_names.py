@@ -17,6 +17,7 @@ from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import HfTensor, tower_of
+from megatron_deepstack.convert.hf_whole import whole_model_of
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
 
@@ -100,6 +101,10 @@ def to_published(name: str, model: ModelConfig | None = None) -> str | None:
         own = _own_to_published(name, model)
         if own is not None:
             return own
+        whole = whole_model_of(model.variant)
+        if whole is not None:
+            renamed = _renamed(name, whole[1].prefixes)
+            return _renamed(name, _TO_PUBLISHED) if renamed is None else renamed
     return _renamed(name, _TO_PUBLISHED)
 
 
@@ -173,6 +178,11 @@ def to_naming(published: str, naming: Naming, model: ModelConfig | None = None) 
         own = _by_template(published, {**tower, **decoder})
         if own is not None:
             return own
+        whole = whole_model_of(model.variant)
+        if whole is not None:
+            named = _renamed(published, {ours: theirs for theirs, ours in whole[1].prefixes.items()})
+            assert named is not None, f"{published}: {whole[1].architecture} has no such tensor"
+            return named
     renamed = _renamed(published, _TO_LLAVA)
     assert renamed is not None, f"{published}: LlavaForConditionalGeneration has no such tensor"
     return renamed

@@ -14,21 +14,67 @@ from megatron_deepstack.config.traits.families import HfDecoder
 ROPE_KEYS: Final = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 WINDOW_KEYS: Final = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 _THETA = 10000.0
-"""What transformers takes where a config names no base."""
+"""What transformers takes where a tower's config names no base."""
+_SECTIONS: Final = (24, 20, 20)
+"""What transformers takes where a decoder with three axes names no sections."""
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def rope_differences(text: Mapping[str, Any], language: LanguageConfig) -> Iterator[str]:
+def rotary_base(text: Mapping[str, Any], known: HfDecoder) -> Any:
+    """The base of a decoder's rotary positions, as transformers reads it.
+
+    Args:
+        text: A decoder's config.
+        known: What its family takes where the config names none.
+    """
+    given = _rotary(text).get("rope_theta", text.get("rope_theta"))
+    return known.default_theta if given is None else given
+
+
+def rotary_sections(text: Mapping[str, Any]) -> Any:
+    """The sections of a decoder's three axes, or the published ones where the config names none."""
+    return _rotary(text).get("mrope_section", list(_SECTIONS))
+
+
+def axial_base(vision: Mapping[str, Any]) -> Any:
+    """The base of a tower's rotary positions, as transformers reads it."""
+    given = _rotary(vision).get("rope_theta", vision.get("rope_theta"))
+    return _THETA if given is None else given
+
+
+def axial_differences(vision: Mapping[str, Any], theta: float) -> Iterator[str]:
+    """How the rotary positions of a tower's config differ from axial ones of the base `theta`."""
+    for key in ("rope_parameters", "rope_scaling"):
+        for name, value in (vision.get(key) or {}).items():
+            if name in ("rope_type", "type") and value not in ("axial", "default"):
+                yield f"vision_config.{key}.{name}: found {value!r}, computed is 'axial'"
+            elif name not in ("rope_type", "type", "rope_theta") and value is not None:
+                yield f"vision_config.{key}.{name}: found {value!r}, a key that is not known here"
+    if axial_base(vision) != theta:
+        yield f"model.vision.rope_theta: {axial_base(vision)!r} in the checkpoint, {theta!r} in the recipe"
+
+
+def _rotary(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    return given if isinstance(given, Mapping) else {}
+
+
+def rope_differences(text: Mapping[str, Any], language: LanguageConfig, known: HfDecoder) -> Iterator[str]:
     """How the rotary positions of a config differ from those that the recipe computes.
 
     Args:
         text: A decoder's config. Older ones have `rope_theta` and `rope_scaling`, newer ones `rope_parameters`.
         language: The recipe's decoder.
+        known: What its family takes where the config names no base.
 
     Yields:
         One line for each difference.
     """
     bases = []
+    axial = language.mrope_section is not None
+    if axial and list(rotary_sections(text)) != list(language.mrope_section or ()):
+        theirs = rotary_sections(text)
+        yield f"model.language.mrope_section: {theirs!r} in the checkpoint, {language.mrope_section!r} in the recipe"
     for key in ("rope_parameters", "rope_scaling"):
         given = text.get(key)
         if given is None:
@@ -43,6 +89,10 @@ def rope_differences(text: Mapping[str, Any], language: LanguageConfig) -> Itera
         if given.get("rope_theta") is not None:
             bases.append(given["rope_theta"])
         for name, value in given.items():
+            if axial and name == "mrope_section":
+                continue
+            if axial and name == "mrope_interleaved" and value is True:
+                continue
             if name == "partial_rotary_factor":
                 yield from _whole_heads(f"{key}.{name}", value)
             elif name not in ("rope_type", "type", "rope_theta") and value is not None:
@@ -50,7 +100,7 @@ def rope_differences(text: Mapping[str, Any], language: LanguageConfig) -> Itera
     if text.get("rope_theta") is not None:
         bases.append(text["rope_theta"])
     yield from _whole_heads("partial_rotary_factor", text.get("partial_rotary_factor"))
-    for base in bases or [_THETA]:
+    for base in bases or [known.default_theta]:
         if base != language.rope_theta:
             yield f"model.language.rope_theta: {base!r} in the checkpoint, {language.rope_theta!r} in the recipe"
             return

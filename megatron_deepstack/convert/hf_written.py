@@ -54,7 +54,7 @@ def text_config(language: LanguageConfig, vocab_size: int) -> dict[str, Any]:
     known = family_of(language).hugging_face
     fields = llama_fields() if known is None else known.fields
     return {
-        **_written(fields, {**language_facts(language), "vocab_size": vocab_size}),
+        **written_fields(fields, {**language_facts(language), "vocab_size": vocab_size}),
         "rope_theta": language.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
     }
@@ -67,10 +67,19 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
         ConfigError: transformers has no such tower.
     """
     known = hf_tower(vision)
-    return {"model_type": known.model_types[0], **_written(known.fields, vision_facts(vision))}
+    return {"model_type": known.model_types[0], **written_fields(known.fields, vision_facts(vision))}
 
 
-def _written(fields: Mapping[str, HfField], facts: Mapping[str, Any]) -> dict[str, Any]:
+def written_fields(fields: Mapping[str, HfField], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the keys that a row of the tables describes.
+
+    Args:
+        fields: The keys of one part of a config.
+        facts: Values by the names that `HfField.reads` uses.
+
+    Returns:
+        The keys that are written, in the order of the row.
+    """
     found = {}
     for key, field in fields.items():
         if field.reads is not None and field.written:

@@ -13,6 +13,8 @@ from enum import StrEnum
 import numpy as np
 import torch
 
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import MIXED_VERSION
 from megatron_deepstack.inference.decoding import PREFILL_TOKENS, CachedDecoder, Decoder, RecomputingDecoder
 from megatron_deepstack.inference.questions import Question, Views, plan_question
 from megatron_deepstack.inference.sampling import GREEDY, Sampling
@@ -115,6 +117,9 @@ def _choose(
 
 
 def _pixels(views: Views, questions: Sequence[Sequence[Question]], plan: StepPlan) -> np.ndarray:
+    if isinstance(views, Store) and views.version == MIXED_VERSION:
+        chosen = [questions[unit.micro_batch][unit.sample].images[unit.image] for unit in plan.routes.units]
+        return views.read_flat(chosen)
     parts = [np.empty((0, views.crop_size, views.crop_size, 3), np.uint8)]
     for unit in plan.routes.units:
         image = questions[unit.micro_batch][unit.sample].images[unit.image]

@@ -16,15 +16,15 @@ from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.planning.exchange.rows import context_length
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape
 
 
 class Picture(Protocol):
     """What a plan needs to know about an image."""
 
     @property
-    def grid(self) -> Grid:
-        """Crops across and down."""
+    def grid(self) -> ImageShape:
+        """Crops across and down, or the patches of the one view."""
 
 
 class Views(Protocol):

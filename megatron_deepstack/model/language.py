@@ -26,7 +26,7 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
-from megatron_deepstack.model.layers.rotary import angles_at, build_rotary, restarted
+from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
 from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
@@ -129,6 +129,7 @@ class LanguageChunk(LanguageModule):
         labels_BS: torch.Tensor | None,
         visual: VisualInputs = NO_VISUAL_INPUTS,
         packs: Packs | CachedStep | None = None,
+        positions_3BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One micro-batch through the chunk. Collective over tp and cp.
 
@@ -137,13 +138,14 @@ class LanguageChunk(LanguageModule):
             labels_BS: int64, likewise; ignored labels may hold any id that is not negative. None asks for logits.
             visual: Rows that this chunk adds.
             packs: Where the samples of a packed row (B = 1) end; or the step of a generation with a key/value cache.
+            positions_3BS: int64 positions in time, line and column of this rank's shard, for a decoder that has them.
 
         Returns:
             Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
             logits (S, B, V / tp), of which a step with a cache gives only those it wants: (1, B, V / tp).
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
-        rotary, packs = self._angles(tokens_BS.shape[1] * self.config.context_parallel_size, packs)
+        rotary, packs = self._angles(tokens_BS.shape[1] * self.config.context_parallel_size, packs, positions_3BS)
         hidden_SBH = self.decoder(
             hidden_states=hidden_SBH,
             attention_mask=None,
@@ -159,8 +161,14 @@ class LanguageChunk(LanguageModule):
         logits_SBV = self._logits(hidden_SBH)
         return logits_SBV if labels_BS is None else self.compute_language_model_loss(labels_BS, logits_SBV)
 
-    def _angles(self, length: int, packs: Packs | CachedStep | None) -> tuple[torch.Tensor, Packs | CachedStep | None]:
+    def _angles(
+        self, length: int, packs: Packs | CachedStep | None, positions_3BS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Packs | CachedStep | None]:
         """By what queries and keys of `length` tokens (over cp) are rotated, and what the layers get of `packs`."""
+        if isinstance(self.rotary, AxialRotary):
+            assert positions_3BS is not None, "the decoder has positions on three axes, and the step has none"
+            one_row = isinstance(packs, Packs) and not self.rotates_packs
+            return self.rotary(positions_3BS), packs.as_one_row() if isinstance(packs, Packs) and one_row else packs
         if isinstance(packs, CachedStep):
             assert packs.cache is not None
             assert packs.positions is not None

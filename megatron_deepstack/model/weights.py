@@ -16,6 +16,7 @@ from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
+from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.planning.budget.linears import linear_sizes
@@ -43,6 +44,9 @@ class Rule:
     """Each published tensor is split over tp by itself and the parts are concatenated (gate and up)."""
     padded_rows: int | None = None
     """Rows after padding with zeros (vocabulary)."""
+    stacked: int = 1
+    """The one published tensor consists of this many tensors of the same shape, one after another along dim 0, which
+    are interleaved here as if they were several."""
 
     def shard(self, tensors: Sequence[torch.Tensor], rank: int, num_ranks: int) -> torch.Tensor:
         """Our parameter on tp rank `rank`, from the full published tensors in the order of `names`."""
@@ -64,12 +68,18 @@ class Rule:
             (only,) = tensors
             padding = only.new_zeros(self.padded_rows - len(only), *only.shape[1:])
             return torch.cat([only, padding])
+        if self.stacked > 1:
+            (only,) = tensors
+            tensors = only.chunk(self.stacked)
         if len(tensors) == 1:
             return tensors[0]
         grouped = torch.cat([t.unflatten(0, (self.groups, -1)) for t in tensors], dim=1)
         return grouped.flatten(0, 1)
 
     def _take_apart(self, full: torch.Tensor) -> list[torch.Tensor]:
+        if self.stacked > 1:
+            parts = full.unflatten(0, (self.groups, self.stacked, -1))
+            return [parts.transpose(0, 1).flatten(0, 2)]
         if len(self.names) == 1:
             return [full[: self.shapes[0][0]]]
         sizes = [shape[0] // self.groups for shape in self.shapes]
@@ -189,6 +199,8 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
     Returns:
         Rules by the parameter's name in the encoder.
     """
+    if tower_of(model.vision).is_native:
+        return _select(encoder, _native_encoder(model))
     vision, hidden = model.vision, model.language.hidden_size
     c, p = vision.hidden_size, vision.patch_size
     embeddings = f"{VISION_PREFIX}embeddings."
@@ -231,6 +243,52 @@ def _vit_layer(prefix: str, model: ModelConfig) -> Rules:
     for kind in ("weight", "bias"):
         rules[f"input_layernorm.{kind}"] = _plain(f"{prefix}layer_norm1.{kind}", (c,))
         rules[f"pre_mlp_layernorm.{kind}"] = _plain(f"{prefix}layer_norm2.{kind}", (c,))
+    return rules
+
+
+def _native_encoder(model: ModelConfig) -> Rules:
+    """Rules of a tower for views of any size and its mergers, under the names that Qwen3-VL has for them."""
+    vision, hidden = model.vision, model.language.hidden_size
+    c, f, p = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
+    block = c * vision.merge_size**2
+    shapes: dict[str, dict[str, Shape]] = {
+        "vit.patch_embedding": {"weight": (c, 3, vision.temporal_patch_size, p, p), "bias": (c,)}
+    }
+    names = {"vit.patch_embedding": f"{VISION_PREFIX}patch_embed.proj"}
+    for layer in range(vision.num_layers):
+        ours, theirs = f"vit.decoder.layers.{layer}.", f"{VISION_PREFIX}blocks.{layer}."
+        for own, (published, rows, columns) in {
+            "input_layernorm": ("norm1", c, None),
+            "pre_mlp_layernorm": ("norm2", c, None),
+            "self_attention.linear_proj": ("attn.proj", c, c),
+            "mlp.linear_fc1": ("mlp.linear_fc1", f, c),
+            "mlp.linear_fc2": ("mlp.linear_fc2", c, f),
+        }.items():
+            names[ours + own] = theirs + published
+            shapes[ours + own] = {"weight": (rows,) if columns is None else (rows, columns), "bias": (rows,)}
+    mergers = {"projector.base": (f"{PROJECTOR_PREFIX}merger", c)}
+    for k in range(len(vision.taps)):
+        mergers[f"projector.taps.{k}"] = (f"{PROJECTOR_PREFIX}deepstack_merger_list.{k}", block)
+    for ours, (theirs, norm) in mergers.items():
+        own_shapes: dict[str, Shape] = {"norm": (norm,), "fc1": (block, block), "fc2": (hidden, block)}
+        for own, shape in own_shapes.items():
+            published = own if own == "norm" else f"linear_{own}"
+            names[f"{ours}.{own}"] = f"{theirs}.{published}"
+            shapes[f"{ours}.{own}"] = {"weight": shape, "bias": shape[:1]}
+    rules = {
+        f"{ours}.{kind}": _plain(f"{names[ours]}.{kind}", shape)
+        for ours, kinds in shapes.items()
+        for kind, shape in kinds.items()
+    }
+    rules["vit.position_embedding"] = _plain(f"{VISION_PREFIX}pos_embed.weight", (vision.num_positions or 0, c))
+    for layer in range(vision.num_layers):
+        for kind, shape in {"weight": (3 * c, c), "bias": (3 * c,)}.items():
+            rules[f"vit.decoder.layers.{layer}.self_attention.linear_qkv.{kind}"] = Rule(
+                names=(f"{VISION_PREFIX}blocks.{layer}.attn.qkv.{kind}",),
+                shapes=(shape,),
+                groups=vision.num_heads,
+                stacked=3,
+            )
     return rules
 
 

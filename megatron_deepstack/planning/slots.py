@@ -88,11 +88,16 @@ def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
 
 
 def num_decoder_stacks(model: ModelConfig) -> int:
-    """Return the number of stacks in the decoder: one for each crop, or for each high-res crop of a context view."""
-    traits = model.variant.traits
-    if not traits.stacks_in_decoder:
+    """Return the number of stacks in the decoder: one for each crop, high-res crop of a context view, or tap."""
+    if not model.variant.traits.stacks_in_decoder:
         return 0
-    return HIGH_RES_SIDE**2 if traits.stack_source is StackSource.HIGH_RES else model.stacks.num_crops
+    match model.variant.traits.stack_source:
+        case StackSource.HIGH_RES:
+            return HIGH_RES_SIDE**2
+        case StackSource.TAPS:
+            return len(model.vision.taps)
+        case _:
+            return model.stacks.num_crops
 
 
 def layers_per_chunk(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:

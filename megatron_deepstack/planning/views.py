@@ -20,6 +20,7 @@ from megatron_deepstack.config.traits.variants import ViewLayout
 from megatron_deepstack.errors import ConfigError, DataError
 
 Grid = tuple[int, int]
+"""Columns and rows of an image's crops."""
 
 HIGH_RES_SIDE = 2
 """Number of high-res crops of a context view in each direction, for DeepStack-HD."""
@@ -110,7 +111,7 @@ def layout_views(layout: ViewLayout, grid: Grid) -> int:
     """
     context = 1 + grid[0] * grid[1]
     match layout:
-        case ViewLayout.GLOBAL:
+        case ViewLayout.GLOBAL | ViewLayout.NATIVE:
             return 1
         case ViewLayout.CROPS:
             return context
@@ -118,17 +119,17 @@ def layout_views(layout: ViewLayout, grid: Grid) -> int:
             return context * (1 + HIGH_RES_SIDE**2)
 
 
-def num_views(variant: Variant, grid: Grid) -> int:
+def num_views(variant: Variant, shape: ImageShape) -> int:
     """Return the number of views of an image that a variant uses.
 
     Args:
         variant: The variant.
-        grid: Columns and rows of the image's crops.
+        shape: Columns and rows of the image's crops, or the patches of its one view.
 
     Returns:
         The number of views, including the global view.
     """
-    return layout_views(layout_of(variant), grid)
+    return 1 if isinstance(shape, ViewGrid) else layout_views(layout_of(variant), shape)
 
 
 def most_views(layout: ViewLayout, rule: GridRule, num_crops: int) -> int:
@@ -145,7 +146,7 @@ def most_views(layout: ViewLayout, rule: GridRule, num_crops: int) -> int:
     Raises:
         ConfigError: The rule is `best_fit`, and `num_crops` leaves no grid.
     """
-    if layout is ViewLayout.GLOBAL:
+    if layout in (ViewLayout.GLOBAL, ViewLayout.NATIVE):
         return layout_views(layout, (1, 1))
     grids = (FIXED_GRID,) if rule is GridRule.FIXED_2X2 else candidate_grids(num_crops)
     return max(layout_views(layout, grid) for grid in grids)
@@ -165,6 +166,9 @@ class ViewGrid:
     """Number of patches from top to bottom."""
     width: int
     """Number of patches from left to right."""
+    moving: bool = False
+    """Whether the frames of a patch are different pictures of a video. If not, there is one picture, which stands for
+    all of them."""
 
     @classmethod
     def of_pixels(cls, width: int, height: int, *, patch_size: int, merge_size: int, frames: int = 1) -> ViewGrid:
@@ -200,9 +204,23 @@ class ViewGrid:
         """Return the number of visual tokens, each of which merges `merge_size` x `merge_size` patches."""
         return self.frames * (self.height // merge_size) * (self.width // merge_size)
 
+    def num_values(self, patch_size: int, temporal_patch_size: int) -> int:
+        """Return the number of values that the view's pixels are stored as: three for each pixel of each picture.
+
+        Args:
+            patch_size: Side of a patch in pixels.
+            temporal_patch_size: Frames of a patch.
+        """
+        pictures = self.frames * temporal_patch_size if self.moving else self.frames
+        return 3 * pictures * self.height * self.width * patch_size**2
+
     def pixel_size(self, patch_size: int) -> tuple[int, int]:
         """Return width and height in pixels."""
         return self.width * patch_size, self.height * patch_size
+
+
+ImageShape = Grid | ViewGrid
+"""What determines the rows of an image: the grid of its crops, or the patches of its one view."""
 
 
 def smart_resize(width: int, height: int, *, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from rich.text import Text
 from megatron_deepstack.platform.quantity import amount, clock
 
 SECONDS_BETWEEN_LINES: Final = 5.0
+SHORTEST_BAR: Final = 4
+"""Characters; rich makes a bar shorter to make room for the words beside it, and cuts words only after that."""
 
 
 class WorkProgress:
@@ -57,7 +59,7 @@ class WorkProgress:
         """Show that the amount `done` is done; it may be a fraction."""
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=self.total, state=self.state(done))
+            self._bar.update(self._task, completed=done, total=self.total, state=self._fitting_state(done))
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._console.print(Text(f"{self.verb}: {self.state(done)}"), soft_wrap=True)
@@ -68,3 +70,23 @@ class WorkProgress:
         left = f"{clock(spent / done * (self.total - done))} left" if done else "time left not known yet"
         parts = f"{amount(done, self.unit)} of {amount(self.total, self.unit)} {self.unit}, {left}"
         return parts.replace(" bytes,", ",")
+
+    def _fitting_state(self, done: float) -> str:
+        """The state in the widest form for which the terminal has room, beside the verb and a short bar."""
+        whole, percent = self.state(done), f"{done / self.total:.0%}" if self.total else "100%"
+        left = whole.rpartition(", ")[2]
+        room = room_beside(self._console, self.verb)
+        return next((words for words in (whole, f"{percent}, {left}", percent) if len(words) <= room), percent)
+
+
+def room_beside(console: Console, verb: str) -> int:
+    """How many characters of a state fit on a line.
+
+    Args:
+        console: The terminal.
+        verb: The first word of the line.
+
+    Returns:
+        Width of the terminal without the verb, a bar of the shortest length, and the spaces between them.
+    """
+    return console.width - len(verb) - SHORTEST_BAR - 2

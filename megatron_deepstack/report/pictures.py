@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import DeepStackError
+from megatron_deepstack.planning.views import ViewGrid
 from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.report.drawing.svg import Markup, element
 
@@ -67,6 +68,9 @@ class Pictures:
 
     def _views(self, opened: Store, image: int) -> Markup:
         stored = opened.image(image)
+        if isinstance(stored.grid, ViewGrid):
+            frames = [embedded(frame, "view") for frame in opened.read_whole([image])[0]]
+            return element("div", *(element("figure", one) for one in frames), class_="views")
         gw, gh = stored.grid
         views = opened.read_views(image, range(min(stored.count, 1 + gw * gh)))
         figures = [element("figure", embedded(views[0], "global view"), element("figcaption", "global view"))]

@@ -11,24 +11,29 @@ from __future__ import annotations
 import torch
 
 from megatron_deepstack.model.vision.encoder import VisualEncoder
+from megatron_deepstack.model.vision.views import Views
 
 
 class EncoderPass:
     """One forward and, if anything is trained, one backward of the encoder over this rank's views."""
 
-    def __init__(self, encoder: VisualEncoder, pixels: torch.Tensor, chunk_views: int = 0) -> None:
-        """Encode `pixels`: uint8 (N, image, image, 3), or normalised float (N, 3, image, image). N may be 0.
+    def __init__(self, encoder: VisualEncoder, views: Views, chunk_views: int = 0) -> None:
+        """Encode `views`, of which there may be none. Not collective.
 
-        `chunk_views` bounds the views whose ViT activations are alive at once; 0 sets no bound. Not collective.
+        Args:
+            encoder: The encoder.
+            views: The views of this rank's units, in order.
+            chunk_views: Bounds the views whose ViT activations are alive at once; 0 sets no bound.
         """
-        self.encoder, self.pixels = encoder, pixels
+        self.encoder, self.views = encoder, views
         self.trains_vit = any(p.requires_grad for p in encoder.vit.parameters())
         self.trains = any(p.requires_grad for p in encoder.parameters())
-        self.rerun = self.trains_vit and 0 < chunk_views < len(pixels)
-        self.chunk_views = self._whole_images(chunk_views) or max(len(pixels), 1)
+        self.rerun = self.trains_vit and 0 < chunk_views < len(views)
+        self.chunk_views = self._whole_images(chunk_views) or max(len(views), 1)
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.trains_vit and not self.rerun):
-            features = [self._features(chunk) for chunk in self._chunks()]
+            features = [encoder.vit.features(chunk) for chunk in self._chunks()] or [encoder.vit.no_features()]
+        self.num_outputs = [len(chunk) for chunk in features]
         self.features = torch.cat(features)
         if self.rerun:
             self.features.requires_grad_()
@@ -37,7 +42,7 @@ class EncoderPass:
 
     @property
     def rows(self) -> torch.Tensor:
-        """(N * tokens per view + 1, H): rows of all views in order, then the newline; detached."""
+        """(rows of all views + 1, H): rows of all views in order, then the newline; detached."""
         return self.live_rows.detach()
 
     def release_rows(self) -> None:
@@ -50,9 +55,9 @@ class EncoderPass:
             return
         torch.autograd.backward(self.live_rows, grad_rows)
         if self.rerun and self.features.grad is not None:
-            grads = self.features.grad.split([self._num_outputs(len(chunk)) for chunk in self._chunks()])
+            grads = self.features.grad.split(self.num_outputs)
             for chunk, grad in zip(self._chunks(), grads, strict=True):
-                torch.autograd.backward(self._features(chunk), grad)
+                torch.autograd.backward(self.encoder.vit.features(chunk), grad)
 
     def _whole_images(self, chunk_views: int) -> int:
         """Views per chunk, rounded down to whole images where an image's views meet inside the ViT."""
@@ -61,22 +66,6 @@ class EncoderPass:
         per_image = self.encoder.vit.stacks.views_per_image
         return max(chunk_views // per_image, 1) * per_image if chunk_views else 0
 
-    def _num_outputs(self, num_views: int) -> int:
-        stacks = self.encoder.vit.stacks
-        return num_views if stacks is None else num_views // stacks.views_per_image
-
-    def _chunks(self) -> tuple[torch.Tensor, ...]:
-        return self.pixels.split(self.chunk_views)
-
-    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        vit = self.encoder.vit
-        if not len(pixels):
-            return torch.zeros(
-                0,
-                self.encoder.view_tokens,
-                vit.vision.hidden_size,
-                dtype=vit.config.params_dtype,
-                device=vit.mean.device,
-            )
-        images = vit.normalise(pixels) if pixels.dtype is torch.uint8 else pixels.to(vit.mean.device)
-        return vit(images.to(vit.config.params_dtype))
+    def _chunks(self) -> list[Views]:
+        step, vision = self.chunk_views, self.encoder.vit.vision
+        return [self.views.part(first, first + step, vision) for first in range(0, len(self.views), step)]

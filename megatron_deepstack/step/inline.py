@@ -12,6 +12,7 @@ import torch
 
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
 from megatron_deepstack.model.vision.encoder import VisualEncoder
+from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.planning.exchange.routes import RankRoutes
 from megatron_deepstack.platform.compute.upload import upload_all
 from megatron_deepstack.step.encode import EncoderPass
@@ -23,11 +24,11 @@ class InlineEncoder:
     """Encodes a micro-batch's views when the schedule asks for its rows."""
 
     def __init__(
-        self, encoder: VisualEncoder, pixels: torch.Tensor, routes: RankRoutes, timeline: Timeline | None = None
+        self, encoder: VisualEncoder, all_views: Views, routes: RankRoutes, timeline: Timeline | None = None
     ) -> None:
-        """`pixels` are all views of the rank's units, in order; see EncoderPass."""
+        """`all_views` are the views of the rank's units, in order; see EncoderPass."""
         self.timeline = timeline
-        self.encoder, self.pixels, self.routes = encoder, pixels, routes
+        self.encoder, self.views, self.routes = encoder, all_views, routes
         views = np.array([len(unit.views) for unit in routes.units], np.int64)
         self.first_view = np.concatenate([[0], np.cumsum(views)]).astype(np.int64)
         self.micro_batch = np.array([unit.micro_batch for unit in routes.units], np.int64)
@@ -45,12 +46,13 @@ class InlineEncoder:
 
     def _encode(self, micro_batch: int, vpp: int) -> VisualInputs:
         units = self._units(micro_batch)
-        pixels = self.pixels[self.first_view[units[0]] : self.first_view[units[-1] + 1]]
+        first, stop = int(self.first_view[units[0]]), int(self.first_view[units[-1] + 1])
+        views = self.views.part(first, stop, self.encoder.vit.vision)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.answers_gradients):
-            rows = EncoderPass(self.encoder, pixels).live_rows
+            rows = EncoderPass(self.encoder, views).live_rows
             if self.timeline is not None:
                 self.timeline.watch_encoder_backward(rows)
-            assert len(rows) == len(units) * self.encoder.view_tokens + 1, "a unit makes the rows of one view"
+            assert len(rows) == self._num_rows(units) + 1, "the encoder makes other rows than the plan says"
             table = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
             base_rows, slot_rows, base_positions, slot_positions = self.indices[micro_batch, vpp]
             base, slots = take_rows(table, base_rows), take_rows(table, slot_rows)
@@ -58,6 +60,9 @@ class InlineEncoder:
 
     def _units(self, micro_batch: int) -> np.ndarray:
         return np.flatnonzero(self.micro_batch == micro_batch)
+
+    def _num_rows(self, units: np.ndarray) -> int:
+        return int(self.routes.first_rows[units[-1] + 1] - self.routes.first_rows[units[0]])
 
     def _upload_indices(self) -> dict[Key, list[torch.Tensor]]:
         """By chunk the table's rows that it takes, base and slots, and their positions; in one upload for the step."""
@@ -70,8 +75,8 @@ class InlineEncoder:
 
     def _table_index(self, units: np.ndarray) -> np.ndarray:
         """For each received row of the step, and the zero row after them, its row in this micro-batch's table."""
-        num_rows = len(units) * self.encoder.view_tokens + 1
-        first = int(units[0]) * self.encoder.view_tokens
+        num_rows = self._num_rows(units) + 1
+        first = int(self.routes.first_rows[units[0]])
         newline = self.routes.num_local_rows - 1
         index = np.where(self.routes.send_rows == newline, num_rows - 1, self.routes.send_rows - first)
         return np.append(index, num_rows)

@@ -111,7 +111,14 @@ def run_cached_step(
     positions = zigzag(width, config.context_parallel_size, cp_rank).numpy()
     (tokens_MBS,) = upload_all([np.stack(tokens)[..., positions]])
     batches = [
-        _MicroBatch(number=number, tokens=tokens_MBS[number], labels=None, targets=tokens_MBS[number], packs=step)
+        _MicroBatch(
+            number=number,
+            tokens=tokens_MBS[number],
+            labels=None,
+            targets=tokens_MBS[number],
+            packs=step,
+            positions=None,
+        )
         for number, step in enumerate(steps)
     ]
     data = [iter(batches) for _ in range(len(chunks))]
@@ -154,16 +161,19 @@ class _MicroBatch:
     labels: torch.Tensor | None
     targets: torch.Tensor
     packs: Packs | CachedStep | None
+    positions: torch.Tensor | None
 
 
 def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
     positions = {length: zigzag(length, cp_ranks, cp_rank).numpy() for length in set(plan.seq_lengths)}
     bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
-    mine = [array[:, positions[array.shape[1]]] for array in (*plan.tokens, *plan.labels)]
+    axial = plan.positions or ()
+    mine = [array[..., positions[array.shape[-1]]] for array in (*plan.tokens, *plan.labels, *axial)]
     uploaded = upload_all([*mine, *bounds])
     count = plan.num_micro_batches
-    tokens_M, labels_M, bounds_M = uploaded[:count], uploaded[count : 2 * count], uploaded[2 * count :]
+    tokens_M, labels_M, more = uploaded[:count], uploaded[count : 2 * count], uploaded[2 * count :]
+    positions_M, bounds_M = more[: len(axial)], more[len(axial) :]
     return [
         _MicroBatch(
             number=number,
@@ -171,6 +181,7 @@ def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: 
             labels=None if keep_logits else labels_M[number].clamp(min=0),
             targets=labels_M[number] != IGNORE_INDEX,
             packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
+            positions=positions_M[number] if positions_M else None,
         )
         for number in range(count)
     ]
@@ -183,7 +194,7 @@ def _forward_step(
     vpp = _unwrap(model).chunk.vpp
     inputs = visual(batch.number, vpp)
     with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
-        output = model(batch.tokens, batch.labels, inputs, batch.packs)
+        output = model(batch.tokens, batch.labels, inputs, batch.packs, batch.positions)
     if timeline is not None:
         timeline.watch_backward(output, batch.number, vpp)
     return output, partial(_loss, batch.targets)

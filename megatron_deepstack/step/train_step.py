@@ -12,6 +12,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_deepstack.config.choices import EncoderPlacement
+from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.parallel.reduce import loss_and_tokens
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.platform.compute.upload import upload
@@ -41,15 +42,16 @@ class StepLoss:
 def forward_backward(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> StepLoss:
     """Run a step up to final gradients in the main-grad buffers. Collective over all ranks.
 
-    `pixels` are the views of `plan.routes.units`, in order: uint8 (N, image, image, 3) or normalised float.
+    `pixels` are the views of `plan.routes.units`, in order: uint8 (N, image, image, 3) or normalised float; where views
+    have any size, all values of all views in one dimension (see `Views`).
     """
-    pixels = upload(pixels)
+    views = _views(plan, pixels)
     for ddp in engine.wrapped:
         ddp.zero_grad_buffer()
     if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
-        result = _inline(engine, plan, pixels, clock)
+        result = _inline(engine, plan, views, clock)
     else:
-        result = _spread(engine, plan, pixels, clock)
+        result = _spread(engine, plan, views, clock)
     with clock.part("finalise"):
         total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, engine.groups)
         _finalise(engine, num_tokens)
@@ -61,12 +63,12 @@ class VisualPass:
 
     def __init__(self, engine: Engine, plan: StepPlan, pixels: torch.Tensor) -> None:
         """`pixels` as for `forward_backward`. Collective over the replica."""
-        self.engine, pixels = engine, upload(pixels)
+        self.engine, views = engine, _views(plan, pixels)
         with torch.no_grad():
             if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
-                self.visual = InlineEncoder(engine.model.encoder, pixels, plan.routes).of
+                self.visual = InlineEncoder(engine.model.encoder, views, plan.routes).of
                 return
-            rows = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views).rows
+            rows = EncoderPass(engine.model.encoder, views, engine.parallel.encoder_chunk_views).rows
             stored = send_rows(rows, plan.routes, engine.groups.replica)
             self.visual = ReceivedRows(stored, plan.routes, requires_grad=False).of
 
@@ -93,9 +95,15 @@ class VisualPass:
             )
 
 
-def _spread(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> ScheduleResult:
+def _views(plan: StepPlan, pixels: torch.Tensor) -> Views:
+    """The pixels on the device, with the patches of each view where views have any size."""
+    grids = tuple(unit.grid for unit in plan.routes.units if unit.grid is not None)
+    return Views(upload(pixels), grids if grids or pixels.ndim == 1 else None)
+
+
+def _spread(engine: Engine, plan: StepPlan, views: Views, clock: StepClock) -> ScheduleResult:
     with clock.part(ENCODE):
-        encoded = EncoderPass(engine.model.encoder, pixels, engine.parallel.encoder_chunk_views)
+        encoded = EncoderPass(engine.model.encoder, views, engine.parallel.encoder_chunk_views)
     with clock.part("route"):
         stored = send_rows(encoded.rows, plan.routes, engine.groups.replica)
         encoded.release_rows()
@@ -111,8 +119,8 @@ def _spread(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClo
     return result
 
 
-def _inline(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> ScheduleResult:
-    encoder = InlineEncoder(engine.model.encoder, pixels, plan.routes, clock.timeline)
+def _inline(engine: Engine, plan: StepPlan, views: Views, clock: StepClock) -> ScheduleResult:
+    encoder = InlineEncoder(engine.model.encoder, views, plan.routes, clock.timeline)
     with clock.part("schedule"):
         return _schedule(engine, plan, encoder.of, clock)
 

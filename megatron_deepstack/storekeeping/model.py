@@ -16,7 +16,8 @@ _PATCH_SIZE: Final = 14
 def model_for(store: Store, asked: ModelConfig | None) -> ModelConfig:
     """The model that is assumed to read a store.
 
-    Without a recipe, it has the variant that the store's layout of views was made for, and CLIP's patches of 14 pixels.
+    Without a recipe, it has the variant that the store's layout of views was made for, and CLIP's patches of 14 pixels,
+    or, if views have any size, the patches that they were made for.
 
     Args:
         store: The store.
@@ -32,6 +33,9 @@ def model_for(store: Store, asked: ModelConfig | None) -> ModelConfig:
         check_store(store, asked)
         return asked
     made = store.attributes.processor
+    if made["layout"] == ViewLayout.NATIVE:
+        vision = VisionConfig(patch_size=int(made["patch_size"]), merge_size=int(made["merge_size"]))
+        return ModelConfig(variant=variant_of_views(ViewLayout.NATIVE), vision=vision)
     side = int(made["crop_size"])
     return ModelConfig(
         variant=variant_of_views(ViewLayout(made["layout"])),

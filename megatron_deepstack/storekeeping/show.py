@@ -25,7 +25,7 @@ from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
-from megatron_deepstack.planning.views import num_views
+from megatron_deepstack.planning.views import Grid, ViewGrid, num_views
 from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.pictures import embedded
 from megatron_deepstack.storekeeping.stack_map import NO_STACK, mosaics, slot_names, stack_maps
@@ -93,7 +93,7 @@ def page(
         "main",
         element("h1", store.name),
         element("p", f"{len(samples)} of {len(store):,} samples, as {model.variant} reads them"),
-        element("p", _advice(tokenizer)),
+        element("p", _advice(tokenizer, model)),
         _legend(model, slots_known),
         *sections,
         element("footer", f"megatron-deepstack {__version__}"),
@@ -109,8 +109,10 @@ def page(
     return "<!doctype html>\n" + element("html", element("head", head), element("body", body), lang="en") + "\n"
 
 
-def _advice(tokenizer: Tokenizer | None) -> str:
+def _advice(tokenizer: Tokenizer | None, model: ModelConfig) -> str:
     shown = "Green text is learned." if tokenizer else "Green tokens are learned; --tokenizer turns them into text."
+    if model.variant.traits.is_native:
+        return f"{shown} Each image is shown as the one view that the model sees."
     return (
         f"{shown} A picture under the pointer, or touched, is shown without its stacks' colours. Yellow lines on a "
         "global view are the borders of its crops."
@@ -119,18 +121,27 @@ def _advice(tokenizer: Tokenizer | None) -> str:
 
 def _legend(model: ModelConfig, slots_known: bool) -> Markup:
     """The stacks' colours, and before which layers they are added, if that is known."""
-    names = slot_names(model) if stack_maps(model, (2, 2)) else []
+    names = _native_names(model) if model.variant.traits.is_native else []
+    if not model.variant.traits.is_native and stack_maps(model, (2, 2)):
+        names = [f"added before {name}" for name in slot_names(model)]
     items = [
         element(
             "span",
             element("i", style=f"background: {stack_colour(k)}"),
-            f"stack {k}, added before {name}" if slots_known else f"stack {k}",
+            f"stack {k}, {name}" if slots_known else f"stack {k}",
         )
         for k, name in enumerate(names)
     ]
     if names and not slots_known:
         items.append(element("span", "--recipe says before which layers they are added"))
     return element("p", *items, class_="legend")
+
+
+def _native_names(model: ModelConfig) -> list[str]:
+    """Where each stack of a view of any size comes from, and where it goes; every token of the view has all of them."""
+    ordered = sorted(model.vision.taps)
+    pairs = zip(ordered, slot_names(model), strict=True)
+    return [f"from the output of ViT layer {tap}, added before {name}" for tap, name in pairs]
 
 
 def _sample(store: Store, model: ModelConfig, number: int, length: int, tokenizer: Tokenizer | None) -> Markup:
@@ -150,17 +161,29 @@ def _sample(store: Store, model: ModelConfig, number: int, length: int, tokenize
 
 
 def _image(store: Store, model: ModelConfig, number: int) -> Markup:
-    """The global view with the grid, and each mosaic with its stacks."""
+    """The global view with the grid, and each mosaic with its stacks; of a view of any size its pictures."""
     image = store.image(number)
+    if isinstance(image.grid, ViewGrid):
+        return _native_image(store, model, number, image, image.grid)
     views = store.read_views(number, range(num_views(model.variant, image.grid)))
     maps = stack_maps(model, image.grid)
-    figures = [_figure(embedded(views[0], "global view"), _grid_lines(model, image), _caption(image), (1, 1))]
+    figures = [_figure(embedded(views[0], "global view"), _grid_lines(model, image.grid), _caption(image), (1, 1))]
     for k, (caption, numbers) in enumerate(mosaics(model, image.grid)):
         picture, colours = embedded(_assembled(views, numbers), caption, _SIDE), _stack_colours(maps, numbers)
         if k == 0 and colours:
             figures.append(_figure(picture, Markup(""), caption, numbers.shape))
             caption = "their tokens by stack"
         figures.append(_figure(picture, colours, caption, numbers.shape))
+    return element("div", *figures, class_="image")
+
+
+def _native_image(store: Store, model: ModelConfig, number: int, image: StoredImage, grid: ViewGrid) -> Markup:
+    """The pictures of a view of any size, in their shape."""
+    view = store.read_whole([number])[0]
+    _, height, width, _ = view.shape
+    tokens = grid.num_tokens(model.vision.merge_size)
+    caption = f"{_caption(image)}; the view has {width} x {height} and {tokens} tokens"
+    figures = [_figure(embedded(frame, "view", _SIDE), Markup(""), caption, (height, width)) for frame in view]
     return element("div", *figures, class_="image")
 
 
@@ -177,10 +200,10 @@ def _figure(picture: Markup, overlay: Markup, caption: str, shape: tuple[int, ..
     return element("figure", frame, element("figcaption", caption))
 
 
-def _grid_lines(model: ModelConfig, image: StoredImage) -> Markup:
-    if not mosaics(model, image.grid):
+def _grid_lines(model: ModelConfig, grid: Grid) -> Markup:
+    if not mosaics(model, grid):
         return Markup("")
-    gw, gh = image.grid
+    gw, gh = grid
     style = f"grid-template: repeat({gh}, 1fr) / repeat({gw}, 1fr)"
     return element("div", *([element("i")] * (gw * gh)), class_="lines", style=style)
 

@@ -12,6 +12,7 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.quarantine import QUARANTINE_FILE, flagged_by_reason, in_words
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.store.schema import MIXED_VERSION
 
 _MOST_BINS: Final = 24
 _PERCENTILES: Final = (50, 90, 99, 99.9)
@@ -75,8 +76,8 @@ def _numbers(store: Store, model: ModelConfig, lengths: np.ndarray) -> dict[str,
         "images": store.num_images,
         "counts": dict(store.attributes.counts),
         "variant": str(model.variant),
-        "view_pixels": store.crop_size,
-        "pixel_bytes": store.pixels.slot_bytes * int(store.array("images/count").sum()),
+        "view_pixels": None if store.version == MIXED_VERSION else store.crop_size,
+        "pixel_bytes": _pixel_bytes(store),
         "compression": str(store.pixels.compression),
         "tokens_with_images": int(lengths.sum()),
         "longest_sample": int(lengths.max()) if len(lengths) else 0,
@@ -93,8 +94,9 @@ def _facts(store: Store, model: ModelConfig, lengths: np.ndarray, flagged: dict[
     yield "images", f"{store.num_images:,} ({bad})"
     if flagged:
         yield "flagged because of", f"{in_words(flagged)} (each is named in {QUARANTINE_FILE})"
-    raw = store.pixels.slot_bytes * int(store.array("images/count").sum())
-    yield "views", f"{counts.get('views', 0):,} of {store.crop_size} pixels, {raw / 2**30:.2f} GiB before compression"
+    sides = "any size" if store.version == MIXED_VERSION else f"{store.crop_size} pixels"
+    raw = f"{_pixel_bytes(store) / 2**30:.2f} GiB before compression"
+    yield "views", f"{counts.get('views', 0):,} of {sides}, {raw}"
     yield "compression", str(store.pixels.compression)
     yield "text tokens", f"{counts.get('tokens', 0):,}, {counts.get('target_tokens', 0):,} of them learned"
     size = model.vision.patch_size
@@ -107,13 +109,33 @@ def _facts(store: Store, model: ModelConfig, lengths: np.ndarray, flagged: dict[
 
 def _histograms(store: Store, lengths: np.ndarray) -> Iterator[Histogram]:
     used = store.array("images/count") > 0
-    sizes, grids = store.array("images/size")[used], store.array("images/grid")[used]
+    sizes = store.array("images/size")[used]
     yield Histogram("longer side of an image, pixels", "images", _doubling(sizes.max(axis=1, initial=0)))
-    yield Histogram("grid, columns x rows", "images", _named([f"{gw} x {gh}" for gw, gh in grids.tolist()]))
-    yield Histogram("views of an image", "images", _each(store.array("images/count")[used]))
+    if store.version == MIXED_VERSION:
+        yield from _view_histograms(store, used)
+    else:
+        grids = store.array("images/grid")[used].tolist()
+        yield Histogram("grid, columns x rows", "images", _named([f"{gw} x {gh}" for gw, gh in grids]))
+        yield Histogram("views of an image", "images", _each(store.array("images/count")[used]))
     yield Histogram("images of a sample", "samples", _each(np.diff(store.array("samples/images_offsets"))))
     yield Histogram("text tokens of a sample", "samples", _even(store.lengths()))
     yield Histogram("tokens of a sample, visual ones included", "samples", _even(lengths))
+
+
+def _view_histograms(store: Store, used: np.ndarray) -> Iterator[Histogram]:
+    """Sizes of views of any size, and the rows that the model gets of them."""
+    grid, made = store.array("images/grid_thw")[used].astype(np.int64), store.attributes.processor
+    sides = grid[:, 1:].max(axis=1, initial=0) * int(made["patch_size"])
+    yield Histogram("longer side of a view, pixels", "views", _doubling(sides))
+    yield Histogram("tokens of a view", "views", _doubling(grid.prod(axis=1) // int(made["merge_size"]) ** 2))
+
+
+def _pixel_bytes(store: Store) -> int:
+    """Bytes of all views before compression."""
+    if store.version != MIXED_VERSION:
+        return store.pixels.slot_bytes * int(store.array("images/count").sum())
+    grid, side = store.array("images/grid_thw").astype(np.int64), int(store.attributes.processor["patch_size"])
+    return int((3 * store.array("images/frames").astype(np.int64) * grid[:, 1] * grid[:, 2]).sum()) * side * side
 
 
 def _doubling(values: np.ndarray) -> tuple[tuple[str, int], ...]:

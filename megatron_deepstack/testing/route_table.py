@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.planning.budget.cost import unit_flops
 from megatron_deepstack.planning.exchange.route_sides import ChunkRows
 from megatron_deepstack.planning.exchange.routes import EncodeUnit, PlannedSample, RankRoutes
-from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, tokens_per_view
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, unit_rows
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stage_chunks
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 Index = npt.NDArray[np.int64]
 _ROW = np.dtype(
@@ -46,7 +47,8 @@ class StepRoutes:
     """Structured array, one entry per delivered row, in the order of the exchange."""
     units: tuple[tuple[EncodeUnit, ...], ...]
     """Units by replica rank."""
-    view_tokens: int
+    first_rows: tuple[tuple[int, ...], ...]
+    """By replica rank the first local row of each of its units, and that of the newline."""
     slots_by_chunk: dict[tuple[int, int], tuple[int, ...]]
     """Decoder slots of each (pp, vpp)."""
     stage_of_rank: tuple[int, ...]
@@ -57,23 +59,39 @@ class StepRoutes:
 def _plan_units(
     model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]], num_ranks: int
 ) -> tuple[tuple[EncodeUnit, ...], ...]:
-    """Deal the views that some row needs to ranks, in order and evenly (all views cost the same, to within one)."""
-    units = []
+    """Deal the views that some row needs to ranks: in order and evenly, or the most costly first where costs differ."""
+    units, costs = [], []
     for m, samples in enumerate(micro_batches):
         for b, sample in enumerate(samples):
             for span in sample.sequence.spans:
                 rows = image_rows(model, sample.grids[span.image])
                 kept = (rows.cell < span.length) & (rows.view != NEWLINE)
                 for views in _unit_views(model, sample.grids[span.image], np.unique(rows.view[kept])):
-                    units.append(EncodeUnit(micro_batch=m, sample=b, image=span.image, views=views))
+                    shape = sample.grids[span.image]
+                    grid = shape if isinstance(shape, ViewGrid) else None
+                    units.append(EncodeUnit(micro_batch=m, sample=b, image=span.image, views=views, grid=grid))
+                    costs.append(unit_flops(model, shape))
+    if model.variant.traits.is_native and num_ranks > 1:
+        return _most_costly_first(units, costs, num_ranks)
     bounds = [len(units) * rank // num_ranks for rank in range(num_ranks + 1)]
     return tuple(tuple(units[a:b]) for a, b in pairwise(bounds))
 
 
-def _unit_views(model: ModelConfig, grid: Grid, needed: Index) -> list[tuple[int, ...]]:
+def _most_costly_first(
+    units: Sequence[EncodeUnit], costs: Sequence[float], num_ranks: int
+) -> tuple[tuple[EncodeUnit, ...], ...]:
+    """Each unit to the rank that has least to do so far; a rank's units in the order of the step."""
+    mine: list[list[int]] = [[] for _ in range(num_ranks)]
+    for unit in sorted(range(len(units)), key=lambda u: -costs[u]):
+        min(mine, key=lambda held: sum(costs[u] for u in held)).append(unit)
+    return tuple(tuple(units[u] for u in sorted(held)) for held in mine)
+
+
+def _unit_views(model: ModelConfig, grid: ImageShape, needed: Index) -> list[tuple[int, ...]]:
     if not len(needed):
         return []
     if model.variant.traits.stacks_in_vit:
+        assert not isinstance(grid, ViewGrid)
         return [tuple(range(1 + grid[0] * grid[1]))]
     return [(int(view),) for view in needed]
 
@@ -98,8 +116,9 @@ def plan_table(
     ranks = parallel.tensor * parallel.context * parallel.pipeline
     inline = parallel.encoder_placement is EncoderPlacement.INLINE
     units = _plan_units(model, micro_batches, 1 if inline else ranks)
-    first_row = _first_rows(units, tokens_per_view(model.vision))
-    newline_row = [len(mine) * tokens_per_view(model.vision) for mine in units]
+    first_rows = tuple(_rank_rows(model, micro_batches, mine) for mine in units)
+    first_row = _homes(units, first_rows)
+    newline_row = [starts[-1] for starts in first_rows]
     slots = decoder_slots(model)
     parts = [np.empty(0, _ROW)]
     for m, samples in enumerate(micro_batches):
@@ -111,12 +130,13 @@ def plan_table(
     if inline:
         table["src"] = table["dst"]
         units = tuple(units[0] if rank < parallel.tensor * parallel.context else () for rank in range(ranks))
+        first_rows = tuple(first_rows[0] if mine else (0,) for mine in units)
     table = table[np.lexsort([table[k] for k in ("slot", "vpp", "micro_batch", "src", "dst")])]
     chunks = stage_chunks(model.language.num_layers, parallel)
     return StepRoutes(
         rows=table,
         units=units,
-        view_tokens=tokens_per_view(model.vision),
+        first_rows=first_rows,
         slots_by_chunk={(c.pp, c.vpp): chunk_slots(c, slots) for c in chunks},
         stage_of_rank=tuple(rank // (parallel.tensor * parallel.context) for rank in range(ranks)),
         returns=tuple(parallel.sequence_parallel or rank % parallel.tensor == 0 for rank in range(ranks)),
@@ -126,10 +146,20 @@ def plan_table(
 _Home = tuple[int, int]
 
 
-def _first_rows(units: Sequence[Sequence[EncodeUnit]], view_tokens: int) -> dict[tuple[int, int, int, int], _Home]:
+def _rank_rows(
+    model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]], mine: Sequence[EncodeUnit]
+) -> tuple[int, ...]:
+    """The first local row of each unit of one rank, and that of the newline."""
+    counts = [unit_rows(model, micro_batches[u.micro_batch][u.sample].grids[u.image]) for u in mine]
+    return tuple(accumulate(counts, initial=0))
+
+
+def _homes(
+    units: Sequence[Sequence[EncodeUnit]], first_rows: Sequence[Sequence[int]]
+) -> dict[tuple[int, int, int, int], _Home]:
     """(micro-batch, sample, image, first view of the unit) -> (rank, first local row)."""
     return {
-        (unit.micro_batch, unit.sample, unit.image, unit.views[0]): (rank, index * view_tokens)
+        (unit.micro_batch, unit.sample, unit.image, unit.views[0]): (rank, first_rows[rank][index])
         for rank, mine in enumerate(units)
         for index, unit in enumerate(mine)
     }
@@ -215,16 +245,21 @@ def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:
     received = rows[rows["dst"] == rank]
     backwards = sent[sent["returns"]]
     assert (received["returns"] == step.returns[rank]).all()
-    num_local = len(step.units[rank]) * step.view_tokens + 1
+    num_local = step.first_rows[rank][-1] + 1
     assert not len(sent) or int(sent["src_row"].max()) < num_local, "a route names a row its rank does not make"
     uses = np.bincount(backwards["src_row"], minlength=num_local)
     assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
-    num_units = len({unit for units in step.units for unit in units})
+    rows_of = {
+        u: stop - first
+        for units, starts in zip(step.units, step.first_rows, strict=True)
+        for u, (first, stop) in zip(units, pairwise(starts), strict=True)
+    }
     chunks, stored_rows = _chunk_rows(step, received, step.stage_of_rank[rank])
     return RankRoutes(
         units=step.units[rank],
-        num_units=num_units,
-        num_replica_rows=num_units * step.view_tokens,
+        first_rows=np.array(step.first_rows[rank]),
+        num_units=len(rows_of),
+        num_replica_rows=sum(rows_of.values()),
         num_local_rows=num_local,
         send_rows=np.ascontiguousarray(sent["src_row"]),
         send_splits=_counts(sent["dst"], num_ranks),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.choices import Activation, Part, Precision, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -29,9 +29,11 @@ from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.planning.exchange.rows import Grid, context_length
-from megatron_deepstack.planning.views import num_views
+from megatron_deepstack.planning.views import ImageShape, ViewGrid, num_views
 
 GRIDS: tuple[Grid, ...] = ((2, 2), (1, 2), (3, 1), (2, 1), (4, 1), (1, 1))
+PATCHES = tuple(ViewGrid(frames=1, height=h, width=w) for h, w in ((2, 2), (4, 6), (6, 2), (2, 8), (4, 4)))
+"""Patches of views of any size; every side is a multiple of the merge size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,9 @@ class TinySample:
 
     tokens: np.ndarray
     loss_mask: np.ndarray
-    grids: tuple[Grid, ...]
+    grids: tuple[ImageShape, ...]
     pixels: tuple[np.ndarray, ...]
-    """Per image uint8 (views, S, S, 3)."""
+    """Per image uint8 (views, S, S, 3), or of views of any size (1, height, width, 3)."""
 
     def planned(self, model: ModelConfig, seq_length: int, truncate: bool = False) -> PlannedSample:
         """The sample as the planner takes it.
@@ -80,6 +82,49 @@ def tiny_model(**changes: object) -> ModelConfig:
             vocab_size=61, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, norm_epsilon=1e-5
         ),
         "stacks": StackConfig(slots=(0, 3, 5, 7)),
+    }
+    return ModelConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def tiny_qwen3_vl(**changes: object) -> ModelConfig:
+    """A Qwen3-VL of six decoder layers of width 32 and a tower of four, with two taps.
+
+    Args:
+        **changes: Fields of `ModelConfig` that are to be otherwise.
+    """
+    settings: dict[str, object] = {
+        "variant": Variant.QWEN3_VL,
+        "vision": VisionConfig(
+            kind="qwen3_vl",
+            patch_size=4,
+            temporal_patch_size=2,
+            merge_size=2,
+            hidden_size=24,
+            ffn_hidden_size=40,
+            num_layers=4,
+            num_heads=3,
+            num_positions=20,
+            taps=(0, 2),
+            select_layer=-1,
+            activation=Activation.GELU_TANH,
+            layernorm_epsilon=1e-6,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
+        "language": LanguageConfig(
+            family="qwen3_vl",
+            vocab_size=61,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_layers=8,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            norm_epsilon=1e-6,
+            rope_theta=1e4,
+            mrope_section=(4, 2, 2),
+            qk_norm=True,
+        ),
     }
     return ModelConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
@@ -141,13 +186,25 @@ def _sample(model: ModelConfig, rng: np.random.Generator, num_images: int) -> Ti
     tokens[places] = IMAGE_TOKEN_ID
     mask = (rng.random(length) < 0.6) & (tokens != IMAGE_TOKEN_ID)
     mask[-1] = True
-    candidates = ((2, 2),) if model.variant.traits.stacks_in_vit else GRIDS[:5]
-    grids = tuple(candidates[int(rng.integers(len(candidates)))] for _ in range(num_images))
-    size = model.vision.image_size
-    pixels = tuple(
-        rng.integers(0, 256, (num_views(model.variant, grid), size, size, 3), dtype=np.uint8) for grid in grids
-    )
+    grids = tuple(_shape(model, rng) for _ in range(num_images))
+    pixels = tuple(rng.integers(0, 256, _pixels_of(model, grid), dtype=np.uint8) for grid in grids)
     return TinySample(tokens=tokens, loss_mask=mask.astype(np.int64), grids=grids, pixels=pixels)
+
+
+def _shape(model: ModelConfig, rng: np.random.Generator) -> ImageShape:
+    if model.variant.traits.is_native:
+        return PATCHES[int(rng.integers(len(PATCHES)))]
+    candidates = ((2, 2),) if model.variant.traits.stacks_in_vit else GRIDS[:5]
+    return candidates[int(rng.integers(len(candidates)))]
+
+
+def _pixels_of(model: ModelConfig, shape: ImageShape) -> tuple[int, int, int, int]:
+    """Shape of an image's pixels: views, height, width, channels."""
+    if isinstance(shape, ViewGrid):
+        width, height = shape.pixel_size(model.vision.patch_size)
+        return 1, height, width, 3
+    size = model.vision.image_size
+    return num_views(model.variant, shape), size, size, 3
 
 
 Images = tuple[np.ndarray, ...]
@@ -188,8 +245,11 @@ def unit_pixels(model: ModelConfig, images: list[list[Images]], plan: StepPlan) 
         plan: This rank's plan.
 
     Returns:
-        uint8 (N, S, S, 3), in the order of the plan's units.
+        uint8 (N, S, S, 3), in the order of the plan's units; of views of any size all values in one dimension.
     """
+    if model.variant.traits.is_native:
+        chosen = [images[u.micro_batch][u.sample][u.image][list(u.views)] for u in plan.routes.units]
+        return torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *(one.reshape(-1) for one in chosen)]))
     size = model.vision.image_size
     parts = [np.empty((0, size, size, 3), np.uint8)]
     for unit in plan.routes.units:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from megatron_deepstack import errors
 from megatron_deepstack.cli import app
+from megatron_deepstack.cli.app import INTERRUPTED
 
 MOST_README_LINES = 200
 
@@ -103,4 +104,4 @@ def test_every_exit_code_is_listed():
     _, _, section = text_of(ROOT / "docs" / "survival.md").partition("## Exit codes")
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", section, flags=re.MULTILINE)}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert {kind.exit_code for kind in kinds if kind is not errors.DeepStackError} | {0} == listed
+    assert {kind.exit_code for kind in kinds if kind is not errors.DeepStackError} | {0, INTERRUPTED} == listed

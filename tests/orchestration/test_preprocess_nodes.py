@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,26 @@ def test_what_was_done_before_does_not_count_as_speed(clock: list[float]) -> Non
     shown.add(PartDone("images", images=10), "node")
     shown.add(PartDone("text", records=5), "node")
     assert shown.state() == "100/100 images, 5/10 records, 1 images/s, 0 B/s, ETA 0:00:10"
+
+
+@pytest.mark.parametrize(
+    ("width", "words"),
+    [
+        (140, "5000/10000 images, 0/9000 records, 50 images/s, 50.0 MB/s, ETA 0:01:40, 1 quarantined"),
+        (80, "5000/10000 images, 50 images/s, ETA 0:01:40, 1 quarantined"),
+        (62, "5000/10000 images, ETA 0:01:40, 1 quarantined"),
+        (30, "5000/10000 images"),
+    ],
+)
+def test_a_bar_says_what_the_terminal_has_room_for(clock: list[float], width: int, words: str) -> None:
+    written = io.StringIO()
+    with JobProgress(10_000, 9_000, Console(file=written, width=width, force_terminal=True)) as shown:
+        for second in range(100):
+            clock[0] = 101.0 + second
+            shown.add(PartDone("images", images=50, written_bytes=50_000_000), "node")
+        shown.add(PartDone("images", quarantined=(("a", "b"),)), "node")
+        shown.show()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("preprocess ")
+    assert last.rstrip().endswith(words)
+    assert "…" not in last

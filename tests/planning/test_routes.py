@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,20 +16,28 @@ from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackC
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import padded_length
 from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
-from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, tokens_per_view
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, image_rows, tokens_per_view, unit_rows
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, stage_chunks
 from megatron_deepstack.testing.route_table import plan_table, rank_routes
-from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
+from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_samples
 
 Delivered = Counter[tuple[int, int, int, int, int, int, int]]
 """(micro-batch, sample, slot, position, image, view, token) and how often it was added, all tp ranks counted."""
 
-models = st.builds(
+cropping = st.builds(
     lambda variant, sampler, slots: tiny_model(variant=variant, stacks=StackConfig(sampler=sampler, slots=slots)),
     st.sampled_from([Variant.DEEPSTACK_L, Variant.DEEPSTACK_HD, Variant.LLAVA, Variant.LLAVA_ANYRES]),
     st.sampled_from(list(Sampler)),
     st.tuples(*[st.integers(0, 7)] * 4),
 )
+native = st.builds(
+    lambda taps, slots: tiny_qwen3_vl(
+        vision=replace(tiny_qwen3_vl().vision, taps=taps), stacks=StackConfig(slots=slots[: len(taps)])
+    ),
+    st.sampled_from([(), (2,), (0, 2), (3, 1, 0)]),
+    st.tuples(*[st.integers(0, 7)] * 3),
+)
+models = st.one_of(cropping, native)
 layouts = st.builds(
     ParallelConfig,
     tensor=st.sampled_from([1, 2]),
@@ -72,7 +81,8 @@ def exchange(routes: list[RankRoutes], model: ModelConfig) -> list[list[tuple[in
         for unit in mine.units:
             first = unit.views[0]
             table += [
-                (unit.micro_batch, unit.sample, unit.image, first, t) for t in range(tokens_per_view(model.vision))
+                (unit.micro_batch, unit.sample, unit.image, first, t)
+                for t in range(unit_rows(model, unit.grid) if unit.grid else tokens_per_view(model.vision))
             ]
         tables.append([*table, (-1, -1, -1, NEWLINE, 0)])
     outgoing = []
@@ -207,7 +217,11 @@ def steps(draw: st.DrawFn) -> tuple[ModelConfig, ParallelConfig, list[list[Plann
     first_stage = 8 // parallel.pipeline // parallel.virtual_pipeline - 1
     variant = draw(st.sampled_from(list(Variant)))
     slots = draw(st.tuples(*[st.integers(0, first_stage if inline else 7)] * 4))
-    model = tiny_model(variant=variant, stacks=StackConfig(sampler=draw(st.sampled_from(list(Sampler))), slots=slots))
+    sampler = draw(st.sampled_from(list(Sampler)))
+    if variant.traits.is_native:
+        model = tiny_qwen3_vl(stacks=StackConfig(slots=slots[:2]))
+    else:
+        model = tiny_model(variant=variant, stacks=StackConfig(sampler=sampler, slots=slots))
     cut = draw(st.one_of(st.none(), st.integers(1, 60)))
     samples = tiny_samples(model, draw(st.integers(1, 5)), draw(st.integers(0, 99)))
     planned = [s.planned(model, cut or 1000, truncate=cut is not None) for s in samples]
@@ -233,7 +247,7 @@ def assert_same(found: RankRoutes, expected: RankRoutes) -> None:
     ):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.return_splits == expected.return_splits
-    for name in ("send_rows", "returned_rows", "stored_rows"):
+    for name in ("first_rows", "send_rows", "returned_rows", "stored_rows"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
     assert list(found.chunks) == list(expected.chunks)
     for key, chunk in found.chunks.items():

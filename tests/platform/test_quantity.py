@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -60,6 +61,28 @@ def test_bytes_are_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     work = WorkProgress("export", 10e9, "bytes", console=Console(file=io.StringIO()))
     ticking.now = 4.0
     assert work.state(5e9) == "5 GB of 10 GB, 0:04 left"
+
+
+@pytest.mark.parametrize(
+    ("width", "words"),
+    [
+        (80, "45,678 of 123,456 questions, 1:53:30 left"),
+        (60, "45,678 of 123,456 questions, 1:53:30 left"),
+        (40, "37%, 1:53:30 left"),
+        (20, "37%"),
+    ],
+)
+def test_a_bar_says_what_the_terminal_has_room_for(monkeypatch: pytest.MonkeyPatch, width: int, words: str) -> None:
+    ticking, out = Clock(monkeypatch), io.StringIO()
+    with WorkProgress(
+        "generate", 123456, "questions", console=Console(file=out, width=width, force_terminal=True)
+    ) as w:
+        ticking.now = 4000.0
+        w.at(45678)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("generate ")
+    assert last.rstrip().endswith(words)
+    assert "…" not in last
 
 
 def test_ranks_that_are_quiet_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:

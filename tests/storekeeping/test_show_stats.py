@@ -212,6 +212,19 @@ def test_the_drawing_has_axes_every_label_every_number_and_a_dark_theme(store: S
     assert "prefers-color-scheme: dark" in svg
 
 
+@pytest.mark.parametrize(
+    "title", ["sizes", "Sizes of images and samples in /a/folder/of/many/levels/and/names/store.zarr"]
+)
+def test_the_drawing_can_be_read_at_400_pixels(store: Store, title: str) -> None:
+    """No text is smaller than 9 pixels where a screen of that width shows the whole drawing, and none is cut off."""
+    root = ElementTree.fromstring(drawn(statistics(store, model_for(store, None)), title))
+    width = float(root.attrib["viewBox"].split()[2])
+    texts = [part for part in root.iter() if part.tag.endswith("}text")]
+    sizes = {part.text: float(part.attrib["font-size"]) for part in texts}
+    assert min(size for words, size in sizes.items() if words != title) * 400 / width >= 9
+    assert 16 + 0.6 * sizes[title] * len(title) <= width
+
+
 def test_slots_are_stated_only_where_a_recipe_says_them(store: Store) -> None:
     """The store knows nothing of slots; the default ones may be another run's."""
     guessed, asked = (page(store, model_for(store, None), [0], None, slots_known=known) for known in (False, True))

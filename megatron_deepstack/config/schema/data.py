@@ -43,6 +43,12 @@ class DataConfig:
     resize: ImageResize = ImageResize.PILLOW
     """Kernel that resizes images. `pillow` gives exactly the pixels of the published preprocessing; `torch` rounds
     differently."""
+    min_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 65_536
+    """Smallest area of the view of an image, for models that look at an image at its own resolution (`qwen3_vl`);
+    smaller images are enlarged. Both limits are Qwen3-VL's own."""
+    max_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 16_777_216
+    """Largest area of such a view; larger images are reduced. Each 1024 pixels (32 x 32) become one visual token, so
+    this bounds the tokens of an image: 16,384 by default."""
     orientation: Orientation = Orientation.AS_STORED
     """Whether photos are turned as their EXIF tag says: `exif` turns them, `as_stored` does not, as published."""
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED

@@ -43,6 +43,20 @@ class VisionConfig:
     its input. The default is the value that LLaVA and DeepStack publish."""
     layernorm_epsilon: Annotated[float, POSITIVE] = 1e-5
     """Epsilon of its LayerNorms. The default is CLIP's; SigLIP has 1e-6."""
+    temporal_patch_size: Annotated[int, POSITIVE, Unit("frames")] = 1
+    """Frames of a patch. With 2, as in Qwen3-VL, a picture is taken as two equal frames."""
+    merge_size: Annotated[int, POSITIVE, Unit("patches")] = 1
+    """Patches in each direction that become one visual token; Qwen3-VL has 2. Only towers for views of any size merge
+    patches."""
+    num_positions: Annotated[int, POSITIVE] | None = None
+    """Entries of the table of learned positions, which is square and is interpolated to the size of a view; one for
+    each patch of a view if null. Qwen3-VL has 2304."""
+    taps: tuple[Annotated[int, NOT_NEGATIVE], ...] = ()
+    """Layers, counted from 0, whose output becomes a stack through a merger of its own, in the order of the mergers.
+    The stacks enter the decoder in ascending order of these layers. Qwen3-VL 8B has 8, 16 and 24."""
+    rope_theta: Annotated[float, POSITIVE] = 10000.0
+    """Base of the tower's rotary positions over lines and columns; used only by towers that have them. The default is
+    Qwen3-VL's."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of each channel (red, green, blue; range 0 to 1), subtracted from the pixels. The default is CLIP's."""
     std: tuple[Annotated[float, POSITIVE], Annotated[float, POSITIVE], Annotated[float, POSITIVE]] = (
@@ -84,6 +98,9 @@ class LanguageConfig:
     """Epsilon of the RMSNorms. The default is LLaMA 2's; Qwen's decoders have 1e-6."""
     rope_theta: Annotated[float, POSITIVE] = 10000.0
     """Base of the rotary position embedding. The default is LLaMA's; newer decoders have larger ones."""
+    mrope_section: tuple[int, int, int] | None = None
+    """Number of frequencies of a head that turn by time, by line and by column, for a decoder with positions on three
+    axes; Qwen3-VL has 24, 20 and 20. Null for the one axis of other decoders."""
     qkv_bias: bool = False
     """Query, key and value projections have a bias, as in Qwen2."""
     qk_norm: bool = False

@@ -41,6 +41,8 @@ class HfDecoder:
     """True if `sliding_window` applies only where `use_sliding_window` is true; False if it always applies."""
     default_window: int | None = None
     """Value that transformers uses if `sliding_window` is absent."""
+    default_theta: float = 10000.0
+    """Base of rotary positions that transformers uses if the config names none."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Hugging Face's name of a tensor by LLaMA's name, where they differ; `{n}` is the number of the layer."""
 
@@ -55,6 +57,9 @@ class FamilyTraits:
     """Activation of the gate in its MLP."""
     has_linear_biases: bool = False
     """The output projection of attention and the linears of the MLP have biases."""
+    has_axial_positions: bool = False
+    """Positions have three axes (time, line, column), whose frequencies are interleaved within a head, as
+    `model.language.mrope_section` divides them."""
     is_recognised: bool = False
     """True if the family differs from LLaMA only in its switches. A recipe that names no family then gets this one if
     its switches fit."""
@@ -135,10 +140,32 @@ _QWEN3 = FamilyTraits(
         model_types=("qwen3",), fields=llama_fields(num_kv_heads=32, head_dim=128), has_window_switch=True
     ),
 )
+_QWEN3_VL = FamilyTraits(
+    switches=_QWEN3.switches,
+    has_axial_positions=True,
+    hugging_face=HfDecoder(
+        model_types=("qwen3_vl_text",),
+        fields=llama_fields(
+            num_kv_heads=32,
+            head_dim=128,
+            vocab_size=read("vocab_size", default=151936),
+            hidden_size=read("hidden_size", default=4096),
+            intermediate_size=read("ffn_hidden_size", default=22016),
+            tie_word_embeddings=IGNORED,  # the config of the whole model says it
+        ),
+        default_theta=500000.0,
+    ),
+)
 _OF_SWITCHES_ALONE = FamilyTraits()
 """A decoder whose switches fit no family of Hugging Face, such as one with both biases and norms."""
 
-_families: dict[str, FamilyTraits] = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3}
+_families: dict[str, FamilyTraits] = {
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "qwen3_vl": _QWEN3_VL,
+}
 FAMILIES: Final[Mapping[str, FamilyTraits]] = MappingProxyType(_families)
 """Families by the name that `model.language.family` gives. A recipe without a name gets the first that fits it."""
 

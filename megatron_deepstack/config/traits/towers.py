@@ -52,16 +52,21 @@ class HfTower:
 class TowerTraits:
     """What a kind of tower is."""
 
-    has_class_token: bool
+    has_class_token: bool = False
     """Whether there is a learned token before the patches; it is removed from the features."""
     has_patch_bias: bool
     """The embedding of patches has a bias."""
-    has_pre_norm: bool
+    has_pre_norm: bool = False
     """Whether there is a LayerNorm between the embedding and the first layer."""
     has_post_norm: bool = False
     """The selected feature passes a LayerNorm, whichever layer it comes from."""
+    is_native: bool = False
+    """Views may have any size: positions are interpolated from a square table and rotate by line and column, and the
+    rows come from mergers of neighbouring patches, one for the last layer and one for each tap."""
     activations: tuple[Activation, ...]
     """Activations that its MLP may have."""
+    layernorm_epsilon: float | None = None
+    """Epsilon of its LayerNorms, if the recipe has no choice."""
     hugging_face: HfTower | None = None
     """None if Hugging Face has no such tower; its weights then have only the published names."""
 
@@ -119,7 +124,32 @@ _SIGLIP = TowerTraits(
         model_types=("siglip_vision_model",), fields=_SIGLIP_FIELDS, image_processor="SiglipImageProcessor"
     ),
 )
-_towers: dict[str, TowerTraits] = {"clip": _CLIP, "siglip": _SIGLIP}
+_QWEN3_VL = TowerTraits(
+    is_native=True,
+    has_patch_bias=True,
+    activations=(*_ANY_GELU, Activation.SILU),
+    layernorm_epsilon=1e-6,
+    hugging_face=HfTower(
+        model_types=("qwen3_vl_vision", "qwen3_vl"),
+        image_processor="Qwen2VLImageProcessorFast",
+        final_norm=False,
+        fields={
+            "depth": read("num_layers", default=27),
+            "hidden_size": read("hidden_size", default=1152),
+            "hidden_act": read("activation", default="gelu_pytorch_tanh"),
+            "intermediate_size": read("ffn_hidden_size", default=4304),
+            "num_heads": read("num_heads", default=16),
+            "in_channels": fixed(3, written=True),
+            "patch_size": read("patch_size", default=16),
+            "spatial_merge_size": read("merge_size", default=2),
+            "temporal_patch_size": read("temporal_patch_size", default=2),
+            "out_hidden_size": read("out_hidden_size", default=3584),  # the decoder's width
+            "num_position_embeddings": read("num_positions", default=2304),
+            "deepstack_visual_indexes": read("taps", default=[8, 16, 24]),
+        },
+    ),
+)
+_towers: dict[str, TowerTraits] = {"clip": _CLIP, "siglip": _SIGLIP, "qwen3_vl": _QWEN3_VL}
 TOWERS: Final[Mapping[str, TowerTraits]] = MappingProxyType(_towers)
 """Towers by the name that `model.vision.kind` gives."""
 

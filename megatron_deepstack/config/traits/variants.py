@@ -20,6 +20,8 @@ class ViewLayout(StrEnum):
     GLOBAL = "global"
     CROPS = "crops"
     HIGH_RES = "high_res"
+    NATIVE = "native"
+    """One view of the image at its own resolution; it has nothing in common with the other layouts."""
 
 
 class Context(StrEnum):
@@ -31,6 +33,8 @@ class Context(StrEnum):
     """The global tokens, then the mosaic of the crops, with the learned newline at the end of each of its lines."""
     SEQUENCE = "sequence"
     """The global tokens, then the tokens of all crops, stack after stack."""
+    MERGED = "merged"
+    """The merged tokens of the one view."""
 
 
 class StackSource(StrEnum):
@@ -42,6 +46,8 @@ class StackSource(StrEnum):
     """The mosaic of the image's crops. There are as many stacks as crops."""
     HIGH_RES = "high_res"
     """The high-res crops of each context view. There are as many stacks as one view has high-res crops."""
+    TAPS = "taps"
+    """Outputs of chosen layers of the tower, of the same view. There are as many stacks as the tower has taps."""
 
 
 class StackedPart(StrEnum):
@@ -66,11 +72,19 @@ class VariantTraits:
     """Where stacks are added. It has no meaning if there are no stacks."""
     is_llava: bool = False
     """True if transformers' LlavaForConditionalGeneration computes the same, so that an export can use its names."""
+    whole_model: str | None = None
+    """`model_type` of the model of transformers whose mathematics this is as a whole, such as `qwen3_vl`; None for the
+    variants of the paper."""
 
     @property
     def has_crops(self) -> bool:
         """Images are cut into a grid of crops."""
-        return self.views is not ViewLayout.GLOBAL
+        return self.views in (ViewLayout.CROPS, ViewLayout.HIGH_RES)
+
+    @property
+    def is_native(self) -> bool:
+        """Each image is one view at its own resolution."""
+        return self.views is ViewLayout.NATIVE
 
     @property
     def has_newline(self) -> bool:
@@ -97,6 +111,7 @@ class Variant(StrEnum):
     LLAVA = "llava"
     LLAVA_ANYRES = "llava_anyres"
     IN_SEQUENCE = "in_sequence"
+    QWEN3_VL = "qwen3_vl"
 
     @property
     def traits(self) -> VariantTraits:
@@ -123,6 +138,12 @@ VARIANTS: Final[Mapping[Variant, VariantTraits]] = {
     Variant.LLAVA: VariantTraits(views=ViewLayout.GLOBAL, context=Context.GLOBAL, is_llava=True),
     Variant.LLAVA_ANYRES: VariantTraits(views=ViewLayout.CROPS, context=Context.MOSAIC),
     Variant.IN_SEQUENCE: VariantTraits(views=ViewLayout.CROPS, context=Context.SEQUENCE),
+    Variant.QWEN3_VL: VariantTraits(
+        views=ViewLayout.NATIVE,
+        context=Context.MERGED,
+        stack_source=StackSource.TAPS,
+        whole_model="qwen3_vl",
+    ),
 }
 """The traits of each variant. If several variants use the same views, a store of these views is shown as one of the
 first of them."""

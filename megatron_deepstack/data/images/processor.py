@@ -7,6 +7,7 @@ with the recipe again when a run opens the store; resizing, orientation and temp
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -138,6 +139,8 @@ def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = 
 def _view_faults(store: Store, model: ModelConfig) -> list[str]:
     made, stacks, layouts = store.attributes.processor, model.stacks, list(ViewLayout)
     needed = layout_of(model.variant)
+    if ViewLayout.NATIVE in (needed, made["layout"]):
+        return _native_faults(made, needed, model)
     faults = [_fault("model.vision.image_size", model.vision.image_size, made["crop_size"])]
     if layouts.index(ViewLayout(made["layout"])) < layouts.index(needed):
         faults.append(
@@ -147,6 +150,15 @@ def _view_faults(store: Store, model: ModelConfig) -> list[str]:
         faults.append(_fault("model.stacks.grid", stacks.grid.value, made["grid"]))
         if stacks.grid is GridRule.BEST_FIT:
             faults.append(_fault("model.stacks.num_crops", stacks.num_crops, made["num_crops"]))
+    return [fault for fault in faults if fault]
+
+
+def _native_faults(made: Mapping[str, Any], needed: ViewLayout, model: ModelConfig) -> list[str]:
+    """Differences if the store or the model has views of any size."""
+    if needed != made["layout"]:
+        return [f"model.variant {model.variant.value!r} needs the views {needed.value!r}, it holds {made['layout']!r}"]
+    asked = {name: getattr(model.vision, name) for name in ("patch_size", "merge_size")}
+    faults = [_fault(f"model.vision.{name}", value, made[name]) for name, value in asked.items()]
     return [fault for fault in faults if fault]
 
 

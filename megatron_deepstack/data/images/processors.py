@@ -12,4 +12,4 @@ AnyProcessor = Processor | SizedProcessor
 
 def processor_of(recipe: Recipe) -> AnyProcessor:
     """Return the processor that `recipe` asks for."""
-    return Processor.of(recipe)
+    return SizedProcessor.of(recipe) if recipe.model.variant.traits.is_native else Processor.of(recipe)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_deepstack.config.choices import Compression, DeepGrey, ImageResize, Orientation
+from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.traits.variants import ViewLayout
 from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
 from megatron_deepstack.data.images.pictures import decode_image, stretch
@@ -22,7 +23,7 @@ from megatron_deepstack.data.images.source import QuarantineError
 from megatron_deepstack.data.store.blocks import as_blocks
 from megatron_deepstack.data.store.schema import BlockSlots, num_blocks
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.views import MAX_ASPECT_RATIO, ViewGrid, smart_resize
+from megatron_deepstack.planning.views import MAX_ASPECT_RATIO, ViewGrid, layout_of, smart_resize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,23 @@ class SizedProcessor:
     orientation: Orientation = Orientation.AS_STORED
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
     transparency: str = AS_PUBLISHED
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> SizedProcessor:
+        """The processor that `recipe` asks for."""
+        model, data = recipe.model, recipe.data
+        return cls(
+            layout=layout_of(model.variant),
+            patch_size=model.vision.patch_size,
+            merge_size=model.vision.merge_size,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            resize=data.resize,
+            max_image_pixels=data.max_image_pixels,
+            orientation=data.orientation,
+            deep_grey=data.deep_grey,
+            transparency=data.transparency.lower(),
+        )
 
     @property
     def most_slots(self) -> int:

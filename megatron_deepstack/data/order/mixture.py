@@ -11,6 +11,8 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import groupby
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ from megatron_deepstack.data.store.lengths import sample_sizes
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape
 
 
 class Samples(Protocol):
@@ -53,14 +55,20 @@ class Samples(Protocol):
     def sample_images(self, index: int) -> tuple[int, ...]:
         """The numbers of a sample's images."""
 
-    def grid(self, image: int) -> Grid:
-        """The grid of an image."""
+    def grid(self, image: int) -> ImageShape:
+        """The grid of an image's crops, or the patches of its one view."""
 
     def image(self, index: int) -> StoredImage:
         """The image with the number `index`."""
 
     def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
         """Views of many images, see `Store.read_many`."""
+
+    def view_shape(self, image: int) -> tuple[int, int, int, int]:
+        """The shape of an image's one view, see `Store.view_shape`."""
+
+    def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Views of any size, one after another, see `Store.read_flat`."""
 
 
 class Mixture:
@@ -134,8 +142,8 @@ class Mixture:
         store, number = self._find(index, self._first_sample, "sample")
         return tuple(self._first_image[store] + image for image in self.stores[store].sample_images(number))
 
-    def grid(self, image: int) -> Grid:
-        """Grid of an image."""
+    def grid(self, image: int) -> ImageShape:
+        """The grid of an image's crops, or the patches of its one view."""
         store, number = self._find(image, self._first_image, "image")
         return self.stores[store].grid(number)
 
@@ -165,6 +173,34 @@ class Mixture:
             numbers = samples[here] - self._first_sample[k]
             lengths[here], units[here] = sample_sizes(self.stores[k], model, numbers)
         return lengths, units
+
+    def view_shape(self, image: int) -> tuple[int, int, int, int]:
+        """Frames, height and width in pixels, and 3, of the one view of an image, which may have any size."""
+        store, number = self._find(image, self._first_image, "image")
+        return self.stores[store].view_shape(number)
+
+    def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Views of any size, see `Store.read_flat`; those of one store are read together.
+
+        Args:
+            images: Numbers of images, counted over all stores.
+            out: uint8 (bytes of all views,) that receives them; a new array if None.
+
+        Returns:
+            uint8 (bytes of all views,).
+
+        Raises:
+            StoreError: A view cannot be read, or is damaged.
+        """
+        ends = np.cumsum([0, *(prod(self.view_shape(image)) for image in images)]).tolist()
+        if out is None:
+            out = np.empty(ends[-1], np.uint8)
+        found = [self._find(image, self._first_image, "image") for image in images]
+        for store, group in groupby(range(len(found)), key=lambda place: found[place][0]):
+            places = list(group)
+            numbers = [found[place][1] for place in places]
+            self.stores[store].read_flat(numbers, out[ends[places[0]] : ends[places[-1] + 1]])
+        return out
 
     def _find(self, index: int, firsts: list[int], noun: str) -> tuple[int, int]:
         """The store, and the number within that store."""

@@ -17,6 +17,7 @@ from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.order.mixture import Mixture, Samples, sizes_of
 from megatron_deepstack.data.order.sampler import Indices
+from megatron_deepstack.data.order.unit_pixels import UnitPixels
 from megatron_deepstack.data.order.unreadable import UnreadableSample, Where, without
 from megatron_deepstack.data.store.lengths import check_lengths
 from megatron_deepstack.data.store.reader import Store
@@ -47,7 +48,7 @@ class LoadedStep:
     step: int
     plan: StepPlan
     pixels: np.ndarray
-    """uint8 (views of this rank's units, image, image, 3)."""
+    """uint8 (views of this rank's units, image, image, 3); views of any size are one after another in one dimension."""
     samples: Indices
     """Store indices of all samples of the step, over all replicas, int64 (N,)."""
     num_tokens: int
@@ -236,34 +237,29 @@ class StepReader:
         self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit]
     ) -> tuple[np.ndarray, tuple[UnreadableSample, ...]]:
         """The views of the units in order, read in one call, and the samples whose views could not be read."""
-        size = self.model.vision.image_size
         requests = [(rows[unit.micro_batch][unit.sample].images[unit.image], unit.views) for unit in units]
-        out = np.empty((sum(len(views) for _, views in requests), size, size, 3), np.uint8)
+        views = UnitPixels(self.store, self.model, requests)
         try:
-            self.store.read_many(requests, out)
+            views.read()
         except StoreError:
-            return out, self._read_singly(step, rows, units, out)
-        return out, ()
+            return views.pixels, self._read_singly(step, rows, units, views)
+        return views.pixels, ()
 
     def _read_singly(
-        self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit], out: np.ndarray
+        self, step: int, rows: Sequence[Sequence[_Places]], units: Sequence[EncodeUnit], views: UnitPixels
     ) -> tuple[UnreadableSample, ...]:
         """Read unit by unit after an error. Raises StoreError, or sets to zero what cannot be read."""
         found: dict[Where, UnreadableSample] = {}
-        begin = 0
-        for unit in units:
+        for number, unit in enumerate(units):
             row = rows[unit.micro_batch][unit.sample]
-            here = out[begin : begin + len(unit.views)]
-            begin += len(unit.views)
             try:
-                self.store.read_many([(row.images[unit.image], unit.views)], here)
+                views.read_unit(number)
             except StoreError as error:
                 member = row.image_members[unit.image]
                 index = row.members[member]
                 name = self.store.sample(index).id
                 if self.unreadable is Unreadable.STOP:
                     raise StoreError(f"step {step + 1}, sample {name!r} (number {index}): {error}") from error
-                here[:] = 0
                 where = (unit.micro_batch, unit.sample, member)
                 found.setdefault(where, UnreadableSample(where, index, name, str(error)))
         return tuple(found.values())

@@ -42,7 +42,7 @@ from megatron_deepstack.data.store.url.cache import BoundedFolder, CacheConfig
 from megatron_deepstack.data.store.url.remote import RemoteShards, copy_index
 from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS, RemoteArray, side_by_side
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.views import Grid, ViewGrid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 _REMAKE: Final = "The store was changed or is damaged: preprocess again."
 _FETCH: Final = (
@@ -221,18 +221,20 @@ class Store:
         lengths.flags.writeable = False
         return lengths
 
-    def grid(self, image: int) -> Grid:
-        """The grid of an image's crops; 1 x 1 for one view of any size. Raises IndexError outside 0..num_images-1."""
+    def grid(self, image: int) -> ImageShape:
+        """The grid of an image's crops, or the patches of its one view. Raises IndexError outside 0..num_images-1."""
         self._check_number("image", image, self.num_images)
         if self.version == MIXED_VERSION:
-            return 1, 1
+            return self.view_grid(image)
         gw, gh = self._index["images/grid"][image].tolist()
         return gw, gh
 
     def view_grid(self, image: int) -> ViewGrid:
         """The patches of an image's one view, which may have any size. Raises IndexError outside 0..num_images-1."""
         self._check_number("image", image, self.num_images)
-        return ViewGrid(*self._index["images/grid_thw"][image].tolist())
+        moving = int(self._index["images/frames"][image]) > 1
+        frames, height, width = self._index["images/grid_thw"][image].tolist()
+        return ViewGrid(frames, height, width, moving=moving)
 
     def view_shape(self, image: int) -> tuple[int, int, int, int]:
         """Frames, height and width in pixels, and 3, of the one view of an image, which may have any size."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_deepstack.data.store.schema import ImageStatus
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class StoredImage:
     """Row of `images/pixels` that holds the global view, or the first block of the one view."""
     count: int
     """Number of views, or of blocks; 0 for a quarantined image."""
-    grid: Grid
+    grid: ImageShape
+    """The grid of its crops, or the patches of its one view."""
     size: tuple[int, int]
     """Width and height of the original in pixels."""
     status: ImageStatus

@@ -12,8 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.layers.megatron_config import vision_config
+from megatron_deepstack.model.vision.native import Mergers
 from megatron_deepstack.model.vision.tower import build_tower
 from megatron_deepstack.model.vision.vit import VitStacks
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
@@ -42,10 +43,13 @@ class VisualEncoder(MegatronModule):
         stacks = None
         if model.variant.traits.stacks_in_vit:
             stacks = VitStacks(slots=plan_vit_stacks(model).slots, views_per_image=1 + STACKS_IN_VIT)
-        self.view_tokens = tokens_per_view(model.vision)
         self.hidden_size = model.language.hidden_size
         self.vit = build_tower(config, model, groups, stacks)
-        self.projector = Projector(model.vision.hidden_size, self.hidden_size, config.params_dtype)
+        self.projector: torch.nn.Module = (
+            Mergers(model.vision, self.hidden_size, config.params_dtype)
+            if tower_of(model.vision).is_native
+            else Projector(model.vision.hidden_size, self.hidden_size, config.params_dtype)
+        )
         self.newline = None
         if model.variant.traits.has_newline:
             self.newline = torch.nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype))
@@ -54,10 +58,11 @@ class VisualEncoder(MegatronModule):
         """From the tower's features to rows. Not collective.
 
         Args:
-            features: (N, P * P, C) of N views, or of N images where stacks enter the ViT.
+            features: (N, P * P, C) of N views, or of N images where stacks enter the ViT; (N, 1 + K, C) of N patches of
+                views of any size, with K taps.
 
         Returns:
-            Rows (N * P * P + 1, H), the newline last; zero where the variant has none.
+            Rows (rows of all views + 1, H), the newline last; zero where the variant has none.
         """
         rows = self.projector(features).reshape(-1, self.hidden_size)
         newline = rows.new_zeros(1, self.hidden_size) if self.newline is None else self.newline[None]

@@ -1,7 +1,8 @@
 """What the encoder and the step need of a vision tower, and which module a kind of tower is built as.
 
-Towers of fixed patches and learned positions are all `VisionTransformer`s, told apart by their traits. A tower of
-another form, such as one for views of any size, registers a module of its own: the rest of the system sees a `Tower`.
+Towers of fixed patches and learned positions are all `VisionTransformer`s, told apart by their traits, and those for
+views of any size are `NativeTower`s. A tower of another form registers a module of its own: the rest of the system sees
+a `Tower`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.vision.native import NativeTower
+from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.model.vision.vit import VisionTransformer, VitStacks
 
 
@@ -31,12 +35,16 @@ class Tower(Protocol):
     mean: torch.Tensor
     """A buffer on the module's device."""
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, image, image, 3) to normalised (N, 3, image, image) in the parameters' dtype."""
+    def features(self, views: Views) -> torch.Tensor:
+        """Features of one or more views, on the tower's device.
+
+        The first dimension has an entry for each view, for each image where stacks enter the tower, or for each patch
+        where views have any size.
+        """
         ...
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, image, image) normalised to features (N, P * P, C); with stacks (N / views of an image, P * P, C)."""
+    def no_features(self) -> torch.Tensor:
+        """What `features` would return for no view: the first dimension is 0."""
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -73,4 +81,6 @@ def build_tower(
     Returns:
         A module that is a `Tower`.
     """
+    if tower_of(model.vision).is_native and model.vision.kind not in _builders:
+        return NativeTower(config, model, groups)
     return _builders.get(model.vision.kind, VisionTransformer)(config, model, groups, stacks)

@@ -18,9 +18,10 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.config.sizes import tokens_per_side, used_layers
+from megatron_deepstack.config.sizes import tokens_per_side, tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.layers.specs import respect_no_grad, vit_layer
+from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.planning.exchange.samplers import sample_mosaic
 from megatron_deepstack.planning.views import FIXED_GRID
 
@@ -96,6 +97,17 @@ class VisionTransformer(MegatronModule):
         """uint8 (N, image, image, 3) to normalised (N, 3, image, image) in the model's dtype, on its device."""
         x = pixels.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
         return ((x - self.mean) / self.std).to(self.config.params_dtype)
+
+    def no_features(self) -> torch.Tensor:
+        """Features of no view, (0, P * P, C)."""
+        shape = (0, tokens_per_view(self.vision), self.vision.hidden_size)
+        return torch.zeros(shape, dtype=self.config.params_dtype, device=self.mean.device)
+
+    def features(self, views: Views) -> torch.Tensor:
+        """Features of one or more views, (N, P * P, C); with stacks (N / views of an image, P * P, C)."""
+        pixels = views.pixels
+        images = self.normalise(pixels) if pixels.dtype is torch.uint8 else pixels.to(self.mean.device)
+        return self(images.to(self.config.params_dtype))  # type: ignore[no-any-return]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, image, image) normalised -> patch features (N, P * P, C); with stacks (N / views, P * P, C)."""

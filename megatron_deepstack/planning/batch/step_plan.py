@@ -13,9 +13,11 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.planning.batch.axial_positions import axial_positions
 from megatron_deepstack.planning.batch.sequence import Tokens, padded_lengths
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
+from megatron_deepstack.planning.views import ViewGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,9 @@ class StepPlan:
     """For each micro-batch int64 (B, S) token ids; 0 at visual positions and in the padding."""
     labels: tuple[Tokens, ...]
     """For each micro-batch int64 (B, S) next tokens, IGNORE_INDEX if the next token is not a target."""
+    positions: tuple[Tokens, ...] | None
+    """For each micro-batch int64 (3, B, S) positions in time, line and column, for decoders that rotate by three axes;
+    None for all others, whose positions are the places in the sample."""
     segments: tuple[tuple[int, ...], ...] | None
     """For each micro-batch the ends of the pack's samples; padding counts as a last sample. None without packs."""
     routes: RankRoutes
@@ -87,6 +92,7 @@ def plan_step(
         seq_lengths=seq_lengths,
         tokens=tuple(_pad([s.sequence.tokens for s in batch], length, 0) for batch, length in padded),
         labels=tuple(_pad([s.sequence.labels for s in batch], length, IGNORE_INDEX) for batch, length in padded),
+        positions=_positions(model, padded),
         segments=tuple(_segments(batch, length) for batch, length in padded) if packed else None,
         routes=plan_routes(model, parallel, micro_batches, seq_lengths, replica_rank),
         lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
@@ -96,6 +102,25 @@ def plan_step(
 def _lengths(sample: PlannedSample) -> tuple[int, ...]:
     """Return the number of tokens of each sample in a pack."""
     return tuple(end - begin for begin, end in pairwise((0, *sample.sequence.ends)))
+
+
+def _positions(
+    model: ModelConfig, padded_batches: Sequence[tuple[Sequence[PlannedSample], int]]
+) -> tuple[Tokens, ...] | None:
+    if model.language.mrope_section is None:
+        return None
+    found = []
+    for batch, seq_length in padded_batches:
+        padded = np.zeros((3, len(batch), seq_length), np.int64)
+        for index, sample in enumerate(batch):
+            grids = [grid for grid in sample.grids if isinstance(grid, ViewGrid)]
+            assert len(grids) == len(sample.grids), "positions on three axes need the patches of each view"
+            own = axial_positions(sample.sequence, grids, model.vision.merge_size)
+            length = sample.sequence.length
+            padded[:, index, :length] = own
+            padded[:, index, length:] = own.max(initial=-1) + 1 + np.arange(seq_length - length)
+        found.append(padded)
+    return tuple(found)
 
 
 def _segments(batch: Sequence[PlannedSample], seq_length: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 Lengths = TypeVar("Lengths", float, npt.NDArray[np.float64])
 
@@ -95,6 +96,30 @@ def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
 def view_flops(vision: VisionConfig) -> float:
     """Count the FLOPs of the forward pass of one view through the ViT layers whose output is used."""
     return _layers_flops(vision, used_layers(vision)) + _patch_flops(vision)
+
+
+def unit_flops(model: ModelConfig, shape: ImageShape) -> float:
+    """Count the FLOPs of encoding one unit of an image, forward, from its patches to its rows.
+
+    Args:
+        model: The recipe's model.
+        shape: Columns and rows of the image's crops, or the patches of its one view.
+
+    Returns:
+        Operations. Attention is quadratic in the patches of a frame, so a large view costs more than several small
+        ones of the same area.
+    """
+    if not isinstance(shape, ViewGrid):
+        views = 1 + STACKS_IN_VIT if model.variant.traits.stacks_in_vit else 1
+        return views * view_flops(model.vision) + projector_flops(model)
+    vision = model.vision
+    c, patches = vision.hidden_size, shape.num_patches
+    embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * c
+    weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
+    layers = vision.num_layers * (2 * patches * weights + 4 * patches * shape.height * shape.width * c)
+    merged = c * vision.merge_size**2
+    merger = 2 * shape.num_tokens(vision.merge_size) * merged * (merged + model.language.hidden_size)
+    return float(embedding + layers + (1 + len(vision.taps)) * merger)
 
 
 def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:

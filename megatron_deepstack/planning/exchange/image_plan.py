@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, ImageRows, image_rows, tokens_per_view
+from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, ImageRows, image_rows, unit_rows
 from megatron_deepstack.planning.slots import EMBEDDING, decoder_slots
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 NEWLINE_ROW = -1
 """Value in `SlotRows.row` for the learned newline, which the rank of the image's first unit sends."""
@@ -47,40 +47,40 @@ class ImagePlan:
     """The rows of each slot, ascending by slot; slots without a row are left out."""
 
 
-def image_plan(model: ModelConfig, grid: Grid, length: int) -> ImagePlan:
+def image_plan(model: ModelConfig, shape: ImageShape, length: int) -> ImagePlan:
     """Plan an image of which `length` context positions are left after truncation.
 
     Args:
         model: The model. The plan depends on its variant, sampler, stacks and vision tower.
-        grid: The image's grid (columns, rows).
+        shape: Columns and rows of the image's crops, or the patches of its one view.
         length: Number of the image's positions in the sequence, 0 or more. A number above the context's means all.
 
     Returns:
         The plan. Views that no row needs have no unit. Arrays are read-only and shared between calls.
     """
-    rows = image_rows(model, grid)
+    rows = image_rows(model, shape)
     if length >= rows.context_length:
-        return _whole_image(model, grid)
-    return _plan(model, grid, rows, rows.cell < length)
+        return _whole_image(model, shape)
+    return _plan(model, shape, rows, rows.cell < length)
 
 
-@lru_cache(maxsize=64)
-def _whole_image(model: ModelConfig, grid: Grid) -> ImagePlan:
-    rows = image_rows(model, grid)
-    return _plan(model, grid, rows, np.ones(len(rows.cell), np.bool_))
+@lru_cache(maxsize=256)
+def _whole_image(model: ModelConfig, shape: ImageShape) -> ImagePlan:
+    rows = image_rows(model, shape)
+    return _plan(model, shape, rows, np.ones(len(rows.cell), np.bool_))
 
 
-def _plan(model: ModelConfig, grid: Grid, rows: ImageRows, kept: npt.NDArray[np.bool_]) -> ImagePlan:
+def _plan(model: ModelConfig, shape: ImageShape, rows: ImageRows, kept: npt.NDArray[np.bool_]) -> ImagePlan:
     view, token = rows.view[kept], rows.token[kept]
     needed = np.unique(view[view != NEWLINE])
-    units = _units(model, grid, needed)
+    units = _units(model, shape, needed)
     if not units:
         return ImagePlan(units=(), slots=())
     number = np.zeros(int(needed[-1]) + 2, np.int32)  # the last entry is for the newline, whose view number is -1
     if len(units) > 1:
         number[needed] = np.arange(len(units))
     unit = number[view]
-    row = np.where(view == NEWLINE, NEWLINE_ROW, unit * tokens_per_view(model.vision) + token).astype(np.int32)
+    row = np.where(view == NEWLINE, NEWLINE_ROW, unit * unit_rows(model, shape) + token).astype(np.int32)
     cell, slot = rows.cell[kept].astype(np.int32), np.array([EMBEDDING, *decoder_slots(model)])[rows.stack[kept] - BASE]
     slots = []
     for one in np.unique(slot):
@@ -95,10 +95,11 @@ def _frozen(rows: SlotRows) -> SlotRows:
     return rows
 
 
-def _units(model: ModelConfig, grid: Grid, needed: npt.NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
+def _units(model: ModelConfig, shape: ImageShape, needed: npt.NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
     """Return one unit for each needed view, or a single unit of all views if stacks are added inside the ViT."""
     if not len(needed):
         return ()
     if model.variant.traits.stacks_in_vit:
-        return (tuple(range(1 + grid[0] * grid[1])),)
+        assert not isinstance(shape, ViewGrid)
+        return (tuple(range(1 + shape[0] * shape[1])),)
     return tuple((int(view),) for view in needed)

@@ -82,7 +82,9 @@ class StepImage:
     length: int
     """Number of positions that are left after truncation."""
     first_unit: int
-    """Number of its first unit among all units of the replica."""
+    """Number of its first unit among all units of the replica, which are numbered rank by rank."""
+    first_row: int
+    """Number of the first row of that unit among the rows that the replica's ranks make."""
     plan: ImagePlan
 
     @property
@@ -136,9 +138,7 @@ class Received:
     """Number of rows by (micro-batch, slot), in the order of the exchange."""
 
 
-def receive(
-    place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, view_tokens: int
-) -> Received:
+def receive(place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[int], bounds: Index) -> Received:
     """List the rows that one rank receives.
 
     Args:
@@ -146,7 +146,6 @@ def receive(
         images: All images of the step.
         slots: The slots of the rank's stage, by virtual stage.
         bounds: int64 (ranks + 1,): the first unit of each rank, and at the end the number of all units.
-        view_tokens: Number of rows of a unit.
 
     Returns:
         The rows, in the order of `blocks`.
@@ -161,7 +160,7 @@ def receive(
         positions.append(local * image.batch_size + image.sample)
         if place.inline:
             sources.append(np.full(len(local), place.rank, np.uint16))
-            rows.append(_replica_rows(image, block.row[kept], view_tokens))
+            rows.append(_replica_rows(image, block.row[kept]))
         else:
             sources.append(_sources(image, block.unit[kept], bounds))
         key = image.micro_batch, block.slot
@@ -195,9 +194,9 @@ def _sources(image: StepImage, unit: npt.NDArray[np.int32], bounds: Index) -> np
     return found
 
 
-def _replica_rows(image: StepImage, row: npt.NDArray[np.int32], view_tokens: int) -> Index:
+def _replica_rows(image: StepImage, row: npt.NDArray[np.int32]) -> Index:
     """Count rows from the replica's first unit instead of the image's; NEWLINE_ROW is not changed."""
-    return np.where(row == NEWLINE_ROW, NEWLINE_ROW, row + np.int64(image.first_unit * view_tokens))
+    return np.where(row == NEWLINE_ROW, NEWLINE_ROW, row + np.int64(image.first_row))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +218,6 @@ def send(
     images: Sequence[StepImage],
     slots_of_stage: Sequence[Sequence[int]],
     mine: range,
-    view_tokens: int,
 ) -> Sent:
     """List the rows that one rank sends, and those whose gradients come back.
 
@@ -228,7 +226,6 @@ def send(
         images: All images of the step.
         slots_of_stage: The slots of each stage, by virtual stage.
         mine: Numbers of the units that the rank encodes.
-        view_tokens: Number of rows of a unit.
 
     Returns:
         The rows by destination. Rows for one destination are in the order of `blocks`.
@@ -241,7 +238,7 @@ def send(
         rows, shards = [np.empty(0, np.int64)], [np.empty(0, np.uint16)]
         for image, block in blocks(own, slots):
             kept = _of_units(image, block, mine)
-            rows.append(_replica_rows(image, block.row[kept], view_tokens))
+            rows.append(_replica_rows(image, block.row[kept]))
             if num_shards > 1:
                 here = place.shards[image.micro_batch]
                 shards.append(here.shard_of(block.cell[kept] + np.int64(image.start)).astype(np.uint16))

@@ -20,8 +20,10 @@ import numpy as np
 
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
-from megatron_deepstack.planning.batch.sequence import ExpandedSample, SequenceShards
-from megatron_deepstack.planning.exchange.image_plan import image_plan
+from megatron_deepstack.planning.batch.sequence import ExpandedSample, SequenceShards, Span
+from megatron_deepstack.planning.budget.cost import unit_flops
+from megatron_deepstack.planning.exchange.dealing import Dealt, deal_by_cost, deal_in_order
+from megatron_deepstack.planning.exchange.image_plan import ImagePlan, image_plan
 from megatron_deepstack.planning.exchange.route_sides import (
     ChunkRows,
     Index,
@@ -35,9 +37,9 @@ from megatron_deepstack.planning.exchange.route_sides import (
     send,
     send_to_self,
 )
-from megatron_deepstack.planning.exchange.rows import tokens_per_view
+from megatron_deepstack.planning.exchange.rows import unit_rows
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class PlannedSample:
 
     sequence: ExpandedSample
     """Its tokens and labels, and the positions of its images."""
-    grids: tuple[Grid, ...]
-    """The grid of each image, in order of appearance."""
+    grids: tuple[ImageShape, ...]
+    """What determines the rows of each image, in order of appearance: the grid of its crops, or its patches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class EncodeUnit:
     """Index within the sample."""
     views: tuple[int, ...]
     """Numbers of the views that the unit reads: one, or all of the image."""
+    grid: ViewGrid | None = None
+    """The patches of the view, if views have different sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,10 @@ class RankRoutes:
     """One rank's side of the exchange. Splits count rows; positions are `s * B + b` in the rank's own shard."""
 
     units: tuple[EncodeUnit, ...]
-    """The units that this rank encodes. Unit u makes the local rows from u * tokens_per_view on, and the newline is the
+    """The units that this rank encodes. Unit u makes the local rows from `first_rows[u]` on, and the newline is the
     last local row."""
+    first_rows: Index
+    """(units + 1,): the first local row of each unit, and at the end that of the newline."""
     num_units: int
     """Number of units of the whole replica, each counted once."""
     num_replica_rows: int
@@ -116,9 +122,9 @@ def plan_routes(
 ) -> RankRoutes:
     """Plan one rank's side of the exchange of a step.
 
-    The views that rows need are divided among ranks in order and evenly, since all cost the same. With
-    `encoder_placement: inline` no row is sent to another rank: the ranks of stage 0 encode all views themselves, and
-    the source of every row is its destination.
+    The views that rows need are divided among ranks: in order and evenly if all cost the same, otherwise by their
+    estimated FLOPs. With `encoder_placement: inline` no row is sent to another rank: the ranks of stage 0 encode all
+    views themselves, and the source of every row is its destination.
 
     Args:
         model: The model.
@@ -131,30 +137,31 @@ def plan_routes(
     Returns:
         The rank's side. The function is pure, so the sides of all ranks fit together.
     """
-    place, view_tokens = _place(parallel, seq_lengths, rank), tokens_per_view(model.vision)
-    images = _images(model, micro_batches)
-    num_units = images[-1].stop_unit if images else 0
-    bounds = np.array([num_units * k // place.num_ranks for k in range(place.num_ranks + 1)])
+    place = _place(parallel, seq_lengths, rank)
+    images, dealt = _images(model, micro_batches, place)
+    bounds, num_units = dealt.bounds, int(dealt.bounds[-1])
     mine = range(int(bounds[rank]), int(bounds[rank + 1]))
     if place.inline:
         mine = range(num_units if place.pp == 0 else 0)
     chunks, slots = stage_chunks(model.language.num_layers, parallel), decoder_slots(model)
     by_stage = [[chunk for chunk in chunks if chunk.pp == pp] for pp in range(parallel.pipeline)]
     slots_of_stage = [_slots_of(stage, slots) for stage in by_stage]
-    received = receive(place, images, slots_of_stage[place.pp], bounds, view_tokens)
+    received = receive(place, images, slots_of_stage[place.pp], bounds)
     stored = arrange(received, by_stage[place.pp], slots)
-    sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine, view_tokens)
-    num_local = len(mine) * view_tokens + 1
-    send_rows = local_rows(sent.rows, mine.start * view_tokens, num_local)
+    sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine)
+    first_rows = dealt.first_row[mine.start : mine.stop + 1] - dealt.first_row[mine.start]
+    first_row, num_local = int(dealt.first_row[mine.start]), int(first_rows[-1]) + 1
+    send_rows = local_rows(sent.rows, first_row, num_local)
     returned = send_rows
     if sent.returned is not sent.rows:
-        returned = local_rows(sent.returned, mine.start * view_tokens, num_local)
+        returned = local_rows(sent.returned, first_row, num_local)
     uses = np.bincount(returned, minlength=num_local)
     assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
     return RankRoutes(
-        units=_encode_units(images, mine),
+        units=_encode_units(images, mine, micro_batches),
+        first_rows=first_rows,
         num_units=num_units,
-        num_replica_rows=num_units * view_tokens,
+        num_replica_rows=int(dealt.first_row[-1]),
         num_local_rows=num_local,
         send_rows=send_rows,
         send_splits=sent.splits,
@@ -185,17 +192,50 @@ def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> R
     )
 
 
-def _images(model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]]) -> list[StepImage]:
-    """Return all images of a step that have a row, in order."""
-    images, unit = [], 0
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An image of a step that has a row."""
+
+    micro_batch: int
+    batch_size: int
+    sample: int
+    span: Span
+    shape: ImageShape
+    plan: ImagePlan
+
+
+def _images(
+    model: ModelConfig, micro_batches: Sequence[Sequence[PlannedSample]], place: ReplicaPlace
+) -> tuple[list[StepImage], Dealt]:
+    """Return all images of a step that have a row, in order, and the numbers of their units."""
+    found = []
     for m, samples in enumerate(micro_batches):
         for b, sample in enumerate(samples):
             for span in sample.sequence.spans:
-                plan = image_plan(model, sample.grids[span.image], span.length)
+                shape = sample.grids[span.image]
+                plan = image_plan(model, shape, span.length)
                 if plan.units:
-                    images.append(StepImage(m, len(samples), b, span.image, span.start, span.length, unit, plan))
-                    unit += len(plan.units)
-    return images
+                    found.append(_Found(m, len(samples), b, span, shape, plan))
+    num_rows = [unit_rows(model, one.shape) for one in found]
+    if model.variant.traits.is_native and not place.inline:
+        dealt = deal_by_cost([unit_flops(model, one.shape) for one in found], num_rows, place.num_ranks)
+    else:
+        dealt = deal_in_order([len(one.plan.units) for one in found], num_rows, place.num_ranks)
+    images = [
+        StepImage(
+            micro_batch=one.micro_batch,
+            batch_size=one.batch_size,
+            sample=one.sample,
+            image=one.span.image,
+            start=one.span.start,
+            length=one.span.length,
+            first_unit=int(first),
+            first_row=int(dealt.first_row[first]),
+            plan=one.plan,
+        )
+        for one, first in zip(found, dealt.first_unit, strict=True)
+    ]
+    return images, dealt
 
 
 def _slots_of(stage: Sequence[Chunk], slots: Sequence[int]) -> tuple[int, ...]:
@@ -204,10 +244,14 @@ def _slots_of(stage: Sequence[Chunk], slots: Sequence[int]) -> tuple[int, ...]:
     return (*embedding, *(slot for chunk in stage for slot in chunk_slots(chunk, slots)))
 
 
-def _encode_units(images: Sequence[StepImage], mine: range) -> tuple[EncodeUnit, ...]:
-    return tuple(
-        EncodeUnit(micro_batch=image.micro_batch, sample=image.sample, image=image.image, views=views)
-        for image in overlapping(images, mine)
-        for number, views in enumerate(image.plan.units, start=image.first_unit)
-        if number in mine
-    )
+def _encode_units(
+    images: Sequence[StepImage], mine: range, micro_batches: Sequence[Sequence[PlannedSample]]
+) -> tuple[EncodeUnit, ...]:
+    units = []
+    for image in overlapping(images, mine):
+        shape = micro_batches[image.micro_batch][image.sample].grids[image.image]
+        grid = shape if isinstance(shape, ViewGrid) else None
+        for number, views in enumerate(image.plan.units, start=image.first_unit):
+            if number in mine:
+                units.append(EncodeUnit(image.micro_batch, image.sample, image.image, views, grid))
+    return tuple(units)

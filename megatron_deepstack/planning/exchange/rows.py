@@ -23,7 +23,7 @@ from megatron_deepstack.config.sizes import tokens_per_side
 from megatron_deepstack.config.sizes import tokens_per_view as tokens_per_view
 from megatron_deepstack.config.traits.variants import Context, StackSource
 from megatron_deepstack.planning.exchange.samplers import Index, sample_mosaic
-from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid
+from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ImageShape, ViewGrid
 
 BASE = -1
 """Stack number of the base visual tokens, which replace the placeholder in the sequence."""
@@ -44,35 +44,64 @@ class ImageRows:
     view: Index
     """View number within the image, or NEWLINE."""
     token: Index
-    """Token within the view, counted line by line; 0 for the newline."""
+    """Row within the rows that the encoder makes of the view; 0 for the newline. Without taps, a view has a row for
+    each token, line by line. With K taps, token t has rows from (1 + K) t on: its base row, then one for each stack."""
 
 
-def image_rows(model: ModelConfig, grid: Grid) -> ImageRows:
+def image_rows(model: ModelConfig, shape: ImageShape) -> ImageRows:
     """List all rows of an image under the model's variant and sampler.
 
     Args:
         model: The recipe's model.
-        grid: Columns and rows of the image's crops.
+        shape: Columns and rows of the image's crops, or the patches of its one view.
 
     Returns:
         The rows: base tokens first, then stack after stack. The arrays are read-only and shared by all callers.
     """
-    return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), grid)
+    if isinstance(shape, ViewGrid):
+        assert model.variant.traits.is_native, f"{model.variant} cuts an image into crops, found {shape}"
+        return _merged_rows(shape.num_tokens(model.vision.merge_size), len(model.vision.taps))
+    assert not model.variant.traits.is_native, f"{model.variant} has views of any size, found the grid {shape}"
+    return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), shape)
 
 
-def context_length(model: ModelConfig, grid: Grid) -> int:
+def unit_rows(model: ModelConfig, shape: ImageShape) -> int:
+    """Return the number of rows that the encoder makes of one unit of an image: a view, or for DeepStack-V all views.
+
+    Args:
+        model: The recipe's model.
+        shape: Columns and rows of the image's crops, or the patches of its one view.
+
+    Returns:
+        The number of rows, without the newline.
+    """
+    if isinstance(shape, ViewGrid):
+        return shape.num_tokens(model.vision.merge_size) * (1 + len(model.vision.taps))
+    return tokens_per_view(model.vision)
+
+
+def context_length(model: ModelConfig, shape: ImageShape) -> int:
     """Return the number of positions that an image takes in the sequence.
 
     With P = 24 that is 576, or 576 + 24 gh (24 gw + 1) if the context also has the mosaic.
 
     Args:
         model: The recipe's model.
-        grid: Columns and rows of the image's crops.
+        shape: Columns and rows of the image's crops, or the patches of its one view.
 
     Returns:
         The number of positions before truncation.
     """
-    return image_rows(model, grid).context_length
+    if isinstance(shape, ViewGrid):
+        return shape.num_tokens(model.vision.merge_size)
+    return image_rows(model, shape).context_length
+
+
+@lru_cache(maxsize=256)
+def _merged_rows(num_tokens: int, num_taps: int) -> ImageRows:
+    """The rows of a view of any size: token t in the context, and its rows in each stack on the same cell."""
+    cells, first = np.arange(num_tokens), np.arange(num_tokens) * (1 + num_taps)
+    return _collect(num_tokens, [_rows(k, cells, 0, first + 1 + k) for k in range(BASE, num_taps)])
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,9 @@ import torch
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.model.vision.encoder import VisualEncoder
+from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.model.weights import encoder_rules, fill
 from megatron_deepstack.planning.budget.cost import projector_flops, view_flops
 from megatron_deepstack.platform.compute.device import has_gpu, local_device, max_memory_bytes
@@ -54,7 +56,7 @@ class Measure:
     def forward(self, what: str, pixels: torch.Tensor, repeats: int) -> None:
         """From uint8 pixels on the host to rows."""
         with self.report.case(what):
-            seconds = mean_seconds(partial(EncoderPass, self.encoder, pixels), repeats, warm_up=2)
+            seconds = mean_seconds(partial(EncoderPass, self.encoder, Views(pixels)), repeats, warm_up=2)
             self._row(what, len(pixels), seconds, view_flops(self.model.vision) + projector_flops(self.model))
 
     def projector(self, views: int, repeats: int) -> None:
@@ -63,7 +65,7 @@ class Measure:
         with self.report.case(what):
             features = torch.randn(
                 views,
-                self.encoder.view_tokens,
+                tokens_per_view(self.model.vision),
                 self.model.vision.hidden_size,
                 device=local_device(),
                 dtype=torch.bfloat16,
@@ -81,7 +83,7 @@ class Measure:
                 self._row(what, len(pixels), seconds, flops, peak_GB=max_memory_bytes() / 1e9)
 
     def _train(self, pixels: torch.Tensor, chunk_views: int) -> None:
-        encoded = EncoderPass(self.encoder, pixels, chunk_views)
+        encoded = EncoderPass(self.encoder, Views(pixels), chunk_views)
         encoded.backward(torch.ones_like(encoded.rows))
 
     def _row(self, what: str, views: int, seconds: float, flops: float, **more: float) -> None:

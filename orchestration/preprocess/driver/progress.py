@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from megatron_deepstack.platform.progress import room_beside
 from orchestration.preprocess.part.work import PartDone
 from orchestration.preprocess.units import in_units
 
 _SECONDS_BETWEEN_LINES: Final = 5.0
 _SPEED_SECONDS: Final = 30.0
 """Stretch of time that the speed shown is taken over."""
+_LEAST_NEEDED_FIRST: Final = (3, 1, 2, 5, 4)
+"""Numbers of the parts of a state, in the order in which a narrow terminal does without them."""
 
 
 class JobProgress:
@@ -102,13 +105,16 @@ class JobProgress:
         """Bring the bar up to date, or write a line if the last one is some seconds old."""
         now = time.monotonic()
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=self.images + self.records, state=self.state())
+            self._bar.update(self._task, completed=self.images + self.records, state=self._fitting_state())
         elif now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self.say(f"preprocess: {self.state()}")
 
     def state(self) -> str:
         """One line: images and records of all, speed of the last half minute, time left, quarantined."""
+        return ", ".join(self._parts())
+
+    def _parts(self) -> list[str]:
         started, images, written, _ = self._recent[0]
         seconds = max(time.monotonic() - started, 1e-9)
         parts = [
@@ -118,7 +124,15 @@ class JobProgress:
             f"{in_units((self.bytes_now - written) / seconds)}/s",
             f"ETA {clock(self._seconds_left(seconds))}",
         ]
-        return ", ".join([*parts, *([f"{self.quarantined} quarantined"] if self.quarantined else [])])
+        return [*parts, *([f"{self.quarantined} quarantined"] if self.quarantined else [])]
+
+    def _fitting_state(self) -> str:
+        """The state without the parts for which a narrow terminal has no room, the least needed first."""
+        parts = dict(enumerate(self._parts()))
+        for least_needed in _LEAST_NEEDED_FIRST:
+            if len(", ".join(parts.values())) > room_beside(self._console, "preprocess"):
+                parts.pop(least_needed, None)
+        return ", ".join(parts.values())
 
     def _seconds_left(self, seconds: float) -> float | None:
         """From the recent speed; images first, since records take a thousandth of their time. None if unknown."""

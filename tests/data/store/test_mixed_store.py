@@ -51,7 +51,7 @@ def test_every_view_is_what_was_written(root: Path) -> None:
     assert_whole(store, STORED)
     assert_whole(store, [*reversed(STORED), STORED[0]])
     assert store.read_whole([]) == []
-    assert store.view_grid(2) == ViewGrid(frames=1, height=6, width=4)
+    assert store.view_grid(2) == ViewGrid(frames=1, height=6, width=4, moving=True)
     assert store.view_shape(2) == (2, 96, 64, 3)
     assert pickle.loads(pickle.dumps(store)).read_whole([0])[0].shape == (1, 32, 64, 3)
 

@@ -1,0 +1,184 @@
+"""`check-parity`: whole models of transformers from their folders, in layouts; and folders that are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole_folders import qwen3_vl
+
+from megatron_deepstack.config.choices import EncoderPlacement, Recompute
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.convert.hf_folder_model import model_of_folder
+from megatron_deepstack.errors import CheckpointError, ParityError, SlotError
+from megatron_deepstack.planning.slots import decoder_slots
+from megatron_deepstack.testing.parity.check import check_folder
+from megatron_deepstack.testing.ranks import RankPool
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
+INLINE = EncoderPlacement.INLINE
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "qwen3_vl": qwen3_vl,
+    # taps out of order, a table that is not square, one patch a token, tied, several layers, another head
+    "qwen3_vl-odd": lambda folder: qwen3_vl(
+        folder,
+        tied=True,
+        text={"num_hidden_layers": 8, "head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        deepstack_visual_indexes=[2, 0, 3],
+        num_position_embeddings=9,
+        spatial_merge_size=1,
+        hidden_act="gelu",
+    ),
+    "qwen3_vl-no-taps": lambda folder: qwen3_vl(folder, deepstack_visual_indexes=[], spatial_merge_size=3),
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a name, written once."""
+    root, made = tmp_path_factory.mktemp("folders"), {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = FOLDERS[name](root / name)
+        return made[name]
+
+    return of
+
+
+# Measured worst of all rows: logits 1.2e-6, loss 7e-8, gradients 3.1e-6.
+ROWS = [
+    ("qwen3_vl", 1, 1, ParallelConfig()),
+    ("qwen3_vl-odd", 2, 1, ParallelConfig(pipeline=2)),
+    ("qwen3_vl", 2, 2, ParallelConfig(tensor=2, sequence_parallel=True)),
+    ("qwen3_vl-odd", 1, 1, ParallelConfig()),
+    ("qwen3_vl-no-taps", 1, 2, ParallelConfig()),
+    ("qwen3_vl", 2, 1, ParallelConfig(tensor=2)),
+    ("qwen3_vl", 2, 1, ParallelConfig(context=2)),
+    ("qwen3_vl", 2, 1, ParallelConfig()),
+    ("qwen3_vl-odd", 4, 1, ParallelConfig(pipeline=4)),
+    ("qwen3_vl-odd", 2, 1, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    ("qwen3_vl-odd", 4, 1, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
+    ("qwen3_vl", 2, 1, ParallelConfig(tensor=2, encoder_placement=INLINE)),
+    ("qwen3_vl-odd", 2, 2, ParallelConfig(pipeline=2, encoder_placement=INLINE, layers_per_stage=(5, 3))),
+    ("qwen3_vl", 2, 1, ParallelConfig(pipeline=2, recompute=Recompute.FULL)),
+]
+QUICK = 3
+
+
+def _id(row: tuple[str, int, int, ParallelConfig]) -> str:
+    name, num_ranks, batch, p = row
+    sizes = {"tp": p.tensor, "pp": p.pipeline, "vpp": p.virtual_pipeline, "cp": p.context, "batch": batch}
+    words = [f"{key}{size}" for key, size in sizes.items() if size > 1]
+    words += ["sp"] * p.sequence_parallel + ["inline"] * (p.encoder_placement is INLINE)
+    words += ["recompute"] * (p.recompute is Recompute.FULL)
+    replicas = num_ranks // (p.tensor * p.pipeline * p.context)
+    return "-".join([name, *words, *([f"dp{replicas}"] if replicas > 1 else [])])
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "batch", "parallel"),
+    [pytest.param(*row, id=_id(row), marks=[pytest.mark.slow] * (k >= QUICK)) for k, row in enumerate(ROWS)],
+)
+def test_a_folder_computes_what_transformers_does(
+    ranks: Callable[[int], RankPool],
+    folder_of: Callable[[str], Path],
+    name: str,
+    num_ranks: int,
+    batch: int,
+    parallel: ParallelConfig,
+) -> None:
+    """Logits of every sample, the loss and every gradient, padded and packed; a wrong one raises."""
+    lines = list(check_folder(folder_of(name), parallel, micro_batch_size=batch, pool=ranks(num_ranks)))
+    found = [line.what for line in lines]
+    for what in ("one image", "several images of different shapes", "text only", "video of two frame pairs"):
+        assert f"padded: logits of {what}" in found
+    assert any("gradients of the vision" in what for what in found)
+    assert any(what.startswith("packed") for what in found) is (parallel.context == 1)
+
+
+def test_a_weight_that_is_off_is_found(
+    ranks: Callable[[int], RankPool], folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_deepstack.testing.parity import check
+
+    true = check.by_transformers
+
+    def shifted(*args: Any) -> Any:
+        expected = true(*args)
+        expected.logits[1][0, 0] += 1e-3
+        expected.gradients["model.mm_projector.deepstack_merger_list.1.linear_fc2.bias"] *= 1.01
+        return expected
+
+    monkeypatch.setattr(check, "by_transformers", shifted)
+    lines: list[str] = []
+    with pytest.raises(ParityError, match="quantities exceed their tolerances"):
+        lines += map(str, check_folder(folder_of("qwen3_vl"), ParallelConfig(), pool=ranks(1)))
+    monkeypatch.undo()
+
+
+def _changed(source: Path, target: Path, **changes: Any) -> Path:
+    """A folder with another config.json; `text__x` changes x of its text_config."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text())
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        place = config[f"{section}_config"] if section else config
+        place[name] = value
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vision__deepstack_visual_indexes": [0, 4]}, r"model.vision.taps.*found \[0, 4\], expected different layers"),
+        ({"vision__deepstack_visual_indexes": [1, 1]}, r"model.vision.taps.*expected different layers from 0 to 3"),
+        ({"vision__window_size": 112}, "window_size: found 112, a key that is not known here"),
+        ({"vision__out_hidden_size": 64}, "out_hidden_size: 64 in the checkpoint, 32 in the recipe"),
+        ({"vision__hidden_act": "relu6"}, "relu6"),
+        ({"vision__in_channels": 1}, "in_channels: found 1, computed is 3"),
+        ({"text__attention_bias": True}, "attention_bias: found True, computed is False"),
+        ({"text__hidden_act": "gelu"}, "activation: 'gelu' in the checkpoint"),
+        (
+            {"text__rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "positions scaled as .yarn.",
+        ),
+        ({"text__num_experts": 8}, "num_experts: found 8, a key that is not known here"),
+        ({"text__model_type": "qwen2"}, "model.language.qkv_bias"),
+        ({"model_type": "qwen9_vl"}, "model_type: found 'qwen9_vl', expected one of qwen3_vl"),
+        ({"text__vocab_size": "many"}, "model.language.vocab_size"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_means_something_else_is_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    folder = _changed(folder_of("qwen3_vl"), tmp_path / "changed", **changes)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        model_of_folder(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_stack_without_a_layer_is_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = _changed(folder_of("qwen3_vl"), tmp_path / "changed", text__num_hidden_layers=2)
+    with pytest.raises(SlotError, match="stack 1 has slot 2, outside the model of 2 layers"):
+        decoder_slots(model_of_folder(folder))
+
+
+def test_an_image_token_outside_the_vocabulary_is_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = _changed(folder_of("qwen3_vl"), tmp_path / "changed", image_token_id=99)
+    with pytest.raises(CheckpointError, match=r"token ids \[99\] of images lie outside the vocabulary of 64"):
+        next(check_folder(folder, ParallelConfig()))
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json: no such file; name a Hugging Face folder"):
+        model_of_folder(tmp_path)
