@@ -18,7 +18,10 @@ setup(
         "megatron_deepstack": ["recipes/*.yaml", "report/*.css", "report/*.js"],
         "orchestration": ["manifests/*.yaml", "manifests/*.sh", "manifests/*.sbatch"],
     },
-    entry_points={"console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-deepstack = megatron_deepstack.cli:main"],
+        "lmms_eval.models": ["megatron_deepstack = megatron_deepstack.inference.lmms.manifest:manifest"],
+    },
     install_requires=[
         "Pillow>=11",
         "PyYAML>=6",
@@ -29,6 +32,7 @@ setup(
         "numcodecs>=0.15",
         "numpy>=2",
         "omegaconf>=2.4",
+        "protobuf>=5",
         "psutil>=5.9",
         "ray[default,train]>=2.60,<3",
         "rich>=13",
@@ -43,6 +47,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "av>=14",
             "flask>=3",
             "flask-cors>=5",
             "hypothesis>=6",
@@ -61,5 +66,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "s3": ["s3fs>=2025.3"],
+        # PyAV and not torchcodec: its wheels bring FFmpeg, and one build serves every release of torch
+        "video": ["av>=14"],
     },
 )

@@ -13,7 +13,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-ABSENT = {"aiohttp", "bokeh", "donfig", "matplotlib", "msgspec", "pandas", "pyarrow", "ray",
+ABSENT = {"aiohttp", "av", "bokeh", "donfig", "matplotlib", "msgspec", "pandas", "pyarrow", "ray",
           "s3fs", "scipy", "skimage", "transformers", "wandb", "zarr"}
 
 

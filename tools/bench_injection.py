@@ -33,7 +33,7 @@ def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
     """
     from megatron_deepstack.model.build import build_model, fill_model
     from megatron_deepstack.model.init import random_source
-    from megatron_deepstack.model.language import VisualInputs
+    from megatron_deepstack.model.language import HeadTargets, VisualInputs
 
     model = ModelConfig(language=LANGUAGE, stacks=StackConfig())
     groups = groups_for(ParallelConfig())
@@ -51,7 +51,7 @@ def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
 
     def seconds(visual: VisualInputs) -> float:
         begin = time.perf_counter()
-        losses = chunk(tokens, tokens, visual)
+        losses = chunk(tokens, HeadTargets.everywhere(tokens), visual)
         torch.autograd.backward(losses, torch.ones_like(losses))
         return time.perf_counter() - begin
 

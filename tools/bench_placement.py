@@ -170,6 +170,7 @@ class Bench:
         """
         import torch.distributed as dist
 
+        from megatron_deepstack.model.language import HeadTargets
         from megatron_deepstack.model.vision.views import Views
         from megatron_deepstack.step.encode import EncoderPass
 
@@ -180,7 +181,7 @@ class Bench:
         chunk.set_input_tensor(hidden)
         dist.barrier()
         clock = [time.perf_counter()]
-        output = chunk(tokens, tokens)
+        output = chunk(tokens, HeadTargets.everywhere(tokens))
         clock.append(time.perf_counter())
         torch.autograd.backward(output, torch.ones_like(output))
         clock.append(time.perf_counter())

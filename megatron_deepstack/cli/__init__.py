@@ -5,10 +5,32 @@ heavy is imported before the arguments make sense. Begin with `app.py` (errors a
 verbs in their order, with examples); the verbs are in the modules `*_verbs.py`.
 """
 
-from megatron_deepstack.cli import data_verbs, first_verbs, launch_verbs, reference_verbs, run_verbs, store_verbs
+from megatron_deepstack.cli import (
+    ask_verbs,
+    data_verbs,
+    evaluate_verbs,
+    first_verbs,
+    launch_verbs,
+    plan_verbs,
+    reference_verbs,
+    run_verbs,
+    store_verbs,
+)
 from megatron_deepstack.cli.app import app, main
 from megatron_deepstack.cli.paths import expand_homes
 
-__all__ = ["app", "data_verbs", "first_verbs", "launch_verbs", "main", "reference_verbs", "run_verbs", "store_verbs"]
+__all__ = [
+    "app",
+    "ask_verbs",
+    "data_verbs",
+    "evaluate_verbs",
+    "first_verbs",
+    "launch_verbs",
+    "main",
+    "plan_verbs",
+    "reference_verbs",
+    "run_verbs",
+    "store_verbs",
+]
 
 expand_homes(app)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say
 from megatron_deepstack.cli.output import JsonOption, print_json
+from megatron_deepstack.cli.plan_verbs import show_before_start
 
 
 @app.command()
@@ -22,14 +23,18 @@ def launch(
     ranks: Annotated[int | None, typer.Option(min=1, help="Ranks in all; by default launch.ranks.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step, to resume.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show what would happen, no more.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Start even if memory seems too small.")] = False,
 ) -> None:
     """Train on a Ray cluster, with restarts after failures; resumes from the newest checkpoint in run_dir."""
     from megatron_deepstack.config.check import require
     from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
+    from megatron_deepstack.platform.compute.gpu_model import gpu_model
 
     loaded = load_checked_recipe(recipe, overrides or ())
     require(loaded, () if loaded.data.stores else ("data.store",), "launch")
     check_world(loaded, ranks or loaded.launch.ranks or model_ranks(loaded.parallel))
+    if gpu_model() is not None:  # of this machine, as those of a cluster's other nodes are not known yet
+        show_before_start(loaded, ranks or loaded.launch.ranks or model_ranks(loaded.parallel), anyway, say)
     if dry_run:
         from orchestration.launch.driver.run import dry_run as describe
 

@@ -1,4 +1,4 @@
-"""Verbs of a run: plan, train, generate, export, report."""
+"""Verbs of a run: train, generate, export, report."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.console import Console
 
 from megatron_deepstack.cli.app import Overrides, RecipeArgument, app, say, tell
 from megatron_deepstack.cli.output import JsonOption, print_json, stdout_for_results
+from megatron_deepstack.cli.plan_verbs import show_before_start
 from megatron_deepstack.config.constraints import PathKind
-from megatron_deepstack.errors import ConfigError, DataError, of_all_ranks
+from megatron_deepstack.errors import ConfigError, of_all_ranks
 
 
 @app.command()
@@ -24,6 +25,7 @@ def train(
     restarts: Annotated[
         int, typer.Option(min=0, help="How often to start again from the newest checkpoint after a rank died or hung.")
     ] = 0,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Start even if memory seems too small.")] = False,
 ) -> None:
     """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun.
 
@@ -42,6 +44,7 @@ def train(
 
     num_ranks = ranks or model_ranks(loaded.parallel)
     Console().print(plan_table(loaded))
+    show_before_start(loaded, num_ranks, anyway, say)
     say(f"train: starting {num_ranks} {'process' if num_ranks == 1 else 'processes'}, run folder {loaded.run_dir}")
     from megatron_deepstack.training.launch import train_here
 
@@ -120,7 +123,7 @@ def export(
     naming: Annotated[
         str,
         typer.Option(
-            help="`published`: DeepStack's own names. `hugging_face`: for variant llava, as transformers loads it."
+            help="`published`: DeepStack's own names. `hugging_face`: a folder that transformers loads and prompts."
         ),
     ] = "published",
 ) -> None:
@@ -131,6 +134,30 @@ def export(
     from megatron_deepstack.inference.export import export_run
 
     say(f"export: {export_run(run, output, Naming(naming), overrides or (), say=tell)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of weights with a config.json.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to create.")],
+    to: Annotated[
+        str,
+        typer.Option(help="`hugging_face`: as transformers loads and prompts it. `paper`: the published names."),
+    ] = "hugging_face",
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of a file of weights in GB.")] = 5.0,
+) -> None:
+    """Write a folder of weights in another layout: an export of either naming, LLaVA's, or a release of DeepStack.
+
+    No run is needed and no model is built. Every tensor keeps its dtype and its bytes, and one at a time is in memory.
+    """
+    namings = {"hugging_face": "hugging_face", "paper": "published"}
+    if to not in namings:
+        raise ConfigError([f"--to: found {to!r}, expected {' or '.join(namings)}"])
+    from megatron_deepstack.convert.folders import convert_folder
+    from megatron_deepstack.convert.hf_names import Naming
+
+    convert_folder(source, target, Naming(namings[to]), shard_bytes=int(shard_gb * 1e9), say=tell)
+    say(f"convert: {target}")
 
 
 @app.command()
@@ -148,32 +175,3 @@ def report(
     from megatron_deepstack.report.page import write_report
 
     say(f"report: {write_report(runs[0], output) if len(runs) == 1 else write_comparison(runs, output)}")
-
-
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Check the layout for this many processes.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write the plan as a drawing to this file too.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show which stage holds which layers and stacks. Starts nothing."""
-    from megatron_deepstack.planning.check import check_world, load_checked_recipe, model_ranks
-    from megatron_deepstack.report.plan_text import plan_table
-
-    loaded = load_checked_recipe(recipe, overrides or ())
-    check_world(loaded, ranks or model_ranks(loaded.parallel))
-    if as_json:
-        from megatron_deepstack.report.plan_document import plan_document
-
-        print_json(plan_document(loaded, ranks or model_ranks(loaded.parallel)))
-    else:
-        Console().print(plan_table(loaded, Console().width))
-    if svg is not None:
-        from megatron_deepstack.report.drawing.stages import stage_drawing
-
-        try:
-            svg.write_text(stage_drawing(loaded) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
-from megatron_deepstack.config.sizes import head_width
+from megatron_deepstack.config.sizes import head_width, tokens_per_side, used_layers
 from megatron_deepstack.config.traits.families import find_family
 from megatron_deepstack.config.traits.towers import find_tower
+from megatron_deepstack.config.traits.variants import StackSource
 
 
 def native_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -40,6 +41,8 @@ def native_problems(model: ModelConfig) -> Iterator[Problem]:
         )
     if native:
         yield from _tower(model.vision, None if tower is None else tower.layernorm_epsilon)
+    elif model.variant.traits.stack_source is StackSource.TAPS:
+        yield from _qformers(model)
     elif model.vision.taps:
         yield _problem("model.vision.taps model.variant", f"{model.variant} takes no stacks from layers of the tower")
     if axial and model.language.mrope_section is not None:
@@ -67,6 +70,41 @@ def _tower(vision: VisionConfig, epsilon: float | None) -> Iterator[Problem]:
         yield _problem(
             "model.vision.layernorm_epsilon model.vision.kind",
             f"found {vision.layernorm_epsilon}, and the tower {vision.kind} has {epsilon}",
+        )
+
+
+def _qformers(model: ModelConfig) -> Iterator[Problem]:
+    vision, qformer = model.vision, model.qformer
+    outside = [layer for layer in vision.taps if layer >= vision.num_layers]
+    if outside or not vision.taps:
+        yield _problem(
+            "model.vision.taps model.vision.num_layers",
+            f"found {list(vision.taps)}, expected layers from 0 to {vision.num_layers - 1}, one for each stack",
+        )
+    elif used_layers(vision) <= max(vision.taps):
+        yield _problem(
+            "model.vision.select_layer model.vision.taps",
+            f"found {vision.select_layer}, expected {max(vision.taps) - vision.num_layers}: the last tapped state",
+        )
+    if qformer.num_sampled > min(len(vision.taps), 4):
+        yield _problem(
+            "model.qformer.num_sampled model.vision.taps",
+            f"found {qformer.num_sampled}, expected at most 4 and no more than the {len(vision.taps)} stacks",
+        )
+    if vision.patch_size and tokens_per_side(vision) % qformer.window_side:
+        yield _problem(
+            "model.qformer.window_side model.vision.image_size model.vision.patch_size",
+            f"windows of {qformer.window_side} patches do not divide a view of {tokens_per_side(vision)}",
+        )
+    if qformer.num_sampled and qformer.window_side != 2 * qformer.query_side:
+        yield _problem(
+            "model.qformer.query_side model.qformer.window_side",
+            f"found {qformer.query_side} of {qformer.window_side}, expected half, as sampled stacks take one of 2x2",
+        )
+    if qformer.num_heads and vision.hidden_size % qformer.num_heads:
+        yield _problem(
+            "model.qformer.num_heads model.vision.hidden_size",
+            f"{qformer.num_heads} heads do not divide the width {vision.hidden_size}",
         )
 
 

@@ -5,6 +5,7 @@ plan.json              which stage holds which layers and stacks
 metrics.jsonl          a line for each logged step
 answers.jsonl          what `generate` answered to the held-out questions
 answers/               answers to the questions of other stores, one file for each store
+evaluations/           answers with their scores, one folder for each evaluation
 started_in.txt         the folder to which relative paths of the recipe refer
 checkpoints/           checkpoints, whole or being written
 tensorboard/           the metrics in TensorBoard's format
@@ -56,6 +57,11 @@ class RunFolder:
     def other_answers(self) -> Path:
         """Folder of the answers to other stores, or to the first questions of a store."""
         return self.path / "answers"
+
+    @property
+    def evaluations(self) -> Path:
+        """Folder of evaluations, each in a folder of its own."""
+        return self.path / "evaluations"
 
     @property
     def started_in(self) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import prod
 
-from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
 
 
 def head_width(language: LanguageConfig) -> int:
@@ -37,6 +37,19 @@ def tokens_per_side(vision: VisionConfig) -> int:
 def tokens_per_view(vision: VisionConfig) -> int:
     """Number of feature rows that the encoder returns for a view; a class token is not counted."""
     return tokens_per_side(vision) ** 2
+
+
+def sample_multiple(parallel: ParallelConfig) -> int:
+    """Number of tokens of which the length of each sample of a pack must be a multiple.
+
+    Context parallelism splits each sample into two pieces per rank, so that each rank has the same share of every one.
+    """
+    return 2 * parallel.context if parallel.context > 1 else 1
+
+
+def resampled_side(model: ModelConfig) -> int:
+    """Number of tokens along one side of a view after a window Q-Former."""
+    return tokens_per_side(model.vision) // model.qformer.window_side * model.qformer.query_side
 
 
 def sequence_multiple(parallel: ParallelConfig) -> int:

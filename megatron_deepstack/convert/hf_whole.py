@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.build import build_recipe
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder
+from megatron_deepstack.config.traits.families import FAMILIES, FamilyTraits, HfDecoder
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, read
 from megatron_deepstack.config.traits.towers import TOWERS, HfTower
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS
+from megatron_deepstack.convert.hf_granite import granite_keys, granite_sections
 from megatron_deepstack.convert.hf_rope import axial_base, rotary_base, rotary_sections
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
+
+T = TypeVar("T")
+Sections = Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,23 +35,25 @@ class WholeModel:
 
     architecture: str
     """Name of its class, which exports write."""
-    tower: str
-    """Name of its tower in `config.traits.towers`."""
+    towers: Mapping[str, str]
+    """Name in `config.traits.towers` by the `model_type` of its `vision_config`; the first is taken if it has none."""
     family: str
     """Name of its decoder in `config.traits.families`."""
     fields: Mapping[str, HfField]
     """Keys of its config beside `text_config` and `vision_config`."""
     prefixes: Mapping[str, str]
     """Prefix of a tensor in its files to the prefix of the published name; the longest one that fits decides."""
-    stacks: Callable[[Mapping[str, Any], ModelConfig], dict[str, Any]] = field(default=lambda config, model: {})
-    """From its config to the section `model.stacks` of a recipe."""
-    facts: Callable[[ModelConfig], dict[str, Any]] = field(default=lambda model: {})
-    """Values that `fields` read and that are neither the tower's nor the decoder's."""
+    unused: tuple[str, ...] = ()
+    """Prefixes of tensors that no row passes, which are neither read nor written."""
+    sections: Sections = field(default=lambda config, vision, where: {})
+    """From its config, the recipe's section `vision` and the file's name to further fields, by section."""
+    keys: Callable[[ModelConfig], dict[str, Any]] = field(default=lambda model: {})
+    """From a model to the keys that `sections` reads."""
 
 
 QWEN3_VL: Final = WholeModel(
     architecture="Qwen3VLForConditionalGeneration",
-    tower="qwen3_vl",
+    towers={"qwen3_vl_vision": "qwen3_vl", "qwen3_vl": "qwen3_vl"},
     family="qwen3_vl",
     fields={
         "tie_word_embeddings": read("tied_embeddings", default=False),
@@ -61,7 +67,45 @@ QWEN3_VL: Final = WholeModel(
         "model.visual.deepstack_merger_list.": f"{PROJECTOR_PREFIX}deepstack_merger_list.",
     },
 )
-WHOLE_MODELS: Final[Mapping[str, WholeModel]] = {"qwen3_vl": QWEN3_VL}
+GRANITE4_VISION: Final = WholeModel(
+    architecture="Granite4VisionForConditionalGeneration",
+    towers={"clip_vision_model": "clip", "siglip_vision_model": "siglip"},
+    family="granite",
+    fields={
+        "tie_word_embeddings": read("tied_embeddings", default=False),
+        **dict.fromkeys(
+            (
+                "deepstack_layer_map",
+                "downsample_rate",
+                "image_grid_pinpoints",
+                "image_seq_length",
+                "image_token_id",
+                "image_token_index",
+                "projector_dropout",
+                "projector_hidden_act",
+                "qformer_config",
+                "spatial_target_layers",
+                "spatial_vision_layer",
+                "use_image_newline_parameter",
+                "vision_feature_layer",
+                "vision_feature_select_strategy",
+            ),
+            IGNORED,
+        ),
+    },
+    prefixes={
+        "model.language_model.": "model.",
+        "lm_head.": "lm_head.",
+        "model.vision_tower.": VISION_PREFIX,
+        "model.image_newline": "model.image_newline",
+        "model.layerwise_projectors.": f"{PROJECTOR_PREFIX}layerwise_projectors.",
+        "model.spatial_projectors.": f"{PROJECTOR_PREFIX}spatial_projectors.",
+    },
+    unused=("model.vision_tower.post_layernorm.", "model.vision_tower.head."),
+    sections=granite_sections,
+    keys=granite_keys,
+)
+WHOLE_MODELS: Final[Mapping[str, WholeModel]] = {"qwen3_vl": QWEN3_VL, "granite4_vision": GRANITE4_VISION}
 """The models by their `model_type`."""
 
 
@@ -74,6 +118,21 @@ def whole_model_of(variant: Variant) -> tuple[str, WholeModel] | None:
 def variant_of_whole(model_type: str) -> Variant:
     """Return the variant that a model of transformers computes, by its `model_type`."""
     return next(variant for variant in Variant if variant.traits.whole_model == model_type)
+
+
+def used_tensors(tensors: Mapping[str, T], model: ModelConfig) -> dict[str, T]:
+    """Leave out the tensors of a folder that no row passes, such as a tower's head for classification.
+
+    Args:
+        tensors: By their names in the folder.
+        model: The folder's model.
+
+    Returns:
+        The others, in order.
+    """
+    found = whole_model_of(model.variant)
+    unused = () if found is None else found[1].unused
+    return {name: value for name, value in tensors.items() if not name.startswith(unused)}
 
 
 def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -95,19 +154,32 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: model_type: found {config.get('model_type')!r}, expected one of {', '.join(WHOLE_MODELS)}"
         )
     text, vision = (_section(config, key, where) for key in ("text_config", "vision_config"))
-    decoder, tower = FAMILIES[whole.family].hugging_face, TOWERS[whole.tower].hugging_face
+    vision_type = str(vision.get("model_type") or next(iter(whole.towers)))
+    if vision_type not in whole.towers:
+        raise CheckpointError(
+            f"{where}: vision_config.model_type: found {vision_type!r}, expected one of {', '.join(whole.towers)}"
+        )
+    kind = whole.towers[vision_type]
+    family = FAMILIES[whole.family]
+    decoder, tower = family.hugging_face, TOWERS[kind].hugging_face
     assert decoder is not None
     assert tower is not None
     plain: dict[str, Any] = {
         "variant": str(variant_of_whole(str(config["model_type"]))),
-        "language": {"family": whole.family, **FAMILIES[whole.family].switches, **_language(text, decoder)},
-        "vision": {"kind": whole.tower, **_vision(vision, tower), **dict(_fixed(whole.tower))},
+        "language": {
+            "family": whole.family,
+            **family.switches,
+            **_language(text, decoder, family),
+        },
+        "vision": {"kind": kind, **_vision(vision, tower, kind), **dict(_fixed(kind))},
     }
     for key, value in whole.fields.items():
         if value.reads is not None:
             plain["language"][value.reads] = _value(config, key, value)
+    _built(plain, where)
+    for section, values in whole.sections(config, plain["vision"], where).items():
+        plain[section] = {**plain.get(section, {}), **values}
     model = _built(plain, where)
-    model = _built({**plain, "stacks": whole.stacks(config, model)}, where)
     _refuse(native_problems(model), where)
     return model
 
@@ -135,22 +207,26 @@ def _built(plain: Mapping[str, Any], where: str) -> ModelConfig:
     return recipe.model
 
 
-def _language(text: Mapping[str, Any], decoder: HfDecoder) -> dict[str, Any]:
+def _language(text: Mapping[str, Any], decoder: HfDecoder, family: FamilyTraits) -> dict[str, Any]:
     found = dict(_read(text, decoder.fields))
     found.pop("activation", None)  # the family has one, and a config with another is refused
+    width, heads = found["hidden_size"], found["num_heads"]
+    if isinstance(width, int) and isinstance(heads, int) and heads:
+        found["num_kv_heads"] = heads if found["num_kv_heads"] is None else found["num_kv_heads"]
+        found["head_dim"] = width // heads if found["head_dim"] is None else found["head_dim"]
     found["rope_theta"] = rotary_base(text, decoder)
-    section = rotary_sections(text)
-    if section is not None:
-        found["mrope_section"] = section
+    if family.has_axial_positions:
+        found["mrope_section"] = rotary_sections(text)
     return found
 
 
-def _vision(vision: Mapping[str, Any], tower: HfTower) -> dict[str, Any]:
+def _vision(vision: Mapping[str, Any], tower: HfTower, kind: str) -> dict[str, Any]:
     found = dict(_read(vision, tower.fields))
     found.pop("out_hidden_size", None)
     names = {theirs: str(ours) for ours, theirs in ACTIVATIONS.items()}
     found["activation"] = names.get(found["activation"], found["activation"])
-    found["rope_theta"] = axial_base(vision)
+    if TOWERS[kind].is_native:
+        found["rope_theta"] = axial_base(vision)
     return found
 
 

@@ -35,7 +35,8 @@ def whole_config(model: ModelConfig, token_ids: Mapping[str, int]) -> dict[str, 
     return {
         "architectures": [whole.architecture],
         "model_type": model_type,
-        **written_fields(whole.fields, {**facts, **whole.facts(model)}),
+        **written_fields(whole.fields, facts),
+        **whole.keys(model),
         **token_ids,
         "text_config": {
             "model_type": decoder.model_types[0],

@@ -86,6 +86,7 @@ class CachedDecoder(Decoder):
         self.caches = [KeyValueCache(plan.micro_batch_size, capacity) for _ in plan.tokens]
         self.ends = lengths.copy()
         """(M, B): tokens of each sequence that are in the cache, after the prompts have been read."""
+        self.beyond = self._beyond_prompts()
 
     def first(self) -> list[torch.Tensor]:
         """As the base says; the newest logits win that a prompt's last token gave."""
@@ -98,6 +99,7 @@ class CachedDecoder(Decoder):
                 np.full(self.lengths.shape, begin),
                 last,
                 self._rows(begin, stop),
+                None if self.plan.positions is None else [each[..., begin:stop] for each in self.plan.positions],
             )
             ended = torch.from_numpy((self.lengths > begin) & (self.lengths <= stop)).to(local_device())
             if not kept:
@@ -108,9 +110,25 @@ class CachedDecoder(Decoder):
     def after(self, chosen: np.ndarray) -> list[torch.Tensor]:
         """As the base says. A step is as wide as ranks that share positions need it; what follows the token is void."""
         tokens = [np.pad(row[:, None], ((0, 0), (0, self.multiple - 1))) for row in chosen]
-        logits = self._run(tokens, self.ends, np.zeros_like(self.ends), lambda micro_batch, vpp: NO_VISUAL_INPUTS)
+        axial = None
+        if self.beyond is not None:
+            new_MBW = (self.beyond + self.ends - self.lengths)[..., None] + np.arange(self.multiple)
+            axial = [np.broadcast_to(each, (3, *each.shape)) for each in new_MBW]
+        logits = self._run(
+            tokens, self.ends, np.zeros_like(self.ends), lambda micro_batch, vpp: NO_VISUAL_INPUTS, axial
+        )
         self.ends += 1
         return logits
+
+    def _beyond_prompts(self) -> np.ndarray | None:
+        """(M, B): of positions on three axes the first one after each prompt, which is the same on all axes."""
+        if self.plan.positions is None:
+            return None
+        last = [
+            [int(rows[:, b, : self.lengths[m, b]].max()) for b in range(rows.shape[1])]
+            for m, rows in enumerate(self.plan.positions)
+        ]
+        return np.array(last, np.int64) + 1
 
     def _rows(self, begin: int, stop: int) -> VisualOf:
         if (begin, stop) == (0, self.plan.seq_length):
@@ -122,7 +140,12 @@ class CachedDecoder(Decoder):
         return rows
 
     def _run(
-        self, tokens: list[np.ndarray], starts: np.ndarray, wanted: np.ndarray, visual: VisualOf
+        self,
+        tokens: list[np.ndarray],
+        starts: np.ndarray,
+        wanted: np.ndarray,
+        visual: VisualOf,
+        axial: list[np.ndarray] | None,
     ) -> list[torch.Tensor]:
         config, place = self.engine.model.config, self.engine.groups.place
         wanted_MB = torch.from_numpy(wanted).to(local_device())
@@ -137,7 +160,7 @@ class CachedDecoder(Decoder):
             )
             for m, cache in enumerate(self.caches)
         ]
-        return run_cached_step(config, self.engine.chunks, tokens, steps, visual, cp_rank=place.cp)
+        return run_cached_step(config, self.engine.chunks, tokens, steps, visual, cp_rank=place.cp, axial=axial)
 
 
 class RecomputingDecoder(Decoder):

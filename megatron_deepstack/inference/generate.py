@@ -85,6 +85,54 @@ def generate_answers(
     return answers
 
 
+def score_answers(
+    engine: Engine, views: Views, questions: Sequence[Sequence[Question]], answers: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
+    """How likely given answers are. Collective over the replica.
+
+    Args:
+        engine: The model, ready for forward passes.
+        views: The source of the questions' images.
+        questions: Micro-batches of one replica, all of the same size.
+        answers: Token ids of the answer to each of the first questions; the questions behind them are padding.
+
+    Returns:
+        For each answer the sum of its tokens' log-probabilities, and whether each token is the most likely one.
+    """
+    longest = max(len(ids) for ids in answers)
+    _, decoder = _decoder(engine, views, questions, Writing(max_new_tokens=longest, stop_ids=()))
+    shape = (len(questions), len(questions[0]))
+    given = np.zeros((*shape, longest), np.int64)
+    counted = np.zeros(given.shape, bool)
+    for place, ids in enumerate(answers):
+        given[np.unravel_index(place, shape)][: len(ids)] = ids
+        counted[np.unravel_index(place, shape)][: len(ids)] = True
+    total, greedy = np.zeros(shape), np.ones(shape, bool)
+    with torch.no_grad():
+        logits = decoder.first()
+        for token in range(longest):
+            likely, best = _likelihood(logits, given[..., token], engine.groups)
+            now = counted[..., token]
+            total += np.where(now, likely, 0.0)
+            greedy &= ~now | best
+            if token + 1 < longest:
+                logits = decoder.after(given[..., token])
+    pairs = zip(total.reshape(-1).tolist(), greedy.reshape(-1).tolist(), strict=True)
+    return list(pairs)[: len(answers)]
+
+
+def _likelihood(logits: list[torch.Tensor], given: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities (M, B) of given tokens, and whether they are the most likely; equal on all ranks."""
+    both = torch.zeros(2, *given.shape, dtype=torch.float64, device=local_device())
+    for m, local_BV in enumerate(logits):
+        full_BV = gather_last_dim(local_BV, groups.decoder.tp)
+        tokens_B1 = torch.from_numpy(given[m]).to(full_BV.device)[:, None]
+        both[0, m] = torch.log_softmax(full_BV.double(), dim=-1).gather(1, tokens_B1)[:, 0]
+        both[1, m] = full_BV.float().argmax(dim=-1) == tokens_B1[:, 0]
+    likely, best = share_from_last_stage(both, groups).cpu().numpy()
+    return likely, best == 1.0
+
+
 def _decoder(
     engine: Engine, views: Views, questions: Sequence[Sequence[Question]], writing: Writing
 ) -> tuple[np.ndarray, Decoder]:

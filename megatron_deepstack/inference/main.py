@@ -98,7 +98,7 @@ def answer_questions(
     with WorkProgress("generate", count, "questions", quiet=engine.groups.replica_rank != 0) as progress:
         for first in range(0, count, MICRO_BATCH_SIZE * recipe.parallel.pipeline):
             group = questions[first : first + MICRO_BATCH_SIZE * recipe.parallel.pipeline]
-            batches = _micro_batches(group, recipe.parallel)
+            batches = micro_batches(group, recipe.parallel)
 
             def told(number: int, _: np.ndarray, first: int = first, size: int = len(group)) -> None:
                 progress.at(first + size * number / max_new_tokens)
@@ -184,8 +184,16 @@ def load_engine(recipe: Recipe, groups: Groups) -> Engine:
     )
 
 
-def _micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[list[Question]]:
-    """Equal micro-batches. The last question is repeated to fill them, and up to a multiple of pp when interleaved."""
+def micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[list[Question]]:
+    """Equal micro-batches. The last question is repeated to fill them, and up to a multiple of pp when interleaved.
+
+    Args:
+        questions: At least one question.
+        parallel: The layout.
+
+    Returns:
+        The micro-batches, whose questions are in order.
+    """
     size = min(MICRO_BATCH_SIZE, len(questions))
     number = -(-len(questions) // size)
     if parallel.virtual_pipeline > 1:

@@ -35,7 +35,7 @@ def random_source(model: ModelConfig, seed: int, deviation: float = 0.02) -> Sou
     def draw(name: str, shape: Shape) -> torch.Tensor:
         if name.endswith(".bias"):
             return torch.zeros(shape)
-        if "norm" in name.rsplit(".", 2)[-2]:
+        if "norm" in name.rsplit(".", 2)[-2].lower():
             return torch.ones(shape)
         if name.endswith(_ADAPTER_OUTPUTS):
             return torch.zeros(shape)

@@ -26,12 +26,15 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
+from megatron_deepstack.model.layers.megatron_config import without_gradient_accumulation
 from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
-from megatron_deepstack.parallel.context import gather_sequence
+from megatron_deepstack.parallel.context import gather_sequence, own_part
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
 VOCABULARY_MULTIPLE = 128
+LEAST_ANGLES = 1024
+"""Positions of the smallest table of angles, half a megabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,27 @@ class VisualInputs:
 
 
 NO_VISUAL_INPUTS = VisualInputs()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTargets:
+    """The positions of one micro-batch whose loss is computed; the output layer sees no others."""
+
+    rows: torch.Tensor
+    """(R,) int64 flat positions s * B + b in this rank's shard; equally many on all tp ranks."""
+    labels: torch.Tensor
+    """(1, N) int64 labels of the rows of all tp ranks that share the sequence, one rank after another. Where a row only
+    fills up, any id that is not negative."""
+
+    @classmethod
+    def everywhere(cls, labels_BS: torch.Tensor) -> HeadTargets:
+        """Targets at all positions, without sequence parallelism.
+
+        Args:
+            labels_BS: int64 labels, none of them negative.
+        """
+        rows = torch.arange(labels_BS.numel(), device=labels_BS.device)
+        return cls(rows=rows, labels=labels_BS.t().reshape(1, -1))
 
 
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
@@ -78,6 +102,7 @@ class LanguageChunk(LanguageModule):
         self.slots = chunk_slots(chunk, slots)
         self.pre_process, self.post_process = chunk.has_embedding, chunk.has_head
         self.share_embeddings_and_output_weights = language.tied_embeddings
+        self.language = language
         self.vocab_size = language.vocab_size
         self.padded_vocabulary = padded_vocabulary(language.vocab_size, config.tensor_model_parallel_size)
         if self.pre_process:
@@ -110,7 +135,7 @@ class LanguageChunk(LanguageModule):
         return ColumnParallelLinear(
             config.hidden_size,
             self.padded_vocabulary,
-            config=config,
+            config=without_gradient_accumulation(config),
             init_method=config.init_method,
             bias=False,
             skip_bias_add=False,
@@ -126,7 +151,7 @@ class LanguageChunk(LanguageModule):
     def forward(
         self,
         tokens_BS: torch.Tensor,
-        labels_BS: torch.Tensor | None,
+        targets: HeadTargets | None,
         visual: VisualInputs = NO_VISUAL_INPUTS,
         packs: Packs | CachedStep | None = None,
         positions_3BS: torch.Tensor | None = None,
@@ -135,13 +160,13 @@ class LanguageChunk(LanguageModule):
 
         Args:
             tokens_BS: int64, this rank's cp shard in zigzag order.
-            labels_BS: int64, likewise; ignored labels may hold any id that is not negative. None asks for logits.
+            targets: Where the loss is computed. None asks for logits.
             visual: Rows that this chunk adds.
             packs: Where the samples of a packed row (B = 1) end; or the step of a generation with a key/value cache.
             positions_3BS: int64 positions in time, line and column of this rank's shard, for a decoder that has them.
 
         Returns:
-            Hidden states (S, B, H) for the next stage; on the last, per-token losses (B, S), or without labels the
+            Hidden states (S, B, H) for the next stage; on the last, losses (1, N) of the targets, or without them the
             logits (S, B, V / tp), of which a step with a cache gives only those it wants: (1, B, V / tp).
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
@@ -158,8 +183,10 @@ class LanguageChunk(LanguageModule):
             return hidden_SBH
         if isinstance(packs, CachedStep):
             return self._wanted_logits(hidden_SBH, packs)
-        logits_SBV = self._logits(hidden_SBH)
-        return logits_SBV if labels_BS is None else self.compute_language_model_loss(labels_BS, logits_SBV)
+        if targets is None:
+            return self._logits(hidden_SBH)
+        rows_R1H = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, targets.rows)[:, None]
+        return self.compute_language_model_loss(targets.labels, self._logits(rows_R1H))
 
     def _angles(
         self, length: int, packs: Packs | CachedStep | None, positions_3BS: torch.Tensor | None
@@ -173,15 +200,21 @@ class LanguageChunk(LanguageModule):
             assert packs.cache is not None
             assert packs.positions is not None
             return angles_at(self.rotary, packs.positions, packs.cache.capacity), packs
-        rotary = self.rotary(length, packed_seq=packs is not None)
-        if packs is not None and not self.rotates_packs:
-            return restarted(rotary, packs.ends), packs.as_one_row()
-        return rotary, packs
+        # A table is made and uploaded once for each power of 2, not for each length; `packed_seq` leaves it whole.
+        rotary = self.rotary(max(LEAST_ANGLES, 1 << (length - 1).bit_length()), packed_seq=True)[:length]
+        group = self.pg_collection.cp
+        if packs is None:
+            return (own_part(rotary, (length,), group) if group.size() > 1 else rotary), packs
+        if self.rotates_packs:
+            return rotary, packs
+        return restarted(rotary, packs.ends, group), packs.as_one_row()
 
     def _embed(self, tokens_BS: torch.Tensor, visual: VisualInputs) -> torch.Tensor:
         hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
         if torch.is_grad_enabled() and not hidden_SBH.requires_grad:
             hidden_SBH = hidden_SBH.detach().requires_grad_()  # frozen decoder: the schedule needs a graph even of text
+        if self.language.embedding_multiplier != 1.0:
+            hidden_SBH = hidden_SBH * self.language.embedding_multiplier
         if visual.base_rows is None:
             return hidden_SBH
         assert visual.base_positions is not None
@@ -208,6 +241,8 @@ class LanguageChunk(LanguageModule):
         return self._without_padding(torch.nn.functional.linear(hidden_SBH[step.wanted, rows], weight)[None])
 
     def _without_padding(self, logits_SBV: torch.Tensor) -> torch.Tensor:
+        if self.language.logits_scaling != 1.0:
+            logits_SBV = logits_SBV / self.language.logits_scaling
         width = logits_SBV.shape[-1]
         first_padded = max(self.vocab_size - self.tp_group.rank() * width, 0)
         if first_padded < width:

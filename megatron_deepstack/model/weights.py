@@ -19,6 +19,7 @@ from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.vision.encoder import VisualEncoder
+from megatron_deepstack.model.vision.qformer import QFormers
 from megatron_deepstack.planning.budget.linears import linear_sizes
 
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
@@ -112,12 +113,13 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
     }
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
         prefix = f"{LAYERS_PREFIX}{layer}."
-        rules = _decoder_layer(prefix, model) | _adapters(prefix, model.language, lora_rank)
+        rules = decoder_layer_rules(prefix, model) | _adapters(prefix, model.language, lora_rank)
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
 
 
-def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
+def decoder_layer_rules(prefix: str, model: ModelConfig) -> Rules:
+    """What the parameters of a decoder's layer are made of, by their names in it."""
     language = model.language
     h, f = language.hidden_size, language.ffn_hidden_size
     d, groups = head_width(language), num_kv_heads(language)
@@ -159,7 +161,7 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
     return frozenset(
         name
         for layer in range(language.num_layers)
-        for ours, rule in _decoder_layer(f"{LAYERS_PREFIX}{layer}.", model).items()
+        for ours, rule in decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model).items()
         if ours not in absent
         for name in rule.names
     )
@@ -221,13 +223,17 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
         "projector.fc2.bias": _plain(f"{PROJECTOR_PREFIX}2.bias", (hidden,)),
         "newline": _plain("model.image_newline", (hidden,)),
     }
+    if isinstance(encoder.projector, QFormers):
+        known = {name: rule for name, rule in known.items() if not name.startswith("projector.")}
+        known.update(_qformers(encoder.projector, len(vision.taps) - model.qformer.num_sampled))
     for layer in range(vision.num_layers):
-        for name, rule in _vit_layer(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
+        for name, rule in vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
             known[f"vit.decoder.layers.{layer}.{name}"] = rule
     return _select(encoder, known)
 
 
-def _vit_layer(prefix: str, model: ModelConfig) -> Rules:
+def vit_layer_rules(prefix: str, model: ModelConfig) -> Rules:
+    """What the parameters of a tower's layer are made of, by their names in it."""
     c, f, heads = model.vision.hidden_size, model.vision.ffn_hidden_size, model.vision.num_heads
     attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
     rules = {
@@ -243,6 +249,50 @@ def _vit_layer(prefix: str, model: ModelConfig) -> Rules:
     for kind in ("weight", "bias"):
         rules[f"input_layernorm.{kind}"] = _plain(f"{prefix}layer_norm1.{kind}", (c,))
         rules[f"pre_mlp_layernorm.{kind}"] = _plain(f"{prefix}layer_norm2.{kind}", (c,))
+    return rules
+
+
+_QFORMER_NAMES = {
+    "query": "query",
+    "positions": "image_positions",
+    "norm": "norm",
+    "query_norm": "qformer.layernorm",
+    "out": "out_linear",
+}
+_QFORMER_LAYER_NAMES = {
+    **{
+        f"{ours}.{own}": f"{theirs}.{published}"
+        for ours, theirs in {"among": "attention", "across": "crossattention"}.items()
+        for own, published in {
+            "query": "attention.query",
+            "key": "attention.key",
+            "value": "attention.value",
+            "out": "output.dense",
+            "norm": "output.LayerNorm",
+        }.items()
+    },
+    "fc1": "intermediate_query.dense",
+    "fc2": "output_query.dense",
+    "norm": "output_query.LayerNorm",
+}
+"""Names of a Q-Former and of its layers, and those that Granite 4 Vision has for them."""
+
+
+def _qformers(projector: QFormers, num_averaged: int) -> Rules:
+    """Rules of window Q-Formers: first those whose queries begin with averages, then those that begin with samples."""
+    rules = {}
+    for name, parameter in projector.named_parameters():
+        _, number, own = name.split(".", 2)
+        stack = int(number)
+        kind_of_stack = ("layerwise", stack) if stack < num_averaged else ("spatial", stack - num_averaged)
+        place = "{}_projectors.{}".format(*kind_of_stack)
+        module, _, kind = own.rpartition(".")
+        if module.startswith("layers."):
+            _, layer, inner = module.split(".", 2)
+            published = f"qformer.encoder.layer.{layer}.{_QFORMER_LAYER_NAMES[inner]}.{kind}"
+        else:
+            published = f"{_QFORMER_NAMES[module]}.{kind}" if module else _QFORMER_NAMES[kind]
+        rules[f"projector.{name}"] = _plain(f"{PROJECTOR_PREFIX}{place}.{published}", tuple(parameter.shape))
     return rules
 
 

@@ -11,6 +11,7 @@ view, and `smart_resize` chooses its size. Everything here is arithmetic; `data.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -113,7 +114,7 @@ def layout_views(layout: ViewLayout, grid: Grid) -> int:
     match layout:
         case ViewLayout.GLOBAL | ViewLayout.NATIVE:
             return 1
-        case ViewLayout.CROPS:
+        case ViewLayout.CROPS | ViewLayout.TILES:
             return context
         case ViewLayout.HIGH_RES:
             return context * (1 + HIGH_RES_SIDE**2)
@@ -129,7 +130,10 @@ def num_views(variant: Variant, shape: ImageShape) -> int:
     Returns:
         The number of views, including the global view.
     """
-    return 1 if isinstance(shape, ViewGrid) else layout_views(layout_of(variant), shape)
+    if isinstance(shape, ViewGrid):
+        return 1
+    grid = (shape.columns, shape.rows) if isinstance(shape, TileGrid) else shape
+    return layout_views(layout_of(variant), grid)
 
 
 def most_views(layout: ViewLayout, rule: GridRule, num_crops: int) -> int:
@@ -219,8 +223,66 @@ class ViewGrid:
         return self.width * patch_size, self.height * patch_size
 
 
-ImageShape = Grid | ViewGrid
-"""What determines the rows of an image: the grid of its crops, or the patches of its one view."""
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """The tiles of an image that is resized with its aspect ratio kept, padded, and cut."""
+
+    columns: int
+    rows: int
+    image_width: int
+    """Width of the image in pixels before it is resized, which says how much of the mosaic is padding."""
+    image_height: int
+
+    def unpadded(self, side: int) -> tuple[range, range]:
+        """Return the lines and columns of the mosaic that are not padding, as published.
+
+        Args:
+            side: Tokens along one side of a tile.
+
+        Returns:
+            Lines and columns, in tokens of the mosaic.
+        """
+        high, wide = self.rows * side, self.columns * side
+        if self.image_width / self.image_height > wide / high:
+            margin = (high - int(round(self.image_height * (wide / self.image_width), 7))) // 2
+            return range(margin, high - margin), range(wide)
+        margin = (wide - int(round(self.image_width * (high / self.image_height), 7))) // 2
+        return range(high), range(margin, wide - margin)
+
+
+def tile_grid(width: int, height: int, tile: int, resolutions: Sequence[tuple[int, int]]) -> TileGrid:
+    """Choose the tiles of an image: the resolution that keeps most of it, as LLaVA-NeXT and Granite publish.
+
+    Args:
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        tile: Side of a tile in pixels.
+        resolutions: Possible sizes of the resized image, `(height, width)`, multiples of `tile`.
+
+    Returns:
+        The tiles. Of equally good resolutions the first is taken.
+
+    Raises:
+        DataError: The image has no pixels.
+        ConfigError: A resolution is no multiple of `tile`.
+    """
+    if min(width, height) < 1:
+        raise DataError(f"an image of {width}x{height} pixels: it needs at least one pixel in each direction")
+    odd = [size for size in resolutions if size[0] % tile or size[1] % tile or not size[0] * size[1]]
+    if odd or not resolutions:
+        raise ConfigError([f"image_grid_pinpoints: found {odd or list(resolutions)}, expected multiples of {tile}"])
+
+    def fit(size: tuple[int, int]) -> tuple[int, int]:
+        scale = min(size[1] / width, size[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - size[0] * size[1]
+
+    high, wide = max(resolutions, key=fit)
+    return TileGrid(columns=wide // tile, rows=high // tile, image_width=width, image_height=height)
+
+
+ImageShape = Grid | ViewGrid | TileGrid
+"""What determines the rows of an image: the grid of its crops, the patches of its one view, or its tiles."""
 
 
 def smart_resize(width: int, height: int, *, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from megatron_deepstack.report.drawing.chart import Charts, Line, running_mean
 from megatron_deepstack.report.drawing.frame import document, duration, section, table, wide_drawing, write
 from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.drawing.timeline import RecordedStep, read_timelines, timeline_drawing
+from megatron_deepstack.report.evaluations import evaluation_sections
 from megatron_deepstack.report.health import events
 from megatron_deepstack.report.page import summary
 from megatron_deepstack.report.records import Metrics, read_metrics
@@ -72,6 +73,7 @@ def comparison(folders: Sequence[Path]) -> str:
         element("h1", title),
         *(element("p", _dot(run), f"{run.label}: {summary(run.recipe)}") for run in runs),
         section("Results", _results(runs)),
+        *evaluation_sections([(run.label, folder) for run, folder in zip(runs, folders, strict=True)]),
         section("Loss", *_losses(runs, charts)),
         section("Speed", *_speeds(runs, charts)),
         *_timelines(runs),

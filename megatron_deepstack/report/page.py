@@ -145,7 +145,7 @@ def _answer_sections(sets: Sequence[AnswerSet]) -> Iterator[Markup]:
 def _answers(answers: Sequence[Answer], pictures: Pictures) -> Iterator[Markup]:
     """Cards of wrong answers first, since readers look for those; then a table of all answers."""
     yield element("p", Score.of(answers).words)
-    yield _filter()
+    yield filter_box(("wrong", "right"))
     for title, correct in (("wrong", False), ("right", True)):
         chosen = [answer for answer in answers if answer.correct is correct]
         if not chosen:
@@ -169,11 +169,16 @@ def _kind(answer: Answer) -> str:
     return "right" if answer.correct else "wrong"
 
 
-def _filter() -> Markup:
-    """Chooses cards and rows of its section; it is hidden if scripts do not run."""
-    options = [
-        element("option", name, value=value) for name, value in (("all", ""), ("wrong", "wrong"), ("right", "right"))
-    ]
+def filter_box(kinds: Sequence[str]) -> Markup:
+    """Chooses cards and rows of its section by words and kind; it is hidden if scripts do not run.
+
+    Args:
+        kinds: The words of which each card or row carries one.
+
+    Returns:
+        The element.
+    """
+    options = [element("option", name or "all", value=name) for name in ("", *kinds)]
     words = element("label", "words ", Markup('<input type="search">'))
     return element(
         "p",

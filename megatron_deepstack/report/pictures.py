@@ -47,6 +47,23 @@ class Pictures:
             self._absent.setdefault(store, []).append(str(error).splitlines()[0])
             return element("p", "no picture", class_="absent")
 
+    def global_view(self, store: str, image: int, max_side: int) -> Markup:
+        """The global view of an image alone.
+
+        Args:
+            store: Folder or URL of its store.
+            image: Its number in the store.
+            max_side: Longest side in pixels.
+
+        Returns:
+            The view; a few words if reading fails.
+        """
+        try:
+            return embedded(self._opened(store).read_views(image, (0,))[0], "global view", max_side)
+        except (DeepStackError, OSError, IndexError) as error:
+            self._absent.setdefault(store, []).append(str(error).splitlines()[0])
+            return element("p", "no picture", class_="absent")
+
     def told(self) -> list[str]:
         """A line for each store of which pictures have been missing since the last call."""
         absent, self._absent = self._absent, {}
@@ -71,6 +88,7 @@ class Pictures:
         if isinstance(stored.grid, ViewGrid):
             frames = [embedded(frame, "view") for frame in opened.read_whole([image])[0]]
             return element("div", *(element("figure", one) for one in frames), class_="views")
+        assert isinstance(stored.grid, tuple), "no store holds padded tiles"
         gw, gh = stored.grid
         views = opened.read_views(image, range(min(stored.count, 1 + gw * gh)))
         figures = [element("figure", embedded(views[0], "global view"), element("figcaption", "global view"))]

@@ -20,11 +20,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.model.language import LanguageChunk, VisualInputs
+from megatron_deepstack.model.language import HeadTargets, LanguageChunk, VisualInputs
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.parallel.context import zigzag
 from megatron_deepstack.planning.batch.step_plan import StepPlan
+from megatron_deepstack.planning.batch.targets import find_targets
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.platform.compute.device import local_device
 from megatron_deepstack.platform.compute.upload import upload_all
@@ -65,7 +66,8 @@ def run_schedule(
     config.finalize_model_grads_func = _leave_to_train_step
     config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states
     config.no_sync_func = None if forward_only else _no_sync(chunks)
-    batches = _micro_batches(plan, config.context_parallel_size, cp_rank, keep_logits=keep_logits)
+    tp_rank = _unwrap(chunks[0]).tp_group.rank()
+    batches = _micro_batches(plan, config, cp_rank, tp_rank, keep_logits=keep_logits)
     data = [iter(batches) for _ in range(len(chunks))]
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, visual, timeline),
@@ -92,6 +94,7 @@ def run_cached_step(
     visual: VisualOf,
     *,
     cp_rank: int,
+    axial: Sequence[np.ndarray] | None = None,
 ) -> list[torch.Tensor]:
     """Run some tokens of all micro-batches forward, after those that are in the caches. Collective over pp, tp and cp.
 
@@ -102,22 +105,24 @@ def run_cached_step(
         steps: Per micro-batch where these tokens are. The caches take their keys and values.
         visual: Asked once per forward for the rows that a chunk adds.
         cp_rank: This rank's index on the context-parallel axis.
+        axial: Per micro-batch int64 (3, B, W), the tokens' positions on three axes; None for a decoder without them.
 
     Returns:
         On the last stage, per micro-batch the wanted logits (B, V / tp); elsewhere nothing.
     """
     config.no_sync_func = None
     width = int(tokens[0].shape[1])
-    positions = zigzag(width, config.context_parallel_size, cp_rank).numpy()
-    (tokens_MBS,) = upload_all([np.stack(tokens)[..., positions]])
+    positions = zigzag((width,), config.context_parallel_size, cp_rank)
+    host = [np.stack(each)[..., positions] for each in (tokens, axial) if each is not None]
+    tokens_MBS, *axial_M3BS = upload_all(host)
     batches = [
         _MicroBatch(
-            number=number,
-            tokens=tokens_MBS[number],
-            labels=None,
-            targets=tokens_MBS[number],
+            number,
+            tokens_MBS[number],
+            targets=None,
+            counted=None,
             packs=step,
-            positions=None,
+            positions=axial_M3BS[0][number] if axial_M3BS else None,
         )
         for number, step in enumerate(steps)
     ]
@@ -158,28 +163,38 @@ def _leave_to_train_step(*_: object, **__: object) -> None:
 class _MicroBatch:
     number: int
     tokens: torch.Tensor
-    labels: torch.Tensor | None
-    targets: torch.Tensor
+    targets: HeadTargets | None
+    counted: torch.Tensor | None
+    """(1, N) boolean, which of the targets' losses count."""
     packs: Packs | CachedStep | None
     positions: torch.Tensor | None
 
 
-def _micro_batches(plan: StepPlan, cp_ranks: int, cp_rank: int, *, keep_logits: bool) -> list[_MicroBatch]:
+def _micro_batches(
+    plan: StepPlan, config: TransformerConfig, cp_rank: int, tp_rank: int, *, keep_logits: bool
+) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
-    positions = {length: zigzag(length, cp_ranks, cp_rank).numpy() for length in set(plan.seq_lengths)}
-    bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
-    axial = plan.positions or ()
-    mine = [array[..., positions[array.shape[-1]]] for array in (*plan.tokens, *plan.labels, *axial)]
-    uploaded = upload_all([*mine, *bounds])
+    ends = plan.segments or tuple((length,) for length in plan.seq_lengths)
+    own = [zigzag(one, config.context_parallel_size, cp_rank) for one in ends]
+    bounds = [np.array((0, *one), np.int64) for one in plan.segments or ()]
+    kinds = [plan.tokens, plan.labels, *([plan.positions] if plan.positions else [])]
+    mine = [array[..., places] for arrays in kinds for array, places in zip(arrays, own, strict=True)]
     count = plan.num_micro_batches
-    tokens_M, labels_M, more = uploaded[:count], uploaded[count : 2 * count], uploaded[2 * count :]
+    tokens, labels, axial = mine[:count], mine[count : 2 * count], mine[2 * count :]
+    pieces = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    piece = tp_rank if config.sequence_parallel else 0
+    targets = [find_targets(one, pieces) for one in labels]
+    host = [*tokens, *(one.rows[piece] for one in targets), *(one.labels.reshape(1, -1) for one in targets)]
+    uploaded = upload_all([*host, *axial, *bounds])
+    tokens_M, rows_M, labels_M = (uploaded[k * count : (k + 1) * count] for k in range(3))
+    more = uploaded[3 * count :]
     positions_M, bounds_M = more[: len(axial)], more[len(axial) :]
     return [
         _MicroBatch(
             number=number,
             tokens=tokens_M[number],
-            labels=None if keep_logits else labels_M[number].clamp(min=0),
-            targets=labels_M[number] != IGNORE_INDEX,
+            targets=None if keep_logits else HeadTargets(rows_M[number], labels_M[number].clamp(min=0)),
+            counted=labels_M[number] != IGNORE_INDEX,
             packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
             positions=positions_M[number] if positions_M else None,
         )
@@ -194,10 +209,10 @@ def _forward_step(
     vpp = _unwrap(model).chunk.vpp
     inputs = visual(batch.number, vpp)
     with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
-        output = model(batch.tokens, batch.labels, inputs, batch.packs, batch.positions)
+        output = model(batch.tokens, batch.targets, inputs, batch.packs, batch.positions)
     if timeline is not None:
         timeline.watch_backward(output, batch.number, vpp)
-    return output, partial(_loss, batch.targets)
+    return output, partial(_loss, batch.counted)
 
 
 def _unwrap(model: torch.nn.Module) -> LanguageChunk:
@@ -206,10 +221,11 @@ def _unwrap(model: torch.nn.Module) -> LanguageChunk:
     return model
 
 
-def _loss(targets_BS: torch.Tensor, output: torch.Tensor, non_loss_data: bool = False) -> Any:
+def _loss(counted_1N: torch.Tensor | None, output: torch.Tensor, non_loss_data: bool = False) -> Any:
     """Sum of token losses, number of targets, and the same for the log; or the logits as they are."""
     if non_loss_data:
         return output.transpose(0, 1)
-    total = (output.float() * targets_BS).sum()
-    count = targets_BS.sum().to(torch.int)
+    assert counted_1N is not None, "a step for its loss has targets"
+    total = (output.float() * counted_1N).sum()
+    count = counted_1N.sum().to(torch.int)
     return total, count, (total.detach(), count)

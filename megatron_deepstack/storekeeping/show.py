@@ -165,6 +165,7 @@ def _image(store: Store, model: ModelConfig, number: int) -> Markup:
     image = store.image(number)
     if isinstance(image.grid, ViewGrid):
         return _native_image(store, model, number, image, image.grid)
+    assert isinstance(image.grid, tuple), "no store holds padded tiles"
     views = store.read_views(number, range(num_views(model.variant, image.grid)))
     maps = stack_maps(model, image.grid)
     figures = [_figure(embedded(views[0], "global view"), _grid_lines(model, image.grid), _caption(image), (1, 1))]

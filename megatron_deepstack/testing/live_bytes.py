@@ -42,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
     @property
     def now(self) -> int:
         """Bytes alive now."""
-        storages = [storage() for storage in self._alive.values()]
+        storages = [storage() for storage in list(self._alive.values())]
         return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def __torch_dispatch__(

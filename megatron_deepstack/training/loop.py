@@ -44,6 +44,7 @@ from megatron_deepstack.training.guard.stragglers import Stragglers
 from megatron_deepstack.training.guard.unreadable import leave_out_unreadable
 from megatron_deepstack.training.guard.watchdog import PATIENT, Watchdog
 from megatron_deepstack.training.metrics.console import say
+from megatron_deepstack.training.metrics.forecast import Forecast
 from megatron_deepstack.training.metrics.observe import Observer
 from megatron_deepstack.training.metrics.record import StepRecord
 from megatron_deepstack.training.metrics.throughput import Throughput
@@ -140,6 +141,7 @@ class _Loop:
         self.throughput, self.observer = Throughput(recipe, session.groups), Observer(recipe, session.groups)
         self.stragglers = Stragglers(recipe.health, of_every_rank(socket.gethostname()), _weights_of_ranks(session))
         self.health = _health_after(recipe, first)
+        self.forecast = Forecast.of(session, first) if dist.get_rank() == 0 else None
 
     def run(self) -> None:
         """Collective over all ranks. Raises PreemptedError once it was asked to stop and has saved."""
@@ -179,8 +181,12 @@ class _Loop:
             seconds = time.perf_counter() - begin
         held_out = None
         if self.validation is not None and self.validation.due(done) and not agreement.stop:
+            self.session.engine.gather_parameters()
             held_out = self.validation.loss(self.watchdog.progress)
-        self.log.add(self._record(loaded, loss, norm, seconds, held_out, unreadable))
+        record = self._record(loaded, loss, norm, seconds, held_out, unreadable)
+        self.log.add(record)
+        if self.forecast is not None and (line := self.forecast.take(record)):
+            self.log.say(line)
         return agreement.stop
 
     def _readable(self, loaded: LoadedStep) -> tuple[LoadedStep, tuple[str, ...]]:
@@ -265,6 +271,7 @@ class _Loop:
 
     def _begin_save(self, done: int) -> None:
         self.watchdog.progress(f"saving after step {done}", PATIENT)
+        self.session.engine.gather_parameters()
         self.session.saver.begin(done)
 
     def _finish_save(self) -> None:

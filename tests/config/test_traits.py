@@ -21,7 +21,7 @@ from megatron_deepstack.config.traits.variants import VARIANTS, ViewLayout, vari
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.planning.exchange.rows import NEWLINE, image_rows
 from megatron_deepstack.planning.exchange.samplers import SAMPLERS, sample_mosaic, stack_of_token
-from megatron_deepstack.planning.views import ViewGrid
+from megatron_deepstack.planning.views import ImageShape, TileGrid, ViewGrid
 from megatron_deepstack.testing.oracle.stacks import sample_stacks
 
 PACKAGES = ("megatron_deepstack", "orchestration", "tools")
@@ -54,7 +54,13 @@ def test_nothing_but_the_table_asks_for_a_variants_name() -> None:
 def test_every_variant_and_sampler_has_a_row() -> None:
     assert set(VARIANTS) == set(Variant)
     assert set(SAMPLERS) == set(Sampler)
-    assert [variant_of_views(views) for views in ViewLayout] == ["llava", "deepstack_l", "deepstack_hd", "qwen3_vl"]
+    assert [variant_of_views(views) for views in ViewLayout] == [
+        "llava",
+        "deepstack_l",
+        "deepstack_hd",
+        "granite4_vision",
+        "qwen3_vl",
+    ]
 
 
 @pytest.mark.parametrize("sampler", Sampler)
@@ -75,10 +81,11 @@ def test_a_sampler_gives_every_token_once(sampler: Sampler, grid: tuple[int, int
 @pytest.mark.parametrize("grid", [(2, 2), (3, 1)])
 def test_a_variant_uses_a_token_once(variant: Variant, grid: tuple[int, int]) -> None:
     """The newline aside, a token stands in the context or in one stack: its gradient comes back from one place."""
-    shape = ViewGrid(1, *grid) if variant.traits.is_native else grid
-    rows = image_rows(
-        ModelConfig(variant=variant, vision=VisionConfig(image_size=16, patch_size=4, taps=(1, 2))), shape
-    )
+    shape: ImageShape = ViewGrid(1, *grid) if variant.traits.is_native else grid
+    if variant.traits.views is ViewLayout.TILES:
+        shape = TileGrid(*grid, 100, 70)
+    vision = VisionConfig(image_size=32, patch_size=4, taps=(1, 2))
+    rows = image_rows(ModelConfig(variant=variant, vision=vision), shape)
     used = [pair for pair in zip(rows.view.tolist(), rows.token.tolist(), strict=True) if pair[0] != NEWLINE]
     assert len(used) == len(set(used))
 

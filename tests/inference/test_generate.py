@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import ANSWERS, train_two_steps
 from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import EncoderPlacement
-from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
@@ -24,21 +25,10 @@ from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.inference.sampling import GREEDY, Sampling
 from megatron_deepstack.run_folder.answers import Answer, Score, read_answer_sets, read_answers
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
-from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
 from orchestration.preprocess.driver.run import preprocess
 
 Pools = Callable[[int], RankPool]
-ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")
 NEW_TOKENS = 12
-
-
-def train_two_steps(rank: int, recipe: Recipe) -> None:
-    """In the recipe's layout, if nothing is there yet."""
-    from megatron_deepstack.training.loop import run
-
-    if not (Path(recipe.run_dir) / "checkpoints").exists():
-        run(recipe, groups_for(recipe.parallel))
 
 
 def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig, changes: dict[str, Any]) -> list[list[int]]:
@@ -66,27 +56,6 @@ def answer_by_generate(rank: int, recipe: Recipe) -> list[Answer]:
     store, tokenizer = open_questions(recipe, recipe.data.store)
     engine = load_engine(recipe, groups_for(recipe.parallel))
     return answer_questions(recipe, engine, store, tokenizer, recipe.data.store, None, 5)
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    folder = tmp_path_factory.mktemp("generate")
-    names = write_photos(folder / "images", 4)
-    images = (names[:1], names[1:3], names[3:], [], [])
-    records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
-    data = DataConfig(
-        records=(str(write_records(folder / "records.json", records)),),
-        images=str(folder / "images"),
-        tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
-        store=str(folder / "store.zarr"),
-    )
-    language = LanguageConfig(
-        vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2
-    )
-    run = tiny_recipe(tiny_model(language=language), ParallelConfig(pipeline=2))
-    run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
-    preprocess(run, str(data.store), workers=0)
-    return run
 
 
 ONE, SAMPLED = ParallelConfig(), Sampling(temperature=1.5, top_p=0.9, seed=3)

@@ -81,7 +81,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("variant", LAYOUTS)
 def test_a_mixed_pack_equals_the_oracle(ranks: Callable[[int], RankPool], variant: Variant) -> None:
     """Four samples with 0, 1 and 2 images on unlike grids in one pack."""
     recipe = tiny_recipe(MODELS[variant])
@@ -89,7 +89,7 @@ def test_a_mixed_pack_equals_the_oracle(ranks: Callable[[int], RankPool], varian
     _check(ranks(1), recipe, None)
 
 
-@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("variant", LAYOUTS)
 def test_a_mixed_batch_on_two_ranks_equals_the_oracle(ranks: Callable[[int], RankPool], variant: Variant) -> None:
     """The same four in one micro-batch, side by side and padded, with the model or the sequence cut in two."""
     recipe = tiny_recipe(MODELS[variant], LAYOUTS[variant], micro_batch_size=4)

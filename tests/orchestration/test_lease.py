@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
@@ -44,12 +45,7 @@ def write_lease(root: Location, **changes: Any) -> Owner:
 
 def when(condition: Callable[[], bool]) -> None:
     """Wait until something is so."""
-    ready = threading.Event()
-    for _ in range(1000):
-        if condition():
-            return
-        ready.wait(0.01)
-    raise AssertionError("it never came")
+    wait_until(condition)
 
 
 def test_one_holds_it_and_gives_it_back(root: Location) -> None:

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Granite4VisionConfig,
+    Granite4VisionForConditionalGeneration,
+    PreTrainedModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 TOKENS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 
@@ -53,3 +59,60 @@ def _write(module: PreTrainedModel, folder: Path) -> Path:
             parameter.copy_(drawn * scale + float(is_norm))
     module.save_pretrained(folder)
     return folder
+
+
+def granite4_vision(
+    folder: Path,
+    *,
+    tied: bool = False,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    **more: Any,
+) -> Path:
+    """Write a Granite 4 Vision of twelve layers whose eight stacks reach each of four stages."""
+    config = Granite4VisionConfig(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.35,
+            "logits_scaling": 3.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            **(text or {}),
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+            **(vision or {}),
+        },
+        **{
+            "image_token_index": 60,
+            "tie_word_embeddings": tied,
+            "vision_feature_select_strategy": "full",
+            "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]],
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[-4, 9], [-3, 6], [-2, 3], [-1, 0]],
+            "spatial_vision_layer": -1,
+            "spatial_target_layers": [2, 5, 8, 11],
+            "qformer_config": {
+                "model_type": "blip_2_qformer",
+                "num_hidden_layers": 2,
+                "intermediate_size": 48,
+                "cross_attention_frequency": 2,
+                "use_qformer_text_input": False,
+            },
+            **more,
+        },
+    )
+    return _write(Granite4VisionForConditionalGeneration(config), folder)

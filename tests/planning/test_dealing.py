@@ -1,63 +1,70 @@
-"""Dealing a global batch: the same samples for any number of replicas, equal counts, and nearly equal work."""
+"""Units dealt to ranks: by cost, and what the plan says of it."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from megatron_deepstack.config.choices import Batching
-from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, TrainConfig
-from megatron_deepstack.planning.batch.dealing import Deal, deal, deal_evenly
-from megatron_deepstack.planning.budget.cost import decoder_flops
-
-LANGUAGE = LanguageConfig()
-
-
-def dealt(
-    num_replicas: int, batching: Batching, parallel: ParallelConfig | None = None, micro_batch_size: int = 1
-) -> tuple[Deal, np.ndarray, np.ndarray]:
-    """A batch of 128 samples of 20 to 4,000 tokens, with none to five units each."""
-    random = np.random.default_rng(3)
-    lengths = np.clip(np.exp(random.normal(6.5, 0.7, 128)), 20, 4000).astype(np.int64)
-    units = random.integers(0, 6, 128)
-    train = TrainConfig(global_batch_size=128, micro_batch_size=micro_batch_size, seq_length=4096, batching=batching)
-    return deal(lengths, units, LANGUAGE, parallel or ParallelConfig(), train, num_replicas), lengths, units
+from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.planning.batch.sequence import expand
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.budget.cost import unit_flops
+from megatron_deepstack.planning.exchange.dealing import deal_by_cost, deal_in_order, imbalance
+from megatron_deepstack.planning.exchange.routes import PlannedSample, plan_routes
+from megatron_deepstack.planning.exchange.rows import context_length
+from megatron_deepstack.planning.views import ViewGrid
+from megatron_deepstack.testing.tiny import tiny_qwen3_vl
 
 
-@pytest.mark.parametrize("batching", Batching)
-@pytest.mark.parametrize("num_replicas", [1, 2, 4, 8])
-def test_all_samples_once_and_work_is_even(batching: Batching, num_replicas: int) -> None:
-    found, lengths, units = dealt(num_replicas, batching)
-    seen = [one for mine in found.replicas for batch in mine for row in batch for one in row]
-    assert sorted(seen) == list(range(128))
-    assert len({len(mine) for mine in found.replicas}) == 1
-    mine = [[one for batch in replica for row in batch for one in row] for replica in found.replicas]
-    work = [decoder_flops(LANGUAGE, lengths[one].astype(float)).sum() for one in mine]
-    assert max(work) <= (1 + found.balance.imbalance) * np.mean(work) * 1.0001
-    assert found.balance.imbalance < 0.02
-    if num_replicas > 1:
-        encoder = [units[one].sum() for one in mine]
-        assert max(encoder) <= 1.3 * np.mean(encoder)
+def loads(costs: list[float], num_ranks: int) -> list[float]:
+    """What each rank has to encode."""
+    dealt = deal_by_cost(costs, [1] * len(costs), num_ranks)
+    by_number = np.array(costs)[np.argsort(dealt.first_unit)]
+    return [float(part.sum()) for part in np.split(by_number, dealt.bounds[1:-1])]
 
 
-@pytest.mark.parametrize("batching", Batching)
-def test_interleaving_gets_whole_rounds(batching: Batching) -> None:
-    found, _, _ = dealt(2, batching, ParallelConfig(pipeline=4, virtual_pipeline=2))
-    assert [len(mine) % 4 for mine in found.replicas] == [0, 0]
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([1, 1, 1, 9], [9, 3]),
+        ([5, 4, 3, 3, 3], [8, 10]),
+        ([2, 2], [2, 2]),
+        ([7], [7, 0]),
+        ([], [0, 0]),
+    ],
+    ids=["one huge", "several", "equal", "one", "none"],
+)
+def test_the_most_costly_first_to_the_rank_with_least_to_do(costs: list[float], expected: list[float]) -> None:
+    assert loads(costs, 2) == expected
 
 
-def test_samples_of_like_length_share_a_micro_batch() -> None:
-    found, lengths, _ = dealt(2, Batching.PADDED, micro_batch_size=4)
-    spread = [np.ptp(lengths[[row[0] for row in batch]]) for mine in found.replicas for batch in mine]
-    assert np.median(spread) < 100
-    common, _, _ = dealt(2, Batching.PADDED, ParallelConfig(pipeline=2, virtual_pipeline=2), micro_batch_size=4)
-    assert found.balance.padding < 0.1 < common.balance.padding
+def test_one_huge_image_costs_its_rank_no_more_than_itself() -> None:
+    assert max(loads([100.0, *[1.0] * 30], 4)) == 100.0
 
 
-def test_the_second_cost_decides_between_equal_first_ones() -> None:
-    chosen = deal_evenly(np.full(8, 10.0), np.array([9.0, 1, 1, 1, 1, 1, 1, 1]), 2)
-    assert sorted(len(mine) for mine in chosen) == [4, 4]
-    (heavy,) = [mine for mine in chosen if 0 in mine]
-    assert len(heavy) == 4
-    costs = np.array([5.0, 4, 3, 2])
-    assert sorted(sorted(mine) for mine in deal_evenly(costs, np.zeros(4), 2)) == [[0, 3], [1, 2]]
+def test_units_of_equal_cost_stay_in_order() -> None:
+    dealt = deal_in_order([2, 1, 3], [4, 4, 4], 3)
+    assert dealt.first_unit.tolist() == [0, 2, 3]
+    assert dealt.bounds.tolist() == [0, 2, 4, 6]
+    assert dealt.first_row.tolist() == [0, 4, 8, 12, 16, 20, 24]
+
+
+def test_imbalance_is_the_busiest_rank_over_the_mean() -> None:
+    bounds = np.array([0, 1, 3])
+    assert imbalance([3.0, 1.0], [range(1), range(1, 3)], bounds) == pytest.approx(3 / 2.5)
+    assert imbalance([], [], np.array([0, 0, 0])) == 1.0
+
+
+def test_a_plan_says_how_uneven_its_encoding_is() -> None:
+    """A view of eight times the patches and three small ones on two ranks."""
+    model = tiny_qwen3_vl()
+    grids = (ViewGrid(1, 16, 8), *[ViewGrid(1, 4, 4)] * 3)
+    lengths = [context_length(model, grid) for grid in grids]
+    tokens = np.array([IMAGE_TOKEN_ID] * 4 + [5])
+    sequence = expand("s", tokens, np.array([0, 0, 0, 0, 1]), lengths, seq_length=99, truncate=False)
+    batches = [[PlannedSample(sequence=sequence, grids=grids)]]
+    routes = [plan_routes(model, ParallelConfig(pipeline=2), batches, (sequence.length,), rank) for rank in range(2)]
+    big, small = (unit_flops(model, grid) for grid in grids[:2])
+    assert [len(one.units) for one in routes] == [1, 3]
+    assert routes[0].imbalance == routes[1].imbalance == pytest.approx(2 * big / (big + 3 * small))
+    assert routes[0].grids == grids

@@ -62,7 +62,7 @@ def test_stacks_of_l_are_the_papers_dilated_sampling() -> None:
                 assert (whole[i::gh, j::gw] == i * gw + j).all()
 
 
-@pytest.mark.parametrize("variant", Variant)
+@pytest.mark.parametrize("variant", [one for one in Variant if one.traits.whole_model is None])
 @pytest.mark.parametrize("sampler", Sampler)
 def test_maps_agree_with_the_rows_that_training_routes(variant: Variant, sampler: Sampler) -> None:
     asked = model(variant, sampler)
@@ -91,7 +91,7 @@ def test_slots_are_named() -> None:
     assert slot_names(v)[:2] == ["ViT layer 20", "ViT layer 21"]
 
 
-@pytest.mark.parametrize("layout", ViewLayout)
+@pytest.mark.parametrize("layout", [ViewLayout.GLOBAL, ViewLayout.CROPS, ViewLayout.HIGH_RES])
 def test_every_layout_has_a_page(tmp_path: Path, layout: ViewLayout) -> None:
     grids = ((1, 1),) if layout is ViewLayout.GLOBAL else ((2, 2), (1, 3))
     samples = ((0,), (len(grids) - 1, 0), ())

@@ -7,9 +7,17 @@ values with each other. Numbers that follow from fields (tokens per view, layers
 """
 
 from megatron_deepstack.config.schema.data import DataConfig
-from megatron_deepstack.config.schema.model import LanguageConfig, LoraConfig, ModelConfig, StackConfig, VisionConfig
+from megatron_deepstack.config.schema.model import (
+    LanguageConfig,
+    LoraConfig,
+    ModelConfig,
+    QFormerConfig,
+    StackConfig,
+    VisionConfig,
+)
 from megatron_deepstack.config.schema.operation import CheckpointConfig, HealthConfig, LaunchConfig, LoggingConfig
 from megatron_deepstack.config.schema.recipe import Recipe
+from megatron_deepstack.config.schema.speed import SpeedConfig
 from megatron_deepstack.config.schema.training import OptimizerConfig, ParallelConfig, TrainConfig
 
 __all__ = [
@@ -23,7 +31,9 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "QFormerConfig",
     "Recipe",
+    "SpeedConfig",
     "StackConfig",
     "TrainConfig",
     "VisionConfig",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 from megatron_deepstack.config.choices import Compression, DeepGrey, ImageResize, Orientation, Template, Unreadable
-from megatron_deepstack.config.constraints import POSITIVE, SHARE, Matches, PathKind, Unit
+from megatron_deepstack.config.constraints import NOT_NEGATIVE, POSITIVE, SHARE, Matches, PathKind, Unit
 
 _TRANSPARENCY: Final = Matches(
     "as_published|#[0-9a-fA-F]{6}", 'as_published, or a colour as "#rrggbb", such as "#ffffff" for white'
@@ -40,6 +40,11 @@ class DataConfig:
     samples."""
     validation_store: Annotated[str, PathKind.LOCATION] | None = None
     """Zarr store of held-out samples, for `train.validation_interval` and `generate`."""
+    expected_text_tokens: Annotated[int, POSITIVE, Unit("tokens")] = 260
+    """Mean number of text tokens of a sample, from which `plan` estimates memory and time where there is no store. The
+    default is about that of LLaVA's 665K instructions."""
+    expected_images: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Mean number of images of a sample, for the same estimate."""
     resize: ImageResize = ImageResize.PILLOW
     """Kernel that resizes images. `pillow` gives exactly the pixels of the published preprocessing; `torch` rounds
     differently."""
@@ -49,6 +54,16 @@ class DataConfig:
     max_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 16_777_216
     """Largest area of such a view; larger images are reduced. Each 1024 pixels (32 x 32) become one visual token, so
     this bounds the tokens of an image: 16,384 by default."""
+    video_fps: Annotated[float, POSITIVE, Unit("frames a second")] = 2.0
+    """Frames a second that are taken of a video, at equal distances; at least 4, and an even number. Only `qwen3_vl`
+    takes videos. These values are Qwen3-VL's own."""
+    video_max_frames: Annotated[int, POSITIVE, Unit("frames")] = 768
+    """Most frames that are taken of a video."""
+    video_min_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 4_096
+    """Fewest pixels of all frames of a video together; smaller frames are enlarged."""
+    video_max_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 25_165_824
+    """Most pixels of all frames of a video together; larger frames are reduced. Two frames of 1024 pixels (32 x 32)
+    become one visual token, so this bounds the tokens of a video: 12,288 by default."""
     orientation: Orientation = Orientation.AS_STORED
     """Whether photos are turned as their EXIF tag says: `exif` turns them, `as_stored` does not, as published."""
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED

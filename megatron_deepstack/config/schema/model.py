@@ -105,6 +105,14 @@ class LanguageConfig:
     """Query, key and value projections have a bias, as in Qwen2."""
     qk_norm: bool = False
     """Each query and key head passes an RMSNorm, as in Qwen3."""
+    embedding_multiplier: Annotated[float, POSITIVE] = 1.0
+    """Factor of the embeddings, as in Granite."""
+    attention_multiplier: Annotated[float, POSITIVE] | None = None
+    """Factor of attention scores, as in Granite; one over the root of the width of a head if null."""
+    residual_multiplier: Annotated[float, POSITIVE] = 1.0
+    """Factor of what attention and MLP add to the hidden states, as in Granite."""
+    logits_scaling: Annotated[float, POSITIVE] = 1.0
+    """Number by which logits are divided, as in Granite."""
     tied_embeddings: bool = False
     """Input embedding and output layer share one weight, as in the smaller Qwen decoders."""
 
@@ -132,6 +140,32 @@ class StackConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QFormerConfig:
+    """The window Q-Formers of Granite 4 Vision, one for each stack: learned queries in each window of a view attend to
+    the patches of that window. Other models have none. The defaults are the published ones."""
+
+    query_side: Annotated[int, POSITIVE, Unit("tokens")] = 4
+    """Tokens on one side of a window afterwards."""
+    window_side: Annotated[int, POSITIVE, Unit("patches")] = 8
+    """Patches on one side of a window; the patches of a view must be a multiple."""
+    num_sampled: Annotated[int, NOT_NEGATIVE, Unit("stacks")] = 4
+    """Number of the last stacks, at most four, whose queries begin with one patch of each 2x2, the k-th of them; the
+    queries of the others begin with averages."""
+    num_layers: Annotated[int, POSITIVE, Unit("layers")] = 1
+    """Number of layers of each Q-Former."""
+    num_heads: Annotated[int, POSITIVE, Unit("heads")] = 18
+    """Number of its attention heads; they must divide the width of the tower."""
+    ffn_hidden_size: Annotated[int, POSITIVE] = 3072
+    """Width of the MLP in each of its layers."""
+    cross_attention_interval: Annotated[int, POSITIVE, Unit("layers")] = 1
+    """Distance between the layers that attend to patches; the first does."""
+    activation: Activation = Activation.GELU
+    """Activation of its MLPs."""
+    layernorm_epsilon: Annotated[float, POSITIVE] = 1e-12
+    """Epsilon of its LayerNorms."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The multimodal model."""
 
@@ -144,6 +178,8 @@ class ModelConfig:
     """The decoder."""
     stacks: StackConfig = field(default_factory=StackConfig)
     """The stacks and their slots."""
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    """The Q-Formers that make stacks of Granite 4 Vision."""
     layers: Layers = Layers.AUTO
     """Implementation of the layers: `auto` takes Transformer Engine where it can run, and otherwise Megatron's local
     layers."""

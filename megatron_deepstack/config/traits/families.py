@@ -60,6 +60,8 @@ class FamilyTraits:
     has_axial_positions: bool = False
     """Positions have three axes (time, line, column), whose frequencies are interleaved within a head, as
     `model.language.mrope_section` divides them."""
+    has_multipliers: bool = False
+    """Embeddings, attention scores, residual additions and logits have factors of their own."""
     is_recognised: bool = False
     """True if the family differs from LLaMA only in its switches. A recipe that names no family then gets this one if
     its switches fit."""
@@ -156,6 +158,23 @@ _QWEN3_VL = FamilyTraits(
         default_theta=500000.0,
     ),
 )
+_GRANITE = FamilyTraits(
+    switches=_LLAMA.switches,
+    has_multipliers=True,
+    hugging_face=HfDecoder(
+        model_types=("granite4_vision_text",),
+        fields=llama_fields(
+            vocab_size=read("vocab_size", default=32000),
+            hidden_size=read("hidden_size", default=4096),
+            intermediate_size=read("ffn_hidden_size", default=11008),
+            embedding_multiplier=read("embedding_multiplier", default=1.0),
+            attention_multiplier=read("attention_multiplier", default=1.0),
+            residual_multiplier=read("residual_multiplier", default=1.0),
+            logits_scaling=read("logits_scaling", default=1.0),
+            tie_word_embeddings=IGNORED,  # the config of the whole model says it
+        ),
+    ),
+)
 _OF_SWITCHES_ALONE = FamilyTraits()
 """A decoder whose switches fit no family of Hugging Face, such as one with both biases and norms."""
 
@@ -165,6 +184,7 @@ _families: dict[str, FamilyTraits] = {
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
     "qwen3_vl": _QWEN3_VL,
+    "granite": _GRANITE,
 }
 FAMILIES: Final[Mapping[str, FamilyTraits]] = MappingProxyType(_families)
 """Families by the name that `model.language.family` gives. A recipe without a name gets the first that fits it."""

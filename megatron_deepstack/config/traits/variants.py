@@ -20,6 +20,8 @@ class ViewLayout(StrEnum):
     GLOBAL = "global"
     CROPS = "crops"
     HIGH_RES = "high_res"
+    TILES = "tiles"
+    """The whole image as one view, and tiles of a larger version that keeps the aspect ratio and is padded."""
     NATIVE = "native"
     """One view of the image at its own resolution; it has nothing in common with the other layouts."""
 
@@ -33,6 +35,9 @@ class Context(StrEnum):
     """The global tokens, then the mosaic of the crops, with the learned newline at the end of each of its lines."""
     SEQUENCE = "sequence"
     """The global tokens, then the tokens of all crops, stack after stack."""
+    UNPADDED = "unpadded"
+    """The tokens of the whole image, then the mosaic of the tiles without its padding, with the learned newline at the
+    end of each of its lines. Only stacks are added there: the embedding at these positions is 0."""
     MERGED = "merged"
     """The merged tokens of the one view."""
 
@@ -71,7 +76,8 @@ class VariantTraits:
     stacked_part: StackedPart = StackedPart.DECODER
     """Where stacks are added. It has no meaning if there are no stacks."""
     is_llava: bool = False
-    """True if transformers' LlavaForConditionalGeneration computes the same, so that an export can use its names."""
+    """True if transformers' own LlavaForConditionalGeneration computes the same. An export is then one; for other
+    variants it brings its own code."""
     whole_model: str | None = None
     """`model_type` of the model of transformers whose mathematics this is as a whole, such as `qwen3_vl`; None for the
     variants of the paper."""
@@ -89,7 +95,12 @@ class VariantTraits:
     @property
     def has_newline(self) -> bool:
         """The encoder has the learned newline, which ends each line of a mosaic."""
-        return self.context is Context.MOSAIC
+        return self.context in (Context.MOSAIC, Context.UNPADDED)
+
+    @property
+    def has_base_rows(self) -> bool:
+        """Visual rows take the place of the embedding at an image's positions; otherwise zeros do."""
+        return self.context is not Context.UNPADDED
 
     @property
     def stacks_in_decoder(self) -> bool:
@@ -112,6 +123,7 @@ class Variant(StrEnum):
     LLAVA_ANYRES = "llava_anyres"
     IN_SEQUENCE = "in_sequence"
     QWEN3_VL = "qwen3_vl"
+    GRANITE4_VISION = "granite4_vision"
 
     @property
     def traits(self) -> VariantTraits:
@@ -143,6 +155,12 @@ VARIANTS: Final[Mapping[Variant, VariantTraits]] = {
         context=Context.MERGED,
         stack_source=StackSource.TAPS,
         whole_model="qwen3_vl",
+    ),
+    Variant.GRANITE4_VISION: VariantTraits(
+        views=ViewLayout.TILES,
+        context=Context.UNPADDED,
+        stack_source=StackSource.TAPS,
+        whole_model="granite4_vision",
     ),
 }
 """The traits of each variant. If several variants use the same views, a store of these views is shown as one of the

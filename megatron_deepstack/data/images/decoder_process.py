@@ -33,7 +33,8 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.data.images.processors import AnyProcessor
-from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_local, read_image
+from megatron_deepstack.data.images.sized_processor import SizedProcessor
+from megatron_deepstack.data.images.source import FramesAt, ImageAt, QuarantineError, files_of, is_local, read_image
 from megatron_deepstack.data.store.codec import checksums
 from megatron_deepstack.errors import DeepStackError
 from megatron_deepstack.platform.processes.parent import die_with_parent
@@ -103,14 +104,18 @@ def _say(connection: Connection, *words: Any) -> None:
 
 
 def _do_image(
-    connection: Connection, processor: AnyProcessor, image: ImageAt, data: Future[bytes], views: np.ndarray
+    connection: Connection, processor: AnyProcessor, image: ImageAt, data: Future[tuple[bytes, ...]], views: np.ndarray
 ) -> None:
     """Write the image's views and report them, or report why there are none."""
     try:
-        content = data.result()
+        contents = data.result()
         if not is_local(image):
             _say(connection, Word.HAS_BYTES)
-        done = processor.process(content, views)
+        if isinstance(image, FramesAt):
+            assert isinstance(processor, SizedProcessor)
+            done = processor.process_pair(contents, image, views)
+        else:
+            done = processor.process(contents[0], views)
     except QuarantineError as error:
         _say(connection, Word.QUARANTINE, str(error))
     except DeepStackError as error:
@@ -119,24 +124,30 @@ def _do_image(
         _say(connection, Word.VIEWS, done.grid, done.size, done.damage, done.sha256, checksums(done.slots))
 
 
-def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[bytes]]]:
+def _read_ahead(images: Sequence[ImageAt], max_pixels: int) -> Iterator[tuple[ImageAt, Future[tuple[bytes, ...]]]]:
     """Images with their bytes, in order: local files are read when their turn comes, images at URLs before it."""
     with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[tuple[ImageAt, Future[bytes]]] = deque()
+        waiting: deque[tuple[ImageAt, Future[tuple[bytes, ...]]]] = deque()
         for image in images:
             if is_local(image):
                 waiting.append((image, _read_now(image, max_pixels)))
             else:
-                waiting.append((image, pool.submit(read_image, image, max_pixels)))
+                waiting.append((image, pool.submit(_read, image, max_pixels)))
             while len(waiting) > (0 if is_local(image) else _READERS):
                 yield waiting.popleft()
         yield from waiting
 
 
-def _read_now(image: ImageAt, max_pixels: int) -> Future[bytes]:
-    done: Future[bytes] = Future()
+def _read(image: ImageAt, max_pixels: int) -> tuple[bytes, ...]:
+    if isinstance(image, FramesAt) and image.fault is not None:
+        raise QuarantineError(image.fault)
+    return tuple(read_image(file, max_pixels) for file in files_of(image))
+
+
+def _read_now(image: ImageAt, max_pixels: int) -> Future[tuple[bytes, ...]]:
+    done: Future[tuple[bytes, ...]] = Future()
     try:
-        done.set_result(read_image(image, max_pixels))
+        done.set_result(_read(image, max_pixels))
     except (QuarantineError, DeepStackError) as error:
         done.set_exception(error)
     return done

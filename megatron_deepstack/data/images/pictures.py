@@ -291,7 +291,8 @@ def _stretch_with_torch(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
     """Resize with torch: about 9 times faster than Pillow; up to 0.7 % of the values differ, by at most 2."""
     import torch  # only this option of the recipe needs it; the import takes 1.5 s
 
-    planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # recognised as channels last, and kept so
+    writable = pixels if pixels.flags.writeable else pixels.copy()  # torch warns of others; Pillow's arrays are such
+    planes = torch.from_numpy(writable).unsqueeze(0).permute(0, 3, 1, 2)  # recognised as channels last, and kept so
 
     def stretch(width: int, height: int) -> np.ndarray:
         resized = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)

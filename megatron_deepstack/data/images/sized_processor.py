@@ -8,6 +8,7 @@ that uses torchvision rounds differently, as torch does (`data.resize=torch`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from megatron_deepstack.config.traits.variants import ViewLayout
 from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
 from megatron_deepstack.data.images.pictures import decode_image, stretch
 from megatron_deepstack.data.images.processor import ProcessedImage
-from megatron_deepstack.data.images.source import QuarantineError
+from megatron_deepstack.data.images.source import FramesAt, QuarantineError
+from megatron_deepstack.data.images.video import decode_frames
 from megatron_deepstack.data.store.blocks import as_blocks
 from megatron_deepstack.data.store.schema import BlockSlots, num_blocks
 from megatron_deepstack.errors import DataError
@@ -40,6 +42,8 @@ class SizedProcessor:
     orientation: Orientation = Orientation.AS_STORED
     deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
     transparency: str = AS_PUBLISHED
+    video_max_pixels: int = 0
+    """Most pixels of all frames of a video; 0 if there are no videos."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> SizedProcessor:
@@ -65,7 +69,9 @@ class SizedProcessor:
         A very long view may have more pixels than `max_pixels`, since no side is below a merged patch.
         """
         side = self.patch_size * self.merge_size
-        return num_blocks(3 * max(self.max_pixels, side * side * (MAX_ASPECT_RATIO + 1)))
+        longest = side * side * (MAX_ASPECT_RATIO + 1)
+        pair = max(self.video_max_pixels, 2 * longest) if self.video_max_pixels else 0
+        return num_blocks(3 * max(self.max_pixels, longest, pair))
 
     def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> BlockSlots:
         """The shape of the pixels of a store.
@@ -82,7 +88,12 @@ class SizedProcessor:
 
     def describe(self) -> dict[str, Any]:
         """What a store records of its processor; plain JSON values."""
-        return {name: value if isinstance(value, int) else str(value) for name, value in asdict(self).items()}
+        values = asdict(self).items()
+        return {
+            name: value if isinstance(value, int) else str(value)
+            for name, value in values
+            if name != "video_max_pixels" or value
+        }
 
     def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
         """Make the view of an image file.
@@ -104,6 +115,35 @@ class SizedProcessor:
         sha256 = hashlib.sha256(data).hexdigest()
         thw = (grid.frames, grid.height, grid.width)
         return ProcessedImage(as_blocks(view, out), thw, (width, height), image.damage, sha256)
+
+    def process_pair(self, contents: Sequence[bytes], at: FramesAt, out: np.ndarray | None = None) -> ProcessedImage:
+        """Make the view of a pair of a video's frames.
+
+        Args:
+            contents: The bytes of the video file, or of two image files.
+            at: Which frames are taken, and the size of the view.
+            out: uint8 (at least `most_slots`, BLOCK_BYTES), whose first rows take the view; a new array if None.
+
+        Returns:
+            The view as blocks, and what is known of the frames.
+
+        Raises:
+            QuarantineError: A frame is missing or damaged.
+        """
+        if at.numbers is None:
+            colours = ColourRules(self.deep_grey, self.transparency)
+            limits = self.max_image_pixels, self.orientation, colours
+            frames = [decode_image(data, *limits).pixels for data in contents]
+        else:
+            frames = decode_frames(contents[0], at.numbers)
+        width, height = at.size
+        view = np.stack([stretch(frame, width, height, self.resize) for frame in frames])
+        grid = ViewGrid.of_pixels(width, height, patch_size=self.patch_size, merge_size=self.merge_size)
+        name = hashlib.sha256(repr((at.numbers, at.size)).encode())
+        for data in contents:
+            name.update(hashlib.sha256(data).digest())
+        size = frames[0].shape[1], frames[0].shape[0]
+        return ProcessedImage(as_blocks(view, out), (1, grid.height, grid.width), size, None, name.hexdigest())
 
     def view_of(self, pixels: np.ndarray) -> tuple[np.ndarray, ViewGrid]:
         """Resize a picture to its view.

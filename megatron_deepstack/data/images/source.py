@@ -54,16 +54,39 @@ class TarMember:
     """tar's own checksum of the header; it shows when another file has taken the member's place."""
 
 
-ImageAt = Location | TarMember
+FileAt = Location | TarMember
+"""Where a file is."""
+
+
+@dataclass(frozen=True, slots=True)
+class FramesAt:
+    """Where a pair of a video's frames is."""
+
+    files: tuple[FileAt, ...]
+    """The video file, or the two image files."""
+    numbers: tuple[int, int] | None
+    """Numbers of the frames in a video file; None for image files."""
+    size: tuple[int, int]
+    """Width and height of the view in pixels."""
+    fault: str | None = None
+    """Why the video cannot be used, if it cannot."""
+
+
+ImageAt = FileAt | FramesAt
 """Where an image is."""
+
+
+def files_of(image: ImageAt) -> tuple[FileAt, ...]:
+    """The files that an image is made from: one, or those of a pair of frames."""
+    return image.files if isinstance(image, FramesAt) else (image,)
 
 
 def is_local(image: ImageAt) -> bool:
     """Whether the image is read from a file system, and not over a connection of our own."""
-    return image.shard.is_local if isinstance(image, TarMember) else image.is_local
+    return all(one.shard.is_local if isinstance(one, TarMember) else one.is_local for one in files_of(image))
 
 
-def read_image(image: ImageAt, max_pixels: int) -> bytes:
+def read_image(image: FileAt, max_pixels: int) -> bytes:
     """Read the bytes of an image file.
 
     Args:

@@ -28,7 +28,9 @@ from megatron_deepstack.data.records.tools import (
     with_calls,
     with_tools,
 )
-from megatron_deepstack.data.records.turns import Role, Turn
+from megatron_deepstack.data.records.turns import VIDEO_TOKEN, Role, Turn, Video
+from megatron_deepstack.data.records.videos import VIDEO_KEYS as _VIDEO_KEYS
+from megatron_deepstack.data.records.videos import read_videos
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
 TALK_KEYS: Final = ("conversations", "messages")
@@ -63,6 +65,8 @@ class Conversation:
     images: tuple[str, ...]
     """As the record names them, in the order of their placeholders."""
     turns: tuple[Turn, ...]
+    videos: tuple[Video, ...] = ()
+    """In the order of their placeholders."""
 
 
 def holds_talk(item: Any) -> bool:
@@ -74,7 +78,7 @@ def holds_talk(item: Any) -> bool:
 
 
 def read_conversation(
-    record: Mapping[str, Any], ignored: Collection[str] = (), *, writes_tools: bool = False
+    record: Mapping[str, Any], ignored: Collection[str] = (), *, writes_tools: bool = False, takes_videos: bool = False
 ) -> Conversation:
     """Read the conversation in a record.
 
@@ -82,6 +86,7 @@ def read_conversation(
         record: The record's JSON object.
         ignored: Keys to pass over at every level of the record, and placeholders of other media to treat as plain text.
         writes_tools: Whether the template writes tools; if not, they are a fault.
+        takes_videos: Whether the model and the template take videos; if not, they are a fault.
 
     Returns:
         Its turns, with the system text first if there is one, and its images.
@@ -91,7 +96,8 @@ def read_conversation(
     """
     item = without(record, ignored)
     form = _form(item, record)
-    everywhere = (*_EVERYWHERE, "tools") if writes_tools else _EVERYWHERE
+    more = (*(("tools",) if writes_tools else ()), *(_VIDEO_KEYS if takes_videos else ()))
+    everywhere = (*_EVERYWHERE, *more)
     check_keys(item, (*everywhere, form, *((*_SINGLE_FORMS[form], _HISTORY) if form in _SINGLE_FORMS else ())))
     named: list[str] = []
     turns = (
@@ -102,8 +108,9 @@ def read_conversation(
         turns = with_tools(turns, item.get("tools"))
     if all(not turn.learned for turn in turns if turn.role is Role.GPT) and any(t.role is Role.GPT for t in turns):
         raise FaultError("none of its answers is to be learned; leave the record out")
-    _check_foreign(turns, record, ignored)
-    return Conversation(_images(item, named), tuple(turns))
+    found = read_videos(item) if takes_videos else ()
+    _check_foreign(turns, record, {*ignored, VIDEO_TOKEN} if found else ignored)
+    return Conversation(_images(item, named), tuple(turns), found)
 
 
 def named_images(record: Mapping[str, Any]) -> list[str]:

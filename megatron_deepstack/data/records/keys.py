@@ -23,11 +23,12 @@ HARMLESS_KEYS: Final = frozenset(
 )
 """Keys that describe a record and hold no content: names, origin, date, the size of its image. They are passed over."""
 
-_MEDIA: Final = ("video", "videos", "audio", "audios", "speech", "sound", "point_cloud")
+_MEDIA: Final = ("audio", "audios", "speech", "sound", "point_cloud")
 _TOOLS: Final = ("tools", "tool_calls", "tool_call", "tool_call_id", "functions", "function_call")
 _PREFERENCES: Final = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label")
 _REASONS: Final[dict[str, str]] = {
-    **dict.fromkeys(_MEDIA, "images are the only medium that is read"),
+    **dict.fromkeys(("video", "videos"), "only model.variant=qwen3_vl with data.template=qwen3_vl takes videos"),
+    **dict.fromkeys(_MEDIA, "images and videos are the only media that are read"),
     **dict.fromkeys(_TOOLS, "this template does not write tool calls (data.template=qwen3_vl does)"),
     **dict.fromkeys(_PREFERENCES, "preferences are not learned"),
 }

@@ -10,12 +10,12 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from megatron_deepstack.data.records.dialects import kind_of, read_conversation
 from megatron_deepstack.data.records.keys import FaultError, how_to_ignore
-from megatron_deepstack.data.records.turns import Turn
+from megatron_deepstack.data.records.turns import VIDEO_TOKEN, Turn, Video
 from megatron_deepstack.data.text.conversation import Template, check_turns, writes_tools
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -32,6 +32,8 @@ class Record:
     images: tuple[str, ...]
     """Paths below the image folder, or `SHARD/MEMBER` in a tar shard, in the order of their placeholders."""
     turns: tuple[Turn, ...]
+    videos: tuple[Video, ...] = ()
+    """Their paths are as those of images, in the order of their placeholders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class RecordRules:
     """Absolute path of the local image folder; absolute image paths must lie below it. Empty for none."""
     ignore_keys: frozenset[str] = frozenset()
     """Keys of records, turns and parts of them that are passed over."""
+    takes_videos: bool = False
+    """Whether the model and the template take videos."""
 
 
 class Faults:
@@ -117,9 +121,14 @@ def _parse(item: Any, rules: RecordRules, number: str, images: Sequence[str] | N
     if not isinstance(item, dict):
         raise FaultError(f"is {kind_of(item)}, an object was expected")
     identifier = _identifier(item.get("id"), number)
-    talk = read_conversation(item, rules.ignore_keys, writes_tools=writes_tools(rules.template))
+    talk = read_conversation(
+        item, rules.ignore_keys, writes_tools=writes_tools(rules.template), takes_videos=rules.takes_videos
+    )
     places = tuple(_place(path, rules.image_folder) for path in (talk.images if images is None else images))
-    record = Record(identifier, places, talk.turns)
+    videos = tuple(
+        replace(video, files=tuple(_place(path, rules.image_folder) for path in video.files)) for video in talk.videos
+    )
+    record = Record(identifier, places, talk.turns, videos)
     _check_placeholders(record)
     try:
         check_turns(record.turns, rules.template)
@@ -167,4 +176,10 @@ def _check_placeholders(record: Record) -> None:
         raise FaultError(
             f"has {len(record.images)} images, but {found} {IMAGE_TOKEN} in its conversations; write one "
             f"{IMAGE_TOKEN} where each image belongs"
+        )
+    found = sum(turn.text.count(VIDEO_TOKEN) for turn in record.turns) if record.videos else 0
+    if found != len(record.videos):
+        raise FaultError(
+            f"has {len(record.videos)} videos, but {found} {VIDEO_TOKEN} in its conversations; write one {VIDEO_TOKEN} "
+            "where each video belongs"
         )

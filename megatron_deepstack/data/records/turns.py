@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
@@ -27,6 +28,24 @@ class Turn:
     text: str
     learned: bool = True
     """Whether an answer is learned; its record may set this to False. Other turns are never learned."""
+
+
+VIDEO_TOKEN: Final = "<video>"
+"""Where a video belongs in a text, in records that name videos."""
+VIDEO_BEGIN, VIDEO_END = "\0<video>", "\0</video>"
+"""What is put before and after the frames of a video; no record's text holds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video as a record names it."""
+
+    files: tuple[str, ...]
+    """Path of the video file, or of an image file for each frame."""
+    is_list: bool
+    """Whether the files are frames."""
+    fps: float | None = None
+    """Frames per second of a list of frames, if the record says it."""
 
 
 @dataclass(frozen=True, slots=True)

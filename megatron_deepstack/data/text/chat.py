@@ -7,15 +7,17 @@ learned is the answer and the token that ends the turn.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from megatron_deepstack.data.records.turns import Role, TokenRun, Turn, image_first
+from megatron_deepstack.data.records.turns import VIDEO_BEGIN, VIDEO_END, Role, TokenRun, Turn, image_first
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
+_MARKS: Final = re.compile(f"({'|'.join(map(re.escape, (VIDEO_BEGIN, VIDEO_END, IMAGE_TOKEN)))})")
 _NAMES: Final = {Role.HUMAN: "user", Role.GPT: "assistant"}
 
 
@@ -73,8 +75,12 @@ class ChatFormat:
 
     def prompt(self, question: str, tokenizer: Tokenizer) -> list[int]:
         """The token ids of a question and of the header of the answer."""
+        return [*self._system(tokenizer), *self.question(question, tokenizer)]
+
+    def question(self, question: str, tokenizer: Tokenizer) -> list[int]:
+        """The same without the system's line, for a question that follows an answer."""
         said = self._said(_NAMES[Role.HUMAN], question, tokenizer)
-        return [*self._system(tokenizer), *said, *self._opening(_NAMES[Role.GPT], "", tokenizer)]
+        return [*said, *self._opening(_NAMES[Role.GPT], "", tokenizer)]
 
     def question_in(self, tokens: Sequence[int], tokenizer: Tokenizer) -> str:
         """The last thing a human says in a prompt, without its images; empty if it holds no turn."""
@@ -113,10 +119,10 @@ class ChatFormat:
         """The ids of a text with placeholders. The pieces between the placeholders are encoded separately."""
         around = [_control(name, tokenizer) for name in self.around_image]
         image = [*around[:1], IMAGE_TOKEN_ID, *around[1:]]
-        first, *rest = text.split(IMAGE_TOKEN)
-        tokens = tokenizer.encode(first)
-        for piece in rest:
-            tokens += [*image, *tokenizer.encode(piece)]
+        marks = {IMAGE_TOKEN: image, VIDEO_BEGIN: around[:1], VIDEO_END: around[1:]}
+        tokens: list[int] = []
+        for piece in _MARKS.split(text):
+            tokens += marks[piece] if piece in marks else tokenizer.encode(piece)
         return tokens
 
 

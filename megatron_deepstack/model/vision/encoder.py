@@ -13,8 +13,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.model.layers.megatron_config import vision_config
+from megatron_deepstack.model.layers.speed import PLAIN, Speed
 from megatron_deepstack.model.vision.native import Mergers
+from megatron_deepstack.model.vision.qformer import QFormers
 from megatron_deepstack.model.vision.tower import build_tower
 from megatron_deepstack.model.vision.vit import VitStacks
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
@@ -33,23 +36,35 @@ class Projector(torch.nn.Module):
         return self.fc2(torch.nn.functional.gelu(self.fc1(x)))
 
 
+def build_projector(model: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """Return the module from the tower's features to rows, uninitialised.
+
+    Args:
+        model: The recipe's model.
+        dtype: Dtype of its parameters.
+    """
+    if tower_of(model.vision).is_native:
+        return Mergers(model.vision, model.language.hidden_size, dtype)
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        return QFormers(model, dtype)
+    return Projector(model.vision.hidden_size, model.language.hidden_size, dtype)
+
+
 class VisualEncoder(MegatronModule):
     """Pixels to rows; replicated on every rank."""
 
-    def __init__(self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection, speed: Speed = PLAIN
+    ) -> None:
         """`groups` is the encoder's view of the world: data-parallel over everything."""
-        config = vision_config(model.vision, precision)
+        config = vision_config(model.vision, precision, speed)
         super().__init__(config=config)
         stacks = None
         if model.variant.traits.stacks_in_vit:
             stacks = VitStacks(slots=plan_vit_stacks(model).slots, views_per_image=1 + STACKS_IN_VIT)
         self.hidden_size = model.language.hidden_size
         self.vit = build_tower(config, model, groups, stacks)
-        self.projector: torch.nn.Module = (
-            Mergers(model.vision, self.hidden_size, config.params_dtype)
-            if tower_of(model.vision).is_native
-            else Projector(model.vision.hidden_size, self.hidden_size, config.params_dtype)
-        )
+        self.projector = build_projector(model, config.params_dtype)
         self.newline = None
         if model.variant.traits.has_newline:
             self.newline = torch.nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype))
@@ -58,8 +73,8 @@ class VisualEncoder(MegatronModule):
         """From the tower's features to rows. Not collective.
 
         Args:
-            features: (N, P * P, C) of N views, or of N images where stacks enter the ViT; (N, 1 + K, C) of N patches of
-                views of any size, with K taps.
+            features: (N, P * P, C) of N views, or of N images where stacks enter the ViT; (N, P * P, states, C) where
+                stacks come from Q-Formers; (N, 1 + K, C) of N patches of views of any size, with K taps.
 
         Returns:
             Rows (rows of all views + 1, H), the newline last; zero where the variant has none.

@@ -15,11 +15,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_side, tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.layers.megatron_config import TowerConfig
 from megatron_deepstack.model.layers.specs import respect_no_grad, vit_layer
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.planning.exchange.samplers import sample_mosaic
@@ -42,7 +42,7 @@ class VisionTransformer(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: TowerConfig,
         model: ModelConfig,
         groups: ProcessGroupCollection,
         stacks: VitStacks | None,
@@ -55,6 +55,8 @@ class VisionTransformer(MegatronModule):
         self.vision, self.stacks = vision, stacks
         self.num_leading = traits.num_leading_tokens
         self.num_used_layers = used_layers(vision)
+        self.taps = tuple(sorted(set(vision.taps)))
+        """Layers whose outputs are the features, in place of the one selected state."""
         self.patch_embedding = torch.nn.Conv2d(  # without padding: pixels beyond whole patches are not seen
             3,
             vision.hidden_size,
@@ -70,7 +72,11 @@ class VisionTransformer(MegatronModule):
         self.pre_norm = self._norm(dtype) if traits.has_pre_norm else torch.nn.Identity()
         self.post_norm = self._norm(dtype) if traits.has_post_norm else torch.nn.Identity()
         self.decoder = TransformerBlock(
-            config=config, spec=vit_layer(), pre_process=True, post_process=False, pg_collection=groups
+            config=config.for_layers(),
+            spec=vit_layer(engine=config.engine_layers, activation=config.fused_activation),
+            pre_process=True,
+            post_process=False,
+            pg_collection=groups,
         )
         respect_no_grad(self.decoder)
         if stacks is not None:
@@ -99,8 +105,9 @@ class VisionTransformer(MegatronModule):
         return ((x - self.mean) / self.std).to(self.config.params_dtype)
 
     def no_features(self) -> torch.Tensor:
-        """Features of no view, (0, P * P, C)."""
-        shape = (0, tokens_per_view(self.vision), self.vision.hidden_size)
+        """Features of no view, (0, P * P, C); with taps (0, P * P, taps, C)."""
+        taps = (len(self.taps),) if self.taps else ()
+        shape = (0, tokens_per_view(self.vision), *taps, self.vision.hidden_size)
         return torch.zeros(shape, dtype=self.config.params_dtype, device=self.mean.device)
 
     def features(self, views: Views) -> torch.Tensor:
@@ -110,13 +117,27 @@ class VisionTransformer(MegatronModule):
         return self(images.to(self.config.params_dtype))  # type: ignore[no-any-return]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, image, image) normalised -> patch features (N, P * P, C); with stacks (N / views, P * P, C)."""
+        """(N, 3, image, image) normalised -> patch features (N, P * P, C); with stacks (N / views, P * P, C).
+
+        With taps (N, P * P, taps, C): the outputs of these layers, ascending.
+        """
         x_NTC = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         if self.num_leading:
             x_NTC = torch.cat([self.class_embedding.expand(len(x_NTC), 1, -1), x_NTC], dim=1)
         x_NTC = self.pre_norm(x_NTC + self.position_embedding)
+        if self.taps:
+            states = self._tapped(x_NTC.transpose(0, 1).contiguous())
+            return torch.stack([self.post_norm(x[self.num_leading :].transpose(0, 1)) for x in states], dim=2)
         x_TNC = self._run_layers(x_NTC.transpose(0, 1).contiguous())
         return self.post_norm(x_TNC[self.num_leading :].transpose(0, 1))
+
+    def _tapped(self, x_TNC: torch.Tensor) -> list[torch.Tensor]:
+        states = []
+        for index, layer in enumerate(self.decoder.layers[: self.taps[-1] + 1]):
+            x_TNC, _ = layer(hidden_states=x_TNC, attention_mask=None)
+            if index in self.taps:
+                states.append(x_TNC)
+        return states
 
     def _run_layers(self, x_TNC: torch.Tensor) -> torch.Tensor:
         stacks_KMUC = None

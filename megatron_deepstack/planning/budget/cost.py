@@ -32,7 +32,12 @@ Lengths = TypeVar("Lengths", float, npt.NDArray[np.float64])
 
 
 def training_flops(
-    model: ModelConfig, trainable: Collection[Part], lora: LoraConfig, lengths: Sequence[int], num_units: int
+    model: ModelConfig,
+    trainable: Collection[Part],
+    lora: LoraConfig,
+    lengths: Sequence[int],
+    num_units: int,
+    grids: Sequence[ViewGrid] = (),
 ) -> float:
     """Count the FLOPs of a step, forward and backward.
 
@@ -42,12 +47,47 @@ def training_flops(
         lora: Adapters of the decoder; rank 0 for none.
         lengths: Tokens of each sample, including visual tokens, without padding.
         num_units: Number of units that are encoded: views, or images with all their views if stacks enter the ViT.
+        grids: The patches of each unit, if views have any size.
 
     Returns:
         Operations, two per multiply-add, of all ranks together.
     """
-    encoder = num_units * (_vision_training(model, trainable) + _projector_training(model, trainable))
+    if model.variant.traits.is_native:
+        encoder = sum(_native_training(model, trainable, grid) for grid in grids)
+    else:
+        encoder = num_units * encoder_training_flops(model, trainable)
     return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
+
+
+def encoder_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """Count a step's FLOPs of tower and projector for one unit, forward and backward.
+
+    Args:
+        model: The model.
+        trainable: Parts that learn.
+
+    Returns:
+        Operations.
+    """
+    return vision_training_flops(model, trainable) + _projector_training(model, trainable)
+
+
+def head_training_flops(
+    language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, tokens: float
+) -> float:
+    """Count a step's FLOPs of the output layer, forward and backward.
+
+    Args:
+        language: The decoder.
+        trainable: Parts that learn.
+        lora: Adapters of the decoder; rank 0 for none.
+        tokens: Number of tokens.
+
+    Returns:
+        Operations.
+    """
+    learned = Part.LANGUAGE in trainable and lora.rank == 0
+    return (2 + learned) * 2 * tokens * _head_weights(language)
 
 
 def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
@@ -58,8 +98,16 @@ def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lor
     return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
 
 
-def _vision_training(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """Count a step's FLOPs of the ViT for the views of one unit."""
+def vision_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
+    """Count a step's FLOPs of the ViT for the views of one unit.
+
+    Args:
+        model: The model.
+        trainable: Parts that learn; with none of them the forward pass alone is counted.
+
+    Returns:
+        Operations.
+    """
     learned = Part.VISION in trainable
     passes = 3 if learned else 1
     vision = model.vision
@@ -112,14 +160,29 @@ def unit_flops(model: ModelConfig, shape: ImageShape) -> float:
     if not isinstance(shape, ViewGrid):
         views = 1 + STACKS_IN_VIT if model.variant.traits.stacks_in_vit else 1
         return views * view_flops(model.vision) + projector_flops(model)
-    vision = model.vision
-    c, patches = vision.hidden_size, shape.num_patches
+    return _native_tower(model.vision, shape) + _mergers(model, shape)
+
+
+def _native_tower(vision: VisionConfig, grid: ViewGrid) -> float:
+    c, patches = vision.hidden_size, grid.num_patches
     embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * c
     weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
-    layers = vision.num_layers * (2 * patches * weights + 4 * patches * shape.height * shape.width * c)
-    merged = c * vision.merge_size**2
-    merger = 2 * shape.num_tokens(vision.merge_size) * merged * (merged + model.language.hidden_size)
-    return float(embedding + layers + (1 + len(vision.taps)) * merger)
+    layers = vision.num_layers * (2 * patches * weights + 4 * patches * grid.height * grid.width * c)
+    return float(embedding + layers)
+
+
+def _mergers(model: ModelConfig, grid: ViewGrid) -> float:
+    vision = model.vision
+    merged = vision.hidden_size * vision.merge_size**2
+    merger = 2 * grid.num_tokens(vision.merge_size) * merged * (merged + model.language.hidden_size)
+    return float((1 + len(vision.taps)) * merger)
+
+
+def _native_training(model: ModelConfig, trainable: Collection[Part], grid: ViewGrid) -> float:
+    """Count a step's FLOPs of one view of any size: a backward costs two forwards where weights learn, else one."""
+    learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    passes = 3 if below else 1
+    return passes * _native_tower(model.vision, grid) + (1 + learned + (learned or below)) * _mergers(model, grid)
 
 
 def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:

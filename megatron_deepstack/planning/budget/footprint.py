@@ -10,6 +10,7 @@ from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import ModelConfig, Recipe, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import adapter_weights
 from megatron_deepstack.planning.budget.linears import linear_sizes
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
@@ -24,7 +25,7 @@ def part_parameters(model: ModelConfig) -> dict[Part, int]:
     heads = 1 if language.tied_embeddings else 2
     return {
         Part.VISION: _vision_parameters(vision),
-        Part.PROJECTOR: (vision.hidden_size + 1) * h + (h + 1) * h,
+        Part.PROJECTOR: _projector_parameters(model),
         Part.LANGUAGE: language.num_layers * _layer_parameters(model) + heads * language.vocab_size * h + h,
     }
 
@@ -126,11 +127,34 @@ def _chunk_parameters(model: ModelConfig, chunk: Chunk) -> int:
     return (chunk.stop - chunk.first) * _layer_parameters(model) + tables * table
 
 
+def _projector_parameters(model: ModelConfig) -> int:
+    vision, c, h = model.vision, model.vision.hidden_size, model.language.hidden_size
+    if tower_of(vision).is_native:
+        block = c * vision.merge_size**2
+        merger = (block + 1) * block + (block + 1) * h
+        return merger + 2 * c + len(vision.taps) * (merger + 2 * block)
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        return len(vision.taps) * _qformer_parameters(model)
+    return (c + 1) * h + (h + 1) * h
+
+
+def _qformer_parameters(model: ModelConfig) -> int:
+    qformer, c = model.qformer, model.vision.hidden_size
+    attention, f = 4 * (c + 1) * c + 2 * c, qformer.ffn_hidden_size
+    crossing = -(-qformer.num_layers // qformer.cross_attention_interval)
+    layers = (qformer.num_layers + crossing) * attention + qformer.num_layers * ((c + 1) * f + (f + 1) * c + 2 * c)
+    vectors = qformer.query_side**2 + qformer.window_side**2 + 4
+    return layers + vectors * c + (c + 1) * model.language.hidden_size
+
+
 def _vision_parameters(vision: VisionConfig) -> int:
     c, f = vision.hidden_size, vision.ffn_hidden_size
     layer = 4 * (c + 1) * c + (c + 1) * f + (f + 1) * c + 4 * c
     traits = tower_of(vision)
     norms = 2 * (int(traits.has_pre_norm) + int(traits.has_post_norm))
+    if traits.is_native:
+        patch = 3 * vision.temporal_patch_size * vision.patch_size**2 + 1
+        return vision.num_layers * layer + (patch + (vision.num_positions or 0)) * c
     vectors = tokens_per_view(vision) + 2 * traits.num_leading_tokens + int(traits.has_patch_bias) + norms
     embedding = (3 * vision.patch_size**2 + vectors) * c
     return vision.num_layers * layer + embedding

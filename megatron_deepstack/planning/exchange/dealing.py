@@ -72,18 +72,22 @@ def deal_by_cost(costs: Sequence[float], num_rows: Sequence[int], num_ranks: int
     return Dealt(number, bounds, _starts(np.array(num_rows, np.int64)[order]))
 
 
-def imbalance(costs: Sequence[float], owners: Sequence[int], num_ranks: int) -> float:
-    """Return the load of the most loaded rank over the mean load; 1 if nothing is encoded.
+def imbalance(costs: Sequence[float], units: Sequence[range], bounds: Index) -> float:
+    """Return what the busiest rank has to encode over what a rank has on average; 1 if nothing is encoded.
 
     Args:
-        costs: For each image the cost of its unit.
-        owners: For each image the rank that encodes it.
-        num_ranks: Number of ranks that encode.
+        costs: For each image the cost of each of its units.
+        units: For each image the numbers of its units.
+        bounds: (ranks + 1,), the first unit of each rank.
 
     Returns:
-        A number from 1 to `num_ranks`.
+        A number from 1 to the number of ranks.
     """
-    loads = np.bincount(np.array(owners, np.int64), weights=np.array(costs, np.float64), minlength=num_ranks)
+    cost_of_unit = np.zeros(int(bounds[-1]))
+    for cost, numbers in zip(costs, units, strict=True):
+        cost_of_unit[numbers.start : numbers.stop] = cost
+    total = np.concatenate([[0.0], np.cumsum(cost_of_unit)])
+    loads = np.diff(total[bounds])
     return float(loads.max() / loads.mean()) if loads.any() else 1.0
 
 

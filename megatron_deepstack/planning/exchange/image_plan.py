@@ -15,7 +15,7 @@ import numpy.typing as npt
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.planning.exchange.rows import BASE, NEWLINE, ImageRows, image_rows, unit_rows
 from megatron_deepstack.planning.slots import EMBEDDING, decoder_slots
-from megatron_deepstack.planning.views import ImageShape, ViewGrid
+from megatron_deepstack.planning.views import ImageShape
 
 NEWLINE_ROW = -1
 """Value in `SlotRows.row` for the learned newline, which the rank of the image's first unit sends."""
@@ -100,6 +100,6 @@ def _units(model: ModelConfig, shape: ImageShape, needed: npt.NDArray[np.int64])
     if not len(needed):
         return ()
     if model.variant.traits.stacks_in_vit:
-        assert not isinstance(shape, ViewGrid)
+        assert isinstance(shape, tuple)
         return (tuple(range(1 + shape[0] * shape[1])),)
     return tuple((int(view),) for view in needed)

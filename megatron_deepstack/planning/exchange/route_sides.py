@@ -21,6 +21,7 @@ Index = npt.NDArray[np.int64]
 Kept = slice | npt.NDArray[np.bool_]
 """A selection of the rows of a block."""
 _EVERYTHING, _NOTHING = slice(None), slice(0)
+_NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class ChunkRows:
     first: int
     """Index of the first of these rows in `RankRoutes.stored_rows`."""
     base_rows: Index
-    """(number of base rows,), indices of received rows in the order of arrival."""
+    """(number of base rows,), indices of received rows in the order of arrival, or that of a row of zeros."""
     base_positions: Index
     """(number of base rows,), positions `s * B + b` in the rank's shard."""
     slot_rows: Index
@@ -136,9 +137,25 @@ class Received:
     """Number of the row, counted from the replica's first unit, or NEWLINE_ROW; empty unless the encoder is inline."""
     counts: dict[tuple[int, int], int]
     """Number of rows by (micro-batch, slot), in the order of the exchange."""
+    blanks: dict[int, Index]
+    """By micro-batch, positions of images that have no base rows: rows of zeros take the embedding's place there."""
 
 
-def receive(place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[int], bounds: Index) -> Received:
+def _blanks(place: ReplicaPlace, images: Sequence[StepImage]) -> dict[int, Index]:
+    """List by micro-batch the positions of images in a rank's shard; micro-batches without any are left out."""
+    found: dict[int, list[Index]] = {}
+    stretches = [shards.stretches(place.cp, place.tp) for shards in place.shards]
+    for image in images:
+        cells = np.arange(image.length, dtype=np.int32)
+        _, local = _own_cells(image, SlotRows(EMBEDDING, cells, cells, cells), stretches[image.micro_batch])
+        if len(local):
+            found.setdefault(image.micro_batch, []).append(local * image.batch_size + image.sample)
+    return {m: np.concatenate(parts) for m, parts in found.items()}
+
+
+def receive(
+    place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[int], bounds: Index, *, has_base_rows: bool = True
+) -> Received:
     """List the rows that one rank receives.
 
     Args:
@@ -146,15 +163,16 @@ def receive(place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[in
         images: All images of the step.
         slots: The slots of the rank's stage, by virtual stage.
         bounds: int64 (ranks + 1,): the first unit of each rank, and at the end the number of all units.
+        has_base_rows: Whether images have rows for EMBEDDING; if not, zeros take the embedding's place.
 
     Returns:
         The rows, in the order of `blocks`.
     """
-    stretches = [shards.stretches(place.cp, place.tp) for shards in place.shards]
+    stretches = {one: one.stretches(place.cp, place.tp) for one in set(place.shards)}
     positions, sources, rows = [np.empty(0, np.int64)], [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
     counts: dict[tuple[int, int], int] = {}
     for image, block in blocks(images, slots):
-        kept, local = _own_cells(image, block, stretches[image.micro_batch])
+        kept, local = _own_cells(image, block, stretches[place.shards[image.micro_batch]])
         if not len(local):
             continue
         positions.append(local * image.batch_size + image.sample)
@@ -165,7 +183,8 @@ def receive(place: ReplicaPlace, images: Sequence[StepImage], slots: Sequence[in
             sources.append(_sources(image, block.unit[kept], bounds))
         key = image.micro_batch, block.slot
         counts[key] = counts.get(key, 0) + len(local)
-    return Received(np.concatenate(positions), np.concatenate(sources), np.concatenate(rows), counts)
+    blanks = {} if has_base_rows or EMBEDDING not in slots else _blanks(place, images)
+    return Received(np.concatenate(positions), np.concatenate(sources), np.concatenate(rows), counts, blanks)
 
 
 def _own_cells(image: StepImage, block: SlotRows, stretches: Sequence[Stretch]) -> tuple[Kept, Index]:
@@ -214,10 +233,7 @@ class Sent:
 
 
 def send(
-    place: ReplicaPlace,
-    images: Sequence[StepImage],
-    slots_of_stage: Sequence[Sequence[int]],
-    mine: range,
+    place: ReplicaPlace, images: Sequence[StepImage], slots_of_stage: Sequence[Sequence[int]], mine: range
 ) -> Sent:
     """List the rows that one rank sends, and those whose gradients come back.
 
@@ -344,7 +360,7 @@ def arrange(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -
     order = _order(received.source)
     arrival = np.empty_like(order)
     arrival[order] = np.arange(len(order))
-    sizes = _stretch_sizes(received.counts, chunks, slots)
+    sizes = _stretch_sizes(received, chunks, slots)
     num_stored = sum(base + len(stacked) * max(stacked, default=0) for base, stacked in sizes.values())
     rows, positions = np.full(num_stored, len(order)), np.zeros(num_stored, np.int64)
     found, first, taken = {}, 0, 0
@@ -352,7 +368,9 @@ def arrange(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -
         longest = max(stacked, default=0)
         stop = first + base + len(stacked) * longest
         begin = first
-        for size, room in ((base, base), *((size, longest) for size in stacked)):
+        blank = received.blanks.get(key[0], _NO_ROWS) if base else _NO_ROWS
+        positions[first + base - len(blank) : first + base] = blank
+        for size, room in ((base - len(blank), base), *((size, longest) for size in stacked)):
             rows[begin : begin + size] = arrival[taken : taken + size]
             positions[begin : begin + size] = received.position[taken : taken + size]
             begin, taken = begin + room, taken + size
@@ -369,13 +387,13 @@ def arrange(received: Received, chunks: Sequence[Chunk], slots: Sequence[int]) -
 
 
 def _stretch_sizes(
-    counts: dict[tuple[int, int], int], chunks: Sequence[Chunk], slots: Sequence[int]
+    received: Received, chunks: Sequence[Chunk], slots: Sequence[int]
 ) -> dict[tuple[int, int], tuple[int, list[int]]]:
     """Count by (micro-batch, virtual stage) the base rows and the rows of each slot; leave out those without rows."""
-    found = {}
-    for m in dict.fromkeys(m for m, _ in counts):
+    counts, found = received.counts, {}
+    for m in sorted({m for m, _ in counts} | set(received.blanks)):
         for chunk in chunks:
-            base = counts.get((m, EMBEDDING), 0) if chunk.has_embedding else 0
+            base = counts.get((m, EMBEDDING), 0) + len(received.blanks.get(m, ())) if chunk.has_embedding else 0
             stacked = [counts.get((m, slot), 0) for slot in chunk_slots(chunk, slots)]
             if base + sum(stacked):
                 found[m, chunk.vpp] = base, stacked

@@ -22,7 +22,7 @@ from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.planning.batch.sequence import ExpandedSample, SequenceShards, Span
 from megatron_deepstack.planning.budget.cost import unit_flops
-from megatron_deepstack.planning.exchange.dealing import Dealt, deal_by_cost, deal_in_order
+from megatron_deepstack.planning.exchange.dealing import Dealt, deal_by_cost, deal_in_order, imbalance
 from megatron_deepstack.planning.exchange.image_plan import ImagePlan, image_plan
 from megatron_deepstack.planning.exchange.route_sides import (
     ChunkRows,
@@ -79,6 +79,10 @@ class RankRoutes:
     """(units + 1,): the first local row of each unit, and at the end that of the newline."""
     num_units: int
     """Number of units of the whole replica, each counted once."""
+    grids: tuple[ViewGrid, ...]
+    """The patches of each unit of the whole replica, if views have any size."""
+    imbalance: float
+    """FLOPs of the rank of the replica that has most to encode, over the mean of all ranks; 1 if all have the same."""
     num_replica_rows: int
     """Number of rows that the units of the whole replica make, without newlines."""
     num_local_rows: int
@@ -119,6 +123,7 @@ def plan_routes(
     micro_batches: Sequence[Sequence[PlannedSample]],
     seq_lengths: Sequence[int],
     rank: int,
+    segments: Sequence[tuple[int, ...]] | None = None,
 ) -> RankRoutes:
     """Plan one rank's side of the exchange of a step.
 
@@ -133,34 +138,34 @@ def plan_routes(
         seq_lengths: S of each micro-batch, the padded length of its samples, a multiple of
             `sequence_multiple(parallel)`.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
+        segments: For each micro-batch the ends of the pack's samples, which cp splits one by one; None without packs.
 
     Returns:
         The rank's side. The function is pure, so the sides of all ranks fit together.
     """
-    place = _place(parallel, seq_lengths, rank)
+    place = _place(parallel, seq_lengths, segments, rank)
     images, dealt = _images(model, micro_batches, place)
-    bounds, num_units = dealt.bounds, int(dealt.bounds[-1])
-    mine = range(int(bounds[rank]), int(bounds[rank + 1]))
-    if place.inline:
-        mine = range(num_units if place.pp == 0 else 0)
+    bounds, num_units, shapes = dealt.bounds, int(dealt.bounds[-1]), _shapes(images, micro_batches)
+    inline = range(num_units if place.pp == 0 else 0)
+    mine = inline if place.inline else range(int(bounds[rank]), int(bounds[rank + 1]))
     chunks, slots = stage_chunks(model.language.num_layers, parallel), decoder_slots(model)
     by_stage = [[chunk for chunk in chunks if chunk.pp == pp] for pp in range(parallel.pipeline)]
-    slots_of_stage = [_slots_of(stage, slots) for stage in by_stage]
-    received = receive(place, images, slots_of_stage[place.pp], bounds)
+    slots_of_stage, has_base = [_slots_of(stage, slots) for stage in by_stage], model.variant.traits.has_base_rows
+    received = receive(place, images, slots_of_stage[place.pp], bounds, has_base_rows=has_base)
     stored = arrange(received, by_stage[place.pp], slots)
     sent = send_to_self(place, received.row) if place.inline else send(place, images, slots_of_stage, mine)
     first_rows = dealt.first_row[mine.start : mine.stop + 1] - dealt.first_row[mine.start]
     first_row, num_local = int(dealt.first_row[mine.start]), int(first_rows[-1]) + 1
     send_rows = local_rows(sent.rows, first_row, num_local)
-    returned = send_rows
-    if sent.returned is not sent.rows:
-        returned = local_rows(sent.returned, first_row, num_local)
+    returned = send_rows if sent.returned is sent.rows else local_rows(sent.returned, first_row, num_local)
     uses = np.bincount(returned, minlength=num_local)
     assert uses[:-1].max(initial=0) <= 1, "a row other than the newline has two gradients"
     return RankRoutes(
         units=_encode_units(images, mine, micro_batches),
         first_rows=first_rows,
         num_units=num_units,
+        grids=tuple(shape for shape in shapes if isinstance(shape, ViewGrid)),
+        imbalance=_imbalance(model, images, shapes, bounds),
         num_replica_rows=int(dealt.first_row[-1]),
         num_local_rows=num_local,
         send_rows=send_rows,
@@ -174,7 +179,21 @@ def plan_routes(
     )
 
 
-def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> ReplicaPlace:
+def _shapes(images: Sequence[StepImage], micro_batches: Sequence[Sequence[PlannedSample]]) -> list[ImageShape]:
+    return [micro_batches[image.micro_batch][image.sample].grids[image.image] for image in images]
+
+
+def _imbalance(model: ModelConfig, images: Sequence[StepImage], shapes: Sequence[ImageShape], bounds: Index) -> float:
+    costs = [unit_flops(model, shape) for shape in shapes]
+    return imbalance(costs, [range(image.first_unit, image.stop_unit) for image in images], bounds)
+
+
+def _place(
+    parallel: ParallelConfig,
+    seq_lengths: Sequence[int],
+    segments: Sequence[tuple[int, ...]] | None,
+    rank: int,
+) -> ReplicaPlace:
     rest, tp = divmod(rank, parallel.tensor)
     pp, cp = divmod(rest, parallel.context)
     return ReplicaPlace(
@@ -186,7 +205,10 @@ def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> R
         tensor=parallel.tensor,
         context=parallel.context,
         tp_shards=parallel.tensor if parallel.sequence_parallel else 1,
-        shards=tuple(SequenceShards.of(parallel, length) for length in seq_lengths),
+        shards=tuple(
+            SequenceShards.of(parallel, length, ends)
+            for length, ends in zip(seq_lengths, segments or [()] * len(seq_lengths), strict=True)
+        ),
         inline=parallel.encoder_placement is EncoderPlacement.INLINE,
         returns=parallel.sequence_parallel or tp == 0,
     )

@@ -19,11 +19,11 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Sampler, Variant
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.config.sizes import tokens_per_side
+from megatron_deepstack.config.sizes import resampled_side, tokens_per_side
 from megatron_deepstack.config.sizes import tokens_per_view as tokens_per_view
 from megatron_deepstack.config.traits.variants import Context, StackSource
 from megatron_deepstack.planning.exchange.samplers import Index, sample_mosaic
-from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ImageShape, ViewGrid
+from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ImageShape, TileGrid, ViewGrid
 
 BASE = -1
 """Stack number of the base visual tokens, which replace the placeholder in the sequence."""
@@ -61,6 +61,8 @@ def image_rows(model: ModelConfig, shape: ImageShape) -> ImageRows:
     if isinstance(shape, ViewGrid):
         assert model.variant.traits.is_native, f"{model.variant} cuts an image into crops, found {shape}"
         return _merged_rows(shape.num_tokens(model.vision.merge_size), len(model.vision.taps))
+    if isinstance(shape, TileGrid):
+        return _tile_rows(shape, resampled_side(model), len(model.vision.taps))
     assert not model.variant.traits.is_native, f"{model.variant} has views of any size, found the grid {shape}"
     return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), shape)
 
@@ -77,6 +79,8 @@ def unit_rows(model: ModelConfig, shape: ImageShape) -> int:
     """
     if isinstance(shape, ViewGrid):
         return shape.num_tokens(model.vision.merge_size) * (1 + len(model.vision.taps))
+    if isinstance(shape, TileGrid):
+        return resampled_side(model) ** 2 * len(model.vision.taps)
     return tokens_per_view(model.vision)
 
 
@@ -95,6 +99,24 @@ def context_length(model: ModelConfig, shape: ImageShape) -> int:
     if isinstance(shape, ViewGrid):
         return shape.num_tokens(model.vision.merge_size)
     return image_rows(model, shape).context_length
+
+
+@lru_cache(maxsize=256)
+def _tile_rows(shape: TileGrid, side: int, num_taps: int) -> ImageRows:
+    """The whole image's tokens, then the mosaic without padding and a newline after each line, for each stack alike.
+
+    A token has a row for each tap, one after another.
+    """
+    lines, columns = shape.unpadded(side)
+    y, x = (places.reshape(-1) for places in np.meshgrid(lines, [*columns, NEWLINE], indexing="ij"))
+    newline = x == NEWLINE
+    view = np.where(newline, NEWLINE, 1 + y // side * shape.columns + x // side)
+    token = np.where(newline, 0, y % side * side + x % side)
+    whole = np.arange(side * side)
+    view, token = np.concatenate([np.zeros_like(whole), view]), np.concatenate([whole, token])
+    cells = np.arange(len(view))
+    stacks = [_rows(k, cells, view, np.where(view == NEWLINE, 0, token * num_taps + k)) for k in range(num_taps)]
+    return _collect(len(cells), stacks)
 
 
 @lru_cache(maxsize=256)

@@ -13,9 +13,10 @@ import torch
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.hf_names import to_published
+from megatron_deepstack.convert.hf_whole import used_tensors
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
-from megatron_deepstack.planning.views import ViewGrid
+from megatron_deepstack.planning.views import TileGrid, ViewGrid
 from megatron_deepstack.testing.parity.drawn import DrawnSample
 
 MOST_FLOAT64: Final = 400_000_000
@@ -65,7 +66,7 @@ def by_transformers(
         logits.append(found.detach().float())
         total += loss.item()
     gradients = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in used_tensors(dict(module.named_parameters()), model).items():
         published = to_published(name, model)
         assert published is not None, f"transformers has a parameter {name} that has no name here"
         gradients[published] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -81,7 +82,9 @@ def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) ->
     found = [
         value for key, value in config.items() if key.endswith(("_token_id", "_token_index")) and value is not None
     ]
-    found += [default for key, default in _DEFAULT_IDS[model.variant].items() if config.get(key) is None]
+    for key, default in _DEFAULT_IDS[model.variant].items():
+        if config.get(key) is None and config.get(_OTHER_KEYS.get(key, key)) is None:
+            found.append(default)
     outside = [number for number in found if number >= model.language.vocab_size]
     if outside:
         raise CheckpointError(
@@ -97,9 +100,12 @@ _DEFAULT_IDS: Final[Mapping[Variant, Mapping[str, int]]] = {
         "video_token_id": 151656,
         "vision_start_token_id": 151652,
         "vision_end_token_id": 151653,
-    }
+    },
+    Variant.GRANITE4_VISION: {"image_token_index": 32000},
 }
 """What transformers takes where a config names no id."""
+_OTHER_KEYS: Final = {"image_token_index": "image_token_id"}
+"""Another key for the same id."""
 
 
 def _qwen3_vl(sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -124,6 +130,22 @@ def _qwen3_vl(sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any]
         return {**found, "pixel_values_videos": values, "video_grid_thw": whole}
     shapes = torch.tensor([[grid.frames, grid.height, grid.width] for grid in grids])
     return {**found, "pixel_values": values, "image_grid_thw": shapes}
+
+
+def _granite(sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs of Granite 4 Vision: the views of all images one after another, and the sizes of the images."""
+    expanded = sample.expanded(model)
+    ids = torch.from_numpy(expanded.tokens.copy())[None]
+    number = config.get("image_token_index", config.get("image_token_id", 32000))
+    for span in expanded.spans:
+        ids[0, span.start : span.start + span.length] = number
+    if not sample.shapes:
+        return {"input_ids": ids}
+    mean, std = np.array(model.vision.mean), np.array(model.vision.std)
+    views = (np.concatenate(sample.pixels) / 255.0 - mean) / std
+    sizes = [[shape.image_height, shape.image_width] for shape in sample.shapes if isinstance(shape, TileGrid)]
+    values = torch.from_numpy(views).permute(0, 3, 1, 2).to(dtype)
+    return {"input_ids": ids, "pixel_values": values, "image_sizes": torch.tensor(sizes)}
 
 
 def patches_by_definition(pixels: np.ndarray, grid: ViewGrid, model: ModelConfig) -> np.ndarray:
@@ -154,4 +176,4 @@ def patches_by_definition(pixels: np.ndarray, grid: ViewGrid, model: ModelConfig
 
 
 _Inputs = Callable[[DrawnSample, ModelConfig, Mapping[str, Any], torch.dtype], dict[str, Any]]
-_INPUTS: Final[Mapping[Variant, _Inputs]] = {Variant.QWEN3_VL: _qwen3_vl}
+_INPUTS: Final[Mapping[Variant, _Inputs]] = {Variant.QWEN3_VL: _qwen3_vl, Variant.GRANITE4_VISION: _granite}

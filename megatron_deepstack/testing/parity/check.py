@@ -80,7 +80,7 @@ def check_folder(
     parallel = _with_chunks(model.language.num_layers, parallel)
     published_source(folder, model=model)
     config = read_config(folder)
-    samples = draw_samples(model, special_tokens(model, config, str(folder / CONFIG)), seed)
+    samples = draw_samples(model, config, special_tokens(model, config, str(folder / CONFIG)), seed)
     expected = by_transformers(folder, model, config, samples)
     tensors = {f"logits.{index}": value for index, value in enumerate(expected.logits)}
     failed = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,16 @@ from megatron_deepstack.planning.batch.sequence import ExpandedSample, expand
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.planning.exchange.rows import context_length
-from megatron_deepstack.planning.views import ImageShape, ViewGrid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid, num_views, tile_grid
 
 _TOKENS = ((1, 1), (2, 3), (4, 1), (3, 5), (2, 2))
 """Height and width of drawn views in visual tokens."""
+
+
+_EIGHTHS = ((9, 7), (20, 11), (8, 25), (7, 19), (31, 13))
+"""Width and height of drawn images, in eighths of a tile."""
+_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""Resolutions that transformers takes where a config names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class DrawnSample:
     """int64 (T0,), 1 where the token is a target."""
     shapes: tuple[ImageShape, ...]
     pixels: tuple[np.ndarray, ...]
-    """Per image uint8 (pictures, height, width, 3)."""
+    """Per image uint8 (pictures or views, height, width, 3)."""
 
     def expanded(self, model: ModelConfig) -> ExpandedSample:
         """The sample with a position for each visual token."""
@@ -41,11 +48,14 @@ class DrawnSample:
         return PlannedSample(sequence=self.expanded(model), grids=self.shapes)
 
 
-def draw_samples(model: ModelConfig, forbidden: Sequence[int], seed: int = 0) -> list[DrawnSample]:
+def draw_samples(
+    model: ModelConfig, config: Mapping[str, Any], forbidden: Sequence[int], seed: int = 0
+) -> list[DrawnSample]:
     """Draw the samples of a comparison.
 
     Args:
         model: The folder's model.
+        config: Content of its config.json.
         forbidden: Token ids that mean something to the model and must not occur as text.
         seed: What everything is drawn from.
 
@@ -54,15 +64,25 @@ def draw_samples(model: ModelConfig, forbidden: Sequence[int], seed: int = 0) ->
     """
     rng = np.random.default_rng(seed)
     ids = np.setdiff1d(np.arange(model.language.vocab_size), np.array(forbidden, np.int64))
-    shapes = [_shape(model, *size) for size in _TOKENS]
+    shapes = _shapes(model, config)
     wanted: list[tuple[str, list[ImageShape]]] = [
         ("one image", [shapes[1]]),
         ("several images of different shapes", [shapes[0], shapes[3], shapes[2]]),
         ("text only", []),
     ]
-    if model.vision.temporal_patch_size > 1:
+    if model.variant.traits.is_native and model.vision.temporal_patch_size > 1:
         wanted.append(("video of two frame pairs", [_shape(model, *size, moving=True) for size in (_TOKENS[4],) * 2]))
     return [_draw(name, images, model, ids, rng) for name, images in wanted]
+
+
+def _shapes(model: ModelConfig, config: Mapping[str, Any]) -> list[ImageShape]:
+    """Five images of different shapes."""
+    if model.variant.traits.is_native:
+        return [_shape(model, *size) for size in _TOKENS]
+    side = model.vision.image_size
+    pinpoints = [(int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or _PINPOINTS]
+    sizes = [(width * side // 8, height * side // 8) for width, height in _EIGHTHS]
+    return [tile_grid(width, height, side, pinpoints) for width, height in sizes]
 
 
 def _shape(model: ModelConfig, height: int, width: int, *, moving: bool = False) -> ViewGrid:
@@ -84,7 +104,9 @@ def _draw(
 
 
 def _pixel_shape(model: ModelConfig, shape: ImageShape) -> tuple[int, int, int, int]:
-    assert isinstance(shape, ViewGrid)
+    if not isinstance(shape, ViewGrid):
+        side = model.vision.image_size
+        return num_views(model.variant, shape), side, side, 3
     width, height = shape.pixel_size(model.vision.patch_size)
     pictures = shape.frames * (model.vision.temporal_patch_size if shape.moving else 1)
     return pictures, height, width, 3

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.convert.hf_names import Naming, to_naming
+from megatron_deepstack.convert.hf_whole import used_tensors
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.model.build import build_model, fill_model, freeze
@@ -92,7 +93,7 @@ def compare_on_rank(rank: int, task: ParityTask) -> ParityNumbers:
 def _not_written_back(ours: dict[str, torch.Tensor], task: ParityTask) -> tuple[str, ...]:
     """Names of the folder's tensors that an export would not have, or not bit for bit, and of those it would add."""
     written = {to_naming(name, Naming.HUGGING_FACE, task.model): tensor for name, tensor in ours.items()}
-    files = files_by_name(task.folder)
+    files = used_tensors(files_by_name(task.folder), task.model)
     if task.model.language.tied_embeddings:
         files = {name: file for name, file in files.items() if not name.startswith("lm_head.")}
     wrong = [name for name in files if name not in written or not _same(written[name], read_tensor(files[name], name))]
@@ -128,11 +129,13 @@ def _planned(task: ParityTask, row: Row) -> PlannedSample:
 
 
 def _pixels(task: ParityTask, rows: Sequence[Sequence[Row]], plan: StepPlan) -> torch.Tensor:
-    """All values of the views that this rank encodes."""
-    chosen = [np.empty(0, np.uint8)]
+    """The views that this rank encodes: of one size (N, side, side, 3), otherwise all values in one dimension."""
+    side, native = task.model.vision.image_size, task.model.variant.traits.is_native
+    chosen = [np.empty((0,) if native else (0, side, side, 3), np.uint8)]
     for unit in plan.routes.units:
         images = [image for index in rows[unit.micro_batch][unit.sample] for image in task.samples[index].pixels]
-        chosen.append(images[unit.image].reshape(-1))
+        image = images[unit.image]
+        chosen.append(image.reshape(-1) if native else image[list(unit.views)])
     return torch.from_numpy(np.concatenate(chosen))
 
 

@@ -73,7 +73,9 @@ class Throughput:
             The speed of the whole run.
         """
         recipe = self.recipe
-        mine = training_flops(recipe.model, recipe.train.trainable, recipe.lora, plan.lengths, plan.num_units)
+        mine = training_flops(
+            recipe.model, recipe.train.trainable, recipe.lora, plan.lengths, plan.num_units, plan.routes.grids
+        )
         tokens, images, flops = sum_over_replicas([num_tokens, num_images, mine])
         rate = flops / seconds / _TERA
         return Speed(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import megatron_deepstack
-from megatron_deepstack.data.images.source import TarMember
+from megatron_deepstack.data.images.source import TarMember, files_of
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import ClusterError, DeepStackError
 from orchestration.preprocess.driver.lease import read_token
@@ -67,7 +67,8 @@ def _find_image(job: Job, parts: Sequence[Part]) -> Location | None:
     """One that is there, among the first few."""
     first = next((part for part in parts if isinstance(part, ImagePart)), None)
     places = [job.image_at(first, path) for path in first.paths[:_TRIED_IMAGES]] if first else []
-    files = (place.shard if isinstance(place, TarMember) else place for place in places)
+    first_files = (files_of(place)[0] for place in places)
+    files = (file.shard if isinstance(file, TarMember) else file for file in first_files)
     return next((file for file in files if file.exists()), None)
 
 

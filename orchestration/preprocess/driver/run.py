@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from megatron_deepstack.config.choices import Template
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.images.video import VideoLimits
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.text.conversation import known_template
 from megatron_deepstack.data.text.tokenizer import Tokenizer
@@ -28,6 +30,7 @@ from orchestration.preprocess.part.work import Job, summarise
 from orchestration.preprocess.sources.inputs import Inputs, read_inputs
 from orchestration.preprocess.sources.paths import check_paths
 from orchestration.preprocess.sources.reading import Reading
+from orchestration.preprocess.sources.videos import VideoRules
 
 
 def preprocess(
@@ -77,6 +80,7 @@ def preprocess(
         known_template(data.template),
         data.ignore_keys,
         watch=lambda num_files: Reading(num_files, say).watch,
+        videos=_video_rules(recipe),
     )
     plan = make_plan(recipe, inputs, model)
     root = Location.parse(output).absolute()
@@ -88,6 +92,15 @@ def preprocess(
         begin_store(root, plan)
         job = _job_of(root, plan, inputs, model, data.max_image_seconds)
         return _run(job, plan, data.max_quarantined, lease, workers=workers, address=address)
+
+
+def _video_rules(recipe: Recipe) -> VideoRules | None:
+    """How videos are read; None if the model or the template takes none."""
+    model, data = recipe.model, recipe.data
+    if not model.variant.traits.is_native or data.template is not Template.QWEN3_VL:
+        return None
+    limits = VideoLimits(data.video_fps, data.video_max_frames, data.video_min_pixels, data.video_max_pixels)
+    return VideoRules(limits, model.vision.patch_size * model.vision.merge_size, data.max_image_pixels)
 
 
 def _job_of(root: Location, plan: Plan, inputs: Inputs, model: Tokenizer, max_image_seconds: float) -> Job:

@@ -172,7 +172,7 @@ def _write_image_part(part: ImagePart, images: list[dict[str, Any]], pixels: Slo
     index.append("images/crc32c", row_sums)
     if pixels.version == MIXED_VERSION:
         index.append("images/grid_thw", [image.get("grid", [0, 0, 0]) for image in images])
-        index.append("images/frames", [int(count > 0) for count in counts])
+        index.append("images/frames", [image.get("frames", 1) if image.get("crc32c") else 0 for image in images])
         return sum(count > 0 for count in counts)
     index.append("images/grid", [image.get("grid", [0, 0]) for image in images])
     return sum(counts)

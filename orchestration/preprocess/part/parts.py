@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.images.processors import AnyProcessor, processor_of
+from megatron_deepstack.data.images.sized_processor import SizedProcessor
 from megatron_deepstack.data.images.source import TarMember
 from megatron_deepstack.data.records.record import Record
 from megatron_deepstack.data.store.schema import FORMAT, SlotsShape
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from orchestration.preprocess.sources.inputs import Inputs
+from orchestration.preprocess.sources.videos import FramePair
 
 _Item = TypeVar("_Item")
 
@@ -37,6 +39,8 @@ class ImagePart:
     paths: tuple[str, ...]
     members: Mapping[str, TarMember]
     """Where those of them are that lie in tar shards."""
+    frames: Mapping[str, FramePair] = field(default_factory=dict)
+    """Those of them that are pairs of a video's frames."""
 
     @property
     def name(self) -> str:
@@ -75,6 +79,8 @@ class Plan:
     compression: Compression
     members: Mapping[str, TarMember]
     """Where those of the images are that lie in tar shards."""
+    frames: Mapping[str, FramePair] = field(default_factory=dict)
+    """Those of the images that are pairs of a video's frames."""
 
     @cached_property
     def hash(self) -> str:
@@ -88,7 +94,9 @@ class Plan:
         return tuple(self._image_part(number, tuple(paths)) for number, paths in enumerate(groups))
 
     def _image_part(self, number: int, paths: tuple[str, ...]) -> ImagePart:
-        return ImagePart(number, paths, {path: self.members[path] for path in paths if path in self.members})
+        frames = {path: self.frames[path] for path in paths if path in self.frames}
+        files = [*paths, *(file for pair in frames.values() for file in pair.files)]
+        return ImagePart(number, paths, {file: self.members[file] for file in files if file in self.members}, frames)
 
     @cached_property
     def text_parts(self) -> tuple[TextPart, ...]:
@@ -119,6 +127,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         The plan; the same arguments give the same hash on every machine.
     """
     processor = processor_of(recipe)
+    if inputs.frames and isinstance(processor, SizedProcessor):
+        processor = replace(processor, video_max_pixels=recipe.data.video_max_pixels)
     images = tuple(dict.fromkeys(path for record in inputs.records for path in record.images))
     description = {
         "format": FORMAT,
@@ -131,6 +141,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         "ignore_keys": sorted(set(recipe.data.ignore_keys)),
         "images_per_part": recipe.data.images_per_part,
         "compression": str(recipe.data.compression),
+        **({"videos": hashlib.sha256("\n".join(inputs.frames).encode()).hexdigest()} if inputs.frames else {}),
     }
     return Plan(
         description,
@@ -141,6 +152,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, tokenizer: Tokenizer) -> Plan:
         recipe.data.images_per_part,
         recipe.data.compression,
         inputs.members,
+        inputs.frames,
     )
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_deepstack.data.images.decoder import SharedImage, shared_decoder
 from megatron_deepstack.data.images.processors import AnyProcessor
-from megatron_deepstack.data.images.source import ImageAt, QuarantineError
+from megatron_deepstack.data.images.source import FileAt, FramesAt, ImageAt, QuarantineError
+from megatron_deepstack.data.images.video import PAIR
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.schema import ImageStatus, SlotsShape
 from megatron_deepstack.data.store.shard_writer import ShardWriter, open_shard
@@ -50,6 +51,14 @@ class Job:
         Returns:
             A file below the image folder, or a member of a tar shard.
         """
+        pair = part.frames.get(path)
+        if pair is not None:
+            return FramesAt(
+                tuple(self._file_at(part, file) for file in pair.files), pair.numbers, pair.size, pair.fault
+            )
+        return self._file_at(part, path)
+
+    def _file_at(self, part: ImagePart, path: str) -> FileAt:
         member = part.members.get(path)
         if member is not None:
             return member
@@ -123,12 +132,14 @@ def _do_images(job: Job, part: ImagePart) -> tuple[dict[str, Any], int]:
     decoder = shared_decoder(job.processor, job.max_image_seconds)
     decoded = decoder.decode([job.image_at(part, path) for path in part.paths])
     with open_shard(job.root, part.number, job.pixels) as shard, closing(decoded):
-        images = [_put(path, image, shard) for path, image in zip(part.paths, decoded, strict=True)]
+        images = [
+            _put(path, image, shard, path in part.frames) for path, image in zip(part.paths, decoded, strict=True)
+        ]
         size = shard.num_bytes
     return {"shard_bytes": size, "images": images}, size
 
 
-def _put(path: str, image: SharedImage | QuarantineError, shard: ShardWriter) -> dict[str, Any]:
+def _put(path: str, image: SharedImage | QuarantineError, shard: ShardWriter, is_pair: bool) -> dict[str, Any]:
     """Append an image's views to the shard; its entry in the commit record."""
     if isinstance(image, QuarantineError):
         return {"path": path, "status": ImageStatus.QUARANTINED, "reason": str(image)}
@@ -138,6 +149,7 @@ def _put(path: str, image: SharedImage | QuarantineError, shard: ShardWriter) ->
         "status": ImageStatus.STORED if image.damage is None else ImageStatus.FLAGGED,
         **({} if image.damage is None else {"reason": image.damage}),
         "grid": list(image.grid),
+        **({"frames": PAIR} if is_pair else {}),
         "size": list(image.size),
         "sha256": image.sha256,
         "crc32c": image.crc32c,

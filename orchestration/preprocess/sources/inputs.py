@@ -12,17 +12,18 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import IO, Final
 
-from megatron_deepstack.data.images.source import TarMember
+from megatron_deepstack.data.images.source import FileAt, TarMember
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records.record import Faults, Record, RecordRules
 from megatron_deepstack.data.records.record_files import read_record_file
 from megatron_deepstack.data.records.tar_shards import read_tar_shard
 from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import ConfigError, DataError
+from orchestration.preprocess.sources.videos import FramePair, VideoRules, with_frames
 
 _TAR: Final = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 _RANGE: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -42,6 +43,8 @@ class Inputs:
     """Images that lie in tar shards, by their path in records."""
     image_folder: Location | None
     """Where all other images are."""
+    frames: Mapping[str, FramePair] = field(default_factory=dict)
+    """Those of the images of records that are pairs of a video's frames, by the names that records give them now."""
 
 
 def read_inputs(
@@ -50,6 +53,7 @@ def read_inputs(
     template: Template,
     ignore_keys: Sequence[str] = (),
     watch: Callable[[int], Callable[[IO[bytes]], IO[bytes]]] | None = None,
+    videos: VideoRules | None = None,
 ) -> Inputs:
     """Read and check all records of a job.
 
@@ -59,6 +63,8 @@ def read_inputs(
         template: How conversations will be written.
         ignore_keys: Keys of records that are passed over.
         watch: From the number of files, a function that wraps each one to tell of its reading.
+
+        videos: How videos are read; None refuses records that name any.
 
     Returns:
         The records, and where their images lie.
@@ -70,7 +76,7 @@ def read_inputs(
     files = tuple(find_files(patterns))
     folder = None if images is None else Location.parse(images).absolute()
     local = os.path.normpath(folder.local_path()) if folder and folder.is_local else ""
-    rules = RecordRules(template, local, frozenset(ignore_keys))
+    rules = RecordRules(template, local, frozenset(ignore_keys), videos is not None)
     names = _shard_names(files)
     faults, digests = Faults(), []
     records: list[Record] = []
@@ -93,10 +99,31 @@ def read_inputs(
     if not records:
         raise DataError(f"{shown}: holds no records; at least one is needed")
     sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    needed = any(path not in members for record in records for path in record.images)
-    return Inputs(
-        tuple(map(str, files)), sha256, tuple(records), members, _image_folder(folder, shown) if needed else None
-    )
+    needed = any(path not in members for record in records for path in _paths_of(record))
+    image_folder = _image_folder(folder, shown) if needed else None
+    inputs = Inputs(tuple(map(str, files)), sha256, tuple(records), members, image_folder)
+    return inputs if videos is None else _with_frames(inputs, videos)
+
+
+def _paths_of(record: Record) -> Iterator[str]:
+    """The paths of a record's images and of its videos' files."""
+    yield from record.images
+    for video in record.videos:
+        yield from video.files
+
+
+def _with_frames(inputs: Inputs, videos: VideoRules) -> Inputs:
+    """The inputs with videos written as images."""
+
+    def file_at(path: str) -> FileAt:
+        member = inputs.members.get(path)
+        if member is not None:
+            return member
+        assert inputs.image_folder is not None, path
+        return inputs.image_folder.child(path)
+
+    records, frames = with_frames(inputs.records, videos, file_at)
+    return replace(inputs, records=records, frames=frames)
 
 
 def find_files(patterns: Sequence[str]) -> Iterator[Location]:

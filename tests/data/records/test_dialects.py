@@ -162,8 +162,14 @@ def talk(*turns: Any, **fields: Any) -> Any:
 
 
 FAULTS = {
-    "video": ({**GOOD, "video": "clip.mp4"}, "holds `video`, not read here: images are the only medium that is read"),
-    "videos and audio": ({**GOOD, "videos": ["c"], "audio": "s"}, "holds `audio`, `videos`, not read here: images are"),
+    "video": (
+        {**GOOD, "video": "clip.mp4"},
+        "holds `video`, not read here: only model.variant=qwen3_vl with data.template=qwen3_vl takes videos",
+    ),
+    "videos and audio": (
+        {**GOOD, "videos": ["c"], "audio": "s"},
+        "holds `audio`, `videos`, not read here: images and videos are",
+    ),
     "an unknown key": ({**GOOD, "depth_map": "d.png"}, "holds `depth_map`, not read here"),
     "a near key": ({"id": "b", "img": "p.jpg", "conversations": TALK}, "holds `img`, not read here"),
     "no talk, an unknown key": ({"id": "b", "conversation": TALK}, "holds `conversation`, not read here"),

@@ -1,0 +1,132 @@
+"""What the verb `ask` does: one question, a file of questions, or a chat, and the results as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.inference.ask.chat import HELP, chat
+from megatron_deepstack.inference.ask.launch import Conversation, Manner, Reply, converse
+from megatron_deepstack.inference.ask.preparation import Asked, Preparation
+from megatron_deepstack.inference.main import require_checkpoint
+from megatron_deepstack.inference.question_file import read_questions
+
+_TOGETHER: Final = 32
+"""Questions of a file that are prepared and answered together; their pictures are in memory meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A run that is asked."""
+
+    recipe: Recipe
+    preparation: Preparation
+    manner: Manner
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, manner: Manner, say: Callable[[str], None]) -> Session:
+        """Look at a run before any rank starts.
+
+        Args:
+            recipe: The run's recipe, with overrides.
+            manner: How questions are answered.
+            say: Called with a line where something is unusual.
+
+        Returns:
+            The session.
+
+        Raises:
+            CheckpointError: The run has no checkpoint.
+            ConfigError: It names no tokenizer.
+            DataError: The tokenizer cannot be read.
+        """
+        require_checkpoint(recipe)
+        if recipe.data.tokenizer is None:
+            raise ConfigError(["data.tokenizer: not set; `ask` needs it to read questions and to write answers"])
+        preparation = Preparation.of_run(recipe, load_tokenizer(recipe.data.tokenizer), say)
+        return cls(recipe, preparation, manner)
+
+    def ask_one(self, question: str, pictures: Sequence[str], shown: Callable[[str], None] | None) -> Reply:
+        """Ask one question. What is wrong with it is said before ranks start.
+
+        Args:
+            question: Its text.
+            pictures: Paths or URLs.
+            shown: Called with each piece of the answer, and a line's end after it; None shows nothing.
+
+        Returns:
+            The answer.
+        """
+        asked = Asked(question, tuple(pictures))
+        prepared = self.preparation.prepare(asked)
+        replies: list[Reply] = []
+
+        def talk(conversation: Conversation) -> None:
+            replies.append(conversation.ask_prepared(asked, prepared, shown or (lambda text: None)))
+            if shown is not None:
+                shown("\n")
+
+        converse(self.recipe, self.preparation, self.manner, talk)
+        return replies[0]
+
+    def ask_file(self, file: Path, images: str | None, shown: Callable[[str], None] | None) -> list[Reply]:
+        """Ask all questions of a file. One that cannot be asked does not keep the others from their answers.
+
+        Args:
+            file: The file.
+            images: Folder of its pictures.
+            shown: Called with a line per answer; None shows nothing.
+
+        Returns:
+            The replies, in the file's order.
+        """
+        questions = [Asked(one.text, one.pictures, id=one.id) for one in read_questions(file, images)]
+        replies: list[Reply] = []
+
+        def talk(conversation: Conversation) -> None:
+            for first in range(0, len(questions), _TOGETHER):
+                answered = conversation.ask_all(questions[first : first + _TOGETHER])
+                for reply in answered if shown is not None else ():
+                    assert shown is not None
+                    shown(f"{reply.asked.id}: {reply.answer if reply.error is None else f'({reply.error})'}")
+                replies.extend(answered)
+
+        converse(self.recipe, self.preparation, self.manner, talk)
+        return replies
+
+    def chat(
+        self,
+        lines: Iterable[str],
+        pictures: Sequence[str],
+        shown: Callable[[str], None],
+        said: Callable[[str], None],
+    ) -> None:
+        """Answer line after line, see `chat.chat`."""
+
+        def talk(conversation: Conversation) -> None:
+            said(HELP)
+            chat(conversation, lines, pictures, shown, said)
+
+        for picture in pictures:
+            self.preparation.read(picture)
+        converse(self.recipe, self.preparation, self.manner, talk)
+
+    @staticmethod
+    def document(reply: Reply) -> dict[str, Any]:
+        """A reply as JSON."""
+        return {
+            "id": reply.asked.id or None,
+            "question": reply.asked.text,
+            "pictures": [picture for picture in reply.asked.pictures if isinstance(picture, str)],
+            "answer": reply.answer if reply.error is None else None,
+            "ended": reply.ended,
+            "error": reply.error,
+            "prompt_tokens": reply.prompt_tokens,
+            "new_tokens": reply.new_tokens,
+            "seconds": round(reply.seconds, 3),
+        }

@@ -1,0 +1,123 @@
+"""Where the questions of an evaluation come from: a store that `preprocess` has made, or a file with its pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.inference.ask.preparation import Asked, LoadedPictures, Preparation
+from megatron_deepstack.inference.question_file import AskedQuestion
+from megatron_deepstack.inference.questions import Question, Views, read_question
+from megatron_deepstack.scores.evaluation import Scored
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A question that is about to be answered."""
+
+    number: int
+    """Its number in the exam."""
+    question: Question | None
+    """None if it cannot be asked."""
+    room: int | None = None
+    """Most tokens of its answer, up to the end of the context; None for no limit."""
+    error: str | None = None
+
+
+class Exam(ABC):
+    """The questions. It pickles, since every rank has it."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of questions."""
+
+    @abstractmethod
+    def take(self, numbers: Sequence[int]) -> tuple[list[Taken], Views]:
+        """Read some questions.
+
+        Args:
+            numbers: Their numbers.
+
+        Returns:
+            The questions in that order, and the source of their images.
+        """
+
+    @abstractmethod
+    def scored(self, taken: Taken, answer: str) -> Scored:
+        """The question with its answer and its scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreExam(Exam):
+    """The first question of each sample of a store; the expected answer is its only reference."""
+
+    store: Store
+    tokenizer: Tokenizer
+    path: str
+    first: int | None = None
+    """Only so many questions; None for all."""
+
+    def __len__(self) -> int:
+        return len(self.store) if self.first is None else min(self.first, len(self.store))
+
+    def take(self, numbers: Sequence[int]) -> tuple[list[Taken], Views]:
+        """As the base says."""
+        return [Taken(number, read_question(self.store, number, self.tokenizer)) for number in numbers], self.store
+
+    def scored(self, taken: Taken, answer: str) -> Scored:
+        """As the base says."""
+        question = taken.question
+        assert question is not None
+        return Scored.of(
+            answer,
+            (question.expected,) if question.expected else (),
+            id=question.id,
+            question=question.text,
+            store=str(Location.parse(self.path).absolute()),
+            image=question.images[0] if question.images else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FileExam(Exam):
+    """The questions of a file, whose pictures are processed when they are asked."""
+
+    preparation: Preparation
+    questions: tuple[AskedQuestion, ...]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def take(self, numbers: Sequence[int]) -> tuple[list[Taken], Views]:
+        """As the base says. A question whose picture cannot be used is taken with the reason."""
+        taken: list[Taken] = []
+        views = LoadedPictures(self.preparation.processor.crop_size, ())
+        for number in numbers:
+            asked = self.questions[number]
+            try:
+                prepared = self.preparation.prepare(Asked(asked.text, asked.pictures))
+            except DataError as error:
+                taken.append(Taken(number, None, error=str(error)))
+                continue
+            question = self.preparation.question(prepared, number, len(views.pictures))
+            views = replace(views, pictures=(*views.pictures, *prepared.pictures))
+            taken.append(Taken(number, question, prepared.room))
+        return taken, views
+
+    def scored(self, taken: Taken, answer: str) -> Scored:
+        """As the base says."""
+        asked = self.questions[taken.number]
+        return Scored.of(
+            answer,
+            asked.answers,
+            id=asked.id,
+            question=asked.text,
+            category=asked.category,
+            pictures=asked.pictures,
+            error=taken.error,
+        )

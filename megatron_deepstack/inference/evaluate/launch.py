@@ -1,0 +1,136 @@
+"""`evaluate` on this machine with one command: look at the questions, start the ranks, write answers and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_deepstack.checkpoint.folder import step_folders
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
+from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.inference.ask.preparation import Preparation
+from megatron_deepstack.inference.evaluate.exam import Exam, FileExam, StoreExam
+from megatron_deepstack.inference.evaluate.rank import evaluate_on_new_rank
+from megatron_deepstack.inference.main import open_questions, require_checkpoint
+from megatron_deepstack.inference.question_file import read_questions
+from megatron_deepstack.platform.processes.local_ranks import launch_ranks
+from megatron_deepstack.platform.quantity import number_of
+from megatron_deepstack.scores.evaluation import Evaluation, evaluation_name, write_evaluation
+
+_STOPPED = "evaluate: stopped on request; nothing was written, the same command begins anew"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """Which questions are asked: those of a file, or else those of a store."""
+
+    store: str | None = None
+    """Folder or URL of a store; None takes `data.validation_store`."""
+    file: Path | None = None
+    images: str | None = None
+    """Folder or URL to which the file's pictures are relative."""
+    limit: int | None = None
+    """Only the first so many."""
+
+
+def evaluate(
+    recipe: Recipe,
+    questions: Questions,
+    *,
+    max_new_tokens: int,
+    ranks: int | None = None,
+    name: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Evaluation, Path]:
+    """Evaluate a run's newest checkpoint. This starts the ranks.
+
+    Args:
+        recipe: The run's recipe, with overrides.
+        questions: What is asked.
+        max_new_tokens: Longest answer in tokens.
+        ranks: Number of processes, a multiple of those of a replica; None for one replica.
+        name: Name of the evaluation; by default that of the store or file.
+        say: Called with a line about what is about to be done.
+
+    Returns:
+        The evaluation, and the folder that holds its files.
+
+    Raises:
+        CheckpointError: There is no checkpoint; this and the next three are raised before any rank starts if possible.
+        ConfigError: No questions or no tokenizer are named.
+        LayoutError: `ranks` are no whole replicas.
+        DataError: The questions or the tokenizer cannot be used.
+        RankError: A rank failed.
+        PreemptedError: It was asked to stop.
+    """
+    require_checkpoint(recipe)
+    exam, tokenizer, template, source = _exam(recipe, questions, say)
+    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))
+    num_ranks = _number_of_ranks(recipe, ranks)
+    say(f"evaluate: {number_of(len(exam), 'question')} of {source} by {number_of(num_ranks, 'rank')}")
+    arguments = (recipe, exam, tokenizer, template, max_new_tokens)
+    scored = launch_ranks(evaluate_on_new_rank, num_ranks, *arguments, stopped=_STOPPED)
+    step, _ = step_folders(recipe.run_dir)[-1]
+    first = None if questions.limit is None else len(exam)
+    evaluation = Evaluation(
+        name=name or evaluation_name(source, first), source=source, step=step, answers=tuple(scored)
+    )
+    return evaluation, write_evaluation(recipe.run_dir, evaluation)
+
+
+def _exam(recipe: Recipe, questions: Questions, say: Callable[[str], None]) -> tuple[Exam, Tokenizer, str, str]:
+    """The questions, the tokenizer, the template, and what the questions are called."""
+    if questions.file is not None:
+        if recipe.data.tokenizer is None:
+            raise ConfigError(["data.tokenizer: not set; `evaluate` needs it to read questions and to write answers"])
+        preparation = Preparation.of_run(recipe, load_tokenizer(recipe.data.tokenizer), say)
+        asked = read_questions(questions.file, questions.images)[: questions.limit]
+        exam = FileExam(preparation, tuple(asked))
+        return exam, preparation.tokenizer, preparation.template, str(questions.file)
+    path = questions.store if questions.store is not None else recipe.data.validation_store
+    if path is None:
+        raise ConfigError(["data.validation_store: not set; name questions with --store or --file"])
+    store, tokenizer = open_questions(recipe, path)
+    return StoreExam(store, tokenizer, path, questions.limit), tokenizer, store.attributes.tokenizer["template"], path
+
+
+def _number_of_ranks(recipe: Recipe, ranks: int | None) -> int:
+    parallel = recipe.parallel
+    replica = parallel.tensor * parallel.context * parallel.pipeline
+    if ranks is not None and ranks % replica:
+        raise LayoutError(
+            [
+                f"--ranks {ranks}: no whole number of replicas of tensor {parallel.tensor} x context "
+                f"{parallel.context} x pipeline {parallel.pipeline} ranks; give a multiple of {replica}"
+            ]
+        )
+    return ranks or replica
+
+
+def show(evaluation: Evaluation) -> None:
+    """Print the means, of all questions and by category, to stdout."""
+    console, means = Console(), evaluation.means()
+    table = Table(title=f"{evaluation.name}, step {evaluation.step}", title_justify="left")
+    table.add_column("questions", overflow="fold")
+    table.add_column("number", justify="right")
+    for metric in means:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for category in (None, *evaluation.categories):
+        chosen = [one for one in evaluation.answers if category is None or one.category == category]
+        scores = evaluation.means(category)
+        shown = [f"{scores[metric]:.1%}" if metric in scores else "" for metric in means]
+        table.add_row(Text("all" if category is None else category), str(len(chosen)), *shown)
+    console.print(table)
+    without = sum(not one.references for one in evaluation.answers)
+    if without:
+        console.print(f"{number_of(without, 'question')} without known answers: answered, and not scored")
+    failed = [one for one in evaluation.answers if one.error is not None]
+    if failed:
+        console.print(Text(f"{number_of(len(failed), 'question')} not asked, counted as wrong: {failed[0].error}"))

@@ -1,0 +1,106 @@
+"""An evaluation on one rank: its replica's share of the questions, answered and scored, and all shares put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.data.text.conversation import stop_ids
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.inference.evaluate.exam import Exam, Taken
+from megatron_deepstack.inference.generate import Writing, generate_answers
+from megatron_deepstack.inference.main import MICRO_BATCH_SIZE, load_engine, micro_batches
+from megatron_deepstack.parallel.groups import create_groups
+from megatron_deepstack.platform.progress import WorkProgress
+from megatron_deepstack.scores.evaluation import Scored
+from megatron_deepstack.step.engine import Engine
+
+
+def evaluate_on_new_rank(
+    recipe: Recipe, exam: Exam, tokenizer: Tokenizer, template: str, max_new_tokens: int
+) -> list[Scored]:
+    """Load the newest whole checkpoint and evaluate it. Collective over all ranks, each in a process of its own.
+
+    Args:
+        recipe: The run's recipe; the ranks form whole replicas of its layout.
+        exam: The questions.
+        tokenizer: The run's tokenizer.
+        template: The template by which they are written.
+        max_new_tokens: Longest answer in tokens.
+
+    Returns:
+        All scored answers, in the exam's order, on every rank.
+    """
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+    from megatron_deepstack.platform.processes.process_group import join, leave
+
+    adapt_megatron()
+    join()
+    engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
+    with WorkProgress("evaluate", len(exam), "questions", quiet=dist.get_rank() != 0) as progress:
+        scored = evaluate_exam(engine, exam, tokenizer, template, max_new_tokens, progress.at)
+    leave()
+    return scored
+
+
+def evaluate_exam(
+    engine: Engine,
+    exam: Exam,
+    tokenizer: Tokenizer,
+    template: str,
+    max_new_tokens: int,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[Scored]:
+    """Answer and score an exam. Replicas divide the questions. Collective over all ranks.
+
+    Args:
+        engine: The model, ready for forward passes.
+        exam: The questions.
+        tokenizer: The run's tokenizer.
+        template: The template by which they are written.
+        max_new_tokens: Longest answer in tokens.
+        progress: Told how many questions of the whole are done, as far as this replica knows.
+
+    Returns:
+        All scored answers, in the exam's order, on every rank.
+    """
+    replicas, stops = engine.groups.axes.dp, stop_ids(template, tokenizer)
+    share = range(engine.groups.place.dp, len(exam), replicas)
+    size = MICRO_BATCH_SIZE * engine.parallel.pipeline
+    mine: list[tuple[int, Scored]] = []
+    for first in range(0, len(share), size):
+        taken, views = exam.take(share[first : first + size])
+        askable = [one for one in taken if one.question is not None]
+        writing = Writing(max_new_tokens=_longest(askable, max_new_tokens), stop_ids=stops)
+        texts = iter(_texts(engine, views, askable, writing, tokenizer))
+        mine += [(one.number, exam.scored(one, "" if one.question is None else next(texts))) for one in taken]
+        progress(min(len(mine) * replicas, len(exam)))
+    return _of_all_replicas(mine if engine.groups.replica_rank == 0 else [])
+
+
+def _longest(askable: Sequence[Taken], max_new_tokens: int) -> int:
+    return min(max_new_tokens, max((one.room or max_new_tokens for one in askable), default=1))
+
+
+def _texts(engine: Engine, views: Any, askable: Sequence[Taken], writing: Writing, tokenizer: Tokenizer) -> list[str]:
+    """The answers of some questions, on every rank of the replica."""
+    if not askable:
+        return []
+    questions = [one.question for one in askable if one.question is not None]
+    batches = micro_batches(questions, engine.parallel)
+    answered = [ids for batch in generate_answers(engine, views, batches, writing) for ids in batch]
+    return [
+        tokenizer.decode(ids[: one.room]).strip() for ids, one in zip(answered[: len(questions)], askable, strict=True)
+    ]
+
+
+def _of_all_replicas(mine: list[tuple[int, Scored]]) -> list[Scored]:
+    """The answers of all replicas, in order of their numbers. Collective over all ranks."""
+    gathered: list[list[tuple[int, Scored]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)
+    numbered = {number: scored for share in gathered for number, scored in share}
+    return [numbered[number] for number in np.sort(list(numbered))]

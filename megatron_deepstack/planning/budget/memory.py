@@ -1,0 +1,303 @@
+"""The memory of a rank, by kind: weights, gradients, optimizer states, activations, logits, rows, encoder.
+
+Activations are what the backward pass needs of the forward pass, operator by operator, for the micro-batches that the
+schedule holds at the same time. On top comes what exists only for a moment: the gradients of the widest layer or of
+the logits. Formulas count elements per position; a test compares the sums with what ranks allocate.
+
+Not modelled: communication buffers and workspaces of libraries, fragmentation (`Machine.reserved_bytes` stands for all
+of these), FP8 copies of weights, and CUDA graphs.
+
+Legend: h hidden, f MLP, w queries, k keys, d head, a heads, V vocabulary, all as one tensor-parallel rank has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from megatron_deepstack.config.choices import (
+    EncoderPlacement,
+    Layers,
+    Part,
+    Precision,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+)
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import head_width, tokens_per_view, used_layers
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.planning.budget.linears import linear_sizes
+from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
+from megatron_deepstack.planning.budget.parameters import (
+    Held,
+    encoder_parameters,
+    kept_widths,
+    padded_vocabulary,
+    stage_parameters,
+)
+from megatron_deepstack.planning.budget.pipeline import most_in_flight
+from megatron_deepstack.planning.check import model_ranks
+from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT
+from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
+
+GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank at the fullest moment of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Of the decoder, over all micro-batches that are in flight."""
+    logits: int
+    rows: int
+    """Received rows of all micro-batches, whose gradients take their place."""
+    encoder: int
+    """Activations of tower and projector that wait for their backward."""
+    transient: int
+    """Largest tensors that exist only for a moment."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all kinds."""
+        return sum(getattr(self, one.name) for one in fields(self))
+
+
+def rank_memory(recipe: Recipe, load: StepLoad, num_ranks: int, stage: int, *, fused: bool) -> RankMemory:
+    """Estimate the memory of the ranks of one pipeline stage.
+
+    Args:
+        recipe: The recipe, whose layout has been checked.
+        load: The replica's micro-batches.
+        num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
+        stage: Number of the stage.
+        fused: Whether layers are Transformer Engine's, which keep fewer intermediate values.
+
+    Returns:
+        The bytes of each kind.
+    """
+    parallel, model = recipe.parallel, recipe.model
+    element = _element_bytes(recipe.train.precision)
+    shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    everyone = num_ranks if parallel.distributed_optimizer else 1
+    decoder, encoder = stage_parameters(recipe, stage), encoder_parameters(recipe)
+    state = 8 if recipe.train.precision is Precision.FP32 else 12
+    chunks = [one for one in stage_chunks(model.language.num_layers, parallel) if one.pp == stage]
+    activations, logits = _activations(recipe, load, chunks, fused)
+    waiting = _encoder(recipe, load, stage, element)
+    in_schedule = _transient(recipe, load.micro_batches[0], chunks, decoder, element)
+    after_schedule = _encoder_backward(recipe, load, element)
+    return RankMemory(
+        weights=(decoder.total + encoder.total) * element,
+        gradients=(decoder.learned + encoder.learned) * GRADIENT_BYTES,
+        optimizer=decoder.learned * state // shares + encoder.learned * state // everyone,
+        activations=activations,
+        logits=logits,
+        rows=_rows(recipe, load, chunks, element),
+        encoder=waiting,
+        transient=max(in_schedule, after_schedule - activations - logits),
+    )
+
+
+def _element_bytes(precision: Precision) -> int:
+    return 4 if precision is Precision.FP32 else 2
+
+
+def _activations(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], fused: bool) -> tuple[int, int]:
+    """Return bytes of activations and of logits at the fullest moment of the schedule."""
+    parallel, batches = recipe.parallel, load.micro_batches
+    fullest, logits_then = 0, 0
+    sums: dict[int, list[tuple[int, int]]] = {}
+    for chunk in chunks:  # running sums over the first micro-batches
+        found, most = [(0, 0)], _most_held(parallel, len(batches), chunk)
+        for batch in batches[:most]:
+            kept, head = chunk_activations(recipe, batch, chunk, fused=fused, packed=load.packed)
+            found.append((found[-1][0] + kept, found[-1][1] + head))
+        sums[chunk.vpp] = found
+    for held in most_in_flight(parallel, len(batches), chunks[0].pp):
+        total = sum(sums[chunk.vpp][held.get(chunk.vpp, 0)][0] for chunk in chunks)
+        logits = sum(sums[chunk.vpp][held.get(chunk.vpp, 0)][1] for chunk in chunks)
+        if total + logits > fullest:
+            fullest, logits_then = total + logits, logits
+    extra = 0
+    if parallel.recompute is Recompute.FULL and batches:
+        uniform = parallel.recompute_method is RecomputeMethod.UNIFORM
+        group = parallel.recompute_num_layers if uniform else 1
+        layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
+        if uniform or group >= layers:  # else the layers that are kept are free again when others are recomputed
+            extra = min(group, layers) * layer_activations(recipe, batches[0], fused=fused, packed=load.packed)
+    return fullest - logits_then + extra, logits_then
+
+
+def _most_held(parallel: ParallelConfig, num_micro_batches: int, chunk: Chunk) -> int:
+    moments = most_in_flight(parallel, num_micro_batches, chunk.pp)
+    return max((held.get(chunk.vpp, 0) for held in moments), default=0)
+
+
+def chunk_activations(
+    recipe: Recipe, batch: MicroBatchLoad, chunk: Chunk, *, fused: bool, packed: bool
+) -> tuple[int, int]:
+    """Return what one micro-batch leaves in a chunk for its backward pass.
+
+    Args:
+        recipe: The recipe.
+        batch: The micro-batch.
+        chunk: The chunk.
+        fused: Whether layers are Transformer Engine's.
+        packed: Whether the micro-batch is a pack.
+
+    Returns:
+        Bytes of activations, and bytes of logits.
+    """
+    parallel, element = recipe.parallel, _element_bytes(recipe.train.precision)
+    layers = chunk.stop - chunk.first
+    whole = layer_activations(recipe, batch, fused=fused, packed=packed)
+    split = _split_positions(parallel, batch)
+    checkpoint = int(split * recipe.model.language.hidden_size * element)
+    kept = layers * whole
+    if parallel.recompute is Recompute.FULL:
+        if parallel.recompute_method is RecomputeMethod.UNIFORM:
+            kept = -(-layers // parallel.recompute_num_layers) * checkpoint
+        else:
+            again = min(parallel.recompute_num_layers, layers)
+            kept = again * checkpoint + (layers - again) * whole
+    if not chunk.has_head:
+        return kept, 0
+    positions = batch.positions / parallel.context
+    kept += int((2 if fused else 3) * split * recipe.model.language.hidden_size * element)
+    vocabulary = padded_vocabulary(recipe.model.language.vocab_size, parallel.tensor) // parallel.tensor
+    return kept, int(positions * vocabulary * 4)
+
+
+def _split_positions(parallel: ParallelConfig, batch: MicroBatchLoad) -> float:
+    """Return the positions that a rank has between the tensor-parallel regions."""
+    return batch.positions / parallel.context / (parallel.tensor if parallel.sequence_parallel else 1)
+
+
+def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, packed: bool) -> int:
+    """Return the bytes that one decoder layer keeps of one micro-batch, without recomputation of whole layers.
+
+    Args:
+        recipe: The recipe.
+        batch: The micro-batch.
+        fused: Whether layers are Transformer Engine's.
+        packed: Whether the micro-batch is a pack.
+
+    Returns:
+        Bytes on one rank.
+    """
+    parallel, model = recipe.parallel, recipe.model
+    language, element = model.language, _element_bytes(recipe.train.precision)
+    w, k, f = kept_widths(model, parallel.tensor)
+    heads = language.num_heads // parallel.tensor
+    split, inner = _split_positions(parallel, batch), batch.positions / parallel.context
+    h = language.hidden_size
+    rotary = 4 * head_width(language) * inner / batch.size * 4
+    scalars = (2 * split + heads * inner) * 4
+    if fused:
+        values = split * 4 * h + inner * ((w + 2 * k) + w + k + w + 3 * f)
+        rotary = 0.0
+    else:
+        copies = 2 if packed or batch.size > 1 or parallel.context > 1 else 1
+        values = split * 6 * h + inner * ((w + 2 * k) + w + k + copies * w + 5 * f)
+        if language.qk_norm:
+            values += inner * 2 * (w + k)
+    if Part.LANGUAGE not in recipe.train.trainable:  # frozen matrices need no inputs for their gradients
+        values -= split * 2 * h + inner * f
+    if parallel.recompute is Recompute.SELECTIVE:
+        if RecomputeModule.CORE_ATTENTION in parallel.recompute_modules:
+            values -= inner * (0 if fused else (copies - 1) * w)
+            scalars -= heads * inner * 4
+        if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
+            learns = Part.LANGUAGE in recipe.train.trainable
+            values -= inner * ((3 if fused else 5) - (not learns)) * f
+    return int(values * element + rotary + scalars)
+
+
+def _rows(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
+    """Return the bytes of the rows that the stage's ranks add in all micro-batches of the step."""
+    parallel, model = recipe.parallel, recipe.model
+    if parallel.encoder_placement is EncoderPlacement.INLINE:
+        return 0
+    slots = decoder_slots(model)
+    mine = {slot for chunk in chunks for slot in chunk_slots(chunk, slots)}
+    mine |= {EMBEDDING} if any(chunk.has_embedding for chunk in chunks) else set()
+    split = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    rows = sum(per_unit * load.units for slot, per_unit in load.rows_per_unit.items() if slot in mine) / split
+    return int(rows * model.language.hidden_size * element)
+
+
+def _encoder(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
+    """Return the bytes that tower and projector keep from their forward to their backward pass."""
+    parallel, trainable, vision = recipe.parallel, recipe.train.trainable, recipe.model.vision
+    if parallel.encoder_placement is EncoderPlacement.INLINE:
+        units = load.micro_batches[0].units * min(parallel.pipeline, len(load.micro_batches)) * (stage == 0)
+    else:
+        units = -(-load.units // model_ranks(parallel))
+    in_vit = recipe.model.variant.traits.stacks_in_vit
+    views = units * (1 + STACKS_IN_VIT) if in_vit else units
+    pixels = views * 3 * vision.image_size**2
+    tokens, hidden = tokens_per_view(vision), recipe.model.language.hidden_size
+    kept = units * tokens * vision.hidden_size
+    if Part.PROJECTOR in trainable or Part.VISION in trainable:
+        kept += units * tokens * 2 * hidden
+    if Part.VISION in trainable:
+        chunk = views_at_once(parallel, vision, element)
+        alive = min(views, chunk) if chunk else views
+        kept += alive * _view_elements(recipe.model)
+    return int(kept * element + pixels)
+
+
+def _encoder_backward(recipe: Recipe, load: StepLoad, element: int) -> int:
+    """Return the bytes beside kept activations while the encoder's gradients are computed, after the schedule."""
+    trainable, vision = recipe.train.trainable, recipe.model.vision
+    if recipe.parallel.encoder_placement is EncoderPlacement.INLINE or not load.units:
+        return 0
+    tokens = -(-load.units // model_ranks(recipe.parallel)) * tokens_per_view(vision)
+    found = 2.0 * tokens * recipe.model.language.hidden_size * (Part.PROJECTOR in trainable)
+    if Part.VISION in trainable:
+        found += 2.0 * tokens * (vision.ffn_hidden_size + vision.hidden_size)
+    return int(found * element)
+
+
+def _view_elements(model: ModelConfig) -> float:
+    """Count the elements that the tower keeps of one view if it learns."""
+    vision = model.vision
+    tokens = tokens_per_view(vision) + tower_of(vision).num_leading_tokens
+    width = vision.hidden_size
+    layer = tokens * (8 * width + 3 * vision.ffn_hidden_size + vision.num_heads + 4)
+    return used_layers(vision) * layer + 2 * tokens * width + 3 * vision.image_size**2
+
+
+def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], decoder: Held, element: int) -> int:
+    """Return the bytes of the largest tensors that exist only within one operator's backward pass."""
+    parallel, language = recipe.parallel, recipe.model.language
+    inner = batch.positions / parallel.context
+    _, _, f = kept_widths(recipe.model, parallel.tensor)
+    learned = bool(decoder.learned)
+    widest = max(inputs * outputs for inputs, outputs in linear_sizes(language).values()) // parallel.tensor
+    layer = inner * (4 * f + 2 * language.hidden_size) * element + widest * element * learned
+    head = 0.0
+    if any(chunk.has_head for chunk in chunks):
+        vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
+        copy = 4 if recipe.train.precision is Precision.FP32 else 6
+        head = inner * vocabulary * copy + vocabulary * language.hidden_size * element * learned
+    return int(max(layer, head))
+
+
+def uses_fused_layers(recipe: Recipe, on_gpu: bool) -> bool:
+    """Whether layers are Transformer Engine's on a kind of machine, as far as can be told without it.
+
+    Args:
+        recipe: The recipe.
+        on_gpu: Whether the machine has GPUs.
+
+    Returns:
+        True if they are.
+    """
+    return on_gpu and recipe.model.layers is not Layers.LOCAL

@@ -1,0 +1,351 @@
+"""The estimate of a run: memory of each stage, whether it fits, FLOPs, bytes, the pipeline's timeline, and time.
+
+`plan_run` is pure arithmetic on a recipe, the sizes of a step's samples and a machine; nothing is built.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.planning.budget.cost import encoder_training_flops, head_training_flops, training_flops
+from megatron_deepstack.planning.budget.durations import Bytes, Durations
+from megatron_deepstack.planning.budget.hardware import CPU, Machine
+from megatron_deepstack.planning.budget.load import MicroBatchLoad, Shapes, StepLoad, step_load
+from megatron_deepstack.planning.budget.memory import RankMemory, rank_memory, uses_fused_layers
+from megatron_deepstack.planning.budget.pipeline import BACKWARD, FORWARD, Pass, TimedPass, simulate
+from megatron_deepstack.planning.check import check_world, find_plan_problems, model_ranks
+from megatron_deepstack.planning.slots import Chunk, stage_chunks
+
+_SIMULATED_PASSES = 2000
+"""Most passes that are simulated; the rest of a longer schedule is added at the rate of its slowest stage."""
+_EXPOSED = 0.1
+"""Share of an overlapped reduction that does not hide: the last bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One pipeline stage."""
+
+    stage: int
+    chunks: tuple[Chunk, ...]
+    memory: RankMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Model FLOPs of a step of all ranks, forward and backward."""
+
+    decoder: float
+    """Its layers."""
+    head: float
+    encoder: float
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return self.decoder + self.head + self.encoder
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """The parts of a predicted step."""
+
+    encode: float
+    """Encoder forward, and rows to their stages."""
+    schedule: float
+    encoder_backward: float
+    """Gradients of rows back, and the encoder's backward."""
+    reduction: float
+    """What of the gradients' reduction does not hide behind the backward pass."""
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return self.encode + self.schedule + self.encoder_backward + self.reduction + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What is predicted of a run."""
+
+    recipe: Recipe
+    machine: Machine
+    num_ranks: int
+    load: StepLoad
+    stages: tuple[StagePlan, ...]
+    flops: Flops
+    sent: Bytes
+    """Of a rank of the stage that sends most."""
+    timeline: tuple[tuple[TimedPass, ...], ...]
+    """The simulated passes of each stage; the first micro-batches of a long step."""
+    bubble: float
+    """Share of the schedule in which a stage runs no pass, on average."""
+    seconds: StepSeconds
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Memory of a rank that is free for tensors; None where it is not known."""
+        memory = self.machine.memory_bytes
+        return None if memory is None else memory - self.machine.reserved_bytes
+
+    @property
+    def fullest(self) -> StagePlan:
+        """The stage whose ranks need most memory."""
+        return max(self.stages, key=lambda one: one.memory.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all ranks have enough memory, as far as it is known."""
+        return self.limit_bytes is None or self.fullest.memory.total <= self.limit_bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all replicas, visual ones included, padding not."""
+        return self.load.tokens / self.seconds.total
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP/s over the peak of all ranks."""
+        return (
+            self.flops.total / self.seconds.total / (self.num_ranks * self.machine.flops(self.recipe.train.precision))
+        )
+
+    @property
+    def hours(self) -> float:
+        """Hours of all steps of the recipe, without checkpoints and validation."""
+        return self.seconds.total * self.recipe.train.steps / 3600
+
+
+def is_modelled(recipe: Recipe) -> bool:
+    """Whether anything is predicted of a recipe: of towers whose views have any size nothing is yet."""
+    return not recipe.model.variant.traits.is_native
+
+
+def require_modelled(recipe: Recipe) -> None:
+    """Raise ConfigError if nothing is predicted of a recipe."""
+    if not is_modelled(recipe):
+        raise ConfigError(
+            [
+                f"model.variant: {recipe.model.variant} has views of any size, for which memory and time are not "
+                "predicted; `plan` without --gpus shows its stages"
+            ]
+        )
+
+
+def plan_run(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int) -> RunPlan:
+    """Estimate a run.
+
+    Args:
+        recipe: The recipe.
+        shapes: Sizes of the samples of one step.
+        machine: The kind of device.
+        num_ranks: Number of all ranks.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        LayoutError: The ranks do not hold whole replicas, or the batch does not divide.
+        ConfigError: The model has views of any size, of which nothing is predicted.
+    """
+    require_modelled(recipe)
+    check_world(recipe, num_ranks)
+    parallel = recipe.parallel
+    load = step_load(recipe, shapes, num_ranks // model_ranks(parallel))
+    fused = uses_fused_layers(recipe, on_gpu=machine is not CPU)
+    chunks = stage_chunks(recipe.model.language.num_layers, parallel)
+    stages = tuple(
+        StagePlan(
+            stage,
+            tuple(chunk for chunk in chunks if chunk.pp == stage),
+            rank_memory(recipe, load, num_ranks, stage, fused=fused),
+        )
+        for stage in range(parallel.pipeline)
+    )
+    durations = Durations(recipe, load, machine, num_ranks)
+    timeline, schedule, bubble = _schedule(recipe, load, stages, durations)
+    encode, encode_back = durations.encode()
+    sent = max(
+        (durations.bytes_of_stage(one.stage, sum(c.stop - c.first for c in one.chunks)) for one in stages),
+        key=lambda one: one.tensor + one.context + one.pipeline + one.rows + one.gradients,
+    )
+    return RunPlan(
+        recipe=recipe,
+        machine=machine,
+        num_ranks=num_ranks,
+        load=load,
+        stages=stages,
+        flops=_flops(recipe, load),
+        sent=sent,
+        timeline=timeline,
+        bubble=bubble,
+        seconds=StepSeconds(
+            encode=encode,
+            schedule=schedule,
+            encoder_backward=encode_back,
+            reduction=max(_exposed(recipe, load, one, durations) for one in stages),
+            optimizer=max(durations.update(one.stage) for one in stages),
+        ),
+    )
+
+
+def _flops(recipe: Recipe, load: StepLoad) -> Flops:
+    model, trainable = recipe.model, recipe.train.trainable
+    total = training_flops(model, trainable, recipe.lora, load.lengths.tolist(), load.total_units)
+    encoder = load.total_units * encoder_training_flops(model, trainable)
+    head = head_training_flops(model.language, trainable, recipe.lora, float(load.tokens))
+    return Flops(decoder=total - encoder - head, head=head, encoder=encoder)
+
+
+def _schedule(
+    recipe: Recipe, load: StepLoad, stages: tuple[StagePlan, ...], durations: Durations
+) -> tuple[tuple[tuple[TimedPass, ...], ...], float, float]:
+    """Return the passes of each stage, the seconds of the whole schedule, and the share of it that is idle."""
+    parallel, batches = recipe.parallel, load.micro_batches
+    per_batch = 2 * parallel.pipeline * parallel.virtual_pipeline
+    round_ = parallel.pipeline
+    most = max(_SIMULATED_PASSES // per_batch // round_, 2) * round_
+    shown = batches[:: max(len(batches) // most, 1)][:most] if len(batches) > most else batches
+    if parallel.virtual_pipeline > 1:
+        shown = shown[: max(len(shown) // round_ * round_, round_)]
+    seconds = _seconds_of(stages, shown, durations)
+    timed = simulate(parallel, len(shown), seconds, durations.message(batches[0]))
+    busy = [sum(one.end - one.begin for one in stage) for stage in timed]
+    whole = [_work(stage, batches, durations) for stage in stages]
+    simulated = max(stage[-1].end for stage in timed if stage)
+    schedule = simulated + max(whole) - max(busy)
+    bubble = 1 - sum(whole) / len(whole) / schedule if schedule else 0.0
+    return tuple(tuple(stage) for stage in timed), schedule, max(bubble, 0.0)
+
+
+def _seconds_of(
+    stages: tuple[StagePlan, ...], batches: tuple[MicroBatchLoad, ...], durations: Durations
+) -> Callable[[Pass, int], float]:
+    found: dict[tuple[str, int, int, int], float] = {}
+
+    def seconds(one: Pass, stage: int) -> float:
+        batch = batches[one.micro_batch]
+        key = one.kind, id(batch), one.chunk, stage
+        if key not in found:
+            chunk = stages[stage].chunks[one.chunk]
+            found[key] = (durations.forward if one.kind == FORWARD else durations.backward)(batch, chunk)
+        return found[key]
+
+    return seconds
+
+
+def _work(stage: StagePlan, batches: tuple[MicroBatchLoad, ...], durations: Durations) -> float:
+    counts = Counter((batch.size, batch.positions, batch.squares, batch.units) for batch in batches)
+    return sum(
+        count * (durations.forward(MicroBatchLoad(*one), chunk) + durations.backward(MicroBatchLoad(*one), chunk))
+        for one, count in counts.items()
+        for chunk in stage.chunks
+    )
+
+
+def _exposed(recipe: Recipe, load: StepLoad, stage: StagePlan, durations: Durations) -> float:
+    """Return the seconds of a stage's reduction that nothing hides."""
+    whole = durations.reduce(stage.stage)
+    if not recipe.parallel.overlap_grad_reduce:
+        return whole
+    last = sum(durations.backward(load.micro_batches[-1], chunk) for chunk in stage.chunks)
+    return max(whole - last, _EXPOSED * whole)
+
+
+def advice(plan: RunPlan, shapes: Shapes) -> str:
+    """Find what would make a run fit.
+
+    Args:
+        plan: A plan that does not fit.
+        shapes: The samples that it was made with.
+
+    Returns:
+        Overrides for the command line, of one knob if one is enough; empty if no change that is known here helps.
+    """
+    knobs = list(_knobs(plan))
+    for number in (1, 2, 3):
+        for chosen in combinations(knobs, number):
+            recipe, texts = plan.recipe, list[str]()
+            for text, change in chosen:
+                recipe, texts = change(recipe), [*texts, text]
+            if find_problems(recipe) or find_plan_problems(recipe):
+                continue
+            try:
+                if plan_run(recipe, shapes, plan.machine, plan.num_ranks).fits:
+                    return " ".join(texts)
+            except LayoutError:
+                continue
+    return ""
+
+
+def _knobs(plan: RunPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]:
+    """List changes of the recipe that lower memory, the cheapest in time first."""
+    recipe, parallel = plan.recipe, plan.recipe.parallel
+    if not parallel.distributed_optimizer and plan.num_ranks > 1:
+        yield "parallel.distributed_optimizer=true", _parallel(distributed_optimizer=True)
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel=true", _parallel(sequence_parallel=True)
+    if Part.VISION in recipe.train.trainable and not (parallel.encoder_chunk_views or parallel.encoder_memory_gib):
+        yield "parallel.encoder_chunk_views=8", _parallel(encoder_chunk_views=8)
+    if recipe.train.micro_batch_size > 1:
+        yield "train.micro_batch_size=1", lambda one: replace(one, train=replace(one.train, micro_batch_size=1))
+    if parallel.recompute is not Recompute.FULL:
+        yield "parallel.recompute=full", _parallel(recompute=Recompute.FULL)
+    if recipe.train.precision is Precision.FP32 and plan.machine is not CPU:
+        yield "train.precision=bf16", lambda one: replace(one, train=replace(one.train, precision=Precision.BF16))
+    for size in (2, 4, 8, 16):
+        if size > parallel.tensor and size <= 8:
+            changes = {"tensor": size, "sequence_parallel": True}
+            yield f"parallel.tensor={size} parallel.sequence_parallel=true", _parallel(**changes)
+        if size > parallel.pipeline:
+            yield f"parallel.pipeline={size}", _parallel(pipeline=size, layers_per_stage=None)
+    if parallel.encoder_placement is EncoderPlacement.INLINE:
+        yield "parallel.encoder_placement=spread", _parallel(encoder_placement=EncoderPlacement.SPREAD)
+    if Part.LANGUAGE in recipe.train.trainable and not recipe.lora.rank:
+        yield "lora.rank=16", lambda one: replace(one, lora=replace(one.lora, rank=16))
+
+
+def _parallel(**changes: object) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, parallel=replace(recipe.parallel, **changes))  # type: ignore[arg-type]
+
+
+def boxes(plan: RunPlan, stage: int) -> Iterator[tuple[str, int | None, int, float, float]]:
+    """List what a rank of a stage does in the predicted step.
+
+    Args:
+        plan: The plan.
+        stage: Number of the stage.
+
+    Yields:
+        Kind, micro-batch, chunk, begin and end of each action, in seconds from the beginning of the step.
+    """
+    parts, start = plan.seconds, plan.seconds.encode
+    if parts.encode:
+        yield "encode", None, 0, 0.0, parts.encode
+    for one in plan.timeline[stage]:
+        kind = "forward" if one.kind == FORWARD else BACKWARD
+        yield kind, one.micro_batch, one.chunk, start + one.begin, start + one.end
+    end = start + max(passes[-1].end for passes in plan.timeline if passes)
+    for kind, seconds in (
+        ("encoder backward", parts.encoder_backward),
+        ("finalise", parts.reduction),
+        ("optimizer", parts.optimizer),
+    ):
+        if seconds:
+            yield kind, None, 0, end, end + seconds
+        end += seconds
+
+
+NOT_MODELLED: Mapping[str, str] = {
+    "memory": "communication buffers, workspaces and fragmentation beyond a fixed reserve; CUDA graphs; FP8 copies",
+    "time": "reading data, checkpoints, validation, kernel launches, jitter, other traffic on the network",
+}
+"""What an estimate leaves out, in words."""

@@ -1,0 +1,95 @@
+"""`plan` with estimates: for one layout, for all layouts, as JSON and drawings, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_deepstack.cli import app
+from megatron_deepstack.cli.plan_verbs import show_before_start
+from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.load import load_recipe
+from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.planning.budget.run_plan import is_modelled, require_modelled
+from megatron_deepstack.platform.compute import gpu_model as gpu_models
+from megatron_deepstack.platform.compute.gpu_model import gpu_model
+from megatron_deepstack.testing.tiny_store import write_tiny_store
+
+
+def ran(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "120"})
+
+
+def test_one_layout_shows_memory_time_and_timeline(tmp_path: Path) -> None:
+    drawing = tmp_path / "step.svg"
+    found = ran("deepstack_l_7b_finetune", "--ranks", "8", "--gpu", "h200", "--timeline", str(drawing))
+    assert found.exit_code == 0
+    for text in ("GB of a rank by stage (h200", "fits", "tokens/s, MFU", "predicted timeline", "not modelled in time"):
+        assert text in found.output
+    assert drawing.read_text().startswith("<svg")
+
+
+def test_all_layouts() -> None:
+    found = ran("deepstack_l_7b_finetune", "--gpus", "8")
+    assert found.exit_code == 0
+    for text in ("Layouts on 8 GPUs", "the fastest: parallel.tensor=", "The best side by side"):
+        assert text in found.output
+    values = json.loads(ran("deepstack_l_7b_finetune", "--gpus", "8", "--json").stdout)
+    assert values["fitting"][0]["fits"]
+    assert {"memory", "flops", "seconds", "sent_bytes", "mfu"} <= set(values["fitting"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--gpus", "0"], "the nearest that works is --gpus 1"),
+        (["--gpu", "h101"], "did you mean 'h100'?"),
+        (["--store", "nowhere"], "nowhere: no such folder"),
+        (["--gpus", "1"], "the nearest number on which one does is "),
+        (["--ranks", "7"], "start 6 ranks"),
+    ],
+)
+def test_bad_input_names_what_works(arguments: list[str], text: str) -> None:
+    found = ran("deepstack_l_7b_finetune", *arguments)
+    assert found.exit_code != 0
+    assert text in " ".join(found.output.split())
+
+
+def test_views_of_any_size_have_stages_and_no_estimate() -> None:
+    recipe = load_recipe("deepstack_l_7b_finetune")
+    native = replace(recipe, model=replace(recipe.model, variant=Variant.QWEN3_VL))
+    assert not is_modelled(native)
+    with pytest.raises(ConfigError, match=r"qwen3_vl has views of any size, .* are not predicted"):
+        require_modelled(native)
+    lines: list[str] = []
+    show_before_start(native, 2, False, lines.append)
+    assert lines == []
+
+
+def test_lengths_of_a_store(tmp_path: Path) -> None:
+    store = write_tiny_store(tmp_path / "store.zarr")
+    found = ran("demo", "--store", str(store), "--json")
+    assert json.loads(found.stdout)["estimate"]["lengths"].startswith("step 1 of ")
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("deepstack_l_7b_finetune", ["parallel.pipeline=1", "parallel.distributed_optimizer=false"])
+    monkeypatch.setattr(gpu_models, "gpu_model", lambda: "NVIDIA H100 80GB HBM3")
+    lines: list[str] = []
+    with pytest.raises(LayoutError, match=r"needs about \d+ GB .*; .*, or start it with --anyway"):
+        show_before_start(recipe, 1, False, lines.append)
+    show_before_start(recipe, 1, True, lines.append)
+    assert lines[0].count("\n") == 2
+    assert "does not fit" in lines[0]
+
+
+def test_the_driver_tells_the_model(tmp_path: Path) -> None:
+    assert gpu_model(tmp_path) is None
+    (tmp_path / "0000").mkdir()
+    (tmp_path / "0000" / "information").write_text("Model: \t NVIDIA H100 80GB HBM3\nIRQ: 5\n")
+    assert gpu_model(tmp_path) == "NVIDIA H100 80GB HBM3"

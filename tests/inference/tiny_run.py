@@ -1,0 +1,42 @@
+"""A tiny run with a checkpoint: five questions, of which some have one picture, two, or none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.testing.ranks import groups_for
+from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
+from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
+from orchestration.preprocess.driver.run import preprocess
+
+ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")
+
+
+def train_two_steps(rank: int, recipe: Recipe) -> None:
+    """In the recipe's layout, if nothing is there yet."""
+    from megatron_deepstack.training.loop import run
+
+    if not (Path(recipe.run_dir) / "checkpoints").exists():
+        run(recipe, groups_for(recipe.parallel))
+
+
+def make_run(folder: Path) -> Recipe:
+    """The recipe of a run whose store is there, and whose checkpoint `train_two_steps` makes."""
+    names = write_photos(folder / "images", 4)
+    images = (names[:1], names[1:3], names[3:], [], [])
+    records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
+    data = DataConfig(
+        records=(str(write_records(folder / "records.json", records)),),
+        images=str(folder / "images"),
+        tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
+        store=str(folder / "store.zarr"),
+    )
+    language = LanguageConfig(
+        vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2
+    )
+    run = tiny_recipe(tiny_model(language=language), ParallelConfig(pipeline=2))
+    run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
+    preprocess(run, str(data.store), workers=0)
+    return run
