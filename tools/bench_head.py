@@ -16,8 +16,9 @@ import time
 import numpy as np
 import torch
 
-from megatron_deepstack.config.choices import Precision, Variant
+from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig
+from megatron_deepstack.config.traits.variants import variant_without_crops
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.testing.live_bytes import LiveBytes
 from megatron_deepstack.testing.ranks import RankPool, groups_for
@@ -46,7 +47,7 @@ def compare(rank: int, repeats: int, share: float) -> list[Measured]:
     from megatron_deepstack.model.language import HeadTargets
     from megatron_deepstack.planning.batch.targets import find_targets
 
-    model = ModelConfig(variant=Variant.LLAVA, language=LANGUAGE)
+    model = ModelConfig(variant=variant_without_crops(), language=LANGUAGE)
     groups = groups_for(ParallelConfig())
     built = build_model(model, ParallelConfig(), Precision.FP32, groups)
     fill_model(built, random_source(model, 0), groups.decoder.tp)

@@ -23,7 +23,7 @@ GROUPS: Final = (
     Group("Before anything starts", ("doctor", "recipes", "plan")),
     Group("Data", ("draw", "preprocess", "store")),
     Group("Training", ("train", "launch", "status", "stop")),
-    Group("A trained run", ("generate", "ask", "evaluate", "report", "export")),
+    Group("A trained run", ("generate", "ask", "evaluate", "report", "export", "convert")),
     Group("Comparison with the published implementation", ("check-reference",)),
     Group("Comparison with transformers", ("check-parity",)),
     Group("Look at a store", ("store verify", "store show", "store stats")),
@@ -78,6 +78,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "export my-run exported --naming hugging_face data.tokenizer=/elsewhere/tokenizer.model",
     ),
     "check-parity": ("check-parity models/qwen3-vl-2b", "check-parity my-export --tp 2 --pp 2 --sequence-parallel"),
+    "convert": ("convert exported for-transformers", "convert for-transformers published --to paper"),
     "check-reference": (
         "check-reference reference/cases/plain.safetensors --pp 2",
         "check-reference --crops reference/crops --photos reference/photos",

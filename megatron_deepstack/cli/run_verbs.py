@@ -25,12 +25,25 @@ def train(
     restarts: Annotated[
         int, typer.Option(min=0, help="How often to start again from the newest checkpoint after a rank died or hung.")
     ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build some ranks of --world without memory.")] = False,
+    world: Annotated[int | None, typer.Option(help="Ranks in all, for --dry-run; up to 4096.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="A rank to build, for --dry-run; first and last else.")] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Start even if memory seems too small.")] = False,
 ) -> None:
     """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun.
 
+    With --dry-run nothing is trained: chosen ranks of a world of any size are built without memory, one after another,
+    and plan a step; each part's CPU time and memory are shown.
+
     After SIGTERM or Ctrl-C it saves and ends with exit code 75; the same command continues the run.
     """
+    if dry_run:
+        from megatron_deepstack.cli.plan_verbs import show_dry_run
+
+        show_dry_run(recipe, overrides or [], world, rank or [], say)
+        return
+    if world is not None or rank:
+        raise ConfigError(["--world and --rank: they belong to --dry-run; add it, or use --ranks"])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _refuse_under_torchrun(ranks, restarts)
         from megatron_deepstack.training.main import train_under_torchrun
@@ -123,7 +136,7 @@ def export(
     naming: Annotated[
         str,
         typer.Option(
-            help="`published`: DeepStack's own names. `hugging_face`: for variant llava, as transformers loads it."
+            help="`published`: DeepStack's own names. `hugging_face`: a folder that transformers loads and prompts."
         ),
     ] = "published",
 ) -> None:
@@ -134,6 +147,30 @@ def export(
     from megatron_deepstack.inference.export import export_run
 
     say(f"export: {export_run(run, output, Naming(naming), overrides or (), say=tell)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of weights with a config.json.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to create.")],
+    to: Annotated[
+        str,
+        typer.Option(help="`hugging_face`: as transformers loads and prompts it. `paper`: the published names."),
+    ] = "hugging_face",
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of a file of weights in GB.")] = 5.0,
+) -> None:
+    """Write a folder of weights in another layout: an export of either naming, LLaVA's, or a release of DeepStack.
+
+    No run is needed and no model is built. Every tensor keeps its dtype and its bytes, and one at a time is in memory.
+    """
+    namings = {"hugging_face": "hugging_face", "paper": "published"}
+    if to not in namings:
+        raise ConfigError([f"--to: found {to!r}, expected {' or '.join(namings)}"])
+    from megatron_deepstack.convert.folders import convert_folder
+    from megatron_deepstack.convert.hf_names import Naming
+
+    convert_folder(source, target, Naming(namings[to]), shard_bytes=int(shard_gb * 1e9), say=tell)
+    say(f"convert: {target}")
 
 
 @app.command()

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from megatron_deepstack.config.choices import Batching, EncoderPlacement, GridRule, Part
+from megatron_deepstack.config import speed_rules
+from megatron_deepstack.config.choices import (
+    Batching,
+    EncoderPlacement,
+    GridRule,
+    Part,
+    Recompute,
+    RecomputeModule,
+)
 from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
@@ -212,11 +220,27 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
             f"ranks here; use spread",
             LayoutError,
         )
-    if parallel.encoder_placement is EncoderPlacement.INLINE and parallel.encoder_chunk_views:
+    for name in ("encoder_chunk_views", "encoder_memory_gib"):
+        bound = getattr(parallel, name)
+        if parallel.encoder_placement is EncoderPlacement.INLINE and bound:
+            yield _problem(
+                f"parallel.{name} parallel.encoder_placement",
+                f"{bound:g} bounds nothing under inline, which keeps the activations of all views of "
+                f"a micro-batch for the schedule's own backward; set 0, or use spread",
+                LayoutError,
+            )
+    if parallel.encoder_memory_gib and recipe.model.variant.traits.is_native:
         yield _problem(
-            "parallel.encoder_chunk_views parallel.encoder_placement",
-            f"{parallel.encoder_chunk_views} bounds nothing under inline, which keeps the activations of all views of "
-            f"a micro-batch for the schedule's own backward; set 0, or use spread",
+            "parallel.encoder_memory_gib model.variant",
+            f"{parallel.encoder_memory_gib:g} GiB cannot be turned into a number of views, whose sizes differ under "
+            f"{recipe.model.variant}; set 0, or parallel.encoder_chunk_views",
+            LayoutError,
+        )
+    if parallel.encoder_chunk_views and parallel.encoder_memory_gib:
+        yield _problem(
+            "parallel.encoder_memory_gib parallel.encoder_chunk_views",
+            f"{parallel.encoder_memory_gib:g} GiB and {parallel.encoder_chunk_views} views both bound the tower's "
+            f"activations; set one of them to 0",
             LayoutError,
         )
     yield from _sequence_split(recipe.train.seq_length, parallel)
@@ -275,18 +299,13 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             f"{train.seq_length} tokens cannot hold one image of {tokens} visual tokens "
             f"({vision.image_size} / {vision.patch_size} squared) and any text",
         )
-    if train.batching is Batching.PACKED:
-        for path, value in (
-            ("train.micro_batch_size", train.micro_batch_size),
-            ("parallel.context", recipe.parallel.context),
-        ):
-            if value > 1:
-                yield _problem(
-                    f"{path} train.batching",
-                    f"{value} with train.batching=packed, where a row is a micro-batch and is not split over context "
-                    f"ranks; set {path}=1, or train.batching=padded",
-                    LayoutError,
-                )
+    if train.batching is Batching.PACKED and train.micro_batch_size > 1:
+        yield _problem(
+            "train.micro_batch_size train.batching",
+            f"{train.micro_batch_size} with train.batching=packed, where a row is a micro-batch; set "
+            f"train.micro_batch_size=1, or train.batching=padded",
+            LayoutError,
+        )
     if not train.trainable or len(set(train.trainable)) < len(train.trainable):
         yield _problem(
             "train.trainable",
@@ -324,4 +343,16 @@ def _stores(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-_RULES = (_vision, _language, _stacks, _native, _layout, _training, _stores)
+def _speed(recipe: Recipe) -> Iterator[Problem]:
+    for paths, text in speed_rules.violations(
+        recipe.speed, recipe.model.language, recipe.parallel, recipe.train.precision, recipe.lora
+    ):
+        yield _problem(paths, text)
+    if recipe.parallel.recompute is Recompute.SELECTIVE and not recipe.parallel.recompute_modules:
+        yield _problem(
+            "parallel.recompute_modules parallel.recompute",
+            f"is empty, and recompute is selective; name at least one of {', '.join(RecomputeModule)}",
+        )
+
+
+_RULES = (_vision, _language, _stacks, _native, _layout, _speed, _training, _stores)

@@ -168,3 +168,27 @@ class Layers(StrEnum):
     AUTO = "auto"
     LOCAL = "local"
     TRANSFORMER_ENGINE = "transformer_engine"
+
+
+class Switch(StrEnum):
+    """Whether something optional is done. (`on` and `off` would be truth values in YAML.)"""
+
+    AUTO = "auto"
+    """Where the hardware, the packages and the rest of the recipe allow it."""
+    ALWAYS = "always"
+    """An error where it is impossible."""
+    NEVER = "never"
+
+
+class GradientDtype(StrEnum):
+    """Number format of the gradient buffers."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class RecomputeModule(StrEnum):
+    """Parts of a decoder layer that `recompute: selective` computes again (Megatron-Core's `recompute_modules`)."""
+
+    CORE_ATTENTION = "core_attn"
+    MLP = "mlp"

@@ -39,6 +39,14 @@ def tokens_per_view(vision: VisionConfig) -> int:
     return tokens_per_side(vision) ** 2
 
 
+def sample_multiple(parallel: ParallelConfig) -> int:
+    """Number of tokens of which the length of each sample of a pack must be a multiple.
+
+    Context parallelism splits each sample into two pieces per rank, so that each rank has the same share of every one.
+    """
+    return 2 * parallel.context if parallel.context > 1 else 1
+
+
 def resampled_side(model: ModelConfig) -> int:
     """Number of tokens along one side of a view after a window Q-Former."""
     return tokens_per_side(model.vision) // model.qformer.window_side * model.qformer.query_side

@@ -1,7 +1,8 @@
-"""Writing a whole model for others to load: safetensors, config.json, and how pictures are prepared for it.
+"""Writing a whole model for others to load: safetensors, and the files that `export_files` plans.
 
-Every variant can be written under published names, and `train.init_from` reads it back. Under Hugging Face's names the
-result is a `LlavaForConditionalGeneration`, so these are for variant llava alone, which adds no stacks.
+Every variant can be written under published names and under Hugging Face's, and `train.init_from` reads both back.
+Under Hugging Face's names the folder is all that transformers needs: variant llava is a
+`LlavaForConditionalGeneration`, the others bring the code of `convert.hf_folder`.
 """
 
 from __future__ import annotations
@@ -9,33 +10,27 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from megatron_deepstack.config.schema import ModelConfig, VisionConfig
-from megatron_deepstack.config.sizes import tokens_per_view
-from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.convert.export_files import About, ExportPlan, plan_export, transformers_config
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
 from megatron_deepstack.convert.hf_whole_export import whole_folder
-from megatron_deepstack.convert.hf_written import hf_tower, llava_config, published_config
-from megatron_deepstack.convert.tensor_files import write_tensors
+from megatron_deepstack.convert.tensor_files import LazyTensor
+from megatron_deepstack.convert.tensor_writer import SHARD_BYTES, write_tensors
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.errors import CheckpointError, ConfigError, DataError
+from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.weights import VISION_PREFIX
 from megatron_deepstack.platform.progress import WorkProgress
 from megatron_deepstack.platform.quantity import data_size
-
-PREPROCESSOR = "preprocessor_config.json"
-VOCABULARY_MULTIPLE = 64
-"""Size that Hugging Face's LLaVA pads its vocabulary to, behind the image token."""
-_BICUBIC = 3
 
 
 def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None:
@@ -51,20 +46,18 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
         CheckpointError: `output` exists and is not an empty folder.
     """
     if naming is Naming.HUGGING_FACE and model.variant.traits.whole_model is None:
-        if not model.variant.traits.is_llava:
-            raise ConfigError(
-                [
-                    f"model.variant: transformers has no model that computes {model.variant}; export with "
-                    f"{Naming.PUBLISHED} names, or train variant llava"
-                ]
-            )
-        llava_config(model, model.language.vocab_size, 0, 0)
+        transformers_config(model, model.language.vocab_size, 0)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; name another, nothing is overwritten")
 
 
 def export_model(
-    rank_model: RankModel, model: ModelConfig, output: Path, naming: Naming, tokenizer: Tokenizer | None = None
+    rank_model: RankModel,
+    model: ModelConfig,
+    output: Path,
+    naming: Naming,
+    tokenizer: Tokenizer | None = None,
+    about: About | None = None,
 ) -> None:
     """Write a model into a new folder, whole or not at all.
 
@@ -76,31 +69,52 @@ def export_model(
         output: The folder.
         naming: Whose names the export has.
         tokenizer: Its files are written beside the tensors.
+        about: How images and conversations are prepared for it, and its model card; the defaults of a recipe if None.
 
     Raises:
         ConfigError, CheckpointError: See `require_exportable`.
-        DataError: The file system is full or may not be written.
+        DataError: The file system is full or may not be written, or transformers cannot have the tokenizer.
+    """
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in published_tensors(rank_model).items()}
+    write_model(tensors, model, output, naming, tokenizer, about)
+
+
+def write_model(
+    tensors: Mapping[str, LazyTensor],
+    model: ModelConfig,
+    output: Path,
+    naming: Naming,
+    tokenizer: Tokenizer | None = None,
+    about: About | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model's tensors into a new folder, whole or not at all; one tensor at a time is in memory.
+
+    Args:
+        tensors: Every tensor of the model by its published name.
+        model: The recipe's model.
+        output: The folder.
+        naming: Whose names the export has.
+        tokenizer: See `export_model`.
+        about: See `export_model`.
+        shard_bytes: Size up to which tensors share a file.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: See `export_model`.
     """
     require_exportable(model, output, naming)
-    tensors = published_tensors(rank_model)
     if model.variant.traits.whole_model is not None:
-        _write_whole(tensors, model, output, tokenizer)
+        _write_whole({name: tensor.read() for name, tensor in tensors.items()}, model, output, tokenizer)
         return
-    if naming is Naming.PUBLISHED:
-        config = published_config(model)
-    else:
-        vocab_size, image_token = _with_image_token(tensors, model.language.vocab_size)
-        if hf_tower(model.vision).final_norm and not tower_of(model.vision).has_post_norm:
-            _add_final_norm(tensors, model.vision.hidden_size)
-        config = llava_config(model, vocab_size, image_token, tokens_per_view(model.vision))
     some = next(iter(tensors.values()))
-    config["dtype"] = str(some.dtype).removeprefix("torch.")
-    with new_folder(output) as partial:
-        _write_weights(partial, _renamed(tensors, model, naming))
-        _write_json(partial / CONFIG, config)
-        _write_json(partial / PREPROCESSOR, preprocessor_config(model.vision))
-        for name, content in ({} if tokenizer is None else tokenizer.files).items():
-            (partial / name).write_bytes(content)
+    plan = plan_export(model, naming, tokenizer, str(some.dtype).removeprefix("torch."), about or About())
+    fitting = _renamed(_fit_to_transformers(dict(tensors), model, plan), model, naming)
+    with new_folder(output) as folder:
+        total = sum(tensor.num_bytes for tensor in fitting.values())
+        with WorkProgress("export", total, "bytes") as progress:
+            write_tensors(folder, fitting, shard_bytes, progress.at)
+        for name, content in plan.files.items():
+            (folder / name).write_bytes(content)
 
 
 def _write_whole(
@@ -109,18 +123,13 @@ def _write_whole(
     """A model that transformers has itself, under its names whatever naming is asked for: it has no others."""
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     renamed, config = whole_folder(tensors, model, tokenizer)
-    with new_folder(output) as partial:
-        _write_weights(partial, renamed)
-        _write_json(partial / CONFIG, {**config, "dtype": dtype})
+    lazy = {name: LazyTensor.of(tensor) for name, tensor in renamed.items()}
+    with new_folder(output) as folder:
+        with WorkProgress("export", sum(tensor.num_bytes for tensor in lazy.values()), "bytes") as progress:
+            write_tensors(folder, lazy, progress=progress.at)
+        (folder / CONFIG).write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
         for name, content in ({} if tokenizer is None else tokenizer.files).items():
-            (partial / name).write_bytes(content)
-
-
-def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """The tensors, with a line or a bar on stderr of how far it is."""
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with WorkProgress("export", total, "bytes") as progress:
-        write_tensors(folder, tensors, progress=progress.at)
+            (folder / name).write_bytes(content)
 
 
 @contextmanager
@@ -136,16 +145,16 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         DataError: The file system is full or may not be written.
     """
-    partial = output.with_name(output.name + ".partial")
+    unfinished = output.with_name(output.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
         if output.exists():
             output.rmdir()
-        partial.rename(output)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        unfinished.rename(output)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
             f"{output}: cannot be written: {reason}; nothing of it is left. Name a folder on a file system with room"
@@ -178,12 +187,13 @@ def require_room(output: Path, num_bytes: int) -> None:
         )
 
 
-def _renamed(tensors: dict[str, torch.Tensor], model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
+def _renamed(tensors: dict[str, LazyTensor], model: ModelConfig, naming: Naming) -> dict[str, LazyTensor]:
     """The tensors under the names, and in the shapes, that the naming has for them."""
     found = {}
     for name, tensor in tensors.items():
-        ones = leading_ones(name, model) if naming is Naming.HUGGING_FACE else 0
-        found[to_naming(name, naming, model)] = tensor.reshape((1,) * ones + tuple(tensor.shape))
+        is_llava = naming is Naming.HUGGING_FACE and model.variant.traits.is_llava
+        shape = (1,) * (leading_ones(name, model) if is_llava else 0) + tensor.shape
+        found[to_naming(name, naming, model)] = tensor.changed(shape, partial(torch.reshape, shape=shape))
     return found
 
 
@@ -210,46 +220,34 @@ def published_tensors(rank_model: RankModel) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _with_image_token(tensors: dict[str, torch.Tensor], vocab_size: int) -> tuple[int, int]:
-    """Lengthen the vocabulary by the image token, which Hugging Face's LLaVA looks up; returns its size and the id.
-
-    New rows are the mean of all: their logit is the mean logit, never the largest, so generation cannot choose them.
-    """
-    padded = (vocab_size // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE
+def _fit_to_transformers(tensors: dict[str, LazyTensor], model: ModelConfig, plan: ExportPlan) -> dict[str, LazyTensor]:
+    """Add what transformers' model has and ours lacks: rows for the image token, and a tower's unused norm."""
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
-            rows = tensors[name]
-            mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
-            tensors[name] = torch.cat([rows, mean.expand(padded - vocab_size, -1)])
-    return padded, vocab_size
+            shape = (plan.vocab_size, *tensors[name].shape[1:])
+            tensors[name] = tensors[name].changed(shape, lambda rows: lengthened(rows, plan.vocab_size))
+    if plan.has_final_norm:
+        # transformers' towers end in a norm that no selected feature passes; ours have none, so it is the identity
+        like = tensors[f"{VISION_PREFIX}embeddings.patch_embedding.weight"].dtype
+        for kind, value in (("weight", 1.0), ("bias", 0.0)):
+            norm = torch.full((model.vision.hidden_size,), value, dtype=like)
+            tensors[f"{VISION_PREFIX}post_layernorm.{kind}"] = LazyTensor.of(norm)
+    return tensors
 
 
-def _add_final_norm(tensors: dict[str, torch.Tensor], width: int) -> None:
-    """transformers' towers end in a norm that no selected feature passes; ours have none, so it is the identity."""
-    like = tensors[f"{VISION_PREFIX}embeddings.patch_embedding.weight"]
-    tensors[f"{VISION_PREFIX}post_layernorm.weight"] = like.new_ones(width)
-    tensors[f"{VISION_PREFIX}post_layernorm.bias"] = like.new_zeros(width)
+def lengthened(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """An embedding or output layer with more rows.
 
+    New rows are the mean of all: their logit is the mean logit, never the largest, so generation cannot choose them.
 
-def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
-    """How a global view is made, for transformers: a plain bicubic resize, without padding or cropping."""
-    size = {"height": vision.image_size, "width": vision.image_size}
-    known = tower_of(vision).hugging_face
-    return {
-        "image_processor_type": "CLIPImageProcessor" if known is None else known.image_processor,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": size,
-        "resample": _BICUBIC,
-        "do_center_crop": False,
-        "crop_size": size,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(vision.mean),
-        "image_std": list(vision.std),
-    }
+    Args:
+        rows: (V, H).
+        num_rows: Rows of the result, at least V.
 
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    Returns:
+        (num_rows, H), the same tensor if it has as many already.
+    """
+    if num_rows == len(rows):
+        return rows
+    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(num_rows - len(rows), -1)])

@@ -32,7 +32,13 @@ from megatron_deepstack.convert.hf_rope import (
     window_differences,
 )
 from megatron_deepstack.convert.hf_whole import WHOLE_MODELS, variant_of_whole
-from megatron_deepstack.convert.hf_written import hf_decoder, hf_tower, select_strategy
+from megatron_deepstack.convert.hf_written import (
+    DEEPSTACK,
+    deepstack_vision_config,
+    hf_decoder,
+    hf_tower,
+    select_strategy,
+)
 from megatron_deepstack.errors import CheckpointError
 
 _LLAVA: Mapping[str, HfField] = {
@@ -64,6 +70,7 @@ _PUBLISHED: Mapping[str, HfField] = {
     "mm_vision_select_feature": HfField(fixed=("patch", "cls_patch"), default="patch"),
     **dict.fromkeys(
         (
+            "data",
             "decoder",
             "deepstack_interval",
             "deepstack_sampling",
@@ -75,6 +82,7 @@ _PUBLISHED: Mapping[str, HfField] = {
             "image_crop_resolution",
             "image_grid_pinpoints",
             "image_split_resolution",
+            "is_anyres_deepstack",
             "mm_hidden_size",
             "mm_patch_merge_type",
             "mm_projector_lr",
@@ -109,7 +117,7 @@ _PAIR: Mapping[str, HfField] = dict.fromkeys(
     ),
     IGNORED,
 )
-_RELEASES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+RELEASES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 """`model_type` of releases that have a decoder's keys at the top, and that decoder's."""
 
 
@@ -168,15 +176,24 @@ def _differences(config: Mapping[str, Any], model: ModelConfig, seq_length: int 
             yield f"vision_feature_select_strategy: {strategy!r}, computed is {select_strategy(model.vision)!r}"
         yield from _decoder({"model_type": "llama", **text}, {}, model, seq_length)
         yield from _tower({"model_type": "clip_vision_model", **_section(vision)}, model)
+    elif model_type == DEEPSTACK and isinstance(text, Mapping) and isinstance(vision, Mapping):
+        yield from _feature({"vision_feature_layer": -2, **config}, "vision_feature_layer", model)
+        yield from _decoder({"model_type": "llama", **text}, {}, model, seq_length)
+        ours = deepstack_vision_config(model.vision)
+        yield from (
+            _other("model.vision", key, vision.get(key), value)
+            for key, value in ours.items()
+            if vision.get(key) != value
+        )
     elif model_type in WHOLE_MODELS:
         yield from _whole(config, model_type, model, seq_length)
     elif model_type in _TOWER_PAIRS:
         yield from _unequal("", config, _PAIR, {})
         yield from _tower({"model_type": _TOWER_PAIRS[model_type], **_section(vision)}, model)
-    elif model_type in _RELEASES or model_type in set(Variant):
+    elif model_type in RELEASES or model_type in set(Variant):
         yield from _feature(config, "mm_vision_select_layer", model)
-        if model_type in _RELEASES:
-            yield from _decoder({**config, "model_type": _RELEASES[model_type]}, _PUBLISHED, model, seq_length)
+        if model_type in RELEASES:
+            yield from _decoder({**config, "model_type": RELEASES[model_type]}, _PUBLISHED, model, seq_length)
         else:
             yield from _own_decoder(config, model, seq_length)
         if isinstance(vision, Mapping):

@@ -66,7 +66,7 @@ class Naming(StrEnum):
     PUBLISHED = "published"
     """Those of the DeepStack and LLaVA releases; every variant."""
     HUGGING_FACE = "hugging_face"
-    """Those `LlavaForConditionalGeneration.from_pretrained` reads; variant llava only."""
+    """Those transformers reads: LLaVA's for variant llava, for the others those of the code in `convert.hf_folder`."""
 
 
 _TO_LLAVA: Mapping[str, str] = {
@@ -79,6 +79,17 @@ _TO_LLAVA: Mapping[str, str] = {
     _LINEAR_2: "multi_modal_projector.linear_2.",
 }
 """To LLaVA's names on disk, which transformers has read since it knows LLaVA and still writes."""
+_TO_DEEPSTACK: Mapping[str, str] = {
+    "model.embed_tokens.": "model.language_model.embed_tokens.",
+    "model.layers.": "model.language_model.layers.",
+    "model.norm.": "model.language_model.norm.",
+    "lm_head.": "lm_head.",
+    VISION_PREFIX: "model.vision_tower.",
+    _LINEAR_1: "model.multi_modal_projector.linear_1.",
+    _LINEAR_2: "model.multi_modal_projector.linear_2.",
+    NEWLINE: NEWLINE,
+}
+"""To the names of `convert.hf_folder`, in memory and on disk. A tower keeps its published names, whatever its kind."""
 
 
 _AROUND_TOWER = ("", "vision_model.", "model.vision_tower.", "vision_tower.")
@@ -148,7 +159,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def leading_ones(published: str, model: ModelConfig) -> int:
-    """How many dimensions of size 1 Hugging Face has before those of a published tensor.
+    """How many dimensions of size 1 Hugging Face's LLaVA has before those of a published tensor.
 
     Args:
         published: The tensor's published name.
@@ -168,10 +179,15 @@ def to_naming(published: str, naming: Naming, model: ModelConfig | None = None) 
         model: The recipe's model, whose tower and decoder may have tables of names of their own.
 
     Raises:
-        AssertionError: Hugging Face's LLaVA has no such tensor.
+        AssertionError: The model at Hugging Face has no such tensor.
     """
     if naming is Naming.PUBLISHED:
         return published
+    if model is not None and not model.variant.traits.is_llava and model.variant.traits.whole_model is None:
+        decoder = {ours: f"model.language_{theirs}" for ours, theirs in _decoder_tensors(model).items()}
+        own = _by_template(published, decoder) or _renamed(published, _TO_DEEPSTACK)
+        assert own is not None, f"{published}: the exported model has no such tensor"
+        return own
     if model is not None:
         tower = {VISION_PREFIX + ours: f"vision_tower.{theirs.name}" for ours, theirs in _tower_tensors(model).items()}
         decoder = {ours: f"language_model.{theirs}" for ours, theirs in _decoder_tensors(model).items()}

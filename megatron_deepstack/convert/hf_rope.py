@@ -106,6 +106,15 @@ def rope_differences(text: Mapping[str, Any], language: LanguageConfig, known: H
             return
 
 
+def rope_base(text: Mapping[str, Any]) -> float:
+    """The base of a decoder's rotary positions, by its config; transformers' default where it names none."""
+    for key in ("rope_parameters", "rope_scaling"):
+        given = text.get(key)
+        if isinstance(given, Mapping) and given.get("rope_theta") is not None:
+            return float(given["rope_theta"])
+    return float(text.get("rope_theta") or _THETA)
+
+
 def _whole_heads(key: str, value: Any) -> Iterator[str]:
     if value is not None and value != 1:
         yield f"{key}: found {value!r}, computed is 1.0: positions rotate whole heads"

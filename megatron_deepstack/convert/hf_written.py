@@ -8,7 +8,7 @@ with biases on them, else LLaMA.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from megatron_deepstack.config.build import plain
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
@@ -17,6 +17,11 @@ from megatron_deepstack.config.traits.hf_fields import HfField
 from megatron_deepstack.config.traits.towers import HfTower, tower_of
 from megatron_deepstack.convert.hf_facts import language_facts, vision_facts
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
+from megatron_deepstack.planning.slots import decoder_slots
+
+DEEPSTACK: Final = "deepstack"
+"""`model_type` of exports that bring the code in `convert.hf_folder`."""
 
 
 def hf_decoder(language: LanguageConfig) -> HfDecoder:
@@ -119,6 +124,64 @@ def llava_config(model: ModelConfig, vocab_size: int, image_token: int, num_imag
         "tie_word_embeddings": model.language.tied_embeddings,
         "text_config": {"model_type": decoder.model_types[0], **text_config(model.language, vocab_size)},
         "vision_config": vision_config(model.vision),
+    }
+
+
+def deepstack_config(model: ModelConfig, vocab_size: int, image_token: int) -> dict[str, Any]:
+    """Config of `DeepStackForConditionalGeneration`, the code in `convert.hf_folder`, for all variants.
+
+    Args:
+        model: The recipe's model.
+        vocab_size: Rows of the embedding that is written.
+        image_token: Id of the image's placeholder.
+
+    Raises:
+        ConfigError: transformers has no such decoder.
+    """
+    decoder, vision, traits = hf_decoder(model.language), model.vision, model.variant.traits
+    return {
+        "architectures": ["DeepStackForConditionalGeneration"],
+        "model_type": DEEPSTACK,
+        "auto_map": {
+            "AutoConfig": "configuration_deepstack.DeepStackConfig",
+            "AutoModel": "modeling_deepstack.DeepStackModel",
+            "AutoModelForImageTextToText": "modeling_deepstack.DeepStackForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_deepstack.DeepStackForConditionalGeneration",
+        },
+        "variant": str(model.variant),
+        "context": str(traits.context),
+        "stack_source": str(traits.stack_source),
+        "stacked_part": str(traits.stacked_part),
+        "sampler": str(model.stacks.sampler),
+        "stacks": plain(model.stacks),
+        "slots": list(plan_vit_stacks(model).slots if traits.stacks_in_vit else decoder_slots(model)),
+        "vision_feature_layer": vision.select_layer,
+        "projector_hidden_act": "gelu",
+        "image_token_index": image_token,
+        "num_text_tokens": model.language.vocab_size,
+        "tie_word_embeddings": model.language.tied_embeddings,
+        "text_config": {"model_type": decoder.model_types[0], **text_config(model.language, vocab_size)},
+        "vision_config": deepstack_vision_config(vision),
+    }
+
+
+def deepstack_vision_config(vision: VisionConfig) -> dict[str, Any]:
+    """Config of the tower in `convert.hf_folder`, which is one code for towers of all kinds."""
+    tower = tower_of(vision)
+    return {
+        "model_type": "deepstack_vision",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "hidden_act": vision_facts(vision)["activation"],
+        "layer_norm_eps": vision.layernorm_epsilon,
+        "has_class_token": tower.has_class_token,
+        "has_patch_bias": tower.has_patch_bias,
+        "has_pre_norm": tower.has_pre_norm,
+        "has_post_norm": tower.has_post_norm,
     }
 
 

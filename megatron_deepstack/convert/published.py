@@ -18,6 +18,7 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.hf_config import read_config, require_same_model
 from megatron_deepstack.convert.hf_names import by_published_name, part_of
 from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
+from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.layers.lora import is_adapter
 from megatron_deepstack.model.weights import LAYERS_PREFIX, Shape, Source, decoder_layer_names
@@ -74,6 +75,8 @@ class _Checkpoint:
     """Name in the checkpoint to its file."""
     names: dict[str, str]
     """Published name to name in the checkpoint."""
+    text_rows: int | None
+    """Rows of its embedding that stand for text, see `vocabulary.text_rows`."""
     parts: frozenset[object]
     """What it holds any tensor of; a newline comes with no part and answers for itself."""
 
@@ -88,6 +91,13 @@ class _Checkpoint:
         own = self.names[name]
         tensor = read_tensor(self.files[own], own)
         tensor = _without_leading_ones(tensor, len(shape))
+        if name in EMBEDDINGS and self.text_rows == shape[0]:
+            tensor = tensor[: shape[0]]  # placeholders and padding behind the words
+        if name in EMBEDDINGS and tuple(tensor.shape[1:]) == shape[1:] and len(tensor) != shape[0]:
+            raise CheckpointError(
+                f"{self.path}: {own} has {len(tensor)} rows, the recipe's vocabulary {shape[0]}: tokens were added, or "
+                f"the vocabulary was resized; set model.language.vocab_size={len(tensor)}"
+            )
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self.path}: {own} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the "
@@ -111,10 +121,12 @@ def _open(path: Path, model: ModelConfig | None, seq_length: int | None) -> _Che
             f"{path}: no tensor has a name of a LLaMA-type decoder, a CLIP-type vision tower or a LLaVA model; "
             f"found {', '.join(sorted(files)[:3]) or 'none at all'}"
         )
+    config = read_config(path)
     if model is not None:
-        require_same_model(read_config(path), model, str(path), seq_length)
+        require_same_model(config, model, str(path), seq_length)
         _require_places(names, model, path)
-    return _Checkpoint(path=path, files=files, names=names, parts=frozenset(part_of(name) for name in names))
+    parts = frozenset(part_of(name) for name in names)
+    return _Checkpoint(path=path, files=files, names=names, text_rows=text_rows(config), parts=parts)
 
 
 def _require_places(names: Mapping[str, str], model: ModelConfig, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files of tensors: one, or several with an index, in the form of safetensors, or in PyTorch's own (older releases).
+"""Reading files of tensors: one, or several with an index, in the form of safetensors or of PyTorch (older releases).
 
 Nothing is read before it is asked for, and a PyTorch file is read without running code from it.
 """
@@ -6,15 +6,15 @@ Nothing is read before it is asked for, and a PyTorch file is read without runni
 from __future__ import annotations
 
 import json
+import math
 import pickle
-import stat
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_deepstack.data.file_kind import what_is_at
 from megatron_deepstack.errors import CheckpointError
@@ -23,8 +23,43 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FORMS = ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 """Index and single file, in the order in which a folder is searched."""
-SHARD_BYTES = 5 * 10**9
-"""Size up to which tensors share a file."""
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of dtypes in safetensors files."""
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    """Gives the tensor, on the CPU."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> LazyTensor:
+        """A tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def changed(self, shape: tuple[int, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> LazyTensor:
+        """The same after a change that gives this shape."""
+        return LazyTensor(shape, self.dtype, lambda: change(self.read()))
 
 
 def files_by_name(path: Path) -> dict[str, Path]:
@@ -117,52 +152,26 @@ def _torch_file(file: Path) -> Mapping[str, torch.Tensor]:
     return tensors
 
 
-def write_tensors(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[float], None] = lambda num_bytes: None,
-) -> None:
-    """Write safetensors as Hugging Face does: one file, or several with an index.
+def lazy_tensor(file: Path, name: str) -> LazyTensor:
+    """A tensor of a file whose shape and dtype are known, and which is read only when it is asked for.
 
     Args:
-        folder: Where they are written; it must be there.
-        tensors: By name.
-        shard_bytes: Size up to which tensors share a file.
-        progress: Told the bytes that are written so far, after each of several files.
+        file: A safetensors file, or a PyTorch file that maps names to tensors.
+        name: The tensor's name in it.
+
+    Raises:
+        CheckpointError: The file cannot be read, now or when the tensor is asked for.
     """
-    shards = _shards(tensors, shard_bytes)
-    if len(shards) == 1:
-        _write(folder / SINGLE, tensors, shards[0])
-        return
-    weight_map, written = {}, 0
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / file, tensors, names)
-        weight_map.update(dict.fromkeys(names, file))
-        written += sum(tensors[name].nbytes for name in names)
-        progress(written)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut where a file would exceed `shard_bytes`."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
-
-
-def _write(file: Path, tensors: Mapping[str, torch.Tensor], names: list[str]) -> None:
-    """One file, readable for whom the umask says; safetensors itself creates it for its owner alone."""
-    file.touch()
-    mode = stat.S_IMODE(file.stat().st_mode)
-    save_file({name: tensors[name].contiguous() for name in names}, str(file), metadata={"format": "pt"})
-    file.chmod(mode)
+    if file.suffix != ".safetensors":
+        tensor = _torch_file(file)[name]
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            part = opened.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot read {name}: {_reason(file, error)}") from error
+    if dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise CheckpointError(f"{file}: {name} has dtype {dtype}, which is not read here, only {known}")
+    return LazyTensor(shape, DTYPES[dtype], lambda: read_tensor(file, name))

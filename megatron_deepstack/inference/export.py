@@ -8,11 +8,13 @@ from pathlib import Path
 
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.convert.export import export_model, require_exportable, require_room
+from megatron_deepstack.convert.export_files import About
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.inference.main import load_engine, require_checkpoint
+from megatron_deepstack.inference.model_card import card_of_run
 from megatron_deepstack.model.build import merge_adapters
 from megatron_deepstack.parallel.groups import Groups, create_groups
 from megatron_deepstack.planning.budget.footprint import weight_bytes
@@ -72,7 +74,8 @@ def export_on_rank(recipe: Recipe, output: str, naming: Naming, groups: Groups) 
     """Load the checkpoint and write it. To be called on the only rank of `groups`."""
     tokenizer = _tokenizer(recipe)
     model = merge_adapters(load_engine(recipe, groups).model)
-    export_model(model, recipe.model, Path(output), naming, tokenizer)
+    about = About(data=recipe.data, seq_length=recipe.train.seq_length, card=card_of_run(recipe))
+    export_model(model, recipe.model, Path(output), naming, tokenizer, about)
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer | None:

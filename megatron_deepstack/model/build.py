@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Fp8Scaling, Part, Precision
-from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig, SpeedConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.layers.fp8 import require_fp8
 from megatron_deepstack.model.layers.lora import AdaptedLinear, is_adapter
 from megatron_deepstack.model.layers.megatron_config import decoder_config
+from megatron_deepstack.model.layers.specs import uses_transformer_engine
+from megatron_deepstack.model.layers.speed import Speed, decide_speed
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill, mark_split
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
+from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.platform.compute.device import local_device
 
 NO_ADAPTERS = LoraConfig()
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+AUTOMATIC = SpeedConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,8 @@ class RankModel:
 
     config: TransformerConfig
     """The decoder's, shared with the schedule."""
+    speed: Speed
+    """The fusions and overlaps that were decided on."""
     encoder: VisualEncoder
     chunks: list[LanguageChunk]
     """Decoder chunks by virtual stage."""
@@ -43,6 +51,7 @@ def build_model(
     groups: Groups,
     lora: LoraConfig = NO_ADAPTERS,
     fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE,
+    speed: SpeedConfig = AUTOMATIC,
 ) -> RankModel:
     """Build this rank's modules, uninitialised. Collective over tp, pp and the embedding group.
 
@@ -53,33 +62,51 @@ def build_model(
         groups: Process groups of the layout.
         lora: Adapters of the decoder; none by default.
         fp8_scaling: How FP8 tensors are scaled, under that precision.
+        speed: Fusions and overlaps; by default what this machine and its packages allow.
 
     Returns:
         Encoder and decoder chunks on this rank's device, with the rules of their parameters.
 
     Raises:
-        ConfigError: This rank cannot run the recipe's layers or precision; nothing has been built then.
+        ConfigError: This rank cannot run the recipe's layers, precision or fusions; nothing has been built then.
     """
     require_fp8(precision, fp8_scaling, model.layers)
-    config = decoder_config(model.language, parallel, precision, fp8_scaling)
+    uses_transformer_engine(model.layers)
+    decided = decide_speed(
+        speed,
+        capabilities(),
+        language=model.language,
+        parallel=parallel,
+        precision=precision,
+        layers=model.layers,
+        lora=lora,
+    )
+    config = decoder_config(model.language, parallel, precision, fp8_scaling, decided)
     device = local_device()
     slots = decoder_slots(model)
     chunks = [
-        LanguageChunk(config, model.language, model.layers, lora, chunk, slots, groups.decoder).to(device)
+        _on(device, LanguageChunk(config, model.language, model.layers, lora, chunk, slots, groups.decoder))
         for chunk in stage_chunks(model.language.num_layers, parallel)
         if chunk.pp == groups.place.pp
     ]
-    encoder = VisualEncoder(model, precision, groups.encoder).to(device)
+    encoder = _on(device, VisualEncoder(model, precision, groups.encoder, decided))
     chunk_rules = [decoder_rules(chunk, model, lora.rank) for chunk in chunks]
     for chunk, rules in zip(chunks, chunk_rules, strict=True):
         mark_split(chunk, rules)
     return RankModel(
         config=config,
+        speed=decided,
         encoder=encoder,
         chunks=chunks,
         encoder_rules=encoder_rules(encoder, model),
         chunk_rules=chunk_rules,
     )
+
+
+def _on(device: torch.device, module: ModuleT) -> ModuleT:
+    """The module on a device; as it is where it is there already, since fake tensors cannot be moved."""
+    there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
+    return module if there else module.to(device)
 
 
 def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distributed.ProcessGroup) -> None:

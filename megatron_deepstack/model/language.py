@@ -26,12 +26,15 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
+from megatron_deepstack.model.layers.megatron_config import without_gradient_accumulation
 from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
-from megatron_deepstack.parallel.context import gather_sequence
+from megatron_deepstack.parallel.context import gather_sequence, own_part
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
 VOCABULARY_MULTIPLE = 128
+LEAST_ANGLES = 1024
+"""Positions of the smallest table of angles, half a megabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,7 @@ class LanguageChunk(LanguageModule):
         return ColumnParallelLinear(
             config.hidden_size,
             self.padded_vocabulary,
-            config=config,
+            config=without_gradient_accumulation(config),
             init_method=config.init_method,
             bias=False,
             skip_bias_add=False,
@@ -197,10 +200,14 @@ class LanguageChunk(LanguageModule):
             assert packs.cache is not None
             assert packs.positions is not None
             return angles_at(self.rotary, packs.positions, packs.cache.capacity), packs
-        rotary = self.rotary(length, packed_seq=packs is not None)
-        if packs is not None and not self.rotates_packs:
-            return restarted(rotary, packs.ends), packs.as_one_row()
-        return rotary, packs
+        # A table is made and uploaded once for each power of 2, not for each length; `packed_seq` leaves it whole.
+        rotary = self.rotary(max(LEAST_ANGLES, 1 << (length - 1).bit_length()), packed_seq=True)[:length]
+        group = self.pg_collection.cp
+        if packs is None:
+            return (own_part(rotary, (length,), group) if group.size() > 1 else rotary), packs
+        if self.rotates_packs:
+            return rotary, packs
+        return restarted(rotary, packs.ends, group), packs.as_one_row()
 
     def _embed(self, tokens_BS: torch.Tensor, visual: VisualInputs) -> torch.Tensor:
         hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)

@@ -113,12 +113,13 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
     }
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
         prefix = f"{LAYERS_PREFIX}{layer}."
-        rules = _decoder_layer(prefix, model) | _adapters(prefix, model.language, lora_rank)
+        rules = decoder_layer_rules(prefix, model) | _adapters(prefix, model.language, lora_rank)
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
 
 
-def _decoder_layer(prefix: str, model: ModelConfig) -> Rules:
+def decoder_layer_rules(prefix: str, model: ModelConfig) -> Rules:
+    """What the parameters of a decoder's layer are made of, by their names in it."""
     language = model.language
     h, f = language.hidden_size, language.ffn_hidden_size
     d, groups = head_width(language), num_kv_heads(language)
@@ -160,7 +161,7 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
     return frozenset(
         name
         for layer in range(language.num_layers)
-        for ours, rule in _decoder_layer(f"{LAYERS_PREFIX}{layer}.", model).items()
+        for ours, rule in decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model).items()
         if ours not in absent
         for name in rule.names
     )
@@ -226,12 +227,13 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
         known = {name: rule for name, rule in known.items() if not name.startswith("projector.")}
         known.update(_qformers(encoder.projector, len(vision.taps) - model.qformer.num_sampled))
     for layer in range(vision.num_layers):
-        for name, rule in _vit_layer(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
+        for name, rule in vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
             known[f"vit.decoder.layers.{layer}.{name}"] = rule
     return _select(encoder, known)
 
 
-def _vit_layer(prefix: str, model: ModelConfig) -> Rules:
+def vit_layer_rules(prefix: str, model: ModelConfig) -> Rules:
+    """What the parameters of a tower's layer are made of, by their names in it."""
     c, f, heads = model.vision.hidden_size, model.vision.ffn_hidden_size, model.vision.num_heads
     attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
     rules = {

@@ -89,14 +89,14 @@ def _replica_group(axes: Axes, place: Place, timeout: timedelta) -> dist.Process
 
 
 def _encoder_groups(timeout: timedelta) -> ProcessGroupCollection:
-    """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis."""
-    world_size = dist.get_world_size()
-    world = dist.new_group(range(world_size), timeout=timeout)
-    alone = None
-    for rank in range(world_size):
-        group = dist.new_group([rank], timeout=timeout)
-        if rank == dist.get_rank():
-            alone = group
+    """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis.
+
+    The group of one rank is the one that Megatron has made for experts, of which there are none: creating a group for
+    every rank would be as many meetings of all ranks as there are ranks.
+    """
+    world = dist.new_group(range(dist.get_world_size()), timeout=timeout)
+    alone = parallel_state.get_expert_model_parallel_group()
+    assert alone.size() == 1, "a layout without expert parallelism has expert groups of one rank"
     return ProcessGroupCollection(
         tp=alone,
         pp=alone,

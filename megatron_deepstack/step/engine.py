@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.planning.budget.encoder_views import views_at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,26 @@ class Engine:
         """Everything with gradient buffers."""
         return [*self.decoder_ddp, *([] if self.encoder_ddp is None else [self.encoder_ddp])]
 
+    @property
+    def encoder_chunk_views(self) -> int:
+        """Views whose activations of a trained tower are kept at a time; 0 for no bound."""
+        return views_at_once(
+            self.parallel,
+            self.model_config.vision,
+            self.model.encoder.config.params_dtype.itemsize,
+            fused=self.model.speed.activation_fusion,
+        )
+
+    def gather_parameters(self) -> None:
+        """Make every rank's parameters whole after an update. Collective over dp x cp.
+
+        Under `speed.overlap_param_gather` they are gathered by the next step's forward pass. Whatever else reads them
+        before (a checkpoint, validation, a comparison) must call this first; without it does nothing.
+        """
+        for ddp in self.decoder_ddp:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.start_param_sync(force_sync=True)
+
 
 def build_engine(model: RankModel, model_config: ModelConfig, parallel: ParallelConfig, groups: Groups) -> Engine:
     """Give trainable parts their gradient buffers. Call after freezing. Collective over all ranks.
@@ -47,11 +68,20 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
     """
     decoder_ddp = []
     if any(p.requires_grad for chunk in model.chunks for p in chunk.parameters()):
-        overlap = parallel.overlap_grad_reduce
-        decoder_ddp = [_wrap(model.config, chunk, parallel, groups.decoder, overlap) for chunk in model.chunks]
+        decoder = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=model.speed.gradient_dtype is torch.float32,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=model.speed.overlap_param_gather,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        )
+        decoder_ddp = [_wrap(model.config, chunk, decoder, groups.decoder) for chunk in model.chunks]
     encoder_ddp = None
     if any(p.requires_grad for p in model.encoder.parameters()):
-        encoder_ddp = _wrap(model.encoder.config, model.encoder, parallel, groups.encoder, overlap=False)
+        encoder = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=model.speed.gradient_dtype is torch.float32,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        )
+        encoder_ddp = _wrap(model.encoder.config, model.encoder, encoder, groups.encoder)
     return Engine(
         model=model,
         model_config=model_config,
@@ -65,13 +95,7 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
 def _wrap(
     config: TransformerConfig,
     module: torch.nn.Module,
-    parallel: ParallelConfig,
+    ddp_config: DistributedDataParallelConfig,
     groups: ProcessGroupCollection,
-    overlap: bool,
 ) -> DistributedDataParallel:
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-    )
     return DistributedDataParallel(config, ddp_config, module, pg_collection=groups)

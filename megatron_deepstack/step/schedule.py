@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_deepstack.model.language import HeadTargets, LanguageChunk, VisualInputs
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
-from megatron_deepstack.planning.batch.sequence import SequenceShards
+from megatron_deepstack.parallel.context import zigzag
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.targets import find_targets
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
@@ -112,7 +112,7 @@ def run_cached_step(
     """
     config.no_sync_func = None
     width = int(tokens[0].shape[1])
-    positions = _held(width, config.context_parallel_size, cp_rank)
+    positions = zigzag((width,), config.context_parallel_size, cp_rank)
     host = [np.stack(each)[..., positions] for each in (tokens, axial) if each is not None]
     tokens_MBS, *axial_M3BS = upload_all(host)
     batches = [
@@ -174,10 +174,11 @@ def _micro_batches(
     plan: StepPlan, config: TransformerConfig, cp_rank: int, tp_rank: int, *, keep_logits: bool
 ) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
-    positions = {length: _held(length, config.context_parallel_size, cp_rank) for length in set(plan.seq_lengths)}
-    bounds = [np.array((0, *ends), np.int64) for ends in plan.segments or ()]
-    arrays = (*plan.tokens, *plan.labels, *(plan.positions or ()))
-    mine = [array[..., positions[array.shape[-1]]] for array in arrays]
+    ends = plan.segments or tuple((length,) for length in plan.seq_lengths)
+    own = [zigzag(one, config.context_parallel_size, cp_rank) for one in ends]
+    bounds = [np.array((0, *one), np.int64) for one in plan.segments or ()]
+    kinds = [plan.tokens, plan.labels, *([plan.positions] if plan.positions else [])]
+    mine = [array[..., places] for arrays in kinds for array, places in zip(arrays, own, strict=True)]
     count = plan.num_micro_batches
     tokens, labels, axial = mine[:count], mine[count : 2 * count], mine[2 * count :]
     pieces = config.tensor_model_parallel_size if config.sequence_parallel else 1
@@ -199,12 +200,6 @@ def _micro_batches(
         )
         for number in range(count)
     ]
-
-
-def _held(seq_length: int, cp_ranks: int, cp_rank: int) -> np.ndarray:
-    """The positions that a cp rank holds, in its order; arithmetic of the host, which reads no tensor."""
-    stretches = SequenceShards(seq_length, cp_ranks, 1).stretches(cp_rank, 0)
-    return np.concatenate([np.arange(one.first, one.stop) for one in stretches])
 
 
 def _forward_step(

@@ -101,6 +101,7 @@ def plan_table(
     parallel: ParallelConfig,
     micro_batches: Sequence[Sequence[PlannedSample]],
     seq_length: int,
+    segments: Sequence[tuple[int, ...]] | None = None,
 ) -> StepRoutes:
     """Route every row of a step.
 
@@ -112,6 +113,7 @@ def plan_table(
         parallel: The layout.
         micro_batches: Those of one replica, all of one batch size.
         seq_length: Their common length in tokens.
+        segments: For each micro-batch the ends of the pack's samples; None without packs.
     """
     ranks = parallel.tensor * parallel.context * parallel.pipeline
     inline = parallel.encoder_placement is EncoderPlacement.INLINE
@@ -124,7 +126,8 @@ def plan_table(
     for m, samples in enumerate(micro_batches):
         for b, sample in enumerate(samples):
             rows = _sample_rows(model, slots, sample, m, b, first_row, newline_row)
-            parts.append(_deliver(rows, model, parallel, b, len(samples), seq_length))
+            ends = (seq_length,) if segments is None else segments[m]
+            parts.append(_deliver(rows, model, parallel, b, len(samples), ends))
     table = np.concatenate(parts)
     table["order"] = np.arange(len(table))
     if inline:
@@ -197,7 +200,7 @@ def _sample_rows(
 
 
 def _deliver(
-    rows: np.ndarray, model: ModelConfig, parallel: ParallelConfig, b: int, batch: int, seq_length: int
+    rows: np.ndarray, model: ModelConfig, parallel: ParallelConfig, b: int, batch: int, ends: tuple[int, ...]
 ) -> np.ndarray:
     """Fill in destination, virtual stage, shard position and who returns a gradient; copies for tp are added."""
     chunks = stage_chunks(model.language.num_layers, parallel)
@@ -206,9 +209,9 @@ def _deliver(
         home = chunks[owner(int(slot), chunks)]
         here = rows["slot"] == slot
         pp[here], vpp[here] = home.pp, home.vpp
-    cp, local = _shard_context(rows["position"], parallel.context, seq_length)
+    cp, local = _shard_context(rows["position"], parallel.context, ends)
     tp_shards = parallel.tensor if parallel.sequence_parallel else 1
-    tp, local = np.divmod(local, seq_length // parallel.context // tp_shards)
+    tp, local = np.divmod(local, ends[-1] // parallel.context // tp_shards)
     rows["vpp"], rows["position"] = vpp, local * batch + b
     rows["dst"] = tp + parallel.tensor * (cp + parallel.context * pp)
     rows["returns"] = True
@@ -220,14 +223,21 @@ def _deliver(
     return copies
 
 
-def _shard_context(position: Index, num_ranks: int, seq_length: int) -> tuple[Index, Index]:
-    """Zigzag split: of 2 cp chunks, rank i holds chunks i and 2 cp - 1 - i. Returns (cp rank, position there)."""
+def _shard_context(position: Index, num_ranks: int, ends: tuple[int, ...]) -> tuple[Index, Index]:
+    """Zigzag split of each sample: of 2 cp chunks, rank i holds chunks i and 2 cp - 1 - i.
+
+    Returns (cp rank, position there), looked up in a table of all positions.
+    """
     if num_ranks == 1:
         return np.zeros_like(position), position
-    size = seq_length // (2 * num_ranks)
-    chunk, offset = np.divmod(position, size)
-    rank = np.minimum(chunk, 2 * num_ranks - 1 - chunk)
-    return rank, np.where(chunk < num_ranks, offset, size + offset)
+    rank_of, place_of, held = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.int64), [0] * num_ranks
+    for begin, end in pairwise((0, *ends)):
+        chunks = np.arange(begin, end).reshape(2 * num_ranks, -1)
+        for rank in range(num_ranks):
+            mine = np.concatenate([chunks[rank], chunks[2 * num_ranks - 1 - rank]])
+            rank_of[mine], place_of[mine] = rank, held[rank] + np.arange(len(mine))
+            held[rank] += len(mine)
+    return rank_of[position], place_of[position]
 
 
 def rank_routes(step: StepRoutes, rank: int) -> RankRoutes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_deepstack.config.choices import Activation, Part, Precision, Variant
+from megatron_deepstack.config.choices import Activation, Batching, Part, Precision, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -22,6 +22,7 @@ from megatron_deepstack.config.schema import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.planning.batch.dealing import deal
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
@@ -231,7 +232,8 @@ def tiny_share(
     lengths = np.array([one.sequence.length for one in planned])
     units = np.array([sum(num_views(model.variant, grid) for grid in one.grids) for one in planned])
     mine = deal(lengths, units, model.language, recipe.parallel, train, num_replicas).replicas[dp]
-    rows = [[merge([planned[one] for one in row]) if row else filler() for row in batch] for batch in mine]
+    least = sample_multiple(recipe.parallel) if train.batching is Batching.PACKED else 1
+    rows = [[merge([planned[one] for one in row], least) if row else filler(least) for row in batch] for batch in mine]
     images = [[tuple(image for one in row for image in samples[one].pixels) for row in batch] for batch in mine]
     return rows, images
 

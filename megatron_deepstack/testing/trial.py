@@ -57,7 +57,9 @@ def run_trial(
 
     train = recipe.train
     groups = groups_for(recipe.parallel)
-    model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
+    model = build_model(
+        recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling, recipe.speed
+    )
     fill_model(model, random_source(recipe.model, train.seed), groups.decoder.tp)
     freeze(model, train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
@@ -80,5 +82,6 @@ def run_trial(
         trial.losses.append(loss.mean)
         with watch or nullcontext():
             trial.gradient_norms.append(optimizer.step(step).gradient_norm)
+    engine.gather_parameters()
     trial.parameters = gather_published(model, groups, lambda parameter: parameter)
     return trial if rank == 0 else None

@@ -181,6 +181,7 @@ class _Loop:
             seconds = time.perf_counter() - begin
         held_out = None
         if self.validation is not None and self.validation.due(done) and not agreement.stop:
+            self.session.engine.gather_parameters()
             held_out = self.validation.loss(self.watchdog.progress)
         record = self._record(loaded, loss, norm, seconds, held_out, unreadable)
         self.log.add(record)
@@ -270,6 +271,7 @@ class _Loop:
 
     def _begin_save(self, done: int) -> None:
         self.watchdog.progress(f"saving after step {done}", PATIENT)
+        self.session.engine.gather_parameters()
         self.session.saver.begin(done)
 
     def _finish_save(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.model.layers.fp8 import require_fp8
 from megatron_deepstack.model.layers.specs import uses_transformer_engine
+from megatron_deepstack.model.layers.speed import speed_of
 from megatron_deepstack.parallel.agree import phase
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import from_first_rank
+from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.step.engine import Engine, build_engine
 from megatron_deepstack.training.optim.optimizer import Optimizer
 
@@ -106,7 +108,7 @@ def begin(recipe: Recipe, groups: Groups) -> Beginning:
     with phase():
         layers = _layers(recipe)
     with phase():
-        _require_alike({**facts, "layers": layers})
+        _require_alike({**facts, **layers})
     with phase():
         remove_leftovers_together(recipe.run_dir)
         checkpoint, faults = newest_whole_together(recipe.run_dir)
@@ -134,7 +136,9 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
     """
     beginning = beginning or begin(recipe, groups)
     train = recipe.train
-    model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
+    model = build_model(
+        recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling, recipe.speed
+    )
     with phase():
         if beginning.checkpoint is None:
             source = random_source(recipe.model, train.seed, train.init_std)
@@ -254,10 +258,12 @@ def _stores(recipe: Recipe) -> list[str]:
     return [f"{path} (weight {weight:g})" for path, weight in zip(data.stores, data.weights, strict=True)]
 
 
-def _layers(recipe: Recipe) -> str:
-    """Whose layers this rank builds. Raises ConfigError where it cannot build the recipe's."""
+def _layers(recipe: Recipe) -> dict[str, Any]:
+    """Whose layers this rank builds, and with which fusions. Raises ConfigError where it cannot build the recipe's."""
     require_fp8(recipe.train.precision, recipe.train.fp8_scaling, recipe.model.layers)
-    return "transformer_engine" if uses_transformer_engine(recipe.model.layers) else "local"
+    layers = "transformer_engine" if uses_transformer_engine(recipe.model.layers) else "local"
+    decided = {f"speed.{name}": str(value) for name, value in asdict(speed_of(recipe, capabilities())).items()}
+    return {"layers": layers, **decided}
 
 
 def _require_alike(mine: Mapping[str, Any]) -> None:

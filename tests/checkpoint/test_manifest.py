@@ -141,6 +141,21 @@ def test_adapters_are_part_of_the_identity() -> None:
         require_same(Path("old"), old, adapted)
 
 
+def test_a_field_that_did_not_exist_then_had_its_default() -> None:
+    """Whatever fields are added to the model later, an older checkpoint stays readable, at any depth."""
+    ours = identity(Recipe(), plan_hash="a", tokenizer_sha256="b")
+    old = json.loads(json.dumps(ours))
+    del old["model"]["vision"]["layernorm_epsilon"]
+    del old["model"]["stacks"]
+    require_same(Path("old"), old, ours)
+    changed = json.loads(json.dumps(ours))
+    changed["model"]["vision"]["layernorm_epsilon"] = 0.5
+    with pytest.raises(
+        CheckpointError, match=r"model\.vision\.layernorm_epsilon: .* in the checkpoint, 0\.5 in the recipe"
+    ):
+        require_same(Path("old"), old, changed)
+
+
 NOW = {"stores": ["new.zarr"], "num_samples": 12}
 
 

@@ -45,6 +45,42 @@ def test_each_range_is_checked(found, path):
 
 
 RULES = {
+    "two bounds of the tower": (
+        {"parallel.encoder_chunk_views": 4, "parallel.encoder_memory_gib": 2.5},
+        "parallel.encoder_memory_gib: 2.5 GiB and 4 views both bound the tower's activations; set one of them to 0",
+    ),
+    "overlap of one chunk": (
+        {"speed.overlap_p2p": "always"},
+        "speed.overlap_p2p: always is impossible here: a stage has one chunk (parallel.virtual_pipeline is 1); use",
+    ),
+    "overlap of copies": (
+        {"speed.overlap_param_gather": "always"},
+        "speed.overlap_param_gather: always is impossible here: parameters are gathered only under",
+    ),
+    "gathering without buckets": (
+        {
+            "speed.overlap_param_gather": "always",
+            "parallel.distributed_optimizer": True,
+            "parallel.overlap_grad_reduce": False,
+        },
+        "it needs the buckets of parallel.overlap_grad_reduce, which is false; use auto",
+    ),
+    "accumulation of frozen matrices": (
+        {"speed.gradient_accumulation_fusion": "always", "lora.rank": 8},
+        "speed.gradient_accumulation_fusion: always is impossible here: LoRA freezes the decoder's matrices; use auto",
+    ),
+    "bf16 gradients of a float32 loss": (
+        {"speed.fusions": "always", "train.precision": "fp32"},
+        "speed.cross_entropy_fusion: always is impossible here: its gradients are bf16, and train.precision is fp32",
+    ),
+    "bf16 sums of float32 gradients": (
+        {"speed.gradient_dtype": "bf16", "train.precision": "fp32"},
+        "speed.gradient_dtype: found bf16 under train.precision fp32, whose parameters need float32 gradients; use",
+    ),
+    "nothing to recompute": (
+        {"parallel.recompute": "selective", "parallel.recompute_modules": []},
+        "parallel.recompute_modules: is empty, and recompute is selective; name at least one of core_attn, mlp",
+    ),
     "no whole patch": (
         {"model.vision.image_size": 13},
         "model.vision.image_size: a view of 13 pixels holds no patch of 14; use 14 pixels or more",

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
 from megatron_deepstack.config.choices import Precision, Variant
@@ -105,10 +104,7 @@ def test_transformers_computes_the_same_logits(ranks: Pools, trained: Path, tmp_
     tokens = tokens.masked_fill(image, model.config.image_token_id).repeat_interleave(torch.where(image, 16, 1))
     with torch.no_grad():
         theirs = model(input_ids=tokens[None], pixel_values=pixels).logits[0]
-    assert theirs.shape[1] == 512
-    torch.testing.assert_close(theirs[:, : LANGUAGE.vocab_size], ours, atol=TOLERANCE, rtol=0)
-    added = theirs[:, LANGUAGE.vocab_size :]
-    assert bool((added < theirs[:, : LANGUAGE.vocab_size].max(dim=1, keepdim=True).values).all())
+    torch.testing.assert_close(theirs, ours, atol=TOLERANCE, rtol=0)  # the image token has a row that no word has
 
 
 def test_pictures_are_prepared_alike(ranks: Pools, trained: Path, tmp_path: Path) -> None:
@@ -170,20 +166,13 @@ def test_a_place_that_cannot_be_written_or_is_too_small_is_said_before_anything_
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-FULL = {
-    "the system's": OSError(28, "No space left on device"),
-    "safetensors' own": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-}
-
-
-@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
-def test_a_disk_that_fills_up_leaves_a_line_and_no_folder(tmp_path: Path, error: Exception) -> None:
+def test_a_disk_that_fills_up_leaves_a_line_and_no_folder(tmp_path: Path) -> None:
     words = r"out: cannot be written: .*No space left on device.*nothing of it is left"
 
     def fill_up() -> None:
         with new_folder(tmp_path / "out") as partial:
             (partial / "half").write_text("written")
-            raise error
+            raise OSError(28, "No space left on device")
 
     with pytest.raises(DataError, match=words):
         fill_up()
@@ -221,8 +210,6 @@ def test_published_names_start_another_run(ranks: Pools, tmp_path: Path, variant
 
 
 def test_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="transformers has no model that computes deepstack_l"):
-        require_exportable(tiny_model(), tmp_path / "out", Naming.HUGGING_FACE)
     odd = replace(LLAVA, language=replace(LANGUAGE, qk_norm=True, qkv_bias=True))
     with pytest.raises(ConfigError, match="no decoder with both qk_norm and qkv_bias"):
         require_exportable(odd, tmp_path / "out", Naming.HUGGING_FACE)

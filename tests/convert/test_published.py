@@ -33,7 +33,8 @@ from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from megatron_deepstack.convert.hf_names import Naming, by_published_name, to_naming, to_published
 from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.convert.tensor_files import files_by_name, write_tensors
+from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name
+from megatron_deepstack.convert.tensor_writer import write_tensors
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import VISION_PREFIX
 
@@ -302,7 +303,8 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_shards_hold_everything_once(tmp_path: Path) -> None:
     tensors = {f"layers.{n}.weight": torch.full((10,), float(n)) for n in range(5)}
-    write_tensors(tmp_path, tensors, shard_bytes=80)
+    lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+    write_tensors(tmp_path, lazy, shard_bytes=80)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     read = published_source(tmp_path)
     for name, tensor in tensors.items():

@@ -171,6 +171,13 @@ PACKED_LAYOUTS = [
     ("tp2-sp", 2, ParallelConfig(tensor=2, sequence_parallel=True)),
     ("dp2", 2, ParallelConfig()),
     ("pp2-recompute", 2, ParallelConfig(pipeline=2, recompute=Recompute.FULL, recompute_num_layers=2)),
+    ("cp2", 2, ParallelConfig(context=2)),
+]
+CONTEXT_LAYOUTS = [
+    ("cp2", 2, ParallelConfig(context=2)),
+    ("cp2-tp2", 4, ParallelConfig(context=2, tensor=2)),
+    ("cp2-tp2-sp", 4, ParallelConfig(context=2, tensor=2, sequence_parallel=True)),
+    ("cp2-pp2-vpp2", 4, ParallelConfig(context=2, pipeline=2, virtual_pipeline=2)),
 ]
 
 
@@ -179,15 +186,35 @@ PACKED_LAYOUTS = [
 )
 def test_packs_equal_padded_rows(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
     """Samples that share rows neither see each other nor shift each other's positions: the unpacked one-rank run."""
-    expected = _one_rank(ranks, tiny_model(), tuple(Part))
-    recipe = tiny_recipe(parallel=parallel)
-    recipe = replace(recipe, train=replace(recipe.train, batching=Batching.PACKED, seq_length=64))
+    _compare_packs(ranks, num_ranks, parallel, tiny_model(), 64)
+
+
+def _compare_packs(ranks: Pools, num_ranks: int, parallel: ParallelConfig, model: ModelConfig, seq_length: int) -> None:
+    expected = _one_rank(ranks, model, tuple(Part))
+    recipe = tiny_recipe(model, parallel=parallel)
+    recipe = replace(recipe, train=replace(recipe.train, batching=Batching.PACKED, seq_length=seq_length))
     actual: Trial = ranks(num_ranks).run(run_trial, recipe)[0]
     assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
     error, name = worst(actual.first_gradients, expected.first_gradients)
     assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
     error, name = worst(actual.parameters, expected.parameters)
     assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
+
+
+@pytest.mark.parametrize(("num_ranks", "parallel"), rows(CONTEXT_LAYOUTS, {"cp2-tp2-sp"}))
+def test_packs_of_any_resolution_over_context_ranks(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
+    """Each sample is divided by itself, and the rows of its stacks follow; DeepStack-HD, a slot on each stage."""
+    model = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(slots=(1, 3, 5, 7)))
+    _compare_packs(ranks, num_ranks, parallel, model, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), [row[1:] for row in CONTEXT_LAYOUTS[1:]], ids=[row[0] for row in CONTEXT_LAYOUTS[1:]]
+)
+def test_packs_over_context_ranks(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
+    """The same for DeepStack-L with more layouts."""
+    _compare_packs(ranks, num_ranks, parallel, tiny_model(), 64)
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

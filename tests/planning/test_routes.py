@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_deepstack.config.choices import EncoderPlacement, Sampler, Variant
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
+from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import padded_length
 from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
@@ -49,11 +50,15 @@ layouts = st.builds(
 
 
 def plan_all(
-    model: ModelConfig, parallel: ParallelConfig, batches: Sequence[Sequence[PlannedSample]], length: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    batches: Sequence[Sequence[PlannedSample]],
+    length: int,
+    segments: Sequence[tuple[int, ...]] | None = None,
 ) -> list[RankRoutes]:
     """Each rank's own plan."""
     ranks = parallel.tensor * parallel.context * parallel.pipeline
-    return [plan_routes(model, parallel, batches, [length] * len(batches), rank) for rank in range(ranks)]
+    return [plan_routes(model, parallel, batches, [length] * len(batches), rank, segments) for rank in range(ranks)]
 
 
 def expected_rows(model: ModelConfig, batches: list[list[PlannedSample]]) -> Delivered:
@@ -264,6 +269,21 @@ def test_local_plans_are_the_whole_table(step: tuple[ModelConfig, ParallelConfig
     length = padded_length([s.sequence.length for batch in batches for s in batch], parallel)
     table = plan_table(model, parallel, batches, length)
     for rank, mine in enumerate(plan_all(model, parallel, batches, length)):
+        assert_same(mine, rank_routes(table, rank))
+
+
+@settings(max_examples=40, deadline=None)
+@given(parallel=any_layout, lots=st.lists(st.integers(1, 4), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_packs_are_divided_sample_by_sample(parallel: ParallelConfig, lots: list[int], seed: int) -> None:
+    """Each rank's plan of packs under context parallelism is what a table of all positions gives it."""
+    model = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(slots=(0, 2, 5, 7)))
+    samples = [s.planned(model, 1000) for s in tiny_samples(model, sum(lots), seed)]
+    batches = [[merge([samples.pop() for _ in range(lot)], sample_multiple(parallel))] for lot in lots]
+    length = padded_length([row.sequence.length for (row,) in batches], parallel)
+    ends = [row.sequence.ends for (row,) in batches]
+    segments = [one if one[-1] == length else (*one, length) for one in ends]
+    table = plan_table(model, parallel, batches, length, segments)
+    for rank, mine in enumerate(plan_all(model, parallel, batches, length, segments)):
         assert_same(mine, rank_routes(table, rank))
 
 

@@ -40,6 +40,7 @@ CASES = {
     "packed": (1, packed()),
     "packed-recompute": (1, packed(recompute=Recompute.FULL)),
     "packed-pp2": (2, packed(pipeline=2)),
+    "packed-cp2": (2, packed(context=2)),
     "inline": (1, tiny_recipe(parallel=ParallelConfig(encoder_placement=EncoderPlacement.INLINE))),
     "cp2": (2, tiny_recipe(parallel=ParallelConfig(context=2))),
     "pp2-vpp2": (2, tiny_recipe(parallel=ParallelConfig(pipeline=2, virtual_pipeline=2))),
@@ -53,9 +54,8 @@ READS = {
 UPLOADS_IN_SCHEDULE = {
     # Of pixels that are on the device already, micro-batch by micro-batch where they are encoded inline.
     "schedule megatron_deepstack/model/vision/vit.py:normalise": 4,
-    # Made once for each length of sequence that occurs, and kept; each of four micro-batches may have its own.
-    "schedule megatron/core/models/common/embeddings/rotary_pos_embedding.py:get_emb": 4,
-    "schedule megatron/core/models/common/embeddings/rope_utils.py:get_pos_emb_on_this_cp_rank": 4,
+    # Made once for each power of 2 that a length of sequence needs, and kept.
+    "schedule megatron/core/models/common/embeddings/rotary_pos_embedding.py:get_emb": 2,
 }
 
 

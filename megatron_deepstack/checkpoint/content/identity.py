@@ -14,7 +14,7 @@ from typing import Any
 from megatron_deepstack.checkpoint.folder import Manifest
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.renamed import saved_model_with_present_names
-from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.errors import CheckpointError
 
@@ -124,9 +124,21 @@ def _require_none(path: Path, found: list[str]) -> None:
 
 
 def _with_present_names(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A checkpoint of an earlier release may use earlier names of fields."""
+    """A checkpoint of an earlier release may use earlier names of fields, and lacks fields that did not exist then.
+
+    A new field's default leaves everything as it was, so that is what such a checkpoint was made with.
+    """
     model = saved.get("model")
-    return {**saved, "model": saved_model_with_present_names(model)} if isinstance(model, Mapping) else saved
+    if not isinstance(model, Mapping):
+        return saved
+    return {**saved, "model": _filled(saved_model_with_present_names(model), _plain(asdict(ModelConfig())))}
+
+
+def _filled(saved: Any, defaults: Any) -> Any:
+    """`saved` with the defaults of the fields that it lacks, at any depth."""
+    if not isinstance(saved, Mapping) or not isinstance(defaults, Mapping):
+        return saved
+    return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in saved.items()}}
 
 
 def _in_words(name: str, saved: Any, ours: Any) -> str:

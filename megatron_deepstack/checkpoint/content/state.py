@@ -97,10 +97,12 @@ def allocate_states(optimizer: ChainedOptimizer) -> None:
 
 def _allocate_torch_adam(inner: torch.optim.Adam) -> None:
     """torch's Adam, which runs where neither Apex nor Transformer Engine is."""
-    for parameter in (p for group in inner.param_groups for p in group["params"]):
-        if not inner.state[parameter]:
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            inner.state[parameter] = {"step": torch.zeros(()), **zeros}
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                counter = torch.zeros((), device=parameter.device if group["fused"] else None)
+                inner.state[parameter] = {"step": counter, **zeros}
 
 
 def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
@@ -165,9 +167,14 @@ def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
     for number, chunk in enumerate(model.chunks):
         with _pickles_allowed() if keeps_extra_states(model) else nullcontext():
             chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
-    model.encoder.load_state_dict(weights["encoder"])
+    missing, unexpected = model.encoder.load_state_dict(weights["encoder"], strict=False)
+    lost = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+    assert not lost, f"a checkpoint's encoder lacks {lost}"
+    assert not unexpected, f"a checkpoint's encoder has {unexpected}, which this one lacks"
 
 
+_EXTRA_STATE = "._extra_state"
+"""End of the names of Transformer Engine's own states, which the tower's layers do not need: they never use FP8."""
 _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 

@@ -17,6 +17,7 @@ from megatron_deepstack.config.schema.model import (
 )
 from megatron_deepstack.config.schema.operation import CheckpointConfig, HealthConfig, LaunchConfig, LoggingConfig
 from megatron_deepstack.config.schema.recipe import Recipe
+from megatron_deepstack.config.schema.speed import SpeedConfig
 from megatron_deepstack.config.schema.training import OptimizerConfig, ParallelConfig, TrainConfig
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "ParallelConfig",
     "QFormerConfig",
     "Recipe",
+    "SpeedConfig",
     "StackConfig",
     "TrainConfig",
     "VisionConfig",

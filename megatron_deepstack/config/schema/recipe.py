@@ -9,6 +9,7 @@ from megatron_deepstack.config.constraints import NotBlank, PathKind
 from megatron_deepstack.config.schema.data import DataConfig
 from megatron_deepstack.config.schema.model import LoraConfig, ModelConfig
 from megatron_deepstack.config.schema.operation import CheckpointConfig, HealthConfig, LaunchConfig, LoggingConfig
+from megatron_deepstack.config.schema.speed import SpeedConfig
 from megatron_deepstack.config.schema.training import OptimizerConfig, ParallelConfig, TrainConfig
 
 
@@ -27,6 +28,8 @@ class Recipe:
     """The data that it learns from."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The layout of the model over ranks."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """Fusions and overlaps."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer, AdamW, and its learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)

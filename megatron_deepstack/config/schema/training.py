@@ -14,6 +14,7 @@ from megatron_deepstack.config.choices import (
     Precision,
     Recompute,
     RecomputeMethod,
+    RecomputeModule,
 )
 from megatron_deepstack.config.constraints import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, PathKind, Unit
 
@@ -44,6 +45,9 @@ class ParallelConfig:
     encoder_chunk_views: Annotated[int, NOT_NEGATIVE, Unit("views")] = 0
     """Number of views whose ViT activations are kept at a time when the ViT is trained; the others are computed again
     in the backward pass. 0 keeps all."""
+    encoder_memory_gib: Annotated[float, NOT_NEGATIVE, Unit("GiB")] = 0.0
+    """Memory of each rank for ViT activations when the ViT is trained. It takes the place of `encoder_chunk_views`: as
+    many views are kept at a time as fit into it. 0 sets no bound."""
     distributed_optimizer: bool = False
     """Split the optimizer's states over data-parallel ranks (ZeRO-1), instead of a copy on each of them."""
     overlap_grad_reduce: bool = True
@@ -58,6 +62,9 @@ class ParallelConfig:
     first layers of each chunk."""
     recompute_num_layers: Annotated[int, POSITIVE, Unit("layers")] = 1
     """Layers of each group under `uniform`, or recomputed layers of each chunk under `block`."""
+    recompute_modules: tuple[RecomputeModule, ...] = (RecomputeModule.CORE_ATTENTION,)
+    """Parts of each layer that `recompute: selective` computes again: `core_attn`, which saves nothing where attention
+    is one fused kernel; `mlp`, which saves most of a layer's activations for about half of its forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

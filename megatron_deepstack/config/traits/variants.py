@@ -76,7 +76,8 @@ class VariantTraits:
     stacked_part: StackedPart = StackedPart.DECODER
     """Where stacks are added. It has no meaning if there are no stacks."""
     is_llava: bool = False
-    """True if transformers' LlavaForConditionalGeneration computes the same, so that an export can use its names."""
+    """True if transformers' own LlavaForConditionalGeneration computes the same. An export is then one; for other
+    variants it brings its own code."""
     whole_model: str | None = None
     """`model_type` of the model of transformers whose mathematics this is as a whole, such as `qwen3_vl`; None for the
     variants of the paper."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Batching, Unreadable
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.order.mixture import Mixture, Samples, sizes_of
 from megatron_deepstack.data.order.sampler import Indices
@@ -180,7 +181,7 @@ class StepReader:
         return PlannedSamples(
             plan=plan,
             samples=samples,
-            num_tokens=sum(row.planned.sequence.length for batch in rows for row in batch if row.members),
+            num_tokens=sum(row.planned.sequence.num_tokens for batch in rows for row in batch if row.members),
             num_images=sum(len(row.images) for batch in rows for row in batch),
             balance=dealt.balance,
             rows=tuple(tuple(_Places.of(row) for row in batch) for batch in rows),
@@ -223,10 +224,12 @@ class StepReader:
 
     def _row(self, indices: Sequence[int]) -> _Row:
         """One row of some samples; a filler if there are none."""
+        packed = self.train.batching is Batching.PACKED
+        least = sample_multiple(self.parallel) if packed else 1
         if not indices:
-            return _Row(filler())
+            return _Row(filler(least))
         read = [self._read(index) for index in indices]
-        return read[0] if len(read) == 1 else _merge(read)
+        return _merge(read, least) if packed else read[0]
 
     def _read(self, index: int) -> _Row:
         images = self.store.sample_images(index)
@@ -265,10 +268,10 @@ class StepReader:
         return tuple(found.values())
 
 
-def _merge(samples: Sequence[_Row]) -> _Row:
-    """Join samples into one packed row."""
+def _merge(samples: Sequence[_Row], multiple: int) -> _Row:
+    """Join samples into one packed row, each padded to a multiple of tokens."""
     return _Row(
-        planned=merge([one.planned for one in samples]),
+        planned=merge([one.planned for one in samples], multiple),
         images=tuple(image for one in samples for image in one.images),
         members=tuple(index for one in samples for index in one.members),
         image_members=tuple(member for member, one in enumerate(samples) for _ in one.images),

@@ -30,13 +30,13 @@ from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
-_V1_SYSTEM: Final = (
+V1_SYSTEM: Final = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-_V1_QUESTION: Final = "USER: "
-_V1_ANSWER: Final = " ASSISTANT:"
-_CHATS: Final[dict[Template, ChatFormat]] = {
+V1_QUESTION: Final = "USER: "
+V1_ANSWER: Final = " ASSISTANT:"
+CHATS: Final[dict[Template, ChatFormat]] = {
     Template.LLAMA_3: LLAMA_3,
     Template.QWEN: QWEN,
     Template.QWEN3_VL: QWEN3_VL,
@@ -54,7 +54,7 @@ def known_template(name: Template | str) -> Template:
 
 def writes_tools(template: Template) -> bool:
     """Whether a template writes tools, calls of them and their responses."""
-    return template in _CHATS and _CHATS[template].writes_tools
+    return template in CHATS and CHATS[template].writes_tools
 
 
 def encode_conversation(
@@ -113,7 +113,7 @@ def encode_prompt(
     """
     known, count = known_template(template), question.count(IMAGE_TOKEN)
     if num_images is not None and count == 0:
-        gap = _CHATS[known].after_image if known in _CHATS else "\n"
+        gap = CHATS[known].after_image if known in CHATS else "\n"
         question, count = f"{IMAGE_TOKEN}{gap}" * num_images + question, num_images
     if num_images is not None and count != num_images:
         raise DataError(f"the question {question!r} holds {count} {IMAGE_TOKEN}, but there are {num_images} images")
@@ -123,10 +123,10 @@ def encode_prompt(
     if known is Template.PLAIN:
         tokens = [*_begin(known, tokenizer), *[IMAGE_TOKEN_ID] * count]
     elif known is Template.V1:
-        text = f"{_V1_SYSTEM} {_V1_QUESTION}{image_first(question)}{_V1_ANSWER}"
+        text = f"{V1_SYSTEM} {V1_QUESTION}{image_first(question)}{V1_ANSWER}"
         tokens = [*_begin(known, tokenizer), *encode_text(text, tokenizer)]
     else:
-        tokens = [*_begin(known, tokenizer), *_CHATS[known].prompt(question, tokenizer)]
+        tokens = [*_begin(known, tokenizer), *CHATS[known].prompt(question, tokenizer)]
     return np.array(tokens, dtype=np.int32)
 
 
@@ -135,17 +135,17 @@ def _next_question(question: str, template: Template, tokenizer: Tokenizer) -> l
     if template is Template.PLAIN:
         raise DataError("template plain writes captions only, so a question cannot follow an answer")
     if template is Template.V1:
-        return encode_text(f"{_V1_QUESTION}{image_first(question)}{_V1_ANSWER}", tokenizer)
-    return _CHATS[template].question(question, tokenizer)
+        return encode_text(f"{V1_QUESTION}{image_first(question)}{V1_ANSWER}", tokenizer)
+    return CHATS[template].question(question, tokenizer)
 
 
 def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Tokenizer) -> str:
     """The question in a prompt: the last human turn. It is empty for a caption, which has no question."""
     known = known_template(template)
-    if known in _CHATS:
-        return _CHATS[known].question_in(prompt, tokenizer)
-    _, _, turn = tokenizer.decode(prompt).rpartition(_V1_QUESTION.strip())
-    return turn.rpartition(_V1_ANSWER.strip())[0].strip() if _V1_ANSWER.strip() in turn else ""
+    if known in CHATS:
+        return CHATS[known].question_in(prompt, tokenizer)
+    _, _, turn = tokenizer.decode(prompt).rpartition(V1_QUESTION.strip())
+    return turn.rpartition(V1_ANSWER.strip())[0].strip() if V1_ANSWER.strip() in turn else ""
 
 
 def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
     Raises DataError if the tokenizer lacks the template's end token.
     """
     known = known_template(template)
-    ends = [_CHATS[known].end_id(tokenizer)] if known in _CHATS else [_end(known, tokenizer)]
+    ends = [CHATS[known].end_id(tokenizer)] if known in CHATS else [_end(known, tokenizer)]
     return tuple(dict.fromkeys([*ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]))
 
 
@@ -183,8 +183,8 @@ def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> l
     if template is Template.PLAIN:
         return begin + _write_plain(turns, tokenizer)
     if template is Template.V1:
-        return begin + _write_v1(rounds_of(turns), system_of(turns) or _V1_SYSTEM, tokenizer)
-    return begin + _CHATS[template].write(rounds_of(turns), tokenizer, system=system_of(turns))
+        return begin + _write_v1(rounds_of(turns), system_of(turns) or V1_SYSTEM, tokenizer)
+    return begin + CHATS[template].write(rounds_of(turns), tokenizer, system=system_of(turns))
 
 
 def _begin(template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -220,7 +220,7 @@ def _write_v1(rounds: Sequence[Turn], system: str, tokenizer: Tokenizer) -> list
     spans: list[TokenRun] = []
     for number in range(0, len(rounds), 2):
         before, answer = (f"{system} " if number == 0 else ""), rounds[number + 1]
-        question = f"{before}{_V1_QUESTION}{image_first(rounds[number].text)}{_V1_ANSWER}"
+        question = f"{before}{V1_QUESTION}{image_first(rounds[number].text)}{V1_ANSWER}"
         asked, said = _question_and_answer(question, image_first(answer.text), tokenizer)
         spans += [TokenRun(asked, False), TokenRun(said, answer.learned)]
     return spans

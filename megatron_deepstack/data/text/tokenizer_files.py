@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
 from megatron_deepstack.data.location import Location
@@ -14,6 +15,9 @@ from megatron_deepstack.data.text.tokenizer import (
     Tokenizer,
 )
 from megatron_deepstack.errors import DataError
+
+TOKENIZER_FILES: Final = (SENTENCEPIECE_FILE, TOKENIZER_FILE)
+"""Files that are a tokenizer; of a folder with both, the SentencePiece model is the one that the other was made of."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -9,6 +9,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -188,7 +189,8 @@ def converse(recipe: Recipe, preparation: Preparation, manner: Manner, talk: Cal
         except BaseException as error:
             failures.append(error)
         finally:
-            ours.send(None)
+            with suppress(OSError):  # ranks that were stopped do not listen any more
+                ours.send(None)
 
     threading.Thread(target=run, daemon=True).start()
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline

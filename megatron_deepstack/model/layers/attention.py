@@ -1,8 +1,9 @@
 """Core attention on torch's fused `scaled_dot_product_attention`, for machines without Transformer Engine.
 
 Causal for the decoder, full for the ViT; no mask tensor is ever made. Right padding needs none under a causal mask.
-With context parallelism keys and values are gathered over cp and queries keep their global positions, a reference
-implementation: Transformer Engine's ring attention is what runs on GPUs.
+With context parallelism keys and values are gathered over cp, and each of the two pieces of queries that a rank holds
+of a sample attends to the keys up to its own end. This is a reference implementation: on GPUs runs Transformer
+Engine's ring attention.
 
 Legend: S local sequence, B micro-batch, A query heads of this tp rank, G key/value heads, D head width.
 """
@@ -21,7 +22,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.model.layers.key_value_cache import CachedStep, attend_to_cache, score_scale
-from megatron_deepstack.parallel.context import gather_sequence, local_positions
+from megatron_deepstack.parallel.context import gather_sequence, pieces
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Packs(PackedSeqParams):
         """Packs of one row.
 
         Args:
-            ends: Where its samples end; the last end is the row's length.
+            ends: Where its samples end in the whole row, whatever part of it a cp rank holds; the last is its length.
             bounds: int32 (samples + 1,) on the device: 0, and `ends`.
 
         Returns:
@@ -46,6 +47,10 @@ class Packs(PackedSeqParams):
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
+            # Ring attention asks for these too. The same tensor says that nothing lies between samples: what pads a
+            # sample counts as a part of it.
+            cu_seqlens_q_padded=bounds,
+            cu_seqlens_kv_padded=bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             ends=ends,
@@ -104,36 +109,36 @@ class FusedCoreAttention(torch.nn.Module):
                 cp_group=self.cp_group,
             )
         if packed_seq_params is not None:
-            return self._attend_packs(query, key, value, packed_seq_params)
-        mask = None
+            ends = packed_seq_params.ends
+        else:
+            ends = (query.shape[0] if self.cp_group is None else query.shape[0] * self.cp_group.size(),)
         if self.cp_group is not None:
-            key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
-            mask = self._causal_mask(query.shape[0], key)
-        q_BASD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_BASD = F.scaled_dot_product_attention(
-            q_BASD,
-            k_BGSD,
-            v_BGSD,
+            key, value = (gather_sequence(x, self.cp_group, ends) for x in (key, value))
+            ranges = pieces(ends, self.cp_group.size(), self.cp_group.rank())
+        else:
+            ranges = list(pairwise((0, *ends)))
+        begins = dict(zip(ends, (0, *ends), strict=False))
+        parts, taken = [], 0
+        for begin, end in ranges:
+            first = begins[next(bound for bound in ends if bound >= end)]
+            parts.append(self._attend(query[taken : taken + end - begin], key[first:end], value[first:end]))
+            taken += end - begin
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of the last positions of a sample: (Q, B, A, D) with (K, B, G, D) to (Q, B, A * D); K >= Q."""
+        q_BAQD, k_BGKD, v_BGKD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask, same = None, query.shape[0] == key.shape[0]
+        if self.causal and not same:
+            mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=query.device)
+            mask = mask.tril(key.shape[0] - query.shape[0])
+        out_BAQD = F.scaled_dot_product_attention(
+            q_BAQD,
+            k_BGKD,
+            v_BGKD,
             attn_mask=mask,
-            is_causal=self.causal and mask is None,
+            is_causal=self.causal and same,
             scale=self.scale,
-            enable_gqa=q_BASD.shape[1] != k_BGSD.shape[1],
+            enable_gqa=q_BAQD.shape[1] != k_BGKD.shape[1],
         )
-        return out_BASD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
-
-    def _attend_packs(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packs: Packs) -> torch.Tensor:
-        """Sample by sample, so that no mask is needed and nothing is computed that a mask would discard."""
-        parts = []
-        for begin, end in pairwise((0, *packs.ends)):
-            q, k, v = (x[begin:end, 0].transpose(0, 1)[None] for x in (query, key, value))
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=self.causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            parts.append(out[0].transpose(0, 1).flatten(1))
-        return torch.cat(parts)[:, None]
-
-    def _causal_mask(self, length: int, key: torch.Tensor) -> torch.Tensor:
-        """(S, S * cp) boolean: this rank's query positions against all keys in global order."""
-        assert self.cp_group is not None
-        positions = local_positions(length, self.cp_group, key.device)
-        return positions[:, None] >= torch.arange(key.shape[0], device=key.device)[None, :]
+        return out_BAQD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

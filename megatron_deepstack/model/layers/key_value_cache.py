@@ -102,7 +102,7 @@ class CachedStep(PackedSeqParams):
             The step, on the device of `wanted`.
         """
         device = wanted.device
-        offsets_S = zigzag(width, cp[0], cp[1], device)
+        offsets_S = torch.from_numpy(zigzag((width,), cp[0], cp[1])).to(device)
         ragged = len(set(starts)) > 1
         firsts = torch.tensor(starts if ragged else starts[:1], device=device)
         positions_SB = offsets_S[:, None] + firsts[None, :]

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Activation, Fp8Scaling, Precision, Recompute
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
+from megatron_deepstack.model.layers.activation import ACTIVATIONS, identity
 from megatron_deepstack.model.layers.fp8 import fp8_settings
+from megatron_deepstack.model.layers.speed import PLAIN, Speed
 from megatron_deepstack.planning.slots import layers_per_chunk
 from megatron_deepstack.platform.compute.device import has_gpu
 
-
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP8: torch.bfloat16}
-ACTIVATIONS = {
-    Activation.QUICK_GELU: _quick_gelu,
-    Activation.GELU: F.gelu,
-    Activation.GELU_TANH: _gelu_tanh,
-    Activation.SILU: F.silu,
-}
 
 
 def decoder_config(
@@ -37,8 +26,9 @@ def decoder_config(
     parallel: ParallelConfig,
     precision: Precision,
     fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE,
+    speed: Speed = PLAIN,
 ) -> TransformerConfig:
-    """TransformerConfig of the decoder under a layout."""
+    """TransformerConfig of the decoder under a layout, with the fusions and overlaps of `speed`."""
     full = parallel.recompute is Recompute.FULL
     family = family_of(language)
     return TransformerConfig(
@@ -65,22 +55,67 @@ def decoder_config(
         recompute_granularity=None if parallel.recompute is Recompute.NONE else parallel.recompute.value,
         recompute_method=parallel.recompute_method.value if full else None,
         recompute_num_layers=parallel.recompute_num_layers if full else None,
+        recompute_modules=[module.value for module in parallel.recompute_modules],
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        # gloo reads a tensor after the call that sends it, so an overlapped send must find it where it was.
+        deallocate_pipeline_outputs=parallel.pipeline > 1 and (has_gpu() or not speed.overlap_p2p),
+        # Megatron's fused GELU is the approximation with tanh, so only gated SiLU is left to it.
+        bias_activation_fusion=speed.activation_fusion and family.activation is Activation.SILU,
+        apply_rope_fusion=speed.rope_fusion,
+        gradient_accumulation_fusion=speed.gradient_accumulation_fusion,
+        cross_entropy_loss_fusion=speed.cross_entropy_fusion,
+        cross_entropy_fusion_impl="native",
+        overlap_p2p_comm=speed.overlap_p2p,
+        batch_p2p_comm=has_gpu() and not speed.overlap_p2p,
+        batch_p2p_sync=speed.synchronize_p2p,
         **fp8_settings(precision, fp8_scaling),
         **_common(precision),
     )
 
 
-def vision_config(vision: VisionConfig, precision: Precision) -> TransformerConfig:
-    """TransformerConfig of the ViT: not parallel, every rank holds all of it."""
-    return TransformerConfig(
+def without_gradient_accumulation(config: TransformerConfig) -> TransformerConfig:
+    """The same for Megatron's own linears, which could accumulate gradients only with Apex.
+
+    Args:
+        config: The decoder's config, which is not changed.
+
+    Returns:
+        A copy; it shares everything else.
+    """
+    own = copy.copy(config)
+    own.gradient_accumulation_fusion = False
+    return own
+
+
+@dataclass
+class TowerConfig(TransformerConfig):
+    """Megatron's config of a vision tower, and how its layers are built; see `specs.vit_layer`."""
+
+    engine_layers: bool = False
+    """Whether they are Transformer Engine's."""
+    fused_activation: Activation | None = None
+    """The activation, where the MLP's first linear may apply it; `activation_func` is the same activation alone."""
+
+    def for_layers(self) -> TransformerConfig:
+        """The config for layers whose first linear applies the activation, which the MLP then must not; or this one."""
+        if self.fused_activation is None:
+            return self
+        own = copy.copy(self)
+        own.activation_func = identity
+        return own
+
+
+def vision_config(vision: VisionConfig, precision: Precision, speed: Speed = PLAIN) -> TowerConfig:
+    """Megatron's config of the ViT: not parallel, every rank holds all of it."""
+    return TowerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_heads,
         layernorm_epsilon=vision.layernorm_epsilon,
         activation_func=ACTIVATIONS[vision.activation],
+        engine_layers=speed.vision_engine,
+        fused_activation=vision.activation if speed.activation_fusion else None,
         add_bias_linear=True,
         normalization="LayerNorm",
         calculate_per_token_loss=True,
@@ -98,13 +133,9 @@ def _common(precision: Precision) -> dict[str, object]:
         "attention_dropout": 0.0,
         "perform_initialization": False,
         "use_cpu_initialization": False,
-        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
-        "batch_p2p_comm": has_gpu(),
     }
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import LanguageConfig
 from megatron_deepstack.config.sizes import head_width
+from megatron_deepstack.parallel.context import own_part
 from megatron_deepstack.platform.compute.device import local_device
 
 
@@ -83,17 +85,19 @@ def axis_of_frequency(num_frequencies: int, section: tuple[int, int, int]) -> to
     return torch.where(numbers < limits[axis], axis, 0)
 
 
-def restarted(angles: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
+def restarted(angles: torch.Tensor, ends: tuple[int, ...], group: dist.ProcessGroup) -> torch.Tensor:
     """Angles of a packed row, whose positions begin at 0 with each sample.
 
     Args:
-        angles: (S, 1, 1, D) of positions 0 to S - 1.
+        angles: (S, 1, 1, D) of positions 0 to S - 1 of the whole row.
         ends: Where the samples end in the row; the last end is S.
+        group: The context-parallel group, whose ranks share each sample.
 
     Returns:
-        (S, 1, 1, D), made without asking the device for anything.
+        (S of this cp rank, 1, 1, D), made without asking the device for anything.
     """
-    return torch.cat([angles[: end - begin] for begin, end in pairwise((0, *ends))])
+    row = torch.cat([angles[: end - begin] for begin, end in pairwise((0, *ends))])
+    return own_part(row, ends, group) if group.size() > 1 else row
 
 
 def angles_at(rotary: RotaryEmbedding, positions: torch.Tensor, capacity: int) -> torch.Tensor:

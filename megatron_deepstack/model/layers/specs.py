@@ -21,9 +21,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_deepstack.config.choices import Layers, LoraTarget
+from megatron_deepstack.config.choices import Activation, Layers, LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model.layers.activation import activated
 from megatron_deepstack.model.layers.attention import FusedCoreAttention
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
@@ -67,11 +68,19 @@ def decoder_block(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_final_norm() if engine else Norm)
 
 
-def vit_layer() -> ModuleSpec:
-    """Spec of a ViT layer: bidirectional attention, LayerNorm, biases."""
-    return ModuleSpec(
-        module=TransformerLayer, submodules=_submodules(_LOCAL, AttnMaskType.no_mask, False, LoraConfig())
-    )
+def vit_layer(*, engine: bool = False, activation: Activation | None = None) -> ModuleSpec:
+    """Spec of a ViT layer: bidirectional attention, LayerNorm, biases.
+
+    Args:
+        engine: Whether Transformer Engine's layers are built; they have the same parameters under the same names.
+        activation: Applied by the MLP's first linear, see `activation.activated`; None leaves it to the MLP.
+
+    Returns:
+        The spec.
+    """
+    classes = _engine_classes() if engine else _LOCAL
+    submodules = _submodules(classes, AttnMaskType.no_mask, False, LoraConfig(), activation)
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
 def respect_no_grad(block: TransformerBlock) -> None:
@@ -93,7 +102,20 @@ class _Classes:
 _LOCAL = _Classes(norm=Norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=FusedCoreAttention)
 
 
-def _submodules(classes: _Classes, mask: AttnMaskType, qk_norm: bool, lora: LoraConfig) -> TransformerLayerSubmodules:
+def _engine_classes() -> _Classes:
+    from megatron.core.extensions import transformer_engine as engine
+
+    return _Classes(
+        norm=engine.TENorm,
+        column=engine.TEColumnParallelLinear,
+        row=engine.TERowParallelLinear,
+        attention=engine.TEDotProductAttention,
+    )
+
+
+def _submodules(
+    classes: _Classes, mask: AttnMaskType, qk_norm: bool, lora: LoraConfig, activation: Activation | None = None
+) -> TransformerLayerSubmodules:
     head_norm = classes.norm if qk_norm else IdentityOp
     return TransformerLayerSubmodules(
         input_layernorm=classes.norm,
@@ -112,7 +134,7 @@ def _submodules(classes: _Classes, mask: AttnMaskType, qk_norm: bool, lora: Lora
         pre_mlp_layernorm=classes.norm,
         mlp=_mlp(
             MLPSubmodules(
-                linear_fc1=adapted(classes.column, LoraTarget.MLP_IN, lora),
+                linear_fc1=activated(adapted(classes.column, LoraTarget.MLP_IN, lora), activation),
                 linear_fc2=adapted(classes.row, LoraTarget.MLP_OUT, lora),
             )
         ),
@@ -130,14 +152,8 @@ def _mlp(submodules: MLPSubmodules) -> object:
 def _engine_submodules(language: LanguageConfig, lora: LoraConfig) -> TransformerLayerSubmodules:
     """Megatron's own, which fuse norm and linear; with adapters apart, since A wants what the linear sees."""
     if lora.rank:
-        from megatron.core.extensions import transformer_engine as engine
-
-        classes = _Classes(
-            norm=engine.TENorm,
-            column=engine.TEColumnParallelLinear,
-            row=engine.TERowParallelLinear,
-            attention=with_cache(engine.TEDotProductAttention),
-        )
+        classes = _engine_classes()
+        classes = replace(classes, attention=with_cache(classes.attention))
         return _submodules(classes, AttnMaskType.causal, language.qk_norm, lora)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

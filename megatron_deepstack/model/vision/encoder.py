@@ -15,6 +15,7 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.model.layers.megatron_config import vision_config
+from megatron_deepstack.model.layers.speed import PLAIN, Speed
 from megatron_deepstack.model.vision.native import Mergers
 from megatron_deepstack.model.vision.qformer import QFormers
 from megatron_deepstack.model.vision.tower import build_tower
@@ -52,9 +53,11 @@ def build_projector(model: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
 class VisualEncoder(MegatronModule):
     """Pixels to rows; replicated on every rank."""
 
-    def __init__(self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection, speed: Speed = PLAIN
+    ) -> None:
         """`groups` is the encoder's view of the world: data-parallel over everything."""
-        config = vision_config(model.vision, precision)
+        config = vision_config(model.vision, precision, speed)
         super().__init__(config=config)
         stacks = None
         if model.variant.traits.stacks_in_vit:

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.layers.megatron_config import TowerConfig
 from megatron_deepstack.model.vision.native import NativeTower
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.model.vision.vit import VisionTransformer, VitStacks
@@ -56,7 +57,7 @@ class Tower(Protocol):
         ...
 
 
-TowerBuilder = Callable[[TransformerConfig, ModelConfig, ProcessGroupCollection, VitStacks | None], Any]
+TowerBuilder = Callable[[TowerConfig, ModelConfig, ProcessGroupCollection, VitStacks | None], Any]
 """(Megatron's config of the tower, the recipe's model, the encoder's groups, its own stacks) to a Tower."""
 
 _builders: dict[str, TowerBuilder] = {}
@@ -68,7 +69,7 @@ def register_tower_module(kind: str, builder: TowerBuilder) -> None:
 
 
 def build_tower(
-    config: TransformerConfig, model: ModelConfig, groups: ProcessGroupCollection, stacks: VitStacks | None
+    config: TowerConfig, model: ModelConfig, groups: ProcessGroupCollection, stacks: VitStacks | None
 ) -> Any:
     """The recipe's tower, uninitialised. Not collective.
 

@@ -15,11 +15,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_side, tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.layers.megatron_config import TowerConfig
 from megatron_deepstack.model.layers.specs import respect_no_grad, vit_layer
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.planning.exchange.samplers import sample_mosaic
@@ -42,7 +42,7 @@ class VisionTransformer(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: TowerConfig,
         model: ModelConfig,
         groups: ProcessGroupCollection,
         stacks: VitStacks | None,
@@ -72,7 +72,11 @@ class VisionTransformer(MegatronModule):
         self.pre_norm = self._norm(dtype) if traits.has_pre_norm else torch.nn.Identity()
         self.post_norm = self._norm(dtype) if traits.has_post_norm else torch.nn.Identity()
         self.decoder = TransformerBlock(
-            config=config, spec=vit_layer(), pre_process=True, post_process=False, pg_collection=groups
+            config=config.for_layers(),
+            spec=vit_layer(engine=config.engine_layers, activation=config.fused_activation),
+            pre_process=True,
+            post_process=False,
+            pg_collection=groups,
         )
         respect_no_grad(self.decoder)
         if stacks is not None:

@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, TrainConfig
+from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.planning.batch.packer import pack
+from megatron_deepstack.planning.batch.packing import padded_sample_length
 from megatron_deepstack.planning.batch.sequence import padded_lengths
 from megatron_deepstack.planning.budget.cost import decoder_flops
 
@@ -82,8 +84,9 @@ def deal(
     tokens, cost = lengths.tolist(), decoder_flops(language, lengths.astype(np.float64))
     if train.batching is Batching.PACKED:
         rounds = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        taken = _taken(tokens, parallel)
         batches: list[MicroBatch] = [
-            (tuple(row),) for row in pack(tokens, train.seq_length, max(num_replicas * rounds, 1))
+            (tuple(row),) for row in pack(taken, train.seq_length, max(num_replicas * rounds, 1))
         ]
         costs = np.array([cost[list(row)].sum() for (row,) in batches])
     else:
@@ -157,13 +160,18 @@ def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit:
             return
 
 
+def _taken(tokens: Sequence[int], parallel: ParallelConfig) -> list[int]:
+    """Return the positions that each sample takes in a pack."""
+    return [padded_sample_length(length, sample_multiple(parallel)) for length in tokens]
+
+
 def _padding(
     replicas: Sequence[Sequence[MicroBatch]], tokens: Sequence[int], parallel: ParallelConfig, train: TrainConfig
 ) -> float:
     """Return the share of positions that hold no sample."""
-    positions = 0
+    positions, taken = 0, _taken(tokens, parallel) if train.batching is Batching.PACKED else tokens
     for batches in replicas:
-        rows = [[sum(tokens[one] for one in row) or 1 for row in batch] for batch in batches]
+        rows = [[sum(taken[one] for one in row) or 1 for row in batch] for batch in batches]
         padded = padded_lengths(rows, parallel, train.precision)
         positions += sum(len(batch) * length for batch, length in zip(batches, padded, strict=True))
     return 1 - sum(tokens) / positions if positions else 0.0

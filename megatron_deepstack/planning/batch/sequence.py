@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -50,11 +51,18 @@ class ExpandedSample:
     """The images in order of appearance."""
     ends: tuple[int, ...]
     """One past the last position of each sample: one number, or several in a pack."""
+    padding: tuple[int, ...] = ()
+    """Positions of padding at the end of each sample in a pack; empty if there are none."""
 
     @property
     def length(self) -> int:
         """Number of positions T, including visual tokens."""
         return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of positions without the padding of samples in a pack."""
+        return len(self.tokens) - sum(self.padding)
 
 
 def expand(
@@ -163,8 +171,9 @@ class Stretch:
 class SequenceShards:
     """How the ranks of a stage share a sequence.
 
-    Of 2 cp equal pieces, cp rank i holds the pieces i and 2 cp - 1 - i (zigzag). Under sequence parallelism, what each
-    cp rank holds is then split evenly over its tp ranks. Shards are numbered `cp * tp_shards + tp`.
+    Of 2 cp equal pieces, cp rank i holds the pieces i and 2 cp - 1 - i (zigzag). The samples of a pack are split so one
+    by one, and a rank holds its pieces of all of them, in the order of the samples. Under sequence parallelism, what
+    each cp rank holds is then split evenly over its tp ranks. Shards are numbered `cp * tp_shards + tp`.
     """
 
     seq_length: int
@@ -173,19 +182,24 @@ class SequenceShards:
     """Size of cp."""
     tp_shards: int
     """Size of tp under sequence parallelism; otherwise 1, and every tp rank holds all positions of its cp rank."""
+    ends: tuple[int, ...]
+    """Where the parts of the sequence end that are split by themselves: the samples of a pack, or all of it."""
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, seq_length: int) -> SequenceShards:
+    def of(cls, parallel: ParallelConfig, seq_length: int, ends: Sequence[int] = ()) -> SequenceShards:
         """Return the shards under a layout.
 
         Args:
             parallel: The layout.
             seq_length: S, a multiple of `sequence_multiple(parallel)`.
+            ends: Where the samples of a pack end, each a multiple of `sample_multiple(parallel)`, the last one being
+                `seq_length`; empty for a sequence that is no pack.
 
         Returns:
             The shards.
         """
-        return cls(seq_length, parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
+        tp_shards = parallel.tensor if parallel.sequence_parallel else 1
+        return cls(seq_length, parallel.context, tp_shards, tuple(ends) or (seq_length,))
 
     def stretches(self, cp: int, tp: int) -> tuple[Stretch, ...]:
         """Return the positions that one rank holds.
@@ -195,19 +209,21 @@ class SequenceShards:
             tp: Index on the tensor-parallel axis.
 
         Returns:
-            At most two stretches, in the order of the rank's shard, which is also that of the sequence.
+            At most two stretches of each part, in the order of the rank's shard, which is also that of the sequence.
         """
         shard_length = self.seq_length // self.context // self.tp_shards
         begin = tp * shard_length if self.tp_shards > 1 else 0
         if self.context == 1:
             return (Stretch(begin, begin + shard_length, 0),)
-        size = self.seq_length // (2 * self.context)
         found = []
-        for part, chunk in enumerate((cp, 2 * self.context - 1 - cp)):
-            first, stop = max(begin, part * size), min(begin + shard_length, (part + 1) * size)
-            if first < stop:
-                shift = (chunk - part) * size
-                found.append(Stretch(first + shift, stop + shift, first - begin))
+        for part_begin, part_end in pairwise((0, *self.ends)):
+            size = (part_end - part_begin) // (2 * self.context)
+            for number, chunk in enumerate((cp, 2 * self.context - 1 - cp)):
+                held = part_begin // self.context + number * size
+                first, stop = max(begin, held), min(begin + shard_length, held + size)
+                if first < stop:
+                    shift = part_begin + chunk * size - held
+                    found.append(Stretch(first + shift, stop + shift, first - begin))
         return tuple(found)
 
     def shard_of(self, position: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
@@ -219,7 +235,9 @@ class SequenceShards:
         """Return the cp rank of each position, and the position in what that rank holds."""
         if self.context == 1:
             return np.zeros_like(position), position
-        size = self.seq_length // (2 * self.context)
-        chunk, offset = np.divmod(position, size)
+        starts = np.array((0, *self.ends[:-1]))
+        part = np.searchsorted(self.ends, position, side="right")
+        size = (np.diff(self.ends, prepend=0) // (2 * self.context))[part]
+        chunk, offset = np.divmod(position - starts[part], size)
         rank = np.minimum(chunk, 2 * self.context - 1 - chunk)
-        return rank, np.where(chunk < self.context, offset, size + offset)
+        return rank, starts[part] // self.context + np.where(chunk < self.context, offset, size + offset)

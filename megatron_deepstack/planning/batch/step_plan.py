@@ -88,20 +88,23 @@ def plan_step(
     lengths = [[sample.sequence.length for sample in batch] for batch in micro_batches]
     seq_lengths = tuple(seq_lengths or padded_lengths(lengths, parallel, precision))
     padded = list(zip(micro_batches, seq_lengths, strict=True))
+    segments = tuple(_segments(batch, length) for batch, length in padded) if packed else None
     return StepPlan(
         seq_lengths=seq_lengths,
         tokens=tuple(_pad([s.sequence.tokens for s in batch], length, 0) for batch, length in padded),
         labels=tuple(_pad([s.sequence.labels for s in batch], length, IGNORE_INDEX) for batch, length in padded),
         positions=_positions(model, padded),
-        segments=tuple(_segments(batch, length) for batch, length in padded) if packed else None,
-        routes=plan_routes(model, parallel, micro_batches, seq_lengths, replica_rank),
+        segments=segments,
+        routes=plan_routes(model, parallel, micro_batches, seq_lengths, replica_rank, segments),
         lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
     )
 
 
 def _lengths(sample: PlannedSample) -> tuple[int, ...]:
-    """Return the number of tokens of each sample in a pack."""
-    return tuple(end - begin for begin, end in pairwise((0, *sample.sequence.ends)))
+    """Return the number of tokens of each sample in a pack, without padding."""
+    ends = sample.sequence.ends
+    padding = sample.sequence.padding or (0,) * len(ends)
+    return tuple(end - begin - more for (begin, end), more in zip(pairwise((0, *ends)), padding, strict=True))
 
 
 def _positions(

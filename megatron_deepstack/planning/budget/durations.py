@@ -17,6 +17,7 @@ from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision,
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.planning.budget.cost import projector_flops, vision_training_flops
+from megatron_deepstack.planning.budget.encoder_views import views_at_once
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
 from megatron_deepstack.planning.budget.memory import GRADIENT_BYTES
@@ -237,7 +238,7 @@ class Durations:
             backward += 2 * units * projector_flops(model)
         if Part.VISION in trainable:
             backward += 2 * units * vision_training_flops(model, ())
-            chunk = self.recipe.parallel.encoder_chunk_views
+            chunk = views_at_once(self.recipe.parallel, model.vision, self.element)
             backward += units * vision_training_flops(model, ()) * bool(chunk and chunk < units)
         traffic = units * tokens_per_view(model.vision) * 60 * model.vision.hidden_size * model.vision.num_layers
         moved = traffic * self.element / 4 / self.machine.memory_bandwidth

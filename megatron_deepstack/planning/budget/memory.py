@@ -15,10 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_deepstack.config.choices import EncoderPlacement, Layers, Part, Precision, Recompute, RecomputeMethod
+from megatron_deepstack.config.choices import (
+    EncoderPlacement,
+    Layers,
+    Part,
+    Precision,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+)
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import head_width, tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.budget.encoder_views import views_at_once
 from megatron_deepstack.planning.budget.linears import linear_sizes
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
 from megatron_deepstack.planning.budget.parameters import (
@@ -201,8 +210,12 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
     if Part.LANGUAGE not in recipe.train.trainable:  # frozen matrices need no inputs for their gradients
         values -= split * 2 * h + inner * f
     if parallel.recompute is Recompute.SELECTIVE:
-        values -= inner * (0 if fused else (copies - 1) * w)
-        scalars -= heads * inner * 4
+        if RecomputeModule.CORE_ATTENTION in parallel.recompute_modules:
+            values -= inner * (0 if fused else (copies - 1) * w)
+            scalars -= heads * inner * 4
+        if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
+            learns = Part.LANGUAGE in recipe.train.trainable
+            values -= inner * ((3 if fused else 5) - (not learns)) * f
     return int(values * element + rotary + scalars)
 
 
@@ -234,7 +247,7 @@ def _encoder(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     if Part.PROJECTOR in trainable or Part.VISION in trainable:
         kept += units * tokens * 2 * hidden
     if Part.VISION in trainable:
-        chunk = parallel.encoder_chunk_views
+        chunk = views_at_once(parallel, vision, element)
         alive = min(views, chunk) if chunk else views
         kept += alive * _view_elements(recipe.model)
     return int(kept * element + pixels)

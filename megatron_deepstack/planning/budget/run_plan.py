@@ -23,7 +23,7 @@ from megatron_deepstack.planning.budget.pipeline import BACKWARD, FORWARD, Pass,
 from megatron_deepstack.planning.check import check_world, find_plan_problems, model_ranks
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
-_SIMULATED_PASSES = 2000
+_SIMULATED_PASSES = 1000
 """Most passes that are simulated; the rest of a longer schedule is added at the rate of its slowest stage."""
 _EXPOSED = 0.1
 """Share of an overlapped reduction that does not hide: the last bucket."""
@@ -293,7 +293,7 @@ def _knobs(plan: RunPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]:
         yield "parallel.distributed_optimizer=true", _parallel(distributed_optimizer=True)
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         yield "parallel.sequence_parallel=true", _parallel(sequence_parallel=True)
-    if Part.VISION in recipe.train.trainable and not parallel.encoder_chunk_views:
+    if Part.VISION in recipe.train.trainable and not (parallel.encoder_chunk_views or parallel.encoder_memory_gib):
         yield "parallel.encoder_chunk_views=8", _parallel(encoder_chunk_views=8)
     if recipe.train.micro_batch_size > 1:
         yield "train.micro_batch_size=1", lambda one: replace(one, train=replace(one.train, micro_batch_size=1))

@@ -168,11 +168,11 @@ def receive(
     Returns:
         The rows, in the order of `blocks`.
     """
-    stretches = [shards.stretches(place.cp, place.tp) for shards in place.shards]
+    stretches = {one: one.stretches(place.cp, place.tp) for one in set(place.shards)}
     positions, sources, rows = [np.empty(0, np.int64)], [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
     counts: dict[tuple[int, int], int] = {}
     for image, block in blocks(images, slots):
-        kept, local = _own_cells(image, block, stretches[image.micro_batch])
+        kept, local = _own_cells(image, block, stretches[place.shards[image.micro_batch]])
         if not len(local):
             continue
         positions.append(local * image.batch_size + image.sample)

@@ -123,6 +123,7 @@ def plan_routes(
     micro_batches: Sequence[Sequence[PlannedSample]],
     seq_lengths: Sequence[int],
     rank: int,
+    segments: Sequence[tuple[int, ...]] | None = None,
 ) -> RankRoutes:
     """Plan one rank's side of the exchange of a step.
 
@@ -137,11 +138,12 @@ def plan_routes(
         seq_lengths: S of each micro-batch, the padded length of its samples, a multiple of
             `sequence_multiple(parallel)`.
         rank: Replica rank, `tp + tensor * (cp + context * pp)`.
+        segments: For each micro-batch the ends of the pack's samples, which cp splits one by one; None without packs.
 
     Returns:
         The rank's side. The function is pure, so the sides of all ranks fit together.
     """
-    place = _place(parallel, seq_lengths, rank)
+    place = _place(parallel, seq_lengths, segments, rank)
     images, dealt = _images(model, micro_batches, place)
     bounds, num_units, shapes = dealt.bounds, int(dealt.bounds[-1]), _shapes(images, micro_batches)
     inline = range(num_units if place.pp == 0 else 0)
@@ -186,7 +188,12 @@ def _imbalance(model: ModelConfig, images: Sequence[StepImage], shapes: Sequence
     return imbalance(costs, [range(image.first_unit, image.stop_unit) for image in images], bounds)
 
 
-def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> ReplicaPlace:
+def _place(
+    parallel: ParallelConfig,
+    seq_lengths: Sequence[int],
+    segments: Sequence[tuple[int, ...]] | None,
+    rank: int,
+) -> ReplicaPlace:
     rest, tp = divmod(rank, parallel.tensor)
     pp, cp = divmod(rest, parallel.context)
     return ReplicaPlace(
@@ -198,7 +205,10 @@ def _place(parallel: ParallelConfig, seq_lengths: Sequence[int], rank: int) -> R
         tensor=parallel.tensor,
         context=parallel.context,
         tp_shards=parallel.tensor if parallel.sequence_parallel else 1,
-        shards=tuple(SequenceShards.of(parallel, length) for length in seq_lengths),
+        shards=tuple(
+            SequenceShards.of(parallel, length, ends)
+            for length, ends in zip(seq_lengths, segments or [()] * len(seq_lengths), strict=True)
+        ),
         inline=parallel.encoder_placement is EncoderPlacement.INLINE,
         returns=parallel.sequence_parallel or tp == 0,
     )

@@ -21,11 +21,12 @@ from megatron_deepstack.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    SpeedConfig,
     StackConfig,
     VisionConfig,
 )
 from megatron_deepstack.config.sizes import tokens_per_view
-from megatron_deepstack.model.build import build_model, freeze
+from megatron_deepstack.model.build import AUTOMATIC, build_model, freeze
 from megatron_deepstack.model.weights import Shape, fill
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.batch.packing import merge
@@ -114,12 +115,14 @@ class Stage:
         *,
         recompute: Recompute = Recompute.NONE,
         precision: Precision = Precision.BF16,
+        speed: SpeedConfig = AUTOMATIC,
     ) -> None:
         """Build it and draw its weights on the device."""
         self.size, self.groups, self.precision = size, groups, precision
         self.model = ModelConfig(vision=size.vision, language=size.language, stacks=StackConfig(start=0), layers=layers)
         self.parallel = ParallelConfig(recompute=recompute)
-        rank_model = build_model(self.model, self.parallel, precision, groups, fp8_scaling=Fp8Scaling.TENSORWISE)
+        scaling = Fp8Scaling.TENSORWISE
+        rank_model = build_model(self.model, self.parallel, precision, groups, fp8_scaling=scaling, speed=speed)
         for chunk, rules in zip(rank_model.chunks, rank_model.chunk_rules, strict=True):
             fill(chunk, rules, draw_on_device, 0, 1)
         fill(rank_model.encoder, rank_model.encoder_rules, draw_on_device, 0, 1)

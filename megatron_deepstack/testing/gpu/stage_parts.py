@@ -1,8 +1,9 @@
-"""The 7B stage's steps, variant by variant: rows, stacks, packing, recomputation, FP8, and the optimizer."""
+"""The 7B stage's steps, variant by variant: rows, stacks, packing, fusions, recomputation, FP8, and the optimizer."""
 
 from __future__ import annotations
 
-from megatron_deepstack.config.choices import Layers, Precision, Recompute
+from megatron_deepstack.config.choices import Layers, Precision, Recompute, Switch
+from megatron_deepstack.config.schema import SpeedConfig
 from megatron_deepstack.platform.compute.measure import release_memory
 from megatron_deepstack.testing.gpu.engine import what_is_missing
 from megatron_deepstack.testing.gpu.report import Report, Settings
@@ -42,6 +43,8 @@ def _measure(settings: Settings, report: Report, layers: Layers) -> None:
         report.measured("optimizer step", ms=1000 * mean_seconds(stage.update, repeats=3, warm_up=1))
     del stage
     release_memory()
+    _without_fusions(settings, report, layers)
+    release_memory()
     name = f"rows of {longest}, full recomputation"
     with report.case(name):
         stage = Stage(groups, size, layers, recompute=Recompute.FULL)
@@ -53,3 +56,16 @@ def _measure(settings: Settings, report: Report, layers: Layers) -> None:
         with report.case(name):
             stage = Stage(groups, size, layers, precision=Precision.FP8)
             report.measured(name, **stage.speed(stage.plan(longest)).numbers(ceiling))
+
+
+def _without_fusions(settings: Settings, report: Report, layers: Layers) -> None:
+    """The same stage with all fusions switched off, padded and packed; the rows before had those that are `auto`."""
+    groups, size, ceiling = only_rank(settings), stage_size(tiny=settings.tiny), read_ceiling(settings)
+    length = size.seq_lengths[0]
+    with report.case("unfused stage"):
+        stage = Stage(groups, size, layers, speed=SpeedConfig(fusions=Switch.NEVER))
+        for name, packed in ((f"rows of {length}, unfused", False), (f"rows of {length}, packed, unfused", True)):
+            with report.case(name):
+                report.measured(name, **stage.speed(stage.plan(length, packed=packed)).numbers(ceiling))
+        with report.case("optimizer step, unfused"):
+            report.measured("optimizer step, unfused", ms=1000 * mean_seconds(stage.update, repeats=3, warm_up=1))

@@ -7,13 +7,16 @@ from functools import partial
 
 import torch
 
-from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.choices import Layers, Precision, Switch
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig, SpeedConfig
 from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.model.layers.speed import decide_speed
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.model.weights import encoder_rules, fill
+from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.cost import projector_flops, view_flops
+from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.platform.compute.device import has_gpu, local_device, max_memory_bytes
 from megatron_deepstack.platform.compute.measure import release_memory
 from megatron_deepstack.step.encode import EncoderPass
@@ -23,23 +26,45 @@ from megatron_deepstack.testing.gpu.timing import mean_seconds, only_rank, read_
 
 
 def run(settings: Settings, report: Report) -> None:
-    """CLIP ViT-L/336 with a projector to width 4096."""
+    """CLIP ViT-L/336 with a projector to width 4096: as a run would build it here, and then without fusions."""
     groups, size = only_rank(settings), stage_size(tiny=settings.tiny)
     model = ModelConfig(vision=size.vision, language=replace(size.language, num_layers=1))
-    encoder = VisualEncoder(model, Precision.BF16, groups.encoder).to(local_device())
-    fill(encoder, encoder_rules(encoder, model), draw_on_device, 0, 1)
-    measure = Measure(report, encoder, model, read_ceiling(settings))
+    measure = Measure(report, _encoder(model, groups, SpeedConfig()), model, read_ceiling(settings))
     frozen, learning, repeats = (3, 2, 1) if settings.tiny else (50, 25, 5)
-    encoder.requires_grad_(False)
+    measure.encoder.requires_grad_(False)
     measure.forward("tower and projector, frozen", _pixels(model, frozen), repeats)
     if has_gpu():
         measure.forward("the same, pixels in page-locked memory", _pixels(model, frozen).pin_memory(), repeats)
     measure.projector(frozen, repeats)
+    _let_learn(measure.encoder)
+    measure.learning(_pixels(model, learning), repeats)
+    plain = SpeedConfig(fusions=Switch.NEVER, vision_layers=Layers.LOCAL)
+    measure.encoder = _encoder(model, groups, plain)
+    measure.encoder.requires_grad_(False)
+    measure.forward("tower and projector, frozen, local layers unfused", _pixels(model, frozen), repeats)
+
+
+def _encoder(model: ModelConfig, groups: Groups, speed: SpeedConfig) -> VisualEncoder:
+    """An encoder with weights drawn on the device."""
+    decided = decide_speed(
+        speed,
+        capabilities(),
+        language=model.language,
+        parallel=ParallelConfig(),
+        precision=Precision.BF16,
+        layers=model.layers,
+        lora=LoraConfig(),
+    )
+    encoder = VisualEncoder(model, Precision.BF16, groups.encoder, decided).to(local_device())
+    fill(encoder, encoder_rules(encoder, model), draw_on_device, 0, 1)
+    return encoder
+
+
+def _let_learn(encoder: VisualEncoder) -> None:
     encoder.vit.requires_grad_(True)
     for layer in encoder.vit.unused_layers():
         layer.requires_grad_(False)
     encoder.projector.requires_grad_(True)
-    measure.learning(_pixels(model, learning), repeats)
 
 
 def _pixels(model: ModelConfig, views: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ The decoder's states belong to dp x cp, the encoder's to the whole world, since 
 differ in part (learning rate, weight decay) and in whether they decay at all: norms, biases and other vectors do not.
 Each trainable parameter is in exactly one group, which is checked (`groups`). Rates and decays come from the recipe in
 every step, never from a checkpoint, so a resumed run may change them. Transformer Engine's or Apex's fused AdamW is
-taken where it is installed: Megatron chooses it when it is imported.
+taken where it is installed: Megatron chooses it when it is imported. Otherwise it is PyTorch's, fused or not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -43,7 +43,9 @@ class Optimizer:
     def __init__(self, engine: Engine, config: OptimizerConfig, precision: Precision, num_steps: int) -> None:
         """Collective over all ranks."""
         self.config, self.num_steps = config, num_steps
-        megatron_config = _megatron_config(config, precision, engine.parallel.distributed_optimizer)
+        megatron_config = _megatron_config(
+            config, precision, engine.parallel.distributed_optimizer, engine.model.speed.overlap_param_gather
+        )
         parts = []
         if engine.decoder_ddp:
             parts.append(
@@ -60,6 +62,7 @@ class Optimizer:
                 )
             )
         self.chained = SkippingOptimizer([single for part in parts for single in part.chained_optimizers])
+        _fuse(self.chained, engine.model.speed.optimizer_fusion)
         check_cover(engine, self.chained)
         self.rates = Rates(config)
         self.groups: tuple[ParameterGroup, ...] = parameter_groups(engine, self.rates)
@@ -79,7 +82,20 @@ class Optimizer:
         return learning_rate(self.config, step, self.num_steps, self.rates.peak_lr(part))
 
 
-def _megatron_config(config: OptimizerConfig, precision: Precision, distributed: bool) -> MegatronOptimizerConfig:
+def _fuse(chained: ChainedOptimizer, fused: bool) -> None:
+    """Let PyTorch's AdamW, which is used where there is no fused one of other packages, update a group in one kernel.
+
+    Megatron builds it without the choice. Groups are asked for it in every step, and no state exists yet.
+    """
+    for single in chained.chained_optimizers:
+        if isinstance(single.optimizer, (torch.optim.AdamW, torch.optim.Adam)):
+            for group in single.optimizer.param_groups:
+                group["fused"] = fused
+
+
+def _megatron_config(
+    config: OptimizerConfig, precision: Precision, distributed: bool, gathers_later: bool
+) -> MegatronOptimizerConfig:
     """Rates are constants here: each step sets its own, and megatron-core 0.19 finds a checkpoint's groups by them."""
     low = precision is not Precision.FP32
     return MegatronOptimizerConfig(
@@ -94,6 +110,7 @@ def _megatron_config(config: OptimizerConfig, precision: Precision, distributed:
         bf16=low,
         params_dtype=torch.bfloat16 if low else torch.float32,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=gathers_later,
     )
 
 

@@ -53,6 +53,8 @@ def test_a_part_runs_here(rows: list[Row], name: str) -> None:
 def test_numbers_that_the_table_promises(rows: list[Row]) -> None:
     by_name = {(row.part, row.what): row.numbers for row in rows}
     stage = by_name["stage_local", "rows of 96"]
+    assert set(by_name["stage_local", "rows of 96, unfused"]) == set(stage)
+    assert set(by_name["stage_local", "rows of 96, packed, unfused"]) == set(stage)
     assert set(stage) == {"ms", "TFLOPs", "tokens_per_s", "peak_GB", "share_of_ceiling"}
     assert by_name["correctness", "padded, fp32"] == {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
     assert set(by_name["checkpoint", "save 2"]) == {

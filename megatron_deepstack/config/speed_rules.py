@@ -1,0 +1,92 @@
+"""What in a recipe stands against the settings of its section `speed`, whatever the machine.
+
+The check of recipes makes an error of it where a setting is demanded; `model.layers.speed` adds what the machine lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_deepstack.config.choices import GradientDtype, Precision, Switch
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, SpeedConfig
+
+FUSIONS = (
+    "activation_fusion",
+    "rope_fusion",
+    "gradient_accumulation_fusion",
+    "cross_entropy_fusion",
+    "optimizer_fusion",
+)
+"""Settings that follow `speed.fusions` where they are `auto`."""
+
+
+def switch_of(speed: SpeedConfig, name: str) -> Switch:
+    """Return how a setting is switched, `speed.fusions` taken into account.
+
+    Args:
+        speed: The section.
+        name: Name of a field that is a `Switch`.
+
+    Returns:
+        The field's value, or that of `fusions` where a fusion is `auto`.
+    """
+    switch: Switch = getattr(speed, name)
+    return speed.fusions if switch is Switch.AUTO and name in FUSIONS else switch
+
+
+def obstacles(
+    language: LanguageConfig, parallel: ParallelConfig, precision: Precision, lora: LoraConfig
+) -> dict[str, tuple[str, str]]:
+    """List what a recipe makes impossible.
+
+    Args:
+        language: The decoder.
+        parallel: The layout.
+        precision: Dtype of parameters and activations.
+        lora: Adapters of the decoder.
+
+    Returns:
+        By setting, the path of the field that stands against it, and why, as a clause.
+    """
+    found = {}
+    if language.mrope_section is not None:
+        reason = "the kernel takes one position for a token, and this decoder has three"
+        found["rope_fusion"] = "model.language.mrope_section", reason
+    if lora.rank:
+        found["gradient_accumulation_fusion"] = "lora.rank", "LoRA freezes the decoder's matrices"
+    if precision is Precision.FP32:
+        found["cross_entropy_fusion"] = "train.precision", "its gradients are bf16, and train.precision is fp32"
+    if parallel.virtual_pipeline == 1:
+        found["overlap_p2p"] = "parallel.virtual_pipeline", "a stage has one chunk (parallel.virtual_pipeline is 1)"
+    if not parallel.distributed_optimizer:
+        reason = "parameters are gathered only under parallel.distributed_optimizer"
+        found["overlap_param_gather"] = "parallel.distributed_optimizer", reason
+    elif not parallel.overlap_grad_reduce:
+        reason = "it needs the buckets of parallel.overlap_grad_reduce, which is false"
+        found["overlap_param_gather"] = "parallel.overlap_grad_reduce", reason
+    return found
+
+
+def violations(
+    speed: SpeedConfig, language: LanguageConfig, parallel: ParallelConfig, precision: Precision, lora: LoraConfig
+) -> Iterator[tuple[str, str]]:
+    """Yield what a recipe demands and makes impossible.
+
+    Args:
+        speed: The section.
+        language: The decoder.
+        parallel: The layout.
+        precision: Dtype of parameters and activations.
+        lora: Adapters of the decoder.
+
+    Yields:
+        The paths of the fields that do not fit, and what is wrong in words.
+    """
+    for name, (path, reason) in obstacles(language, parallel, precision, lora).items():
+        if switch_of(speed, name) is Switch.ALWAYS:
+            yield f"speed.{name} {path}", f"always is impossible here: {reason}; use auto"
+    if speed.gradient_dtype is GradientDtype.BF16 and precision is Precision.FP32:
+        yield (
+            "speed.gradient_dtype train.precision",
+            "found bf16 under train.precision fp32, whose parameters need float32 gradients; use fp32",
+        )

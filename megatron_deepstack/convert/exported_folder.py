@@ -1,0 +1,243 @@
+"""A folder of weights as a whole: the model that its config.json describes, how its data was prepared, its tensors.
+
+This is the way in for everything that has a folder and no recipe: conversion between layouts, and answers from an
+exported folder. What the config says becomes the section `model` of a recipe by the same tables that write a config,
+and is then compared with the config key by key, so that nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_deepstack.config.architectures import VISION
+from megatron_deepstack.config.build import build_recipe
+from megatron_deepstack.config.problems import Problem
+from megatron_deepstack.config.schema import DataConfig, ModelConfig
+from megatron_deepstack.config.traits.families import FAMILIES
+from megatron_deepstack.config.traits.towers import TOWERS
+from megatron_deepstack.config.traits.variants import Variant
+from megatron_deepstack.convert.export_files import PREPROCESSOR
+from megatron_deepstack.convert.hf_config import RELEASES, read_config, require_same_model
+from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG
+from megatron_deepstack.convert.hf_names import by_published_name
+from megatron_deepstack.convert.hf_rope import rope_base
+from megatron_deepstack.convert.hf_written import DEEPSTACK
+from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name, lazy_tensor
+from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows, without_placeholders
+from megatron_deepstack.data.text.tokenizer_files import TOKENIZER_FILES
+from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.model.published_shapes import published_shapes
+
+_SHOWN: Final = 6
+"""Names that a message lists."""
+_UNLIMITED: Final = 1 << 30
+_OF_DATA: Final = ("template", "resize", "orientation", "deep_grey", "transparency", "max_image_pixels")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedFolder:
+    """A folder of weights without a recipe."""
+
+    path: Path
+    model: ModelConfig
+    """What its config.json describes."""
+    data: DataConfig
+    """How images and conversations are prepared, as far as the folder says; the defaults of a recipe otherwise."""
+    seq_length: int | None
+    """Longest sequence, if the folder says it."""
+    tokenizer: Path | None
+    """Its tokenizer, for `load_tokenizer`."""
+    tensors: Mapping[str, LazyTensor]
+    """Every tensor of the model by its published name, in the dtype of the files."""
+    left_over: tuple[str, ...]
+    """Names of the tensors that the model does not use."""
+
+
+def read_exported(path: str | Path) -> ExportedFolder:
+    """Open a folder of weights. Shapes and names are read, and tensors when they are asked for.
+
+    Args:
+        path: A folder that `export` wrote, under any names, or one of transformers' LLaVA, or of the DeepStack and
+            LLaVA releases.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The config describes no model of ours, tensors are missing or have other shapes, or a file is
+            damaged.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    if not folder.is_dir() or not config:
+        raise CheckpointError(f"{folder}: expected a folder with {CONFIG} and weights, as `export` writes it")
+    model, data = _described(config, _beside(folder / PREPROCESSOR), folder)
+    require_same_model(config, model, str(folder), _UNLIMITED)
+    files = files_by_name(folder)
+    names = by_published_name(files, str(folder), model)
+    expected = published_shapes(model)
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors of the model are missing: {_listed(missing)}; complete the folder (a "
+            "checkpoint that is still being written lacks files), or name it with others in train.init_from"
+        )
+    rows = text_rows(config)
+    tensors = {name: _fitted(folder, files, names[name], name, shape, rows) for name, shape in expected.items()}
+    used = {names[name] for name in expected}
+    tokenizer = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    text = config.get("text_config", config)
+    return ExportedFolder(
+        path=folder,
+        model=model,
+        data=data,
+        seq_length=text.get("max_position_embeddings"),
+        tokenizer=tokenizer,
+        tensors=tensors,
+        left_over=tuple(name for name in files if name not in used),
+    )
+
+
+def _fitted(
+    folder: Path, files: Mapping[str, Path], own: str, name: str, shape: tuple[int, ...], rows: int | None
+) -> LazyTensor:
+    tensor = lazy_tensor(files[own], own)
+    while len(tensor.shape) > len(shape) and tensor.shape[0] == 1:
+        tensor = tensor.changed(tensor.shape[1:], lambda read: read[0])
+    if name in EMBEDDINGS:
+        tensor = without_placeholders(tensor, shape[0], rows)
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{files[own]}: {own} has shape {tensor.shape}, {folder / CONFIG} describes {shape}; the two belong to "
+            "different models"
+        )
+    return tensor
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _beside(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    return found if isinstance(found, Mapping) else {}
+
+
+def _described(config: Mapping[str, Any], images: Mapping[str, Any], folder: Path) -> tuple[ModelConfig, DataConfig]:
+    """The sections `model` and `data` of a recipe for this config."""
+    kind = str(config.get("model_type"))
+    text = config.get("text_config") or config
+    section: dict[str, Any] = {
+        "language": dict(_language(config, text, kind, folder)),
+        **_variant(config, kind, folder),
+    }
+    chosen = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
+    section["vision"] = {**_vision(config, folder), **_colours(images), "select_layer": chosen}
+    problems: list[Problem] = []
+    data = {name: value for name, value in (config.get("data") or {}).items() if name in _OF_DATA}
+    recipe = build_recipe({"model": section, "data": data}, problems)
+    if problems:
+        told = "; ".join(f"{', '.join(problem.paths)}: {problem.text}" for problem in problems)
+        raise CheckpointError(f"{folder / CONFIG}: describes a model that a recipe cannot: {told}")
+    return recipe.model, recipe.data
+
+
+def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, Any]:
+    """The variant and its stacks."""
+    if kind in set(Variant) and Variant(kind).traits.whole_model is not None:
+        raise CheckpointError(f"{folder / CONFIG}: a folder of {kind}, which is read by train.init_from alone")
+    if kind == DEEPSTACK or kind in set(Variant):
+        return {"variant": config.get("variant", kind), "stacks": config.get("stacks") or {}}
+    if kind == "llava":
+        return {"variant": str(Variant.LLAVA)}
+    if kind not in RELEASES:
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type {kind!r} is no whole model of ours; known are {DEEPSTACK}, "
+            f"{', '.join(Variant)}, llava, {', '.join(RELEASES)}. Name its parts in train.init_from of a recipe"
+        )
+    stacks = {
+        "start": config.get("deepstack_start_id", 1),
+        "interval": config.get("deepstack_interval", 1),
+        "num_crops": config.get("num_crops", 4),
+        "sampler": config.get("deepstack_sampling", "2d"),
+    }
+    if config.get("is_anyres_deepstack"):
+        return {"variant": str(Variant.DEEPSTACK_HD), "stacks": stacks}
+    if config.get("image_aspect_ratio") == "deepstack" or "deepstack_sampling" in config:
+        return {"variant": str(Variant.DEEPSTACK_L), "stacks": stacks}
+    return {"variant": str(Variant.LLAVA)}
+
+
+def _language(config: Mapping[str, Any], text: Mapping[str, Any], kind: str, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Fields of `model.language`."""
+    own = config.get("decoder") or {}
+    spoken = RELEASES.get(kind, str(text.get("model_type", "llama")))
+    family = next(
+        (
+            (name, traits)
+            for name, traits in FAMILIES.items()
+            if (name == own.get("family") if own.get("family") else _speaks(traits.hugging_face, spoken))
+        ),
+        None,
+    )
+    if family is None and not own:
+        raise CheckpointError(f"{folder / CONFIG}: model_type {spoken!r} is no decoder of ours: {', '.join(FAMILIES)}")
+    name, traits = family if family is not None else ("llama", FAMILIES["llama"])
+    known = traits.hugging_face or FAMILIES["llama"].hugging_face
+    assert known is not None
+    for key, field in known.fields.items():
+        if field.reads is not None and field.reads != "activation":
+            value = text.get(key)
+            yield field.reads, field.default if value is None else value
+    yield "vocab_size", text_rows(config) or text.get("vocab_size")
+    yield "rope_theta", rope_base(text)
+    switches = own if own else traits.switches
+    yield from ((switch, switches[switch]) for switch in ("qkv_bias", "qk_norm") if switch in switches)
+    yield "family", own.get("family") if own else (None if traits.is_recognised else name)
+
+
+def _speaks(known: Any, model_type: str) -> bool:
+    return known is not None and model_type in known.model_types
+
+
+def _vision(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Fields of `model.vision`."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        named = str(config.get("mm_vision_tower", ""))
+        if "clip-vit-large-patch14-336" in named:
+            return {"architecture": "clip_vit_l14_336"} if "clip_vit_l14_336" in VISION else {}
+        raise CheckpointError(
+            f"{folder / CONFIG}: says nothing of the vision tower (mm_vision_tower {named!r}); add a vision_config, or "
+            "name the folder with its tower in train.init_from"
+        )
+    kind = str(vision.get("model_type", "clip_vision_model"))
+    if kind == "deepstack_vision":
+        flags = ("has_class_token", "has_patch_bias", "has_pre_norm", "has_post_norm")
+        same = [name for name, tower in TOWERS.items() if all(getattr(tower, flag) == vision[flag] for flag in flags)]
+    else:
+        same = [name for name, tower in TOWERS.items() if _speaks(tower.hugging_face, kind)]
+    if not same:
+        raise CheckpointError(f"{folder / CONFIG}: vision_config is no tower of ours: {', '.join(TOWERS)}")
+    known = TOWERS[same[0]].hugging_face or TOWERS["clip"].hugging_face
+    assert known is not None
+    found: dict[str, Any] = {"kind": same[0]}
+    for key, field in known.fields.items():
+        if field.reads is not None:
+            value = vision.get(key)
+            found[field.reads] = field.default if value is None else value
+    activations = {theirs: str(ours) for ours, theirs in ACTIVATIONS.items()}
+    return {**found, "activation": activations.get(found["activation"], found["activation"])}
+
+
+def _colours(images: Mapping[str, Any]) -> dict[str, Any]:
+    return {ours: images[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in images}

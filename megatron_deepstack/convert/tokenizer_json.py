@@ -1,0 +1,169 @@
+"""A tokenizer as transformers loads it: tokenizer.json with `<image>` as one token, and the files beside it.
+
+A SentencePiece model is written as the `tokenizers` library computes it: the same pieces, the same merges, the same
+treatment of spaces, and the dummy prefix before every piece of text between special tokens, as the published data was
+made. Whether that gives the same ids is tried on many texts before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as Backend
+
+from megatron_deepstack.data.text.hf_tokenizer import TOKENIZER_FILE
+from megatron_deepstack.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from megatron_deepstack.errors import DataError
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
+
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_SPACE: Final = "▁"
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+"""Kinds of pieces of a SentencePiece model."""
+_SENTENCES: Final = (
+    "A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT:",
+    "\nWhat does the sign say?",
+    "  two  spaces \n\n lines\tand a tab ",
+    "Größe, naïve, Ελλάδα, Москва, 東京, 日本語のテキスト, 한국어, عربى, 😀👍🏽",
+    '3.14159 1,000,000 x^2 + y_1 = f(x); {"a": [1, 2]} <b>bold</b> https://example.org/a?b=c&d=%20',
+    "",
+    " ",
+)
+
+
+def transformers_files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], int]:
+    """The files of a tokenizer with the image token, for transformers.
+
+    Args:
+        tokenizer: The run's tokenizer.
+
+    Returns:
+        Content by name, and the id of `<image>`.
+
+    Raises:
+        DataError: transformers' tokenizers cannot give the same ids.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        backend = _from_sentencepiece(tokenizer)
+    else:
+        backend = Backend.from_buffer(tokenizer.files[TOKENIZER_FILE])
+    _require_same_ids(tokenizer, backend)
+    backend.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    given = tokenizer.files.get(TOKENIZER_CONFIG)
+    config = {} if given is None else json.loads(given)
+    for key in ("auto_map", "processor_class", "added_tokens_decoder", "extra_special_tokens"):
+        config.pop(key, None)
+    names = {
+        f"{role}_token": backend.id_to_token(number)
+        for role, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id))
+        if number is not None
+    }
+    config |= {
+        **names,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "image_token": IMAGE_TOKEN,
+    }
+    files = {
+        **tokenizer.files,
+        TOKENIZER_FILE: backend.to_str(pretty=True).encode(),
+        TOKENIZER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
+    }
+    image_token = backend.token_to_id(IMAGE_TOKEN)
+    assert image_token is not None
+    return files, image_token
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Backend:
+    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at run time
+    proto = proto.FromString(tokenizer.model)
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    has_bytes = any(kind == _BYTE for _, _, kind in pieces)
+    unknown = next(number for number, (_, _, kind) in enumerate(pieces) if kind == _UNKNOWN)
+    if proto.trainer_spec.model_type == _BPE:
+        backend = Backend(_bpe(pieces, unknown, has_bytes))
+    elif proto.trainer_spec.model_type == _UNIGRAM:
+        scores = [(piece, score) for piece, score, _ in pieces]
+        backend = Backend(models.Unigram(scores, unk_id=unknown, byte_fallback=has_bytes))
+    else:
+        kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
+        raise DataError(
+            f"{tokenizer.source}: a SentencePiece model of kind {kind}, which tokenizer.json cannot hold; export with "
+            "published names (--naming published)"
+        )
+    backend.normalizer = _normalizer(proto.normalizer_spec)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [piece for piece, _, kind in pieces if kind in (_CONTROL, _UNKNOWN)]
+    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    own = [piece for piece, _, kind in pieces if kind == _USER_DEFINED]
+    backend.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in own])
+    if tokenizer.bos_id is not None:
+        begin = pieces[tokenizer.bos_id][0]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_id)]
+        )
+    return backend
+
+
+def _bpe(pieces: Sequence[tuple[str, float, int]], unknown: int, has_bytes: bool) -> models.BPE:
+    """Merges in the order of SentencePiece: the pair whose merged piece has the highest score is merged first."""
+    numbers = {piece: number for number, (piece, _, _) in enumerate(pieces)}
+    scores = {piece: score for piece, score, kind in pieces if kind == _NORMAL}
+    merges = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                merges.append((-score, numbers[left], numbers[right], left, right))
+    merges.sort()
+    return models.BPE(
+        numbers,
+        [(left, right) for *_, left, right in merges],
+        unk_token=pieces[unknown][0],
+        fuse_unk=True,
+        byte_fallback=has_bytes,
+    )
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    """What happens to a piece of text before it is cut up: as the model says, then spaces become a letter."""
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _require_same_ids(tokenizer: Tokenizer, backend: Backend) -> None:
+    """Refuse a tokenizer.json that gives other ids than the run's tokenizer, tried on sentences and drawn texts."""
+    for text in (*_SENTENCES, *_drawn_texts(tokenizer)):
+        ours, theirs = tokenizer.encode(text), backend.encode(text, add_special_tokens=False).ids
+        if ours != theirs:
+            raise DataError(
+                f"{tokenizer.source}: written as tokenizer.json it gives {text[:40]!r} the ids {theirs[:12]}, and "
+                f"itself {ours[:12]}; export with published names (--naming published), or give the tokenizer.json "
+                "that belongs to the model (data.tokenizer=...)"
+            )
+
+
+def _drawn_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts of the tokenizer's own words in a drawn order."""
+    draw = random.Random(0)
+    texts = []
+    for _ in range(200):
+        ids = [draw.randrange(tokenizer.vocab_size) for _ in range(12)]
+        texts.append("".join(tokenizer.decode([number]) + draw.choice(("", " ")) for number in ids))
+    return [text for text in texts if not any(mark in text for mark in ("<", "\x00", "\ufffd"))]

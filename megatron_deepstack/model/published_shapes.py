@@ -1,0 +1,53 @@
+"""Every tensor of a model by its published name, known without building the model."""
+
+from __future__ import annotations
+
+from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.weights import (
+    LAYERS_PREFIX,
+    PROJECTOR_PREFIX,
+    VISION_PREFIX,
+    Shape,
+    decoder_layer_names,
+    decoder_layer_rules,
+    vit_layer_rules,
+)
+
+
+def published_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Published names and shapes of every tensor of a model of the paper's variants, without adapters.
+
+    Args:
+        model: The recipe's model.
+
+    Returns:
+        The shape of each tensor by its name; the tensors outside the layers come first.
+    """
+    language, vision, tower = model.language, model.vision, tower_of(model.vision)
+    h, c, p = language.hidden_size, vision.hidden_size, vision.patch_size
+    embeddings, vocabulary = f"{VISION_PREFIX}embeddings.", (language.vocab_size, h)
+    shapes: dict[str, Shape] = {f"{embeddings}patch_embedding.weight": (c, 3, p, p)}
+    if tower.has_patch_bias:
+        shapes[f"{embeddings}patch_embedding.bias"] = (c,)
+    if tower.has_class_token:
+        shapes[f"{embeddings}class_embedding"] = (c,)
+    shapes[f"{embeddings}position_embedding.weight"] = (tokens_per_view(vision) + tower.num_leading_tokens, c)
+    for norm in ("pre_layrnorm",) * tower.has_pre_norm + ("post_layernorm",) * tower.has_post_norm:
+        shapes |= {f"{VISION_PREFIX}{norm}.{kind}": (c,) for kind in ("weight", "bias")}
+    rules = [vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model) for layer in range(vision.num_layers)]
+    shapes |= {f"{PROJECTOR_PREFIX}0.weight": (h, c), f"{PROJECTOR_PREFIX}2.weight": (h, h)}
+    shapes |= {f"{PROJECTOR_PREFIX}{number}.bias": (h,) for number in (0, 2)}
+    if model.variant.traits.has_newline:
+        shapes["model.image_newline"] = (h,)
+    shapes |= {"model.embed_tokens.weight": vocabulary, "model.norm.weight": (h,)}
+    if not language.tied_embeddings:
+        shapes["lm_head.weight"] = vocabulary
+    layers = decoder_layer_names(model)
+    rules += [decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model) for layer in range(language.num_layers)]
+    for of_layer in rules:
+        for rule in of_layer.values():
+            named = zip(rule.names, rule.shapes, strict=True)
+            shapes |= {n: s for n, s in named if n in layers or not n.startswith(LAYERS_PREFIX)}
+    return shapes
