@@ -53,7 +53,7 @@ def pictures(number: int) -> np.ndarray:
 
 
 def write_store(root: Path, images: int, compression: Compression) -> float:
-    """A store of `images` samples, each with an image of its own; returns the CPU seconds that its shards took per GiB."""
+    """A store of `images` samples, each with an image of its own; returns the CPU seconds of its shards per GiB."""
     parts = -(-images // IMAGES_PER_PART)
     shape = PixelsShape(parts, IMAGES_PER_PART * VIEWS, 336, compression)
     sums, took = np.zeros((parts, shape.slots_per_part), np.uint32), 0.0
