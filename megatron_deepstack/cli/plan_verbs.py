@@ -162,3 +162,40 @@ def show_before_start(loaded: Recipe, num_ranks: int, anyway: bool, tell: Callab
     tell(three_lines(found))
     if not found.fits and not anyway:
         raise LayoutError([refusal(found, advice(found, shapes))])
+
+
+def show_dry_run(
+    recipe: str, overrides: list[str], world: int | None, ranks: list[int], tell: Callable[[str], None]
+) -> None:
+    """Build some ranks of a world and plan a step; print each part's time and memory.
+
+    Args:
+        recipe: A YAML file, or the name of a recipe of the package.
+        overrides: Each `section.field=value`.
+        world: Number of ranks in all; one replica's if None.
+        ranks: Ranks to build; the first and the last if empty.
+        tell: Prints a line.
+
+    Raises:
+        DeepStackError: The recipe has problems, or the world or a rank does not fit.
+    """
+    from megatron_deepstack.planning.budget.hardware import H100
+    from megatron_deepstack.planning.budget.run_plan import plan_run
+    from megatron_deepstack.planning.check import load_checked_recipe, model_ranks
+    from megatron_deepstack.training.dry_run import dry_run
+
+    loaded = load_checked_recipe(recipe, overrides)
+    size = model_ranks(loaded.parallel) if world is None else world
+    shapes = _shapes(loaded, None)
+    planning: dict[int, float] = {}
+    for part in dry_run(loaded, size, tuple(ranks) or tuple(sorted({0, max(size - 1, 0)})), shapes):
+        grown = f"{part.grown_bytes / 1e6:8.1f} MB more memory"
+        tell(f"rank {part.rank:>5}  {part.name:20} {part.seconds:8.3f} s  {grown}  {part.note}".rstrip())
+        if part.name.startswith(("deal", "plan")):
+            planning[part.rank] = planning.get(part.rank, 0.0) + part.seconds
+    seconds = plan_run(loaded, shapes, H100, size).seconds.total
+    slowest = max(planning.values())
+    tell(
+        f"planning a step: {slowest:.3f} s of CPU time on the slowest of these ranks, {slowest / seconds:.1%} of the "
+        f"{seconds:.3g} s a step predicted on {size} x h100; it runs beside the step before. Lengths: {shapes.source}"
+    )

@@ -25,12 +25,25 @@ def train(
     restarts: Annotated[
         int, typer.Option(min=0, help="How often to start again from the newest checkpoint after a rank died or hung.")
     ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build some ranks of --world without memory.")] = False,
+    world: Annotated[int | None, typer.Option(help="Ranks in all, for --dry-run; up to 4096.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="A rank to build, for --dry-run; first and last else.")] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Start even if memory seems too small.")] = False,
 ) -> None:
     """Train, or resume from the newest checkpoint in run_dir. Starts the ranks itself unless under torchrun.
 
+    With --dry-run nothing is trained: chosen ranks of a world of any size are built without memory, one after another,
+    and plan a step; each part's CPU time and memory are shown.
+
     After SIGTERM or Ctrl-C it saves and ends with exit code 75; the same command continues the run.
     """
+    if dry_run:
+        from megatron_deepstack.cli.plan_verbs import show_dry_run
+
+        show_dry_run(recipe, overrides or [], world, rank or [], say)
+        return
+    if world is not None or rank:
+        raise ConfigError(["--world and --rank: they belong to --dry-run; add it, or use --ranks"])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _refuse_under_torchrun(ranks, restarts)
         from megatron_deepstack.training.main import train_under_torchrun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,6 +25,7 @@ from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.platform.compute.device import local_device
 
 NO_ADAPTERS = LoraConfig()
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 AUTOMATIC = SpeedConfig()
 
 
@@ -83,11 +85,11 @@ def build_model(
     device = local_device()
     slots = decoder_slots(model)
     chunks = [
-        LanguageChunk(config, model.language, model.layers, lora, chunk, slots, groups.decoder).to(device)
+        _on(device, LanguageChunk(config, model.language, model.layers, lora, chunk, slots, groups.decoder))
         for chunk in stage_chunks(model.language.num_layers, parallel)
         if chunk.pp == groups.place.pp
     ]
-    encoder = VisualEncoder(model, precision, groups.encoder, decided).to(device)
+    encoder = _on(device, VisualEncoder(model, precision, groups.encoder, decided))
     chunk_rules = [decoder_rules(chunk, model, lora.rank) for chunk in chunks]
     for chunk, rules in zip(chunks, chunk_rules, strict=True):
         mark_split(chunk, rules)
@@ -99,6 +101,12 @@ def build_model(
         encoder_rules=encoder_rules(encoder, model),
         chunk_rules=chunk_rules,
     )
+
+
+def _on(device: torch.device, module: ModuleT) -> ModuleT:
+    """The module on a device; as it is where it is there already, since fake tensors cannot be moved."""
+    there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
+    return module if there else module.to(device)
 
 
 def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distributed.ProcessGroup) -> None:

@@ -18,7 +18,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from megatron_deepstack.config.choices import GridRule, Sampler, Template, Variant
+from megatron_deepstack.config.choices import (
+    DeepGrey,
+    GridRule,
+    ImageResize,
+    Orientation,
+    Sampler,
+    Template,
+    Variant,
+)
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ModelConfig, StackConfig, VisionConfig
 from megatron_deepstack.convert.export import write_model
 from megatron_deepstack.convert.export_files import About
@@ -368,8 +376,8 @@ def image_cases() -> dict[str, Image.Image]:
 
 CHANGES = {
     "as published": {},
-    "corrected": {"orientation": "exif", "deep_grey": "scale", "transparency": "#FFFFFF"},
-    "by torch": {"resize": "torch"},
+    "corrected": {"orientation": Orientation.EXIF, "deep_grey": DeepGrey.SCALE, "transparency": "#ffffff"},
+    "by torch": {"resize": ImageResize.TORCH},
 }
 
 
@@ -385,7 +393,7 @@ def test_pixels_are_those_of_a_store(tmp_path: Path, folder: Folder, name: str, 
     ours = Processor.of(recipe)
     theirs = AutoProcessor.from_pretrained(folder(name), trust_remote_code=True).image_processor
     for key, value in CHANGES[change].items():
-        setattr(theirs, key, value)
+        setattr(theirs, key, str(value))
     for case, image in image_cases().items():
         kind = "TIFF" if case in ("cmyk", "deep grey") else "JPEG" if case in ("photo", "turned") else "PNG"
         file = tmp_path / f"{case}.{kind.lower()}"

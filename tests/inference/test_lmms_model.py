@@ -105,7 +105,7 @@ def test_rounds_go_on_until_the_task_ends_them(model: Any) -> None:
         return [], f"round {round_idx}", round_idx == 3, previous_output, None
 
     arguments = ("round 0", {"max_new_tokens": 4}, pictures, next_round, 0, "pets", "test")
-    assert model.generate_until_multi_round([request(*arguments)]) == [("round 0 1 4", "round 1 0 4", "round 2 0 4")]
+    assert model.generate_until_multi_round([request(*arguments)]) == [["round 0 1 4", "round 1 0 4", "round 2 0 4"]]
 
 
 @pytest.mark.parametrize(

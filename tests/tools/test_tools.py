@@ -24,6 +24,7 @@ SMALLEST = {
     "bench_plan": ["--repeats=1", "--pairs=1"],
     "bench_planning": ["--samples=2"],
     "bench_preprocess": ["--rounds=1", "--images=8"],
+    "bench_speed": ["--rounds=1", "--cases=0"],
     "bench_reader": ["--images=2", "--rounds=1", "--reads=1"],
 }
 """Arguments for the least work of a benchmark."""

@@ -76,7 +76,7 @@ class MegatronDeepStack(lmms):  # type: ignore[misc]
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """How likely given answers are.
+        """How likely given answers are. (lmms-eval 0.7.3 turns such pairs into texts and then fails, for every model.)
 
         Args:
             requests: Each with `args`: context, answer or a function that gives it, function for the pictures, number
@@ -95,7 +95,7 @@ class MegatronDeepStack(lmms):  # type: ignore[misc]
             found += self._ranks.conversation.score(batch)
         return found
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[tuple[str, ...]]:
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
         """Answer tasks that ask again after each answer, until they say that it is enough.
 
         Args:
@@ -118,7 +118,7 @@ class MegatronDeepStack(lmms):  # type: ignore[misc]
                     document, previous_output=list(said), round_idx=len(said), previous_round_info=facts
                 )
                 if ended:
-                    found.append(tuple(earlier))
+                    found.append(list(earlier))
                     break
                 pictures = _as_files(visuals)
         return found

@@ -23,7 +23,7 @@ from megatron_deepstack.planning.budget.pipeline import BACKWARD, FORWARD, Pass,
 from megatron_deepstack.planning.check import check_world, find_plan_problems, model_ranks
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
-_SIMULATED_PASSES = 2000
+_SIMULATED_PASSES = 1000
 """Most passes that are simulated; the rest of a longer schedule is added at the rate of its slowest stage."""
 _EXPOSED = 0.1
 """Share of an overlapped reduction that does not hide: the last bucket."""

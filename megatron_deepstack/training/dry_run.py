@@ -1,0 +1,154 @@
+"""A rank of any world, built on one machine: a process group that sends nothing, and a model without memory.
+
+Each chosen rank joins a group of torch's `fake` backend, creates its groups, builds its modules of fake tensors, and
+plans its step, as it would among all ranks. So the time and memory of a rank's start and planning can be seen for
+thousands of ranks before there is a machine for them. What such a rank cannot show: messages, kernels, and files.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_deepstack.config.choices import Batching
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.errors import LayoutError
+from megatron_deepstack.planning.batch.dealing import Deal, deal
+from megatron_deepstack.planning.batch.packing import filler, merge
+from megatron_deepstack.planning.batch.sequence import expand
+from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.budget.load import Shapes
+from megatron_deepstack.planning.budget.run_plan import require_modelled
+from megatron_deepstack.planning.check import check_world, model_ranks
+from megatron_deepstack.planning.exchange.routes import PlannedSample
+from megatron_deepstack.planning.exchange.rows import context_length
+from megatron_deepstack.planning.views import FIXED_GRID
+
+MOST_RANKS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a rank's start or step."""
+
+    rank: int
+    name: str
+    seconds: float
+    """Process CPU time."""
+    grown_bytes: int
+    """Growth of the process's largest resident memory."""
+    note: str = ""
+
+
+def dry_run(recipe: Recipe, world_size: int, ranks: tuple[int, ...], shapes: Shapes) -> Iterator[Part]:
+    """Build some ranks of a world and plan one step of each.
+
+    Args:
+        recipe: The recipe.
+        world_size: Number of ranks, up to 4,096.
+        ranks: Ranks to build.
+        shapes: Sizes of the samples of one step, over all replicas.
+
+    Yields:
+        The parts of each rank, as they are done.
+
+    Raises:
+        LayoutError: The world is too large or does not hold whole replicas, or a rank is not in it.
+    """
+    if not 1 <= world_size <= MOST_RANKS:
+        nearest = max(min(world_size, MOST_RANKS), 1)
+        raise LayoutError([f"--world: found {world_size}, expected 1 to {MOST_RANKS}; the nearest is {nearest}"])
+    require_modelled(recipe)
+    check_world(recipe, world_size)
+    for rank in ranks:
+        if not 0 <= rank < world_size:
+            nearest = min(max(rank, 0), world_size - 1)
+            raise LayoutError([f"--rank: found {rank} in a world of {world_size}; the nearest is {nearest}"])
+    for rank in ranks:
+        yield from _rank(recipe, world_size, rank, shapes)
+
+
+def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterator[Part]:
+    import torch
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
+
+    adapt_megatron()
+    from megatron_deepstack.model.build import build_model, freeze
+    from megatron_deepstack.parallel.groups import create_groups
+
+    found: list[Part] = []
+
+    @contextmanager
+    def part(name: str, note: list[str] | None = None) -> Iterator[None]:
+        begin, before = time.process_time(), _resident()
+        yield
+        seconds, grown = time.process_time() - begin, _resident() - before
+        found.append(Part(rank, name, seconds, grown, " ".join(note or ())))
+
+    with part("join"):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with part("groups"):
+            groups = create_groups(recipe.parallel, recipe.train.seed)
+        note: list[str] = []
+        with part("model", note), FakeTensorMode():
+            train = recipe.train
+            model = build_model(recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling)
+            freeze(model, train.trainable)
+            modules: list[torch.nn.Module] = [*model.chunks, model.encoder]
+            held = sum(p.numel() * p.element_size() for one in modules for p in one.parameters())
+            note.append(f"{held / 1e9:.3g} GB of weights")
+        yield from found
+        found.clear()
+        replicas = world_size // model_ranks(recipe.parallel)
+        with part("deal the step"):
+            dealt = deal(shapes.lengths, shapes.units, recipe.model.language, recipe.parallel, recipe.train, replicas)
+        note = []
+        with part("plan the rank's step", note):
+            plan = _plan(recipe, dealt, shapes, groups.place.dp, groups.replica_rank)
+            note.append(f"{plan.num_micro_batches} micro-batches, {plan.routes.num_received} rows received")
+        yield from found
+    finally:
+        dist.destroy_process_group()
+
+
+def _plan(recipe: Recipe, dealt: Deal, shapes: Shapes, dp: int, replica_rank: int) -> StepPlan:
+    samples = {
+        one: _sample(recipe, int(shapes.lengths[one]), int(shapes.units[one]))
+        for batch in dealt.replicas[dp]
+        for row in batch
+        for one in row
+    }
+    batches = [
+        [merge([samples[one] for one in row]) if row else filler() for row in batch] for batch in dealt.replicas[dp]
+    ]
+    packed = recipe.train.batching is Batching.PACKED
+    precision = recipe.train.precision
+    return plan_step(recipe.model, recipe.parallel, batches, replica_rank, packed=packed, precision=precision)
+
+
+def _sample(recipe: Recipe, length: int, units: int) -> PlannedSample:
+    """A sample of this length, with an image of two by two crops if it has units and there is room for one."""
+    context = context_length(recipe.model, FIXED_GRID)
+    images = int(units > 0 and length > context)
+    tokens = np.full(max(length - images * (context - 1), 1), 5, np.int64)
+    if images:
+        tokens[0] = IMAGE_TOKEN_ID
+    sequence = expand(
+        "drawn", tokens, np.ones_like(tokens), [context] * images, seq_length=recipe.train.seq_length, truncate=True
+    )
+    return PlannedSample(sequence=sequence, grids=(FIXED_GRID,) * images)
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,229 @@
+"""Speed on one CPU core as ratios of process CPU times within one run, and ratios that the planner simulates.
+
+- `transformers / ours`: a step of `LlavaForConditionalGeneration` with fused AdamW, against a step here (variant llava,
+  the same shapes and batch, one process and thread). Above 1 this package is faster.
+- `in sequence / deepstack`, `deepstack / llava`: steps of the variants with the proportions of a 7B model.
+- `padded / packed`: steps over samples with lengths like LLaVA's 665K mix, scaled down.
+- `inline / spread`, `1F1B / VPP 2`: predicted step times of a 7B model on H100s with four stages. Interleaving needs
+  micro-batches of one length, which costs padding.
+
+Each ratio is of medians of alternating rounds. The last line is one JSON object with all ratios.
+Run on an otherwise idle machine: OMP_NUM_THREADS=1 python tools/bench_speed.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_deepstack.config.choices import Batching, EncoderPlacement, Part, Precision, Variant
+from megatron_deepstack.config.load import load_recipe
+from megatron_deepstack.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    StackConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.budget.hardware import MACHINES
+from megatron_deepstack.planning.budget.load import drawn_shapes
+from megatron_deepstack.planning.budget.run_plan import plan_run
+from megatron_deepstack.planning.views import num_views
+from megatron_deepstack.testing.tiny import TinySample
+
+VISION = VisionConfig(image_size=56, patch_size=14, hidden_size=256, ffn_hidden_size=1024, num_layers=4, num_heads=4)
+SHAPES = ((8, 70, 512), (8, 70, 32000), (2, 512, 512), (2, 512, 32000))
+"""Samples, tokens of each, vocabulary."""
+VIEW_TOKENS = 16
+Step = Callable[[], float]
+
+
+def recipe_of(batch: int, vocabulary: int, variant: Variant, batching: Batching = Batching.PADDED) -> Recipe:
+    """A recipe of about 31M parameters, all of which learn."""
+    language = LanguageConfig(vocab_size=vocabulary, hidden_size=512, ffn_hidden_size=1376, num_layers=8, num_heads=8)
+    return Recipe(
+        model=ModelConfig(variant=variant, vision=VISION, language=language, stacks=StackConfig()),
+        optimizer=OptimizerConfig(lr=1e-4),
+        train=TrainConfig(
+            global_batch_size=batch,
+            micro_batch_size=1 if batching is Batching.PACKED else batch,
+            seq_length=1024,
+            batching=batching,
+            precision=Precision.FP32,
+            trainable=tuple(Part),
+        ),
+    )
+
+
+def samples_of(recipe: Recipe, lengths: list[int]) -> list[TinySample]:
+    """Samples of one image each, with so many tokens when the image takes the tokens of one view."""
+    random, model = np.random.default_rng(0), recipe.model
+    found = []
+    for length in lengths:
+        tokens = random.integers(5, 500, max(length - VIEW_TOKENS + 1, 2))
+        tokens[1] = IMAGE_TOKEN_ID
+        views = num_views(model.variant, (2, 2))
+        pixels = random.integers(0, 255, (views, VISION.image_size, VISION.image_size, 3), dtype=np.uint8)
+        found.append(TinySample(tokens, np.ones_like(tokens), ((2, 2),), (pixels,)))
+    return found
+
+
+def ours(recipe: Recipe, lengths: list[int]) -> Step:
+    """A step of this package in this process, forward to update."""
+    from megatron_deepstack.model.build import build_model, fill_model, freeze
+    from megatron_deepstack.model.init import random_source
+    from megatron_deepstack.planning.batch.step_plan import plan_step
+    from megatron_deepstack.step.clock import StepClock
+    from megatron_deepstack.step.engine import build_engine
+    from megatron_deepstack.step.train_step import forward_backward
+    from megatron_deepstack.testing.ranks import groups_for
+    from megatron_deepstack.testing.tiny import tiny_share, unit_pixels
+    from megatron_deepstack.training.optim.optimizer import Optimizer
+
+    groups, train = groups_for(recipe.parallel), recipe.train
+    model = build_model(recipe.model, recipe.parallel, train.precision, groups)
+    fill_model(model, random_source(recipe.model, 1), groups.decoder.tp)
+    freeze(model, train.trainable)
+    engine = build_engine(model, recipe.model, recipe.parallel, groups)
+    optimizer = Optimizer(engine, recipe.optimizer, train.precision, 1000)
+    planned, images = tiny_share(samples_of(recipe, lengths), recipe, 0, 1)
+    packed = train.batching is Batching.PACKED
+    plan = plan_step(recipe.model, recipe.parallel, planned, 0, packed=packed)
+    pixels = unit_pixels(recipe.model, images, plan)
+
+    def step() -> float:
+        begin = time.process_time()
+        forward_backward(engine, plan, pixels, StepClock())
+        optimizer.step(0)
+        return time.process_time() - begin
+
+    return step
+
+
+def theirs(recipe: Recipe, lengths: list[int]) -> Step:
+    """A step of transformers' LLaVA with the same shapes."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    language, vision = recipe.model.language, recipe.model.vision
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.ffn_hidden_size,
+                num_hidden_layers=vision.num_layers,
+                num_attention_heads=vision.num_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=language.vocab_size,
+                hidden_size=language.hidden_size,
+                intermediate_size=language.ffn_hidden_size,
+                num_hidden_layers=language.num_layers,
+                num_attention_heads=language.num_heads,
+            ),
+            image_token_index=3,
+            image_token_id=3,
+            vision_feature_layer=-2,
+        )
+    )
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch, length = len(lengths), lengths[0]
+    tokens = torch.randint(5, 500, (batch, length))
+    tokens[:, 1 : 1 + VIEW_TOKENS] = 3
+    labels = tokens.clone()
+    labels[:, 1 : 1 + VIEW_TOKENS] = -100
+    pixels = torch.rand(batch, 3, vision.image_size, vision.image_size)
+
+    def step() -> float:
+        begin = time.process_time()
+        loss = model(input_ids=tokens, pixel_values=pixels, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.process_time() - begin
+
+    return step
+
+
+def ratio(first: Step, second: Step, rounds: int) -> float:
+    """How many times as long the first takes as the second; rounds alternate."""
+    for step in (first, second):
+        step()
+    pairs = [(first(), second()) for _ in range(rounds)]
+    return statistics.median(one for one, _ in pairs) / statistics.median(other for _, other in pairs)
+
+
+def simulated() -> dict[str, float]:
+    """Ratios of predicted step times of DeepStack-L 7B on 4 H100s."""
+    recipe = load_recipe("deepstack_l_7b_finetune")
+    shapes, machine = drawn_shapes(recipe), MACHINES["h100"]
+    parallel = ParallelConfig(pipeline=4, distributed_optimizer=True)
+
+    def seconds(changed: ParallelConfig) -> float:
+        return plan_run(replace(recipe, parallel=changed), shapes, machine, 4).seconds.total
+
+    plain = seconds(parallel)
+    return {
+        "inline / spread, PP 4, simulated": seconds(replace(parallel, encoder_placement=EncoderPlacement.INLINE))
+        / plain,
+        "1F1B / VPP 2, PP 4, simulated": plain / seconds(replace(parallel, virtual_pipeline=2)),
+    }
+
+
+def measure(folder: str, rounds: int, cases: int) -> dict[str, float]:
+    """All measured ratios, in this process as the only rank."""
+    from pathlib import Path
+
+    from megatron_deepstack.testing.ranks import be_the_only_rank
+
+    be_the_only_rank(Path(folder))
+    found = {}
+    for batch, length, vocabulary in SHAPES[:cases]:
+        recipe = recipe_of(batch, vocabulary, Variant.LLAVA)
+        name = f"transformers / ours, {batch} x {length}, vocabulary {vocabulary}"
+        found[name] = ratio(theirs(recipe, [length] * batch), ours(recipe, [length] * batch), rounds)
+        print(f"{found[name]:5.2f}  {name}", flush=True)
+    lengths = [128] * 4
+    variants = {one: recipe_of(4, 512, one) for one in (Variant.DEEPSTACK_L, Variant.IN_SEQUENCE, Variant.LLAVA)}
+    steps = {one: ours(recipe, lengths) for one, recipe in variants.items()}
+    found["in sequence / deepstack"] = ratio(steps[Variant.IN_SEQUENCE], steps[Variant.DEEPSTACK_L], rounds)
+    found["deepstack / llava"] = ratio(steps[Variant.DEEPSTACK_L], steps[Variant.LLAVA], rounds)
+    mix = (np.clip(np.exp(np.random.default_rng(1).normal(4.2, 0.9, 16)), 20, 900)).astype(int).tolist()
+    padded = recipe_of(16, 512, Variant.LLAVA)
+    padded = replace(padded, train=replace(padded.train, micro_batch_size=4))
+    packed = recipe_of(16, 512, Variant.LLAVA, Batching.PACKED)
+    found["padded / packed"] = ratio(ours(padded, mix), ours(packed, mix), rounds)
+    return found
+
+
+def main() -> None:
+    """Measure, print, and end with one JSON object."""
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds of each pair")
+    parser.add_argument("--cases", type=int, default=len(SHAPES), help="shapes compared with transformers")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = {**simulated(), **measure(folder, asked.rounds, asked.cases)}
+    for name, value in found.items():
+        print(f"{value:5.2f}  {name}")
+    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
