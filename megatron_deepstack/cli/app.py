@@ -136,8 +136,11 @@ _KNOWN_WARNINGS = (
     "full scope is deprecated",
     "Please use DTensor instead",
     "`load_state_dict` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
 )
-"""Megatron-Core and torch print these in every process without a GPU, or at every checkpoint; see the README."""
+"""Megatron-Core and torch print these in every process: without a GPU, at every checkpoint, or under tensor parallelism
+(Megatron-Core calls torch by older names). A user can do nothing about them."""
 
 
 def main() -> None:

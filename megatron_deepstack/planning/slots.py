@@ -138,14 +138,22 @@ def layers_per_chunk(num_layers: int, parallel: ParallelConfig) -> tuple[int, ..
                 f"parallel: {num_layers} decoder layers do not split evenly over {num_chunks} chunks (pipeline "
                 f"{parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline}); choose a divisor of "
                 f"{num_layers}, or name the counts in parallel.layers_per_stage, for example "
-                f"{_nearly_even(num_layers, num_chunks)}"
+                f"{nearly_even(num_layers, num_chunks)}"
             ]
         )
     return (num_layers // num_chunks,) * num_chunks
 
 
-def _nearly_even(num_layers: int, num_chunks: int) -> list[int]:
-    """Return counts that differ by at most one, with the larger counts in the last chunks."""
+def nearly_even(num_layers: int, num_chunks: int) -> list[int]:
+    """Divide layers into counts that differ by at most one, with the larger counts in the last chunks.
+
+    Args:
+        num_layers: Number of layers.
+        num_chunks: Number of counts, at most `num_layers`.
+
+    Returns:
+        The counts, in model order.
+    """
     small, rest = divmod(num_layers, num_chunks)
     return [small + (index >= num_chunks - rest) for index in range(num_chunks)]
 

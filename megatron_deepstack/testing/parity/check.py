@@ -17,7 +17,7 @@ from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_names import part_of
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import ParityError
-from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
+from megatron_deepstack.planning.slots import decoder_slots, nearly_even, stage_chunks
 from megatron_deepstack.testing.parity.by_transformers import by_transformers, special_tokens
 from megatron_deepstack.testing.parity.drawn import draw_samples
 from megatron_deepstack.testing.parity.on_ranks import EXPECTED, ParityNumbers, ParityTask, compare_on_rank
@@ -61,7 +61,7 @@ def check_folder(
 
     Args:
         folder: A folder with config.json and weights; a tokenizer or processor is not needed.
-        parallel: The layout.
+        parallel: The layout. Layers that do not split evenly over its chunks are split nearly evenly.
         data_parallel: Number of replicas.
         micro_batch_size: Samples of a micro-batch where they are not packed.
         seed: What samples are drawn from.
@@ -78,7 +78,7 @@ def check_folder(
     """
     model = model_of_folder(folder)
     decoder_slots(model)
-    stage_chunks(model.language.num_layers, parallel)
+    parallel = _with_chunks(model.language.num_layers, parallel)
     published_source(folder, model=model)
     config = read_config(folder)
     samples = draw_samples(model, config, special_tokens(model, config, str(folder / CONFIG)), seed)
@@ -111,6 +111,15 @@ def check_folder(
 
 def _pool(parallel: ParallelConfig, data_parallel: int) -> RankPool:
     return RankPool(parallel.tensor * parallel.context * parallel.pipeline * data_parallel)
+
+
+def _with_chunks(num_layers: int, parallel: ParallelConfig) -> ParallelConfig:
+    """Return a layout whose chunks hold all layers, whatever their number."""
+    num_chunks = parallel.pipeline * parallel.virtual_pipeline
+    if num_layers % num_chunks and num_layers > num_chunks and parallel.layers_per_stage is None:
+        parallel = replace(parallel, layers_per_stage=tuple(nearly_even(num_layers, num_chunks)))
+    stage_chunks(num_layers, parallel)
+    return parallel
 
 
 def _lines(found: ParityNumbers, task: ParityTask, loss: float, how: str) -> Iterator[ParityLine]:
