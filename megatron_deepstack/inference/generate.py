@@ -13,8 +13,7 @@ from enum import StrEnum
 import numpy as np
 import torch
 
-from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.data.store.schema import MIXED_VERSION
+from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.inference.decoding import PREFILL_TOKENS, CachedDecoder, Decoder, RecomputingDecoder
 from megatron_deepstack.inference.questions import Question, Views, plan_question
 from megatron_deepstack.inference.sampling import GREEDY, Sampling
@@ -148,7 +147,8 @@ def _decoder(
         seq_lengths=(longest,) * len(planned),
     )
     lengths = np.array([[s.sequence.length - room for s in batch] for batch in planned])
-    visual = VisualPass(engine, plan, torch.from_numpy(_pixels(views, questions, plan)))
+    pixels = _pixels(engine.model_config, views, questions, plan)
+    visual = VisualPass(engine, plan, torch.from_numpy(pixels))
     if writing.method is Method.RECOMPUTED:
         return lengths, RecomputingDecoder(engine, plan, visual, lengths)
     return lengths, CachedDecoder(engine, plan, visual, lengths, writing.max_new_tokens, writing.prefill_tokens)
@@ -164,8 +164,9 @@ def _choose(
     return share_from_last_stage(chosen, groups).cpu().numpy()
 
 
-def _pixels(views: Views, questions: Sequence[Sequence[Question]], plan: StepPlan) -> np.ndarray:
-    if isinstance(views, Store) and views.version == MIXED_VERSION:
+def _pixels(model: ModelConfig, views: Views, questions: Sequence[Sequence[Question]], plan: StepPlan) -> np.ndarray:
+    """The views that this rank encodes: uint8 (views, S, S, 3), or (bytes,) if they have any size."""
+    if model.variant.traits.is_native:
         chosen = [questions[unit.micro_batch][unit.sample].images[unit.image] for unit in plan.routes.units]
         return views.read_flat(chosen)
     parts = [np.empty((0, views.crop_size, views.crop_size, 3), np.uint8)]

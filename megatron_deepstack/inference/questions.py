@@ -32,13 +32,16 @@ class Views(Protocol):
 
     @property
     def crop_size(self) -> int:
-        """Side S of a view in pixels."""
+        """Side S of a view in pixels, if all views have one size."""
 
     def image(self, index: int) -> Picture:
         """The image of that number."""
 
     def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
-        """uint8 (number of views, S, S, 3), in the order of `views`."""
+        """uint8 (number of views, S, S, 3), in the order of `views`; if all views have one size."""
+
+    def read_flat(self, images: Sequence[int]) -> np.ndarray:
+        """uint8 (bytes,): the one view of each image, one after another; if views have any size."""
 
 
 @dataclass(frozen=True, slots=True)

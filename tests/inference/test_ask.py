@@ -14,7 +14,7 @@ from tiny_run import train_two_steps
 from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
-from megatron_deepstack.config.choices import ImageResize
+from megatron_deepstack.config.choices import ImageResize, Template
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.records.turns import Role, Turn
 from megatron_deepstack.data.store.reader import Store
@@ -31,13 +31,17 @@ from megatron_deepstack.inference.ask.words import Words, understand
 from megatron_deepstack.inference.main import open_questions
 from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.testing.ranks import RankPool, groups_for
+from megatron_deepstack.testing.tiny import tiny_qwen3_vl
 from megatron_deepstack.testing.tiny_chat import (
     LLAMA_3_CONFIG,
     LLAMA_3_TOKENS,
+    QWEN3_VL_TOKENS,
+    QWEN3_VL_WORDS,
     QWEN_CONFIG,
     QWEN_TOKENS,
     write_chat_tokenizer,
 )
+from megatron_deepstack.testing.tiny_data import record, write_photos, write_records
 from orchestration.preprocess.driver.run import preprocess
 
 Pools = Callable[[int], RankPool]
@@ -72,6 +76,36 @@ def test_a_picture_has_the_pixels_of_the_store(
         picture = preparation.read(str(Path(str(data.images)) / stored.path))
         assert picture.grid == stored.grid
         np.testing.assert_array_equal(picture.slots, store.read_views(number, range(stored.count)))
+
+
+def test_views_of_any_size_have_the_pixels_of_the_store(tmp_path: Path) -> None:
+    """Several pictures of a batch, as the ranks read them: one after another, in the order of the plan."""
+    names = write_photos(tmp_path / "photos", 4)
+    write_records(tmp_path / "records.json", [record(name, [name]) for name in names])
+    words = write_chat_tokenizer(tmp_path / "tokenizer", QWEN3_VL_TOKENS, QWEN_CONFIG, QWEN3_VL_WORDS)
+    model = tiny_qwen3_vl()
+    recipe = Recipe(
+        model=replace(model, language=replace(model.language, vocab_size=512)),
+        data=DataConfig(
+            records=(str(tmp_path / "records.json"),),
+            images=str(tmp_path / "photos"),
+            tokenizer=str(words),
+            template=Template.QWEN3_VL,
+            store=str(tmp_path / "store.zarr"),
+            min_pixels=40 * 40,
+            max_pixels=120 * 90,
+        ),
+    )
+    preprocess(recipe, str(recipe.data.store), workers=0)
+    tokenizer, store = load_tokenizer(str(words)), Store.open(str(recipe.data.store))
+    preparation = Preparation.of_run(recipe, tokenizer, pytest.fail)
+    assert preparation.processor.describe() == store.attributes.processor
+    asked = [Asked("What is it?", (str(tmp_path / "photos" / name),)) for name in names]
+    views = preparation.views([preparation.prepare(one) for one in asked])
+    order = [2, 0, 3, 1]
+    np.testing.assert_array_equal(views.read_flat(order), store.read_flat(order))
+    assert [views.image(number).grid for number in order] == [store.grid(number) for number in order]
+    assert views.read_flat([]).shape == (0,)
 
 
 def test_without_a_store_the_recipe_says_how(recipe: Recipe, tokenizer: Tokenizer, preparation: Preparation) -> None:

@@ -8,9 +8,9 @@ that uses torchvision rounds differently, as torch does (`data.resize=torch`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -61,6 +61,19 @@ class SizedProcessor:
             deep_grey=data.deep_grey,
             transparency=data.transparency.lower(),
         )
+
+    @classmethod
+    def described(cls, made: Mapping[str, Any]) -> SizedProcessor:
+        """The processor that a store records.
+
+        Args:
+            made: As `describe` returns it; stores of earlier releases lack what did not exist then.
+
+        Returns:
+            The processor.
+        """
+        hints = get_type_hints(cls)
+        return cls(**{item.name: hints[item.name](made[item.name]) for item in fields(cls) if item.name in made})
 
     @property
     def most_slots(self) -> int:

@@ -15,16 +15,18 @@ import numpy as np
 from megatron_deepstack.config.choices import Template
 from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.data.images.processor import ProcessedImage, Processor
+from megatron_deepstack.data.images.processors import AnyProcessor, described_processor, processor_of
 from megatron_deepstack.data.images.source import QuarantineError, read_image
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records.turns import Role, Turn
 from megatron_deepstack.data.store.attributes import StoreAttributes, parse_attributes, read_document
+from megatron_deepstack.data.store.blocks import from_blocks
 from megatron_deepstack.data.text.conversation import encode_conversation, encode_prompt, known_template
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError, StoreError
 from megatron_deepstack.inference.questions import Question, plan_question
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +57,45 @@ class Prepared:
 class Framed:
     """What a plan asks of a picture."""
 
-    grid: Grid
+    grid: ImageShape
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedPictures:
     """The pictures of some questions as a source of views."""
 
-    crop_size: int
+    processor: AnyProcessor
+    """By which they were made."""
     pictures: tuple[ProcessedImage, ...]
+
+    @property
+    def crop_size(self) -> int:
+        """Side S of a view in pixels, if all views have one size."""
+        assert isinstance(self.processor, Processor), "views of any size have no common side"
+        return self.processor.crop_size
 
     def image(self, index: int) -> Framed:
         """The picture of that number."""
-        columns, rows = self.pictures[index].grid
-        return Framed((columns, rows))
+        grid = self.pictures[index].grid
+        if isinstance(self.processor, Processor):
+            columns, rows = grid
+            return Framed((columns, rows))
+        frames, height, width = grid
+        return Framed(ViewGrid(frames, height, width))
 
     def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
         """uint8 (number of views, S, S, 3), in the order of `views`."""
         return self.pictures[image].slots[list(views)]
+
+    def read_flat(self, images: Sequence[int]) -> np.ndarray:
+        """uint8 (bytes,): the one view of each picture, one after another, if views may have any size."""
+        assert not isinstance(self.processor, Processor), "views of one size are read by `read_views`"
+        views = [np.empty(0, np.uint8)]
+        for image in images:
+            _, height, width = self.pictures[image].grid
+            side = self.processor.patch_size
+            views.append(from_blocks(self.pictures[image].slots, (height * side, width * side, 3)).reshape(-1))
+        return np.concatenate(views)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +103,7 @@ class Preparation:
     """All that turns questions into token ids and views."""
 
     model: ModelConfig
-    processor: Processor
+    processor: AnyProcessor
     tokenizer: Tokenizer
     template: Template
     context: int
@@ -106,7 +129,7 @@ class Preparation:
             say(f"ask: no store of the run is there ({stores}); pictures are prepared as its recipe says")
         return cls(
             model=recipe.model,
-            processor=Processor.of(recipe) if made is None else Processor.described(made.processor),
+            processor=processor_of(recipe) if made is None else described_processor(made.processor),
             tokenizer=tokenizer,
             template=recipe.data.template if made is None else known_template(made.tokenizer["template"]),
             context=recipe.train.seq_length,
@@ -202,7 +225,7 @@ class Preparation:
     def views(self, batch: Sequence[Prepared]) -> LoadedPictures:
         """The pictures of a batch, one question's after the other's."""
         pictures = tuple(picture for prepared in batch for picture in prepared.pictures)
-        return LoadedPictures(self.processor.crop_size, pictures)
+        return LoadedPictures(self.processor, pictures)
 
 
 def _short(text: str) -> str:

@@ -96,7 +96,7 @@ class FileExam(Exam):
     def take(self, numbers: Sequence[int]) -> tuple[list[Taken], Views]:
         """As the base says. A question whose picture cannot be used is taken with the reason."""
         taken: list[Taken] = []
-        views = LoadedPictures(self.preparation.processor.crop_size, ())
+        views = LoadedPictures(self.preparation.processor, ())
         for number in numbers:
             asked = self.questions[number]
             try:
