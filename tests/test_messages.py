@@ -25,8 +25,8 @@ OF_OTHER_PROGRAMS = {
     "--shm-size": "docker",
 }
 """Options that messages name beside the program they belong to."""
-NOT_THE_COMMAND_LINES = ("orchestration/manifests", "megatron_deepstack/testing")
-"""They write commands of other programs."""
+NOT_THE_COMMAND_LINES = ("orchestration/manifests", "megatron_deepstack/testing", "megatron_deepstack/inference/lmms")
+"""They speak of the commands of other programs."""
 
 
 def options_of(command: click.Command) -> Iterator[str]:

@@ -24,6 +24,8 @@ from typing import Final
 
 RECIPE_FILE: Final = "recipe.yaml"
 """Name of the resolved recipe, in a run's folder and in each of its checkpoints."""
+ANSWERS_FILE: Final = "answers.jsonl"
+"""Name of answers, in a run's folder and in the folder of an evaluation."""
 
 
 class RunFolder:
@@ -51,7 +53,7 @@ class RunFolder:
     @property
     def answers(self) -> Path:
         """A JSON line for each answered question of the run's held-out store."""
-        return self.path / "answers.jsonl"
+        return self.path / ANSWERS_FILE
 
     @property
     def other_answers(self) -> Path:

@@ -19,7 +19,7 @@ from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import DataConfig, ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES
 from megatron_deepstack.config.traits.towers import TOWERS
-from megatron_deepstack.config.traits.variants import Variant
+from megatron_deepstack.config.traits.variants import Variant, published_variant
 from megatron_deepstack.convert.export_files import PREPROCESSOR
 from megatron_deepstack.convert.hf_config import RELEASES, read_config, require_same_model
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG
@@ -158,7 +158,7 @@ def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, An
     if kind == DEEPSTACK or kind in set(Variant):
         return {"variant": config.get("variant", kind), "stacks": config.get("stacks") or {}}
     if kind == "llava":
-        return {"variant": str(Variant.LLAVA)}
+        return {"variant": str(published_variant(has_stacks=False, is_any_resolution=False))}
     if kind not in RELEASES:
         raise CheckpointError(
             f"{folder / CONFIG}: model_type {kind!r} is no whole model of ours; known are {DEEPSTACK}, "
@@ -170,11 +170,10 @@ def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, An
         "num_crops": config.get("num_crops", 4),
         "sampler": config.get("deepstack_sampling", "2d"),
     }
-    if config.get("is_anyres_deepstack"):
-        return {"variant": str(Variant.DEEPSTACK_HD), "stacks": stacks}
-    if config.get("image_aspect_ratio") == "deepstack" or "deepstack_sampling" in config:
-        return {"variant": str(Variant.DEEPSTACK_L), "stacks": stacks}
-    return {"variant": str(Variant.LLAVA)}
+    any_resolution = bool(config.get("is_anyres_deepstack"))
+    stacked = any_resolution or config.get("image_aspect_ratio") == "deepstack" or "deepstack_sampling" in config
+    variant = str(published_variant(has_stacks=stacked, is_any_resolution=any_resolution))
+    return {"variant": variant, **({"stacks": stacks} if stacked else {})}
 
 
 def _language(config: Mapping[str, Any], text: Mapping[str, Any], kind: str, folder: Path) -> Iterator[tuple[str, Any]]:

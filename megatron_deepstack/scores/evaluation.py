@@ -1,6 +1,6 @@
 """An evaluation: answers to the questions of a store or a file, with their scores, as kept in a run's folder.
 
-RUN/evaluations/NAME/answers.jsonl   one line per question
+RUN/evaluations/NAME/answers         one line of JSON per question
 RUN/evaluations/NAME/scores.json     the means, and what was evaluated
 RUN/evaluations/NAME/page.html       written by `evaluate`, for people
 """
@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_deepstack.config.run_folder import RunFolder
+from megatron_deepstack.config.run_folder import ANSWERS_FILE, RunFolder
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.scores.metrics import METRICS, scores_of
 
-ANSWERS: Final = "answers.jsonl"
 SCORES: Final = "scores.json"
 PAGE: Final = "page.html"
 
@@ -141,7 +140,7 @@ def write_evaluation(run: str | Path, evaluation: Evaluation) -> Path:
     lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in evaluation.answers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ANSWERS, lines)
+        write_whole(folder / ANSWERS_FILE, lines)
         write_whole(folder / SCORES, json.dumps(evaluation.document(), indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise DataError(
@@ -164,7 +163,7 @@ def read_evaluations(run: str | Path) -> list[Evaluation]:
 def _read(folder: Path) -> Evaluation:
     try:
         facts = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        records = [json.loads(line) for line in (folder / ANSWERS).read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in (folder / ANSWERS_FILE).read_text(encoding="utf-8").splitlines()]
         answers = tuple(
             Scored(
                 **{

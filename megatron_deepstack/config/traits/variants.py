@@ -172,6 +172,18 @@ def variant_without_crops() -> Variant:
     return next(variant for variant, traits in VARIANTS.items() if not traits.has_crops)
 
 
+def published_variant(*, has_stacks: bool, is_any_resolution: bool) -> Variant:
+    """Return the variant that the released code computes.
+
+    Args:
+        has_stacks: Its config asks for stacks in the decoder.
+        is_any_resolution: The stacks belong to a context of the whole mosaic.
+    """
+    if is_any_resolution:
+        return Variant.DEEPSTACK_HD
+    return Variant.DEEPSTACK_L if has_stacks else Variant.LLAVA
+
+
 def variant_of_views(views: ViewLayout) -> Variant:
     """Return the first variant that uses exactly these views."""
     return next(variant for variant, traits in VARIANTS.items() if traits.views is views)

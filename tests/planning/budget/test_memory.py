@@ -102,6 +102,7 @@ MODELS: dict[str, ModelConfig] = {
     **{
         str(variant): tiny_model(variant=variant, stacks=StackConfig(start=0 if variant.stacks_in_vit else 1))
         for variant in Variant
+        if variant.traits.whole_model is None  # of the others nothing is predicted
     },
     "grouped-tied": tiny_model(language=GROUPED),
 }

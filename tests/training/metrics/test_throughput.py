@@ -36,7 +36,7 @@ def of_step(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, device: str) -> thr
     monkeypatch.setattr(throughput, "device_name", lambda: device)
     monkeypatch.setattr(throughput, "sum_over_replicas", lambda values: [2 * value for value in values])
     groups = SimpleNamespace(axes=SimpleNamespace(world_size=16))
-    plan = SimpleNamespace(lengths=(1024, 1024), num_units=10)
+    plan = SimpleNamespace(lengths=(1024, 1024), num_units=10, routes=SimpleNamespace(grids=()))
     return Throughput(recipe, groups).of(plan, num_tokens=2048, num_images=2, seconds=4.0)  # type: ignore[arg-type]
 
 
