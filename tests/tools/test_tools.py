@@ -19,6 +19,7 @@ SMALLEST = {
     "bench_checkpoint": ["--ranks=1", "--repeats=1", "--hidden=64", "--layers=4"],
     "bench_cli": ["--repeats=1"],
     "bench_generate": ["--sizes=tiny", "--batches=1", "--prompt=4", "--new=4", "--repeats=1"],
+    "bench_head": ["--repeats=1"],
     "bench_injection": ["--repeats=1"],
     "bench_placement": ["--repeats=1"],
     "bench_plan": ["--repeats=1", "--pairs=1"],
