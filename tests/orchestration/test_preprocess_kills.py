@@ -76,6 +76,7 @@ def test_a_second_command_on_the_same_store_is_refused(heavy: Work, tmp_path: Pa
     same_store(heavy.serial, store)
 
 
+@pytest.mark.timeout(900)
 def test_kills_and_signals_on_a_local_ray(heavy: Work, tmp_path: Path, same_store: Same) -> None:
     """The same command four times: driver killed, then stopped by SIGTERM and SIGINT, then a worker killed mid-part."""
     store = tmp_path / "store"

@@ -16,7 +16,7 @@ from megatron_deepstack.report.evaluation_page import kind_of, page
 from megatron_deepstack.report.evaluations import common_questions, differences, in_words
 from megatron_deepstack.scores.difference import paired_difference
 from megatron_deepstack.scores.evaluation import (
-    ANSWERS,
+    ANSWERS_FILE,
     Evaluation,
     Scored,
     evaluation_name,
@@ -47,7 +47,7 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path, evaluation(ANSWERED))
-    (folder / ANSWERS).write_text("{}\n")
+    (folder / ANSWERS_FILE).write_text("{}\n")
     with pytest.raises(DataError, match=r"evaluations/pets: cannot be read as an evaluation .*run `evaluate` again"):
         read_evaluations(tmp_path)
 

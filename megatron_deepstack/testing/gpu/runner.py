@@ -28,6 +28,8 @@ RESULTS, TABLE, LOG = "results.json", "table.md", "log.txt"
 _POLL_SECONDS: Final = 0.2
 _LEAST_SECONDS: Final = 5
 """With less time left, a part is not started."""
+_TINY_PATIENCE: Final = 4
+"""So much longer may a part take at the size for a CPU, which may be busy, and costs no rented minutes."""
 _LAST_LINES: Final = 12
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
@@ -69,7 +71,8 @@ class Trial:
         if left < _LEAST_SECONDS:
             self._take([Row(part=part.name, what=part.title, verdict=Verdict.LEFT_OUT, note="no time was left")])
         else:
-            self._running[part.name] = _Running(part, self.settings, min(part.seconds, left))
+            patience = _TINY_PATIENCE if self.settings.tiny else 1
+            self._running[part.name] = _Running(part, self.settings, min(patience * part.seconds, left))
 
     def _follow(self, name: str) -> None:
         """Wait for a part, and take its rows as they come."""
