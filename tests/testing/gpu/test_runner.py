@@ -59,7 +59,7 @@ def part(name: str, seconds: int = 60, **more: object) -> Part:
 def test_every_bad_end_costs_its_own_rows_alone(settings: Settings) -> None:
     said: list[str] = []
     trial = Trial(settings, said.append)
-    trial.run([part("raises"), part("dies"), part("hangs", seconds=3), part("good")])
+    trial.run([part("raises"), part("dies"), part("hangs", seconds=1), part("good")])
     found = [(row.part, row.what, row.verdict) for row in trial.rows]
     assert found == [
         ("raises", "first", Verdict.MEASURED),
@@ -73,7 +73,7 @@ def test_every_bad_end_costs_its_own_rows_alone(settings: Settings) -> None:
     notes = [row.note for row in trial.rows if row.verdict is Verdict.FAILED]
     assert notes[0] == "exit code 1; ValueError: of the part"
     assert notes[1].startswith("killed by SIGKILL")
-    assert notes[2] == "not done after 3 s, and ended"
+    assert notes[2] == "not done after 4 s, and ended"
     assert trial.rows[1].traceback[-1] == "ValueError: of the part"
     assert len(said) == len(found)
     document = json.loads((settings.output / runner.RESULTS).read_text())
