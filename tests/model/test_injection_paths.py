@@ -23,7 +23,7 @@ def layer_of_ones(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(TransformerLayer, "_forward_mlp", lambda self, hidden_states, *_, **__: hidden_states)
     layer = InjectionLayer.__new__(InjectionLayer)
     torch.nn.Module.__init__(layer)
-    layer.slot_index = 1
+    layer.slot_index, layer.after_index = 1, None
     layer.offload_module_in_cuda_graph = False
     layer.config = SimpleNamespace(cuda_graph_scope=[], cuda_graph_modules=[])
     return layer
@@ -44,4 +44,10 @@ def test_megatron_still_has_the_method_that_is_overridden() -> None:
     """Another name in a later Megatron would leave ours uncalled."""
     assert "self._forward_attention(" in inspect.getsource(TransformerLayer.forward)
     assert "self._forward_attention(" in inspect.getsource(TransformerLayer._te_cuda_graph_capture)
-    assert "forward" not in vars(InjectionLayer)
+
+
+def test_rows_after_a_layer_are_not_lost_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of_ones(monkeypatch)
+    layer.after_index = 0
+    with pytest.raises(AssertionError, match="cannot be captured"):
+        layer._te_cuda_graph_capture(hidden_states=torch.ones(3, 1, 4), attention_mask=None)

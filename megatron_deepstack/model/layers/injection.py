@@ -72,6 +72,11 @@ class InjectionLayer(TransformerLayer):
         assert positions is not None
         return add_rows(hidden_states, rows[self.after_index], positions[self.after_index]), context
 
+    def _te_cuda_graph_capture(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLayer's, which does not call `forward`; so rows after the layer would silently be left out."""
+        assert self.after_index is None, "a layer that adds rows to its output cannot be captured in a CUDA graph"
+        return super()._te_cuda_graph_capture(*args, **kwargs)
+
     def _forward_attention(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
