@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where everything is kept (default: runs/claim, or -quick)")
     parser.add_argument("--publish", type=Path, help="write the page, picture and JSON here too")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at the same time")
-    parser.add_argument("--quick", action="store_true", help="a few arms, one seed, few steps: about six minutes")
+    parser.add_argument("--quick", action="store_true", help="a few arms, one seed, few steps")
     arguments = parser.parse_args()
     experiment = read_experiment(arguments.arms, quick=arguments.quick)
     folder = arguments.folder or Path("runs/claim-quick" if arguments.quick else "runs/claim")

@@ -39,6 +39,18 @@ class ProcessedImage:
     """The hash of the file's bytes, in hexadecimal."""
 
 
+def described_fields(processor: type, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which a processor is made again from what a store records of it.
+
+    Args:
+        processor: Its class, a dataclass.
+        made: As its `describe` returns it. Fields that are missing there take their defaults: stores of earlier releases
+            lack what did not exist then.
+    """
+    hints = get_type_hints(processor)
+    return {item.name: hints[item.name](made[item.name]) for item in fields(processor) if item.name in made}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processor:
     """How an image file becomes views."""
@@ -79,8 +91,7 @@ class Processor:
         Returns:
             The processor.
         """
-        hints = get_type_hints(cls)
-        return cls(**{item.name: hints[item.name](made[item.name]) for item in fields(cls) if item.name in made})
+        return cls(**described_fields(cls, made))
 
     @property
     def most_slots(self) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.traits.variants import ViewLayout
 from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
 from megatron_deepstack.data.images.pictures import decode_image, stretch
-from megatron_deepstack.data.images.processor import ProcessedImage
+from megatron_deepstack.data.images.processor import ProcessedImage, described_fields
 from megatron_deepstack.data.images.source import FramesAt, QuarantineError
 from megatron_deepstack.data.images.video import decode_frames
 from megatron_deepstack.data.store.blocks import as_blocks
@@ -72,8 +72,7 @@ class SizedProcessor:
         Returns:
             The processor.
         """
-        hints = get_type_hints(cls)
-        return cls(**{item.name: hints[item.name](made[item.name]) for item in fields(cls) if item.name in made})
+        return cls(**described_fields(cls, made))
 
     @property
     def most_slots(self) -> int:
