@@ -44,8 +44,8 @@ def described_fields(processor: type, made: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         processor: Its class, a dataclass.
-        made: As its `describe` returns it. Fields that are missing there take their defaults: stores of earlier releases
-            lack what did not exist then.
+        made: As its `describe` returns it. Fields that are missing there take their defaults, since stores of earlier
+            releases lack what did not exist then.
     """
     hints = get_type_hints(processor)
     return {item.name: hints[item.name](made[item.name]) for item in fields(processor) if item.name in made}
