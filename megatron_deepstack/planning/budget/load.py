@@ -96,7 +96,7 @@ def drawn_shapes(recipe: Recipe) -> Shapes:
     return Shapes(
         lengths=np.minimum(lengths, train.seq_length),
         units=np.bincount(owner, units, count).astype(np.int64),
-        source=f"drawn, with {data.expected_images:g} images and {data.expected_text_tokens} text tokens a sample",
+        source=f"drawn, with {data.expected_images:g} image(s) and {data.expected_text_tokens} text tokens a sample",
     )
 
 

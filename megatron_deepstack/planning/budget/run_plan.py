@@ -268,8 +268,28 @@ def advice(plan: RunPlan, shapes: Shapes) -> str:
         shapes: The samples that it was made with.
 
     Returns:
-        Overrides for the command line, of one knob if one is enough; empty if no change that is known here helps.
+        What to add to the command line: more ranks, where replicas share the optimizer's states, or overrides, of one
+        knob if one is enough; if both help, the two joined by " or ". Empty if no change that is known here helps.
     """
+    return " or ".join(filter(None, (_more_replicas(plan, shapes), _overrides(plan, shapes))))
+
+
+def _more_replicas(plan: RunPlan, shapes: Shapes) -> str:
+    """Find the smallest number of ranks, up to eight times as many, with which the distributed optimizer fits."""
+    if not plan.recipe.parallel.distributed_optimizer:
+        return ""
+    for factor in (2, 4, 8):
+        num_ranks = factor * plan.num_ranks
+        try:
+            if plan_run(plan.recipe, shapes, plan.machine, num_ranks).fits:
+                return f"--ranks {num_ranks}"
+        except LayoutError:
+            continue  # so many replicas do not divide the batch
+    return ""
+
+
+def _overrides(plan: RunPlan, shapes: Shapes) -> str:
+    """Find the fewest changes of the recipe with which it fits on as many ranks."""
     knobs = list(_knobs(plan))
     for number in (1, 2, 3):
         for chosen in combinations(knobs, number):

@@ -48,6 +48,17 @@ def test_what_does_not_fit_gets_a_knob_that_makes_it_fit() -> None:
     assert plan_run(helped, SHAPES, H100, 2).fits
 
 
+def test_replicas_that_share_the_optimizers_states_are_offered_first() -> None:
+    """The recipe is made for eight ranks, and its one replica of two does not fit alone."""
+    shipped = load_checked_recipe("deepstack_l_7b_finetune", [])
+    plan = plan_run(shipped, SHAPES, H100, 2)
+    assert not plan.fits
+    ranks, override = advice(plan, SHAPES).split(" or ")
+    assert ranks.startswith("--ranks ")
+    assert plan_run(shipped, SHAPES, H100, int(ranks.split()[1])).fits
+    assert plan_run(load_checked_recipe("deepstack_l_7b_finetune", override.split()), SHAPES, H100, 2).fits
+
+
 def test_recomputation_saves_memory_and_costs_time() -> None:
     plain, again = (
         plan_run(replace(RECIPE, parallel=replace(RECIPE.parallel, recompute=kind)), SHAPES, H100, 8)
