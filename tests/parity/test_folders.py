@@ -13,7 +13,7 @@ from whole_folders import granite4_vision, qwen3_vl
 from megatron_deepstack.config.choices import EncoderPlacement, Recompute
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
-from megatron_deepstack.errors import CheckpointError, ParityError, SlotError
+from megatron_deepstack.errors import CheckpointError, ConfigError, ParityError, SlotError
 from megatron_deepstack.planning.slots import decoder_slots, owner, stage_chunks
 from megatron_deepstack.testing.parity.check import check_folder
 from megatron_deepstack.testing.ranks import RankPool
@@ -243,6 +243,21 @@ def test_a_stack_without_a_layer_is_refused(folder_of: Callable[[str], Path], tm
     folder = _changed(folder_of("qwen3_vl"), tmp_path / "changed", text__num_hidden_layers=1)
     with pytest.raises(SlotError, match="stack 1 has slot 2, outside the model of 1 layers"):
         decoder_slots(model_of_folder(folder))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        pytest.param(ParallelConfig(tensor=3), "parallel.tensor: 3 tensor-parallel ranks do not divide", id="tp3"),
+        pytest.param(ParallelConfig(virtual_pipeline=2), "parallel.virtual_pipeline: 2 chunks per stage", id="vpp2"),
+        pytest.param(ParallelConfig(sequence_parallel=True), "parallel.sequence_parallel: splits", id="sp"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_ranks_start(
+    folder_of: Callable[[str], Path], parallel: ParallelConfig, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        next(check_folder(folder_of("qwen3_vl"), parallel))
 
 
 def test_an_image_token_outside_the_vocabulary_is_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

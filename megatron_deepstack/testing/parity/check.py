@@ -10,7 +10,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.problems import raise_problems
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.convert.hf_config import read_config
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
@@ -73,12 +75,14 @@ def check_folder(
 
     Raises:
         CheckpointError: The folder's model is not understood; the message names the file and each key.
-        LayoutError, SlotError: The layout does not fit the model, or a stack has no layer; before any rank starts.
+        ConfigError: The layout does not fit the model, or a stack has no layer; before any rank starts.
         ParityError: After the last line, if a quantity exceeds its tolerance.
     """
     model = model_of_folder(folder)
     decoder_slots(model)
     parallel = _with_chunks(model.language.num_layers, parallel)
+    problems = find_problems(Recipe(model=model, parallel=parallel))
+    raise_problems([problem for problem in problems if problem.concerns("parallel")])
     published_source(folder, model=model)
     config = read_config(folder)
     samples = draw_samples(model, config, special_tokens(model, config, str(folder / CONFIG)), seed)
