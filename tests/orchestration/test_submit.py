@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,15 +41,16 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head node with a dashboard, on loopback."""
+def head() -> Iterator[Head]:
+    """A head node with a dashboard, on loopback, in a folder short enough for the dashboard's sockets (107 bytes)."""
     gcs, dashboard, agent = free_port(), free_port(), free_port()
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    folder = tempfile.mkdtemp(prefix="r")
     start = [
         RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.2", f"--port={gcs}", "--num-cpus=2",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}",
-        f"--object-store-memory={80 * 2**20}", f"--temp-dir={tmp_path_factory.mktemp('r')}",
+        f"--object-store-memory={80 * 2**20}", f"--temp-dir={folder}",
     ]  # fmt: skip
     process = subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -66,6 +69,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         if child.is_running():
             child.kill()
     assert_gone(started)
+    shutil.rmtree(folder)
 
 
 def submitted(command: list[str], head: Head) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.problems import raise_problems
-from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
 from megatron_deepstack.convert.hf_config import read_config
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
@@ -80,9 +80,7 @@ def check_folder(
     """
     model = model_of_folder(folder)
     decoder_slots(model)
-    parallel = _with_chunks(model.language.num_layers, parallel)
-    problems = find_problems(Recipe(model=model, parallel=parallel))
-    raise_problems([problem for problem in problems if problem.concerns("parallel")])
+    parallel = _fitting_layout(model, parallel)
     published_source(folder, model=model)
     config = read_config(folder)
     samples = draw_samples(model, config, special_tokens(model, config, str(folder / CONFIG)), seed)
@@ -117,12 +115,15 @@ def _pool(parallel: ParallelConfig, data_parallel: int) -> RankPool:
     return RankPool(parallel.tensor * parallel.context * parallel.pipeline * data_parallel)
 
 
-def _with_chunks(num_layers: int, parallel: ParallelConfig) -> ParallelConfig:
-    """Return a layout whose chunks hold all layers, whatever their number."""
+def _fitting_layout(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
+    """Return the layout with chunks that hold all layers, whatever their number; refuse one that no recipe may have."""
+    num_layers = model.language.num_layers
     num_chunks = parallel.pipeline * parallel.virtual_pipeline
     if num_layers % num_chunks and num_layers > num_chunks and parallel.layers_per_stage is None:
         parallel = replace(parallel, layers_per_stage=tuple(nearly_even(num_layers, num_chunks)))
     stage_chunks(num_layers, parallel)
+    problems = find_problems(Recipe(model=model, parallel=parallel))
+    raise_problems([problem for problem in problems if problem.concerns("parallel")])
     return parallel
 
 
