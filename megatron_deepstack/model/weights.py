@@ -13,7 +13,7 @@ import torch
 
 from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
-from megatron_deepstack.config.sizes import head_width, num_kv_heads
+from megatron_deepstack.config.sizes import expert_layers, head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.language import LanguageChunk
@@ -50,6 +50,8 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
         prefix = f"{LAYERS_PREFIX}{layer}."
         rules = decoder_layer_rules(prefix, model) | _adapters(prefix, model.language, lora_rank)
+        if layer in expert_layers(language):
+            rules |= expert_rules(prefix, language, own_experts(chunk))
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
 
@@ -89,6 +91,37 @@ def decoder_layer_rules(prefix: str, model: ModelConfig) -> Rules:
     }
 
 
+def own_experts(chunk: LanguageChunk) -> range:
+    """Numbers of the experts that this rank holds in each layer that has experts."""
+    group, number = chunk.pg_collection.ep, chunk.language.num_experts
+    count = number // group.size()
+    return range(group.rank() * count, (group.rank() + 1) * count)
+
+
+def expert_rules(prefix: str, language: LanguageConfig, experts: range) -> Rules:
+    """What the parameters of a layer's router and experts are made of; each expert has tensors of its own.
+
+    Args:
+        prefix: What the published names of the layer's tensors begin with.
+        language: The decoder.
+        experts: Numbers of the experts that the rank holds.
+
+    Returns:
+        Rules by the parameter's name in the layer, for experts computed one by one and for grouped products.
+    """
+    h, f = language.hidden_size, language.expert_ffn_hidden_size
+    rules = {"mlp.router.weight": _plain(f"{prefix}mlp.gate.weight", (language.num_experts, h))}
+    for local, expert in enumerate(experts):
+        own = f"{prefix}mlp.experts.{expert}."
+        names = (f"{own}gate_proj.weight", f"{own}up_proj.weight")
+        gate_and_up = Rule(names=names, shapes=((f, h), (f, h)), is_expert=True)
+        down = Rule(names=(f"{own}down_proj.weight",), shapes=((h, f),), is_expert=True)
+        for linear, rule in (("linear_fc1", gate_and_up), ("linear_fc2", down)):
+            rules[f"mlp.experts.local_experts.{local}.{linear}.weight"] = rule
+            rules[f"mlp.experts.{linear}.weight{local}"] = rule
+    return rules
+
+
 def _gate_and_up(prefix: str, kind: str, shape: Shape) -> Rule:
     names = (f"{prefix}mlp.gate_proj.{kind}", f"{prefix}mlp.up_proj.{kind}")
     return Rule(names=names, shapes=(shape, shape), tp_dim=0, concatenated=True)
@@ -102,13 +135,15 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
         absent |= {"self_attention.linear_proj.bias", "mlp.linear_fc1.bias", "mlp.linear_fc2.bias"}
     if not language.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
-    return frozenset(
-        name
-        for layer in range(language.num_layers)
-        for ours, rule in decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model).items()
-        if ours not in absent
-        for name in rule.names
-    )
+    found: set[str] = set()
+    for layer in range(language.num_layers):
+        prefix = f"{LAYERS_PREFIX}{layer}."
+        rules = decoder_layer_rules(prefix, model)
+        if layer in expert_layers(language):
+            rules = {ours: rule for ours, rule in rules.items() if not ours.startswith("mlp.linear_fc")}
+            rules |= expert_rules(prefix, language, range(language.num_experts))
+        found |= {name for ours, rule in rules.items() if ours not in absent for name in rule.names}
+    return frozenset(found)
 
 
 def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:

@@ -22,8 +22,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.model.language import HeadTargets, LanguageChunk, VisualInputs
 from megatron_deepstack.model.layers.attention import Packs
+from megatron_deepstack.model.layers.experts import membership_on_device
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.parallel.context import zigzag
+from megatron_deepstack.planning.batch.members import membership
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.targets import find_targets
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
@@ -78,7 +80,8 @@ def run_schedule(
     config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states
     config.no_sync_func = None if forward_only else _no_sync(chunks)
     tp_rank = _unwrap(chunks[0]).tp_group.rank()
-    batches = _micro_batches(plan, config, cp_rank, tp_rank, keep_logits=keep_logits)
+    balanced = config.num_moe_experts is not None and not forward_only
+    batches = _micro_batches(plan, config, cp_rank, tp_rank, keep_logits=keep_logits, balanced=balanced)
     data = [iter(batches) for _ in range(len(chunks))]
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, visual, timeline),
@@ -179,10 +182,12 @@ class _MicroBatch:
     """(1, N) boolean, which of the targets' losses count."""
     packs: Packs | CachedStep | None
     positions: torch.Tensor | None
+    membership: torch.Tensor | None = None
+    """Whose the tokens are, where experts are to be balanced."""
 
 
 def _micro_batches(
-    plan: StepPlan, config: TransformerConfig, cp_rank: int, tp_rank: int, *, keep_logits: bool
+    plan: StepPlan, config: TransformerConfig, cp_rank: int, tp_rank: int, *, keep_logits: bool, balanced: bool
 ) -> list[_MicroBatch]:
     """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
     ends = plan.segments or tuple((length,) for length in plan.seq_lengths)
@@ -196,10 +201,17 @@ def _micro_batches(
     piece = tp_rank if config.sequence_parallel else 0
     targets = [find_targets(one, pieces) for one in labels]
     host = [*tokens, *(one.rows[piece] for one in targets), *(one.labels.reshape(1, -1) for one in targets)]
-    uploaded = upload_all([*host, *axial, *bounds])
+    held = [np.split(places, pieces)[piece] for places in own] if balanced else []
+    whose = [
+        array
+        for members, places in zip(plan.members, held, strict=False)
+        for array in membership(members, plan.micro_batch_size, places)
+    ]
+    uploaded = upload_all([*host, *axial, *bounds, *whose])
     tokens_M, rows_M, labels_M = (uploaded[k * count : (k + 1) * count] for k in range(3))
     more = uploaded[3 * count :]
-    positions_M, bounds_M = more[: len(axial)], more[len(axial) :]
+    positions_M, bounds_M = more[: len(axial)], more[len(axial) : len(axial) + len(bounds)]
+    whose_M = more[len(axial) + len(bounds) :]
     return [
         _MicroBatch(
             number=number,
@@ -208,6 +220,7 @@ def _micro_batches(
             counted=labels_M[number] != IGNORE_INDEX,
             packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
             positions=positions_M[number] if positions_M else None,
+            membership=membership_on_device(*whose_M[2 * number : 2 * number + 2]) if whose_M else None,
         )
         for number in range(count)
     ]
@@ -220,7 +233,7 @@ def _forward_step(
     vpp = _unwrap(model).chunk.vpp
     inputs = visual(batch.number, vpp)
     with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
-        output = model(batch.tokens, batch.targets, inputs, batch.packs, batch.positions)
+        output = model(batch.tokens, batch.targets, inputs, batch.packs, batch.positions, batch.membership)
     if timeline is not None:
         timeline.watch_backward(output, batch.number, vpp)
     return output, partial(_loss, batch.counted)
