@@ -11,6 +11,7 @@ from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.convert.hf_whole_written import whole_config
 from megatron_deepstack.convert.hf_written import hf_tower
+from megatron_deepstack.convert.stacked_experts import stack_experts
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.model.weights import VISION_PREFIX
 
@@ -43,4 +44,5 @@ def whole_folder(
         like = next(iter(tensors.values()))
         tensors[f"{VISION_PREFIX}post_layernorm.weight"] = like.new_ones(model.vision.hidden_size)
         tensors[f"{VISION_PREFIX}post_layernorm.bias"] = like.new_zeros(model.vision.hidden_size)
-    return {to_naming(name, Naming.HUGGING_FACE, model): tensor for name, tensor in tensors.items()}, config
+    together = stack_experts(tensors)
+    return {to_naming(name, Naming.HUGGING_FACE, model): tensor for name, tensor in together.items()}, config

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_folders import granite4_vision, qwen3_vl
+from whole_folders import granite4_vision, qwen3_vl, qwen3_vl_moe
 
 from megatron_deepstack.config.choices import EncoderPlacement, Recompute
 from megatron_deepstack.config.schema import ParallelConfig
@@ -50,6 +50,17 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
         deepstack_layer_map=[[2, 10], [-1, 4]],
         spatial_vision_layer=-3,
         spatial_target_layers=[11, 1, 0, 7],
+    ),
+    "qwen3_vl_moe": qwen3_vl_moe,
+    # layers without experts, one expert a token, tensors in the form of the published folders, tied
+    "qwen3_vl_moe-odd": lambda folder: qwen3_vl_moe(
+        folder,
+        tied=True,
+        transposed=True,
+        text={"decoder_sparse_step": 2, "num_experts_per_tok": 1, "num_experts": 5, "num_hidden_layers": 8},
+    ),
+    "qwen3_vl_moe-some": lambda folder: qwen3_vl_moe(
+        folder, text={"mlp_only_layers": [0, 3], "num_experts_per_tok": 4, "moe_intermediate_size": 48}
     ),
     "qwen3_vl-no-taps": lambda folder: qwen3_vl(folder, deepstack_visual_indexes=[], spatial_merge_size=3),
 }

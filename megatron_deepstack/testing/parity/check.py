@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.problems import raise_problems
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.convert.hf_config import read_config
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
@@ -116,8 +117,13 @@ def _pool(parallel: ParallelConfig, data_parallel: int) -> RankPool:
 
 
 def _fitting_layout(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
-    """Return the layout with chunks that hold all layers, whatever their number; refuse one that no recipe may have."""
+    """Return the layout with chunks that hold all layers, whatever their number; refuse one that no recipe may have.
+
+    A decoder with experts needs sequence parallelism beside tensor parallelism, which is then added.
+    """
     num_layers = model.language.num_layers
+    if expert_layers(model.language) and parallel.tensor > 1:
+        parallel = replace(parallel, sequence_parallel=True)
     num_chunks = parallel.pipeline * parallel.virtual_pipeline
     if num_layers % num_chunks and num_layers > num_chunks and parallel.layers_per_stage is None:
         parallel = replace(parallel, layers_per_stage=tuple(nearly_even(num_layers, num_chunks)))
