@@ -53,7 +53,10 @@ def by_transformers(
     """
     from transformers import AutoModelForImageTextToText
 
-    module = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    more = {"experts_implementation": "eager"} if model.language.num_experts else {}  # the others know no float64
+    module = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", **more
+    )
     module.eval()
     if sum(parameter.numel() for parameter in module.parameters()) <= MOST_FLOAT64:
         module.double()
