@@ -66,12 +66,34 @@ def export_run(
 
 
 def one_rank_recipe(run_dir: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe a run was made with, for one rank; the run may have been moved since."""
+    """The recipe that a run was made with, for one rank. The run may have been moved since.
+
+    Args:
+        run_dir: The run folder.
+        overrides: Changes to the recipe, such as `data.tokenizer=...`.
+
+    Returns:
+        The recipe, with a layout of one rank.
+
+    Raises:
+        ConfigError: There is no run in that folder, or an override is wrong.
+    """
     return replace(recipe_of_run(run_dir, overrides), parallel=ParallelConfig())
 
 
 def export_on_rank(recipe: Recipe, output: str, naming: Naming, groups: Groups) -> None:
-    """Load the checkpoint and write it. To be called on the only rank of `groups`."""
+    """Load the checkpoint and write it. Call it on the only rank of `groups`.
+
+    Args:
+        recipe: The run's recipe, with a layout of one rank.
+        output: Folder to create.
+        naming: Names of the tensors.
+        groups: Those of a world of one rank.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read into the model.
+        DataError: The tokenizer is missing, or `output` cannot be written.
+    """
     tokenizer = _tokenizer(recipe)
     model = merge_adapters(load_engine(recipe, groups).model)
     about = About(data=recipe.data, seq_length=recipe.train.seq_length, card=card_of_run(recipe))
