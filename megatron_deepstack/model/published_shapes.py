@@ -5,11 +5,11 @@ from __future__ import annotations
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.rules import Shape
 from megatron_deepstack.model.weights import (
     LAYERS_PREFIX,
     PROJECTOR_PREFIX,
     VISION_PREFIX,
-    Shape,
     decoder_layer_names,
     decoder_layer_rules,
     vit_layer_rules,
