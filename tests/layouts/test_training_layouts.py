@@ -106,9 +106,9 @@ GROUPED = LanguageConfig(
 MODELS = [
     ("all-on-last-stage", tiny_model(stacks=StackConfig(slots=(7, 7, 6, 7)))),
     ("one-slot-per-stage", tiny_model(stacks=StackConfig(slots=(1, 3, 5, 7)))),
-    ("published-start", tiny_model(stacks=StackConfig())),
+    ("published-start", tiny_model(stacks=StackConfig(num_stacks=3))),
     ("sequential", tiny_model(stacks=StackConfig(sampler=Sampler.SEQUENTIAL_1D, start=0, interval=2))),
-    ("grid-sampler", tiny_model(stacks=StackConfig(sampler=Sampler.GRID, start=2))),
+    ("grid-sampler", tiny_model(stacks=StackConfig(sampler=Sampler.GRID, num_stacks=3, start=2))),
     ("vit-stacks", tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(start=0))),
     ("any-resolution", tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(start=1))),
     ("no-stacks", tiny_model(variant=Variant.LLAVA)),

@@ -122,6 +122,7 @@ class DeepStackModel(DeepStackPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.slots = config.slots if config.stacked_part == "decoder" and config.stack_source != "nothing" else []
+        self.num_stacks: int | None = config.stacks.get("num_stacks")
         layers = self.language_model.layers
         outside = [slot for slot in self.slots if not 0 <= slot < len(layers)]
         if outside:
@@ -193,6 +194,7 @@ class DeepStackModel(DeepStackPreTrainedModel):
             ]
             by_stack = [torch.stack(same) for same in zip(*by_view, strict=True)]
             stacks = [lay_out_mosaic(views, grid, self.image_newline) for views in by_stack]
+        stacks = stacks[: self.num_stacks]
         if len(stacks) > len(self.slots):
             raise ValueError(f"image_grids: {grid} has {len(stacks)} stacks, config.json has {len(self.slots)} slots")
         missing = [torch.zeros_like(base)] * (len(self.slots) - len(stacks))

@@ -110,7 +110,7 @@ def image_rows(
         grid: Columns and rows of its crops.
 
     Returns:
-        The base rows (V, H), and the stacks, each (V, H). Stacks that the grid does not fill are absent.
+        The base rows (V, H), and all its stacks, each (V, H). Stacks that the grid does not fill are absent.
     """
     if model.variant is Variant.DEEPSTACK_V:
         return _rows_stacked_in_vit(model, weights, pixels_N3HW, grid), []
@@ -176,7 +176,8 @@ def embed_sample(
     for token in sample.tokens:
         if token == IMAGE_TOKEN_ID:
             pixels, grid = images.pop(0)
-            pieces.append(image_rows(model, weights, pixels, grid))
+            base, image_stacks = image_rows(model, weights, pixels, grid)
+            pieces.append((base, image_stacks[: model.stacks.num_stacks]))
         else:
             pieces.append((language.embed_tokens(weights, token[None]), []))
     assert not images, f"{len(images)} images have no placeholder among the {len(sample.tokens)} tokens"
