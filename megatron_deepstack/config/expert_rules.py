@@ -1,4 +1,4 @@
-"""Rules for decoders whose layers have experts: the model itself, its layout over ranks, and what does not go with it."""
+"""Rules for decoders whose layers have experts: the model, its layout over ranks, and what does not go with it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
     if has_experts is not variant.traits.has_experts and (has_experts or variant.traits.whole_model):
         yield _problem(
             "model.variant model.language.family",
-            f"{variant} has a decoder {'with' if variant.traits.has_experts else 'without'} experts, and the family "
-            f"{language.family} is one {'with' if has_experts else 'without'} them; set both to qwen3_vl_moe, or neither",
+            f"the decoder of {variant} is one {'with' if variant.traits.has_experts else 'without'} experts, and the "
+            f"family {language.family} one {'with' if has_experts else 'without'} them; set both to qwen3_vl_moe, or "
+            "neither",
         )
         return
     if not has_experts:
         if language.num_experts:
             yield _problem(
                 "model.language.num_experts model.language.family",
-                f"found {language.num_experts}, and a decoder of the family {language.family or 'llama'} has no experts; "
-                "set 0, or a family with experts such as qwen3_vl_moe",
+                f"found {language.num_experts}, and a decoder of the family {language.family or 'llama'} has none; set "
+                "0, or a family with experts such as qwen3_vl_moe",
             )
         return
     if language.num_active_experts > language.num_experts > 0:

@@ -116,7 +116,8 @@ def test_named_shapes_pass_the_checks(shape):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_named_whole_models_fit_together(name):
-    model = ModelConfig(variant=Variant.QWEN3_VL, vision=VISION[name], language=LANGUAGE[name])
+    variant = Variant.QWEN3_VL_MOE if LANGUAGE[name].num_experts else Variant.QWEN3_VL
+    model = ModelConfig(variant=variant, vision=VISION[name], language=LANGUAGE[name])
     assert not find_problems(Recipe(model=model))
 
 

@@ -122,7 +122,7 @@ class BalancedRouter(TopKRouter):
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As TopKRouter's: logits (S, B, E) to weights (T, E) and the map of chosen experts, boolean (T, E).
 
-        The gradient of the balancing loss enters with that of the weights. Collective over tp and cp where it is wanted.
+        The gradient of the balancing loss enters with that of the weights. Collective over tp and cp where it does.
         """
         weights_TE, chosen_TE = super().routing(logits, *args, **kwargs)
         if self.topk == 1:
@@ -132,9 +132,7 @@ class BalancedRouter(TopKRouter):
         loss = self._balance(logits.reshape(-1, logits.shape[-1]), chosen_TE, self.membership_KT)
         return MoEAuxLossAutoScaler.apply(weights_TE, loss), chosen_TE
 
-    def _balance(
-        self, logits_TE: torch.Tensor, chosen_TE: torch.Tensor, membership_KT: torch.Tensor
-    ) -> torch.Tensor:
+    def _balance(self, logits_TE: torch.Tensor, chosen_TE: torch.Tensor, membership_KT: torch.Tensor) -> torch.Tensor:
         """This rank's part of the balancing loss of a micro-batch, each sample times its targets."""
         belongs_KT, scale_K = membership_KT[:, :-1], membership_KT[:, -1]
         counts_KE = belongs_KT @ chosen_TE.to(belongs_KT.dtype)
@@ -153,6 +151,7 @@ class ExpertLayer(MoELayer):
 
     parts: MoESubmodules
     factor: float
+    moe_layer_recompute: bool
 
     def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         super().__init__(config, submodules=self.parts, pg_collection=pg_collection, **kwargs)

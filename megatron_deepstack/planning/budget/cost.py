@@ -23,7 +23,7 @@ from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
-from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
+from megatron_deepstack.planning.budget.linears import attention_widths, layer_weights, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
 from megatron_deepstack.planning.views import ImageShape, ViewGrid
@@ -93,7 +93,7 @@ def head_training_flops(
 def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
     adapted = Part.LANGUAGE in trainable and lora.rank > 0
     learned = Part.LANGUAGE in trainable and not adapted
-    matrices = 2 * length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    matrices = 2 * length * (_layers_weights(language) + _head_weights(language))
     adapters = 2 * length * adapter_weights(language, lora) if adapted else 0
     return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
 
@@ -137,7 +137,7 @@ def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
     Returns:
         Operations for one sequence, or for each.
     """
-    matrices = 2 * seq_length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    matrices = 2 * seq_length * (_layers_weights(language) + _head_weights(language))
     return matrices + language.num_layers * _causal_attention(language, seq_length)
 
 
@@ -186,7 +186,7 @@ def _native_training(model: ModelConfig, trainable: Collection[Part], grid: View
 
 
 def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Count the entries of the decoder's matrices on each stage; the stage's time is about proportional to them.
+    """Count the entries of the decoder's matrices that a token passes on each stage, which its time is proportional to.
 
     Args:
         language: The decoder.
@@ -197,7 +197,7 @@ def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[i
     """
     held = [0] * parallel.pipeline
     for chunk in stage_chunks(language.num_layers, parallel):
-        layers = (chunk.stop - chunk.first) * _layer_weights(language)
+        layers = sum(layer_weights(language, layer, active=True) for layer in range(chunk.first, chunk.stop))
         held[chunk.pp] += layers + chunk.has_head * _head_weights(language)
     return tuple(held)
 
@@ -222,8 +222,9 @@ def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
     return language.num_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
 
 
-def _layer_weights(language: LanguageConfig) -> int:
-    return sum(inputs * outputs for inputs, outputs in linear_sizes(language).values())
+def _layers_weights(language: LanguageConfig) -> int:
+    """Count the entries of all layers' matrices that a token passes; of experts those that it is sent to."""
+    return sum(layer_weights(language, layer, active=True) for layer in range(language.num_layers))
 
 
 def _head_weights(language: LanguageConfig) -> int:

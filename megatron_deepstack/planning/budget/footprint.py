@@ -6,13 +6,15 @@ moments, and in bf16 a float32 copy. Activations are not counted, so a rank alwa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import ModelConfig, Recipe, VisionConfig
-from megatron_deepstack.config.sizes import tokens_per_view
+from megatron_deepstack.config.sizes import expert_layers, tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import adapter_weights
-from megatron_deepstack.planning.budget.linears import linear_sizes
+from megatron_deepstack.planning.budget.linears import expert_weights, layer_weights
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
 _GRADIENT_BYTES = 4
@@ -26,8 +28,15 @@ def part_parameters(model: ModelConfig) -> dict[Part, int]:
     return {
         Part.VISION: _vision_parameters(vision),
         Part.PROJECTOR: _projector_parameters(model),
-        Part.LANGUAGE: language.num_layers * _layer_parameters(model) + heads * language.vocab_size * h + h,
+        Part.LANGUAGE: _layers_parameters(model, range(language.num_layers)) + heads * language.vocab_size * h + h,
     }
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Count the parameters that a token passes: of experts those that it is sent to, and all others."""
+    language = model.language
+    idle = language.num_experts - language.num_active_experts
+    return sum(part_parameters(model).values()) - len(expert_layers(language)) * idle * expert_weights(language)
 
 
 def weight_bytes(recipe: Recipe) -> int:
@@ -67,13 +76,21 @@ def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
         Bytes, without activations.
     """
     parallel, parameters = recipe.parallel, part_parameters(recipe.model)
-    shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
-    everyone = num_ranks if parallel.distributed_optimizer else 1
+    distributed = parallel.distributed_optimizer
+    shares = num_ranks // (parallel.tensor * parallel.pipeline) if distributed else 1
+    expert_shares = num_ranks // (parallel.expert * parallel.pipeline) if distributed else 1
+    everyone = num_ranks if distributed else 1
     encoder = parameters[Part.VISION] + parameters[Part.PROJECTOR]
     encoder_learned = _learned_of(recipe, Part.VISION) + _learned_of(recipe, Part.PROJECTOR)
-    decoder = _fullest_stage(recipe) // parallel.tensor
+    whole, of_experts = _fullest_stage(recipe)
+    decoder, experts = (whole - of_experts) // parallel.tensor, of_experts // parallel.expert
     decoder_learned = decoder * _learned_of(recipe, Part.LANGUAGE) // parameters[Part.LANGUAGE]
-    return _held(recipe, encoder, encoder_learned, everyone) + _held(recipe, decoder, decoder_learned, shares)
+    experts_learned = experts * (Part.LANGUAGE in recipe.train.trainable and not recipe.lora.rank)
+    return (
+        _held(recipe, encoder, encoder_learned, everyone)
+        + _held(recipe, decoder, decoder_learned, shares)
+        + _held(recipe, experts, experts_learned, expert_shares)
+    )
 
 
 def _held(recipe: Recipe, weights: int, learned: int, shares: int) -> int:
@@ -81,12 +98,15 @@ def _held(recipe: Recipe, weights: int, learned: int, shares: int) -> int:
     return weights * _weight_bytes(recipe) + learned * _GRADIENT_BYTES + learned * _state_bytes(recipe) // shares
 
 
-def _fullest_stage(recipe: Recipe) -> int:
-    """Return the largest number of decoder parameters of a pipeline stage."""
-    stages = [0] * recipe.parallel.pipeline
-    for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):
+def _fullest_stage(recipe: Recipe) -> tuple[int, int]:
+    """Return the decoder parameters of the pipeline stage that has most, and those of experts among them."""
+    language = recipe.model.language
+    stages, experts = [0] * recipe.parallel.pipeline, [0] * recipe.parallel.pipeline
+    for chunk in stage_chunks(language.num_layers, recipe.parallel):
         stages[chunk.pp] += _chunk_parameters(recipe.model, chunk)
-    return max(stages)
+        layers = sum(chunk.first <= layer < chunk.stop for layer in expert_layers(language))
+        experts[chunk.pp] += layers * language.num_experts * expert_weights(language)
+    return max(zip(stages, experts, strict=True))
 
 
 def _learned(recipe: Recipe) -> int:
@@ -114,17 +134,16 @@ def _state_bytes(recipe: Recipe) -> int:
     return 8 if recipe.train.precision is Precision.FP32 else 12
 
 
-def _layer_parameters(model: ModelConfig) -> int:
-    return sum(inputs * outputs for inputs, outputs in linear_sizes(model.language).values()) + 2 * (
-        model.language.hidden_size
-    )
+def _layers_parameters(model: ModelConfig, layers: Iterable[int]) -> int:
+    language = model.language
+    return sum(layer_weights(language, layer) + 2 * language.hidden_size for layer in layers)
 
 
 def _chunk_parameters(model: ModelConfig, chunk: Chunk) -> int:
     tables = int(chunk.has_embedding) + int(chunk.has_head)
     tables = 1 if tables == 2 and model.language.tied_embeddings else tables
     table = model.language.vocab_size * model.language.hidden_size
-    return (chunk.stop - chunk.first) * _layer_parameters(model) + tables * table
+    return _layers_parameters(model, range(chunk.first, chunk.stop)) + tables * table
 
 
 def _projector_parameters(model: ModelConfig) -> int:

@@ -25,10 +25,10 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import head_width, tokens_per_view, used_layers
+from megatron_deepstack.config.sizes import expert_layers, head_width, tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
-from megatron_deepstack.planning.budget.linears import linear_sizes
+from megatron_deepstack.planning.budget.linears import expert_weights, linear_sizes
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
 from megatron_deepstack.planning.budget.parameters import (
     Held,
@@ -84,6 +84,7 @@ def rank_memory(recipe: Recipe, load: StepLoad, num_ranks: int, stage: int, *, f
     parallel, model = recipe.parallel, recipe.model
     element = _element_bytes(recipe.train.precision)
     shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    expert_shares = num_ranks // (parallel.expert * parallel.pipeline) if parallel.distributed_optimizer else 1
     everyone = num_ranks if parallel.distributed_optimizer else 1
     decoder, encoder = stage_parameters(recipe, stage), encoder_parameters(recipe)
     state = 8 if recipe.train.precision is Precision.FP32 else 12
@@ -95,7 +96,9 @@ def rank_memory(recipe: Recipe, load: StepLoad, num_ranks: int, stage: int, *, f
     return RankMemory(
         weights=(decoder.total + encoder.total) * element,
         gradients=(decoder.learned + encoder.learned) * GRADIENT_BYTES,
-        optimizer=decoder.learned * state // shares + encoder.learned * state // everyone,
+        optimizer=(decoder.learned - decoder.experts_learned) * state // shares
+        + decoder.experts_learned * state // expert_shares
+        + encoder.learned * state // everyone,
         activations=activations,
         logits=logits,
         rows=_rows(recipe, load, chunks, element),
@@ -207,6 +210,8 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
         values = split * 6 * h + inner * ((w + 2 * k) + w + k + copies * w + 5 * f)
         if language.qk_norm:
             values += inner * 2 * (w + k)
+    with_experts = len(expert_layers(language)) / language.num_layers
+    values += 2 * split * h * language.num_active_experts * with_experts  # sent to experts, and what they answer
     if Part.LANGUAGE not in recipe.train.trainable:  # frozen matrices need no inputs for their gradients
         values -= split * 2 * h + inner * f
     if parallel.recompute is Recompute.SELECTIVE:
@@ -281,6 +286,8 @@ def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], d
     _, _, f = kept_widths(recipe.model, parallel.tensor)
     learned = bool(decoder.learned)
     widest = max(inputs * outputs for inputs, outputs in linear_sizes(language).values()) // parallel.tensor
+    if expert_layers(language):  # of all experts of a rank together, in their input
+        widest = max(widest, language.num_experts // parallel.expert * expert_weights(language) * 2 // 3)
     layer = inner * (4 * f + 2 * language.hidden_size) * element + widest * element * learned
     head = 0.0
     if any(chunk.has_head for chunk in chunks):

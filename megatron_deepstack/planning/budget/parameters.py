@@ -6,15 +6,21 @@ rank. A test compares the counts with the modules that are built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import lcm
 
 from megatron_deepstack.config.choices import LoraTarget, Part
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, VisionConfig
-from megatron_deepstack.config.sizes import head_width, tokens_per_view, used_layers
+from megatron_deepstack.config.sizes import expert_layers, head_width, tokens_per_view, used_layers
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
-from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
+from megatron_deepstack.planning.budget.linears import (
+    attention_widths,
+    expert_weights,
+    layer_weights,
+    linear_sizes,
+    router_weights,
+)
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
 _VOCABULARY_MULTIPLE = 128
@@ -30,6 +36,10 @@ class Held:
     """Those that learn, which have a gradient and optimizer states."""
     vectors: int
     """Of `total`, entries of norms, biases and other vectors."""
+    experts: int = 0
+    """Of `total`, those of experts, of which other ranks of the stage hold copies than of the rest."""
+    experts_learned: int = 0
+    """Of `experts`, those that learn."""
 
 
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
@@ -46,18 +56,39 @@ def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def layer_parameters(model: ModelConfig, tensor_ranks: int = 1) -> tuple[int, int]:
-    """Count the parameters of one decoder layer on one tensor-parallel rank.
+def active_matrices(model: ModelConfig, tensor_ranks: int) -> float:
+    """Count the entries of matrices that a token passes in a decoder layer, on average, as one tp rank's share.
+
+    Tokens are spread evenly over experts, and each tp rank sends its own part of the sequence to them.
 
     Args:
         model: The recipe's model.
         tensor_ranks: Size of tp.
 
     Returns:
+        The mean over layers.
+    """
+    language = model.language
+    whole = sum(layer_weights(language, layer, active=True) for layer in range(language.num_layers))
+    return whole / language.num_layers / tensor_ranks
+
+
+def layer_parameters(model: ModelConfig, tensor_ranks: int = 1, layer: int | None = None) -> tuple[int, int]:
+    """Count the parameters of one decoder layer on one tensor-parallel rank, those of experts left out.
+
+    Args:
+        model: The recipe's model.
+        tensor_ranks: Size of tp.
+        layer: Number of the layer, which may have experts; None for one that has none.
+
+    Returns:
         Entries of matrices, and entries of norms and biases.
     """
     language, sizes = model.language, linear_sizes(model.language)
-    matrices = sum(inputs * outputs for inputs, outputs in sizes.values()) // tensor_ranks
+    has_experts = layer in expert_layers(language)
+    dense = [target for target in sizes if not has_experts or target not in (LoraTarget.MLP_IN, LoraTarget.MLP_OUT)]
+    matrices = sum(sizes[target][0] * sizes[target][1] for target in dense) // tensor_ranks
+    matrices += router_weights(language) * has_experts
     vectors = 2 * language.hidden_size
     if language.qkv_bias:
         vectors += sizes[LoraTarget.QKV][1] // tensor_ranks
@@ -82,7 +113,7 @@ def stage_parameters(recipe: Recipe, stage: int) -> Held:
     """
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     found = [_chunk(recipe, chunk) for chunk in chunks if chunk.pp == stage]
-    return Held(sum(one.total for one in found), sum(one.learned for one in found), sum(one.vectors for one in found))
+    return Held(*(sum(getattr(one, field.name) for one in found) for field in fields(Held)))
 
 
 def encoder_parameters(recipe: Recipe) -> Held:
@@ -112,20 +143,23 @@ def model_parameters(model: ModelConfig) -> dict[Part, int]:
 
 def _chunk(recipe: Recipe, chunk: Chunk) -> Held:
     model, parallel = recipe.model, recipe.parallel
-    matrices, vectors = layer_parameters(model, parallel.tensor)
-    layers = chunk.stop - chunk.first
+    layers, language = chunk.stop - chunk.first, model.language
+    counts = [layer_parameters(model, parallel.tensor, layer) for layer in range(chunk.first, chunk.stop)]
+    matrices, vectors = sum(count for count, _ in counts), sum(count for _, count in counts)
+    with_experts = sum(chunk.first <= layer < chunk.stop for layer in expert_layers(language))
+    experts = with_experts * (language.num_experts // parallel.expert) * expert_weights(language)
     tables = int(chunk.has_embedding) + int(chunk.has_head)
     if tables == 2 and model.language.tied_embeddings:
         tables = 1
     table = padded_vocabulary(model.language.vocab_size, parallel.tensor) // parallel.tensor
-    total = layers * (matrices + vectors) + tables * table * model.language.hidden_size
-    small = layers * vectors + chunk.has_head * model.language.hidden_size
+    total = matrices + vectors + experts + tables * table * model.language.hidden_size
+    small = vectors + chunk.has_head * model.language.hidden_size
     total += chunk.has_head * model.language.hidden_size
     adapters = layers * _adapters(recipe, parallel)
     learned = 0
     if Part.LANGUAGE in recipe.train.trainable:
         learned = adapters if recipe.lora.rank else total
-    return Held(total + adapters, learned, small)
+    return Held(total + adapters, learned, small, experts, experts * (learned == total))
 
 
 def _adapters(recipe: Recipe, parallel: ParallelConfig) -> int:
@@ -160,7 +194,12 @@ def kept_widths(model: ModelConfig, tensor_ranks: int) -> tuple[int, int, int]:
         tensor_ranks: Size of tp.
 
     Returns:
-        Width of queries, of keys (or values), and of the MLP.
+        Width of queries, of keys (or values), and of the MLP; of experts together the widths of those that a token is
+        sent to, as the mean over layers.
     """
-    queries, keys = attention_widths(model.language)
-    return queries // tensor_ranks, keys // tensor_ranks, model.language.ffn_hidden_size // tensor_ranks
+    language = model.language
+    queries, keys = attention_widths(language)
+    with_experts = len(expert_layers(language))
+    active = with_experts * language.num_active_experts * language.expert_ffn_hidden_size
+    inner = ((language.num_layers - with_experts) * language.ffn_hidden_size + active) // language.num_layers
+    return queries // tensor_ranks, keys // tensor_ranks, inner // tensor_ranks
