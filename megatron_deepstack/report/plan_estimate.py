@@ -108,6 +108,7 @@ def _lines(plan: RunPlan) -> Iterator[str]:
     inside = plan.machine.gpus_per_node
     kinds = (
         ("tensor parallel", sent.tensor, groups.tensor),
+        ("tokens to experts", sent.expert, groups.expert),
         ("context parallel", sent.context, groups.tensor * groups.context),
         ("between stages", sent.pipeline, groups.tensor * groups.context * 2),
         ("rows", sent.rows, groups.tensor * groups.context * groups.pipeline),
