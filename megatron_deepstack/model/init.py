@@ -1,8 +1,8 @@
 """Random initialisation that no layout can change.
 
-Each published tensor is drawn whole from a generator seeded by (seed, its name) and then split, so one rank and any
-tp, pp or vpp start from the same numbers. Matrices and embeddings are normal with one deviation, those that write to
-the residual stream smaller by the square root of twice the depth; norms are 1, biases 0. Of an adapter (LoRA), A is
+Each published tensor is drawn as a whole from a generator seeded by (seed, its name) and then split, so one rank and
+any tp, pp or vpp start from the same numbers. Matrices and embeddings are normal with one deviation, those that write
+to the residual stream smaller by the square root of twice the depth; norms are 1, biases 0. Of an adapter (LoRA), A is
 uniform within 1 / sqrt(inputs), as its authors' program draws it, and B zero.
 """
 

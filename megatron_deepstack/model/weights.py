@@ -112,7 +112,7 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
 
 
 def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
-    """An A per fused linear, a B per published one; names as other programs give them, where they have the same."""
+    """An A for each fused linear, a B for each published one; names are those of other programs if they have it too."""
     groups = num_kv_heads(language)
     f, h = language.ffn_hidden_size, language.hidden_size
     sizes = linear_sizes(language)
