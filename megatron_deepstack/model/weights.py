@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_deepstack.config.choices import LoraTarget
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
@@ -27,13 +27,13 @@ PROJECTOR_PREFIX = "model.mm_projector."
 LAYERS_PREFIX = "model.layers."
 
 
-def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) -> Rules:
+def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora: LoraConfig | None = None) -> Rules:
     """What a decoder chunk's parameters are made of.
 
     Args:
         chunk: The chunk.
         model: The recipe's model.
-        lora_rank: Rank of its adapters, whose rules are then given too; 0 for none.
+        lora: Its adapters, whose rules are then given too.
 
     Returns:
         Rules by the parameter's name in the chunk.
@@ -49,7 +49,9 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
     }
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
         prefix = f"{LAYERS_PREFIX}{layer}."
-        rules = decoder_layer_rules(prefix, model) | _adapters(prefix, model.language, lora_rank)
+        rules = decoder_layer_rules(prefix, model)
+        if lora is not None and lora.rank:
+            rules = rules | adapter_rules(prefix, model.language, lora)
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
 
@@ -111,16 +113,37 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
     )
 
 
-def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
-    """An A for each fused linear, a B for each published one; names are those of other programs if they have it too."""
-    groups = num_kv_heads(language)
+_ADAPTED = {
+    "self_attention.linear_qkv.": LoraTarget.QKV,
+    "self_attention.linear_proj.": LoraTarget.ATTENTION_OUTPUT,
+    "mlp.linear_fc1.": LoraTarget.MLP_IN,
+    "mlp.linear_fc2.": LoraTarget.MLP_OUT,
+}
+"""Linears of a layer that may have adapters."""
+
+
+def adapter_rules(prefix: str, language: LanguageConfig, lora: LoraConfig) -> Rules:
+    """What the parameters of the adapters of a decoder's layer are made of, by their names in it.
+
+    There is an A for each fused linear and a B for each published one. Their names are those of other programs, if these
+    have the same matrix.
+
+    Args:
+        prefix: What published names of the layer begin with.
+        language: The recipe's decoder.
+        lora: Rank of the adapters, and the linears that have one.
+
+    Returns:
+        Rules by the parameter's name in the layer.
+    """
+    rank, groups = lora.rank, num_kv_heads(language)
     f, h = language.ffn_hidden_size, language.hidden_size
     sizes = linear_sizes(language)
     width, fused = sizes[LoraTarget.ATTENTION_OUTPUT][0], sizes[LoraTarget.QKV][1]
     kv = (fused - width) // 2
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
     qkv = [f"{attention}{x}_proj" for x in "qkv"]
-    return {
+    rules = {
         "self_attention.linear_qkv.lora_a": _plain(f"{attention}qkv_proj.lora_A.weight", (rank, h)),
         "self_attention.linear_qkv.lora_b": _fused(
             qkv, "lora_B.weight", [(width, rank), (kv, rank), (kv, rank)], groups, tp_dim=0
@@ -132,6 +155,11 @@ def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
         "mlp.linear_fc1.lora_b_up": _plain(f"{mlp}up_proj.lora_B.weight", (f, rank), tp_dim=0),
         "mlp.linear_fc2.lora_a": _plain(f"{mlp}down_proj.lora_A.weight", (rank, f), tp_dim=1),
         "mlp.linear_fc2.lora_b": _plain(f"{mlp}down_proj.lora_B.weight", (h, rank)),
+    }
+    return {
+        name: rule
+        for name, rule in rules.items()
+        if any(name.startswith(linear) for linear, target in _ADAPTED.items() if target in lora.targets)
     }
 
 

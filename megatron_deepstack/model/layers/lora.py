@@ -131,6 +131,10 @@ class AdaptedLinear(torch.nn.Module):
         with torch.no_grad():
             change = self.lora.alpha / self.lora.rank * (self._b().float() @ self.lora_a.float())
             self.weight.copy_(self.weight.float() + change)
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove the adapter; the base weight stays as it is. The linear cannot run after this."""
         for name in ("lora_a", *self.b_names):
             del self._parameters[name]
 
