@@ -5,6 +5,7 @@ They are functions and not fields, since a field could disagree with the numbers
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
@@ -60,6 +61,15 @@ def resampled_side(model: ModelConfig) -> int:
     return tokens_per_side(model.vision) // model.qformer.window_side * model.qformer.query_side
 
 
+def smallest_context(model: ModelConfig) -> int:
+    """Number of positions that the whole image takes at least; 0 where views have any size."""
+    if model.variant.traits.is_native:
+        return 0
+    if model.variant.traits.has_base_rows:
+        return tokens_per_view(model.vision)
+    return resampled_side(model) ** 2
+
+
 def sequence_multiple(parallel: ParallelConfig) -> int:
     """Number of tokens of which the length of a sequence must be a multiple.
 
@@ -68,6 +78,21 @@ def sequence_multiple(parallel: ParallelConfig) -> int:
     """
     over_tensor = parallel.tensor if parallel.sequence_parallel else 1
     return prod((over_tensor, 2 * parallel.context if parallel.context > 1 else 1))
+
+
+def answering_layout(parallel: ParallelConfig) -> ParallelConfig:
+    """Return the layout in which a run answers questions, token by token.
+
+    A step is one token wide, so the sequence is not split; and tensor-parallel ranks then hold the same tokens, so each
+    rank has all experts of its layers.
+
+    Args:
+        parallel: The layout in which it was trained.
+
+    Returns:
+        The same ranks with the same layers.
+    """
+    return replace(parallel, sequence_parallel=False, expert=1)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from megatron_deepstack.convert.tensor_files import lazy_tensor, read_part
+from megatron_deepstack.convert.tensor_files import LazyTensor, lazy_tensor, read_part
 from megatron_deepstack.errors import CheckpointError
 
 _PARTS: Final[Mapping[str, tuple[str, ...]]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -122,33 +122,39 @@ def taken_apart(stack: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.T
     yield from zip(names_in_stack(stack, len(tensor)), pieces, strict=True)
 
 
-def stack_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put the tensors of experts together as transformers has them.
+def stacked_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Put the tensors of experts together as transformers has them. Nothing is read before a stack is.
 
     Args:
-        tensors: By published names; those of experts are taken out, so that they are not in memory twice.
+        tensors: All tensors of a model by their published names.
 
     Returns:
         The same in the same order, where each stack stands in the place of its first tensor.
     """
-    members: dict[str, dict[_Place, str]] = {}
-    for name in tensors:
+    members: dict[str, dict[_Place, LazyTensor]] = {}
+    for name, tensor in tensors.items():
         place = _place(name)
         if place is not None:
-            members.setdefault(place.stack, {})[place] = name
-    found = {}
-    for name in list(tensors):
+            members.setdefault(place.stack, {})[place] = tensor
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
         place = _place(name)
         if place is None:
-            found[name] = tensors[name]
+            found[name] = tensor
         elif place.stack not in found:
-            found[place.stack] = _stacked({one: tensors.pop(own) for one, own in members[place.stack].items()})
+            found[place.stack] = _stacked(members[place.stack])
     return found
 
 
-def _stacked(members: Mapping[_Place, torch.Tensor]) -> torch.Tensor:
+def _stacked(members: Mapping[_Place, LazyTensor]) -> LazyTensor:
     by_number = {(place.expert, place.part): tensor for place, tensor in members.items()}
     num_experts, num_parts = max(number for number, _ in by_number) + 1, next(iter(members)).num_parts
     assert len(by_number) == num_experts * num_parts, "an expert of a layer is missing"
-    rows = [torch.cat([by_number[expert, part] for part in range(num_parts)]) for expert in range(num_experts)]
-    return torch.stack(rows)
+    one = next(iter(members.values()))
+    outputs, inputs = one.shape
+
+    def read() -> torch.Tensor:
+        rows = (torch.cat([by_number[e, part].read() for part in range(num_parts)]) for e in range(num_experts))
+        return torch.stack(list(rows))
+
+    return LazyTensor((num_experts, num_parts * outputs, inputs), one.dtype, read)

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.sizes import answering_layout
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.inference.ask.preparation import Asked, Preparation, Prepared
@@ -184,7 +185,7 @@ def converse(recipe: Recipe, preparation: Preparation, manner: Manner, talk: Cal
         DeepStackError: What `talk` or a rank raised.
         PreemptedError: The process was asked to stop.
     """
-    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))
+    recipe = replace(recipe, parallel=answering_layout(recipe.parallel))
     parallel = recipe.parallel
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     failures: list[BaseException] = []
@@ -224,7 +225,7 @@ class OpenRanks:
         """
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         self._failures: list[BaseException] = []
-        parallel = replace(recipe.parallel, sequence_parallel=False)
+        parallel = answering_layout(recipe.parallel)
         arguments = (replace(recipe, parallel=parallel), preparation, theirs)
         self._connection = Watched(ours, self._check)
         num_ranks = parallel.tensor * parallel.context * parallel.pipeline

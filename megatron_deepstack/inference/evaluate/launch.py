@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megatron_deepstack.checkpoint.folder import step_folders
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.sizes import answering_layout
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, LayoutError
@@ -24,7 +25,7 @@ from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.scores.evaluation import Evaluation, evaluation_name, write_evaluation
 
-_STOPPED = "evaluate: stopped on request; nothing was written, the same command begins anew"
+_STOPPED = "evaluate: stopped on request; nothing was written, the same command starts again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +73,7 @@ def evaluate(
     """
     require_checkpoint(recipe)
     exam, tokenizer, template, source = _exam(recipe, questions, say)
-    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))
+    recipe = replace(recipe, parallel=answering_layout(recipe.parallel))
     num_ranks = _number_of_ranks(recipe, ranks)
     say(f"evaluate: {number_of(len(exam), 'question')} of {source} by {number_of(num_ranks, 'rank')}")
     arguments = (recipe, exam, tokenizer, template, max_new_tokens)

@@ -175,6 +175,8 @@ class ExpertLayer(MoELayer):
             **kwargs: What later versions add.
         """
         assert intermediate_tensors is None, "experts are not captured in CUDA graphs here"
+        # Megatron refuses to train where tensor-parallel ranks hold the same tokens, as they do for answers.
+        self.training = torch.is_grad_enabled()
 
         def whole(hidden_states: torch.Tensor, membership_KT: torch.Tensor | None) -> torch.Tensor:
             self.router.membership_KT = membership_KT
