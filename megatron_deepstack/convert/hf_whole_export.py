@@ -83,10 +83,7 @@ def whole_folder(
     stacked = stacked_experts(found_tensors)
     values = {CONFIG: config, **whole.processor(model, about.data)}
     return WholeFolder(
-        tensors={
-            to_naming(name, Naming.HUGGING_FACE, model): tensor
-            for name, tensor in stacked_experts(found_tensors).items()
-        },
+        tensors={to_naming(name, Naming.HUGGING_FACE, model): tensor for name, tensor in stacked.items()},
         files={
             **{name: _json(value) for name, value in values.items()},
             **files,

@@ -85,6 +85,13 @@ ROWS = [
     ("qwen3_vl-odd", 2, 1, ParallelConfig(pipeline=2)),
     ("qwen3_vl", 2, 2, ParallelConfig(tensor=2, sequence_parallel=True)),
     ("granite-clip", 2, 1, ParallelConfig(pipeline=2)),
+    ("qwen3_vl_moe", 2, 1, ParallelConfig(tensor=2, expert=2)),
+    ("qwen3_vl_moe", 1, 2, ParallelConfig()),
+    ("qwen3_vl_moe-odd", 2, 1, ParallelConfig(pipeline=2)),
+    ("qwen3_vl_moe-odd", 1, 2, ParallelConfig()),
+    ("qwen3_vl_moe-some", 2, 1, ParallelConfig(tensor=2)),
+    ("qwen3_vl_moe-some", 2, 2, ParallelConfig(expert=2, recompute=Recompute.FULL)),
+    ("qwen3_vl_moe", 4, 1, ParallelConfig(pipeline=2, expert=2)),
     ("qwen3_vl-short", 2, 1, ParallelConfig(pipeline=2)),
     ("qwen3_vl-short", 2, 1, ParallelConfig(tensor=2, sequence_parallel=True, recompute=Recompute.FULL)),
     ("granite-clip", 1, 2, ParallelConfig()),
@@ -108,12 +115,19 @@ ROWS = [
     ("qwen3_vl-odd", 2, 2, ParallelConfig(pipeline=2, encoder_placement=INLINE, layers_per_stage=(5, 3))),
     ("qwen3_vl", 2, 1, ParallelConfig(pipeline=2, recompute=Recompute.FULL)),
 ]
-QUICK = 4
+QUICK = 5
 
 
 def _id(row: tuple[str, int, int, ParallelConfig]) -> str:
     name, num_ranks, batch, p = row
-    sizes = {"tp": p.tensor, "pp": p.pipeline, "vpp": p.virtual_pipeline, "cp": p.context, "batch": batch}
+    sizes = {
+        "tp": p.tensor,
+        "pp": p.pipeline,
+        "vpp": p.virtual_pipeline,
+        "cp": p.context,
+        "ep": p.expert,
+        "batch": batch,
+    }
     words = [f"{key}{size}" for key, size in sizes.items() if size > 1]
     words += ["sp"] * p.sequence_parallel + ["inline"] * (p.encoder_placement is INLINE)
     words += ["recompute"] * (p.recompute is Recompute.FULL)

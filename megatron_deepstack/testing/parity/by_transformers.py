@@ -72,7 +72,7 @@ def by_transformers(
         ((loss + balance) / num_targets).backward()
         logits.append(found.detach().float())
         total += loss.item()
-    gradients = {}
+    gradients: dict[str, torch.Tensor] = {}
     for name, parameter in used_tensors(dict(module.named_parameters()), model).items():
         published = to_published(name, model)
         assert published is not None, f"transformers has a parameter {name} that has no name here"
@@ -91,11 +91,10 @@ def _balance(output: Any, model: ModelConfig) -> torch.Tensor | float:
     from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
     language = model.language
-    losses = [
-        load_balancing_loss_func((logits,), language.num_experts, language.num_active_experts)
-        for logits in output.router_logits
-    ]
-    return language.balance_loss * torch.stack(losses).mean()
+    total: torch.Tensor | float = 0.0
+    for logits in output.router_logits:
+        total = total + load_balancing_loss_func((logits,), language.num_experts, language.num_active_experts)
+    return language.balance_loss / len(output.router_logits) * total
 
 
 def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) -> list[int]:
