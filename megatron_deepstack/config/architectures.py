@@ -100,6 +100,8 @@ VISION: Mapping[str, VisionConfig] = {
     "qwen3_vl_4b": _QWEN3_VL_SMALL,
     "qwen3_vl_8b": _QWEN3_VL_LARGE,
     "qwen3_vl_32b": _QWEN3_VL_LARGE,
+    "qwen3_vl_30b_a3b": _QWEN3_VL_LARGE,
+    "qwen3_vl_235b_a22b": _QWEN3_VL_LARGE,
 }
 """Published vision towers, by the name that `model.vision.architecture` gives.
 

@@ -20,6 +20,8 @@ from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_names import part_of
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import ParityError
+from megatron_deepstack.parallel.axes import axes_for
+from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.slots import decoder_slots, nearly_even, stage_chunks
 from megatron_deepstack.testing.parity.by_transformers import by_transformers, special_tokens
 from megatron_deepstack.testing.parity.drawn import draw_samples
@@ -82,6 +84,9 @@ def check_folder(
     model = model_of_folder(folder)
     decoder_slots(model)
     parallel = _fitting_layout(model, parallel)
+    num_ranks = model_ranks(parallel) * data_parallel
+    if pool is None:
+        axes_for(parallel, num_ranks)
     published_source(folder, model=model)
     config = read_config(folder)
     samples = draw_samples(model, special_tokens(model, config, str(folder / CONFIG)), seed)
@@ -101,7 +106,7 @@ def check_folder(
             packed=False,
             expected=file,
         )
-        ranks = pool or opened.enter_context(_pool(parallel, data_parallel))
+        ranks = pool or opened.enter_context(RankPool(num_ranks))
         for packed in (False, True) if parallel.context == 1 else (False,):
             how = "packed" if packed else "padded"
             found: ParityNumbers = ranks.run(compare_on_rank, replace(task, packed=packed))[0]
@@ -110,10 +115,6 @@ def check_folder(
                 yield line
     if failed:
         raise ParityError(f"{folder}: {failed} quantities exceed their tolerances")
-
-
-def _pool(parallel: ParallelConfig, data_parallel: int) -> RankPool:
-    return RankPool(parallel.tensor * parallel.context * parallel.pipeline * data_parallel)
 
 
 def _fitting_layout(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_deepstack.config.architectures import LANGUAGE, VISION
 from megatron_deepstack.config.choices import Batching, Part, Recompute, RecomputeMethod, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
@@ -19,16 +20,26 @@ from megatron_deepstack.config.schema import (
     StackConfig,
     VisionConfig,
 )
+from megatron_deepstack.planning.budget.cost import decoder_flops
+from megatron_deepstack.planning.budget.footprint import active_parameters, part_parameters
 from megatron_deepstack.planning.budget.load import Shapes, step_load
 from megatron_deepstack.planning.budget.memory import rank_memory
 from megatron_deepstack.planning.budget.parameters import encoder_parameters, stage_parameters
 from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.views import num_views
 from megatron_deepstack.testing.ranks import RankPool
-from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe, tiny_samples, tiny_share, unit_pixels
+from megatron_deepstack.testing.tiny import (
+    tiny_model,
+    tiny_qwen3_vl_moe,
+    tiny_recipe,
+    tiny_samples,
+    tiny_share,
+    unit_pixels,
+)
 
 Pools = Callable[[int], RankPool]
 NUM_SAMPLES = 16
+NAMED = ("qwen3_vl_30b_a3b", "qwen3_vl_235b_a22b")
 
 # Measured over the layouts below: -4.5 % to +0.5 %. Not in the table: full uniform recomputation on a first stage
 # (-7 %), and context parallelism, whose attention on a CPU gathers keys and values and is not the one of GPUs.
@@ -127,6 +138,42 @@ def test_parameters_of_each_rank_are_exact(ranks: Pools, parallel: ParallelConfi
         decoder, encoder = stage_parameters(recipe, stage), encoder_parameters(recipe)
         assert everything == [decoder.total, encoder.total]
         assert learned == [decoder.learned, encoder.learned]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"),
+    [
+        (1, ParallelConfig()),
+        (2, ParallelConfig(expert=2)),
+        (2, ParallelConfig(tensor=2, sequence_parallel=True, expert=2)),
+        (2, ParallelConfig(pipeline=2)),
+    ],
+    ids=["one", "ep2", "tp2-ep2", "pp2"],
+)
+def test_parameters_of_experts_are_exact(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
+    """Whole experts on the ranks that hold them, the router on all; layers without experts among the others."""
+    model = tiny_qwen3_vl_moe(dense_layers=(0, 5), num_experts=4)
+    recipe = tiny_recipe(model, parallel)
+    for stage, (everything, _), (learned, _) in ranks(num_ranks).run(counted, recipe):
+        decoder = stage_parameters(recipe, stage)
+        assert (everything, learned) == (decoder.total, decoder.learned)
+        layers = sum(stage == (layer * parallel.pipeline) // 8 for layer in (1, 2, 3, 4, 6, 7))
+        assert decoder.experts == decoder.experts_learned == layers * 4 // parallel.expert * 3 * 32 * 20
+
+
+def test_active_parameters_are_those_that_a_token_passes() -> None:
+    sizes = {name: ModelConfig(vision=VISION[name], language=LANGUAGE[name]) for name in NAMED}
+    total = {name: part_parameters(model)[Part.LANGUAGE] / 1e9 for name, model in sizes.items()}
+    idle = {name: (sum(part_parameters(m).values()) - active_parameters(m)) / 1e9 for name, m in sizes.items()}
+    assert total == pytest.approx({"qwen3_vl_30b_a3b": 30.53, "qwen3_vl_235b_a22b": 235.09}, abs=0.01)
+    active = {name: total[name] - idle[name] for name in NAMED}
+    assert active == pytest.approx({"qwen3_vl_30b_a3b": 3.35, "qwen3_vl_235b_a22b": 22.19}, abs=0.01)
+    length = 1000
+    for name, model in sizes.items():
+        tables = 2 * model.language.vocab_size * model.language.hidden_size
+        per_token = decoder_flops(model.language, length) / length / 2
+        attention = model.language.num_layers * length * 128 * model.language.num_heads
+        assert per_token == pytest.approx(1e9 * active[name] - tables / 2 + attention, rel=1e-3)
 
 
 WIDE = tiny_model(
