@@ -23,7 +23,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel.random import checkpoint
@@ -35,6 +34,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig
 from megatron_deepstack.config.sizes import expert_layers
+from megatron_deepstack.parallel.reduce import sum_over_group
 
 
 class ExpertProducts(StrEnum):
@@ -120,9 +120,17 @@ class BalancedRouter(TopKRouter):
     The layer sets it for the length of one forward."""
 
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As TopKRouter's: logits (S, B, E) to weights (T, E) and the map of chosen experts, boolean (T, E).
+        """As TopKRouter's. The gradient of the balancing loss enters with that of the weights.
 
-        The gradient of the balancing loss enters with that of the weights. Collective over tp and cp where it does.
+        Collective over tp and cp where it does.
+
+        Args:
+            logits: (S, B, E), float32.
+            *args: What Megatron's router takes.
+            **kwargs: The same.
+
+        Returns:
+            Weights of the experts, (T, E), and whether each was chosen, boolean (T, E).
         """
         weights_TE, chosen_TE = super().routing(logits, *args, **kwargs)
         if self.topk == 1:
@@ -135,9 +143,7 @@ class BalancedRouter(TopKRouter):
     def _balance(self, logits_TE: torch.Tensor, chosen_TE: torch.Tensor, membership_KT: torch.Tensor) -> torch.Tensor:
         """This rank's part of the balancing loss of a micro-batch, each sample times its targets."""
         belongs_KT, scale_K = membership_KT[:, :-1], membership_KT[:, -1]
-        counts_KE = belongs_KT @ chosen_TE.to(belongs_KT.dtype)
-        if self.tp_cp_group.size() > 1:
-            dist.all_reduce(counts_KE, group=self.tp_cp_group)
+        counts_KE = sum_over_group(belongs_KT @ chosen_TE.to(belongs_KT.dtype), self.tp_cp_group)
         probabilities_KE = belongs_KT @ torch.softmax(logits_TE.float(), dim=-1)
         return self.balance_factor * (scale_K[:, None] * counts_KE * probabilities_KE).sum()
 

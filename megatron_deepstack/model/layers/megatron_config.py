@@ -28,7 +28,6 @@ def decoder_config(
     precision: Precision,
     fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE,
     speed: Speed = PLAIN,
-    *,
     engine: bool = False,
 ) -> TransformerConfig:
     """Megatron's config of the decoder.

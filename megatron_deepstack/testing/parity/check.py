@@ -84,9 +84,7 @@ def check_folder(
     model = model_of_folder(folder)
     decoder_slots(model)
     parallel = _fitting_layout(model, parallel)
-    num_ranks = model_ranks(parallel) * data_parallel
-    if pool is None:
-        axes_for(parallel, num_ranks)
+    axes = axes_for(parallel, model_ranks(parallel) * data_parallel if pool is None else pool.num_ranks)
     published_source(folder, model=model)
     config = read_config(folder)
     samples = draw_samples(model, special_tokens(model, config, str(folder / CONFIG)), seed)
@@ -106,7 +104,7 @@ def check_folder(
             packed=False,
             expected=file,
         )
-        ranks = pool or opened.enter_context(RankPool(num_ranks))
+        ranks = pool or opened.enter_context(RankPool(axes.world_size))
         for packed in (False, True) if parallel.context == 1 else (False,):
             how = "packed" if packed else "padded"
             found: ParityNumbers = ranks.run(compare_on_rank, replace(task, packed=packed))[0]
