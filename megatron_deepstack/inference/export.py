@@ -13,7 +13,8 @@ from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.inference.main import load_engine, require_checkpoint
+from megatron_deepstack.inference.ask.preparation import prepared_data
+from megatron_deepstack.inference.loading import load_engine, require_checkpoint
 from megatron_deepstack.inference.model_card import card_of_run
 from megatron_deepstack.model.build import merge_adapters
 from megatron_deepstack.parallel.groups import Groups, create_groups
@@ -74,7 +75,7 @@ def export_on_rank(recipe: Recipe, output: str, naming: Naming, groups: Groups) 
     """Load the checkpoint and write it. To be called on the only rank of `groups`."""
     tokenizer = _tokenizer(recipe)
     model = merge_adapters(load_engine(recipe, groups).model)
-    about = About(data=recipe.data, seq_length=recipe.train.seq_length, card=card_of_run(recipe))
+    about = About(data=prepared_data(recipe), seq_length=recipe.train.seq_length, card=card_of_run(recipe))
     export_model(model, recipe.model, Path(output), naming, tokenizer, about)
 
 

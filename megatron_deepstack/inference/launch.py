@@ -13,7 +13,8 @@ from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.inference.main import answer_store, open_questions, require_checkpoint
+from megatron_deepstack.inference.loading import require_checkpoint
+from megatron_deepstack.inference.main import answer_store, open_questions
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, require_writable_answers

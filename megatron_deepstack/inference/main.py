@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from megatron_deepstack.checkpoint.content.identity import model_identity, require_same
-from megatron_deepstack.checkpoint.folder import step_folders
-from megatron_deepstack.checkpoint.load import load
-from megatron_deepstack.checkpoint.verification import newest_whole_together
-from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.location import Location
@@ -22,11 +14,11 @@ from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.inference.generate import Method, Writing, generate_answers
+from megatron_deepstack.inference.loading import load_engine
 from megatron_deepstack.inference.questions import Question, read_question
-from megatron_deepstack.model.build import build_model
-from megatron_deepstack.parallel.groups import Groups, create_groups
+from megatron_deepstack.parallel.groups import create_groups
 from megatron_deepstack.platform.progress import WorkProgress
 from megatron_deepstack.run_folder.answers import Answer, write_answers
 from megatron_deepstack.step.engine import Engine
@@ -130,58 +122,6 @@ def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
     store, tokenizer = Store.open(store_path, cache=cache), load_tokenizer(recipe.data.tokenizer)
     check_store(store, recipe.model, tokenizer)
     return store, tokenizer
-
-
-def require_checkpoint(recipe: Recipe) -> None:
-    """Raise CheckpointError if the run has no checkpoint. None is read, so this is quick before ranks start."""
-    if not step_folders(recipe.run_dir):
-        raise _no_checkpoint(recipe)
-
-
-def _no_checkpoint(recipe: Recipe) -> CheckpointError:
-    return CheckpointError(f"{recipe.run_dir}: holds no checkpoint; run `train` first, or name another run")
-
-
-def load_engine(recipe: Recipe, groups: Groups) -> Engine:
-    """Load a run's newest whole checkpoint, ready for forward passes. Collective over all ranks.
-
-    Rank 0 of the replica names newer checkpoints that are damaged, on stderr.
-
-    Args:
-        recipe: The run's recipe.
-        groups: The groups of this rank.
-
-    Returns:
-        The model on this rank, without gradients.
-
-    Raises:
-        CheckpointError: There is no whole checkpoint, or it holds another model.
-    """
-    checkpoint, faults = newest_whole_together(recipe.run_dir)
-    if checkpoint is None:
-        raise _no_checkpoint(recipe)
-    if groups.replica_rank == 0:
-        for fault in faults:
-            print(f"not whole, passed over: {fault}", file=sys.stderr)
-    require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
-    precision = Precision.BF16 if recipe.train.precision is Precision.FP8 else recipe.train.precision
-    model = build_model(recipe.model, recipe.parallel, precision, groups, recipe.lora)
-    modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
-    for module in modules:
-        module.requires_grad_(False)
-        module.eval()
-    started = time.monotonic()
-    load(checkpoint, model, None)
-    if groups.replica_rank == 0:
-        print(f"checkpoint {checkpoint.path.name} read in {time.monotonic() - started:.1f} s", file=sys.stderr)
-    return Engine(
-        model=model,
-        model_config=recipe.model,
-        decoder_ddp=[],
-        encoder_ddp=None,
-        groups=groups,
-        parallel=recipe.parallel,
-    )
 
 
 def micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[list[Question]]:
