@@ -16,7 +16,7 @@ from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.inference.generate import Method, Writing, generate_answers
-from megatron_deepstack.inference.loading import load_engine
+from megatron_deepstack.inference.loading import load_newest
 from megatron_deepstack.inference.questions import Question, read_question
 from megatron_deepstack.parallel.groups import create_groups
 from megatron_deepstack.platform.progress import WorkProgress
@@ -50,8 +50,8 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
     adapt_megatron()
     join()
     store, tokenizer = open_questions(recipe, store_path)
-    engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
-    answers = answer_questions(recipe, engine, store, tokenizer, store_path, limit, max_new_tokens)
+    engine, step = load_newest(recipe, create_groups(recipe.parallel, recipe.train.seed))
+    answers = answer_questions(recipe, engine, store, tokenizer, store_path, limit, max_new_tokens, step=step)
     if engine.groups.replica_rank == 0:
         write_answers(Path(file), answers)
     leave()
@@ -67,6 +67,7 @@ def answer_questions(
     limit: int | None,
     max_new_tokens: int,
     method: Method = Method.CACHED,
+    step: int | None = None,
 ) -> list[Answer]:
     """Answer the questions of an open store. Collective over the replica.
 
@@ -79,6 +80,7 @@ def answer_questions(
         limit: Most questions to answer, from the first one; None for all.
         max_new_tokens: Longest answer in tokens.
         method: How tokens are computed; the text is the same.
+        step: Training steps of the model, which are recorded with each answer.
 
     Returns:
         The answers, in the store's order, on every rank.
@@ -99,7 +101,22 @@ def answer_questions(
             answered = generate_answers(engine, store, batches, writing)
             tokens += [row for batch in answered for row in batch][: len(group)]
             progress.at(len(tokens))
-    return [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]
+    place, fingerprint = str(Location.parse(store_path).absolute()), store.plan_hash
+    texts = [tokenizer.decode(ids).strip() for ids in tokens]
+    return [
+        Answer(
+            id=question.id,
+            question=question.text,
+            answer=text,
+            expected=question.expected,
+            correct=text == question.expected,
+            store=place,
+            image=question.images[0] if question.images else None,
+            step=step,
+            fingerprint=fingerprint,
+        )
+        for question, text in zip(questions, texts, strict=True)
+    ]
 
 
 def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
@@ -140,16 +157,3 @@ def micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[l
         number = -(-number // parallel.pipeline) * parallel.pipeline
     filled = questions + [questions[-1]] * (number * size - len(questions))
     return [filled[m * size : (m + 1) * size] for m in range(number)]
-
-
-def _answer(question: Question, ids: list[int], tokenizer: Tokenizer, store: str) -> Answer:
-    text = tokenizer.decode(ids).strip()
-    return Answer(
-        id=question.id,
-        question=question.text,
-        answer=text,
-        expected=question.expected,
-        correct=text == question.expected,
-        store=str(Location.parse(store).absolute()),
-        image=question.images[0] if question.images else None,
-    )
