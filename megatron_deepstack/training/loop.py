@@ -35,6 +35,7 @@ from megatron_deepstack.platform.compute.device import max_memory_bytes
 from megatron_deepstack.platform.files.run_disk import writing
 from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.run_folder.recipe import record_start_folder
+from megatron_deepstack.run_folder.starting_weights import StartingWeights, write_starting_weights
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
@@ -82,7 +83,7 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Ca
             resumption = resume(session)
             with phase():
                 if rank == 0:
-                    _write_run_files(run_dir, recipe)
+                    _write_run_files(run_dir, recipe, session.starting)
                 records = MetricsLog(recipe, first_step=resumption.step, writes=rank == 0)
             with records as log:
                 _greet(log, session, resumption)
@@ -99,6 +100,8 @@ def _nothing_to_do(recipe: Recipe, done: int, stop_after: int | None) -> str:
 
 def _greet(log: MetricsLog, session: Session, resumption: Resumption) -> None:
     for line in group_table(session.optimizer.groups):
+        log.say(line)
+    for line in () if session.starting is None else session.starting.lines():
         log.say(line)
     for fault in resumption.passed_over:
         log.say(f"not whole, passed over: {fault}")
@@ -317,8 +320,8 @@ def _health_after(recipe: Recipe, first: int) -> Health:
     return health
 
 
-def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
-    """The resolved recipe, and the stage plan that reports draw."""
+def _write_run_files(run_dir: Path, recipe: Recipe, starting: StartingWeights | None) -> None:
+    """The resolved recipe, the stage plan that reports draw, and where the weights of a new run came from."""
     slots = decoder_slots(recipe.model)
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     stages = [{**asdict(chunk), "slots": chunk_slots(chunk, slots)} for chunk in chunks]
@@ -326,3 +329,5 @@ def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
         record_start_folder(run_dir)
         write_whole(RunFolder(run_dir).recipe, recipe_to_yaml(recipe))
         write_whole(RunFolder(run_dir).plan, json.dumps({"stages": stages}, indent=1, allow_nan=False))
+        if starting is not None:
+            write_starting_weights(run_dir, starting)

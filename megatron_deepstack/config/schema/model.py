@@ -130,6 +130,9 @@ class StackConfig:
     """How stacks are sampled from the mosaic of crops. `2d` takes every n-th token in both directions, so that each
     stack shows the whole image, as published. `1d` takes every n-th token of the mosaic's rows written one after
     another, and `grid` takes one crop per stack."""
+    num_stacks: Annotated[int, POSITIVE, Unit("stacks")] | None = None
+    """Number of an image's stacks that are added in the decoder, the first ones; the others are left out. If null, all
+    are added: one for each crop, or DeepStack-HD's four. The paper compares numbers of stacks."""
     start: Annotated[int, NOT_NEGATIVE, Unit("layers")] = 1
     """Layer before which stack 0 is added, counted from 0 over the whole model: a decoder layer, or a ViT layer for
     DeepStack-V."""

@@ -23,6 +23,7 @@ from megatron_deepstack.config.sizes import resampled_side, tokens_per_side
 from megatron_deepstack.config.sizes import tokens_per_view as tokens_per_view
 from megatron_deepstack.config.traits.variants import Context, StackSource
 from megatron_deepstack.planning.exchange.samplers import Index, sample_mosaic
+from megatron_deepstack.planning.slots import num_decoder_stacks
 from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ImageShape, TileGrid, ViewGrid
 
 BASE = -1
@@ -64,7 +65,9 @@ def image_rows(model: ModelConfig, shape: ImageShape) -> ImageRows:
     if isinstance(shape, TileGrid):
         return _tile_rows(shape, resampled_side(model), len(model.vision.taps))
     assert not model.variant.traits.is_native, f"{model.variant} has views of any size, found the grid {shape}"
-    return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), shape)
+    return _image_rows(
+        model.variant, model.stacks.sampler, tokens_per_side(model.vision), shape, num_decoder_stacks(model)
+    )
 
 
 def unit_rows(model: ModelConfig, shape: ImageShape) -> int:
@@ -127,12 +130,12 @@ def _merged_rows(num_tokens: int, num_taps: int) -> ImageRows:
 
 
 @lru_cache(maxsize=256)
-def _image_rows(variant: Variant, sampler: Sampler, side: int, grid: Grid) -> ImageRows:
+def _image_rows(variant: Variant, sampler: Sampler, side: int, grid: Grid, num_stacks: int) -> ImageRows:
     traits = variant.traits
     context = _CONTEXTS[traits.context](sampler, side, grid)
     length = int(context[1].max()) + 1
     stacks = _STACKS[traits.stack_source](sampler, side, grid, context) if traits.stacks_in_decoder else []
-    return _collect(length, [context, *stacks])
+    return _collect(length, [context, *stacks[:num_stacks]])
 
 
 _Rows = tuple[Index, Index, Index, Index]
