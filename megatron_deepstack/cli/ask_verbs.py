@@ -50,17 +50,14 @@ def ask(
     question; /picture FILE adds a picture.
     """
     from megatron_deepstack.inference.ask.words import understand
-    from megatron_deepstack.planning.check import checked
-    from megatron_deepstack.run_folder.asked import is_run
-    from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
+    from megatron_deepstack.run_folder.asked import check_asked
 
     understood = understand(words or [], question)
     if file is not None and (understood.question is not None or understood.pictures):
         raise ConfigError([f"--file {file}: found a question or pictures beside it, expected only one of both"])
     if as_json and file is None and understood.question is None:
         raise ConfigError(["--json: a chat has no document; give a question or --file"])
-    if is_run(run):  # what is wrong with its recipe is said before heavy imports
-        checked(*checkable_recipe_of_run(run, understood.overrides))
+    check_asked(run, understood.overrides)
     with stdout_for_results(as_json):
         from megatron_deepstack.inference.answerer import answerer_at
         from megatron_deepstack.inference.ask.launch import Manner

@@ -45,16 +45,13 @@ def evaluate(
     Writes RUN/evaluations/NAME: answers.jsonl, scores.json, and page.html with pictures, to sort and filter by score.
     `report RUN RUN` shows the evaluations of two runs that asked the same questions side by side.
     """
-    from megatron_deepstack.planning.check import checked
-    from megatron_deepstack.run_folder.asked import is_run
-    from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
+    from megatron_deepstack.run_folder.asked import check_asked
 
     if file is not None and store is not None:
         raise ConfigError([f"--file {file}: found --store {store} beside it, expected only one of both"])
     if name is not None and (not name.strip(". ") or "/" in name):
         raise ConfigError([f"--name: found {name!r}, expected the name of a folder"])
-    if is_run(run):  # what is wrong with its recipe is said before heavy imports
-        checked(*checkable_recipe_of_run(run, overrides or []))
+    check_asked(run, overrides or [])
     with stdout_for_results(as_json):
         from megatron_deepstack.inference.answerer import answerer_at
         from megatron_deepstack.inference.evaluate.launch import Questions, show

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.planning.check import checked
+from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
 
 WEIGHTS_CONFIG: Final = "config.json"
 """File by which a folder of weights is known."""
@@ -35,6 +38,20 @@ def is_run(path: Path) -> bool:
     if (path / WEIGHTS_CONFIG).is_file():
         return False
     raise ConfigError([f"{path}: {_what_it_is(path)}; {_EXPECTED}"])
+
+
+def check_asked(path: Path, overrides: Sequence[str]) -> None:
+    """Say what is wrong with a run's recipe, or with the folder itself, at once: before heavy imports.
+
+    Args:
+        path: The folder.
+        overrides: Changes to a recipe, each `section.field=value`; those of a folder of weights are checked later.
+
+    Raises:
+        ConfigError: The folder is neither a run nor weights, or the recipe has problems.
+    """
+    if is_run(path):
+        checked(*checkable_recipe_of_run(path, overrides))
 
 
 def _what_it_is(path: Path) -> str:
