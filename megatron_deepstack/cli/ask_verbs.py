@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,9 +76,14 @@ def ask(
             return
     if as_json:
         print_json({"model": str(run), "answers": [session.document(reply) for reply in replies]})
-    failed = [reply for reply in replies if reply.error is not None]
+    _require_answers([reply.error for reply in replies], file)
+
+
+def _require_answers(errors: Sequence[str | None], file: Path | None) -> None:
+    """Raise DataError, and so exit with its code, if questions of a file could not be asked."""
+    failed = [error for error in errors if error is not None]
     if failed:
-        raise DataError(f"{file}: {len(failed)} of {len(replies)} questions could not be asked: {failed[0].error}")
+        raise DataError(f"{file}: {len(failed)} of {len(errors)} questions could not be asked: {failed[0]}")
 
 
 def _write(text: str) -> None:
