@@ -46,8 +46,7 @@ def ask(
     """Ask a model about pictures: one question, a file of questions, or a chat if no question is given.
 
     A picture becomes exactly the pixels that the run's store would hold, and the question is written by the store's
-    template; an exported folder describes both. The answer appears while it is written. In a chat each line is a
-    question; /picture FILE adds a picture.
+    template; an exported folder describes both. In a chat each line is a question; /picture FILE adds a picture.
     """
     from megatron_deepstack.inference.ask.words import understand
     from megatron_deepstack.run_folder.asked import check_asked
@@ -64,8 +63,8 @@ def ask(
         from megatron_deepstack.inference.ask.session import Session
         from megatron_deepstack.inference.sampling import Sampling
 
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        manner = Manner(max_new_tokens=max_new_tokens, sampling=sampling, stop=tuple(filter(None, stop or ())))
+        drawn = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        manner = Manner(max_new_tokens=max_new_tokens, sampling=drawn, stop=tuple(filter(None, stop or ())))
         session = Session.of(answerer_at(run, understood.overrides), manner, tell)
         if file is not None:
             replies = session.ask_file(file, images, None if as_json else say)
