@@ -116,7 +116,18 @@ class RunAnswerer(Answerer):
         return load_newest(self.recipe, groups)
 
     def preparation(self, verb: str, say: Callable[[str], None]) -> Preparation:
-        """As the base says: as the samples of its store were prepared."""
+        """As the base says: as the samples of its store were prepared.
+
+        Args:
+            verb: What the user called, for messages.
+            say: Called with a line where something is unusual.
+
+        Returns:
+            The preparation.
+
+        Raises:
+            ConfigError, DataError: As the base says.
+        """
         path = self.recipe.data.tokenizer
         if path is None:
             raise ConfigError([f"data.tokenizer: not set; `{verb}` needs it to read questions and to write answers"])
@@ -151,7 +162,18 @@ class FolderAnswerer(Answerer):
         return load_folder(self.recipe, self.folder, groups), None
 
     def preparation(self, verb: str, say: Callable[[str], None]) -> Preparation:
-        """As the base says: as the files beside the weights describe it."""
+        """As the base says: as the files beside the weights describe it.
+
+        Args:
+            verb: What the user called, for messages.
+            say: Called with a line about what the folder does not say.
+
+        Returns:
+            The preparation.
+
+        Raises:
+            ConfigError, DataError: As the base says.
+        """
         path = self.recipe.data.tokenizer
         if path is None:
             raise ConfigError(

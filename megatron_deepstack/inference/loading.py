@@ -39,7 +39,18 @@ def _no_checkpoint(recipe: Recipe) -> CheckpointError:
 
 
 def load_engine(recipe: Recipe, groups: Groups) -> Engine:
-    """`load_newest` without the step."""
+    """`load_newest` without the step.
+
+    Args:
+        recipe: The run's recipe.
+        groups: The groups of this rank.
+
+    Returns:
+        The model on this rank, without gradients.
+
+    Raises:
+        CheckpointError: As `load_newest`.
+    """
     return load_newest(recipe, groups)[0]
 
 

@@ -28,9 +28,9 @@ class DataConfig:
     tokenizer: Annotated[str, PathKind.LOCAL] | None = None
     """SentencePiece model file, or a Hugging Face tokenizer: a tokenizer.json, or the folder that holds it."""
     template: Template = Template.V1
-    """How a conversation is written as text: `plain` (only captions), `v1` (Vicuna), `llama_3`, `qwen` (ChatML)
-    or `qwen3_vl` (ChatML with tools, and with images where they stand, between control tokens). It must be the template
-    that the decoder was trained with."""
+    """How a conversation is written as text: `plain` (only captions), `v1` (Vicuna), `llama_3`, `qwen` (ChatML),
+    `qwen3_vl` (ChatML with tools, and with images where they stand, between control tokens) or `granite_4`. It must be
+    the template that the decoder was trained with."""
     store: Annotated[str, PathKind.LOCATION] | None = None
     """The zarr store that `preprocess` writes and `train` reads: a folder, or the URL of an object store."""
     stores: tuple[Annotated[str, PathKind.LOCATION], ...] | None = None

@@ -13,6 +13,7 @@ from itertools import combinations
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.budget.cost import encoder_training_flops, head_training_flops, training_flops
 from megatron_deepstack.planning.budget.durations import Bytes, Durations
@@ -125,8 +126,8 @@ class RunPlan:
 
 
 def is_modelled(recipe: Recipe) -> bool:
-    """Whether anything is predicted of a recipe: of towers whose views have any size nothing is yet."""
-    return not recipe.model.variant.traits.is_native
+    """Whether anything is predicted of a recipe: of models whose stacks are layers of the tower nothing is yet."""
+    return recipe.model.variant.traits.stack_source is not StackSource.TAPS
 
 
 def require_modelled(recipe: Recipe) -> None:
@@ -134,8 +135,8 @@ def require_modelled(recipe: Recipe) -> None:
     if not is_modelled(recipe):
         raise ConfigError(
             [
-                f"model.variant: {recipe.model.variant} has views of any size, for which memory and time are not "
-                "predicted; `plan` without --gpus shows its stages"
+                f"model.variant: memory and time of {recipe.model.variant} are not predicted; `plan` without --gpus "
+                "shows its stages"
             ]
         )
 
