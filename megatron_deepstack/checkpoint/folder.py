@@ -34,7 +34,7 @@ _BLOCK_BYTES = 1 << 22
 
 
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, errno.EUCLEAN)
-"""What file systems answer of files that are gone or broken; any other answer says nothing about their content."""
+"""What file systems answer for files that are gone or broken; any other error says nothing about their content."""
 
 
 class OutOfReach(CheckpointError):
@@ -89,7 +89,15 @@ class Checkpoint:
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps, whether it exists or not."""
+    """Folder of the checkpoint after a number of steps, whether it exists or not.
+
+    Args:
+        run_dir: The run folder.
+        step: Steps done.
+
+    Returns:
+        The folder.
+    """
     return checkpoints_folder(run_dir) / f"{_PREFIX}{step:08d}"
 
 

@@ -40,7 +40,7 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt as error:
             # Verbs with work to save or to give back handle the signal themselves, and end with words of their own.
             verb = _path(ctx, ctx.invoked_subcommand or "")
-            tell(f"{verb}: stopped on request before it was done; the same command begins anew")
+            tell(f"{verb}: stopped on request before it was done; the same command starts again")
             raise typer.Exit(INTERRUPTED) from error
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -48,7 +48,15 @@ class Verbs(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: place_of(_path(ctx, name)))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The verb, with its group and its examples for `--help`."""
+        """The verb, with its group and its examples for `--help`.
+
+        Args:
+            ctx: Typer's context of the group.
+            cmd_name: The verb as the user typed it.
+
+        Returns:
+            Typer's command; None if there is no such verb.
+        """
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             path = _path(ctx, cmd_name)

@@ -76,6 +76,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     "export": (
         "export my-run exported",
         "export my-run exported --naming hugging_face data.tokenizer=/elsewhere/tokenizer.model",
+        "export my-run adapters --naming hugging_face --adapters alone",
     ),
     "check-parity": ("check-parity models/qwen3-vl-2b", "check-parity my-export --tp 2 --pp 2 --sequence-parallel"),
     "convert": ("convert exported for-transformers", "convert for-transformers published --to paper"),

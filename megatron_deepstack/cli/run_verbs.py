@@ -139,14 +139,24 @@ def export(
             help="`published`: DeepStack's own names. `hugging_face`: a folder that transformers loads and prompts."
         ),
     ] = "published",
+    adapters: Annotated[
+        str,
+        typer.Option(
+            help="LoRA adapters: `merged` into the weights; `left_out`; or `alone`, without the model, as PEFT reads "
+            "them."
+        ),
+    ] = "merged",
 ) -> None:
     """Write a run's newest checkpoint as safetensors with config.json, for others to load and for train.init_from."""
     if naming not in ("published", "hugging_face"):
         raise ConfigError([f"--naming: found {naming!r}, expected published or hugging_face"])
+    if adapters not in ("merged", "left_out", "alone"):
+        raise ConfigError([f"--adapters: found {adapters!r}, expected merged, left_out or alone"])
     from megatron_deepstack.convert.hf_names import Naming
-    from megatron_deepstack.inference.export import export_run
+    from megatron_deepstack.inference.export import Adapters, export_run
 
-    say(f"export: {export_run(run, output, Naming(naming), overrides or (), say=tell)}")
+    done = export_run(run, output, Naming(naming), overrides or (), adapters=Adapters(adapters), say=tell)
+    say(f"export: {done}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 recipe.yaml            the recipe, resolved; every checkpoint holds a copy
 plan.json              which stage holds which layers and stacks
+starting_weights.json  where each tensor came from when the run began
 metrics.jsonl          a line for each logged step
 answers.jsonl          what `generate` answered to the held-out questions
 answers/               answers to the questions of other stores, one file for each store
@@ -44,6 +45,11 @@ class RunFolder:
     def plan(self) -> Path:
         """The stage plan, as JSON."""
         return self.path / "plan.json"
+
+    @property
+    def starting_weights(self) -> Path:
+        """The origin of each tensor at the run's first step, as JSON."""
+        return self.path / "starting_weights.json"
 
     @property
     def metrics(self) -> Path:

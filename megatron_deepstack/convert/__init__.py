@@ -10,6 +10,7 @@ them back. What a checkpoint computes stands in its config.json, which is compar
     folders           `convert`: such a folder in another layout
     export            a whole model written for others to load: begin here to follow writing
     export_files      the files beside the weights
+    adapters          LoRA adapters alone, as PEFT reads them
     hf_folder         code that an export brings, for transformers
     tokenizer_json    the tokenizer and `chat_template` the conversations, for transformers
     hf_config         does this config.json describe what the recipe computes?

@@ -8,7 +8,7 @@ recipe's, and a model that a checkpoint's own config contradicts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.layers.lora import is_adapter
-from megatron_deepstack.model.weights import LAYERS_PREFIX, Shape, Source, decoder_layer_names
+from megatron_deepstack.model.rules import Shape, Source
+from megatron_deepstack.model.weights import LAYERS_PREFIX, decoder_layer_names
+from megatron_deepstack.run_folder.starting_weights import StartingTensor, StartingWeights
 
 _BUFFER = ".rotary_emb.inv_freq"
 """Frequencies of the rotary embedding, which old checkpoints store and `rope_theta` says."""
@@ -34,7 +36,7 @@ def published_source(
     fallback: Source | None = None,
     model: ModelConfig | None = None,
     seq_length: int | None = None,
-) -> Source:
+) -> PublishedSource:
     """Checkpoints on disk as a source of full tensors. Not collective; every rank may open its own.
 
     Args:
@@ -55,17 +57,66 @@ def published_source(
     paths = [paths] if isinstance(paths, str | Path) else paths
     checkpoints = [_open(Path(path), model, seq_length) for path in paths]
     _require_disjoint(checkpoints)
-    where = ", ".join(str(path) for path in paths)
+    return PublishedSource(checkpoints, fallback)
 
-    def read(name: str, shape: Shape) -> torch.Tensor:
-        for checkpoint in checkpoints:
+
+class PublishedSource:
+    """Checkpoints as a source of tensors, and where it takes each from."""
+
+    def __init__(self, checkpoints: Sequence[_Checkpoint], fallback: Source | None) -> None:
+        """See `published_source`."""
+        self._checkpoints, self._fallback = checkpoints, fallback
+
+    def __call__(self, name: str, shape: Shape) -> torch.Tensor:
+        """The tensor of a published name, see `published_source`."""
+        for checkpoint in self._checkpoints:
             if checkpoint.answers_for(name):
                 return checkpoint.read(name, shape)
-        if fallback is None:
+        if self._fallback is None:
+            where = ", ".join(str(checkpoint.path) for checkpoint in self._checkpoints)
             raise CheckpointError(_missing(where, name, shape))
-        return fallback(name, shape)
+        return self._fallback(name, shape)
 
-    return read
+    def origin(self, name: str) -> tuple[Path, str] | None:
+        """The file of a tensor and its name there.
+
+        Args:
+            name: Its published name.
+
+        Returns:
+            None for a tensor that no checkpoint holds.
+        """
+        for checkpoint in self._checkpoints:
+            if name in checkpoint.names:
+                own = checkpoint.names[name]
+                return checkpoint.files[own], own
+        return None
+
+    def names(self) -> Iterator[tuple[Path, str]]:
+        """File and name of every tensor in the checkpoints, whether it is one of ours or not."""
+        for checkpoint in self._checkpoints:
+            yield from ((file, own) for own, file in checkpoint.files.items())
+
+
+def starting_weights(shapes: Mapping[str, Shape], source: PublishedSource | None) -> StartingWeights:
+    """Where each tensor of a model comes from when a run begins.
+
+    Args:
+        shapes: Every tensor of the model by its published name.
+        source: The checkpoints; None if there are none.
+
+    Returns:
+        The list; what no checkpoint holds is drawn at random.
+    """
+    tensors, used = [], set()
+    for name, shape in shapes.items():
+        found = None if source is None else source.origin(name)
+        part = "adapters" if is_adapter(name) else str(part_of(name) or "newline")
+        file, own = (None, None) if found is None else (str(found[0]), found[1])
+        tensors.append(StartingTensor(name=name, part=part, shape=shape, file=file, name_in_file=own))
+        used.add(found)
+    left = () if source is None else tuple(f"{file}: {own}" for file, own in source.names() if (file, own) not in used)
+    return StartingWeights(tensors=tuple(tensors), left_over=left)
 
 
 @dataclass(frozen=True, slots=True)

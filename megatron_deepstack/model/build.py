@@ -17,8 +17,9 @@ from megatron_deepstack.model.layers.lora import AdaptedLinear, is_adapter
 from megatron_deepstack.model.layers.megatron_config import decoder_config
 from megatron_deepstack.model.layers.specs import uses_transformer_engine
 from megatron_deepstack.model.layers.speed import Speed, decide_speed
+from megatron_deepstack.model.rules import Rules, Source, fill, mark_split
 from megatron_deepstack.model.vision.encoder import VisualEncoder
-from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill, mark_split
+from megatron_deepstack.model.weights import decoder_rules, encoder_rules
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.platform.compute.capabilities import capabilities
@@ -90,7 +91,7 @@ def build_model(
         if chunk.pp == groups.place.pp
     ]
     encoder = _on(device, VisualEncoder(model, precision, groups.encoder, decided))
-    chunk_rules = [decoder_rules(chunk, model, lora.rank) for chunk in chunks]
+    chunk_rules = [decoder_rules(chunk, model, lora) for chunk in chunks]
     for chunk, rules in zip(chunks, chunk_rules, strict=True):
         mark_split(chunk, rules)
     return RankModel(
@@ -104,7 +105,7 @@ def build_model(
 
 
 def _on(device: torch.device, module: ModuleT) -> ModuleT:
-    """The module on a device; as it is where it is there already, since fake tensors cannot be moved."""
+    """The module on a device; unchanged if it is there already, since fake tensors cannot be moved."""
     there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
     return module if there else module.to(device)
 
@@ -123,7 +124,7 @@ def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distribute
 
 
 def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
-    """Let only the named parts learn, of a decoder with adapters these alone; unused ViT layers never do.
+    """Let only the named parts learn. In a decoder with adapters, only these do; unused ViT layers never do.
 
     Args:
         rank_model: What this rank holds; changed in place.
@@ -151,9 +152,22 @@ def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
 
 def merge_adapters(rank_model: RankModel) -> RankModel:
     """The model with its adapters added to the weights they stand beside, in place; the same without adapters."""
-    for chunk in rank_model.chunks:
-        for module in chunk.modules():
-            if isinstance(module, AdaptedLinear):
-                module.merge()
+    for module in _adapted(rank_model):
+        module.merge()
+    return _without_adapter_rules(rank_model)
+
+
+def drop_adapters(rank_model: RankModel) -> RankModel:
+    """The model without its adapters, in place: the weights they stand beside are as they were."""
+    for module in _adapted(rank_model):
+        module.drop()
+    return _without_adapter_rules(rank_model)
+
+
+def _adapted(rank_model: RankModel) -> list[AdaptedLinear]:
+    return [module for chunk in rank_model.chunks for module in chunk.modules() if isinstance(module, AdaptedLinear)]
+
+
+def _without_adapter_rules(rank_model: RankModel) -> RankModel:
     rules = [{name: rule for name, rule in one.items() if not is_adapter(name)} for one in rank_model.chunk_rules]
     return replace(rank_model, chunk_rules=rules)

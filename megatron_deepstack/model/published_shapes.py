@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from megatron_deepstack.config.schema import ModelConfig
+from collections.abc import Iterable
+
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.rules import Rules, Shape
 from megatron_deepstack.model.weights import (
     LAYERS_PREFIX,
     PROJECTOR_PREFIX,
     VISION_PREFIX,
-    Shape,
+    adapter_rules,
     decoder_layer_names,
     decoder_layer_rules,
     vit_layer_rules,
@@ -27,7 +30,7 @@ def published_shapes(model: ModelConfig) -> dict[str, Shape]:
     """
     language, vision, tower = model.language, model.vision, tower_of(model.vision)
     h, c, p = language.hidden_size, vision.hidden_size, vision.patch_size
-    embeddings, vocabulary = f"{VISION_PREFIX}embeddings.", (language.vocab_size, h)
+    embeddings = f"{VISION_PREFIX}embeddings."
     shapes: dict[str, Shape] = {f"{embeddings}patch_embedding.weight": (c, 3, p, p)}
     if tower.has_patch_bias:
         shapes[f"{embeddings}patch_embedding.bias"] = (c,)
@@ -41,13 +44,52 @@ def published_shapes(model: ModelConfig) -> dict[str, Shape]:
     shapes |= {f"{PROJECTOR_PREFIX}{number}.bias": (h,) for number in (0, 2)}
     if model.variant.traits.has_newline:
         shapes["model.image_newline"] = (h,)
-    shapes |= {"model.embed_tokens.weight": vocabulary, "model.norm.weight": (h,)}
+    outside, inside = _decoder_shapes(model)
+    return {**shapes, **outside, **shapes_of(rules), **inside}
+
+
+def decoder_shapes(model: ModelConfig, lora: LoraConfig | None = None) -> dict[str, Shape]:
+    """Published names and shapes of every tensor of a decoder, of any variant and on all stages.
+
+    Args:
+        model: The recipe's model.
+        lora: Its adapters, which are given too.
+
+    Returns:
+        The shape of each tensor by its name; the tensors outside the layers come first.
+    """
+    outside, inside = _decoder_shapes(model)
+    if lora is None or not lora.rank:
+        return {**outside, **inside}
+    adapters = [
+        adapter_rules(f"{LAYERS_PREFIX}{layer}.", model.language, lora) for layer in range(model.language.num_layers)
+    ]
+    return {**outside, **inside, **shapes_of(adapters)}
+
+
+def shapes_of(rules: Iterable[Rules]) -> dict[str, Shape]:
+    """The published tensors that some rules speak of.
+
+    Args:
+        rules: Rules of several modules.
+
+    Returns:
+        The shape of each tensor by its name, in the order of the rules.
+    """
+    found: dict[str, Shape] = {}
+    for of_module in rules:
+        for rule in of_module.values():
+            found |= zip(rule.names, rule.shapes, strict=True)
+    return found
+
+
+def _decoder_shapes(model: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Of a decoder without adapters: the tensors outside its layers, and those inside."""
+    language = model.language
+    vocabulary = (language.vocab_size, language.hidden_size)
+    outside: dict[str, Shape] = {"model.embed_tokens.weight": vocabulary, "model.norm.weight": (language.hidden_size,)}
     if not language.tied_embeddings:
-        shapes["lm_head.weight"] = vocabulary
+        outside["lm_head.weight"] = vocabulary
     layers = decoder_layer_names(model)
-    rules += [decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model) for layer in range(language.num_layers)]
-    for of_layer in rules:
-        for rule in of_layer.values():
-            named = zip(rule.names, rule.shapes, strict=True)
-            shapes |= {n: s for n, s in named if n in layers or not n.startswith(LAYERS_PREFIX)}
-    return shapes
+    rules = [decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model) for layer in range(language.num_layers)]
+    return outside, {name: shape for name, shape in shapes_of(rules).items() if name in layers}

@@ -1,23 +1,23 @@
 """How our parameters correspond to the published checkpoint's tensors.
 
-Megatron fuses query, key and value, and gate and up projections, pads the vocabulary and splits over tp. A `Rule` says
-for one of our parameters which published tensors (name and shape) it is made of, and how it is split. Initialisation,
-loading, export and comparison with reference data all go through these rules, so that a layout cannot change them.
+There is a `rules.Rule` for each parameter: which published tensors (name and shape) it is made of, and how it is split.
+Initialisation, loading, export and comparison with reference data all go through these rules, so that a layout cannot
+change them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from megatron_deepstack.config.choices import LoraTarget
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.model.rules import Rule, Rules, Shape
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.vision.qformer import QFormers
 from megatron_deepstack.planning.budget.linears import linear_sizes
@@ -26,78 +26,14 @@ VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX = "model.mm_projector."
 LAYERS_PREFIX = "model.layers."
 
-Shape = tuple[int, ...]
-Source = Callable[[str, Shape], torch.Tensor]
-"""Published name and shape to the full tensor."""
 
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One of our parameters in terms of published tensors."""
-
-    names: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    groups: int = 1
-    """The published tensors are interleaved in this many groups along dim 0: group 0 of each, group 1 of each, ..."""
-    tp_dim: int | None = None
-    """Dimension of the fused tensor that is split over tp."""
-    concatenated: bool = False
-    """Each published tensor is split over tp by itself and the parts are concatenated (gate and up)."""
-    padded_rows: int | None = None
-    """Rows after padding with zeros (vocabulary)."""
-    stacked: int = 1
-    """The one published tensor consists of this many tensors of the same shape, one after another along dim 0, which
-    are interleaved here as if they were several."""
-
-    def shard(self, tensors: Sequence[torch.Tensor], rank: int, num_ranks: int) -> torch.Tensor:
-        """Our parameter on tp rank `rank`, from the full published tensors in the order of `names`."""
-        if self.concatenated:
-            return torch.cat([t.chunk(num_ranks, dim=0)[rank] for t in tensors])
-        full = self._fuse(tensors)
-        return full if self.tp_dim is None else full.chunk(num_ranks, dim=self.tp_dim)[rank]
-
-    def published(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The published tensors, in the order of `names`, from our parameter on every tp rank."""
-        if self.concatenated:
-            parts = [shard.chunk(len(self.names), dim=0) for shard in shards]
-            return [torch.cat([part[k] for part in parts]) for k in range(len(self.names))]
-        full = shards[0] if self.tp_dim is None else torch.cat(list(shards), dim=self.tp_dim)
-        return self._take_apart(full)
-
-    def _fuse(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        if self.padded_rows is not None:
-            (only,) = tensors
-            padding = only.new_zeros(self.padded_rows - len(only), *only.shape[1:])
-            return torch.cat([only, padding])
-        if self.stacked > 1:
-            (only,) = tensors
-            tensors = only.chunk(self.stacked)
-        if len(tensors) == 1:
-            return tensors[0]
-        grouped = torch.cat([t.unflatten(0, (self.groups, -1)) for t in tensors], dim=1)
-        return grouped.flatten(0, 1)
-
-    def _take_apart(self, full: torch.Tensor) -> list[torch.Tensor]:
-        if self.stacked > 1:
-            parts = full.unflatten(0, (self.groups, self.stacked, -1))
-            return [parts.transpose(0, 1).flatten(0, 2)]
-        if len(self.names) == 1:
-            return [full[: self.shapes[0][0]]]
-        sizes = [shape[0] // self.groups for shape in self.shapes]
-        parts = full.unflatten(0, (self.groups, -1)).split(sizes, dim=1)
-        return [part.flatten(0, 1) for part in parts]
-
-
-Rules = dict[str, Rule]
-
-
-def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) -> Rules:
+def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora: LoraConfig | None = None) -> Rules:
     """What a decoder chunk's parameters are made of.
 
     Args:
         chunk: The chunk.
         model: The recipe's model.
-        lora_rank: Rank of its adapters, whose rules are then given too; 0 for none.
+        lora: Its adapters, whose rules are then given too.
 
     Returns:
         Rules by the parameter's name in the chunk.
@@ -113,13 +49,23 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora_rank: int = 0) 
     }
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
         prefix = f"{LAYERS_PREFIX}{layer}."
-        rules = decoder_layer_rules(prefix, model) | _adapters(prefix, model.language, lora_rank)
+        rules = decoder_layer_rules(prefix, model)
+        if lora is not None and lora.rank:
+            rules = rules | adapter_rules(prefix, model.language, lora)
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
     return _select(chunk, known)
 
 
 def decoder_layer_rules(prefix: str, model: ModelConfig) -> Rules:
-    """What the parameters of a decoder's layer are made of, by their names in it."""
+    """What the parameters of a decoder's layer are made of.
+
+    Args:
+        prefix: What the published names of the layer's tensors begin with, such as `model.layers.7.`.
+        model: The recipe's model.
+
+    Returns:
+        Rules by the parameter's name in the layer, of all parameters that some family or implementation has.
+    """
     language = model.language
     h, f = language.hidden_size, language.ffn_hidden_size
     d, groups = head_width(language), num_kv_heads(language)
@@ -167,16 +113,37 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
     )
 
 
-def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
-    """An A per fused linear, a B per published one; names as other programs give them, where they have the same."""
-    groups = num_kv_heads(language)
+_ADAPTED = {
+    "self_attention.linear_qkv.": LoraTarget.QKV,
+    "self_attention.linear_proj.": LoraTarget.ATTENTION_OUTPUT,
+    "mlp.linear_fc1.": LoraTarget.MLP_IN,
+    "mlp.linear_fc2.": LoraTarget.MLP_OUT,
+}
+"""Linears of a layer that may have adapters."""
+
+
+def adapter_rules(prefix: str, language: LanguageConfig, lora: LoraConfig) -> Rules:
+    """What the parameters of the adapters of a decoder's layer are made of, by their names in it.
+
+    There is an A for each fused linear and a B for each published one. Their names are those of other programs, if
+    these have the same matrix.
+
+    Args:
+        prefix: What published names of the layer begin with.
+        language: The recipe's decoder.
+        lora: Rank of the adapters, and the linears that have one.
+
+    Returns:
+        Rules by the parameter's name in the layer.
+    """
+    rank, groups = lora.rank, num_kv_heads(language)
     f, h = language.ffn_hidden_size, language.hidden_size
     sizes = linear_sizes(language)
     width, fused = sizes[LoraTarget.ATTENTION_OUTPUT][0], sizes[LoraTarget.QKV][1]
     kv = (fused - width) // 2
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
     qkv = [f"{attention}{x}_proj" for x in "qkv"]
-    return {
+    rules = {
         "self_attention.linear_qkv.lora_a": _plain(f"{attention}qkv_proj.lora_A.weight", (rank, h)),
         "self_attention.linear_qkv.lora_b": _fused(
             qkv, "lora_B.weight", [(width, rank), (kv, rank), (kv, rank)], groups, tp_dim=0
@@ -188,6 +155,11 @@ def _adapters(prefix: str, language: LanguageConfig, rank: int) -> Rules:
         "mlp.linear_fc1.lora_b_up": _plain(f"{mlp}up_proj.lora_B.weight", (f, rank), tp_dim=0),
         "mlp.linear_fc2.lora_a": _plain(f"{mlp}down_proj.lora_A.weight", (rank, f), tp_dim=1),
         "mlp.linear_fc2.lora_b": _plain(f"{mlp}down_proj.lora_B.weight", (h, rank)),
+    }
+    return {
+        name: rule
+        for name, rule in rules.items()
+        if any(name.startswith(linear) for linear, target in _ADAPTED.items() if target in lora.targets)
     }
 
 
@@ -233,7 +205,15 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
 
 
 def vit_layer_rules(prefix: str, model: ModelConfig) -> Rules:
-    """What the parameters of a tower's layer are made of, by their names in it."""
+    """What the parameters of a tower's layer are made of.
+
+    Args:
+        prefix: What the published names of the layer's tensors begin with.
+        model: The recipe's model.
+
+    Returns:
+        Rules by the parameter's name in the layer; nothing is split.
+    """
     c, f, heads = model.vision.hidden_size, model.vision.ffn_hidden_size, model.vision.num_heads
     attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
     rules = {
@@ -360,31 +340,3 @@ def _select(module: torch.nn.Module, known: Rules) -> Rules:
     missing = [name for name in names if name not in known]
     assert not missing, f"no rule for the parameters {missing}"
     return {name: known[name] for name in names}
-
-
-def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_ranks: int) -> None:
-    """Set every parameter of a module from full published tensors. Not collective.
-
-    Args:
-        module: Changed in place.
-        rules: Rules of all its parameters.
-        source: Published name and shape to the full tensor, of any float dtype.
-        rank: The tp rank whose shard is taken.
-        num_ranks: Ranks that share a tensor.
-    """
-    for name, parameter in module.named_parameters():
-        rule = rules[name]
-        tensors = [source(n, shape) for n, shape in zip(rule.names, rule.shapes, strict=True)]
-        shard = rule.shard(tensors, rank, num_ranks)
-        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
-        with torch.no_grad():
-            parameter.copy_(shard)
-
-
-def mark_split(module: torch.nn.Module, rules: Rules) -> None:
-    """Tell Megatron which parameters are split over tp: the others count once in a gradient norm.
-
-    Its layers do so themselves only while they initialise, which ours do not.
-    """
-    for name, parameter in module.named_parameters():
-        parameter.tensor_model_parallel = rules[name].tp_dim is not None  # type: ignore[attr-defined]

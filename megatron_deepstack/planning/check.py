@@ -26,11 +26,12 @@ from megatron_deepstack.config.choices import (
 )
 from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
-from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.budget.linears import FP8_TOKENS, fp8_side, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
-from megatron_deepstack.planning.slots import decoder_slots, layers_per_chunk, stage_chunks
+from megatron_deepstack.planning.slots import decoder_slots, layers_per_chunk, most_decoder_stacks, stage_chunks
 
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -102,6 +103,7 @@ def _problems_of(error: ConfigError, *paths: str) -> Iterator[Problem]:
 
 def _slots(recipe: Recipe) -> Iterator[Problem]:
     model = recipe.model
+    yield from _num_stacks(model)
     try:
         decoder_slots(model)
         if model.variant.traits.stacks_in_vit:
@@ -109,6 +111,22 @@ def _slots(recipe: Recipe) -> Iterator[Problem]:
     except ConfigError as error:
         yield from _problems_of(
             error, "model.stacks", "model.variant", "model.language.num_layers", "model.vision.num_layers"
+        )
+
+
+def _num_stacks(model: ModelConfig) -> Iterator[Problem]:
+    """Only stacks that are sampled from crops and added in the decoder can be left out."""
+    number, traits = model.stacks.num_stacks, model.variant.traits
+    paths = ("model.stacks.num_stacks", "model.stacks.num_crops", "model.variant")
+    if number is None:
+        return
+    if not traits.stacks_in_decoder or traits.stack_source is StackSource.TAPS:
+        yield Problem(
+            paths=paths, text=f"{number} says nothing about {model.variant}, whose stacks are fixed; leave it out"
+        )
+    elif number > most_decoder_stacks(model):
+        yield Problem(
+            paths=paths, text=f"{number} stacks, but an image has at most {most_decoder_stacks(model)}; lower it"
         )
 
 

@@ -11,7 +11,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.budget.parameters import model_parameters
 from megatron_deepstack.planning.check import model_ranks
 
-_MADE_FOR: Final = re.compile(r"(Eight H100|[A-Z]\w+ H100|two processes without a GPU)", re.ASCII)
+_MADE_FOR: Final = re.compile(r"([A-Z][\w-]+ H100|two processes without a GPU)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

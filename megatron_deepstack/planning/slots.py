@@ -68,7 +68,7 @@ def stack_slots(
     if len(slots) != wanted:
         problems.append(
             f"model.stacks.slots: {len(slots)} slots {list(slots)} for {wanted} stacks; give one layer per stack "
-            f"({wanted}), or change model.stacks.num_crops"
+            f"({wanted}), or change model.stacks.num_crops or num_stacks"
         )
     for stack, slot in enumerate(slots):
         if not 0 <= slot < num_layers + after_last:
@@ -95,9 +95,14 @@ def decoder_slots(model: ModelConfig) -> tuple[int, ...]:
 
 
 def num_decoder_stacks(model: ModelConfig) -> int:
-    """Return the number of stacks in the decoder: one for each crop, high-res crop of a context view, or tap."""
+    """Return the number of stacks in the decoder: `model.stacks.num_stacks`, or else all that an image can have."""
     if not model.variant.traits.stacks_in_decoder:
         return 0
+    return model.stacks.num_stacks or most_decoder_stacks(model)
+
+
+def most_decoder_stacks(model: ModelConfig) -> int:
+    """Return the number of stacks of an image: one for each crop, high-res crop of a context view, or tap."""
     match model.variant.traits.stack_source:
         case StackSource.HIGH_RES:
             return HIGH_RES_SIDE**2

@@ -13,8 +13,9 @@ from pathlib import Path
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.platform.quantity import duration
 from megatron_deepstack.report.drawing.chart import Charts, Line, running_mean
-from megatron_deepstack.report.drawing.frame import document, duration, facts, section, table, wide_drawing, write
+from megatron_deepstack.report.drawing.frame import document, facts, section, table, wide_drawing, write
 from megatron_deepstack.report.drawing.stages import stage_drawing
 from megatron_deepstack.report.drawing.svg import PALETTE, Markup, element, joined
 from megatron_deepstack.report.drawing.timeline import read_timelines
@@ -25,6 +26,7 @@ from megatron_deepstack.report.settings import recipe_table
 from megatron_deepstack.report.speed import median, speed_section, timeline_section
 from megatron_deepstack.run_folder.answers import Answer, AnswerSet, Score, read_answer_sets
 from megatron_deepstack.run_folder.recipe import require_run
+from megatron_deepstack.run_folder.starting_weights import HEAD, read_starting_weights
 
 REPORT = "report.html"
 _MOST_LISTED = 2000
@@ -68,6 +70,7 @@ def page(run: Path) -> str:
         section("Events", *health_section(metrics)),
         section("Which stack reaches which stage", wide_drawing(stage_drawing(recipe))),
         *_answer_sections(sets),
+        *_starting_weights(run),
         section("Recipe", element("p", "As resolved; bold where it differs from the defaults."), recipe_table(recipe)),
     )
 
@@ -101,6 +104,16 @@ def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Itera
         if score.total:
             share = score.correct / score.total
             yield f"{score.correct} / {score.total}", f"answers exactly right ({share:.1%}; {chance})"
+
+
+def _starting_weights(run: Path) -> Iterator[Markup]:
+    """Where the weights of the first step came from, if the run has the list."""
+    found = read_starting_weights(run)
+    if found is None:
+        return
+    rows = [origin.cells for origin in found.origins(by_file=True)]
+    left = [element("p", f"Not used by the model: {name}") for name in found.left_over]
+    yield section("Where the weights came from", table(HEAD, rows), *left)
 
 
 def _loss(metrics: Metrics, charts: Charts) -> Iterator[Markup]:

@@ -1,4 +1,4 @@
-"""Megatron-Core's own pipeline schedules, driven with a step's micro-batches; nothing of them is changed.
+"""Megatron-Core's own pipeline schedules, driven with a step's micro-batches; they are not changed.
 
 The schedule ends by finalising gradients. Ours must wait for the encoder's backward, so the schedule's call is left
 empty here and `train_step` finalises afterwards.
@@ -37,7 +37,7 @@ VisualOf = Callable[[int, int], VisualInputs]
 
 @dataclass(slots=True)
 class ScheduleResult:
-    """What a schedule leaves on this rank; empty and zero but on the last stage."""
+    """What a schedule leaves on this rank; empty and zero except on the last stage."""
 
     num_tokens: torch.Tensor
     """Targets of this rank's micro-batches, a whole number on the device."""
@@ -58,10 +58,21 @@ def run_schedule(
     keep_logits: bool = False,
     timeline: Timeline | None = None,
 ) -> ScheduleResult:
-    """Run all micro-batches through this rank's chunks (wrapped or not). Collective over pp, tp and cp.
+    """Run all micro-batches through this rank's chunks. Collective over pp, tp and cp.
 
-    `visual` is asked once per forward; rows that require grad receive it. With `keep_logits`, forward only, the last
-    stage returns logits instead of losses. Forwards and backwards are recorded in `timeline`, if there is one.
+    Args:
+        config: The decoder's; its hooks for the schedule are set here.
+        chunks: This rank's chunks, wrapped or not, in the order of virtual stages.
+        plan: The step of this rank's replica.
+        visual: Asked once per forward for the rows that a chunk adds; those that require a gradient receive it.
+        cp_rank: This rank's index on the context-parallel axis.
+        forward_only: Whether to leave out the backward.
+        keep_logits: Whether the last stage keeps logits in place of losses; only with `forward_only`.
+        timeline: Where forwards and backwards are recorded, if they are.
+
+    Returns:
+        On the last stage the losses or the logits; elsewhere nothing. Gradients are left in the buffers of the chunks,
+        neither reduced over all ranks nor divided.
     """
     config.finalize_model_grads_func = _leave_to_train_step
     config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states
@@ -147,7 +158,7 @@ def _sum(counts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _no_sync(chunks: Sequence[torch.nn.Module]) -> Any:
-    """What the schedule enters for all backwards but a chunk's last, whose gradients are reduced as they come.
+    """What the schedule enters for all backwards of a chunk except the last, whose gradients are reduced as they come.
 
     One context for one chunk, a list for several, as the schedules want it; None where nothing is trained.
     """
@@ -173,7 +184,7 @@ class _MicroBatch:
 def _micro_batches(
     plan: StepPlan, config: TransformerConfig, cp_rank: int, tp_rank: int, *, keep_logits: bool
 ) -> list[_MicroBatch]:
-    """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
+    """All micro-batches of a step, in one upload, so that nothing is sent to the device while the schedule runs."""
     ends = plan.segments or tuple((length,) for length in plan.seq_lengths)
     own = [zigzag(one, config.context_parallel_size, cp_rank) for one in ends]
     bounds = [np.array((0, *one), np.int64) for one in plan.segments or ()]

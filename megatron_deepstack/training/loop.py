@@ -1,7 +1,7 @@
-"""The loop: load a step, train it, record it, save now and then; and end well when asked to, or when the run is sick.
+"""The loop: load a step, train it, record it, save now and then; end in order on request, or when the run goes wrong.
 
 Whatever a rank alone may see (a signal, a gradient that is not finite, a sample that cannot be read) is first agreed on
-by all ranks, so that each takes the same way and none waits for another that has left.
+by all ranks, so that all ranks do the same and none waits for one that has left.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from megatron_deepstack.platform.compute.device import max_memory_bytes
 from megatron_deepstack.platform.files.run_disk import writing
 from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.run_folder.recipe import record_start_folder
+from megatron_deepstack.run_folder.starting_weights import StartingWeights, write_starting_weights
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
@@ -82,7 +83,7 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Ca
             resumption = resume(session)
             with phase():
                 if rank == 0:
-                    _write_run_files(run_dir, recipe)
+                    _write_run_files(run_dir, recipe, session.starting)
                 records = MetricsLog(recipe, first_step=resumption.step, writes=rank == 0)
             with records as log:
                 _greet(log, session, resumption)
@@ -90,7 +91,7 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Ca
 
 
 def _nothing_to_do(recipe: Recipe, done: int, stop_after: int | None) -> str:
-    """What a run says that is where it was to come to."""
+    """The line of a run that has already done all steps that were asked for."""
     steps = recipe.train.steps
     if done >= steps:
         return f"nothing to do: {done} of {steps} steps are done; raise train.steps to go on"
@@ -99,6 +100,8 @@ def _nothing_to_do(recipe: Recipe, done: int, stop_after: int | None) -> str:
 
 def _greet(log: MetricsLog, session: Session, resumption: Resumption) -> None:
     for line in group_table(session.optimizer.groups):
+        log.say(line)
+    for line in () if session.starting is None else session.starting.lines():
         log.say(line)
     for fault in resumption.passed_over:
         log.say(f"not whole, passed over: {fault}")
@@ -160,7 +163,7 @@ class _Loop:
         self._finish_save()
 
     def _loaded(self) -> Iterator[LoadedStep]:
-        """This rank's steps, prepared ahead; what cannot be read is this rank's alone to tell."""
+        """This rank's steps, prepared ahead; only this rank knows what it cannot read."""
         try:
             yield from Prefetcher(self.session.reader, self.first, self.stop)
         except DeepStackError as error:
@@ -296,7 +299,7 @@ class _Loop:
 
 
 def _mean(loss: StepLoss) -> float | None:
-    """Mean loss per target; None where no sample of any rank has one: a mean of nothing is not 0."""
+    """Mean loss per target; None where no sample of any rank has a target: a mean of nothing is not 0."""
     return loss.mean if loss.num_tokens else None
 
 
@@ -317,8 +320,8 @@ def _health_after(recipe: Recipe, first: int) -> Health:
     return health
 
 
-def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
-    """The resolved recipe, and the stage plan that reports draw."""
+def _write_run_files(run_dir: Path, recipe: Recipe, starting: StartingWeights | None) -> None:
+    """The resolved recipe, the stage plan that reports draw, and where the weights of a new run came from."""
     slots = decoder_slots(recipe.model)
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     stages = [{**asdict(chunk), "slots": chunk_slots(chunk, slots)} for chunk in chunks]
@@ -326,3 +329,5 @@ def _write_run_files(run_dir: Path, recipe: Recipe) -> None:
         record_start_folder(run_dir)
         write_whole(RunFolder(run_dir).recipe, recipe_to_yaml(recipe))
         write_whole(RunFolder(run_dir).plan, json.dumps({"stages": stages}, indent=1, allow_nan=False))
+        if starting is not None:
+            write_starting_weights(run_dir, starting)

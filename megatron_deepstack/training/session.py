@@ -1,4 +1,4 @@
-"""A rank's part of a run, set up in phases that all ranks leave together: an error of one is told once, by its name.
+"""A rank's part of a run, set up in phases that all ranks leave together: an error of one is shown once, with its rank.
 
 1. stores         checked by the first rank of each node, then opened by every rank
 2. layers         what this recipe builds can run on every rank, and is the same on all
@@ -24,25 +24,21 @@ from megatron_deepstack.checkpoint.saving.commit import layout_facts
 from megatron_deepstack.checkpoint.saving.saver import Saver
 from megatron_deepstack.checkpoint.verification import newest_whole_together, remove_leftovers_together
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.data.order.steps import (
-    Share,
-    StepReader,
-    checked_store,
-    known_store,
-    open_reader,
-    open_training_reader,
-)
+from megatron_deepstack.convert.published import published_source, starting_weights
+from megatron_deepstack.data.order.opening import checked_store, known_store, open_reader, open_training_reader
+from megatron_deepstack.data.order.steps import Share, StepReader
 from megatron_deepstack.errors import ConfigError, DataError
-from megatron_deepstack.model.build import build_model, fill_model, freeze
+from megatron_deepstack.model.build import RankModel, build_model, fill_model, freeze
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.model.layers.fp8 import require_fp8
 from megatron_deepstack.model.layers.specs import uses_transformer_engine
 from megatron_deepstack.model.layers.speed import speed_of
+from megatron_deepstack.model.published_shapes import decoder_shapes, shapes_of
 from megatron_deepstack.parallel.agree import phase
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import from_first_rank
 from megatron_deepstack.platform.compute.capabilities import capabilities
+from megatron_deepstack.run_folder.starting_weights import StartingWeights
 from megatron_deepstack.step.engine import Engine, build_engine
 from megatron_deepstack.training.optim.optimizer import Optimizer
 
@@ -57,7 +53,7 @@ class Beginning:
     facts: dict[str, Any]
     """Identity of the run, see `checkpoint.identity`."""
     samples: dict[str, Any]
-    """What the run reads, for the words of a checkpoint that belongs to other data."""
+    """What the run reads, for the message about a checkpoint that belongs to other data."""
     checkpoint: Checkpoint | None
     """The newest whole one; None for a fresh start."""
     passed_over: tuple[str, ...]
@@ -80,6 +76,8 @@ class Session:
     beginning: Beginning
     saver: Saver
     """Checkpoints of the run."""
+    starting: StartingWeights | None
+    """Where each tensor came from; None where the run goes on from a checkpoint."""
 
     @property
     def reader(self) -> StepReader:
@@ -139,14 +137,10 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
     model = build_model(
         recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling, recipe.speed
     )
+    starting = None
     with phase():
         if beginning.checkpoint is None:
-            source = random_source(recipe.model, train.seed, train.init_std)
-            if train.init_from is not None:
-                source = published_source(
-                    train.init_from, fallback=source, model=recipe.model, seq_length=train.seq_length
-                )
-            fill_model(model, source, groups.decoder.tp)
+            starting = _initialise(model, recipe, groups)
         freeze(model, train.trainable)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
     optimizer = Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
@@ -157,7 +151,19 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
         optimizer=optimizer,
         beginning=beginning,
         saver=Saver(recipe, model, optimizer.chained, beginning.facts, groups.axes, beginning.samples),
+        starting=starting,
     )
+
+
+def _initialise(model: RankModel, recipe: Recipe, groups: Groups) -> StartingWeights:
+    """Fill a rank's model; where the tensors of the whole model come from, which every rank works out alike."""
+    train = recipe.train
+    drawn, read = random_source(recipe.model, train.seed, train.init_std), None
+    if train.init_from is not None:
+        read = published_source(train.init_from, fallback=drawn, model=recipe.model, seq_length=train.seq_length)
+    fill_model(model, read or drawn, groups.decoder.tp)
+    shapes = {**shapes_of([model.encoder_rules]), **decoder_shapes(recipe.model, recipe.lora)}
+    return starting_weights(shapes, read)
 
 
 def share_of(groups: Groups) -> Share:
@@ -185,7 +191,7 @@ class Resumption:
 
 
 def resume(session: Session) -> Resumption:
-    """Phase 5: load the checkpoint that was found, if there was one; else begin anew. Collective over all ranks.
+    """Phase 5: load the checkpoint that was found, if there was one; else start at step 0. Collective over all ranks.
 
     Args:
         session: What `start_session` built.
@@ -210,7 +216,7 @@ def is_first_of_node() -> bool:
     """Whether this rank does what one rank of each machine does; LOCAL_RANK says so.
 
     Returns:
-        True for the first, and where nothing says which it is.
+        True for the first, and if LOCAL_RANK is not set.
     """
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -222,7 +228,7 @@ def check_data(recipe: Recipe) -> None:
         recipe: The run's recipe.
 
     Raises:
-        DeepStackError: As `data.order.steps.checked_store` does.
+        DeepStackError: As `data.order.opening.checked_store` does.
     """
     alone = Share(dp=0, num_replicas=1, replica_rank=0)
     open_training_reader(recipe, alone, checked_store)

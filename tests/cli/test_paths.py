@@ -15,7 +15,7 @@ from megatron_deepstack.cli.paths import expand_homes, path_parameters
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.schema import Recipe
 
-NO_PATHS = {"overrides", "address", "naming", "name", "words", "question", "stop", "metric", "gpu", "to"}
+NO_PATHS = {"overrides", "address", "naming", "adapters", "name", "words", "question", "stop", "metric", "gpu", "to"}
 """Texts that a verb takes and that name no file."""
 
 

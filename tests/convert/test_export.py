@@ -118,6 +118,7 @@ def test_pictures_are_prepared_alike(ranks: Pools, trained: Path, tmp_path: Path
     np.testing.assert_allclose(theirs, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_of_its_own(trained: Path, tmp_path: Path) -> None:
     """What the command line calls: under published names, with the tokenizer, ready for `train.init_from`."""
     output = export_run(trained, tmp_path / "published")
@@ -132,6 +133,27 @@ def test_a_rank_of_its_own(trained: Path, tmp_path: Path) -> None:
     assert modes == {0o666 & ~_umask()}, "the weights are readable for whom the other files are"
     with pytest.raises(CheckpointError, match="nothing is overwritten"):
         export_run(trained, output)
+
+
+def test_a_run_says_where_its_weights_came_from(ranks: Pools, trained: Path, tmp_path: Path) -> None:
+    """All drawn in the first run; in one that starts from its export all from there; and the report shows it."""
+    from megatron_deepstack.report.page import write_report
+    from megatron_deepstack.run_folder.starting_weights import DRAWN, read_starting_weights
+
+    first = read_starting_weights(trained)
+    assert {tensor.file for tensor in first.tensors} == {None}
+    output = export_run(trained, tmp_path / "published")
+    recipe = one_rank_recipe(trained)
+    begun = replace(recipe, run_dir=str(tmp_path / "second"), train=replace(recipe.train, init_from=(str(output),)))
+    ranks(1).run(train_on_rank, begun)
+    second = read_starting_weights(tmp_path / "second")
+    assert [tensor.name for tensor in second.tensors] == [tensor.name for tensor in first.tensors]
+    assert {tensor.file for tensor in second.tensors} == {str(output / "model.safetensors")}
+    assert second.left_over == ()
+    for run, place in ((trained, DRAWN), (tmp_path / "second", str(output / "model.safetensors"))):
+        text = write_report(run, tmp_path / "report.html").read_text()
+        assert "Where the weights came from" in text
+        assert place in text
 
 
 def _umask() -> int:

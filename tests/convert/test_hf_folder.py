@@ -48,7 +48,7 @@ SIGLIP = replace(VISION, kind="siglip", image_size=18)
 VIT_STACKS = StackConfig(grid=GridRule.FIXED_2X2, start=1)
 MODELS = {
     "l": MODEL,
-    "l-1d-deep": replace(MODEL, stacks=StackConfig(sampler=Sampler.SEQUENTIAL_1D, num_crops=3, slots=(5, 0, 5))),
+    "l-1d-deep": replace(MODEL, stacks=StackConfig(sampler=Sampler.SEQUENTIAL_1D, num_stacks=3, slots=(5, 0, 5))),
     "l-siglip-qwen2": replace(MODEL, vision=SIGLIP, language=replace(LANGUAGE, qkv_bias=True, tied_embeddings=True)),
     "v": replace(MODEL, variant=Variant.DEEPSTACK_V, stacks=VIT_STACKS),
     "hd": replace(MODEL, variant=Variant.DEEPSTACK_HD),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from megatron_deepstack.config.choices import Variant
-from megatron_deepstack.config.schema import ParallelConfig, StackConfig
+from megatron_deepstack.config.choices import GridRule, Sampler, Variant
+from megatron_deepstack.config.schema import ParallelConfig, Recipe, StackConfig
 from megatron_deepstack.errors import LayoutError, SlotError
+from megatron_deepstack.planning.check import find_plan_problems
+from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.rows import image_rows
 from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import EMBEDDING, chunk_slots, decoder_slots, owner, stack_slots, stage_chunks
@@ -77,6 +80,36 @@ def test_stacks_behind_the_feature_are_reported() -> None:
         plan_vit_stacks(tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(start=5)))
     with pytest.raises(SlotError, match=r"2 slots \[0, 1\] for DeepStack-V's 4 stacks"):
         plan_vit_stacks(tiny_model(variant=Variant.DEEPSTACK_V, stacks=StackConfig(slots=(0, 1))))
+
+
+def test_the_first_stacks_alone() -> None:
+    """Their rows are those of all stacks; a crop that no stack reads is not encoded."""
+    whole = image_rows(tiny_model(), (2, 2))
+    model = tiny_model(stacks=StackConfig(num_stacks=2, slots=(3, 1)))
+    rows = image_rows(model, (2, 2))
+    kept = whole.stack < 2
+    np.testing.assert_array_equal(rows.token, whole.token[kept])
+    np.testing.assert_array_equal(rows.view, whole.view[kept])
+    assert decoder_slots(model) == (3, 1)
+    by_crop = tiny_model(stacks=StackConfig(sampler=Sampler.GRID, num_stacks=1))
+    assert image_plan(by_crop, (2, 2), 10**6).units == ((0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("variant", "number", "text"),
+    [
+        (Variant.DEEPSTACK_L, 5, "5 stacks, but an image has at most 4"),
+        (Variant.DEEPSTACK_HD, 5, "5 stacks, but an image has at most 4"),
+        (Variant.DEEPSTACK_V, 2, "2 says nothing about deepstack_v"),
+        (Variant.IN_SEQUENCE, 2, "2 says nothing about in_sequence"),
+    ],
+)
+def test_a_number_of_stacks_that_cannot_be(variant: Variant, number: int, text: str) -> None:
+    stacks = StackConfig(
+        num_stacks=number, grid=GridRule.FIXED_2X2, start=0, interval=0 if variant.traits.stacks_in_decoder else 1
+    )
+    problems = find_plan_problems(Recipe(model=tiny_model(variant=variant, stacks=stacks)))
+    assert [one for one in problems if "model.stacks.num_stacks" in one.paths and text in one.text]
 
 
 @pytest.mark.parametrize("num_crops", [2, 4, 9])

@@ -114,7 +114,7 @@ def test_an_arm_is_one_line(tmp_path: Path) -> None:
 
 def test_an_unknown_store_is_named(tmp_path: Path) -> None:
     changed = tmp_path / "claim.yaml"
-    changed.write_text(CLAIM.read_text().replace("store: crops1", "store: crops9"))
+    changed.write_text(CLAIM.read_text().replace("store: dummy", "store: crops9"))
     with pytest.raises(SystemExit, match="'crops9'"):
         read_experiment(changed, quick=False)
 

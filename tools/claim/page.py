@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _row(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "kinds": {kind: _plain(estimate(scores(results, exact, kind))) for kind in KINDS},
         "context_length": first["context_length"],
         "training_flops_per_sample": first["training_flops_per_sample"],
-        "step_seconds": statistics.median(result["step_seconds"] for result in results),
+        "step_seconds": min(result["step_seconds"] for result in results),
         "cache_bytes_per_sample": first["cache_bytes_per_sample"],
     }
 
@@ -98,7 +99,8 @@ def _page(experiment: Experiment, document: Mapping[str, Any], command: str) -> 
         "## What each arm reads",
         "",
         "Exact match in percent. `fine` is the mean of the three kinds that need the crops. The context is the number "
-        "of visual tokens in the sequence; the key/value cache is of one sample in bfloat16.",
+        "of visual tokens in the sequence; the step is the median one of the arm's quietest run, in one thread beside "
+        "another run; the key/value cache is of one sample in bfloat16.",
         "",
         f"| arm | fine | characters | {' | '.join(kinds)} | context | MFLOP a sample, trained | step, s | cache, KiB |",
         f"|---|---|---|{'---|' * len(kinds)}---|---|---|---|",
@@ -136,7 +138,12 @@ def _page(experiment: Experiment, document: Mapping[str, Any], command: str) -> 
         "An arm is one line of `tools/claim/claim.yaml`: add one and run the command again; runs that are there are "
         "not repeated.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(line if line.startswith("|") else _wrapped(line) for line in lines) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """Return prose in lines of at most 120 characters."""
+    return textwrap.fill(line, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _text(value: Mapping[str, float]) -> str:

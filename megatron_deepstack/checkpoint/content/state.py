@@ -27,8 +27,8 @@ FUSED_NORMS = {
     "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
     "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
 }
-"""Keys of the norms before linears, to those of Transformer Engine's layers, which own them together: so that either
-layers read what the others wrote."""
+"""Keys of the norms before linears, to those of Transformer Engine's layers, which own them together: so that each kind
+of layers reads what the other wrote."""
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Keys of optimizer states that any layout can read."""
 
@@ -36,11 +36,19 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 def sharded_state(
     model: RankModel, optimizer: ChainedOptimizer | None, *, version: int = FORMAT_VERSION
 ) -> dict[str, Any]:
-    """Sharded state dict of this rank, over live tensors; without `optimizer`, the weights alone. `version` is that of
-    the checkpoint's format.
+    """This rank's part of a checkpoint, as Megatron's sharded state dict. No rank waits for another here.
 
-    Keys name global layers, so a checkpoint does not remember its layout. The encoder stands on every rank, so its
+    Keys name global layers, so a checkpoint does not remember its layout. The encoder is on every rank, so its
     replica number is the global rank: rank 0 writes it.
+
+    Args:
+        model: What this rank holds.
+        optimizer: This rank's optimizer, with its states allocated; None for the weights alone.
+        version: Format version of the checkpoint that is written or read, which decides some keys.
+
+    Returns:
+        `model`, with a state dict for each chunk and one for the encoder, and `optimizer`. The tensors are the live
+        ones: saving reads them, and loading writes into those of the optimizer.
     """
     weights: ShardedStateDict = {}
     for number, chunk in enumerate(model.chunks):
@@ -80,7 +88,7 @@ def _distributed_state(
 def allocate_states(optimizer: ChainedOptimizer) -> None:
     """Make the states that an optimizer otherwise has from its first update on, all zero.
 
-    Loading writes into them; and a run that begins anew has what a save plans for, whether or not it was ever updated.
+    Loading writes into them; and a run that starts from the beginning has all that a save plans for, before any update.
     """
     for single in optimizer.chained_optimizers:
         inner = single.optimizer
@@ -110,6 +118,10 @@ def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
 
     Of what is common to all parameters only the number of updates is taken: rates and decay come from the recipe in
     every step, and the rest differs between optimizers that are distributed and not.
+
+    Args:
+        optimizer: This rank's optimizer, changed in place.
+        state: The part `optimizer` of what was loaded into `sharded_state`'s result; changed.
     """
     updates = max(_updates(state), default=0.0)
     singles = optimizer.chained_optimizers

@@ -89,6 +89,7 @@ class DeepStackConfig(PretrainedConfig):
         projector_hidden_act: str = "gelu",
         image_token_index: int = 32000,
         num_text_tokens: int | None = None,
+        stacks: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Set the parts of the model.
@@ -109,7 +110,9 @@ class DeepStackConfig(PretrainedConfig):
             image_token_index: Id of the placeholder, which the processor repeats once per token of an image.
             num_text_tokens: Number of ids that stand for text; rows of the embedding from here on are placeholders and
                 padding. All rows if None.
-            **kwargs: What transformers adds; `stacks` and `data`, from the recipe, by which the folder is read back.
+            stacks: Stacks as the recipe has them, by which the folder is read back. Of `num_stacks`, if it is there, an
+                image's stacks from that number on are left out.
+            **kwargs: What transformers adds, and `data` from the recipe, by which the folder is read back.
         """
         if not isinstance(text_config, PretrainedConfig):
             text_config = dict(text_config or {})
@@ -128,5 +131,6 @@ class DeepStackConfig(PretrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.image_token_index = image_token_index
         self.num_text_tokens = text_config.vocab_size if num_text_tokens is None else num_text_tokens
+        self.stacks = stacks or {}
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)

@@ -25,7 +25,7 @@ from megatron_deepstack.data.records.turns import (
     system_of,
     talk_of,
 )
-from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, QWEN3_VL, ChatFormat
+from megatron_deepstack.data.text.chat import GRANITE_4, LLAMA_3, QWEN, QWEN3_VL, ChatFormat
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
@@ -40,6 +40,7 @@ CHATS: Final[dict[Template, ChatFormat]] = {
     Template.LLAMA_3: LLAMA_3,
     Template.QWEN: QWEN,
     Template.QWEN3_VL: QWEN3_VL,
+    Template.GRANITE_4: GRANITE_4,
 }
 
 
@@ -140,7 +141,20 @@ def _next_question(question: str, template: Template, tokenizer: Tokenizer) -> l
 
 
 def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Tokenizer) -> str:
-    """The question in a prompt: the last human turn. It is empty for a caption, which has no question."""
+    """Find the question in a prompt, for people to read.
+
+    Args:
+        prompt: Token ids, as `encode_prompt` makes them; negative ones, which stand for images, are left out.
+        template: How the prompt is written.
+        tokenizer: The tokenizer that made it.
+
+    Returns:
+        The text of the last human turn; empty for a caption, which has no question.
+
+    Raises:
+        DataError: The tokenizer lacks a control token of the template.
+        ConfigError: The template is unknown.
+    """
     known = known_template(template)
     if known in CHATS:
         return CHATS[known].question_in(prompt, tokenizer)
@@ -149,9 +163,19 @@ def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Toke
 
 
 def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer: the one that `template` learns there, and the tokenizer's end of sequence.
+    """Tokens that end an answer.
 
-    Raises DataError if the tokenizer lacks the template's end token.
+    Args:
+        template: How the conversation is written.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The id that the template has the model learn at an answer's end, and the tokenizer's end of sequence, if that is
+        another one.
+
+    Raises:
+        DataError: The tokenizer lacks the template's end token.
+        ConfigError: The template is unknown.
     """
     known = known_template(template)
     ends = [CHATS[known].end_id(tokenizer)] if known in CHATS else [_end(known, tokenizer)]
@@ -159,7 +183,15 @@ def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def check_turns(turns: Sequence[Turn], template: Template) -> None:
-    """Raise DataError, naming what was found, if `template` cannot write these turns."""
+    """Check that a template can write a conversation.
+
+    Args:
+        turns: The conversation.
+        template: How it would be written.
+
+    Raises:
+        DataError: It cannot; the message says what was found. It does not name the record, which the caller does.
+    """
     system, turns = system_of(turns), talk_of(turns)
     roles = [turn.role for turn in turns]
     if system is not None and template is Template.PLAIN:
@@ -188,12 +220,10 @@ def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> l
 
 
 def _begin(template: Template, tokenizer: Tokenizer) -> list[int]:
-    """The begin of the sequence; ChatML has none."""
-    return (
-        []
-        if template in (Template.QWEN, Template.QWEN3_VL)
-        else [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
-    )
+    """The begin of the sequence; not every chat format has one."""
+    if template in CHATS and not CHATS[template].has_begin:
+        return []
+    return [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
 
 
 def _end(template: Template, tokenizer: Tokenizer) -> int:

@@ -8,15 +8,25 @@ those of photos from the web.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from megatron_deepstack.config.choices import GridRule
 from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.config.sizes import resampled_side
 from megatron_deepstack.config.traits.variants import ViewLayout
-from megatron_deepstack.planning.budget.load import Numbers, Shapes, Views, tiles
+from megatron_deepstack.planning.budget.load import Numbers, Shapes, Views
 from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.rows import context_length
-from megatron_deepstack.planning.views import FIXED_GRID, ImageShape, ViewGrid, candidate_grids, smart_resize
+from megatron_deepstack.planning.views import (
+    FIXED_GRID,
+    ViewGrid,
+    candidate_grids,
+    read_tile_grids,
+    smart_resize,
+    tile_grid,
+)
 
 _TEXT_SPREAD = 0.75
 _AREA_SPREAD = 0.6
@@ -41,14 +51,20 @@ def drawn_shapes(recipe: Recipe) -> Shapes:
     images = int(whole) + (random.random(count) < part)
     owner = np.repeat(np.arange(count), images)
     stated = f"{data.expected_images:g} image(s) and {data.expected_text_tokens} text tokens a sample, all targets"
-    if model.variant.traits.is_native:
-        views, visual = _views(recipe, random, owner)
-        units, stated = visual, f"{stated}, images of {data.expected_image_pixels:,} pixels on average"
+    views = None
+    if model.variant.traits.views in (ViewLayout.NATIVE, ViewLayout.TILES):
+        sizes = _sizes(random, data.expected_image_pixels, len(owner))
+        stated = f"{stated}, images of {data.expected_image_pixels:,} pixels on average"
+        if model.variant.traits.is_native:
+            views, visual = _views(recipe, sizes, owner)
+            units = visual
+        else:
+            visual, units = _tiles(model, sizes)
     else:
-        views, shapes = None, _shapes(model)
-        chosen = random.integers(0, len(shapes), len(owner))
-        visual = np.array([context_length(model, shape) for shape in shapes])[chosen]
-        units = np.array([_num_units(model, shape) for shape in shapes])[chosen]
+        grids = (FIXED_GRID,) if model.stacks.grid is GridRule.FIXED_2X2 else candidate_grids(model.stacks.num_crops)
+        chosen = random.integers(0, len(grids), len(owner))
+        visual = np.array([context_length(model, grid) for grid in grids])[chosen]
+        units = np.array([len(image_plan(model, grid, context_length(model, grid)).units) for grid in grids])[chosen]
     lengths = text + np.bincount(owner, visual, count).astype(np.int64)
     return Shapes(
         lengths=np.minimum(lengths, train.seq_length),
@@ -64,17 +80,21 @@ def _around(random: np.random.Generator, mean: float, spread: float, count: int)
     return np.exp(random.normal(np.log(mean) - spread**2 / 2, spread, count))
 
 
-def _views(recipe: Recipe, random: np.random.Generator, owner: Numbers) -> tuple[Views, Numbers]:
-    """Draw views of any size; return them and the visual tokens of each."""
+def _sizes(random: np.random.Generator, mean: int, count: int) -> list[tuple[int, int]]:
+    """Draw widths and heights of images in pixels."""
+    areas = _around(random, mean, _AREA_SPREAD, count)
+    shapes = np.exp(random.normal(0.0, _SHAPE_SPREAD, count))
+    sides = np.maximum(np.stack([np.sqrt(areas * shapes), np.sqrt(areas / shapes)], axis=1), 1).astype(np.int64)
+    return [(int(width), int(height)) for width, height in sides]
+
+
+def _views(recipe: Recipe, sizes: Sequence[tuple[int, int]], owner: Numbers) -> tuple[Views, Numbers]:
+    """Return the views of images that are looked at in their own resolution, and the visual tokens of each."""
     data, vision = recipe.data, recipe.model.vision
-    areas = _around(random, data.expected_image_pixels, _AREA_SPREAD, len(owner))
-    shapes = np.exp(random.normal(0.0, _SHAPE_SPREAD, len(owner)))
-    widths, heights = np.maximum(np.sqrt(areas * shapes), 1), np.maximum(np.sqrt(areas / shapes), 1)
     grids = [
         ViewGrid.of_pixels(
             *smart_resize(
-                int(width),
-                int(height),
+                *size,
                 multiple=vision.patch_size * vision.merge_size,
                 min_pixels=data.min_pixels,
                 max_pixels=data.max_pixels,
@@ -82,19 +102,15 @@ def _views(recipe: Recipe, random: np.random.Generator, owner: Numbers) -> tuple
             patch_size=vision.patch_size,
             merge_size=vision.merge_size,
         )
-        for width, height in zip(widths.tolist(), heights.tolist(), strict=True)
+        for size in sizes
     ]
     height, width = (np.array([getattr(grid, side) for grid in grids], np.int64) for side in ("height", "width"))
     return Views(owner, np.ones_like(height), height, width), height * width // vision.merge_size**2
 
 
-def _shapes(model: ModelConfig) -> tuple[ImageShape, ...]:
-    """Return the shapes of which images are drawn, where views have one size."""
-    grids = (FIXED_GRID,) if model.stacks.grid is GridRule.FIXED_2X2 else candidate_grids(model.stacks.num_crops)
-    if model.variant.traits.views is ViewLayout.TILES:
-        return tuple(tiles(model, grid) for grid in grids)
-    return grids
-
-
-def _num_units(model: ModelConfig, shape: ImageShape) -> int:
-    return len(image_plan(model, shape, context_length(model, shape)).units)
+def _tiles(model: ModelConfig, sizes: Sequence[tuple[int, int]]) -> tuple[Numbers, Numbers]:
+    """Return the visual tokens of images that are cut into padded tiles, and how many of their views are encoded."""
+    grids, side = read_tile_grids(model.vision.tile_grids), resampled_side(model)
+    shapes = [tile_grid(*size, model.vision.image_size, grids) for size in sizes]
+    tokens = [shape.num_tokens(side) for shape in shapes]
+    return np.array(tokens, np.int64), np.array([shape.num_used_views(side) for shape in shapes], np.int64)

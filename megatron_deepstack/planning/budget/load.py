@@ -24,9 +24,11 @@ from megatron_deepstack.planning.exchange.dealing import deal_by_cost
 from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.rows import context_length
 from megatron_deepstack.planning.slots import EMBEDDING, decoder_slots
-from megatron_deepstack.planning.views import FIXED_GRID, Grid, ImageShape, TileGrid
+from megatron_deepstack.planning.views import FIXED_GRID, ImageShape, read_tile_grids, tile_grid
 
 Numbers = npt.NDArray[np.int64]
+_PHOTO = (640, 480)
+"""Width and height in pixels of a usual image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,21 +204,7 @@ def rows_per_unit(model: ModelConfig) -> dict[int, float]:
 
 
 def usual_shape(model: ModelConfig) -> ImageShape:
-    """Return the shape of a usual image, for models whose views have one size: two by two crops or tiles."""
+    """Return the shape of a usual image, for models whose views have one size: two by two crops, or a photo's tiles."""
     if model.variant.traits.views is ViewLayout.TILES:
-        return tiles(model, FIXED_GRID)
+        return tile_grid(*_PHOTO, model.vision.image_size, read_tile_grids(model.vision.tile_grids))
     return FIXED_GRID
-
-
-def tiles(model: ModelConfig, grid: Grid) -> TileGrid:
-    """Return the tiles of an image of which no tile has padding.
-
-    Args:
-        model: The recipe's model.
-        grid: Columns and rows.
-
-    Returns:
-        The tiles.
-    """
-    side = model.vision.image_size
-    return TileGrid(columns=grid[0], rows=grid[1], image_width=grid[0] * side, image_height=grid[1] * side)

@@ -23,6 +23,7 @@ from megatron_deepstack.config.sizes import resampled_side, tokens_per_side
 from megatron_deepstack.config.sizes import tokens_per_view as tokens_per_view
 from megatron_deepstack.config.traits.variants import Context, StackSource
 from megatron_deepstack.planning.exchange.samplers import Index, sample_mosaic
+from megatron_deepstack.planning.slots import num_decoder_stacks
 from megatron_deepstack.planning.views import HIGH_RES_SIDE, Grid, ImageShape, TileGrid, ViewGrid
 
 BASE = -1
@@ -64,7 +65,9 @@ def image_rows(model: ModelConfig, shape: ImageShape) -> ImageRows:
     if isinstance(shape, TileGrid):
         return _tile_rows(shape, resampled_side(model), len(model.vision.taps))
     assert not model.variant.traits.is_native, f"{model.variant} has views of any size, found the grid {shape}"
-    return _image_rows(model.variant, model.stacks.sampler, tokens_per_side(model.vision), shape)
+    return _image_rows(
+        model.variant, model.stacks.sampler, tokens_per_side(model.vision), shape, num_decoder_stacks(model)
+    )
 
 
 def unit_rows(model: ModelConfig, shape: ImageShape) -> int:
@@ -98,6 +101,8 @@ def context_length(model: ModelConfig, shape: ImageShape) -> int:
     """
     if isinstance(shape, ViewGrid):
         return shape.num_tokens(model.vision.merge_size)
+    if isinstance(shape, TileGrid):
+        return shape.num_tokens(resampled_side(model))
     return image_rows(model, shape).context_length
 
 
@@ -108,7 +113,8 @@ def _tile_rows(shape: TileGrid, side: int, num_taps: int) -> ImageRows:
     A token has a row for each tap, one after another.
     """
     lines, columns = shape.unpadded(side)
-    y, x = (places.reshape(-1) for places in np.meshgrid(lines, [*columns, NEWLINE], indexing="ij"))
+    places = (np.array(some, np.int64) for some in (lines, [*columns, NEWLINE]))
+    y, x = (one.reshape(-1) for one in np.meshgrid(*places, indexing="ij"))
     newline = x == NEWLINE
     view = np.where(newline, NEWLINE, 1 + y // side * shape.columns + x // side)
     token = np.where(newline, 0, y % side * side + x % side)
@@ -127,12 +133,12 @@ def _merged_rows(num_tokens: int, num_taps: int) -> ImageRows:
 
 
 @lru_cache(maxsize=256)
-def _image_rows(variant: Variant, sampler: Sampler, side: int, grid: Grid) -> ImageRows:
+def _image_rows(variant: Variant, sampler: Sampler, side: int, grid: Grid, num_stacks: int) -> ImageRows:
     traits = variant.traits
     context = _CONTEXTS[traits.context](sampler, side, grid)
     length = int(context[1].max()) + 1
     stacks = _STACKS[traits.stack_source](sampler, side, grid, context) if traits.stacks_in_decoder else []
-    return _collect(length, [context, *stacks])
+    return _collect(length, [context, *stacks[:num_stacks]])
 
 
 _Rows = tuple[Index, Index, Index, Index]

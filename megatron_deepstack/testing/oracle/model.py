@@ -81,7 +81,15 @@ def oracle_loss(
 
 
 def expand_labels(model: ModelConfig, sample: OracleSample) -> Tensor:
-    """(T,) labels with every placeholder replaced by as many ignored labels as the image has rows."""
+    """Labels of the whole sequence: each placeholder becomes as many ignored labels as its image has rows.
+
+    Args:
+        model: The recipe's model.
+        sample: The sample.
+
+    Returns:
+        (T,) int64; -100 where nothing is a target.
+    """
     pieces, grids = [], iter(sample.grids)
     for token, label in zip(sample.tokens.tolist(), sample.labels.tolist(), strict=True):
         pieces += [IGNORE_INDEX] * num_rows_of_image(model, next(grids)) if token == IMAGE_TOKEN_ID else [label]
@@ -89,7 +97,15 @@ def expand_labels(model: ModelConfig, sample: OracleSample) -> Tensor:
 
 
 def num_rows_of_image(model: ModelConfig, grid: Grid) -> int:
-    """V, the sequence positions that an image occupies."""
+    """V, the sequence positions that an image occupies.
+
+    Args:
+        model: The recipe's model.
+        grid: Columns and rows of the image's crops.
+
+    Returns:
+        Base rows of the image; stacks occupy no positions of their own.
+    """
     side = vision.num_patches_per_side(model.vision)
     if model.variant is Variant.IN_SEQUENCE:
         return side * side * (1 + grid[0] * grid[1])
@@ -110,7 +126,7 @@ def image_rows(
         grid: Columns and rows of its crops.
 
     Returns:
-        The base rows (V, H), and the stacks, each (V, H). Stacks that the grid does not fill are absent.
+        The base rows (V, H), and all its stacks, each (V, H). Stacks that the grid does not fill are absent.
     """
     if model.variant is Variant.DEEPSTACK_V:
         return _rows_stacked_in_vit(model, weights, pixels_N3HW, grid), []
@@ -176,7 +192,8 @@ def embed_sample(
     for token in sample.tokens:
         if token == IMAGE_TOKEN_ID:
             pixels, grid = images.pop(0)
-            pieces.append(image_rows(model, weights, pixels, grid))
+            base, image_stacks = image_rows(model, weights, pixels, grid)
+            pieces.append((base, image_stacks[: model.stacks.num_stacks]))
         else:
             pieces.append((language.embed_tokens(weights, token[None]), []))
     assert not images, f"{len(images)} images have no placeholder among the {len(sample.tokens)} tokens"

@@ -88,7 +88,8 @@ def test_tiles_with_q_formers_are_planned() -> None:
     plan = plan_run(recipe, drawn_shapes(recipe), H100, 1)
     assert plan.fits
     side = QFORMERS.vision.image_size // QFORMERS.vision.patch_size // 2
-    rows = (5 * side**2 + 2 * side) / 5  # five views of 2x2 tiles, and a newline for each line of the mosaic
+    wide, high = 2 * side, round(2 * side * 480 / 640)  # of a photo's mosaic of 2x2 tiles; each line has a newline
+    rows = (side**2 + high * (wide + 1)) / 5
     assert rows_per_unit(QFORMERS) == dict.fromkeys((0, 3, 5), pytest.approx(rows))
     linears = plan_run(replace(recipe, model=tiny_model()), drawn_shapes(replace(recipe, model=tiny_model())), H100, 1)
     assert plan.stages[0].memory.encoder > linears.stages[0].memory.encoder

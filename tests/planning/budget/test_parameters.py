@@ -59,7 +59,7 @@ FAMILIES = {
 }
 QFORMERS = tiny_model(
     variant=Variant.GRANITE4_VISION,
-    vision=VisionConfig(image_size=32, patch_size=4, taps=(1, 1, 2), select_layer=-2, **TWO_TAPS),  # type: ignore[arg-type]
+    vision=VisionConfig(image_size=32, patch_size=4, taps=(1, 1, 2), tile_grids=("2x2", "1x2"), select_layer=-2, **TWO_TAPS),  # type: ignore[arg-type]
     language=decoder(family="granite", embedding_multiplier=6.0, logits_scaling=3.0),
     stacks=StackConfig(slots=(0, 3, 5)),
     qformer=QFormerConfig(
