@@ -24,7 +24,16 @@ from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_reci
 
 Pools = Callable[[int], RankPool]
 Counts = tuple[int, list[int], list[int]]
-TWO_TAPS = {"kind": "siglip", "hidden_size": 24, "ffn_hidden_size": 40, "num_layers": 4, "num_heads": 3}
+TWO_TAPS = {
+    "kind": "siglip",
+    "taps": (1, 1, 2),
+    "select_layer": -2,
+    "tile_grids": ("2x2", "1x2"),
+    "hidden_size": 24,
+    "ffn_hidden_size": 40,
+    "num_layers": 4,
+    "num_heads": 3,
+}
 """The tower of the model with Q-Formers."""
 
 
@@ -59,7 +68,7 @@ FAMILIES = {
 }
 QFORMERS = tiny_model(
     variant=Variant.GRANITE4_VISION,
-    vision=VisionConfig(image_size=32, patch_size=4, taps=(1, 1, 2), tile_grids=("2x2", "1x2"), select_layer=-2, **TWO_TAPS),  # type: ignore[arg-type]
+    vision=VisionConfig(image_size=32, patch_size=4, **TWO_TAPS),  # type: ignore[arg-type]
     language=decoder(family="granite", embedding_multiplier=6.0, logits_scaling=3.0),
     stacks=StackConfig(slots=(0, 3, 5)),
     qformer=QFormerConfig(
