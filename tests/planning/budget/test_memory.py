@@ -134,7 +134,8 @@ GRID = ViewGrid(frames=1, height=8, width=12)
 QFORMERS = tiny_model(
     variant=Variant.GRANITE4_VISION,
     vision=VisionConfig(
-        kind="siglip", image_size=64, patch_size=4, hidden_size=24, num_layers=4, num_heads=3, taps=(1, 1, 2), tile_grids=("2x2", "1x2")
+        kind="siglip", image_size=64, patch_size=4, hidden_size=24, num_layers=4, num_heads=3,
+        taps=(1, 1, 2), tile_grids=("2x2", "1x2"),
     ),
     qformer=QFormerConfig(
         query_side=2, window_side=4, num_sampled=2, num_layers=3, num_heads=3, ffn_hidden_size=40,

@@ -25,15 +25,9 @@ from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_reci
 Pools = Callable[[int], RankPool]
 Counts = tuple[int, list[int], list[int]]
 TWO_TAPS = {
-    "kind": "siglip",
-    "taps": (1, 1, 2),
-    "select_layer": -2,
-    "tile_grids": ("2x2", "1x2"),
-    "hidden_size": 24,
-    "ffn_hidden_size": 40,
-    "num_layers": 4,
-    "num_heads": 3,
-}
+    "kind": "siglip", "taps": (1, 1, 2), "select_layer": -2, "tile_grids": ("2x2", "1x2"),
+    "hidden_size": 24, "ffn_hidden_size": 40, "num_layers": 4, "num_heads": 3,
+}  # fmt: skip
 """The tower of the model with Q-Formers."""
 
 
