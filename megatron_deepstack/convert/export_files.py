@@ -18,7 +18,7 @@ from megatron_deepstack.config.schema import DataConfig, ModelConfig, VisionConf
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.convert.chat_template import chat_template
-from megatron_deepstack.convert.hf_facts import CONFIG
+from megatron_deepstack.convert.hf_facts import CONFIG, PREPROCESSOR, PROCESSOR
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.convert.hf_written import (
     deepstack_config,
@@ -34,8 +34,6 @@ from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 from megatron_deepstack.planning.views import layout_of
 
-PREPROCESSOR: Final = "preprocessor_config.json"
-PROCESSOR: Final = "processor_config.json"
 GENERATION: Final = "generation_config.json"
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 CARD: Final = "README.md"
@@ -100,7 +98,8 @@ def plan_export(
             **({} if tokenizer is None else tokenizer.files),
         }
         return ExportPlan(files=files, vocab_size=model.language.vocab_size, has_final_norm=False)
-    known, image_token = ({}, model.language.vocab_size) if tokenizer is None else transformers_files(tokenizer)
+    known, numbers = ({}, {}) if tokenizer is None else transformers_files(tokenizer)
+    image_token = numbers.get(IMAGE_TOKEN, model.language.vocab_size)
     vocab_size = padded_vocabulary(model.language.vocab_size, image_token)
     config = transformers_config(model, vocab_size, image_token)
     if about.seq_length is not None:
@@ -108,9 +107,9 @@ def plan_export(
     if not model.variant.traits.is_llava:
         config["data"] = _prepared(about.data)
     files = {CONFIG: _json({**config, "dtype": dtype}), **known, **_processor_files(model, about.data)}
-    files[CARD] = _card(model, about).encode()
+    files[CARD] = model_card(model, about, remote_code=not model.variant.traits.is_llava).encode()
     if tokenizer is not None:
-        files[GENERATION] = _json(_generation(tokenizer, about.data))
+        files[GENERATION] = _json(generation_config(tokenizer, about.data))
         files[CHAT_TEMPLATE] = chat_template(about.data.template).encode()
     is_llava = model.variant.traits.is_llava
     return ExportPlan(
@@ -209,8 +208,13 @@ def _processor_files(model: ModelConfig, data: DataConfig) -> dict[str, bytes]:
     return {**code, PREPROCESSOR: _json(image), PROCESSOR: _json(processor)}
 
 
-def _generation(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
-    """Which tokens end an answer; greedy, as `generate` is."""
+def generation_config(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
+    """Which tokens end an answer; greedy, as `generate` is.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        data: Names the template.
+    """
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(stop_ids(data.template, tokenizer)),
@@ -220,8 +224,15 @@ def _generation(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _card(model: ModelConfig, about: About) -> str:
-    remote = "" if model.variant.traits.is_llava else ", trust_remote_code=True"
+def model_card(model: ModelConfig, about: About, *, remote_code: bool) -> str:
+    """The text of README.md.
+
+    Args:
+        model: The recipe's model.
+        about: Paragraphs to add.
+        remote_code: Whether the folder brings code of its own.
+    """
+    remote = ", trust_remote_code=True" if remote_code else ""
     example = f"""```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -20,9 +20,8 @@ from megatron_deepstack.config.schema import DataConfig, ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES
 from megatron_deepstack.config.traits.towers import TOWERS
 from megatron_deepstack.config.traits.variants import Variant, published_variant
-from megatron_deepstack.convert.export_files import PREPROCESSOR
 from megatron_deepstack.convert.hf_config import RELEASES, read_config, require_same_model
-from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG
+from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG, PREPROCESSOR
 from megatron_deepstack.convert.hf_names import by_published_name
 from megatron_deepstack.convert.hf_rope import rope_base
 from megatron_deepstack.convert.hf_written import DEEPSTACK

@@ -1,4 +1,4 @@
-"""Megatron-Core's own pipeline schedules, driven with a step's micro-batches; nothing of them is changed.
+"""Megatron-Core's own pipeline schedules, driven with a step's micro-batches; they are not changed.
 
 The schedule ends by finalising gradients. Ours must wait for the encoder's backward, so the schedule's call is left
 empty here and `train_step` finalises afterwards.
@@ -162,7 +162,7 @@ def _sum(counts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _no_sync(chunks: Sequence[torch.nn.Module]) -> Any:
-    """What the schedule enters for all backwards but a chunk's last, whose gradients are reduced as they come.
+    """What the schedule enters for all backwards of a chunk except the last, whose gradients are reduced as they come.
 
     One context for one chunk, a list for several, as the schedules want it; None where nothing is trained.
     """

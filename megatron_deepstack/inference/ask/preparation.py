@@ -14,8 +14,9 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Template
 from megatron_deepstack.config.schema import ModelConfig, Recipe
-from megatron_deepstack.data.images.processor import ProcessedImage, Processor
+from megatron_deepstack.data.images.processor import ProcessedImage
 from megatron_deepstack.data.images.processors import AnyProcessor, described_processor, processor_of
+from megatron_deepstack.data.images.sized_processor import SizedProcessor
 from megatron_deepstack.data.images.source import QuarantineError, read_image
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records.turns import Role, Turn
@@ -26,7 +27,7 @@ from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError, StoreError
 from megatron_deepstack.inference.questions import Question, plan_question
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
-from megatron_deepstack.planning.views import ImageShape, ViewGrid
+from megatron_deepstack.planning.views import ImageShape, stored_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +72,13 @@ class LoadedPictures:
     @property
     def crop_size(self) -> int:
         """Side S of a view in pixels, if all views have one size."""
-        assert isinstance(self.processor, Processor), "views of any size have no common side"
+        assert not isinstance(self.processor, SizedProcessor), "views of any size have no common side"
         return self.processor.crop_size
 
     def image(self, index: int) -> Framed:
         """The picture of that number."""
-        grid = self.pictures[index].grid
-        if isinstance(self.processor, Processor):
-            columns, rows = grid
-            return Framed((columns, rows))
-        frames, height, width = grid
-        return Framed(ViewGrid(frames, height, width))
+        picture = self.pictures[index]
+        return Framed(stored_shape(self.processor.layout, picture.grid, picture.size))
 
     def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
         """Views of one picture; all views have one size.
@@ -97,7 +94,7 @@ class LoadedPictures:
 
     def read_flat(self, images: Sequence[int]) -> np.ndarray:
         """uint8 (bytes,): the one view of each picture, one after another, if views may have any size."""
-        assert not isinstance(self.processor, Processor), "views of one size are read by `read_views`"
+        assert isinstance(self.processor, SizedProcessor), "views of one size are read by `read_views`"
         views = [np.empty(0, np.uint8)]
         for image in images:
             _, height, width = self.pictures[image].grid
