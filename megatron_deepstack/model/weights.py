@@ -139,13 +139,27 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
     found: set[str] = set()
     for layer in range(language.num_layers):
-        prefix = f"{LAYERS_PREFIX}{layer}."
-        rules = decoder_layer_rules(prefix, model)
-        if layer in expert_layers(language):
-            rules = {ours: rule for ours, rule in rules.items() if not ours.startswith("mlp.linear_fc")}
-            rules |= expert_rules(prefix, language, range(language.num_experts))
+        rules = whole_layer_rules(model, layer)
         found |= {name for ours, rule in rules.items() if ours not in absent for name in rule.names}
     return frozenset(found)
+
+
+def whole_layer_rules(model: ModelConfig, layer: int) -> Rules:
+    """What the parameters of one layer of the whole decoder are made of, with all of its experts.
+
+    Args:
+        model: The recipe's model.
+        layer: Number of the layer, counted from 0.
+
+    Returns:
+        Rules by the parameter's name in the layer, of all parameters that some family or implementation has.
+    """
+    prefix, language = f"{LAYERS_PREFIX}{layer}.", model.language
+    rules = decoder_layer_rules(prefix, model)
+    if layer not in expert_layers(language):
+        return rules
+    others = {ours: rule for ours, rule in rules.items() if not ours.startswith("mlp.linear_fc")}
+    return others | expert_rules(prefix, language, range(language.num_experts))
 
 
 _ADAPTED = {
