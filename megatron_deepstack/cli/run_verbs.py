@@ -165,7 +165,10 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to create.")],
     to: Annotated[
         str,
-        typer.Option(help="`hugging_face`: as transformers loads and prompts it. `paper`: the published names."),
+        typer.Option(
+            help="`hugging_face`: as transformers loads and prompts it. `paper`: the published names. `checkpoint`: a "
+            "run folder from which `train` begins."
+        ),
     ] = "hugging_face",
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of a file of weights in GB.")] = 5.0,
 ) -> None:
@@ -174,8 +177,13 @@ def convert(
     No run is needed and no model is built. Every tensor keeps its dtype and its bytes, and one at a time is in memory.
     """
     namings = {"hugging_face": "hugging_face", "paper": "published"}
-    if to not in namings:
-        raise ConfigError([f"--to: found {to!r}, expected {' or '.join(namings)}"])
+    if to not in (*namings, "checkpoint"):
+        raise ConfigError([f"--to: found {to!r}, expected {', '.join(namings)} or checkpoint"])
+    if to == "checkpoint":
+        from megatron_deepstack.inference.to_checkpoint import checkpoint_of_folder
+
+        say(f"convert: {checkpoint_of_folder(source, target, say=tell)}")
+        return
     from megatron_deepstack.convert.folders import convert_folder
     from megatron_deepstack.convert.hf_names import Naming
 

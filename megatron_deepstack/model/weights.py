@@ -382,8 +382,15 @@ def _select(module: torch.nn.Module, known: Rules) -> Rules:
     return {name: known[name] for name in names}
 
 
-def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_ranks: int) -> None:
-    """Set every parameter of a module from full published tensors. Not collective.
+def fill(
+    module: torch.nn.Module,
+    rules: Rules,
+    source: Source,
+    rank: int,
+    num_ranks: int,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Set the parameters of a module from full published tensors. Not collective.
 
     Args:
         module: Changed in place.
@@ -391,8 +398,11 @@ def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_r
         source: Published name and shape to the full tensor, of any float dtype.
         rank: The tp rank whose shard is taken.
         num_ranks: Ranks that share a tensor.
+        wanted: Whether a parameter of that name is set; every one by default.
     """
     for name, parameter in module.named_parameters():
+        if not wanted(name):
+            continue
         rule = rules[name]
         tensors = [source(n, shape) for n, shape in zip(rule.names, rule.shapes, strict=True)]
         shard = rule.shard(tensors, rank, num_ranks)

@@ -205,5 +205,5 @@ def test_faults_name_the_file_and_the_way_on(tmp_path: Path, fault: str) -> None
 def test_a_layout_that_is_not_known_is_refused() -> None:
     from megatron_deepstack.cli.run_verbs import convert
 
-    with pytest.raises(ConfigError, match="--to: found 'gguf', expected hugging_face or paper"):
+    with pytest.raises(ConfigError, match="--to: found 'gguf', expected hugging_face, paper or checkpoint"):
         convert(Path("a"), Path("b"), to="gguf")
