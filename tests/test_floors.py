@@ -179,18 +179,24 @@ def test_every_module_says_what_it_is(file: Path) -> None:
 
 
 SECTIONED = (
+    "megatron_deepstack/__init__.py",
+    "megatron_deepstack/checkpoint/",
+    "megatron_deepstack/cli/",
     "megatron_deepstack/config/",
-    "megatron_deepstack/data/images/",
-    "megatron_deepstack/data/records/",
+    "megatron_deepstack/data/",
     "megatron_deepstack/demo/",
     "megatron_deepstack/errors.py",
+    "megatron_deepstack/model/",
     "megatron_deepstack/parallel/",
     "megatron_deepstack/planning/",
     "megatron_deepstack/platform/",
     "megatron_deepstack/report/",
     "megatron_deepstack/routing/",
     "megatron_deepstack/run_folder/",
+    "megatron_deepstack/scores/",
+    "megatron_deepstack/step/",
     "megatron_deepstack/storekeeping/",
+    "megatron_deepstack/training/",
     "orchestration/",
 )
 """Folders and files whose docstrings teach: those of packages, and those of functions with several parameters."""
@@ -204,6 +210,12 @@ def public_functions(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[st
             yield from public_functions(node.body, f"{owner}{node.name}.")
         elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield f"{owner}{node.name}", node
+
+
+def is_verb(function: ast.FunctionDef) -> bool:
+    """Whether a function is a command (`@app.command()`): each option has a help text, and users see the docstring."""
+    calls = [one.func for one in function.decorator_list if isinstance(one, ast.Call)]
+    return any(isinstance(call, ast.Attribute) and call.attr == "command" for call in calls)
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:
@@ -224,7 +236,7 @@ def test_every_package_teaches(file: Path) -> None:
 def test_public_functions_explain_their_parameters(file: Path) -> None:
     for name, function in public_functions(ast.parse(file.read_text()).body):
         text = ast.get_docstring(function) or ""
-        if len(parameters(function)) > 1:
+        if len(parameters(function)) > 1 and not is_verb(function):
             assert "Args:" in text, f"{by_name(file)}:{function.lineno} {name} has no section Args in its docstring"
             _, _, section = text.partition("Args:\n")
             told = {line.strip().partition(":")[0].lstrip("*") for line in section.splitlines()}

@@ -91,7 +91,15 @@ class Checkpoint:
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps, whether it exists or not."""
+    """Folder of the checkpoint after a number of steps, whether it exists or not.
+
+    Args:
+        run_dir: The run folder.
+        step: Steps done.
+
+    Returns:
+        The folder.
+    """
     return checkpoints_folder(run_dir) / f"{_PREFIX}{step:08d}"
 
 

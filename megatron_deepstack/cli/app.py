@@ -48,7 +48,15 @@ class Verbs(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: place_of(_path(ctx, name)))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The verb, with its group and its examples for `--help`."""
+        """The verb, with its group and its examples for `--help`.
+
+        Args:
+            ctx: Typer's context of the group.
+            cmd_name: The verb as the user typed it.
+
+        Returns:
+            Typer's command; None if there is no such verb.
+        """
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             path = _path(ctx, cmd_name)

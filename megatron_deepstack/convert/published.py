@@ -21,7 +21,8 @@ from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.layers.lora import is_adapter
-from megatron_deepstack.model.weights import LAYERS_PREFIX, Shape, Source, decoder_layer_names
+from megatron_deepstack.model.rules import Shape, Source
+from megatron_deepstack.model.weights import LAYERS_PREFIX, decoder_layer_names
 from megatron_deepstack.run_folder.starting_weights import StartingTensor, StartingWeights
 
 _BUFFER = ".rotary_emb.inv_freq"

@@ -206,7 +206,15 @@ class Location:
 
 
 def require_descriptors(path: str, error: OSError) -> None:
-    """Raise DataError if `error`, met at opening `path`, means that too many other files are open."""
+    """Raise DataError if a file could not be opened because too many other files are open; else do nothing.
+
+    Args:
+        path: The file that was to be opened, for the message.
+        error: What the system answered.
+
+    Raises:
+        DataError: The process or the machine has no file descriptor left; the message gives the limit.
+    """
     if error.errno in (errno.EMFILE, errno.ENFILE):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise DataError(

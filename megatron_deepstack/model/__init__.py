@@ -12,7 +12,8 @@ them (`injection`). The encoder maps pixels to rows and knows nothing of sequenc
     injection        the layer that adds rows
     specs            which classes layers are made of; `attention`, `norm`, `lora` are such classes
     megatron_config  the recipe in Megatron's words; `fp8` is a part of it
-    weights, init    which published tensors a parameter is made of, and what they start from
+    weights, rules   which published tensors a parameter is made of, and how
+    init             what they start from
 
-Which parts a tower or a family has is asked of their rows in `config.traits`.
+Which parts a tower or a family has is asked of their entries in `config.traits`.
 """

@@ -17,8 +17,9 @@ from megatron_deepstack.model.layers.lora import AdaptedLinear, is_adapter
 from megatron_deepstack.model.layers.megatron_config import decoder_config
 from megatron_deepstack.model.layers.specs import uses_transformer_engine
 from megatron_deepstack.model.layers.speed import Speed, decide_speed
+from megatron_deepstack.model.rules import Rules, Source, fill, mark_split
 from megatron_deepstack.model.vision.encoder import VisualEncoder
-from megatron_deepstack.model.weights import Rules, Source, decoder_rules, encoder_rules, fill, mark_split
+from megatron_deepstack.model.weights import decoder_rules, encoder_rules
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.platform.compute.capabilities import capabilities

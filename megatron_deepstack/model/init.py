@@ -14,7 +14,8 @@ import zlib
 import torch
 
 from megatron_deepstack.config.schema import ModelConfig
-from megatron_deepstack.model.weights import VISION_PREFIX, Shape, Source
+from megatron_deepstack.model.rules import Shape, Source
+from megatron_deepstack.model.weights import VISION_PREFIX
 
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight", "attn.proj.weight")
 _ADAPTER_INPUTS, _ADAPTER_OUTPUTS = "lora_A.weight", "lora_B.weight"

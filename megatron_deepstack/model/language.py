@@ -76,7 +76,15 @@ class HeadTargets:
 
 
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
-    """V: vocabulary rounded up so that tensor cores and `tensor_ranks` divide it; equal for all usual layouts."""
+    """V: the vocabulary rounded up so that tensor cores and the ranks divide it; equal for all usual layouts.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        tensor_ranks: Size of the tensor-parallel axis.
+
+    Returns:
+        Rows of the embedding, on all tensor-parallel ranks together.
+    """
     multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_ranks)
     return -(-vocab_size // multiple) * multiple
 

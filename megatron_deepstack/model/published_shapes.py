@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from megatron_deepstack.config.schema import LoraConfig, ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.rules import Rules, Shape
 from megatron_deepstack.model.weights import (
     LAYERS_PREFIX,
     PROJECTOR_PREFIX,
     VISION_PREFIX,
-    Rules,
-    Shape,
     adapter_rules,
     decoder_layer_names,
     decoder_layer_rules,

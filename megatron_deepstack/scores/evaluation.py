@@ -119,7 +119,15 @@ def evaluation_name(source: str, first: int | None = None, step: int | None = No
 
 
 def folder_of(run: str | Path, name: str) -> Path:
-    """The folder of an evaluation of a run; it need not exist."""
+    """The folder of an evaluation; it need not exist.
+
+    Args:
+        run: The run folder.
+        name: The evaluation's name, see `evaluation_name`.
+
+    Returns:
+        The folder.
+    """
     return RunFolder(run).evaluations / name
 
 

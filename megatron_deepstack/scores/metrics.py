@@ -25,7 +25,15 @@ Metric = Callable[[str, Sequence[str]], float | None]
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer equals a reference, apart from white space at the ends; else 0."""
+    """Whether the answer equals a reference, apart from white space at the ends.
+
+    Args:
+        answer: The model's answer.
+        references: Answers that count as right.
+
+    Returns:
+        1 or 0.
+    """
     return float(any(answer.strip() == reference.strip() for reference in references))
 
 
@@ -48,13 +56,29 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float | None:
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
-    """Similarity to the nearest reference: 1 - edit distance / length of the longer; 0 if that is below 0.5."""
+    """Similarity to the nearest reference: 1 - edit distance / length of the longer text.
+
+    Args:
+        answer: The model's answer. Upper case and repeated white space do not matter.
+        references: Answers that count as right, at least one.
+
+    Returns:
+        From 0.5 to 1; 0 if no reference is at least half similar.
+    """
     nearest = min(_distance(answer, reference) for reference in references)
     return 1.0 - nearest if 1.0 - nearest >= _LEAST_SIMILARITY else 0.0
 
 
 def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer is within 5 % of a reference, for numbers and percentages, or else equals it in lower case."""
+    """Whether the answer is a reference's number within 5 %, or else its text in lower case.
+
+    Args:
+        answer: The model's answer; `7`, `7.0` and `700%` are the same number.
+        references: Answers that count as right. One that is 0 or no number must be met as a text.
+
+    Returns:
+        1 or 0.
+    """
     return float(any(_nearly_equal(answer, reference) for reference in references))
 
 
@@ -68,7 +92,15 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 
 def scores_of(answer: str, references: Sequence[str]) -> dict[str, float]:
-    """All metrics that are defined for these references; none without references."""
+    """All metrics that are defined for these references.
+
+    Args:
+        answer: The model's answer.
+        references: Answers that count as right; there may be none.
+
+    Returns:
+        Scores from 0 to 1 by the name of the metric; empty without references.
+    """
     found = {name: metric(answer, references) for name, metric in METRICS.items()} if references else {}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -82,7 +114,15 @@ def _distance(answer: str, reference: str) -> float:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Least number of characters to insert, delete or replace to turn one text into the other (Levenshtein, 1966)."""
+    """The Levenshtein distance (1966) of two texts.
+
+    Args:
+        first: A text.
+        second: Another one; their order does not matter.
+
+    Returns:
+        The least number of characters to insert, delete or replace to turn one into the other.
+    """
     row = list(range(len(second) + 1))
     for number, character in enumerate(first, start=1):
         diagonal, row[0] = row[0], number

@@ -27,7 +27,11 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the duration of the block to `name`."""
+        """Add the duration of the block to a part of the step.
+
+        Args:
+            name: The part; for those in which a rank waits for no other, the duration counts as own work too.
+        """
         begin = self._now()
         if name in _OWN_WORK:
             self.work.start()
@@ -39,13 +43,18 @@ class StepClock:
             self.add(name, self._now() - begin)
 
     def add(self, name: str, seconds: float) -> None:
-        """Add a duration measured elsewhere, which ends now."""
+        """Add a duration that was measured elsewhere and ends now.
+
+        Args:
+            name: The part of the step.
+            seconds: Its duration.
+        """
         if self.timeline is not None:
             self.timeline.ended(name, seconds)
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """The step's seconds; the clock starts anew."""
+        """The seconds of each part since the last call, by name; the next step begins with none."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 

@@ -60,11 +60,20 @@ class Engine:
 
 
 def build_engine(model: RankModel, model_config: ModelConfig, parallel: ParallelConfig, groups: Groups) -> Engine:
-    """Give trainable parts their gradient buffers. Call after freezing. Collective over all ranks.
+    """Give trainable parts their gradient buffers. Call it after freezing. Collective over all ranks.
 
     The encoder has buffers of its own: its shards under the distributed optimizer are cut over the whole world, the
     decoder's over dp x cp. The decoder's reduction runs beside what is left of the schedule and the encoder's
     backward; the encoder's own does not, since a rank that holds no view in a step has no gradient to start it.
+
+    Args:
+        model: What this rank holds; a part with no parameter that requires a gradient gets no buffers.
+        model_config: The recipe's model.
+        parallel: Says whether the optimizer is distributed, and whether the reduction runs beside the backward.
+        groups: The run's process groups.
+
+    Returns:
+        What a training step works on.
     """
     decoder_ddp = []
     if any(p.requires_grad for chunk in model.chunks for p in chunk.parameters()):

@@ -26,7 +26,14 @@ class InlineEncoder:
     def __init__(
         self, encoder: VisualEncoder, all_views: Views, routes: RankRoutes, timeline: Timeline | None = None
     ) -> None:
-        """`all_views` are the views of the rank's units, in order; see EncoderPass."""
+        """Upload what each micro-batch needs. Not collective.
+
+        Args:
+            encoder: The encoder, which only ranks of the first stage run.
+            all_views: The views of this rank's units, in order.
+            routes: This rank's side of the exchange, in which nothing crosses ranks.
+            timeline: Where encodings are recorded, if they are.
+        """
         self.timeline = timeline
         self.encoder, self.views, self.routes = encoder, all_views, routes
         views = np.array([len(unit.views) for unit in routes.units], np.int64)
@@ -37,7 +44,15 @@ class InlineEncoder:
         """Without sequence parallelism all tp ranks encode alike, and one of them has the gradient."""
 
     def of(self, micro_batch: int, vpp: int) -> VisualInputs:
-        """Rows of one micro-batch, with a graph to the encoder on the rank that answers for their gradient."""
+        """Encode the views of one micro-batch. Not collective.
+
+        Args:
+            micro_batch: Its number in the step, from 0.
+            vpp: Virtual stage, from 0.
+
+        Returns:
+            The rows that this chunk adds. On the rank that answers for their gradient they have a graph to the encoder.
+        """
         chunk = self.routes.chunks.get((micro_batch, vpp))
         if chunk is None:
             return NO_VISUAL_INPUTS

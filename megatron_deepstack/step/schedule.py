@@ -37,7 +37,7 @@ VisualOf = Callable[[int, int], VisualInputs]
 
 @dataclass(slots=True)
 class ScheduleResult:
-    """What a schedule leaves on this rank; empty and zero but on the last stage."""
+    """What a schedule leaves on this rank; empty and zero except on the last stage."""
 
     num_tokens: torch.Tensor
     """Targets of this rank's micro-batches, a whole number on the device."""
@@ -58,10 +58,21 @@ def run_schedule(
     keep_logits: bool = False,
     timeline: Timeline | None = None,
 ) -> ScheduleResult:
-    """Run all micro-batches through this rank's chunks (wrapped or not). Collective over pp, tp and cp.
+    """Run all micro-batches through this rank's chunks. Collective over pp, tp and cp.
 
-    `visual` is asked once per forward; rows that require grad receive it. With `keep_logits`, forward only, the last
-    stage returns logits instead of losses. Forwards and backwards are recorded in `timeline`, if there is one.
+    Args:
+        config: The decoder's; its hooks for the schedule are set here.
+        chunks: This rank's chunks, wrapped or not, in the order of virtual stages.
+        plan: The step of this rank's replica.
+        visual: Asked once per forward for the rows that a chunk adds; those that require a gradient receive it.
+        cp_rank: This rank's index on the context-parallel axis.
+        forward_only: Whether to leave out the backward.
+        keep_logits: Whether the last stage keeps logits in place of losses; only with `forward_only`.
+        timeline: Where forwards and backwards are recorded, if they are.
+
+    Returns:
+        On the last stage the losses or the logits; elsewhere nothing. Gradients are left in the buffers of the chunks,
+        neither reduced over all ranks nor divided.
     """
     config.finalize_model_grads_func = _leave_to_train_step
     config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states

@@ -53,18 +53,35 @@ class Timeline:
 
     @contextmanager
     def part(self, kind: str, micro_batch: int | None = None, vpp: int = 0) -> Iterator[None]:
-        """Record the block."""
+        """Record the block as one interval.
+
+        Args:
+            kind: What is done in it.
+            micro_batch: Its number in the step, from 0; None where the block concerns the whole step.
+            vpp: Virtual stage.
+        """
         begin = _now()
         yield
         self.intervals.append(Interval(kind, begin, _now(), micro_batch, vpp))
 
     def ended(self, kind: str, seconds: float) -> None:
-        """Record what took `seconds` and ends now."""
+        """Record what ends now.
+
+        Args:
+            kind: What was done.
+            seconds: How long it took.
+        """
         now = _now()
         self.intervals.append(Interval(kind, now - round(seconds * 1e9), now))
 
     def watch_backward(self, output: torch.Tensor, micro_batch: int, vpp: int) -> None:
-        """Record the backward that begins with the gradient of a chunk's `output`; none where it has no graph."""
+        """Record the backward that will begin with the gradient of a chunk's output.
+
+        Args:
+            output: What the chunk returned; nothing is recorded if it has no graph.
+            micro_batch: Its number in the step, from 0.
+            vpp: Virtual stage.
+        """
         if output.requires_grad:
             output.register_hook(lambda _: self._begin(micro_batch, vpp))
 

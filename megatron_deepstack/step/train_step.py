@@ -42,8 +42,15 @@ class StepLoss:
 def forward_backward(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> StepLoss:
     """Run a step up to final gradients in the main-grad buffers. Collective over all ranks.
 
-    `pixels` are the views of `plan.routes.units`, in order: uint8 (N, image, image, 3) or normalised float; where views
-    have any size, all values of all views in one dimension (see `Views`).
+    Args:
+        engine: This rank's model and groups. Buffers are cleared first.
+        plan: The step of this rank's replica, as this rank has it.
+        pixels: The views of `plan.routes.units`, in order, on the host: uint8 (N, image, image, 3) or normalised float
+            (N, 3, image, image). Where views have any size, all values of all views in one dimension (see `Views`).
+        clock: Gets the durations of the parts.
+
+    Returns:
+        Loss and targets of the whole global batch, the same on all ranks.
     """
     views = _views(plan, pixels)
     for ddp in engine.wrapped:
@@ -62,7 +69,13 @@ class VisualPass:
     """A forward-only pass whose rows are encoded and routed once and used by any number of schedules."""
 
     def __init__(self, engine: Engine, plan: StepPlan, pixels: torch.Tensor) -> None:
-        """`pixels` as for `forward_backward`. Collective over the replica."""
+        """Encode the views and send their rows. Collective over the replica.
+
+        Args:
+            engine: This rank's model and groups.
+            plan: A step of this rank's replica.
+            pixels: As for `forward_backward`.
+        """
         self.engine, views = engine, _views(plan, pixels)
         with torch.no_grad():
             if engine.parallel.encoder_placement is EncoderPlacement.INLINE:

@@ -43,7 +43,15 @@ class ReceivedRows:
             self.inputs[key] = visual_inputs(base, slots, *next(positions))
 
     def of(self, micro_batch: int, vpp: int) -> VisualInputs:
-        """What this chunk adds in this micro-batch."""
+        """What a chunk adds in a micro-batch.
+
+        Args:
+            micro_batch: Its number in the step, from 0.
+            vpp: Virtual stage, from 0.
+
+        Returns:
+            The rows and their positions; without rows where the chunk adds none.
+        """
         return self.inputs.get((micro_batch, vpp), NO_VISUAL_INPUTS)
 
     def take_gradients(self) -> torch.Tensor:
@@ -88,7 +96,17 @@ def chunk_positions(chunks: Iterable[ChunkRows]) -> list[tuple[torch.Tensor, tor
 def visual_inputs(
     base: torch.Tensor, slots: torch.Tensor, base_positions: torch.Tensor, slot_positions: torch.Tensor
 ) -> VisualInputs:
-    """A chunk's rows with their positions; empty kinds are left out."""
+    """Put a chunk's rows and positions together; kinds of which there are none are left out.
+
+    Args:
+        base: (R0, H), the base rows.
+        slots: (N, R, H), the rows of N slots.
+        base_positions: (R0,) int64 flat positions s * B + b.
+        slot_positions: N * R int64 flat positions, in any shape.
+
+    Returns:
+        What the chunk adds.
+    """
     return VisualInputs(
         base_rows=base if base.shape[0] else None,
         base_positions=base_positions if base.shape[0] else None,
@@ -123,5 +141,13 @@ def of_stretch(inputs: VisualInputs, micro_batch_size: int, first: int, stop: in
 
 
 def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`rows[index]` for an index of any shape on the same device: (..., H); differentiable."""
+    """`rows[index]` for an index of any shape; gradients flow to `rows`.
+
+    Args:
+        rows: (M, H).
+        index: int64 of any shape, on the same device.
+
+    Returns:
+        (*index.shape, H), a copy.
+    """
     return rows.index_select(0, index.reshape(-1)).view(*index.shape, rows.shape[1])

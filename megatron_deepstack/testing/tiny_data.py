@@ -17,7 +17,15 @@ from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ModelCo
 
 
 def tiny_recipe(*, variant: Variant = Variant.DEEPSTACK_L, data: DataConfig | None = None) -> Recipe:
-    """A recipe for views of 28 pixels, parts of 4 images, and the tiny tokenizer."""
+    """A recipe for preprocessing in tests: views of 28 pixels, parts of 4 images, and the tiny tokenizer's vocabulary.
+
+    Args:
+        variant: Which views an image gets.
+        data: The section `data`; by default parts of 4 images, of which half may be quarantined.
+
+    Returns:
+        The recipe.
+    """
     model = ModelConfig(
         variant=variant,
         vision=VisionConfig(image_size=28),
@@ -28,7 +36,16 @@ def tiny_recipe(*, variant: Variant = Variant.DEEPSTACK_L, data: DataConfig | No
 
 
 def draw_photo(width: int, height: int, seed: int) -> Image.Image:
-    """A picture with smooth areas and edges, as photos have."""
+    """A picture with smooth areas and edges, as photos have.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        seed: What it is drawn from.
+
+    Returns:
+        The picture, RGB.
+    """
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).copy()
@@ -45,6 +62,9 @@ def jpeg_bytes(width: int, height: int, seed: int, **options: Any) -> bytes:
         height: In pixels.
         seed: What it is drawn from.
         **options: Passed to Pillow's writer of JPEG.
+
+    Returns:
+        The file's content.
     """
     buffer = io.BytesIO()
     draw_photo(width, height, seed).save(buffer, "JPEG", **{"quality": 90, **options})
@@ -87,7 +107,15 @@ def record(
 
 
 def write_records(path: Path, records: Sequence[Any]) -> Path:
-    """A JSON file of records."""
+    """Write records as a JSON file.
+
+    Args:
+        path: The file.
+        records: As `record` makes them, or any others, also wrong ones.
+
+    Returns:
+        The file.
+    """
     path.write_text(json.dumps(records))
     return path
 

@@ -140,7 +140,16 @@ def _attributes(
 
 
 def tiny_view(seed: int, number: int, shape: ViewShape) -> np.ndarray:
-    """The pixels of an image of such a store: uint8 (frames, height, width, 3)."""
+    """The pixels of an image of such a store.
+
+    Args:
+        seed: The store's seed.
+        number: The image's number.
+        shape: Frames, height and width in pixels.
+
+    Returns:
+        uint8 (frames, height, width, 3).
+    """
     return np.random.default_rng((seed, number)).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 

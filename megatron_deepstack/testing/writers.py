@@ -33,7 +33,17 @@ class LentWriter:
         return self._writer.staged
 
     def write(self, plan: RankPlan, folder: Path, rank: int, before: Callable[[], None]) -> Work:
-        """As `Background.write`."""
+        """As `Background.write`.
+
+        Args:
+            plan: The files of this rank.
+            folder: The checkpoint's partial folder.
+            rank: The global rank.
+            before: Called before the first byte is written.
+
+        Returns:
+            The work.
+        """
         self._work = self._writer.write(plan, folder, rank, before)
         return self._work
 

@@ -25,14 +25,8 @@ from megatron_deepstack.checkpoint.saving.saver import Saver
 from megatron_deepstack.checkpoint.verification import newest_whole_together, remove_leftovers_together
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source, starting_weights
-from megatron_deepstack.data.order.steps import (
-    Share,
-    StepReader,
-    checked_store,
-    known_store,
-    open_reader,
-    open_training_reader,
-)
+from megatron_deepstack.data.order.opening import checked_store, known_store, open_reader, open_training_reader
+from megatron_deepstack.data.order.steps import Share, StepReader
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.model.build import RankModel, build_model, fill_adapters, fill_model, freeze
 from megatron_deepstack.model.init import random_source
@@ -241,7 +235,7 @@ def check_data(recipe: Recipe) -> None:
         recipe: The run's recipe.
 
     Raises:
-        DeepStackError: As `data.order.steps.checked_store` does.
+        DeepStackError: As `data.order.opening.checked_store` does.
     """
     alone = Share(dp=0, num_replicas=1, replica_rank=0)
     open_training_reader(recipe, alone, checked_store)

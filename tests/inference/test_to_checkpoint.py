@@ -20,6 +20,7 @@ from megatron_deepstack.config.schema import (
     ModelConfig,
     ParallelConfig,
     Recipe,
+    StackConfig,
     VisionConfig,
 )
 from megatron_deepstack.convert.export import write_model
@@ -44,10 +45,11 @@ LANGUAGE = LanguageConfig(
     vocab_size=500, hidden_size=32, ffn_hidden_size=48, num_layers=4, num_heads=4, num_kv_heads=2, qkv_bias=True
 )
 MODELS = {
-    "l": ModelConfig(vision=VISION, language=LANGUAGE),
+    "l": ModelConfig(vision=VISION, language=LANGUAGE, stacks=StackConfig(slots=(0, 1, 3, 3))),
     "hd-tied": ModelConfig(
         variant=Variant.DEEPSTACK_HD,
         vision=VISION,
+        stacks=StackConfig(start=0),
         language=replace(LANGUAGE, qkv_bias=False, qk_norm=True, tied_embeddings=True),
     ),
     "llava": ModelConfig(variant=Variant.LLAVA, vision=VISION, language=replace(LANGUAGE, qkv_bias=False)),

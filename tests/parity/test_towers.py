@@ -41,8 +41,9 @@ def encode_on_rank(
     rank: int, model: ModelConfig, weights: Tensors, pixels: torch.Tensor, cotangent: torch.Tensor
 ) -> tuple[torch.Tensor, Tensors]:
     """Our features (N, P * P, C), and gradients of their product with `cotangent` under published names."""
+    from megatron_deepstack.model.rules import fill
     from megatron_deepstack.model.vision.encoder import VisualEncoder
-    from megatron_deepstack.model.weights import encoder_rules, fill
+    from megatron_deepstack.model.weights import encoder_rules
 
     encoder = VisualEncoder(model, Precision.FP32, groups_for(ParallelConfig()).encoder)
     rules = encoder_rules(encoder, model)

@@ -36,11 +36,19 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 def sharded_state(
     model: RankModel, optimizer: ChainedOptimizer | None, *, version: int = FORMAT_VERSION
 ) -> dict[str, Any]:
-    """Sharded state dict of this rank, over live tensors; without `optimizer`, the weights alone. `version` is that of
-    the checkpoint's format.
+    """This rank's part of a checkpoint, as Megatron's sharded state dict. No rank waits for another here.
 
-    Keys name global layers, so a checkpoint does not remember its layout. The encoder stands on every rank, so its
+    Keys name global layers, so a checkpoint does not remember its layout. The encoder is on every rank, so its
     replica number is the global rank: rank 0 writes it.
+
+    Args:
+        model: What this rank holds.
+        optimizer: This rank's optimizer, with its states allocated; None for the weights alone.
+        version: Format version of the checkpoint that is written or read, which decides some keys.
+
+    Returns:
+        `model`, with a state dict for each chunk and one for the encoder, and `optimizer`. The tensors are the live
+        ones: saving reads them, and loading writes into those of the optimizer.
     """
     weights: ShardedStateDict = {}
     for number, chunk in enumerate(model.chunks):
@@ -110,6 +118,10 @@ def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
 
     Of what is common to all parameters only the number of updates is taken: rates and decay come from the recipe in
     every step, and the rest differs between optimizers that are distributed and not.
+
+    Args:
+        optimizer: This rank's optimizer, changed in place.
+        state: The part `optimizer` of what was loaded into `sharded_state`'s result; changed.
     """
     updates = max(_updates(state), default=0.0)
     singles = optimizer.chained_optimizers

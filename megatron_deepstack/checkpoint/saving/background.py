@@ -63,10 +63,20 @@ class Background:
         self._end = weakref.finalize(self, _end, self._pipe, self._process, self._memory)
 
     def write(self, plan: RankPlan, folder: Path, rank: int, before: Callable[[], None]) -> Work:
-        """Copy what `plan` says, call `before`, and write. One at a time.
+        """Copy tensors to host memory, call `before`, and write the files. It returns at once; one write at a time.
 
         Room for the copies is made in the work's thread too, since page-locking it may take seconds. `staged` is set
         as soon as the tensors may change again.
+
+        Args:
+            plan: The files of this rank and their tensors, which must not change until `staged` is set.
+            folder: The checkpoint's partial folder.
+            rank: The global rank, for names and messages.
+            before: Called in the work's thread after the copies and before the first byte is written. An error of it
+                becomes the work's.
+
+        Returns:
+            The work, whose `done` is set when the files are written or `error` says why they are not.
         """
         tensors = [tensor for file in plan.files for _, tensor in file.tensors]
         offsets, num_bytes = lay_out(tensors)

@@ -22,7 +22,7 @@ from megatron_deepstack.checkpoint.saving.retention import FolderLock
 from megatron_deepstack.checkpoint.saving.writer import Item, write_files
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.model.build import RankModel
-from megatron_deepstack.model.weights import Rule, Source
+from megatron_deepstack.model.rules import Rule, Source
 
 
 def write_weights(

@@ -44,7 +44,16 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
-        """Samples of the 0-based step `step`: int64 (batch_size,)."""
+        """The samples of one step, over all replicas: a pure function of its arguments.
+
+        Args:
+            seed: The run's seed.
+            step: 0-based.
+            batch_size: Samples of a step over all replicas.
+
+        Returns:
+            int64 (batch_size,), numbers of samples.
+        """
 
     def prepare(self, samples: Indices) -> None:
         """Fetch what these samples need and this node does not have yet; see `Store.prepare`."""
@@ -62,13 +71,35 @@ class Samples(Protocol):
         """The image with the number `index`."""
 
     def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
-        """Views of many images, see `Store.read_many`."""
+        """Read views of many images, all of one size; see `Store.read_many`.
+
+        Args:
+            requests: Pairs of an image and the numbers of its views.
+            out: uint8 (views of all requests, S, S, 3) that receives them; a new array if None.
+
+        Returns:
+            uint8 (views of all requests, S, S, 3), one request after the other.
+
+        Raises:
+            StoreError: A view cannot be read, or is damaged.
+        """
 
     def view_shape(self, image: int) -> tuple[int, int, int, int]:
         """The shape of an image's one view, see `Store.view_shape`."""
 
     def read_flat(self, images: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Views of any size, one after another, see `Store.read_flat`."""
+        """Read views of any size, one after another without gaps; see `Store.read_flat`.
+
+        Args:
+            images: Numbers of images.
+            out: uint8 (bytes of all views,) that receives them; a new array if None.
+
+        Returns:
+            uint8 (bytes of all views,).
+
+        Raises:
+            StoreError: A view cannot be read, or is damaged.
+        """
 
 
 class Mixture:
@@ -113,7 +144,16 @@ class Mixture:
         return int(self._first_sample[-1])
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
-        """Samples of the 0-based step `step`: int64 (batch_size,)."""
+        """The samples of one step: each store gives its share, in a shuffled order (`sampler.mixed_batch`).
+
+        Args:
+            seed: The run's seed.
+            step: 0-based.
+            batch_size: Samples of a step over all replicas.
+
+        Returns:
+            int64 (batch_size,), numbers of samples, counted over all stores.
+        """
         streams = self._streams
         if streams is None or streams[0] != seed:
             streams = self._streams = seed, [StoreStream(seed, k, len(store)) for k, store in enumerate(self.stores)]
@@ -153,7 +193,18 @@ class Mixture:
         return self.stores[store].image(number)
 
     def read_many(self, requests: Sequence[tuple[int, Sequence[int]]], out: np.ndarray | None = None) -> np.ndarray:
-        """Views of many images, see `Store.read_many`; those of one store are read together."""
+        """Read views of many images, see `Store.read_many`; those of one store are read together.
+
+        Args:
+            requests: Pairs of an image, counted over all stores, and the numbers of its views.
+            out: uint8 (views of all requests, S, S, 3) that receives them; a new array if None.
+
+        Returns:
+            uint8 (views of all requests, S, S, 3), one request after the other.
+
+        Raises:
+            StoreError: A view cannot be read, or is damaged.
+        """
         places = np.cumsum([0, *(len(views) for _, views in requests)])
         if out is None:
             out = np.empty((int(places[-1]), *self.stores[0].pixels.slot_shape), np.uint8)
@@ -165,7 +216,15 @@ class Mixture:
         return out
 
     def sizes(self, model: ModelConfig, samples: Indices) -> tuple[Indices, Indices]:
-        """Tokens and units of samples, see `sample_sizes`."""
+        """Sizes of chosen samples, from index arrays alone; see `lengths.sample_sizes`.
+
+        Args:
+            model: Determines how many tokens an image takes, and how many units are encoded for it.
+            samples: int64 (N,), numbers of samples, counted over all stores.
+
+        Returns:
+            Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its units for the encoder.
+        """
         which = np.searchsorted(self._first_sample, samples, side="right") - 1
         lengths, units = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
         for k in np.unique(which).tolist():

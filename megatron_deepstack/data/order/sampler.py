@@ -24,7 +24,16 @@ Order = npt.NDArray[np.uint32] | npt.NDArray[np.int64]
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Order:
-    """The permutation of an epoch: (num_samples,), read-only, of type `Order`."""
+    """The permutation of an epoch; those of the last two epochs are kept.
+
+    Args:
+        seed: The run's seed.
+        epoch: 0-based.
+        num_samples: Samples of the store.
+
+    Returns:
+        (num_samples,), read-only: the samples in the epoch's order, of type `Order`.
+    """
     return _permutation((seed, epoch), num_samples)
 
 

@@ -7,24 +7,19 @@ call. `prefetch` prepares a step ahead in a thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_deepstack.config.choices import Batching, Unreadable
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sample_multiple
-from megatron_deepstack.data.images.processor import check_store
-from megatron_deepstack.data.order.mixture import Mixture, Samples, sizes_of
+from megatron_deepstack.data.order.mixture import Samples, sizes_of
 from megatron_deepstack.data.order.sampler import Indices
 from megatron_deepstack.data.order.unit_pixels import UnitPixels
 from megatron_deepstack.data.order.unreadable import UnreadableSample, Where, without
-from megatron_deepstack.data.store.lengths import check_lengths
-from megatron_deepstack.data.store.reader import Store
-from megatron_deepstack.data.store.url.cache import CacheConfig
-from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import ConfigError, DataError, StoreError
+from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.batch.dealing import Balance, Deal, deal
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
@@ -150,7 +145,19 @@ class StepReader:
         return tuple(self.store.sample(int(index)).id for index in batch)
 
     def load_samples(self, step: int, samples: Indices) -> LoadedStep:
-        """The same as `load` for chosen samples: store indices, int64 (N,), of all replicas together."""
+        """Plan and read a step of chosen samples; `load` chooses those of the run's order.
+
+        Args:
+            step: 0-based, for messages.
+            samples: Store indices, int64 (N,), of all replicas together.
+
+        Returns:
+            The step of this rank.
+
+        Raises:
+            StoreError: As `load` does.
+            DataError: As `load` does.
+        """
         return self.read(step, self.plan_samples(samples))
 
     def plan_samples(self, samples: Indices) -> PlannedSamples:
@@ -278,96 +285,21 @@ def _merge(samples: Sequence[_Row], multiple: int) -> _Row:
     )
 
 
-OpenStore = Callable[[Recipe, str | None], Store]
-"""From a recipe and a path of its data section to the open store: `checked_store` or `known_store`."""
-
-
-def checked_store(recipe: Recipe, path: str | None) -> Store:
-    """Open a store after checking that it fits the recipe: tokenizer, processor, lengths of all samples.
-
-    Args:
-        recipe: The run's recipe.
-        path: Folder or URL; None where the recipe names none.
-
-    Returns:
-        The open store.
-
-    Raises:
-        ConfigError: No path.
-        StoreError: The store is unusable or made for something else.
-        DataError: It is empty, a sample is too long, or the tokenizer cannot be read.
-    """
-    store = known_store(recipe, path)
-    check_store(store, recipe.model, load_tokenizer(recipe.data.tokenizer) if recipe.data.tokenizer else None)
-    check_lengths(store, recipe.model, recipe.train)
-    if len(store) == 0:
-        raise DataError(f"{path}: the store holds no samples; preprocess records whose images can be read")
-    return store
-
-
-def known_store(recipe: Recipe, path: str | None) -> Store:
-    """Open a store that another process of this machine has checked.
-
-    Args:
-        recipe: The run's recipe.
-        path: Folder or URL; None where the recipe names none.
-
-    Returns:
-        The open store.
-
-    Raises:
-        ConfigError: No path.
-        StoreError: The store is missing or unfinished.
-    """
-    if path is None:
-        raise ConfigError(["data.store: not set; give the folder that `preprocess` wrote"])
-    data = recipe.data
-    return Store.open(path, verify_checksums=data.verify_checksums, cache=CacheConfig.of(data))
-
-
-def open_training_reader(recipe: Recipe, share: Share, open_store: OpenStore = checked_store) -> StepReader:
-    """Open the recipe's training data, one store or a mixture, for one rank.
-
-    Args:
-        recipe: The run's recipe.
-        share: The part that this rank reads.
-        open_store: How each store is opened.
-
-    Returns:
-        The reader.
-
-    Raises:
-        ConfigError: The recipe names no store.
-        DeepStackError: As `open_store` does.
-    """
-    data = recipe.data
-    if data.stores is None:
-        samples: Samples = open_store(recipe, data.store)
-    else:
-        samples = Mixture([open_store(recipe, path) for path in data.stores], data.weights)
-    return StepReader(samples, recipe.model, recipe.parallel, recipe.train, share, data.unreadable)
-
-
-def open_reader(recipe: Recipe, path: str | None, share: Share, open_store: OpenStore = checked_store) -> StepReader:
-    """Open the one store at `path` for one rank. It stops at anything that cannot be read, as nobody skips its samples.
-
-    Args:
-        recipe: The run's recipe.
-        path: Folder or URL; None if the recipe names none.
-        share: The part that this rank reads.
-        open_store: How the store is opened.
-
-    Returns:
-        The reader.
-
-    Raises:
-        DeepStackError: As `open_store` does.
-    """
-    return StepReader(open_store(recipe, path), recipe.model, recipe.parallel, recipe.train, share)
-
-
 def planned_sample(store: Samples, model: ModelConfig, train: TrainConfig, index: int) -> PlannedSample:
-    """A stored sample with its images expanded. Raises DataError if it does not fit `train.seq_length`."""
+    """Read one sample and put its visual tokens into its sequence.
+
+    Args:
+        store: What training reads.
+        model: Determines how many tokens an image takes.
+        train: Gives `seq_length`, and says whether longer samples are cut.
+        index: Store index of the sample.
+
+    Returns:
+        The expanded sample, and the grids of its images.
+
+    Raises:
+        DataError: The sample is longer than `train.seq_length`, and `train.truncate` is off.
+    """
     sample = store.sample(index)
     grids = tuple(store.grid(image) for image in sample.images)
     sequence = expand(

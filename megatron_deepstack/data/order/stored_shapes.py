@@ -6,7 +6,8 @@ import numpy as np
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.order.mixture import sizes_of
-from megatron_deepstack.data.order.steps import Share, StepReader, known_store, open_training_reader
+from megatron_deepstack.data.order.opening import known_store, open_training_reader
+from megatron_deepstack.data.order.steps import Share, StepReader
 from megatron_deepstack.planning.budget.load import Shapes
 
 
@@ -27,7 +28,15 @@ def stored_shapes(recipe: Recipe) -> Shapes:
 
 
 def shapes_of_step(reader: StepReader, step: int) -> Shapes:
-    """Look up the sizes of the samples of a 0-based step, over all replicas."""
+    """Look up the sizes of the samples of one step, over all replicas.
+
+    Args:
+        reader: Any rank's reader; its share does not matter.
+        step: 0-based.
+
+    Returns:
+        Tokens of each sample, at most `train.seq_length`, and its units for the encoder.
+    """
     train = reader.train
     samples = reader.store.batch(train.seed, step, train.global_batch_size)
     lengths, units = sizes_of(reader.store, reader.model, samples)

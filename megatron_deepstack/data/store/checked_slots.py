@@ -40,7 +40,15 @@ class ImageNames:
         return f"image {image} ({path!r}) of store {self._location}"
 
     def slot(self, image: int, slot: int) -> str:
-        """The name of a slot within its image, such as `view 2`."""
+        """The name of a slot within its image, such as `view 2`.
+
+        Args:
+            image: The image's number.
+            slot: Row of `images/pixels`, one of the image's.
+
+        Returns:
+            The kind of slot, and its number, 0 for the image's first.
+        """
         return f"{self._slot} {slot - int(self._index['images/start'][image])}"
 
 

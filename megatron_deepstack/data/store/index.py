@@ -141,7 +141,18 @@ def read_pixels_shape(root: Path, version: int) -> SlotsShape:
 
 
 def read_metadata(root: Path, name: str) -> dict[str, Any]:
-    """The zarr metadata of an array or group below `root`. Raises StoreError if it cannot be read."""
+    """Read the zarr metadata of an array or group.
+
+    Args:
+        root: Folder of the store.
+        name: The array or group, such as `images/pixels`.
+
+    Returns:
+        The document.
+
+    Raises:
+        StoreError: It cannot be read, or is not a JSON object.
+    """
     path = root / name / METADATA_FILE
     try:
         return parse_metadata(str(path), path.read_bytes())
@@ -150,7 +161,18 @@ def read_metadata(root: Path, name: str) -> dict[str, Any]:
 
 
 def parse_metadata(path: str, data: bytes) -> dict[str, Any]:
-    """A zarr metadata document from its bytes. Raises StoreError, naming `path`, if they are not a JSON object."""
+    """Parse a zarr metadata document.
+
+    Args:
+        path: Where it came from, for messages.
+        data: Its bytes.
+
+    Returns:
+        The document.
+
+    Raises:
+        StoreError: The bytes are not a JSON object.
+    """
     try:
         document = json.loads(data)
     except ValueError as error:
@@ -161,7 +183,16 @@ def parse_metadata(path: str, data: bytes) -> dict[str, Any]:
 
 
 def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise StoreError, naming every difference, if an array's metadata is not what this version writes."""
+    """Check that an array's metadata is what this version writes.
+
+    Args:
+        path: Folder of the array, for messages.
+        found: The metadata that was read.
+        expected: The metadata that this version writes.
+
+    Raises:
+        StoreError: They differ; the message gives every difference.
+    """
     keys = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")
     differing = [key for key in keys if found.get(key) != expected[key]]
     wrong = [f"{key} is {found.get(key)!r}, expected {expected[key]!r}" for key in differing]
@@ -170,7 +201,15 @@ def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) 
 
 
 def chunk_bytes(name: str, rows: int) -> int:
-    """The size in bytes of each chunk file of an index array with `rows` rows."""
+    """The size in bytes of each chunk file of an index array.
+
+    Args:
+        name: The array, one of `schema.INDEX_ARRAYS`.
+        rows: Rows of the whole array.
+
+    Returns:
+        Bytes. All chunk files have this size, since the last of several is padded.
+    """
     array = INDEX_ARRAYS[name]
     per_row = int(np.prod(array.row_shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize
     return index_chunk_rows(rows) * per_row

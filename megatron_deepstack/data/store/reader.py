@@ -151,7 +151,16 @@ class Store:
         return self._index[name]
 
     def batch(self, seed: int, step: int, batch_size: int) -> Indices:
-        """Samples of the 0-based step `step` of a run that reads only this store: int64 (batch_size,)."""
+        """The samples of one step of a run that reads only this store.
+
+        Args:
+            seed: The run's seed.
+            step: 0-based.
+            batch_size: Samples of a step over all replicas.
+
+        Returns:
+            int64 (batch_size,), numbers of samples.
+        """
         return global_batch(seed, step, batch_size, len(self))
 
     @property

@@ -220,7 +220,15 @@ def shard_path(part: int, num_dims: int = 4) -> str:
 
 
 def index_chunk_path(array: IndexArray, chunk: int) -> str:
-    """The path of one chunk file of an index array, relative to the store."""
+    """The path of one chunk file of an index array.
+
+    Args:
+        array: The array.
+        chunk: The chunk's number, from 0.
+
+    Returns:
+        The path, relative to the store.
+    """
     return "/".join([array.name, "c", str(chunk), *("0" for _ in array.row_shape)])
 
 
@@ -247,7 +255,15 @@ def pixels_metadata(shape: SlotsShape) -> dict[str, Any]:
 
 
 def index_metadata(array: IndexArray, rows: int) -> dict[str, Any]:
-    """The zarr v3 metadata of an index array with `rows` rows: uncompressed, in chunks of `INDEX_ROWS_PER_CHUNK`."""
+    """The zarr v3 metadata of an index array: uncompressed, in chunks of `INDEX_ROWS_PER_CHUNK` rows.
+
+    Args:
+        array: The array.
+        rows: Its rows, which are known only when all are written.
+
+    Returns:
+        The document.
+    """
     return _array_metadata(
         shape=(rows, *array.row_shape),
         chunk_shape=(index_chunk_rows(rows), *array.row_shape),

@@ -75,7 +75,20 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(root: Location | Path, part: int, shape: SlotsShape) -> Iterator[ShardWriter]:
-    """Write the shard of `part`; it appears in the store when the block ends without an error."""
+    """Write one shard; it appears in the store when the block ends without an error.
+
+    Args:
+        root: The store.
+        part: The part whose shard it is.
+        shape: Shape of `images/pixels`.
+
+    Yields:
+        The writer, to which the block appends slots.
+
+    Raises:
+        StoreError: The file cannot be written.
+        LocationError: As `writer.atomic_file` does.
+    """
     path = Location.parse(root).child(shape.shard_path(part))
     with atomic_file(path) as file, closing(DirectFile(file)) as direct:
         writer = ShardWriter(direct, shape)

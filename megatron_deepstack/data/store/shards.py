@@ -42,7 +42,15 @@ class Shards(Protocol):
     """Where a store's pixels come from."""
 
     def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read `slots` into the rows of `out`, uint8 (len(slots), *slot_shape). Raises ShardError."""
+        """Read slots, in whatever order they lie.
+
+        Args:
+            slots: Rows of `images/pixels`, in any order.
+            out: uint8 (len(slots), *slot_shape) that receives them, in the order of `slots`.
+
+        Raises:
+            ShardError: A shard is missing or short, or a slot was never written. Checksums are not compared here.
+        """
 
     def forget(self, slots: Sequence[int]) -> bool:
         """Delete copies of these slots, if any are kept; returns whether reading again may give other bytes."""
@@ -80,7 +88,17 @@ def parse_index(raw: bytes) -> np.ndarray | None:
 
 
 def unpack(packed: memoryview, out: np.ndarray, where: str, slot: int) -> None:
-    """Decompress a slot into `out`. Raises ShardError if that fails."""
+    """Decompress a slot.
+
+    Args:
+        packed: Its bytes as they are in the shard.
+        out: uint8 (*slot_shape) that receives it.
+        where: The shard, for messages.
+        slot: Row of `images/pixels`, for messages.
+
+    Raises:
+        ShardError: The bytes cannot be decompressed to a slot of that size.
+    """
     try:
         decompress(packed, out)
     except CodecError as error:
@@ -163,7 +181,15 @@ class LocalShards:
         return False
 
     def read(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Read slots into the rows of `out`, neighbours in one call, whatever their order. Raises ShardError."""
+        """Read slots; neighbours are read in one call, whatever their order in `slots`.
+
+        Args:
+            slots: Rows of `images/pixels`, in any order.
+            out: uint8 (len(slots), *slot_shape) that receives them, in the order of `slots`.
+
+        Raises:
+            ShardError: A shard is missing or short, or a slot was never written.
+        """
         for first, places in runs(slots, self._pixels.slots_per_part):
             part, slot = divmod(first, self._pixels.slots_per_part)
             shard = self._shard(part, first)

@@ -57,7 +57,16 @@ def atomic_file(path: Location | Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Location | Path, document: Any) -> None:
-    """Write `document` as indented JSON, atomically."""
+    """Write indented JSON; the file appears as a whole.
+
+    Args:
+        path: Where it is written.
+        document: What is written.
+
+    Raises:
+        StoreError: It cannot be written.
+        LocationError: As `atomic_file` does.
+    """
     with atomic_file(path) as file:
         file.write(json_bytes(document))
 
@@ -73,7 +82,15 @@ def json_line(document: Any) -> bytes:
 
 
 def write_error(path: Location | Path, error: OSError) -> StoreError:
-    """The StoreError for an `error` that occurred while writing `path`."""
+    """What to tell the user about a failed write. The error is returned, not raised.
+
+    Args:
+        path: What could not be written.
+        error: What the system answered.
+
+    Returns:
+        The error to raise.
+    """
     return StoreError(
         f"{path}: could not be written: {error.strerror or error}. Nothing half-written is taken for whole: "
         "make room or fix the folder, then run the same command to go on."
@@ -98,7 +115,15 @@ def write_skeleton(root: Location | Path, pixels: SlotsShape, attributes: dict[s
 
 
 def write_attributes(root: Location | Path, attributes: dict[str, Any]) -> None:
-    """Replace the attributes of the store."""
+    """Replace the attributes of the store.
+
+    Args:
+        root: The store.
+        attributes: All of them, see `StoreAttributes`.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
     write_json(_below(root, METADATA_FILE), group_metadata(attributes))
 
 
@@ -173,7 +198,15 @@ class IndexWriters:
         self._writers = {name: IndexWriter(root, name) for name in index_names(version)}
 
     def append(self, name: str, rows: np.ndarray | list[Any]) -> None:
-        """Append rows to the array `name`."""
+        """Append rows to an array.
+
+        Args:
+            name: The array, one of `schema.index_names`.
+            rows: (K, *row_shape) of the array, in anything that numpy converts to its dtype.
+
+        Raises:
+            OSError: A file cannot be written; `open_index` makes a StoreError of it.
+        """
         self._writers[name].append(rows)
 
     def close(self) -> None:

@@ -74,16 +74,49 @@ class ChatFormat:
         return spans
 
     def prompt(self, question: str, tokenizer: Tokenizer) -> list[int]:
-        """The token ids of a question and of the header of the answer."""
+        """A conversation's first question, after the format's own system text, and the header of the answer.
+
+        Args:
+            question: The question, with an `<image>` for each image.
+            tokenizer: Must have the format's control tokens.
+
+        Returns:
+            Token ids, without a begin of the sequence.
+
+        Raises:
+            DataError: The tokenizer lacks a control token.
+        """
         return [*self._system(tokenizer), *self.question(question, tokenizer)]
 
     def question(self, question: str, tokenizer: Tokenizer) -> list[int]:
-        """The same without the system's line, for a question that follows an answer."""
+        """The same as `prompt` without the system text, for a question that follows an answer.
+
+        Args:
+            question: The question, with an `<image>` for each image.
+            tokenizer: Must have the format's control tokens.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            DataError: The tokenizer lacks a control token.
+        """
         said = self._said(_NAMES[Role.HUMAN], question, tokenizer)
         return [*said, *self._opening(_NAMES[Role.GPT], "", tokenizer)]
 
     def question_in(self, tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-        """The last thing a human says in a prompt, without its images; empty if it holds no turn."""
+        """Find the question in a prompt.
+
+        Args:
+            tokens: The prompt's token ids; negative ones, which stand for images, are left out.
+            tokenizer: The tokenizer that made them.
+
+        Returns:
+            The text of the last whole turn, without its speaker's name; empty if there is none.
+
+        Raises:
+            DataError: The tokenizer lacks a control token.
+        """
         begin, end = _control(self.begin, tokenizer), _control(self.end, tokenizer)
         ends = [position for position, token in enumerate(tokens) if token == end]
         begins = [position for position, token in enumerate(tokens[: ends[-1] if ends else 0]) if token == begin]

@@ -140,7 +140,20 @@ def _next_question(question: str, template: Template, tokenizer: Tokenizer) -> l
 
 
 def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Tokenizer) -> str:
-    """The question in a prompt: the last human turn. It is empty for a caption, which has no question."""
+    """Find the question in a prompt, for people to read.
+
+    Args:
+        prompt: Token ids, as `encode_prompt` makes them; negative ones, which stand for images, are left out.
+        template: How the prompt is written.
+        tokenizer: The tokenizer that made it.
+
+    Returns:
+        The text of the last human turn; empty for a caption, which has no question.
+
+    Raises:
+        DataError: The tokenizer lacks a control token of the template.
+        ConfigError: The template is unknown.
+    """
     known = known_template(template)
     if known in CHATS:
         return CHATS[known].question_in(prompt, tokenizer)
@@ -149,9 +162,19 @@ def question_of(prompt: Sequence[int], template: Template | str, tokenizer: Toke
 
 
 def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer: the one that `template` learns there, and the tokenizer's end of sequence.
+    """Tokens that end an answer.
 
-    Raises DataError if the tokenizer lacks the template's end token.
+    Args:
+        template: How the conversation is written.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The id that the template has the model learn at an answer's end, and the tokenizer's end of sequence, if that is
+        another one.
+
+    Raises:
+        DataError: The tokenizer lacks the template's end token.
+        ConfigError: The template is unknown.
     """
     known = known_template(template)
     ends = [CHATS[known].end_id(tokenizer)] if known in CHATS else [_end(known, tokenizer)]
@@ -159,7 +182,15 @@ def stop_ids(template: Template | str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def check_turns(turns: Sequence[Turn], template: Template) -> None:
-    """Raise DataError, naming what was found, if `template` cannot write these turns."""
+    """Check that a template can write a conversation.
+
+    Args:
+        turns: The conversation.
+        template: How it would be written.
+
+    Raises:
+        DataError: It cannot; the message says what was found. It does not name the record, which the caller does.
+    """
     system, turns = system_of(turns), talk_of(turns)
     roles = [turn.role for turn in turns]
     if system is not None and template is Template.PLAIN:

@@ -130,7 +130,15 @@ class ActivatedLinear(torch.nn.Module):
 
 @cache
 def activated(linear: type, activation: Activation | None) -> type:
-    """`linear` as it is, or followed by `activation`; it must be built to leave its bias to the caller."""
+    """A linear that applies an activation to its own output.
+
+    Args:
+        linear: The class of a linear, which must be built to leave its bias to the caller (`skip_bias_add`).
+        activation: What it applies; None returns the class unchanged.
+
+    Returns:
+        The class itself or a subclass, the same one for the same arguments.
+    """
     if activation is None:
         return linear
     return type(f"Activated{linear.__name__}", (ActivatedLinear, linear), {"activation": activation})

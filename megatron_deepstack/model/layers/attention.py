@@ -97,7 +97,21 @@ class FusedCoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> torch.Tensor:
-        """`query` (S, B, A, D), `key` and `value` (S, B, G, D) to (S, B, A * D); B is 1 where rows are packed."""
+        """Attention within each sample. Collective over cp; gradients flow to queries, keys and values.
+
+        Args:
+            query: (S, B, A, D), rotated; B is 1 where rows are packed.
+            key: (S, B, G, D), rotated.
+            value: (S, B, G, D).
+            attention_mask: Not used: what is masked follows from the positions.
+            attn_mask_type: Not used: the layer's own kind counts.
+            attention_bias: Not used.
+            packed_seq_params: `Packs` of a packed row, a `CachedStep` in generation, or None.
+            **_: Not used; later versions of Megatron-Core pass more.
+
+        Returns:
+            (S, B, A * D).
+        """
         if isinstance(packed_seq_params, CachedStep):
             return attend_to_cache(
                 self.layer_number,

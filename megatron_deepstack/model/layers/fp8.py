@@ -22,10 +22,17 @@ _GENERATIONS = {(8, 9): "Ada (L4, L40S)", (9, 0): "Hopper (H100, H200)", (10, 0)
 
 
 def fp8_settings(precision: Precision, scaling: Fp8Scaling) -> dict[str, object]:
-    """Fields of Megatron's TransformerConfig; none but under `train.precision: fp8`.
+    """The fields of Megatron's TransformerConfig about FP8.
 
     Scalings of whole tensors take e5m2 for gradients, whose range is wider; scalings of small blocks take e4m3 for all.
     Delayed scaling looks back over 1024 steps, as Transformer Engine's own default does and Megatron's does not.
+
+    Args:
+        precision: The recipe's `train.precision`.
+        scaling: The recipe's `train.fp8_scaling`.
+
+    Returns:
+        The fields by name; none except for the precision `fp8`.
     """
     if precision is not Precision.FP8:
         return {}
@@ -37,7 +44,16 @@ def fp8_settings(precision: Precision, scaling: Fp8Scaling) -> dict[str, object]
 
 
 def require_fp8(precision: Precision, scaling: Fp8Scaling, layers: Layers) -> None:
-    """Raise ConfigError, naming all that is missing, where a recipe wants FP8 and this rank cannot."""
+    """Check that this rank can compute in FP8, if the recipe wants it. Not collective.
+
+    Args:
+        precision: The recipe's `train.precision`; nothing is checked except for `fp8`.
+        scaling: The recipe's `train.fp8_scaling`.
+        layers: The recipe's `model.layers`.
+
+    Raises:
+        ConfigError: This rank cannot; all that is missing is named.
+    """
     if precision is not Precision.FP8:
         return
     missing = []

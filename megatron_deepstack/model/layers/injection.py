@@ -59,12 +59,27 @@ class InjectionLayer(TransformerLayer):
     """
 
     def __init__(self, *args: Any, slot_index: int | None, after_index: int | None = None, **kwargs: Any) -> None:
-        """`slot_index` are the rows that are added to the layer's input, `after_index` those added to its output."""
+        """Build the layer.
+
+        Args:
+            *args: As TransformerLayer's.
+            slot_index: Which of the chunk's slots is added to the layer's input; None for none.
+            after_index: Which of them is added to its output; only for the decoder's last layer.
+            **kwargs: As TransformerLayer's.
+        """
         super().__init__(*args, **kwargs)
         self.slot_index, self.after_index = slot_index, after_index
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer's, followed by the rows after the last layer of a decoder, where there are any."""
+        """As TransformerLayer's, followed by the rows after the last layer of a decoder, where there are any.
+
+        Args:
+            *args: Hidden states, (S, B, H), and what else TransformerLayer's takes.
+            **kwargs: `context` and `context_mask` as above; the rest is TransformerLayer's.
+
+        Returns:
+            Hidden states, (S, B, H), and the context unchanged.
+        """
         hidden_states, context = super().forward(*args, **kwargs)
         rows, positions = kwargs.get("context"), kwargs.get("context_mask")
         if self.after_index is None or rows is None:

@@ -129,7 +129,16 @@ class CachedStep(PackedSeqParams):
         return num_local == self.width == 1 and len(set(self.starts)) == 1
 
     def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the step's keys and values, (W, B, G, D), into the cache, and return all up to now, (B, G, K, D)."""
+        """Write the step's keys and values of one layer into the cache.
+
+        Args:
+            layer: The layer's number.
+            key: (W, B, G, D), rotated; of the whole step, over cp.
+            value: (W, B, G, D).
+
+        Returns:
+            Keys and values of all positions up to now, each (B, G, K, D), a view of the cache.
+        """
         assert self.cache is not None
         assert self.stop <= self.cache.capacity, f"{self.stop} positions in a cache of {self.cache.capacity}"
         kept = self.cache.of_layer(layer, key)
@@ -183,7 +192,15 @@ def attend_to_cache(
 
 
 def score_scale(config: TransformerConfig, softmax_scale: float | None) -> float:
-    """Factor of attention scores: the given one, or one over the root of a head's width."""
+    """The factor of attention scores.
+
+    Args:
+        config: The decoder's or the tower's; gives the width of a head.
+        softmax_scale: What the layer spec says, or None.
+
+    Returns:
+        The given factor, or one over the square root of a head's width.
+    """
     return softmax_scale or 1.0 / math.sqrt(config.kv_channels or config.hidden_size // config.num_attention_heads)
 
 
@@ -197,7 +214,18 @@ class WithCache(torch.nn.Module):
         self.cache_cp_group = rest["pg_collection"].cp if config.context_parallel_size > 1 else None
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **rest: Any) -> Any:
-        """As the implementation's, but for a step with a cache."""
+        """As the implementation's, except for a step with a cache.
+
+        Args:
+            query: (S, B, A, D), rotated.
+            key: (S, B, G, D), rotated.
+            value: (S, B, G, D).
+            *args: The implementation's.
+            **rest: The implementation's; a `CachedStep` as `packed_seq_params` is answered here.
+
+        Returns:
+            (S, B, A * D).
+        """
         step = rest.get("packed_seq_params")
         if not isinstance(step, CachedStep):
             return super().forward(query, key, value, *args, **rest)  # type: ignore[misc]

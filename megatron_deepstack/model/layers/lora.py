@@ -81,7 +81,16 @@ class AdaptedLinear(torch.nn.Module):
         return torch.cat([self.get_parameter(name) for name in self.b_names])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the linear's: (S, B, inputs) to (S, B, outputs) and its bias. Collective over tp."""
+        """As the linear's, plus alpha / R * B A x. Collective over tp; gradients flow to x, A and B.
+
+        Args:
+            x: (S, B, inputs of this rank); S is this rank's part if a column-parallel linear splits the sequence.
+            *args: The linear's.
+            **kwargs: The linear's.
+
+        Returns:
+            (S, B, outputs of this rank), and the bias that the linear leaves to the caller, if any.
+        """
         output, bias = super().forward(x, *args, **kwargs)
         narrow = self._exchange(torch.nn.functional.linear(x, self.lora_a))
         scale = self.lora.alpha / self.lora.rank
@@ -100,7 +109,16 @@ class AdaptedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As the linear's, with the adapter's matrices split as they are."""
+        """As the linear's, with the adapter's matrices split as they are. Not collective.
+
+        Args:
+            prefix: What keys begin with.
+            sharded_offsets: Where this layer lies in tensors of all layers, as Megatron describes it.
+            metadata: Megatron's; gives the data-parallel group.
+
+        Returns:
+            Sharded tensors by key.
+        """
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         matrices = {name: self.get_parameter(name) for name in ("lora_a", *self.b_names)}
         split = {"lora_a": 1} if self.is_row else dict.fromkeys(self.b_names, 0)
@@ -123,7 +141,16 @@ class AdaptedLinear(torch.nn.Module):
 
 @cache
 def adapted(linear: type, target: LoraTarget, lora: LoraConfig) -> type:
-    """`linear` as it is, or with an adapter where the recipe wants one on `target`."""
+    """A linear with an adapter beside it.
+
+    Args:
+        linear: The class of a column- or row-parallel linear.
+        target: What the linear is in its layer.
+        lora: The recipe's section; gives rank, alpha and targets.
+
+    Returns:
+        A subclass, the same one for the same arguments; the class itself if the recipe wants no adapter there.
+    """
     if not lora.rank or target not in lora.targets:
         return linear
     return type(f"Lora{linear.__name__}", (AdaptedLinear, linear), {"target": target, "lora": lora})

@@ -28,8 +28,18 @@ def decoder_config(
     fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE,
     speed: Speed = PLAIN,
 ) -> TransformerConfig:
-    """TransformerConfig of the decoder under a layout, with the fusions and overlaps of `speed`."""
-    full = parallel.recompute is Recompute.FULL
+    """Megatron's config of the decoder.
+
+    Args:
+        language: The decoder.
+        parallel: The layout.
+        precision: Of parameters and activations.
+        fp8_scaling: Used only under the precision `fp8`.
+        speed: Which fusions and overlaps are used.
+
+    Returns:
+        The config.
+    """
     family = family_of(language)
     return TransformerConfig(
         num_layers=language.num_layers,
@@ -52,10 +62,6 @@ def decoder_config(
         pipeline_model_parallel_layout=_uneven_layout(language, parallel),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        recompute_granularity=None if parallel.recompute is Recompute.NONE else parallel.recompute.value,
-        recompute_method=parallel.recompute_method.value if full else None,
-        recompute_num_layers=parallel.recompute_num_layers if full else None,
-        recompute_modules=[module.value for module in parallel.recompute_modules],
         calculate_per_token_loss=True,
         # gloo reads a tensor after the call that sends it, so an overlapped send must find it where it was.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and (has_gpu() or not speed.overlap_p2p),
@@ -68,9 +74,20 @@ def decoder_config(
         overlap_p2p_comm=speed.overlap_p2p,
         batch_p2p_comm=has_gpu() and not speed.overlap_p2p,
         batch_p2p_sync=speed.synchronize_p2p,
+        **_recomputation(parallel),
         **fp8_settings(precision, fp8_scaling),
         **_common(precision),
     )
+
+
+def _recomputation(parallel: ParallelConfig) -> dict[str, object]:
+    full = parallel.recompute is Recompute.FULL
+    return {
+        "recompute_granularity": None if parallel.recompute is Recompute.NONE else parallel.recompute.value,
+        "recompute_method": parallel.recompute_method.value if full else None,
+        "recompute_num_layers": parallel.recompute_num_layers if full else None,
+        "recompute_modules": [module.value for module in parallel.recompute_modules],
+    }
 
 
 def without_gradient_accumulation(config: TransformerConfig) -> TransformerConfig:
@@ -106,7 +123,16 @@ class TowerConfig(TransformerConfig):
 
 
 def vision_config(vision: VisionConfig, precision: Precision, speed: Speed = PLAIN) -> TowerConfig:
-    """Megatron's config of the ViT: not parallel, every rank holds all of it."""
+    """Megatron's config of the tower: not parallel, since every rank holds all of it.
+
+    Args:
+        vision: The tower.
+        precision: Of its parameters; under `fp8` it stays bf16.
+        speed: Which fusions are used.
+
+    Returns:
+        The config.
+    """
     return TowerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,

@@ -49,7 +49,23 @@ def uses_transformer_engine(layers: Layers) -> bool:
 def decoder_block(
     language: LanguageConfig, layers: Layers, lora: LoraConfig, first: int, stop: int, slots: Sequence[int]
 ) -> TransformerBlockSubmodules:
-    """Specs of decoder layers `first` to `stop - 1`; `slots` are the chunk's own, ascending."""
+    """Specs of a chunk's decoder layers.
+
+    Args:
+        language: The decoder.
+        layers: Whose layers are built.
+        lora: Adapters of the linears; none if its rank is 0.
+        first: Global number of the chunk's first layer.
+        stop: One past the number of its last.
+        slots: The chunk's own slots, ascending; `stop` stands for the output of the decoder's last layer.
+
+    Returns:
+        What Megatron's TransformerBlock is built from.
+
+    Raises:
+        SlotError: A stack belongs after the last layer, and the chunk has no layer.
+        ConfigError: As `uses_transformer_engine` does.
+    """
     if stop in slots and first == stop:
         text = f"a stack is added to the output of layer {stop - 1}, and the stage of the head has no layer"
         raise SlotError([f"parallel.layers_per_stage: {text}; give that stage one"])

@@ -101,7 +101,15 @@ class QFormerLayer(torch.nn.Module):
         self.activation: Callable[[torch.Tensor], torch.Tensor] = ACTIVATIONS[config.activation]  # type: ignore[assignment]
 
     def forward(self, x_WQC: torch.Tensor, patches_WMC: torch.Tensor) -> torch.Tensor:
-        """(W, Q, C) to the same shape."""
+        """Run the layer on the queries of all windows; gradients flow to both arguments.
+
+        Args:
+            x_WQC: The queries.
+            patches_WMC: The patches of their windows; not used in a layer that does not look at them.
+
+        Returns:
+            (W, Q, C).
+        """
         x_WQC = self.among(x_WQC, x_WQC)
         if self.across is not None:
             x_WQC = self.across(x_WQC, patches_WMC)
@@ -118,7 +126,15 @@ class QFormerAttention(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(width, eps=config.layernorm_epsilon, dtype=dtype)
 
     def forward(self, x_WQC: torch.Tensor, others_WMC: torch.Tensor) -> torch.Tensor:
-        """(W, Q, C) and (W, M, C) to (W, Q, C)."""
+        """Attend, add and normalise; gradients flow to both arguments.
+
+        Args:
+            x_WQC: The queries.
+            others_WMC: What they attend to, which may be the queries themselves.
+
+        Returns:
+            (W, Q, C).
+        """
         q, k, v = (
             linear(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for linear, x in ((self.query, x_WQC), (self.key, others_WMC), (self.value, others_WMC))

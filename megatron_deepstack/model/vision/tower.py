@@ -64,7 +64,12 @@ _builders: dict[str, TowerBuilder] = {}
 
 
 def register_tower_module(kind: str, builder: TowerBuilder) -> None:
-    """Build towers of `kind`, a name registered with `config.traits.towers`, by `builder`; call it on every rank."""
+    """Build towers of a kind by a module of another program. Call it on every rank, before the model is built.
+
+    Args:
+        kind: Its name, registered with `config.traits.towers.register_tower`.
+        builder: Makes the module, which must be a `Tower`.
+    """
     _builders[kind] = builder
 
 

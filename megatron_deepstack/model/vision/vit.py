@@ -37,7 +37,7 @@ class VitStacks:
 class VisionTransformer(MegatronModule):
     """Patch embedding, position embedding, transformer layers; every rank holds all of it.
 
-    What stands around the layers (class token, biases, norms) is what the tower's row in `config.traits.towers` says.
+    What stands around the layers (class token, biases, norms) is what the tower's entry in `config.traits.towers` says.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ from megatron_deepstack.config.schema import (
 )
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.model.build import AUTOMATIC, build_model, freeze
-from megatron_deepstack.model.weights import Shape, fill
+from megatron_deepstack.model.rules import Shape, fill
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.batch.packing import merge
 from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step

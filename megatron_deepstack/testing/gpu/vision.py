@@ -11,9 +11,10 @@ from megatron_deepstack.config.choices import Layers, Precision, Switch
 from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig, SpeedConfig
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.model.layers.speed import decide_speed
+from megatron_deepstack.model.rules import fill
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.vision.views import Views
-from megatron_deepstack.model.weights import encoder_rules, fill
+from megatron_deepstack.model.weights import encoder_rules
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.cost import projector_flops, view_flops
 from megatron_deepstack.platform.compute.capabilities import capabilities

@@ -81,7 +81,15 @@ def oracle_loss(
 
 
 def expand_labels(model: ModelConfig, sample: OracleSample) -> Tensor:
-    """(T,) labels with every placeholder replaced by as many ignored labels as the image has rows."""
+    """Labels of the whole sequence: each placeholder becomes as many ignored labels as its image has rows.
+
+    Args:
+        model: The recipe's model.
+        sample: The sample.
+
+    Returns:
+        (T,) int64; -100 where nothing is a target.
+    """
     pieces, grids = [], iter(sample.grids)
     for token, label in zip(sample.tokens.tolist(), sample.labels.tolist(), strict=True):
         pieces += [IGNORE_INDEX] * num_rows_of_image(model, next(grids)) if token == IMAGE_TOKEN_ID else [label]
@@ -89,7 +97,15 @@ def expand_labels(model: ModelConfig, sample: OracleSample) -> Tensor:
 
 
 def num_rows_of_image(model: ModelConfig, grid: Grid) -> int:
-    """V, the sequence positions that an image occupies."""
+    """V, the sequence positions that an image occupies.
+
+    Args:
+        model: The recipe's model.
+        grid: Columns and rows of the image's crops.
+
+    Returns:
+        Base rows of the image; stacks occupy no positions of their own.
+    """
     side = vision.num_patches_per_side(model.vision)
     if model.variant is Variant.IN_SEQUENCE:
         return side * side * (1 + grid[0] * grid[1])

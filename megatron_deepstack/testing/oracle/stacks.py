@@ -19,12 +19,28 @@ HIGH_RES_SIDE = 2
 
 
 def slot_of_stack(stacks: StackConfig, k: int) -> int:
-    """0-based layer before whose input stack k is added."""
+    """The layer before which a stack is added.
+
+    Args:
+        stacks: The recipe's section.
+        k: The stack, from 0.
+
+    Returns:
+        0-based number of the decoder layer to whose input the stack is added.
+    """
     return stacks.slots[k] if stacks.slots is not None else stacks.start + k * stacks.interval
 
 
 def num_views_of_image(variant: Variant, grid: Grid) -> int:
-    """Views that an image brings: global view, crops, and for DeepStack-HD the crops of each of those."""
+    """Views that an image brings: global view, crops, and for DeepStack-HD the crops of each of those.
+
+    Args:
+        variant: The variant; a LLaVA has the global view alone.
+        grid: Columns and rows of the image's crops.
+
+    Returns:
+        Their number.
+    """
     num_context = 1 + grid[0] * grid[1]
     if variant is Variant.LLAVA:
         return 1

@@ -74,10 +74,18 @@ def by_transformers(
 
 
 def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) -> list[int]:
-    """Token ids that stand for images, which text must not contain.
+    """Token ids that stand for images or videos, which text must not contain.
+
+    Args:
+        model: The folder's model.
+        config: Content of its config.json.
+        where: Path of that file, for messages.
+
+    Returns:
+        Their ids: those that the config names, and those that transformers takes where it names none.
 
     Raises:
-        CheckpointError: The id of the image token has no row in the embedding, so that transformers cannot read it.
+        CheckpointError: Such an id has no row in the embedding, so that transformers cannot read it.
     """
     found = [
         value for key, value in config.items() if key.endswith(("_token_id", "_token_index")) and value is not None

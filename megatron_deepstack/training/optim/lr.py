@@ -9,7 +9,15 @@ from megatron_deepstack.config.schema import OptimizerConfig
 
 
 def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
-    """Number of steps in which the rate rises: `warmup_fraction` of `num_steps`, rounded up as Hugging Face does."""
+    """Number of steps in which the rate rises.
+
+    Args:
+        config: Gives `warmup_fraction`.
+        num_steps: Steps of the whole run.
+
+    Returns:
+        The fraction of all steps, rounded up as Hugging Face does.
+    """
     return math.ceil(config.warmup_fraction * num_steps)
 
 

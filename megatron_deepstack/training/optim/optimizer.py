@@ -41,7 +41,14 @@ class Optimizer:
     """The optimizer of a run on one rank."""
 
     def __init__(self, engine: Engine, config: OptimizerConfig, precision: Precision, num_steps: int) -> None:
-        """Collective over all ranks."""
+        """Build the optimizer. Collective over all ranks.
+
+        Args:
+            engine: This rank's wrapped model and its groups.
+            config: The section `optimizer`.
+            precision: Of the parameters; below float32, the optimizer keeps float32 copies of them.
+            num_steps: Steps of the whole run, for the schedule of the learning rate.
+        """
         self.config, self.num_steps = config, num_steps
         megatron_config = _megatron_config(
             config, precision, engine.parallel.distributed_optimizer, engine.model.speed.overlap_param_gather
@@ -69,7 +76,15 @@ class Optimizer:
         self._kinds = [_kind_of(group) for group in self.chained.param_groups]
 
     def step(self, step: int, trusted: Trusted = math.isfinite) -> StepNorm:
-        """Apply the gradients of 0-based step `step`, if `trusted`. Collective over all ranks."""
+        """Clip and apply the gradients, if they are trusted, and clear them. Collective over all ranks.
+
+        Args:
+            step: 0-based; determines the learning rate.
+            trusted: From the global gradient norm to whether the step may be applied; all ranks must decide alike.
+
+        Returns:
+            The gradient norm before clipping, and whether the gradients were applied.
+        """
         for group, (part, decays) in zip(self.chained.param_groups, self._kinds, strict=True):
             group["lr"] = self.lr(part, step)
             group["weight_decay"] = self.rates.weight_decay(part) if decays else 0.0
@@ -78,7 +93,15 @@ class Optimizer:
         return StepNorm(gradient_norm=self.chained.gradient_norm, applied=applied)
 
     def lr(self, part: Part, step: int) -> float:
-        """Learning rate of a part in 0-based step `step`."""
+        """The learning rate of a part of the model.
+
+        Args:
+            part: Tower, projector or decoder.
+            step: 0-based.
+
+        Returns:
+            The rate.
+        """
         return learning_rate(self.config, step, self.num_steps, self.rates.peak_lr(part))
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.data.order.mixture import Mixture
+from megatron_deepstack.data.order.opening import open_training_reader
 from megatron_deepstack.data.order.sampler import merged_streams
-from megatron_deepstack.data.order.steps import Share, open_training_reader
+from megatron_deepstack.data.order.steps import Share
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.writer import write_attributes
 from megatron_deepstack.errors import ConfigError, DataError, StoreError

@@ -70,7 +70,15 @@ class BoundedFolder:
         return self._path(name).exists()
 
     def read_into(self, name: str, buffer: memoryview) -> bool:
-        """Fill `buffer` with the copy `name`; False if there is no copy of exactly that size."""
+        """Read a copy, which then counts as just used.
+
+        Args:
+            name: The copy's name.
+            buffer: Receives its bytes; undefined where the result is False.
+
+        Returns:
+            Whether there was a copy of exactly the buffer's size.
+        """
         try:
             with open(self._path(name), "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != len(buffer):

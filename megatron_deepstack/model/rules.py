@@ -1,0 +1,127 @@
+"""Rules: how one of our parameters is made of published tensors, and how that is done and undone.
+
+Megatron fuses query, key and value, and gate and up projections, pads the vocabulary and splits over tp. A rule names
+the published tensors with their shapes, and says how they are fused and split. The rules themselves are in `weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, ...]
+Source = Callable[[str, Shape], torch.Tensor]
+"""Published name and shape to the full tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One of our parameters in terms of published tensors."""
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    groups: int = 1
+    """The published tensors are interleaved in this many groups along dim 0: group 0 of each, group 1 of each, ..."""
+    tp_dim: int | None = None
+    """Dimension of the fused tensor that is split over tp."""
+    concatenated: bool = False
+    """Each published tensor is split over tp by itself and the parts are concatenated (gate and up)."""
+    padded_rows: int | None = None
+    """Rows after padding with zeros (vocabulary)."""
+    stacked: int = 1
+    """The one published tensor consists of this many tensors of the same shape, one after another along dim 0, which
+    are interleaved here as if they were several."""
+
+    def shard(self, tensors: Sequence[torch.Tensor], rank: int, num_ranks: int) -> torch.Tensor:
+        """From published tensors to our parameter.
+
+        Args:
+            tensors: The full published tensors, in the order of `names`.
+            rank: The tensor-parallel rank whose shard is wanted.
+            num_ranks: Ranks that share the parameter.
+
+        Returns:
+            The shard.
+        """
+        if self.concatenated:
+            return torch.cat([t.chunk(num_ranks, dim=0)[rank] for t in tensors])
+        full = self._fuse(tensors)
+        return full if self.tp_dim is None else full.chunk(num_ranks, dim=self.tp_dim)[rank]
+
+    def published(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The published tensors, in the order of `names`, from our parameter on every tp rank."""
+        if self.concatenated:
+            parts = [shard.chunk(len(self.names), dim=0) for shard in shards]
+            return [torch.cat([part[k] for part in parts]) for k in range(len(self.names))]
+        full = shards[0] if self.tp_dim is None else torch.cat(list(shards), dim=self.tp_dim)
+        return self._take_apart(full)
+
+    def _fuse(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.padded_rows is not None:
+            (only,) = tensors
+            padding = only.new_zeros(self.padded_rows - len(only), *only.shape[1:])
+            return torch.cat([only, padding])
+        if self.stacked > 1:
+            (only,) = tensors
+            tensors = only.chunk(self.stacked)
+        if len(tensors) == 1:
+            return tensors[0]
+        grouped = torch.cat([t.unflatten(0, (self.groups, -1)) for t in tensors], dim=1)
+        return grouped.flatten(0, 1)
+
+    def _take_apart(self, full: torch.Tensor) -> list[torch.Tensor]:
+        if self.stacked > 1:
+            parts = full.unflatten(0, (self.groups, self.stacked, -1))
+            return [parts.transpose(0, 1).flatten(0, 2)]
+        if len(self.names) == 1:
+            return [full[: self.shapes[0][0]]]
+        sizes = [shape[0] // self.groups for shape in self.shapes]
+        parts = full.unflatten(0, (self.groups, -1)).split(sizes, dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+
+Rules = dict[str, Rule]
+
+
+def fill(
+    module: torch.nn.Module,
+    rules: Rules,
+    source: Source,
+    rank: int,
+    num_ranks: int,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Set the parameters of a module from full published tensors. Not collective.
+
+    Args:
+        module: Changed in place.
+        rules: Rules of all its parameters.
+        source: Published name and shape to the full tensor, of any float dtype.
+        rank: The tp rank whose shard is taken.
+        num_ranks: Ranks that share a tensor.
+        wanted: Whether a parameter of that name is set; every one by default.
+    """
+    for name, parameter in module.named_parameters():
+        if not wanted(name):
+            continue
+        rule = rules[name]
+        tensors = [source(n, shape) for n, shape in zip(rule.names, rule.shapes, strict=True)]
+        shard = rule.shard(tensors, rank, num_ranks)
+        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
+        with torch.no_grad():
+            parameter.copy_(shard)
+
+
+def mark_split(module: torch.nn.Module, rules: Rules) -> None:
+    """Tell Megatron which parameters are split over tp: the others count once in a gradient norm. Not collective.
+
+    Its layers do so themselves only while they initialise, which ours do not.
+
+    Args:
+        module: Its parameters are marked.
+        rules: Rules of all its parameters.
+    """
+    for name, parameter in module.named_parameters():
+        parameter.tensor_model_parallel = rules[name].tp_dim is not None  # type: ignore[attr-defined]
