@@ -116,7 +116,7 @@ def _read(source: Path) -> _Found:
     kind = str(config.get("model_type"))
     if kind not in WHOLE_MODELS:
         folder = read_exported(source)
-        tensors = folder.tensors.values()
+        tensors = list(folder.tensors.values())
         model, data, seq_length, left_over = folder.model, folder.data, folder.seq_length, folder.left_over
         tokenizer = folder.tokenizer
     else:
@@ -185,7 +185,8 @@ def write_on_rank(recipe: Recipe, source: str, folder: str, groups: Groups) -> N
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise CheckpointError(f"{source}: {number_of(len(missing), 'tensor')} of the model are missing: {shown}")
-    total = sum(parameter.nbytes for module in (model.encoder, *model.chunks) for parameter in module.parameters())
+    modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
+    total = sum(parameter.nbytes for module in modules for parameter in module.parameters())
     with WorkProgress("convert", total, "bytes") as progress:
         write_weights(replace(recipe, run_dir=folder), recipe_to_yaml(recipe), model, read.stored, progress.at)
     write_starting_weights(folder, starting_weights(shapes, read))

@@ -127,6 +127,14 @@ def adapter_rules(prefix: str, language: LanguageConfig, lora: LoraConfig) -> Ru
 
     There is an A for each fused linear and a B for each published one; names are as other programs give them, where
     they have the same.
+
+    Args:
+        prefix: What published names of the layer begin with.
+        language: The recipe's decoder.
+        lora: Rank of the adapters, and the linears that have one.
+
+    Returns:
+        Rules by the parameter's name in the layer.
     """
     rank, groups = lora.rank, num_kv_heads(language)
     f, h = language.ffn_hidden_size, language.hidden_size

@@ -78,6 +78,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def there_and_back(rank: int, source: str, target: str, back: str, naming: Naming) -> None:
     groups = groups_for(ParallelConfig())
     recipe = recipe_of_folder(Path(source), Path(target))
+    recipe = replace(recipe, data=replace(recipe.data, tokenizer=None))
     write_on_rank(recipe, source, target, groups)
     export_on_rank(recipe, back, naming, groups)
 
