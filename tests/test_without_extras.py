@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = '''
 import importlib
@@ -53,6 +55,7 @@ print("trained", ABSENT & set(sys.modules))
 '''
 
 
+@pytest.mark.slow
 def test_it_imports_and_trains_without_ray_zarr_bokeh_and_what_else_a_bare_machine_lacks(tmp_path: Path) -> None:
     """Every module but those that Ray, transformers or lmms-eval imports."""
     done = subprocess.run(

@@ -43,7 +43,15 @@ def axial_base(vision: Mapping[str, Any]) -> Any:
 
 
 def axial_differences(vision: Mapping[str, Any], theta: float) -> Iterator[str]:
-    """How the rotary positions of a tower's config differ from axial ones of the base `theta`."""
+    """How the rotary positions of a tower's config differ from the recipe's, which are axial.
+
+    Args:
+        vision: A tower's config.
+        theta: The recipe's base.
+
+    Yields:
+        One line for each difference.
+    """
     for key in ("rope_parameters", "rope_scaling"):
         for name, value in (vision.get(key) or {}).items():
             if name in ("rope_type", "type") and value not in ("axial", "default"):

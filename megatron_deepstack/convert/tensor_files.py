@@ -58,7 +58,15 @@ class LazyTensor:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     def changed(self, shape: tuple[int, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> LazyTensor:
-        """The same after a change that gives this shape."""
+        """The tensor after a change, which is made when the result is read.
+
+        Args:
+            shape: The shape after the change; the dtype stays.
+            change: Makes the changed tensor of the one that was read.
+
+        Returns:
+            The changed tensor, not read yet.
+        """
         return LazyTensor(shape, self.dtype, lambda: change(self.read()))
 
 

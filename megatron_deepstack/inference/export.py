@@ -99,7 +99,18 @@ def export_run(
 
 
 def one_rank_recipe(run_dir: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe a run was made with, for one rank; the run may have been moved since."""
+    """The recipe that a run was made with, for one rank. The run may have been moved since.
+
+    Args:
+        run_dir: The run folder.
+        overrides: Changes to the recipe, such as `data.tokenizer=...`.
+
+    Returns:
+        The recipe, with a layout of one rank.
+
+    Raises:
+        ConfigError: There is no run in that folder, or an override is wrong.
+    """
     return replace(recipe_of_run(run_dir, overrides), parallel=ParallelConfig())
 
 
@@ -113,7 +124,18 @@ def _what_belongs_to_them(recipe: Recipe, naming: Naming) -> str:
 def export_on_rank(
     recipe: Recipe, output: str, naming: Naming, groups: Groups, adapters: Adapters = Adapters.MERGED
 ) -> None:
-    """Load the checkpoint and write it. To be called on the only rank of `groups`."""
+    """Load the checkpoint and write it. Call it on the only rank of `groups`.
+
+    Args:
+        recipe: The run's recipe, with a layout of one rank.
+        output: Folder to create.
+        naming: Names of the tensors.
+        groups: Those of a world of one rank.
+        adapters: What becomes of LoRA adapters.
+
+    Raises:
+        CheckpointError, DataError: See `export_run`.
+    """
     model = load_engine(recipe, groups).model
     card = card_of_run(recipe)
     if adapters is Adapters.ALONE:

@@ -38,7 +38,15 @@ class Views(Protocol):
         """The image of that number."""
 
     def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
-        """uint8 (number of views, S, S, 3), in the order of `views`; if all views have one size."""
+        """Views of one image, if all views have one size.
+
+        Args:
+            image: The image's number.
+            views: Numbers of its views, in any order; view 0 is the global view.
+
+        Returns:
+            uint8 (len(views), S, S, 3), in the order of `views`.
+        """
 
     def read_flat(self, images: Sequence[int]) -> np.ndarray:
         """uint8 (bytes,): the one view of each image, one after another; if views have any size."""

@@ -57,7 +57,7 @@ def write_then_read(rank: int, recipe: Recipe, version: int) -> list[str]:
 
 
 @pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("precision", [pytest.param(Precision.FP32, marks=pytest.mark.slow), Precision.BF16])
 @pytest.mark.parametrize(
     "parallel",
     [ParallelConfig(pipeline=2), ParallelConfig(distributed_optimizer=True)],

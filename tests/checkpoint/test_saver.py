@@ -188,7 +188,10 @@ def fail_to_save(rank: int, recipe: Recipe, kill_writer: bool) -> str:
 
 @pytest.mark.parametrize(
     "kill_writer",
-    [pytest.param(True, id="writer-killed"), pytest.param(False, id="file-refused", marks=pytest.mark.slow)],
+    [
+        pytest.param(True, id="writer-killed", marks=pytest.mark.slow),
+        pytest.param(False, id="file-refused", marks=pytest.mark.slow),
+    ],
 )
 def test_a_failed_write_reaches_every_rank(ranks: Pools, tmp_path: Path, kill_writer: bool) -> None:
     """The same words everywhere; nothing half-written stays, the earlier checkpoint does, and a later save works."""

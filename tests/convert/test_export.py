@@ -118,6 +118,7 @@ def test_pictures_are_prepared_alike(ranks: Pools, trained: Path, tmp_path: Path
     np.testing.assert_allclose(theirs, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_of_its_own(trained: Path, tmp_path: Path) -> None:
     """What the command line calls: under published names, with the tokenizer, ready for `train.init_from`."""
     output = export_run(trained, tmp_path / "published")

@@ -125,7 +125,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("num_ranks", "batch", "parallel"), rows(LAYOUTS, {"tp2-sp", "pp2-vpp2", "dp2-zero"}))
+@pytest.mark.parametrize(("num_ranks", "batch", "parallel"), rows(LAYOUTS, {"pp2-vpp2", "dp2-zero"}))
 def test_layout_equals_one_rank(ranks: Pools, num_ranks: int, batch: int, parallel: ParallelConfig) -> None:
     """Three steps; and the gradients of a step whose B is not zero."""
     one, recipe = lora_recipe(), lora_recipe(parallel)
@@ -178,7 +178,13 @@ def merged_weights(rank: int, recipe: Recipe) -> Tensors | None:
     return weights if rank == 0 else None
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)], ids=["one", "tp2"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param(ParallelConfig(), id="one", marks=pytest.mark.slow),
+        pytest.param(ParallelConfig(tensor=2), id="tp2"),
+    ],
+)
 def test_merging_adds_the_product(ranks: Pools, parallel: ParallelConfig) -> None:
     recipe = lora_recipe(parallel)
     _, _, weights = ranks(1).run(step_gradients, lora_recipe())[0]

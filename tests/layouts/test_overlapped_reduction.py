@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_training_layouts import rows
 
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.testing.compare import worst
@@ -52,7 +53,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("num_ranks", "parallel"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), rows([(name, *row) for name, row in LAYOUTS.items()], {"dp2-zero", "pp2-vpp2-dp2"})
+)
 def test_reductions_run_beside_the_encoders_backward(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
     """From the second step on: in the first Megatron learns which gradients come."""
     for shares in ranks(num_ranks).run(watch_reductions, tiny_recipe(parallel=parallel)):

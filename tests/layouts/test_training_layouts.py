@@ -126,8 +126,9 @@ def test_model_on_four_stages(ranks: Pools, model: ModelConfig) -> None:
 
 @pytest.mark.parametrize(
     "sequence_parallel",
-    [pytest.param(False, id="tp2-cp2", marks=pytest.mark.slow), pytest.param(True, id="tp2-cp2-sp")],
+    [pytest.param(False, id="tp2-cp2"), pytest.param(True, id="tp2-cp2-sp")],
 )
+@pytest.mark.slow
 def test_any_resolution_in_quarters(ranks: Pools, sequence_parallel: bool) -> None:
     """Rows and newlines of an any-resolution context, whose positions are dealt to zigzag chunks and then to shards."""
     parallel = ParallelConfig(tensor=2, context=2, sequence_parallel=sequence_parallel)
@@ -201,7 +202,7 @@ def _compare_packs(ranks: Pools, num_ranks: int, parallel: ParallelConfig, model
     assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
 
 
-@pytest.mark.parametrize(("num_ranks", "parallel"), rows(CONTEXT_LAYOUTS, {"cp2-tp2-sp"}))
+@pytest.mark.parametrize(("num_ranks", "parallel"), rows(CONTEXT_LAYOUTS, {"cp2"}))
 def test_packs_of_any_resolution_over_context_ranks(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
     """Each sample is divided by itself, and the rows of its stacks follow; DeepStack-HD, a slot on each stage."""
     model = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(slots=(1, 3, 5, 7)))

@@ -82,6 +82,7 @@ def test_the_environments_address_counts(unused_port: int, monkeypatch: pytest.M
         pass
 
 
+@pytest.mark.slow
 def test_a_ray_of_our_own_is_out_of_reach_of_other_machines(local_ray: None) -> None:
     """Every server that this process and Ray's own have opened, workers' included."""
     import ray

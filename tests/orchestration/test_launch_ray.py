@@ -19,6 +19,7 @@ from orchestration.launch.driver import run
 MARK = "not-to-be-seen"
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_and_nothing_private_in_what_ray_keeps(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

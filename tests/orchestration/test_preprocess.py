@@ -230,6 +230,7 @@ def test_a_killed_worker_is_replaced(
     same_store(serial, tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_a_part_that_always_kills_its_worker_is_named(
     corpus: Any, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,7 @@ def proxy(s3_server: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Itera
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 def test_a_lost_connection_stops_the_job_which_goes_on_later(
     corpus: Any, serial: Path, proxy: Proxy, bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_disk_that_fills_up_half_way(
     same_store(heavy.serial, store)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_refused_at_once(heavy: Work, small_disk: Path) -> None:
     recipe = load_recipe(str(heavy.recipe), ())
     fill(small_disk, 200_000)

@@ -87,7 +87,13 @@ def test_resumed_run_is_bitwise_the_same(ranks: Pools, whole: Recipe, stopped: R
     assert records_of(stopped.run_dir) == records_of(whole.run_dir)
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig()], ids=["tp2", "one"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param(ParallelConfig(tensor=2), id="tp2", marks=pytest.mark.slow),
+        pytest.param(ParallelConfig(), id="one"),
+    ],
+)
 def test_another_layout_goes_on(ranks: Pools, whole: Recipe, stopped: Recipe, parallel: ParallelConfig) -> None:
     """A checkpoint of two stages read by two tp ranks, and by one rank: the same losses within rounding."""
     ranks(parallel.tensor).run(train_on_rank, replace(stopped, parallel=parallel), None)

@@ -1,9 +1,9 @@
 """The recipe: everything a run is asked to do, as frozen dataclasses, one per YAML section.
 
-This package only declares. Each field's type, unit and range are in its annotation, and its meaning is in the string
-below it; the options page of the documentation is made from both. `load` reads YAML and overrides, and `check` compares
-values with each other. Numbers that follow from fields (tokens per view, layers per stage) are functions in `sizes` and
-`planning`, never fields. Begin with `recipe`, which lists the sections.
+The one idea: this package only declares. Each field's type, unit and range are in its annotation, and its meaning is
+in the string below it; the options page of the documentation is made from both. `load` reads YAML and overrides, and
+`check` compares values with each other. Numbers that follow from fields (tokens per view, layers per stage) are
+functions in `sizes` and `planning`, never fields. Begin with `recipe`, which lists the sections.
 """
 
 from megatron_deepstack.config.schema.data import DataConfig

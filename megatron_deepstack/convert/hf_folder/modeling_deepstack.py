@@ -59,7 +59,16 @@ class DeepStackProjector(nn.Module):
 
 
 def lay_out_mosaic(views_NPH: Tensor, grid: Grid, newline_H: Tensor | None) -> Tensor:
-    """The tokens of the global view, then the mosaic of the crops, each of its lines with the newline at its end."""
+    """The tokens of the global view, then the mosaic of the crops, each of its lines with the newline at its end.
+
+    Args:
+        views_NPH: The global view, then the crops in raster order.
+        grid: Columns and rows of the crops.
+        newline_H: The learned vector.
+
+    Returns:
+        (R, H).
+    """
     assert newline_H is not None
     picture = mosaic(views_NPH[1:], grid)
     newlines = newline_H.to(picture).expand(len(picture), 1, -1)
@@ -298,7 +307,16 @@ class DeepStackForConditionalGeneration(DeepStackPreTrainedModel, GenerationMixi
         return self.lm_head
 
     def get_image_features(self, pixel_values: Tensor, image_grids: Tensor, **kwargs: Any) -> DeepStackImageOutput:
-        """See `DeepStackModel.get_image_features`."""
+        """As `DeepStackModel.get_image_features`.
+
+        Args:
+            pixel_values: Normalised pixels (N, 3, side, side) of the views of all images, one image after another.
+            image_grids: Columns and rows of the crops of each image (images, 2).
+            **kwargs: Not used.
+
+        Returns:
+            The rows of each image.
+        """
         return self.model.get_image_features(pixel_values, image_grids, **kwargs)
 
     def forward(

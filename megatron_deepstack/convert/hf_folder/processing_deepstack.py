@@ -156,7 +156,15 @@ class DeepStackImageProcessor(BaseImageProcessor):
         return np.concatenate(views), grid
 
     def pick_grid(self, width: int, height: int) -> Grid:
-        """The grid of an image of this size."""
+        """The grid of an image, see the function `pick_grid`.
+
+        Args:
+            width: Width of the image in pixels.
+            height: Its height.
+
+        Returns:
+            Columns and rows of crops; (1, 1) for the global view alone.
+        """
         if self.views == "global":
             return 1, 1
         return (2, 2) if self.grid == "fixed_2x2" else pick_grid(width, height, self.view_size, self.num_crops)
@@ -292,7 +300,16 @@ class DeepStackProcessor(ProcessorMixin):
         return side * side
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """What takes the place of an image's placeholder in a prompt: one for each token."""
+        """What takes the place of an image's placeholder in a prompt: one placeholder for each token of the image.
+
+        Args:
+            image_inputs: What the image processor made of all images.
+            image_idx: The image's number among them.
+            **kwargs: Not used.
+
+        Returns:
+            The text.
+        """
         columns, rows = image_inputs["image_grids"][image_idx]
         return self.image_token * self.num_image_tokens((int(columns), int(rows)))
 

@@ -163,7 +163,15 @@ class DeepStackVisionTower(nn.Module):
 
 
 def mosaic(crops_NPC: Tensor, grid: Grid) -> Tensor:
-    """Crops in raster order (rows * columns, side * side, C) as one picture (rows * side, columns * side, C)."""
+    """Put crops together to one picture.
+
+    Args:
+        crops_NPC: Crops in raster order; P is the square of the side of a crop in tokens.
+        grid: Their columns and rows.
+
+    Returns:
+        (rows * side, columns * side, C).
+    """
     columns, rows = grid
     side = math.isqrt(crops_NPC.shape[1])
     tiles = crops_NPC.reshape(rows, columns, side, side, -1)

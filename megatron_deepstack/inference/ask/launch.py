@@ -84,7 +84,16 @@ class Conversation:
         return self.ask_prepared(asked, self.preparation.prepare(asked), shown)
 
     def ask_prepared(self, asked: Asked, prepared: Prepared, shown: Callable[[str], None] = lambda text: None) -> Reply:
-        """The same for a question whose pictures have been read."""
+        """Ask one question whose pictures have been read.
+
+        Args:
+            asked: The question.
+            prepared: The same question as token ids and views.
+            shown: Called with each piece of the answer as it comes.
+
+        Returns:
+            The whole answer.
+        """
         stream = TextStream(self._words)
 
         def told(tokens: list[int]) -> None:

@@ -84,7 +84,15 @@ class LoadedPictures:
         return Framed(ViewGrid(frames, height, width))
 
     def read_views(self, image: int, views: Sequence[int]) -> np.ndarray:
-        """uint8 (number of views, S, S, 3), in the order of `views`."""
+        """Views of one picture; all views have one size.
+
+        Args:
+            image: The picture's number.
+            views: Numbers of its views, in any order; view 0 is the global view.
+
+        Returns:
+            uint8 (len(views), S, S, 3), in the order of `views`.
+        """
         return self.pictures[image].slots[list(views)]
 
     def read_flat(self, images: Sequence[int]) -> np.ndarray:

@@ -106,7 +106,17 @@ class Session:
         shown: Callable[[str], None],
         said: Callable[[str], None],
     ) -> None:
-        """Answer line after line, see `chat.chat`."""
+        """Answer the lines of a user until they end, see `chat.chat`. The ranks are started before and ended after.
+
+        Args:
+            lines: What the user types.
+            pictures: Pictures of the first question.
+            shown: Called with each piece of an answer.
+            said: Called with a line about the chat itself: help, and what is wrong with a question.
+
+        Raises:
+            DataError: One of `pictures` cannot be used.
+        """
 
         def talk(conversation: Conversation) -> None:
             said(HELP)

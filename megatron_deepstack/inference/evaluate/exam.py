@@ -49,7 +49,15 @@ class Exam(ABC):
 
     @abstractmethod
     def scored(self, taken: Taken, answer: str) -> Scored:
-        """The question with its answer and its scores."""
+        """Score an answer.
+
+        Args:
+            taken: The question, as `take` returned it.
+            answer: The model's answer; empty if the question could not be asked.
+
+        Returns:
+            The question with its answer and its scores.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,15 @@ class StoreExam(Exam):
         return [Taken(number, read_question(self.store, number, self.tokenizer)) for number in numbers], self.store
 
     def scored(self, taken: Taken, answer: str) -> Scored:
-        """As the base says."""
+        """As the base says.
+
+        Args:
+            taken: The question; one of a store can always be asked.
+            answer: The model's answer.
+
+        Returns:
+            The question with its answer and its scores.
+        """
         question = taken.question
         assert question is not None
         return Scored.of(
@@ -110,7 +126,15 @@ class FileExam(Exam):
         return taken, views
 
     def scored(self, taken: Taken, answer: str) -> Scored:
-        """As the base says."""
+        """As the base says.
+
+        Args:
+            taken: The question, or why it could not be asked.
+            answer: The model's answer.
+
+        Returns:
+            The question with its answer and its scores, or with the reason.
+        """
         asked = self.questions[taken.number]
         return Scored.of(
             answer,

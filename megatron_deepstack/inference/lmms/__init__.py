@@ -2,4 +2,5 @@
 
 The one idea: lmms-eval finds `manifest.py` by its entry point, and `model.py` drives the ranks of a run in the
 background, so that the harness itself sees neither Megatron nor ranks. Neither is imported unless lmms-eval asks.
+Begin with `model.py`.
 """

@@ -77,7 +77,15 @@ def wide_cases(layers: Layers) -> dict[str, Recipe]:
 
 
 def in_precision(recipe: Recipe, precision: Precision) -> Recipe:
-    """The recipe in another precision."""
+    """A recipe in another precision.
+
+    Args:
+        recipe: The recipe.
+        precision: The precision; of bf16 and fp8 the parameters are bf16.
+
+    Returns:
+        The recipe, else unchanged.
+    """
     return replace(recipe, train=replace(recipe.train, precision=precision))
 
 
@@ -86,7 +94,15 @@ def _packed(recipe: Recipe) -> Recipe:
 
 
 def key(name: str, precision: Precision) -> str:
-    """Under which a case's numbers are kept."""
+    """The name under which a case's numbers are kept.
+
+    Args:
+        name: The case.
+        precision: The precision in which it ran.
+
+    Returns:
+        The name.
+    """
     return f"{name} / {precision}"
 
 
@@ -125,7 +141,15 @@ def within_float32(found: Distance) -> bool:
 
 
 def within_bf16(found: Distance, of_cpu: Distance) -> bool:
-    """Whether a bf16 run is as near to float32 as the CPU's bf16 run. NaN is not."""
+    """Whether a bf16 run is as near to float32 as the CPU's bf16 run.
+
+    Args:
+        found: How far the run is from the CPU's float32.
+        of_cpu: How far the CPU's own bf16 is from it.
+
+    Returns:
+        True if each error is at most `SLACK` times the CPU's, or `LEAST_DISTANCE`. NaN gives False.
+    """
     pairs = (
         (found.loss, of_cpu.loss),
         (found.gradient, of_cpu.gradient),

@@ -14,7 +14,12 @@ from megatron_deepstack.testing.gpu.traces import largest_kernel
 
 
 def run(settings: Settings, report: Report) -> None:
-    """Products on random data: zeros take less power and are faster."""
+    """Measure products, copies and attention on random data: with zeros a device takes less power and is faster.
+
+    Args:
+        settings: Size and folders of the trial; the reached TFLOP/s are left there for later parts.
+        report: Gets a row for each measurement.
+    """
     select_device()
     with report.case("matrix product, bf16"):
         _product(settings, report)

@@ -19,7 +19,12 @@ _SAVES = 3
 
 
 def run(settings: Settings, report: Report) -> None:
-    """Two layers of the stage and a quarter of its vocabulary: 7 GB of weights and optimizer states."""
+    """Train and save two layers of the stage and a quarter of its vocabulary: 7 GB of weights and optimizer states.
+
+    Args:
+        settings: Size and folders of the trial.
+        report: Gets a row for each save.
+    """
     groups, size = only_rank(settings), stage_size(tiny=settings.tiny)
     language = replace(size.language, num_layers=4 if settings.tiny else 2)
     if not settings.tiny:

@@ -33,7 +33,12 @@ _ROWS: Final = 1000
 
 
 def run(settings: Settings, report: Report) -> None:
-    """Each call once to make its communicator, then once more under the clock."""
+    """Make each call once, which creates its communicator, and then once more under the clock.
+
+    Args:
+        settings: Size and folders of the trial.
+        report: Gets a row for each call, with whether its result is right.
+    """
     groups = only_rank(settings)
     for name, call in _calls(groups.replica).items():
         what = f"{name}, {backend()}"

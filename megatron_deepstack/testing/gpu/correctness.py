@@ -29,7 +29,15 @@ from megatron_deepstack.testing.trial import run_trial
 
 
 def run(settings: Settings, report: Report) -> None:
-    """Every case in both precisions. TF32 is off: its products have ten bits."""
+    """Run every case in both precisions. TF32 is off: the factors of its products have ten bits.
+
+    Args:
+        settings: Size and folders of the trial, where the CPU's numbers are.
+        report: Gets a row for each case and precision.
+
+    Raises:
+        FileNotFoundError: As `expected_numbers` does.
+    """
     expected = expected_numbers(settings)
     enter_world(settings)
     with whole_float32():
@@ -47,7 +55,14 @@ def expected_numbers(settings: Settings) -> dict[str, Any]:
 
 
 def compare(report: Report, expected: dict[str, Any], name: str, recipe: Recipe) -> None:
-    """Run one case and report how far it is from the CPU's."""
+    """Run one case and report how far it is from the CPU's.
+
+    Args:
+        report: Gets the row.
+        expected: The CPU's numbers, as `expected_numbers` gives them.
+        name: The case.
+        recipe: The case in the precision in which it is to run.
+    """
     precision = recipe.train.precision
     what = f"{name}, {precision}"
     with report.case(what):

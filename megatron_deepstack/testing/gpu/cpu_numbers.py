@@ -16,7 +16,12 @@ from megatron_deepstack.testing.trial import run_trial
 
 
 def run(settings: Settings, report: Report) -> None:
-    """Run all cases and keep their numbers in one file, which is there once they are whole."""
+    """Run all cases and keep their numbers in one file, which is there once they are whole.
+
+    Args:
+        settings: Size and folders of the trial; `expected` is the file.
+        report: Gets one row.
+    """
     assert not has_gpu(), "the process of the CPU's numbers sees a GPU; it is started with CUDA_VISIBLE_DEVICES empty"
     enter_world(settings)
     cases = local_cases(tiny=settings.tiny)

@@ -18,7 +18,12 @@ _LAST_LINES = 6
 
 
 def run(settings: Settings, report: Report) -> None:
-    """A few hundred pictures, twenty steps; in a tiny trial a handful, and four steps."""
+    """Run the demo with a few hundred pictures and twenty steps; in a tiny trial with a handful, and four steps.
+
+    Args:
+        settings: Size and folders of the trial.
+        report: Gets a row for each verb.
+    """
     folder, steps = demo_folder(settings), 4 if settings.tiny else 20
     pictures = 64 if settings.tiny else 640
     with report.case("draw"):
@@ -31,7 +36,12 @@ def run(settings: Settings, report: Report) -> None:
 
 
 def run_fp8(settings: Settings, report: Report) -> None:
-    """The same run in FP8 under each scaling whose state a checkpoint must hold, or need not."""
+    """Train the demo in FP8: under a scaling whose state a checkpoint must hold, and under one that has none.
+
+    Args:
+        settings: Size and folders of the trial, in which `run` has left its store.
+        report: Gets rows for each scaling.
+    """
     missing = what_is_missing()
     if missing:
         report.left_out("train in FP8", missing)

@@ -28,7 +28,15 @@ def what_is_missing() -> str:
 
 
 def run(settings: Settings, report: Report) -> None:
-    """bf16 first; FP8 only in whole rows, since its products want sizes of 32."""
+    """Run bf16 first; then FP8 only in padded rows, since its products want sizes that 32 divides.
+
+    Args:
+        settings: Size and folders of the trial, where the CPU's numbers are.
+        report: Gets a row for each case, or one that says what is missing.
+
+    Raises:
+        FileNotFoundError: As `expected_numbers` does.
+    """
     missing = what_is_missing()
     if missing:
         report.left_out("Transformer Engine's layers", missing)

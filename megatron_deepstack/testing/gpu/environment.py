@@ -22,7 +22,12 @@ _QUERY: Final = "name,driver_version,memory.total,clocks.max.sm,power.limit,ecc.
 
 
 def run(settings: Settings, report: Report) -> None:
-    """Everything that takes no training to find out."""
+    """Look at all that needs no training.
+
+    Args:
+        settings: Size and folders of the trial.
+        report: Gets a row for each subject.
+    """
     with report.case(DEVICE):
         facts = cuda_facts()
         report.measured(

@@ -23,7 +23,14 @@ _WATCHED_CALLS: Final = ("Synchronize", "Memcpy", "Launch")
 
 
 def run(settings: Settings, report: Report) -> None:
-    """Two micro-batches, so that the trace stays small; Transformer Engine's layers where they are there."""
+    """Record a padded and a packed step of two micro-batches, so that the traces stay small.
+
+    Transformer Engine's layers are used where they are installed.
+
+    Args:
+        settings: Size and folders of the trial; the first trace is kept in `output`.
+        report: Gets rows about kernels, idle time, calls of CUDA and waits of the host.
+    """
     size = replace(stage_size(tiny=settings.tiny), micro_batches=2)
     layers = Layers.LOCAL if what_is_missing() else Layers.TRANSFORMER_ENGINE
     stage = Stage(only_rank(settings), size, layers)

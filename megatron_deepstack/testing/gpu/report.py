@@ -78,16 +78,34 @@ class Report:
         self.part, self._file = part, file
 
     def measured(self, what: str, note: str = "", /, **numbers: Number) -> None:
-        """A row of numbers without a bound."""
+        """Report numbers that have no bound.
+
+        Args:
+            what: What was measured.
+            note: In a few words, for the table.
+            **numbers: By name with unit, such as `ms`.
+        """
         self._add(Row(part=self.part, what=what, verdict=Verdict.MEASURED, numbers=numbers, note=note))
 
     def judged(self, what: str, passed: bool, note: str = "", /, **numbers: Number) -> None:
-        """A row of numbers that are within their bounds, or not; `note` says what the bounds are."""
+        """Report numbers that are within their bounds, or not.
+
+        Args:
+            what: What was tried.
+            passed: Whether they are within them.
+            note: What the bounds are.
+            **numbers: By name with unit, such as `ms`.
+        """
         verdict = Verdict.PASSED if passed else Verdict.FAILED
         self._add(Row(part=self.part, what=what, verdict=verdict, numbers=numbers, note=note))
 
     def left_out(self, what: str, reason: str) -> None:
-        """A row for what this machine cannot do."""
+        """Report what was not tried.
+
+        Args:
+            what: What it is.
+            reason: What the machine lacks for it.
+        """
         self._add(Row(part=self.part, what=what, verdict=Verdict.LEFT_OUT, note=reason))
 
     @contextmanager
@@ -104,7 +122,16 @@ class Report:
 
 
 def failure(part: str, what: str, error: BaseException) -> Row:
-    """The row of an exception."""
+    """The row of an exception.
+
+    Args:
+        part: The part in which it was raised.
+        what: What was tried.
+        error: The exception.
+
+    Returns:
+        A failed row with the error's first line and the last lines of its traceback.
+    """
     lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
     summary = (str(error).strip().splitlines() or [""])[0]
     return Row(

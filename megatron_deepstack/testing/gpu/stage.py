@@ -117,7 +117,16 @@ class Stage:
         precision: Precision = Precision.BF16,
         speed: SpeedConfig = AUTOMATIC,
     ) -> None:
-        """Build it and draw its weights on the device."""
+        """Build the stage and draw its weights on the device.
+
+        Args:
+            groups: Those of a world of one rank.
+            size: How large it is.
+            layers: Whose layers are built.
+            recompute: Which activations are computed again in the backward.
+            precision: Of parameters and products.
+            speed: Which fusions are used.
+        """
         self.size, self.groups, self.precision = size, groups, precision
         self.model = ModelConfig(vision=size.vision, language=size.language, stacks=StackConfig(start=0), layers=layers)
         self.parallel = ParallelConfig(recompute=recompute)
@@ -132,7 +141,16 @@ class Stage:
         self.steps_done = 0
 
     def plan(self, seq_length: int, *, stacks: bool = True, packed: bool = False) -> StepPlan:
-        """A step of full rows, each with an image for every `tokens_per_image` of its tokens."""
+        """A step of full rows, each with an image for every `tokens_per_image` of its tokens.
+
+        Args:
+            seq_length: Tokens of a row.
+            stacks: Whether images have stacks; without them they have base rows only.
+            packed: Whether a row is a pack of samples with one image each, in place of one sample.
+
+        Returns:
+            The step of the only rank.
+        """
         images = seq_length // self.size.tokens_per_image
         samples_per_row = images if packed else 1
         model = self.model if stacks else replace(self.model, variant=Variant.LLAVA)
@@ -157,7 +175,15 @@ class Stage:
         return torch.randn(shape, device=local_device(), dtype=torch.bfloat16)
 
     def forward_backward(self, plan: StepPlan, stored: torch.Tensor) -> torch.Tensor:
-        """A step's schedule and the end of its gradients; returns the rows' gradients, in the storage of `stored`."""
+        """Run a step's schedule and finish its gradients, which stay in the buffers for `update`.
+
+        Args:
+            plan: The step.
+            stored: (len(stored_rows), H) as `rows` draws them; overwritten.
+
+        Returns:
+            The rows' gradients, (len(stored_rows), H), in the storage of `stored`.
+        """
         for ddp in self.engine.wrapped:
             ddp.zero_grad_buffer()
         received = ReceivedRows(stored, plan.routes, requires_grad=True)
@@ -195,7 +221,15 @@ class Stage:
 
 
 def draw_on_device(name: str, shape: Shape) -> torch.Tensor:
-    """Weights drawn on this rank's device: norms 1, biases 0, all else normal. Not the draws of a run's seed."""
+    """Weights drawn on this rank's device: norms 1, biases 0, all else normal. They are not those of a run's seed.
+
+    Args:
+        name: The tensor's published name.
+        shape: Its shape.
+
+    Returns:
+        float32 of that shape.
+    """
     if len(shape) == 1:
         fill_value = 0.0 if name.endswith(".bias") else 1.0
         return torch.full(shape, fill_value, device=local_device())

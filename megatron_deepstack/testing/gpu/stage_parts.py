@@ -12,12 +12,22 @@ from megatron_deepstack.testing.gpu.timing import mean_seconds, only_rank, read_
 
 
 def run_local(settings: Settings, report: Report) -> None:
-    """Megatron's local layers with torch's attention."""
+    """Measure Megatron's local layers with torch's attention.
+
+    Args:
+        settings: Size and folders of the trial.
+        report: Gets a row for each variant of the step.
+    """
     _measure(settings, report, Layers.LOCAL)
 
 
 def run_engine(settings: Settings, report: Report) -> None:
-    """Transformer Engine's layers, and the same in FP8."""
+    """Measure Transformer Engine's layers, and the same in FP8.
+
+    Args:
+        settings: Size and folders of the trial.
+        report: Gets a row for each variant of the step, or one that says what is missing.
+    """
     missing = what_is_missing()
     if missing:
         report.left_out("7B stage, Transformer Engine's layers", missing)

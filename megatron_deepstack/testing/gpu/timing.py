@@ -18,7 +18,16 @@ Action = Callable[[], object]
 
 
 def mean_seconds(action: Action, repeats: int, warm_up: int = 1) -> float:
-    """Mean seconds on the device of `repeats` calls one behind the other, after `warm_up` calls."""
+    """Time an action on the device.
+
+    Args:
+        action: What is timed.
+        repeats: Calls under the clock, one after another without a wait between them.
+        warm_up: Calls before.
+
+    Returns:
+        Mean seconds of a call.
+    """
     for _ in range(warm_up):
         action()
     watch = Stopwatch()
@@ -43,7 +52,12 @@ def only_rank(settings: Settings) -> Groups:
 
 
 def write_ceiling(settings: Settings, tflops: float) -> None:
-    """Keep what matrix products reach, in TFLOP/s, for the parts that come later."""
+    """Keep what matrix products reach, for the parts that come later.
+
+    Args:
+        settings: Folders of the trial.
+        tflops: TFLOP/s in bf16.
+    """
     settings.ceiling.write_text(json.dumps(tflops))
 
 

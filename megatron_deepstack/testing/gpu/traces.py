@@ -60,7 +60,15 @@ def read_events(file: Path) -> list[Event]:
 
 
 def largest_kernels(events: Sequence[Event], number: int) -> list[Kernel]:
-    """Kernels by their time in all, the largest first; a CPU's operations where no kernel ran."""
+    """The kernels that took most time in all.
+
+    Args:
+        events: Events of a trace.
+        number: The most that are wanted.
+
+    Returns:
+        The largest first; a CPU's operations where no kernel ran.
+    """
     found = _of(events, _ON_DEVICE) or _of(events, _HOST)
     seconds: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
@@ -72,7 +80,15 @@ def largest_kernels(events: Sequence[Event], number: int) -> list[Kernel]:
 
 
 def largest_kernel(action: Callable[[], object], folder: Path) -> str:
-    """Name of the kernel in which `action` spends most time, shortened."""
+    """The kernel in which an action spends most time.
+
+    Args:
+        action: Run once under the profiler.
+        folder: Where the trace is put for a moment.
+
+    Returns:
+        The beginning of its name.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         kernels = largest_kernels(record(action, Path(scratch) / "trace.json"), 1)
     return kernels[0].name[:80] if kernels else "nothing recorded"

@@ -27,7 +27,12 @@ from megatron_deepstack.testing.gpu.timing import mean_seconds, only_rank, read_
 
 
 def run(settings: Settings, report: Report) -> None:
-    """CLIP ViT-L/336 with a projector to width 4096: as a run would build it here, and then without fusions."""
+    """Measure CLIP ViT-L/336 with a projector to width 4096: as a run would build it here, and then without fusions.
+
+    Args:
+        settings: Size and folders of the trial.
+        report: Gets a row for each measurement.
+    """
     groups, size = only_rank(settings), stage_size(tiny=settings.tiny)
     model = ModelConfig(vision=size.vision, language=replace(size.language, num_layers=1))
     measure = Measure(report, _encoder(model, groups, SpeedConfig()), model, read_ceiling(settings))
@@ -77,16 +82,35 @@ class Measure:
     """Measures an encoder and reports rows."""
 
     def __init__(self, report: Report, encoder: VisualEncoder, model: ModelConfig, ceiling: float | None) -> None:
+        """Prepare to measure.
+
+        Args:
+            report: Gets the rows.
+            encoder: The encoder, which may be replaced between measurements.
+            model: Its model.
+            ceiling: TFLOP/s that matrix products reach; None if that was not measured.
+        """
         self.report, self.encoder, self.model, self.ceiling = report, encoder, model, ceiling
 
     def forward(self, what: str, pixels: torch.Tensor, repeats: int) -> None:
-        """From uint8 pixels on the host to rows."""
+        """Measure from pixels on the host to rows.
+
+        Args:
+            what: What the row is called.
+            pixels: uint8 (N, side, side, 3) on the host.
+            repeats: Passes under the clock.
+        """
         with self.report.case(what):
             seconds = mean_seconds(partial(EncoderPass, self.encoder, Views(pixels)), repeats, warm_up=2)
             self._row(what, len(pixels), seconds, view_flops(self.model.vision) + projector_flops(self.model))
 
     def projector(self, views: int, repeats: int) -> None:
-        """Features on the device to rows."""
+        """Measure from features on the device to rows.
+
+        Args:
+            views: Number of views.
+            repeats: Passes under the clock.
+        """
         what = "projector alone, frozen"
         with self.report.case(what):
             features = torch.randn(
@@ -100,7 +124,12 @@ class Measure:
             self._row(what, views, seconds, projector_flops(self.model))
 
     def learning(self, pixels: torch.Tensor, repeats: int) -> None:
-        """Forward and backward of all, and again with activations kept for a fifth of the views at a time."""
+        """Measure forward and backward of all, and again with activations kept for a fifth of the views at a time.
+
+        Args:
+            pixels: uint8 (N, side, side, 3) on the host.
+            repeats: Passes under the clock.
+        """
         flops = 3 * (view_flops(self.model.vision) + projector_flops(self.model))
         for what, chunk in (("both learning", 0), ("both learning, in chunks", max(len(pixels) // 5, 1))):
             with self.report.case(what):

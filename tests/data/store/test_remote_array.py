@@ -75,6 +75,7 @@ def test_a_step_is_fetched_before_its_samples_are_read(url: str, cache: CacheCon
     assert requests == []
 
 
+@pytest.mark.slow
 def test_a_block_is_fetched_once_by_all_who_want_it(url: str, cache: CacheConfig, requests: list) -> None:  # noqa: F811
     """Ranks of a replica read the same samples at the same time."""
     stores = [Store.open(url, cache=cache) for _ in range(8)]
@@ -87,6 +88,7 @@ def test_a_block_is_fetched_once_by_all_who_want_it(url: str, cache: CacheConfig
     assert len(ranges) == len(set(ranges)) > 0
 
 
+@pytest.mark.slow
 def test_blocks_are_bounded_with_everything_else(url: str, folder: Path, tmp_path: Path) -> None:  # noqa: F811
     local = Store.open(folder)
     whole = CacheConfig(str(tmp_path / "whole"))
@@ -102,6 +104,7 @@ def test_blocks_are_bounded_with_everything_else(url: str, folder: Path, tmp_pat
     assert copies(small)
 
 
+@pytest.mark.slow
 def test_a_store_made_again_leaves_no_old_index(url: str, tmp_path: Path, cache: CacheConfig) -> None:  # noqa: F811
     old = Store.open(url, cache=cache)
     (before,) = Path(str(cache.folder), "index").iterdir()
@@ -112,6 +115,7 @@ def test_a_store_made_again_leaves_no_old_index(url: str, tmp_path: Path, cache:
     assert len(old.sample_images(1)) >= 0, "what is mapped stays readable"
 
 
+@pytest.mark.slow
 def test_an_index_in_use_is_not_old(url: str, cache: CacheConfig) -> None:  # noqa: F811
     """Reading views counts as use of the copies of the index."""
     import os

@@ -135,6 +135,7 @@ def test_processes_share_a_small_cache(url: str, tmp_path: Path) -> None:
     assert not [path for path in copies(small) if path.name.endswith(".partial")]
 
 
+@pytest.mark.slow
 def test_after_a_fork_and_after_a_pickle(url: str, folder: Path, cache: CacheConfig) -> None:
     store = Store.open(url, cache=cache)
     store.read_views(0, [0])
@@ -183,12 +184,14 @@ def change_object(url: str, path: str, change: Callable[[bytes], bytes | None]) 
         (METADATA_FILE, lambda data: data.replace(b'"complete": true', b'"complete": false'), "has not finished"),
     ],
 )
+@pytest.mark.slow
 def test_faults_in_the_bucket(url: str, cache: CacheConfig, path: str, change: Callable, message: str) -> None:
     change_object(url, path, change)
     with pytest.raises(StoreError, match=message):
         Store.open(url, cache=cache).read_views(0, [0])
 
 
+@pytest.mark.slow
 def test_a_store_written_anew_is_not_mixed_with_old_copies(url: str, tmp_path: Path, cache: CacheConfig) -> None:
     before = all_views(Store.open(url, cache=cache))
     other = write_tiny_store(tmp_path / "other", seed=1)
@@ -220,6 +223,7 @@ def test_a_torn_copy_of_the_index_is_named_and_can_be_deleted(
     assert len(all_views(Store.open(url, cache=cache)))
 
 
+@pytest.mark.slow
 def test_a_copy_is_on_disk_before_it_counts_as_complete(
     url: str, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +259,7 @@ def test_a_full_cache_folder_is_named(url: str, cache: CacheConfig, monkeypatch:
     assert len(all_views(Store.open(url, cache=cache))), "what was left half-done is done again"
 
 
+@pytest.mark.slow
 def test_indices_are_replaced_by_other_threads_while_one_reads(url: str, folder: Path, cache: CacheConfig) -> None:
     store, local = Store.open(url, cache=cache), Store.open(folder)
     shards = store._slots._shards
@@ -297,6 +302,7 @@ def test_a_cache_too_small_for_one_view(bucket: str, tmp_path: Path) -> None:
         store.read_views(0, [0])
 
 
+@pytest.mark.slow
 def test_a_cache_too_small_for_the_index(url: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=rf"data.cache_gib .* less than the \d+ bytes of the index of {url}; raise"):
         Store.open(url, cache=CacheConfig(str(tmp_path / "none"), 100))
