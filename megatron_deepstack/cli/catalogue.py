@@ -82,10 +82,11 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     "convert": (
         "convert exported for-transformers",
         "convert for-transformers published --to paper",
-        "convert downloaded my-run --to checkpoint",
+        "convert downloaded my-run --to checkpoint --check",
     ),
     "check-reference": (
         "check-reference reference/cases/plain.safetensors --pp 2",
+        "check-reference reference/cases/plain.safetensors --through-export",
         "check-reference --crops reference/crops --photos reference/photos",
     ),
 }

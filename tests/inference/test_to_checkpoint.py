@@ -119,6 +119,7 @@ def test_there_and_back_is_exact(ranks: Pools, tmp_path: Path, name: str, dtype:
     assert {tensor.file for tensor in origins.tensors} == {str(source / "model.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_verbs_read(tmp_path: Path, tokenizer: Path) -> None:
     """What the command line calls: its recipe says what the folder said, and `export` gives the folder back."""
     source = write_folder(tmp_path / "folder", MODELS["l"], torch.bfloat16, Naming.HUGGING_FACE, tokenizer)
@@ -132,13 +133,15 @@ def test_a_run_folder_that_verbs_read(tmp_path: Path, tokenizer: Path) -> None:
         "tokenizer.model",
     ]
     recipe = recipe_of_run(target)
-    assert recipe.model == MODELS["l"]
+    assert recipe.model == replace(MODELS["l"], language=replace(LANGUAGE, head_dim=8))
     assert (recipe.train.precision, recipe.train.seq_length) == (Precision.BF16, 256)
     assert recipe.data.template is Template.PLAIN
     assert recipe.data.tokenizer == str(target / "tokenizer.model")
     assert any("one parameter at a time (the largest tensor: " in line for line in said)
     back = export_run(target, tmp_path / "back", Naming.HUGGING_FACE)
-    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    before, after = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
     with pytest.raises(CheckpointError, match="nothing is overwritten"):
         checkpoint_of_folder(source, target)
 
@@ -179,6 +182,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", TRAININGS)
 def test_training_begins_from_it(
