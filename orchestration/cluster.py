@@ -98,7 +98,7 @@ def _start(ray: Any, workers: int | None, gpus: int | None, folder: Scratch) -> 
 
 
 def _why_not_started(folder: Scratch, said: str) -> str:
-    """What kept Ray from starting here, and what to do; `said` is what Ray says, which seldom knows."""
+    """What kept Ray from starting here, and what to do; `said` is what Ray says, which is seldom the cause."""
     fault = disk_fault(folder.path)
     if fault:
         return (
@@ -148,7 +148,7 @@ def import_ray(address: str | None) -> Any:
 
 @contextmanager
 def _kept_to_loopback() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 at its word.
+    """Let Ray really use 127.0.0.1 if it is told to.
 
     Ray 2.60 puts the machine's public address in its place, so that other nodes could join, and its servers then listen
     on every interface; seen with 127.0.0.2 too. A Ray for one job on one machine has no other nodes.

@@ -1,8 +1,8 @@
 """Where a Ray of our own keeps its sockets and logs: a short private folder of this machine, removed afterwards.
 
 Ray opens sockets below its temporary folder, and the kernel takes no socket path of more than 107 bytes; a batch
-system's TMPDIR is easily too long. So a few places are tried, the user's own first. Where none will do, the error says
-of each what is wrong with it.
+system's TMPDIR is easily too long. So a few places are tried, the user's own first. If none can be used, the error says
+what is wrong with each.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def ray_folder(environment: Mapping[str, str]) -> tuple[Scratch, tuple[str, ...]
 
 
 def choose(candidates: Sequence[Candidate]) -> tuple[Scratch, tuple[str, ...]]:
-    """A folder in the first place that will do. See `ray_folder`."""
+    """A folder in the first place that can be used. See `ray_folder`."""
     faults: list[tuple[Candidate, str]] = []
     for place in candidates:
         fault, held = _try(place.path)

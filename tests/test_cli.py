@@ -147,7 +147,7 @@ def test_ctrl_c_is_said_in_the_words_of_the_verb(monkeypatch, words, verb, seam)
     monkeypatch.setattr(seam, interrupted)
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 130
-    assert result.stderr == f"{verb}: stopped on request before it was done; the same command begins anew\n"
+    assert result.stderr == f"{verb}: stopped on request before it was done; the same command starts again\n"
 
 
 def test_markup_in_a_message_is_text(tmp_path):

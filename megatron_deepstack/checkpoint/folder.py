@@ -34,7 +34,7 @@ _BLOCK_BYTES = 1 << 22
 
 
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, errno.EUCLEAN)
-"""What file systems answer of files that are gone or broken; any other answer says nothing about their content."""
+"""What file systems answer for files that are gone or broken; any other error says nothing about their content."""
 
 
 class OutOfReach(CheckpointError):

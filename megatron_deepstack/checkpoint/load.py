@@ -76,7 +76,7 @@ def _without_adapters(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: BaseException, checkpoint: Checkpoint) -> str:
-    """What Megatron says, or what PyTorch gathered from all ranks, which is no `Exception`; and a likely cause."""
+    """What Megatron says, or what PyTorch gathered from all ranks; and a likely cause."""
     said = str(error)
     if isinstance(error, CheckpointException):
         said = "; ".join(sorted({str(failure) for failure, _ in error.failures.values()}))

@@ -1,4 +1,4 @@
-"""Finding the newest whole checkpoint with all ranks: each reads its share of the files, and all come to one answer."""
+"""Finding the newest whole checkpoint with all ranks: each reads its share of the files, and all get one answer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def remove_leftovers_together(run_dir: str | Path) -> None:
 def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """`folder.newest_whole`, its reading spread over the ranks. Collective over all ranks; raises as it does.
 
-    What exists is rank 0's word, so that ranks whose file systems lag do not part ways.
+    Rank 0 says which checkpoints exist, so that ranks whose file systems show changes late do not differ.
     """
     said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
     if said["fault"]:

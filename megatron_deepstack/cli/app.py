@@ -40,7 +40,7 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt as error:
             # Verbs with work to save or to give back handle the signal themselves, and end with words of their own.
             verb = _path(ctx, ctx.invoked_subcommand or "")
-            tell(f"{verb}: stopped on request before it was done; the same command begins anew")
+            tell(f"{verb}: stopped on request before it was done; the same command starts again")
             raise typer.Exit(INTERRUPTED) from error
 
     def list_commands(self, ctx: Any) -> list[str]:

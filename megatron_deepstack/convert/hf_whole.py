@@ -1,7 +1,7 @@
 """Whole multimodal models of transformers whose stacks we compute: their configs and names, in both directions.
 
 A family is one entry of `WHOLE_MODELS`: its `model_type`, the keys of its config.json beside those of tower and decoder
-(whose rows in `config.traits` say what their keys mean), and the prefixes of its tensors. `hf_folder_model` reads a
+(whose entries in `config.traits` say what their keys mean), and the prefixes of its tensors. `hf_folder_model` reads a
 model with them from config.json alone.
 """
 

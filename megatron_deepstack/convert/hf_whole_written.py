@@ -1,4 +1,4 @@
-"""The config.json of a whole multimodal model of transformers, from the rows that `hf_whole` reads it with."""
+"""The config.json of a whole multimodal model of transformers, from the entries with which `hf_whole` reads it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The config.json of an export.
 
-Keys and their order come from the rows of `config.traits`, so what is written here is what `hf_config` reads. A
+Keys and their order come from the entries of `config.traits`, so what is written here is what `hf_config` reads. A
 decoder is written as the family whose mathematics the recipe asks for: Qwen3 with norms on queries and keys, Qwen2
 with biases on them, else LLaMA.
 """
@@ -76,7 +76,7 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
 
 
 def written_fields(fields: Mapping[str, HfField], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the keys that a row of the tables describes.
+    """Write the keys that an entry of the tables describes.
 
     Args:
         fields: The keys of one part of a config.

@@ -19,7 +19,7 @@ from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, require_writable_answers
 
 SHOWN = 20
-_STOPPED = "generate: stopped on request; nothing was written, the same command begins anew"
+_STOPPED = "generate: stopped on request; nothing was written, the same command starts again"
 
 
 @dataclass(frozen=True, slots=True)

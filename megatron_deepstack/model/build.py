@@ -105,7 +105,7 @@ def build_model(
 
 
 def _on(device: torch.device, module: ModuleT) -> ModuleT:
-    """The module on a device; as it is where it is there already, since fake tensors cannot be moved."""
+    """The module on a device; unchanged if it is there already, since fake tensors cannot be moved."""
     there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
     return module if there else module.to(device)
 
@@ -136,7 +136,7 @@ def fill_adapters(rank_model: RankModel, source: Source, tp_group: torch.distrib
 
 
 def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
-    """Let only the named parts learn, of a decoder with adapters these alone; unused ViT layers never do.
+    """Let only the named parts learn. In a decoder with adapters, only these do; unused ViT layers never do.
 
     Args:
         rank_model: What this rank holds; changed in place.

@@ -6,6 +6,7 @@ the published tensors with their shapes, and says how they are fused and split. 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,44 @@ import torch
 Shape = tuple[int, ...]
 Source = Callable[[str, Shape], torch.Tensor]
 """Published name and shape to the full tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A range along one dimension of a published tensor."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+class PartialSource(ABC):
+    """A Source that can also make a part of a tensor, without the rest of it."""
+
+    @abstractmethod
+    def __call__(self, name: str, shape: Shape) -> torch.Tensor:
+        """Make a tensor.
+
+        Args:
+            name: Its published name.
+            shape: Its shape.
+
+        Returns:
+            All of it.
+        """
+
+    @abstractmethod
+    def part(self, name: str, shape: Shape, span: Span) -> torch.Tensor:
+        """Make a part of a tensor.
+
+        Args:
+            name: Its published name.
+            shape: The shape of all of it.
+            span: Which part.
+
+        Returns:
+            The same numbers as in this part of the whole tensor.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +73,36 @@ class Rule:
     """The one published tensor consists of this many tensors of the same shape, one after another along dim 0, which
     are interleaved here as if they were several."""
 
-    def shard(self, tensors: Sequence[torch.Tensor], rank: int, num_ranks: int) -> torch.Tensor:
-        """From published tensors to our parameter.
+    def shard(self, source: Source, rank: int, num_ranks: int) -> torch.Tensor:
+        """Make our parameter from published tensors. Not collective.
 
         Args:
-            tensors: The full published tensors, in the order of `names`.
+            source: Published name and shape to the full tensor; of a `PartialSource` only the rank's part is asked.
             rank: The tensor-parallel rank whose shard is wanted.
             num_ranks: Ranks that share the parameter.
 
         Returns:
             The shard.
         """
-        if self.concatenated:
-            return torch.cat([t.chunk(num_ranks, dim=0)[rank] for t in tensors])
-        full = self._fuse(tensors)
-        return full if self.tp_dim is None else full.chunk(num_ranks, dim=self.tp_dim)[rank]
+        num_ranks = 1 if self.tp_dim is None else num_ranks
+        return self._join([self._part(source, k, rank, num_ranks) for k in range(len(self.names))], num_ranks)
+
+    def _part(self, source: Source, k: int, rank: int, num_ranks: int) -> torch.Tensor:
+        """What a rank needs of the published tensor of number k: whole groups of rows, or some columns."""
+        name, shape = self.names[k], self.shapes[k]
+        if num_ranks == 1:
+            return source(name, shape)
+        assert self.stacked == 1, f"{name}: interleaved tensors are not split over tp"
+        whole_groups = self.concatenated or len(self.names) == 1 or self.groups % num_ranks == 0
+        assert whole_groups, f"{name}: {num_ranks} ranks cannot share {self.groups} groups"
+        dim = self.tp_dim or 0
+        size = shape[dim] if self.padded_rows is None else self.padded_rows
+        assert size % num_ranks == 0, f"{name}: {size} is no multiple of the {num_ranks} ranks that share it"
+        own = size // num_ranks
+        span = Span(dim, min(rank * own, shape[dim]), min((rank + 1) * own, shape[dim]))
+        if isinstance(source, PartialSource):
+            return source.part(name, shape, span)
+        return source(name, shape).narrow(dim, span.start, span.stop - span.start)
 
     def published(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The published tensors, in the order of `names`, from our parameter on every tp rank."""
@@ -58,17 +112,21 @@ class Rule:
         full = shards[0] if self.tp_dim is None else torch.cat(list(shards), dim=self.tp_dim)
         return self._take_apart(full)
 
-    def _fuse(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _join(self, tensors: Sequence[torch.Tensor], num_ranks: int) -> torch.Tensor:
+        """A shard from a rank's parts of the published tensors."""
+        if self.concatenated:
+            return torch.cat(list(tensors))
         if self.padded_rows is not None:
             (only,) = tensors
-            padding = only.new_zeros(self.padded_rows - len(only), *only.shape[1:])
+            padding = only.new_zeros(self.padded_rows // num_ranks - len(only), *only.shape[1:])
             return torch.cat([only, padding])
         if self.stacked > 1:
             (only,) = tensors
             tensors = only.chunk(self.stacked)
         if len(tensors) == 1:
             return tensors[0]
-        grouped = torch.cat([t.unflatten(0, (self.groups, -1)) for t in tensors], dim=1)
+        groups = self.groups // num_ranks
+        grouped = torch.cat([t.unflatten(0, (groups, -1)) for t in tensors], dim=1)
         return grouped.flatten(0, 1)
 
     def _take_apart(self, full: torch.Tensor) -> list[torch.Tensor]:
@@ -98,7 +156,8 @@ def fill(
     Args:
         module: Changed in place.
         rules: Rules of all its parameters.
-        source: Published name and shape to the full tensor, of any float dtype.
+        source: Published name and shape to the full tensor, of any float dtype; of a `PartialSource` the rank's part
+            alone is asked.
         rank: The tp rank whose shard is taken.
         num_ranks: Ranks that share a tensor.
         wanted: Whether a parameter of that name is set; every one by default.
@@ -106,9 +165,7 @@ def fill(
     for name, parameter in module.named_parameters():
         if not wanted(name):
             continue
-        rule = rules[name]
-        tensors = [source(n, shape) for n, shape in zip(rule.names, rule.shapes, strict=True)]
-        shard = rule.shard(tensors, rank, num_ranks)
+        shard = rules[name].shard(source, rank, num_ranks)
         assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
         with torch.no_grad():
             parameter.copy_(shard)

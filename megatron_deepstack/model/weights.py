@@ -125,8 +125,8 @@ _ADAPTED = {
 def adapter_rules(prefix: str, language: LanguageConfig, lora: LoraConfig) -> Rules:
     """What the parameters of the adapters of a decoder's layer are made of, by their names in it.
 
-    There is an A for each fused linear and a B for each published one; names are as other programs give them, where
-    they have the same.
+    There is an A for each fused linear and a B for each published one. Their names are those of other programs, if
+    these have the same matrix.
 
     Args:
         prefix: What published names of the layer begin with.

@@ -11,9 +11,9 @@ from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.platform.quantity import flop_rate
+from megatron_deepstack.platform.quantity import duration, flop_rate
 from megatron_deepstack.report.drawing.chart import Charts, Line, running_mean
-from megatron_deepstack.report.drawing.frame import document, duration, section, table, wide_drawing, write
+from megatron_deepstack.report.drawing.frame import document, section, table, wide_drawing, write
 from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.drawing.timeline import RecordedStep, read_timelines, timeline_drawing
 from megatron_deepstack.report.evaluations import evaluation_sections

@@ -13,8 +13,9 @@ from pathlib import Path
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.platform.quantity import duration
 from megatron_deepstack.report.drawing.chart import Charts, Line, running_mean
-from megatron_deepstack.report.drawing.frame import document, duration, facts, section, table, wide_drawing, write
+from megatron_deepstack.report.drawing.frame import document, facts, section, table, wide_drawing, write
 from megatron_deepstack.report.drawing.stages import stage_drawing
 from megatron_deepstack.report.drawing.svg import PALETTE, Markup, element, joined
 from megatron_deepstack.report.drawing.timeline import read_timelines

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,11 +14,13 @@ from rich.text import Text
 from megatron_deepstack.planning.budget.layouts import Layouts, describe, overrides
 from megatron_deepstack.planning.budget.memory import RankMemory
 from megatron_deepstack.planning.budget.run_plan import NOT_MODELLED, RunPlan, boxes
-from megatron_deepstack.platform.quantity import data_size, flop_rate
+from megatron_deepstack.platform.quantity import brief_time, data_scale, data_size, duration, flop_rate, number_of
 from megatron_deepstack.report.drawing.timeline import Bar, RankLine, RecordedStep
 
 _SHOWN_LAYOUTS = 8
 _SHOWN_REASONS = 6
+_WIDTH_OF_KINDS = 76
+"""Columns that a line with all kinds of memory takes."""
 _GB = 1e9
 _MARKS = {"forward": "0123456789", "backward": "abcdefghij"}
 _COLOURS = {"forward": "cyan", "backward": "blue", "encode": "yellow", "encoder backward": "red"}
@@ -34,10 +37,10 @@ def three_lines(plan: RunPlan) -> str:
         [
             f"plan: {describe(plan.recipe.parallel, plan.num_ranks)} on {plan.num_ranks} x {machine.name}: fullest "
             f"stage {fullest.stage} needs {data_size(fullest.memory.total)}{room} ({verdict})",
-            f"plan: {seconds.total:.3g} s a step predicted ({plan.tokens_per_second:,.0f} tokens/s{mfu}), "
-            f"{plan.hours:.3g} hours for {plan.recipe.train.steps} steps",
-            f"plan: {_flops(plan.flops.total)} a step; {len(plan.load.micro_batches)} micro-batches a replica, bubble "
-            f"{plan.bubble:.0%}, padding {plan.load.balance.padding:.0%}, imbalance {plan.load.balance.imbalance:.1%}",
+            f"plan: {brief_time(seconds.total)} a step predicted ({plan.tokens_per_second:,.0f} tokens/s{mfu}), "
+            f"{duration(3600 * plan.hours)} for {number_of(plan.recipe.train.steps, 'step')}",
+            f"plan: {_flops(plan.flops.total)}, {len(plan.load.micro_batches)} micro-batches a replica, bubble "
+            f"{plan.bubble:.0%}, padding {plan.load.balance.padding:.0%}, imbalance {plan.load.balance.imbalance:.0%}",
         ]
     )
 
@@ -53,7 +56,7 @@ def estimate(plan: RunPlan, advice: str, width: int = 100) -> RenderableType:
     Returns:
         Something that rich can print.
     """
-    parts: list[RenderableType] = [_memory_table(plan)]
+    parts: list[RenderableType] = [_memory_table(plan, width)]
     if plan.fits:
         parts.append(Text("fits" if plan.limit_bytes is not None else "the memory of this machine is not known"))
     else:
@@ -65,30 +68,36 @@ def estimate(plan: RunPlan, advice: str, width: int = 100) -> RenderableType:
     return Group(*parts)
 
 
-def _memory_table(plan: RunPlan) -> Table:
-    machine = plan.machine
+def _memory_table(plan: RunPlan, width: int) -> Table:
+    """A line for each stage; where the terminal is too narrow for that, a line for each kind of memory."""
     free = "" if plan.limit_bytes is None else f", {plan.limit_bytes / _GB:.0f} GB free for tensors"
-    table = Table(title=f"GB of a rank by stage ({machine.name}{free})", title_justify="left", pad_edge=False)
-    names = [one.name for one in fields(RankMemory)]
-    headings = ("weights", "grads", "optim", "activ", "logits", "rows", "encoder", "moment")
-    for heading in ("stage", *headings, "total"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for one in plan.stages:
-        values = [f"{getattr(one.memory, name) / _GB:.3g}" for name in names]
-        table.add_row(str(one.stage), *values, f"{one.memory.total / _GB:.3g}")
+    scale, unit = data_scale(plan.fullest.memory.total)
+    title = f"{unit} of a rank by stage ({plan.machine.name}{free})"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    headings = ("weights", "grads", "optim", "activ", "logits", "rows", "encoder", "moment", "total")
+    values = [[f"{value / scale:.3g}" for value in (*astuple(one.memory), one.memory.total)] for one in plan.stages]
+    lines = [["stage", *headings], *([str(one.stage), *row] for one, row in zip(plan.stages, values, strict=True))]
+    if width < _WIDTH_OF_KINDS:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    for number, heading in enumerate(lines[0]):
+        table.add_column(heading, justify="right" if number else "left")
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
 
 
 def _lines(plan: RunPlan) -> Iterator[str]:
     seconds, flops, sent = plan.seconds, plan.flops, plan.sent
     yield (
-        f"step {seconds.total:.4g} s: encode {seconds.encode:.3g}, schedule {seconds.schedule:.3g} (bubble "
-        f"{plan.bubble:.1%}), encoder backward {seconds.encoder_backward:.3g}, reduction {seconds.reduction:.3g}, "
-        f"optimizer {seconds.optimizer:.3g}"
+        f"step {brief_time(seconds.total)}: encode {brief_time(seconds.encode)}, schedule "
+        f"{brief_time(seconds.schedule)} (bubble {plan.bubble:.1%}), encoder backward "
+        f"{brief_time(seconds.encoder_backward)}, reduction {brief_time(seconds.reduction)}, optimizer "
+        f"{brief_time(seconds.optimizer)}"
     )
     mfu = "" if plan.limit_bytes is None else f", MFU {plan.mfu:.1%}"
     yield (
-        f"{plan.tokens_per_second:,.0f} tokens/s{mfu}; {plan.hours:.3g} hours for {plan.recipe.train.steps} steps; "
+        f"{plan.tokens_per_second:,.0f} tokens/s{mfu}; {duration(3600 * plan.hours)} for "
+        f"{number_of(plan.recipe.train.steps, 'step')}; "
         f"padding {plan.load.balance.padding:.1%}, imbalance of replicas {plan.load.balance.imbalance:.1%}"
     )
     yield (
@@ -124,7 +133,9 @@ def _timeline(plan: RunPlan, width: int) -> Iterator[Text]:
     shown = len({one.micro_batch for one in plan.timeline[0]})
     total = len(plan.load.micro_batches)
     some = f", the first {shown} of {total} micro-batches" if shown < total else ""
-    yield Text(f"predicted timeline of {whole:.3g} s{some}: digits forward, letters backward, E encoder, O optimizer")
+    yield Text(
+        f"predicted timeline of {brief_time(whole)}{some}: digits forward, letters backward, E encoder, O optimizer"
+    )
     for stage in range(len(plan.stages)):
         line = [(" ", "")] * columns
         for kind, micro_batch, _, begin, end in boxes(plan, stage):

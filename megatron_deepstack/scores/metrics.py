@@ -16,7 +16,7 @@ from typing import Final
 from megatron_deepstack.scores.vqa_words import normalised
 
 _AGREEING: Final = 3
-"""People who have to give an answer for it to be wholly right."""
+"""People who have to give an answer for it to be completely right."""
 _LEAST_SIMILARITY: Final = 0.5
 _TOLERANCE: Final = 0.05
 
@@ -46,7 +46,7 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float | None:
 
     Returns:
         The mean over all people of min(1, others who gave the answer / 3); None for less than four people, among whom
-        no answer could be wholly right.
+        no answer could be completely right.
     """
     if len(references) <= _AGREEING:
         return None

@@ -1,6 +1,6 @@
 """Encoding a rank's views before the schedule, and the encoder's backward after it.
 
-Between the two lies the whole pipeline, so the encoder's graph is cut at its output rows: `EncoderPass` keeps what its
+The whole pipeline runs between the two, so the encoder's graph is cut at its output rows: `EncoderPass` keeps what its
 backward needs. Three cases: nothing to train (no graph), a frozen ViT under a trained projector (features kept, the
 projector's graph only), and a trained ViT, whose graph is kept, or dropped and rebuilt chunk by chunk where its
 activations would not fit (`parallel.encoder_chunk_views`).
@@ -50,7 +50,7 @@ class EncoderPass:
         self.live_rows.untyped_storage().resize_(0)
 
     def backward(self, grad_rows: torch.Tensor) -> None:
-        """Accumulate the parameters' gradients from those of `rows`. Does nothing where nothing is trained."""
+        """Accumulate the parameters' gradients from those of `rows`. It does nothing if nothing is trained."""
         if not self.live_rows.requires_grad:
             return
         torch.autograd.backward(self.live_rows, grad_rows)
@@ -60,7 +60,7 @@ class EncoderPass:
                 torch.autograd.backward(self.encoder.vit.features(chunk), grad)
 
     def _whole_images(self, chunk_views: int) -> int:
-        """Views per chunk, rounded down to whole images where an image's views meet inside the ViT."""
+        """Views per chunk, rounded down to whole images if the ViT itself combines the views of an image."""
         if self.encoder.vit.stacks is None:
             return chunk_views
         per_image = self.encoder.vit.stacks.views_per_image

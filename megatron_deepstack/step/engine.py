@@ -1,4 +1,4 @@
-"""A rank's model as it trains: modules, gradient buffers, and where the rank stands."""
+"""A rank's model as it trains: modules, gradient buffers, and the rank's process groups."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Engine:
         """Make every rank's parameters whole after an update. Collective over dp x cp.
 
         Under `speed.overlap_param_gather` they are gathered by the next step's forward pass. Whatever else reads them
-        before (a checkpoint, validation, a comparison) must call this first; without it does nothing.
+        before (a checkpoint, validation, a comparison) must call this first. Without that setting it does nothing.
         """
         for ddp in self.decoder_ddp:
             if ddp.ddp_config.overlap_param_gather:

@@ -1,4 +1,4 @@
-"""The baseline placement: ViT and projector inside the first stage's forward step, as today's systems run them.
+"""The baseline placement: ViT and projector inside the first stage's forward step, as other systems run them.
 
 Nothing is exchanged; rows join the stage's graph, and the schedule's own backward reaches the encoder.
 """

@@ -1,4 +1,4 @@
-"""Megatron-Core's own pipeline schedules, driven with a step's micro-batches; nothing of them is changed.
+"""Megatron-Core's own pipeline schedules, driven with a step's micro-batches; they are not changed.
 
 The schedule ends by finalising gradients. Ours must wait for the encoder's backward, so the schedule's call is left
 empty here and `train_step` finalises afterwards.
@@ -158,7 +158,7 @@ def _sum(counts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _no_sync(chunks: Sequence[torch.nn.Module]) -> Any:
-    """What the schedule enters for all backwards but a chunk's last, whose gradients are reduced as they come.
+    """What the schedule enters for all backwards of a chunk except the last, whose gradients are reduced as they come.
 
     One context for one chunk, a list for several, as the schedules want it; None where nothing is trained.
     """
@@ -184,7 +184,7 @@ class _MicroBatch:
 def _micro_batches(
     plan: StepPlan, config: TransformerConfig, cp_rank: int, tp_rank: int, *, keep_logits: bool
 ) -> list[_MicroBatch]:
-    """All of a step's, in one upload, so that nothing is sent to the device while the schedule runs."""
+    """All micro-batches of a step, in one upload, so that nothing is sent to the device while the schedule runs."""
     ends = plan.segments or tuple((length,) for length in plan.seq_lengths)
     own = [zigzag(one, config.context_parallel_size, cp_rank) for one in ends]
     bounds = [np.array((0, *one), np.int64) for one in plan.segments or ()]

@@ -1,8 +1,8 @@
-"""What a rank did when, in one step: intervals of its parts, and of each micro-batch's forward and backward.
+"""What a rank did at what time, in one step: intervals of its parts, and of each micro-batch's forward and backward.
 
 Megatron's schedule runs unchanged. A forward is timed where the schedule calls our forward step. A backward begins when
-the gradient of a chunk's output arrives, which a hook on that output tells, and ends with the autograd run that the
-hook is part of. What lies between these inside the schedule is waiting for a neighbour and sending to it. Times are
+the gradient of a chunk's output arrives, as a hook on that output notices, and ends with the autograd run that the
+hook is part of. The rest of the schedule's time is waiting for a neighbour and sending to it. Times are
 those of the host's monotonic clock, taken when the device is idle: a recorded step is slower than others.
 """
 
@@ -86,16 +86,16 @@ class Timeline:
             output.register_hook(lambda _: self._begin(micro_batch, vpp))
 
     def watch_encoder_backward(self, rows: torch.Tensor) -> None:
-        """Record as the encoder's what follows the gradient of `rows` in the backward that is under way then."""
+        """Record the rest of a backward as the encoder's, from the moment when the gradient of `rows` arrives."""
         if rows.requires_grad:
             rows.register_hook(lambda _: self._reach_encoder())
 
     def _begin(self, micro_batch: int, vpp: int) -> None:
         self._running = _Running(BACKWARD, _now(), micro_batch, vpp)
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # called when this backward is through
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # called when this backward is over
 
     def _reach_encoder(self) -> None:
-        """The decoder's nodes came later in the forward, so they are through when the encoder's turn comes."""
+        """The decoder's nodes came later in the forward, so their backward is over when the encoder's begins."""
         running = self._running
         if running is not None:
             self._end()

@@ -18,7 +18,7 @@ class ReceivedRows:
     """A step's received rows, cut into leaf tensors per micro-batch and chunk, and then their gradients.
 
     Rows and gradients share one storage: once a leaf's gradient is known nothing reads its rows any more, so the
-    gradient takes their place. A step thus holds its rows once.
+    gradient takes their place. So a step holds its rows once.
     """
 
     def __init__(self, stored: torch.Tensor, routes: RankRoutes, *, requires_grad: bool) -> None:
@@ -55,10 +55,10 @@ class ReceivedRows:
         return self.inputs.get((micro_batch, vpp), NO_VISUAL_INPUTS)
 
     def take_gradients(self) -> torch.Tensor:
-        """Give the gradients away, after the schedule; the rows are gone then.
+        """Hand over the gradients, after the schedule; the rows are gone then.
 
         Returns:
-            (len(stored_rows), H) in the order of `stored_rows`; zero where no gradient came.
+            (len(stored_rows), H) in the order of `stored_rows`; zero if no gradient came.
         """
         for leaf in self._without_gradient.values():
             leaf.data.zero_()
@@ -69,10 +69,10 @@ class ReceivedRows:
         return stored
 
     def _keep_gradient(self, leaf: torch.Tensor, name: tuple[Key, str]) -> None:
-        """Put the leaf's gradient where its rows were, as soon as all that used them have given their part.
+        """Put the leaf's gradient where its rows were, as soon as the backward of all that used them is over.
 
-        Written through `.data`: autograd counts changes of a tensor and would take this one for a change of what is
-        saved for a backward still to come. None is: leaves share no element, and this one's backward is over.
+        Written through `.data`: autograd counts changes of a tensor and would take this one for a change of what
+        a later backward needs. No backward needs it: leaves share no element, and this leaf's backward is over.
         """
         leaf.requires_grad_()
         self._without_gradient[name] = leaf
@@ -88,7 +88,7 @@ class ReceivedRows:
 
 
 def chunk_positions(chunks: Iterable[ChunkRows]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each chunk its base positions (R0,) and its slots' positions (N, R) on the device, all in one upload."""
+    """The base positions (R0,) and the slots' positions (N, R) of each chunk on the device, all in one upload."""
     uploaded = iter(upload_all([array for chunk in chunks for array in (chunk.base_positions, chunk.slot_positions)]))
     return list(zip(uploaded, uploaded, strict=True))
 

@@ -287,7 +287,7 @@ def be_the_only_rank(folder: Path) -> None:
 def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
     """The process groups of a layout, inside a pool's worker. Collective over all ranks of the pool.
 
-    They are those of the last call if the layout is the same. Otherwise the world is left and joined anew: gloo groups
+    They are those of the last call if the layout is the same. Otherwise the world is left and joined again: gloo groups
     that are merely forgotten keep their threads, and a suite of a hundred layouts would end with thousands of them.
 
     Args:

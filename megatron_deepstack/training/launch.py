@@ -74,7 +74,7 @@ def _attempts(
 
 
 def _in_full(recipe: Recipe, error: DeepStackError) -> DeepStackError:
-    """The error; of a hang, what the ranks found out about it."""
+    """The error; if it is a hang, together with what the ranks found out about it."""
     if isinstance(error, HangError):
         return HangError(last_hang(Path(recipe.run_dir)) or str(error))
     return error

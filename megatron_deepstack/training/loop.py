@@ -1,7 +1,7 @@
-"""The loop: load a step, train it, record it, save now and then; and end well when asked to, or when the run is sick.
+"""The loop: load a step, train it, record it, save now and then; end in order on request, or when the run goes wrong.
 
 Whatever a rank alone may see (a signal, a gradient that is not finite, a sample that cannot be read) is first agreed on
-by all ranks, so that each takes the same way and none waits for another that has left.
+by all ranks, so that all ranks do the same and none waits for one that has left.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def run(recipe: Recipe, groups: Groups, stop_after: int | None = None, asked: Ca
 
 
 def _nothing_to_do(recipe: Recipe, done: int, stop_after: int | None) -> str:
-    """What a run says that is where it was to come to."""
+    """The line of a run that has already done all steps that were asked for."""
     steps = recipe.train.steps
     if done >= steps:
         return f"nothing to do: {done} of {steps} steps are done; raise train.steps to go on"
@@ -164,7 +164,7 @@ class _Loop:
         self._finish_save()
 
     def _loaded(self) -> Iterator[LoadedStep]:
-        """This rank's steps, prepared ahead; what cannot be read is this rank's alone to tell."""
+        """This rank's steps, prepared ahead; only this rank knows what it cannot read."""
         try:
             yield from Prefetcher(self.session.reader, self.first, self.stop)
         except DeepStackError as error:
@@ -300,7 +300,7 @@ class _Loop:
 
 
 def _mean(loss: StepLoss) -> float | None:
-    """Mean loss per target; None where no sample of any rank has one: a mean of nothing is not 0."""
+    """Mean loss per target; None where no sample of any rank has a target: a mean of nothing is not 0."""
     return loss.mean if loss.num_tokens else None
 
 

@@ -1,4 +1,4 @@
-"""The entry points of a training rank: one for ranks whose launcher has looked before, one for torchrun's."""
+"""The entry points of a training rank: one for ranks whose launcher has checked everything, one for torchrun's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train(recipe: Recipe, stop_after: int | None = None, asked: Callable[[], boo
 
 
 def train_under_torchrun(load: Callable[[], Recipe], stop_after: int | None, tell: Callable[[str], None]) -> None:
-    """Train on a rank that torchrun, or whatever sets RANK and WORLD_SIZE, has started: nobody has looked before.
+    """Train on a rank that torchrun, or whatever sets RANK and WORLD_SIZE, has started: nothing has been checked.
 
     Args:
         load: Reads and checks the recipe on this rank.
@@ -117,7 +117,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Let an error that only this rank meets bear its name."""
+    """Put this rank's number into an error that only this rank meets."""
     try:
         yield
     except DeepStackError as error:
@@ -128,7 +128,7 @@ def _named() -> Iterator[None]:
 
 @contextmanager
 def _whose_connections_broke() -> Iterator[None]:
-    """In place of the traceback of a rank that another one has left, a line that says so: that one says why."""
+    """Replace the traceback of a rank that another one has left by one line: the other rank says why it left."""
     import torch.distributed as dist
 
     from megatron_deepstack.platform.processes.cut_off import is_cut_off
@@ -145,7 +145,7 @@ def _whose_connections_broke() -> Iterator[None]:
 
 
 def collective_seconds(recipe: Recipe) -> float:
-    """Longest wait of a collective: beyond the watchdog's patience, so that the watchdog is first and names ranks.
+    """Longest wait of a collective: longer than the watchdog waits, so that the watchdog acts first and names ranks.
 
     Args:
         recipe: The run's recipe.

@@ -1,8 +1,8 @@
 """Whether to start all ranks again after a failure: one decision for every launcher, without processes or files.
 
 A mistake that the next attempt would repeat is not tried again; a death, a hang or a broken connection is. An exception
-of our own code gets one more attempt, since a bad disk or a bad network shows itself in such a way too, but not a
-second one that ends with the same words.
+of our own code gets one more attempt, since a bad disk or a bad network may look like that too, but no second
+one if the first ends with the same words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Failure:
 
 
 def is_worth_a_retry(failure: Failure, previous: Failure | None) -> bool:
-    """Whether another attempt may end otherwise, the budget of restarts aside.
+    """Whether another attempt may end differently, whatever number of restarts is left.
 
     Args:
         failure: What ended this attempt.

@@ -1,4 +1,4 @@
-"""A rank's part of a run, set up in phases that all ranks leave together: an error of one is told once, by its name.
+"""A rank's part of a run, set up in phases that all ranks leave together: an error of one is shown once, with its rank.
 
 1. stores         checked by the first rank of each node, then opened by every rank
 2. layers         what this recipe builds can run on every rank, and is the same on all
@@ -53,7 +53,7 @@ class Beginning:
     facts: dict[str, Any]
     """Identity of the run, see `checkpoint.identity`."""
     samples: dict[str, Any]
-    """What the run reads, for the words of a checkpoint that belongs to other data."""
+    """What the run reads, for the message about a checkpoint that belongs to other data."""
     checkpoint: Checkpoint | None
     """The newest whole one; None for a fresh start."""
     passed_over: tuple[str, ...]
@@ -195,7 +195,7 @@ class Resumption:
 
 
 def resume(session: Session) -> Resumption:
-    """Phase 5: load the checkpoint that was found, if there was one; else begin anew. Collective over all ranks.
+    """Phase 5: load the checkpoint that was found, if there was one; else start at step 0. Collective over all ranks.
 
     Args:
         session: What `start_session` built.
@@ -223,7 +223,7 @@ def is_first_of_node() -> bool:
     """Whether this rank does what one rank of each machine does; LOCAL_RANK says so.
 
     Returns:
-        True for the first, and where nothing says which it is.
+        True for the first, and if LOCAL_RANK is not set.
     """
     return os.environ.get("LOCAL_RANK", "0") == "0"
 

@@ -16,7 +16,7 @@ from megatron_deepstack.training.session import Session
 
 _KEPT_PLANS: Final = 16
 """Batches whose plans are kept from one evaluation to the next: 12 MB each for 128 samples of one view and four stacks.
-Later batches are planned anew, beside the forward pass of the batch before."""
+Later batches are planned again each time, during the forward pass of the batch before."""
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class Validation:
     def loss(self, progress: Callable[[str], None]) -> float | None:
         """Mean loss per target over the held-out samples, in store order. Collective over all ranks.
 
-        What does not fill a last batch is left out, but for a store smaller than one batch, whose samples repeat.
+        What does not fill a last batch is left out, except for a store smaller than one batch, whose samples repeat.
 
         Args:
             progress: Told of every batch.

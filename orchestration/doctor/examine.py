@@ -1,4 +1,4 @@
-"""All that `doctor` looks at, in the order in which it is said."""
+"""All that `doctor` looks at, in the order in which it is shown."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def look(folder: Path) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    """Older ones than are supported do not come here: the package does not install into them."""
+    """Versions older than the supported ones never get here: the package cannot be installed into them."""
     return Finding("Python", State.GOOD, f"{platform.python_version()} at {sys.executable}; supported is 3.11 or later")
 
 
@@ -165,8 +165,8 @@ def _disks(folder: Path) -> Iterator[Finding]:
 
 
 def _temporary() -> str:
-    """The folder that is asked for, or the one that Python finds; one that is asked for but not usable is passed over
-    in silence otherwise."""
+    """The folder that is asked for, or the one that Python finds. Python itself silently ignores a folder that is asked
+    for but not usable."""
     try:
         return os.environ.get("TMPDIR") or tempfile.gettempdir()
     except OSError:

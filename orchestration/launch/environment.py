@@ -1,4 +1,4 @@
-"""Variables of the driver that ranks get too, and which of them no one else is to see.
+"""Variables of the driver that ranks get too, and which of them nobody else may see.
 
 Ray keeps the variables of a runtime environment with the job, and shows them in its dashboard, its state API and its
 logs. Credentials therefore travel inside what is sent to the ranks, whose content Ray does not show, and are set in the

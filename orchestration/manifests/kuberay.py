@@ -1,9 +1,9 @@
 """`launch` as KubeRay runs it: ends that a new cluster would not change are no failures, so that none is started.
 
-KubeRay tells 0 from everything else, and with `backoffLimit` starts whatever failed again: a run that was asked to stop
-would go on, one with a mistake in its recipe would take cluster after cluster. Such ends become 0 here and are told in
-the log; `megatron-deepstack status` still leaves with the run's own code. This is no line of shell, as an entrypoint
-goes through two shells and the quoting of `ray job submit` between them.
+KubeRay treats every exit code except 0 as a failure, and with `backoffLimit` starts whatever failed again. So a run
+that was asked to stop would go on, and one with a mistake in its recipe would take cluster after cluster. Such ends
+become 0 here and are explained in the log; `megatron-deepstack status` still leaves with the run's own code. This is no
+line of shell, as an entrypoint goes through two shells and the quoting of `ray job submit` between them.
 
     python -m orchestration.manifests.kuberay megatron-deepstack launch RECIPE ...
 """
@@ -39,7 +39,7 @@ _SETTLED: Final = {
 def main(command: Sequence[str]) -> int:
     """Run `command` to its end; returns its exit code, or 0 for an end that is settled.
 
-    `ray job stop` signals every process of a job, so a signal is left to the command, and its end waited for.
+    `ray job stop` signals every process of a job, so a signal is left to the command, whose end is waited for.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

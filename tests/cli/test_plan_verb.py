@@ -34,6 +34,17 @@ def test_one_layout_shows_memory_time_and_timeline(tmp_path: Path) -> None:
     assert drawing.read_text().startswith("<svg")
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_memory_is_readable_in_any_terminal(width: int) -> None:
+    """No word or number is cut short; the unit fits the size."""
+    found = CliRunner().invoke(app, ["plan", "demo"], env={"COLUMNS": str(width)})
+    table = found.output[found.output.index("MB of a rank by stage") : found.output.index("fits")]
+    words = table.split()
+    assert {"weights", "grads", "optim", "activ", "logits", "rows", "encoder", "moment", "total"} <= set(words)
+    assert max(float(word) for word in words if word.replace(".", "").isdigit()) > 1
+    assert "…" not in table
+
+
 def test_all_layouts() -> None:
     found = ran("deepstack_l_7b_finetune", "--gpus", "8")
     assert found.exit_code == 0

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_deepstack.platform import progress
 from megatron_deepstack.platform.progress import WorkProgress
-from megatron_deepstack.platform.quantity import clock, data_size, flop_rate, flop_scale
+from megatron_deepstack.platform.quantity import brief_time, clock, data_size, duration, flop_rate, flop_scale
 
 RATES = {0.0: "0 FLOP/s", 6.37e-3: "6.37 GFLOP/s", 2e-6: "2 MFLOP/s", 412.3: "412 TFLOP/s", 1978.0: "1.98 PFLOP/s"}
 SIZES = {0: "0 bytes", 999: "999 bytes", 1500: "1.5 kB", 13_476_839_424: "13.5 GB", 2_500_000_000_000: "2.5 TB"}
@@ -89,3 +89,15 @@ def test_ranks_that_are_quiet_say_nothing(capfd: pytest.CaptureFixture[str]) -> 
     with WorkProgress("generate", 2, "questions", quiet=True) as work:
         work.at(1)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.00215, "2.15 ms"), (1.5e-5, "15 us"), (2.5, "2.5 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_a_time_of_nothing() -> None:
+    assert brief_time(0.0) == "0 s"

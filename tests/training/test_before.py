@@ -145,7 +145,7 @@ def test_verbs_say_what_became_of_their_work() -> None:
     from megatron_deepstack.inference import launch as generate
 
     assert "go on from the newest checkpoint" in launch._STOPPED
-    assert generate._STOPPED == "generate: stopped on request; nothing was written, the same command begins anew"
+    assert generate._STOPPED == "generate: stopped on request; nothing was written, the same command starts again"
     assert "out was not made" in export._STOPPED.format(output="out")
     for words in (generate._STOPPED, export._STOPPED):
         assert "checkpoint" not in words

@@ -19,7 +19,7 @@ from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.errors import CheckpointError
 
 _BEFORE: Mapping[str, Any] = {"lora": {"rank": 0}}
-"""What older checkpoints, which do not say it, were made with."""
+"""What older checkpoints were made with, which do not say so themselves."""
 
 
 def identity(recipe: Recipe, *, plan_hash: str, tokenizer_sha256: str) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def differences(saved: Any, ours: Any, where: str = "") -> Iterator[tuple[str, A
 
 
 def _plain(value: Any) -> Any:
-    """JSON's idea of a value: tuples are lists, enums their text."""
+    """A value as JSON would return it: tuples become lists, enums their text."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

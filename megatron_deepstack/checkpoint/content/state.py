@@ -27,8 +27,8 @@ FUSED_NORMS = {
     "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
     "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
 }
-"""Keys of the norms before linears, to those of Transformer Engine's layers, which own them together: so that either
-layers read what the others wrote."""
+"""Keys of the norms before linears, to those of Transformer Engine's layers, which own them together: so that each kind
+of layers reads what the other wrote."""
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Keys of optimizer states that any layout can read."""
 
@@ -88,7 +88,7 @@ def _distributed_state(
 def allocate_states(optimizer: ChainedOptimizer) -> None:
     """Make the states that an optimizer otherwise has from its first update on, all zero.
 
-    Loading writes into them; and a run that begins anew has what a save plans for, whether or not it was ever updated.
+    Loading writes into them; and a run that starts from the beginning has all that a save plans for, before any update.
     """
     for single in optimizer.chained_optimizers:
         inner = single.optimizer

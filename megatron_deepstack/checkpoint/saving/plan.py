@@ -2,8 +2,8 @@
 
 Megatron's own asynchronous callers do not fit here: the one that forks duplicates a process with gloo, CUDA and
 prefetch threads (and 0.16 forks once more inside, which daemonic processes may not), the persistent one asks for the
-number of CUDA devices, and neither copies CPU tensors, so that what is written would be what training has made of
-them by then. Its planner, metadata and file format are used as they are, in 0.16 and 0.19 alike.
+number of CUDA devices, and neither copies CPU tensors, so that later values than those of the step would be
+written. Its planner, metadata and file format are used as they are, in 0.16 and 0.19 alike.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class RankPlan:
 
     files: list[PlannedFile]
     small_files: dict[str, bytes]
-    """Files that are written as they are, by name; rank 0's."""
+    """Files that are written as they are, by name; on rank 0 only."""
     metadata: Metadata | None
-    """The checkpoint's index, complete but for where each tensor lies; rank 0's."""
+    """The checkpoint's index, complete except for where each tensor lies; on rank 0 only."""
 
 
 class Planner:

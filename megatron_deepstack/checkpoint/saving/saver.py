@@ -63,7 +63,7 @@ class Saved:
 
 
 class _State(IntEnum):
-    """Of one rank's work; the lowest of all ranks decides."""
+    """The state of one rank's work; the lowest of all ranks decides."""
 
     FAILED = 0
     RUNNING = 1
@@ -155,7 +155,7 @@ class Saver:
         _hold_updates(optimizer, self)
 
     def begin(self, step: int) -> None:
-        """Start the checkpoint after `step` steps, once one in flight is whole. Under `mode: sync` it is whole after.
+        """Start the checkpoint after `step` steps, once one in flight is whole. Under `mode: sync` wait for it too.
 
         Raises CheckpointError on every rank if the one in flight could not be written.
         """
@@ -220,7 +220,7 @@ class Saver:
             self._advance()
 
     def _advance(self) -> None:
-        """Act on what ranks agreed on since the last call, and begin to agree on how things stand now.
+        """Act on what ranks agreed on since the last call, and begin to agree on the present state.
 
         So no rank waits here for a slower one.
         """

@@ -109,9 +109,7 @@ class _Making:
         """The part of a parameter that a fake tensor is a view of, in a storage of its own."""
         known = self._parameters[_storage(fake)]
         rule = known.rule
-        tensors = [self._source(name, shape) for name, shape in zip(rule.names, rule.shapes, strict=True)]
-        whole = rule.shard(tensors, 0, 1).to(known.fake.dtype).contiguous()
-        del tensors
+        whole = rule.shard(self._source, 0, 1).to(known.fake.dtype).contiguous()
         assert whole.shape == known.fake.shape, f"{rule.names}: {tuple(whole.shape)} for {tuple(known.fake.shape)}"
         part = whole.as_strided(fake.shape, fake.stride(), fake.storage_offset())
         return part.clone() if part.numel() < whole.numel() or whole.untyped_storage().nbytes() > whole.nbytes else part

@@ -3,7 +3,7 @@
 Each rank starts one, which waits for tasks on a pipe. A task names files and where in the shared host memory their
 tensors lie; their content is what PyTorch's distributed checkpoints hold. Checksums are taken of the bytes as they are
 written, each file is fsynced, and last comes a note of what lies where. The process ends with its rank, and ignores
-the signals that ask a job to leave: its rank decides.
+the signals that ask a job to stop: its rank decides when it ends.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Reply:
 
 
 class ChecksummedFile:
-    """A new file that counts and sums what is written to it."""
+    """A new file that counts its bytes and takes their checksum as they are written."""
 
     def __init__(self, path: Path) -> None:
         """Create the file, or empty one that exists."""
@@ -206,7 +206,7 @@ def _reply_to(task: WriteTask, memory: mmap.mmap) -> Reply:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The disk's own error where there is one: torch's writer trips over it while it closes its file, and hides it."""
+    """The disk's own error if there is one: torch's writer fails again while closing its file, and hides the first."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__context__

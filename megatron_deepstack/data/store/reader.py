@@ -46,7 +46,7 @@ from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 _REMAKE: Final = "The store was changed or is damaged: preprocess again."
 _FETCH: Final = (
-    "The copy of {location} in {folder} is damaged, or the store itself: delete that folder, and it is fetched anew; "
+    "The copy of {location} in {folder} is damaged, or the store itself: delete that folder, and it is fetched again; "
     "if that does not help, preprocess again."
 )
 

@@ -11,7 +11,7 @@ from megatron_deepstack.inference.ask.launch import Conversation
 from megatron_deepstack.inference.ask.preparation import Asked
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
-HELP: Final = "A line is a question. /picture FILE adds a picture to the next one, /new begins anew, /quit ends."
+HELP: Final = "A line is a question. /picture FILE adds a picture to the next one, /new starts a new chat, /quit ends."
 
 
 def chat(

@@ -24,7 +24,7 @@ from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.scores.evaluation import Evaluation, evaluation_name, write_evaluation
 
-_STOPPED = "evaluate: stopped on request; nothing was written, the same command begins anew"
+_STOPPED = "evaluate: stopped on request; nothing was written, the same command starts again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

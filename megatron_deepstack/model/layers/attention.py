@@ -2,8 +2,8 @@
 
 Causal for the decoder, full for the ViT; no mask tensor is ever made. Right padding needs none under a causal mask.
 With context parallelism keys and values are gathered over cp, and each of the two pieces of queries that a rank holds
-of a sample attends to the keys up to its own end. This is a reference implementation: on GPUs runs Transformer
-Engine's ring attention.
+of a sample attends to the keys up to its own end. This is a reference implementation: on GPUs, Transformer
+Engine's ring attention is used.
 
 Legend: S local sequence, B micro-batch, A query heads of this tp rank, G key/value heads, D head width.
 """
@@ -27,7 +27,7 @@ from megatron_deepstack.parallel.context import gather_sequence, pieces
 
 @dataclass
 class Packs(PackedSeqParams):
-    """Where the samples of a packed row end: Megatron's form, and the numbers for a loop without a device's answer."""
+    """Where the samples of a packed row end: for Megatron, and as numbers on the host."""
 
     ends: tuple[int, ...] = ()
 

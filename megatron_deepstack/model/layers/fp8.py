@@ -1,7 +1,7 @@
 """FP8 through Transformer Engine: the decoder's linears multiply in 8 bits, everything else stays bf16.
 
 Parameters are bf16 with float32 main copies, as without FP8. Megatron-Core without Transformer Engine, or with its
-local layers, ignores its own FP8 settings and trains in bf16 without a word, so what is missing is an error here.
+local layers, ignores its own FP8 settings and trains in bf16 silently, so what is missing is an error here.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Megatron's TransformerBlock hands `context` and `context_mask` unchanged to every layer and passes both through
 activation recomputation as explicit arguments; decoder-only layers do not use them. A chunk's rows travel there: the
 sum is then part of what recomputation repeats, gradients reach the rows, and nothing is looked up in state that
-another micro-batch may have changed meanwhile (1F1B recomputes m while m + k is current).
+another micro-batch may have changed since (1F1B recomputes m while m + k is current).
 
 Legend: S local sequence, B micro-batch, H hidden, N slots of the chunk, R rows of the fullest slot.
 """

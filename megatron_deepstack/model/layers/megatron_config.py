@@ -1,4 +1,4 @@
-"""Our recipe in Megatron's words: the TransformerConfigs of decoder and ViT."""
+"""The recipe as Megatron's configuration: the TransformerConfigs of decoder and ViT."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TowerConfig(TransformerConfig):
     engine_layers: bool = False
     """Whether they are Transformer Engine's."""
     fused_activation: Activation | None = None
-    """The activation, where the MLP's first linear may apply it; `activation_func` is the same activation alone."""
+    """The activation, if the MLP's first linear may apply it; `activation_func` is the same activation alone."""
 
     def for_layers(self) -> TransformerConfig:
         """The config for layers whose first linear applies the activation, which the MLP then must not; or this one."""

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Norm(torch.nn.Module):
-    """Builds `torch.nn.LayerNorm` or `torch.nn.RMSNorm` as `config.normalization` says; a class only for its call."""
+    """Makes `torch.nn.LayerNorm` or `torch.nn.RMSNorm` as `config.normalization` says; used like a class."""
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object

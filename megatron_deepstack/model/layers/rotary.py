@@ -1,6 +1,7 @@
 """The decoder's positions: what each layer rotates queries and keys by.
 
-One place builds it, so that a family with other positions (scaled, of several axes, on part of a head) has one seam.
+One place builds it, so that a family with other positions (scaled, of several axes, on part of a head) is added in one
+place.
 """
 
 from __future__ import annotations

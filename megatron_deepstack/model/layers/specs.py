@@ -1,7 +1,7 @@
 """Layer specs: which classes Megatron builds a decoder or ViT layer from.
 
-Transformer Engine's layers where they can run, else Megatron's local layers with torch's fused attention. Layers that
-own a slot are `InjectionLayer`s; everything else in them is the same.
+These are Transformer Engine's layers if they can run, else Megatron's local layers with torch's fused attention. Layers
+that own a slot are `InjectionLayer`s; everything else in them is the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_deepstack.platform.compute.transformer_engine import engine_proble
 
 
 def uses_transformer_engine(layers: Layers) -> bool:
-    """Whether Transformer Engine's layers are built; raises ConfigError if they are demanded and cannot run."""
+    """Whether Transformer Engine's layers are built. Raises ConfigError if they are demanded and cannot run."""
     if layers is Layers.LOCAL:
         return False
     problem = engine_problem() if has_gpu() else "this process sees no GPU"

@@ -1,6 +1,6 @@
-"""Which fusions and overlaps a run takes: the recipe's section `speed` and what a rank can use, to plain yes and no.
+"""Which fusions and overlaps a run uses, by the recipe's section `speed` and by what a rank can use.
 
-Each decision is pure. `auto` takes what nothing stands against; `always` turns what stands against it into an error.
+Each decision is pure. `auto` takes what nothing prevents; `always` makes an error of whatever prevents it.
 The reasons and sources of the defaults are in docs/performance.md.
 """
 
@@ -139,7 +139,7 @@ _GPU_ONLY = ("activation_fusion", "cross_entropy_fusion", *_OVERLAPS)
 
 
 class _Decisions:
-    """Decisions in turn, and what was demanded and is impossible."""
+    """Makes the decisions one by one, and collects what was demanded and is impossible."""
 
     def __init__(self, wanted: SpeedConfig, machine: Capabilities) -> None:
         self._wanted, self._machine = wanted, machine

@@ -1,7 +1,7 @@
 """The visual encoder: ViT, projector, and the learned newline of any-resolution contexts.
 
-It maps pixels to *rows*: features of the decoder's hidden size, view after view, then one newline row. Which row goes
-where is the routes' business; the encoder knows nothing of sequences, stages or stacks (but DeepStack-V's own).
+It maps pixels to *rows*: features of the decoder's hidden size, view after view, then one newline row. Routes say
+which row goes where; the encoder knows nothing of sequences, stages or stacks (except DeepStack-V's own).
 """
 
 from __future__ import annotations

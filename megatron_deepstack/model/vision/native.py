@@ -2,8 +2,8 @@
 
 A view is cut into patches, which a matrix product embeds (a 3-D convolution would compute the same, several times
 slower on some GPUs). Positions come from a square table of learned vectors, interpolated to the size of the view, and
-queries and keys turn by line and column. The patches of all views stand in one row, in which each patch sees the
-patches of its own frame only. The features are the states after the tapped layers and after the last one.
+queries and keys turn by line and column. The patches of all views form one sequence, in which each patch sees
+only the patches of its own frame. The features are the states after the tapped layers and after the last one.
 
 Patches are ordered so that those which a merger joins are neighbours: block by block, and line by line within a block.
 
@@ -123,7 +123,7 @@ class NativeTower(MegatronModule):
 
 
 def _frames(grids: Sequence[ViewGrid]) -> Packs:
-    """Where each frame of each view ends in the row of all patches."""
+    """Where each frame of each view ends in the sequence of all patches."""
     ends = tuple(accumulate(grid.height * grid.width for grid in grids for _ in range(grid.frames)))
     return Packs.of(ends, upload(torch.tensor((0, *ends), dtype=torch.int32))).as_one_row()
 
@@ -139,7 +139,7 @@ def _places(merge_size: int, grid: ViewGrid) -> tuple[torch.Tensor, torch.Tensor
 
 @lru_cache(maxsize=256)
 def _angles(vision: VisionConfig, grid: ViewGrid) -> torch.Tensor:
-    """(patches, D) float32: a quarter of a head turns by line and a quarter by column, and the other half likewise."""
+    """(patches, D) float32: a quarter of a head turns by line and a quarter by column, the other half too."""
     half = vision.hidden_size // vision.num_heads // 2
     inv_freq = 1.0 / (vision.rope_theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half))
     line, column = (x[:, None].float() * inv_freq for x in _places(vision.merge_size, grid))

@@ -53,7 +53,7 @@ class Tower(Protocol):
         ...
 
     def unused_layers(self) -> list[torch.nn.Module]:
-        """Layers that the selected feature does not pass, which never learn."""
+        """Layers after the selected feature, which never learn."""
         ...
 
 

@@ -1,7 +1,7 @@
 """A vision transformer with fixed positions on Megatron layers, with DeepStack-V's stacks before chosen layers.
 
-Runs only the layers whose output is used (CLIP's feature is hidden state -2, so the last layer has no weight in the
-result). For DeepStack-V, global view and crops share the layers before the first slot; then the crops' patch tokens
+It runs only the layers whose output is used (CLIP's feature is hidden state -2, so the last layer has no influence on
+the result). For DeepStack-V, global view and crops share the layers before the first slot; then the crops' patch tokens
 are sampled into stacks, and only the global view goes on (paper, section 3.3).
 
 Legend: N views, P patches per side, T tokens per view (P * P and any class token), C width, U images.

@@ -22,7 +22,7 @@ _PACKAGE: Final = "megatron_deepstack"
 
 
 def release_memory() -> None:
-    """Give back device memory of tensors that nothing holds any more, and count the peak anew from here."""
+    """Give back device memory of tensors that nothing holds any more, and count the peak from here on."""
     gc.collect()
     if has_gpu():
         torch.cuda.empty_cache()

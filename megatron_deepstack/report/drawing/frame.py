@@ -118,13 +118,6 @@ def wide_drawing(drawn: Markup) -> Markup:
     return element("div", drawn, class_="wide drawing", tabindex="0")
 
 
-def duration(seconds: float) -> str:
-    """A number of seconds in words, such as `3 min 20 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
 def write(file: Path, page: str) -> Path:
     """Write a page.
 

@@ -1,9 +1,9 @@
 """Heartbeats: every rank beats every few seconds, and one file per node in the run folder tells of all its ranks.
 
-Files and not messages, since a rank must be heard of when the one it would talk to is stopped or dead. A rank that
-waits in a collective still beats; one that is stopped, swapped out or gone does not. Ranks leave their beats on their
-node's board; the node's first rank writes them into its file. Where that rank falls silent the next one writes, so that
-a node is told of as long as any of its ranks lives.
+They are files and not messages, since others must know about a rank even if the rank that it would talk to is stopped
+or dead. A rank that waits in a collective still beats; one that is stopped, swapped out or gone does not. Ranks leave
+their beats on their node's board, and the node's first rank writes them into its file. If that rank falls silent, the
+next one writes, so that the file of a node is current as long as any of its ranks lives.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Heartbeats:
 
 
 def read_beats(run_dir: Path) -> dict[int, Beat]:
-    """Every rank's last beat as the files of the nodes tell it, by rank. Files that are none of ours are left out."""
+    """Every rank's last beat as the files of the nodes tell it, by rank. Files that we did not write are left out."""
     found: list[Beat] = []
     for file in (run_dir / FOLDER).glob("*.json"):
         with suppress(OSError, ValueError, TypeError):

@@ -2,8 +2,8 @@
 
 A rank that has made no progress for `health.hang_seconds` calls the hang. All others hear of it within a beat, every
 rank writes the stacks of its threads, and after a few more beats it is clear which ranks are silent (stopped, swapped
-out, gone) and which wait for them. Then each ends itself, since its main thread sits in a collective that no exception
-reaches; launchers take that as a death and start again from the newest checkpoint.
+out, gone) and which wait for them. Then each rank ends itself, since its main thread waits in a collective that no
+exception can interrupt. Launchers treat that like a dead rank and start again from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def last_hang(run_dir: Path) -> str:
-    """What was told of the last hang of a run; empty if nothing was."""
+    """What was written about the last hang of a run; empty if there was none."""
     file = RunFolder(run_dir).stacks / _CALL
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 

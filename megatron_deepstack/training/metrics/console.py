@@ -101,7 +101,7 @@ class _Column(NamedTuple):
 
 
 _FIRST_TO_GO = ("memory", "padding", "uneven", "data", "grad", "flops", "lr", "mfu", "tokens")
-"""Kinds of columns in the order in which a narrow terminal does without them; the loss stays."""
+"""Kinds of columns in the order in which they are left out on a narrow terminal; the loss stays."""
 
 
 def _columns(record: StepRecord) -> Iterator[_Column]:

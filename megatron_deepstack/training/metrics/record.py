@@ -34,7 +34,7 @@ class StepRecord:
     applied: bool = True
     """The optimizer step was carried out: loss and gradients were finite, and there was something to learn."""
     skipped_because: str = ""
-    """Why not, where it was not."""
+    """Why the optimizer step was not carried out; empty if it was."""
     resumed: bool = False
     """First step after a resumption."""
     validation_loss: float | None = None

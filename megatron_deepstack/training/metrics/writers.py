@@ -74,7 +74,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes what is open. Where the run ends with an error this is the one that is told, not a later one here."""
+        """Close what is open. If the run ends with an error, that error is shown, not a later one from here."""
         if self.console is not None:
             self.console.close()
         for sink in self.sinks:
@@ -127,7 +127,7 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def _of_thread(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard's own thread keeps what the disk answers, and the next call raises it: no traceback here."""
+        """TensorBoard's own thread keeps an error of the disk, and the next call raises it: no traceback here."""
         if type(args.thread).__module__ != EventFileWriter.__module__:
             self._hook(args)
 

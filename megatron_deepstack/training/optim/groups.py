@@ -1,4 +1,4 @@
-"""Groups of parameters that learn alike: a part of the model, and whether it decays.
+"""Groups of parameters with the same rates: a part of the model, and whether it decays.
 
 Together they cover each trainable parameter exactly once; `check_cover` compares what Megatron's optimizers hold with
 what the model holds, `group_table` shows it.
@@ -32,7 +32,7 @@ class Rates:
         return self.config.lr if special is None else special
 
     def weight_decay(self, part: Part) -> float:
-        """The same of the decay of matrices."""
+        """The weight decay of the part's matrices, by the same rule."""
         config = self.config
         special = {Part.VISION: config.vision_weight_decay, Part.PROJECTOR: config.projector_weight_decay}.get(part)
         return config.weight_decay if special is None else special
@@ -40,7 +40,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """Parameters that learn alike."""
+    """Parameters with the same rates."""
 
     part: Part
     shape: str
@@ -104,7 +104,7 @@ def _tally(parameters: Named) -> Counter[tuple[Part, str]]:
 
 
 def _once(module: torch.nn.Module, tp_rank: int) -> Counter[tuple[Part, str]]:
-    """What this rank answers for: shards, what tp ranks hold alike on the first of them, a tied embedding once."""
+    """What this rank counts: its shards; what all tp ranks hold, only on the first of them; a tied embedding once."""
     return _tally(
         (name, parameter)
         for name, parameter in _trainable(module)
@@ -114,7 +114,7 @@ def _once(module: torch.nn.Module, tp_rank: int) -> Counter[tuple[Part, str]]:
 
 
 def check_cover(engine: Engine, chained: ChainedOptimizer) -> None:
-    """Assert that this rank's groups hold its trainable parameters, each once and among its like.
+    """Assert that this rank's groups hold its trainable parameters, each once and in the group of its part and shape.
 
     Under the distributed optimizer a rank's groups hold shards, and Megatron's own map says which parameters these
     come from. A parameter without a shard on this rank is not in the map.

@@ -106,9 +106,10 @@ class Optimizer:
 
 
 def _fuse(chained: ChainedOptimizer, fused: bool) -> None:
-    """Let PyTorch's AdamW, which is used where there is no fused one of other packages, update a group in one kernel.
+    """Let PyTorch's AdamW, which is used where no other package has a fused one, update a group in one kernel.
 
-    Megatron builds it without the choice. Groups are asked for it in every step, and no state exists yet.
+    Megatron offers no such choice when it builds it. PyTorch reads it from the groups in every step, and no state
+    exists yet.
     """
     for single in chained.chained_optimizers:
         if isinstance(single.optimizer, (torch.optim.AdamW, torch.optim.Adam)):

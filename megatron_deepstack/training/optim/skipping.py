@@ -13,7 +13,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 Trusted = Callable[[float], bool]
-"""From this rank's global gradient norm to what all ranks decide alike: whether the step may be applied."""
+"""From the global gradient norm to whether the step may be applied; all ranks must decide the same."""
 
 
 class SkippingOptimizer(ChainedOptimizer):
@@ -27,7 +27,7 @@ class SkippingOptimizer(ChainedOptimizer):
         """Clip and apply the gradients if they are trusted. Collective over all ranks.
 
         Args:
-            trusted: Called once with the norm; NaN if some gradient is not finite. All ranks must decide alike.
+            trusted: Called once with the norm; NaN if some gradient is not finite. All ranks must decide the same.
 
         Returns:
             Whether the gradients were applied.
@@ -53,8 +53,8 @@ class SkippingOptimizer(ChainedOptimizer):
 def _rest_is_finite(single: MegatronOptimizer) -> bool:
     """Whether the gradients that this rank leaves out of the norm are finite.
 
-    They are of parameters that tensor-parallel ranks hold alike and the first of them counts; where memory has gone bad
-    on another one, the norm does not show it.
+    They belong to parameters that all tensor-parallel ranks hold, of which only the first rank's count. If the memory
+    of another rank is damaged, the norm does not show it.
     """
     # Megatron-Core renamed it after 0.16.
     in_norm = getattr(single, "get_main_grads_for_grad_norm", None) or single.get_grads_for_grad_norm

@@ -1,4 +1,4 @@
-"""Trying the links between neighbouring nodes: which at the same time, as a pure function, and the trying itself.
+"""Trying the links between neighbouring nodes: a pure function plans the rounds, and the rest carries them out.
 
 A node takes part in one trial at a time. In a ring each node has two neighbours, so two rounds reach all pairs of an
 even number of nodes, three of an odd one, however many nodes there are.
@@ -88,7 +88,7 @@ def _try_round(ray: Any, probes: Mapping[str, Any], pairs: Sequence[Pair]) -> li
 
 
 def _get(ray: Any, reference: Any, pair: Pair, waited: float) -> Any:
-    """What came back by now, or a link without a way through."""
+    """The results that have come back by now; a link without one counts as broken."""
     try:
         return ray.get(reference, timeout=0)
     except ray.exceptions.GetTimeoutError:

@@ -1,6 +1,6 @@
 """What a node has to say before a run starts on it; `gather` runs on the node, in a process that sees its GPUs.
 
-Whatever goes wrong becomes a text in the facts, so that all nodes' problems are told at once.
+Whatever goes wrong becomes a text in the facts, so that all nodes' problems are shown at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKENS = ".launch-tokens"
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What was found: a value, or what stood in the way."""
+    """What was found: a value, or the reason why there is none."""
 
     value: str = ""
     fault: str = ""
@@ -168,7 +168,7 @@ def _versions() -> dict[str, str]:
 
 
 def _our_code() -> str:
-    """A hash of our sources: a node with yesterday's checkout has the same version number."""
+    """A hash of our sources: a node with an older checkout may have the same version number."""
     digest = hashlib.sha256()
     for package in (megatron_deepstack, orchestration):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):

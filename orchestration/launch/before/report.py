@@ -27,7 +27,7 @@ _ROWS = 16
 
 
 def checks_table(findings: Sequence[Check]) -> Table:
-    """What is wrong where, the rest after it."""
+    """First what is wrong, and on which node; then the rest."""
     table = Table(title="checks", title_justify="left")
     for heading in ("", "node", "check", "found", "expected"):
         table.add_column(heading, overflow="fold")
@@ -189,7 +189,7 @@ def _clock(moment: float) -> str:
 
 
 def _rows(seats: Sequence[Seat]) -> list[list[Seat]]:
-    """One rank a row, or where they are many one node a row."""
+    """A line for each rank, or for each node if there are many ranks."""
     if len(seats) <= _ROWS:
         return [[seat] for seat in seats]
     by_node: dict[str, list[Seat]] = {}

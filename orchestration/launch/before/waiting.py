@@ -12,7 +12,7 @@ Found = TypeVar("Found")
 
 _POLL_SECONDS: Final = 0.5
 _QUIET_SECONDS: Final = 5.0
-"""What the last attempt held is free a moment after its end; a wait so short is not worth a word."""
+"""The slots of the last attempt are free a moment after its end; nothing is said about so short a wait."""
 
 
 def wait_for_seats(

@@ -1,4 +1,4 @@
-"""Work in a thread while the main thread follows the run: it keeps `launch.json` young and hears requests to stop."""
+"""Work in a thread while the main thread follows the run: it keeps `launch.json` current and hears requests to stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FOLLOW_SECONDS: Final = 0.5
 
 
 class BackgroundCheck(threading.Thread):
-    """A piece of work and its outcome. It ends with the process, however it stands then."""
+    """A piece of work and its outcome. It ends with the process, finished or not."""
 
     def __init__(self, name: str, work: Callable[[], Any]) -> None:
         super().__init__(name=name, daemon=True)
@@ -38,7 +38,7 @@ class BackgroundCheck(threading.Thread):
 
 
 def follow(background: BackgroundCheck, follower: Follower, run_dir: Path, second: threading.Event) -> None:
-    """Start work and see it through to its end, looking after the run meanwhile.
+    """Start work and wait for its end, following the run meanwhile.
 
     Args:
         background: The work; it is started here.

@@ -45,7 +45,7 @@ class Status:
     run_dir: Path
     state: str
     record: LaunchRecord | None
-    """None if the run was not started by `launch`, or by something else since."""
+    """None if the run was not started by `launch`, or if something else has started it since."""
     num_steps: int
     recent: tuple[dict[str, Any], ...]
     """Metrics of the last steps."""
@@ -159,7 +159,7 @@ def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
 
 
 def _end_of_wait(run_dir: Path, record: LaunchRecord, waited: float, *, now: bool) -> str:
-    """A driver that does not even end at once is killed, if it is on this machine; its ranks end with it."""
+    """Kill a driver that does not end when it should end at once, if it is on this machine. Its ranks end with it."""
     who = f"its driver (pid {record.pid} on {record.host})"
     if not now:
         raise ClusterError(f"{run_dir}: still {record.state} after {waited:.0f} s; wait on, or `stop {run_dir} --now`")

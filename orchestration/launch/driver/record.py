@@ -1,6 +1,6 @@
 """What a run says about itself to other shells: `RUN/launch.json`, its events, its ranks' logs, and a request to stop.
 
-`launch.json` is written by the driver alone, whole or not at all, every few seconds, so its age tells whether the
+`launch.json` is written by the driver alone, whole or not at all, every few seconds, so its age shows whether the
 driver is alive. What happens to the gang is known in Ray's controller first, which appends it to `launch/events.jsonl`;
 the driver reads it from there.
 """
@@ -95,7 +95,7 @@ class LaunchRecord:
 
     @property
     def lost(self) -> bool:
-        """Whether the driver ended without a word."""
+        """Whether the driver ended without recording how."""
         if self.state.over:
             return False
         if self.is_here:

@@ -1,8 +1,8 @@
 """The driver of a launched run: start Ray Train, follow the gang, tell the user, keep the record.
 
 The checks, then Ray Train, work in a thread; the main thread follows what ranks print and what happens to the gang,
-hands a signal or a request to stop on to the ranks, and writes `launch.json`, by which other shells see that it lives.
-Killed at any moment, it takes the gang with it, and the same command goes on from the newest whole checkpoint.
+passes a signal or a request to stop on to the ranks, and writes `launch.json`, by which other shells see that it is
+alive. If it is killed, the gang ends with it, and the same command goes on from the newest whole checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gang as Ray Train's controller sees it: where ranks go, what is said of failures, and which are not retried.
+"""The gang as Ray Train's controller sees it: where ranks go, how failures are reported, and which are not retried.
 
 One object travels to the controller and follows the run there. Ray Train brings restarts and their budget, health
 checks and the order of ranks; this adds what it does not know: tensor-parallel groups stay on one node, a mistake is
@@ -44,7 +44,7 @@ _SETTLE_SECONDS = 2.0
 
 
 class RunEnded(Exception):
-    """A failure that no other attempt would avoid; it ends Ray Train's control loop."""
+    """A failure that another attempt would meet again; it ends Ray Train's control loop."""
 
     def __init__(self, diagnosis: Diagnosis) -> None:
         super().__init__(diagnosis.text)
@@ -164,7 +164,7 @@ class GangCallback(ControllerCallback, WorkerGroupCallback):
             self._note(str(current_state.training_failed_error).splitlines()[-1], [])
 
     def _leave_nodes(self, info: Any) -> None:
-        """Nodes are taken back (spot instances, drained Kubernetes nodes): have all ranks save while there is time."""
+        """Nodes are taken back (spot instances, drained Kubernetes nodes): let all ranks save while there is time."""
         if not (self._run_dir / STOP_FILE).exists():
             ranks = [str(rank) for rank in info.preempted_ranks]
             request_stop(self._run_dir, f"Ray takes back the nodes of ranks {', '.join(ranks)}", how="drain")
@@ -173,7 +173,7 @@ class GangCallback(ControllerCallback, WorkerGroupCallback):
         self._events.add("failure", reason=reason, ranks=list(ranks))
 
     def _diagnose(self, errors: dict[int, Exception]) -> Diagnosis:
-        """What happened, after a moment for the cause to come in where only its consequences are known."""
+        """What happened; if only consequences are known, after a short wait for the cause."""
         found = diagnose(self._failures(errors))
         deadline = time.monotonic() + _SETTLE_SECONDS
         while found.causes[0].end is End.CUT_OFF and time.monotonic() < deadline:

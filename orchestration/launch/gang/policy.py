@@ -1,7 +1,7 @@
 """Why a gang failed: a pure decision about what its ranks said last.
 
-When one rank dies the others fail with it, as their collectives break; so the failure to tell the user is not the first
-that is seen, but the likeliest cause. Whether the gang starts again is decided in `training.retry`.
+When one rank dies the others fail with it, as their collectives break; so the user is told not
+the failure that is seen first, but the most likely cause. Whether the gang starts again is decided in `training.retry`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class End(IntEnum):
     REFUSED = 3
     """An expected failure, from errors.py."""
     SILENT = 4
-    """It answers no question any more."""
+    """It does not answer any more."""
     RAISED = 5
     """Any other exception."""
     CUT_OFF = 6
@@ -44,7 +44,7 @@ class RankEnd:
     text: str
     """The message of the exception, or of what found the rank dead."""
     error: DeepStackError | None = None
-    """The expected failure, where that is what it was."""
+    """The expected failure, if it was one."""
 
 
 @dataclass(frozen=True, slots=True)

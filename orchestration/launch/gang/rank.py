@@ -80,12 +80,12 @@ def _asked(run_dir: Path) -> Callable[[], bool]:
 
 
 def here() -> str:
-    """This process, for a human."""
+    """The name of this process for people."""
     return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def speak_into(log: Path) -> None:
-    """Let all that this process prints, C++ and forked children included, go to its files in the run folder."""
+    """Send all that this process prints, C++ and forked children included, to its files in the run folder."""
     log.parent.mkdir(parents=True, exist_ok=True)
     for number, path, name in ((1, log, "stdout"), (2, log.with_suffix(".err"), "stderr")):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -32,7 +32,7 @@ LEASE_FILE: Final = ".lock"
 _CLAIM: Final = f"{LEASE_FILE}.after."
 """Begins the name of a claim on a lease that was left behind; the lease's token ends it."""
 _CLAIM_SECONDS: Final = 0.1
-"""Until another look at a lease that somebody else is taking over."""
+"""Wait before another look at a lease that somebody else is taking over."""
 
 
 class Lease:
@@ -82,7 +82,7 @@ class Lease:
 
 @contextmanager
 def hold_lease(root: Location) -> Iterator[Lease]:
-    """Hold the lease on the store in `root`, whose folder is made if need be.
+    """Hold the lease on the store in `root`, whose folder is made if it is missing.
 
     Raises StoreError, naming the holder, if a living driver holds it, or if the folder cannot be written.
     """
@@ -191,7 +191,7 @@ def _bytes(owner: Owner) -> bytes:
 
 
 def _name(content: bytes) -> str:
-    """Of a lease, for the claim on it; of what is no lease, a name of the same kind."""
+    """The name of a lease, for the claim on it; a file that is no lease gets a name of the same kind."""
     owner = _owner(content)
     token = "" if owner is None else owner.token
     return token if token.isalnum() else hashlib.sha256(content).hexdigest()[:32]

@@ -73,7 +73,7 @@ def _find_image(job: Job, parts: Sequence[Part]) -> Location | None:
 
 
 def _answer(ray: Any, reference: Any) -> str:
-    """What is wrong with a node; empty if nothing is. A node that died meanwhile is none any more."""
+    """What is wrong with a node; empty if nothing is. A node that has died since then does not count."""
     try:
         problem: str = ray.get(reference, timeout=0)
         return problem

@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES: Final = 5.0
 _SPEED_SECONDS: Final = 30.0
 """Stretch of time that the speed shown is taken over."""
 _LEAST_NEEDED_FIRST: Final = (3, 1, 2, 5, 4)
-"""Numbers of the parts of a state, in the order in which a narrow terminal does without them."""
+"""Numbers of the parts of a state, in the order in which they are left out on a narrow terminal."""
 
 
 class JobProgress:

@@ -15,7 +15,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """In this block the first SIGTERM or SIGINT raises PreemptedError; later ones do not disturb the clearing up.
+    """In this block the first SIGTERM or SIGINT raises PreemptedError; later ones do not interrupt the clean-up.
 
     Threads other than the main one cannot handle signals: there nothing changes.
     """

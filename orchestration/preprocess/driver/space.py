@@ -47,7 +47,7 @@ class Need:
 
     num_bytes: int
     basis: str
-    """What the number rests on, for the message."""
+    """How the number was found, for the message."""
 
 
 def check_space(job: Job, todo: Sequence[Part]) -> None:

@@ -49,7 +49,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A part that is to be done, and what has befallen it so far."""
+    """A part that is to be done, and what has gone wrong with it so far."""
 
     part: Part
     crashes: int = 0
@@ -169,7 +169,7 @@ class _Window:
         return workers
 
     def _result(self, reference: Any, assignment: Assignment) -> Finished | Assignment:
-        """What a task returned, or how its part is to be done again; its own errors as they were raised."""
+        """What a task returned, or how its part is to be done again. Errors of the task itself are raised."""
         errors = self._ray.exceptions
         try:
             node, done = self._ray.get(reference)

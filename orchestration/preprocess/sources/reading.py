@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES: Final = 5.0
 
 
 class Reading:
-    """Files that are read one after the other. A file counts as much as any other: their sizes are not asked for."""
+    """Files that are read one after the other. Each file counts the same: their sizes are not asked for."""
 
     def __init__(self, num_files: int, say: Callable[[str], None]) -> None:
         """`say` is called with each line."""
@@ -23,7 +23,7 @@ class Reading:
         self._started = self._said = time.monotonic()
 
     def watch(self, file: IO[bytes]) -> IO[bytes]:
-        """The next file, which tells of itself as it is read."""
+        """The next file, which reports when it is read."""
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         self._done += 1
