@@ -72,7 +72,18 @@ class PublishedSource:
         return self.stored(name, shape).float()
 
     def stored(self, name: str, shape: Shape) -> torch.Tensor:
-        """The same in the dtype that it has in its file."""
+        """A tensor in the dtype that it has in its file.
+
+        Args:
+            name: Its published name.
+            shape: Its shape.
+
+        Returns:
+            The tensor, on the CPU.
+
+        Raises:
+            CheckpointError: See `published_source`.
+        """
         for checkpoint in self._checkpoints:
             if checkpoint.answers_for(name):
                 return checkpoint.read(name, shape)

@@ -176,7 +176,18 @@ def _recipe(found: _Found, target: Path) -> Recipe:
 
 
 def write_on_rank(recipe: Recipe, source: str, folder: str, groups: Groups) -> None:
-    """Write the checkpoint, and the list of where its tensors come from. To be called on the only rank of `groups`."""
+    """Write the checkpoint, and the list of where its tensors come from. Call it on the only rank of `groups`.
+
+    Args:
+        recipe: The recipe of the run folder, see `recipe_of_folder`.
+        source: The folder of weights.
+        folder: Where the run folder is written.
+        groups: Those of a world of one rank.
+
+    Raises:
+        CheckpointError: The folder lacks a tensor, or a file is damaged.
+        OSError: The disk refuses.
+    """
     with FakeTensorMode():
         model = build_model(recipe.model, ParallelConfig(), recipe.train.precision, groups)
     read = published_source(source, model=recipe.model)

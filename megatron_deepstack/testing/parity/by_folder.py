@@ -68,7 +68,8 @@ class TransformersFolder:
         self.model, self.config, traits = model, read_config(folder), model.variant.traits
         self.has_code = not traits.is_llava and traits.whole_model is None
         options: dict[str, Any] = {"trust_remote_code": True} if self.has_code else {}
-        loader, processor = AutoModelForImageTextToText, AutoImageProcessor
+        loader: Any = AutoModelForImageTextToText
+        processor: Any = AutoImageProcessor
         if self.has_code and not _is_our_code(folder):
             from megatron_deepstack.convert.hf_folder.modeling_deepstack import DeepStackForConditionalGeneration
             from megatron_deepstack.convert.hf_folder.processing_deepstack import DeepStackImageProcessor
@@ -119,7 +120,7 @@ class TransformersFolder:
         own = replace(sample, shapes=tuple(grid for _, grid in pixels))
         expanded = own.expanded(self.model)
         ids = torch.from_numpy(expanded.tokens.copy()).long()[None]
-        number = self.config.get("image_token_index", self.config.get("image_token_id"))
+        number = int(self.config.get("image_token_index", self.config.get("image_token_id", 0)))
         for span in expanded.spans:
             ids[0, span.start : span.start + span.length] = number
         if not pixels:

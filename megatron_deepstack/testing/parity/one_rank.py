@@ -68,7 +68,8 @@ def _engine(weights: Weights, groups: Groups) -> Engine:
         return load_engine(recipe, groups)
     model = build_model(recipe.model, recipe.parallel, Precision.FP32, groups)
     fill_model(model, published_source(weights.path, model=recipe.model), groups.decoder.tp)
-    for module in (model.encoder, *model.chunks):
+    modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
+    for module in modules:
         module.requires_grad_(False)
         module.eval()
     return Engine(
