@@ -28,6 +28,7 @@ from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_whole import WHOLE_MODELS
 from megatron_deepstack.convert.published import published_source, starting_weights
 from megatron_deepstack.convert.tensor_files import files_by_name, lazy_tensor
+from megatron_deepstack.convert.vocabulary import require_rows
 from megatron_deepstack.data.text.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import build_model
@@ -98,6 +99,8 @@ def checkpoint_of_folder(
         say(f"{source} holds no tokenizer; name one with data.tokenizer=PATH when you use {target}")
     require_room(target, size)
     tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
+    if tokenizer is not None:
+        require_rows(tokenizer, found.model.language.vocab_size, str(source))
     with new_folder(target) as folder:
         launch_ranks(_write_on_new_rank, 1, recipe, str(source), str(folder), stopped=_STOPPED.format(target=target))
         for name, content in ({} if tokenizer is None else tokenizer.files).items():
