@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
+
 from megatron_deepstack.convert.tensor_files import LazyTensor
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import CheckpointError
@@ -29,6 +31,24 @@ def padded_vocabulary(vocab_size: int, image_token: int) -> int:
     if image_token < vocab_size:
         return vocab_size
     return (image_token // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE
+
+
+def lengthened(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """An embedding or output layer with more rows.
+
+    New rows are the mean of all: their logit is the mean logit, never the largest, so generation cannot choose them.
+
+    Args:
+        rows: (V, H).
+        num_rows: Rows of the result, at least V.
+
+    Returns:
+        (num_rows, H), the same tensor if it has as many already.
+    """
+    if num_rows == len(rows):
+        return rows
+    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(num_rows - len(rows), -1)])
 
 
 def text_rows(config: Mapping[str, Any]) -> int | None:
