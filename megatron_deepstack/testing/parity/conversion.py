@@ -184,7 +184,7 @@ def _questions(side: Side, pictures: Sequence[Path], seed: int) -> list[Question
                 [f"--picture: views of {side.model.variant} are drawn, and pictures are not read; leave it out"]
             )
         forbidden = special_tokens(side.model, config, str(side.path / CONFIG))
-        samples = draw_samples(side.model, config, forbidden, seed)
+        samples = draw_samples(side.model, forbidden, seed)
         return [Question(sample=one) for one in samples if not one.name.startswith("video")]
     rng, size = np.random.default_rng(seed), side.model.vision.image_size
     drawn = [_png(width * size, height * size, seed + k) for k, (width, height) in enumerate(((3, 2), (1, 3), (2, 2)))]

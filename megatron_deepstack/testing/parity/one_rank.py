@@ -11,9 +11,7 @@ import torch
 
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
-from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.inference.main import load_engine
-from megatron_deepstack.model.build import build_model, fill_model
+from megatron_deepstack.inference.loading import load_engine, load_folder
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.batch.step_plan import plan_step
 from megatron_deepstack.step.engine import Engine
@@ -64,22 +62,7 @@ def answers_on_rank(
 def _engine(weights: Weights, groups: Groups) -> Engine:
     train = replace(weights.recipe.train, precision=Precision.FP32)
     recipe = replace(weights.recipe, parallel=ParallelConfig(), train=train)
-    if weights.is_run:
-        return load_engine(recipe, groups)
-    model = build_model(recipe.model, recipe.parallel, Precision.FP32, groups)
-    fill_model(model, published_source(weights.path, model=recipe.model), groups.decoder.tp)
-    modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
-    for module in modules:
-        module.requires_grad_(False)
-        module.eval()
-    return Engine(
-        model=model,
-        model_config=recipe.model,
-        decoder_ddp=[],
-        encoder_ddp=None,
-        groups=groups,
-        parallel=recipe.parallel,
-    )
+    return load_engine(recipe, groups) if weights.is_run else load_folder(recipe, weights.path, groups)
 
 
 def _logits(engine: Engine, sample: DrawnSample) -> torch.Tensor:
