@@ -81,6 +81,7 @@ def by_transformers(
     return Expected(logits, total / num_targets, {name: value.float() for name, value in gradients.items()})
 
 
+<<<<<<< HEAD
 _ROUTER_LOGITS: Final = {"output_router_logits": True}
 
 
@@ -95,6 +96,23 @@ def _balance(output: Any, model: ModelConfig) -> torch.Tensor | float:
     for logits in output.router_logits:
         total = total + load_balancing_loss_func((logits,), language.num_experts, language.num_active_experts)
     return language.balance_loss / len(output.router_logits) * total
+=======
+def model_inputs(
+    sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """What transformers' model takes for a sample.
+
+    Args:
+        sample: The sample.
+        model: The folder's model, of a variant that transformers has itself.
+        config: Content of its config.json.
+        dtype: Of the pixels.
+
+    Returns:
+        Keyword arguments of the model.
+    """
+    return _INPUTS[model.variant](sample, model, config, dtype)
+>>>>>>> main
 
 
 def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) -> list[int]:
