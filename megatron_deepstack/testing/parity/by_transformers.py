@@ -81,7 +81,6 @@ def by_transformers(
     return Expected(logits, total / num_targets, {name: value.float() for name, value in gradients.items()})
 
 
-<<<<<<< HEAD
 _ROUTER_LOGITS: Final = {"output_router_logits": True}
 
 
@@ -96,7 +95,8 @@ def _balance(output: Any, model: ModelConfig) -> torch.Tensor | float:
     for logits in output.router_logits:
         total = total + load_balancing_loss_func((logits,), language.num_experts, language.num_active_experts)
     return language.balance_loss / len(output.router_logits) * total
-=======
+
+
 def model_inputs(
     sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -112,7 +112,6 @@ def model_inputs(
         Keyword arguments of the model.
     """
     return _INPUTS[model.variant](sample, model, config, dtype)
->>>>>>> main
 
 
 def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) -> list[int]:
