@@ -189,6 +189,13 @@ class GradientDtype(StrEnum):
     BF16 = "bf16"
 
 
+class MomentDtype(StrEnum):
+    """Number format of Adam's two moments."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
 class RecomputeModule(StrEnum):
     """Parts of a decoder layer that `recompute: selective` computes again (Megatron-Core's `recompute_modules`)."""
 

@@ -40,7 +40,7 @@ from megatron_deepstack.parallel.reduce import from_first_rank
 from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.run_folder.starting_weights import StartingWeights
 from megatron_deepstack.step.engine import Engine, build_engine
-from megatron_deepstack.training.optim.optimizer import Optimizer
+from megatron_deepstack.training.optim.optimizer import Optimizer, require_moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +274,7 @@ def _stores(recipe: Recipe) -> list[str]:
 def _layers(recipe: Recipe) -> dict[str, Any]:
     """Whose layers this rank builds, and with which fusions. Raises ConfigError where it cannot build the recipe's."""
     require_fp8(recipe.train.precision, recipe.train.fp8_scaling, recipe.model.layers)
+    require_moments(recipe.optimizer, capabilities())
     layers = "transformer_engine" if uses_transformer_engine(recipe.model.layers) else "local"
     decided = {f"speed.{name}": str(value) for name, value in asdict(speed_of(recipe, capabilities())).items()}
     return {"layers": layers, **decided}
