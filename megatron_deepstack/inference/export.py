@@ -116,7 +116,8 @@ def one_rank_recipe(run_dir: str | Path, overrides: Sequence[str] = ()) -> Recip
 
 def _what_belongs_to_them(recipe: Recipe, naming: Naming) -> str:
     """What a user of adapters alone needs beside them."""
-    others = [str(part) for part in sorted(recipe.train.trainable) if part is not Part.LANGUAGE]
+    adapted = {Part.LANGUAGE: True, Part.VISION: recipe.lora.vision_targets, Part.PROJECTOR: recipe.lora.projector}
+    others = [str(part) for part in sorted(recipe.train.trainable) if not adapted[part]]
     trained = f", in which {' and '.join(others)} are as this run trained them" if others else ""
     return f"export: they belong to the folder that `export --naming {naming} --adapters left_out` writes{trained}"
 
@@ -180,7 +181,7 @@ def write_adapters_alone(
 
 def _learned_projector(model: RankModel, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Tensors of a projector that learned, by published names; none if it holds more than linears and norms."""
-    if Part.PROJECTOR not in recipe.train.trainable:
+    if Part.PROJECTOR not in recipe.train.trainable or recipe.lora.projector:
         return {}
     tensors = published_tensors(drop_adapters(model))
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTOR_PREFIX)}

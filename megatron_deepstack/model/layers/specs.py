@@ -28,7 +28,7 @@ from megatron_deepstack.model.layers.activation import activated
 from megatron_deepstack.model.layers.attention import FusedCoreAttention
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
-from megatron_deepstack.model.layers.lora import adapted
+from megatron_deepstack.model.layers.lora import NO_ADAPTERS, adapted
 from megatron_deepstack.model.layers.norm import Norm
 from megatron_deepstack.model.layers.residual import scaled_addition
 from megatron_deepstack.platform.compute.device import has_gpu
@@ -93,18 +93,21 @@ def _places(layer: int, stop: int, slots: Sequence[int]) -> dict[str, int | None
     return {"slot_index": slots.index(layer) if layer in slots else None, "after_index": after}
 
 
-def vit_layer(*, engine: bool = False, activation: Activation | None = None) -> ModuleSpec:
+def vit_layer(
+    *, engine: bool = False, activation: Activation | None = None, lora: LoraConfig = NO_ADAPTERS
+) -> ModuleSpec:
     """Spec of a ViT layer: bidirectional attention, LayerNorm, biases.
 
     Args:
         engine: Whether Transformer Engine's layers are built; they have the same parameters under the same names.
         activation: Applied by the MLP's first linear, see `activation.activated`; None leaves it to the MLP.
+        lora: Adapters, whose `targets` are the layer's linears; see `TowerConfig.adapters`.
 
     Returns:
         The spec.
     """
     classes = _engine_classes() if engine else _LOCAL
-    submodules = _submodules(classes, AttnMaskType.no_mask, False, LoraConfig(), activation)
+    submodules = _submodules(classes, AttnMaskType.no_mask, False, lora, activation)
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
