@@ -45,6 +45,9 @@ class DataConfig:
     default is about that of LLaVA's 665K instructions."""
     expected_images: Annotated[float, NOT_NEGATIVE] = 1.0
     """Mean number of images of a sample, for the same estimate."""
+    expected_image_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 307_200
+    """Mean area of an image, for the same estimate of models that look at an image at its own resolution (`min_pixels`
+    and `max_pixels` bound the area of its view) or cut it into padded tiles. The default is 640 x 480."""
     resize: ImageResize = ImageResize.PILLOW
     """Kernel that resizes images. `pillow` gives exactly the pixels of the published preprocessing; `torch` rounds
     differently."""

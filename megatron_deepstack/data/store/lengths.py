@@ -84,16 +84,37 @@ def sample_sizes(
         Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its work for the encoder: its
         units, or visual tokens where views have any size.
     """
-    offsets, ends = store.rows("samples/tokens_offsets"), store.rows("samples/images_offsets")
+    offsets = store.rows("samples/tokens_offsets")
     tokens = offsets.take(samples + 1) - offsets.take(samples)
+    owner, images = _images_of(store, samples)
+    work = _visual_tokens(store, images, model), _encoder_work(store, images, model)
+    visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in work)
+    return tokens - np.bincount(owner, minlength=len(samples)) + visual, encoded
+
+
+def sample_views(store: Store, samples: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """The views of any size of chosen samples, from the index arrays alone.
+
+    Args:
+        store: A store of such views.
+        samples: Integers (N,), numbers of samples.
+
+    Returns:
+        int64 (I, 4), a row for each view: the place in `samples` of the sample that has it, and its patches in time,
+        from top to bottom, and from left to right.
+    """
+    owner, images = _images_of(store, samples)
+    return np.column_stack([owner, store.rows("images/grid_thw").take(images).astype(np.int64).reshape(-1, 3)])
+
+
+def _images_of(store: Store, samples: npt.NDArray[np.integer]) -> tuple[np.ndarray, np.ndarray]:
+    """The images of chosen samples: the place in `samples` of the sample that has each, and its number."""
+    ends = store.rows("samples/images_offsets")
     first = ends.take(samples)
     counts = ends.take(samples + 1) - first
     owner = np.repeat(np.arange(len(samples)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    images = store.rows("samples/images").take(first[owner] + within)
-    work = _visual_tokens(store, images, model), _encoder_work(store, images, model)
-    visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in work)
-    return tokens - counts + visual, encoded
+    return owner, store.rows("samples/images").take(first[owner] + within)
 
 
 def _pieces(store: Store, model: ModelConfig) -> Iterator[tuple[int, np.ndarray]]:
