@@ -29,8 +29,8 @@ from megatron_deepstack.inference.model_card import card_of_run
 from megatron_deepstack.model.build import RankModel, drop_adapters, merge_adapters
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX
 from megatron_deepstack.parallel.groups import Groups, create_groups
-from megatron_deepstack.planning.budget.cost import adapter_weights
 from megatron_deepstack.planning.budget.footprint import weight_bytes
+from megatron_deepstack.planning.budget.parameters import adapter_parameters
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import data_size
 from megatron_deepstack.run_folder.recipe import recipe_of_run
@@ -89,7 +89,7 @@ def export_run(
     require_checkpoint(recipe)
     _tokenizer(recipe)
     alone = adapters is Adapters.ALONE
-    size = _ADAPTER_BYTES * adapter_weights(recipe.model.language, recipe.lora) if alone else weight_bytes(recipe)
+    size = _ADAPTER_BYTES * adapter_parameters(recipe) if alone else weight_bytes(recipe)
     require_room(Path(output), size)
     say(f"export: {run_dir} -> {output}, about {data_size(size)}; one process starts and reads the checkpoint")
     if alone:

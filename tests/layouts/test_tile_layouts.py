@@ -31,7 +31,7 @@ LAYOUTS = [
     ("pp2-dp2-zero", 4, 1, ParallelConfig(pipeline=2, distributed_optimizer=True), TIED),
     ("tp2-pp2-sp", 4, 1, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True), MODEL),
     ("pp2-recompute", 2, 1, ParallelConfig(pipeline=2, recompute=Recompute.FULL, recompute_num_layers=2), MODEL),
-    ("pp2-inline", 2, 2, ParallelConfig(pipeline=2, encoder_placement=INLINE), MODEL),
+    ("tp2-inline", 2, 2, ParallelConfig(tensor=2, encoder_placement=INLINE), MODEL),
 ]
 
 
