@@ -66,6 +66,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         'ask my-run photo.jpg "What is in the picture?"',
         "ask my-run --file questions.jsonl --images photos --json",
         "ask my-run photo.jpg --temperature 0.7 --top-p 0.9",
+        'ask exported photo.jpg "What is in the picture?"',
     ),
     "evaluate": (
         "evaluate my-run",

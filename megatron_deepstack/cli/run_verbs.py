@@ -194,7 +194,13 @@ def report(
 
     The page is one file that needs no network. Open it in a browser.
     """
-    from megatron_deepstack.report.compare import write_comparison
+    from megatron_deepstack.report.compare import warnings, write_comparison
     from megatron_deepstack.report.page import write_report
 
-    say(f"report: {write_report(runs[0], output) if len(runs) == 1 else write_comparison(runs, output)}")
+    if len(runs) == 1:
+        say(f"report: {write_report(runs[0], output)}")
+        return
+    written = write_comparison(runs, output)
+    for line in warnings(runs):
+        tell(f"report: {line}")
+    say(f"report: {written}")
