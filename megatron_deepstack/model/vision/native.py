@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.megatron_config import TowerConfig
-from megatron_deepstack.model.layers.specs import respect_no_grad, vit_layer
+from megatron_deepstack.model.layers.specs import framed_vit_layer, respect_no_grad
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.planning.views import ViewGrid
 from megatron_deepstack.platform.compute.upload import upload
@@ -59,8 +59,10 @@ class NativeTower(MegatronModule):
         self.patch_embedding = PatchEmbedding((3, vision.temporal_patch_size, patch, patch), width, dtype)
         self.position_embedding = torch.nn.Parameter(torch.empty(vision.num_positions, width, dtype=dtype))
         self.decoder = TransformerBlock(
-            config=config,
-            spec=vit_layer(lora=config.adapters),
+            config=config.for_layers(),
+            spec=framed_vit_layer(
+                engine=config.engine_layers, activation=config.fused_activation, lora=config.adapters
+            ),
             pre_process=True,
             post_process=False,
             pg_collection=groups,
