@@ -49,7 +49,7 @@ def is_adapter(name: str) -> bool:
 class WithAdapter(torch.nn.Module):
     """A linear with an adapter beside it."""
 
-    weight: torch.nn.Parameter
+    weight: torch.Tensor
     lora: LoraConfig
     lora_a: torch.nn.Parameter
     b_names: tuple[str, ...]

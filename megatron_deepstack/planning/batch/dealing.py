@@ -121,7 +121,9 @@ def encoder_costs_of(
         return units.astype(np.float64)
     shapes, which = np.unique(views[:, 1:], axis=0, return_inverse=True)
     costs = np.array([unit_flops(model, ViewGrid(*shape)) for shape in shapes.tolist()], np.float64)
-    return np.bincount(views[:, 0], costs[which.reshape(-1)], len(units))
+    found: Costs = np.zeros(len(units))
+    np.add.at(found, views[:, 0], costs[which.reshape(-1)])
+    return found
 
 
 def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int]]:
