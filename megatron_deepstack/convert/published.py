@@ -72,7 +72,19 @@ class PublishedSource(PartialSource):
         return self.stored(name, shape).float()
 
     def part(self, name: str, shape: Shape, span: Span) -> torch.Tensor:
-        """A part of a tensor, float32 on the CPU, see `published_source`. Of safetensors files nothing else is read."""
+        """A part of a tensor, see `published_source`. Of safetensors files nothing else is read.
+
+        Args:
+            name: Its published name.
+            shape: The shape of all of it.
+            span: Which part.
+
+        Returns:
+            The part, float32 on the CPU.
+
+        Raises:
+            CheckpointError: See `published_source`.
+        """
         for checkpoint in self._checkpoints:
             if checkpoint.answers_for(name):
                 return checkpoint.read_part(name, shape, span).float()
@@ -181,7 +193,19 @@ class _Checkpoint:
         return tensor
 
     def read_part(self, name: str, shape: Shape, span: Span) -> torch.Tensor:
-        """A part of a tensor; whatever is unusual about the tensor is left to `read`, which reads all of it."""
+        """A part of a tensor. Where its file holds another shape, `read` looks at all of it.
+
+        Args:
+            name: Its published name.
+            shape: The shape of all of it.
+            span: Which part.
+
+        Returns:
+            The part, in the dtype of its file.
+
+        Raises:
+            CheckpointError: As `read` does.
+        """
         own = self.names.get(name)
         if own is None or span.start == span.stop or lazy_tensor(self.files[own], own).shape != shape:
             return span.of(self.read(name, shape))
