@@ -35,8 +35,8 @@ from megatron_deepstack.config.schema import (
     VisionConfig,
 )
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
+from megatron_deepstack.planning.budget.drawn import drawn_shapes
 from megatron_deepstack.planning.budget.hardware import MACHINES
-from megatron_deepstack.planning.budget.load import drawn_shapes
 from megatron_deepstack.planning.budget.run_plan import plan_run
 from megatron_deepstack.planning.views import num_views
 from megatron_deepstack.testing.tiny import TinySample

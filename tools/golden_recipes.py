@@ -12,8 +12,9 @@ GOLDEN = Path(__file__).parent.parent / "tests" / "recipes" / "golden"
 
 
 def published_recipes() -> list[str]:
-    """Names of the recipes that follow the paper, and of the baselines it compares with."""
-    return sorted(file.stem for kind in ("deepstack", "baseline") for file in RECIPES.glob(f"{kind}_*.yaml"))
+    """Names of the recipes that follow the paper, of the baselines it compares with, and of other models that stack."""
+    kinds = ("deepstack", "baseline", "qwen3_vl", "granite4_vision")
+    return sorted(file.stem for kind in kinds for file in RECIPES.glob(f"{kind}_*.yaml"))
 
 
 def main() -> int:

@@ -60,15 +60,11 @@ def plan(
 
 def _estimate(
     loaded: Recipe, store: str | None, machine: Any, num_ranks: int, timeline: Path | None, as_json: bool
-) -> dict[str, object] | None:
-    """Print the estimate of the recipe's own layout, or return it for programs; None where there is none."""
-    from megatron_deepstack.planning.budget.run_plan import advice, is_modelled, plan_run
+) -> dict[str, object]:
+    """Print the estimate of the recipe's own layout, and return it for programs."""
+    from megatron_deepstack.planning.budget.run_plan import advice, plan_run
     from megatron_deepstack.report.plan_estimate import estimate, plan_values, predicted_step
 
-    if not is_modelled(loaded):
-        if not as_json:
-            Console().print(f"{loaded.model.variant}: memory and time are not predicted for views of any size")
-        return None
     shapes = _shapes(loaded, store)
     found = plan_run(loaded, shapes, machine, num_ranks)
     knob = "" if found.fits else advice(found, shapes)
@@ -84,12 +80,10 @@ def _estimate(
 def _all_layouts(loaded: Recipe, gpus: int, gpu: str, store: str | None, as_json: bool) -> None:
     from megatron_deepstack.planning.budget.hardware import machine_named
     from megatron_deepstack.planning.budget.layouts import all_layouts
-    from megatron_deepstack.planning.budget.run_plan import require_modelled
     from megatron_deepstack.report.plan_estimate import layouts_table, layouts_values, side_by_side
 
     if gpus < 1:
         raise ConfigError([f"--gpus: found {gpus}, expected 1 or more; the nearest that works is --gpus 1"])
-    require_modelled(loaded)
     found = all_layouts(loaded, _shapes(loaded, store), machine_named(gpu), gpus)
     if as_json:
         print_json({"name": loaded.name, "gpus": gpus, **layouts_values(found, gpus)})
@@ -117,7 +111,7 @@ def _nearest(loaded: Recipe, gpus: int, gpu: str, store: str | None) -> str:
 
 def _shapes(loaded: Recipe, store: str | None) -> Any:
     """Sizes of samples: of the store where it is there, else as the recipe states them."""
-    from megatron_deepstack.planning.budget.load import drawn_shapes
+    from megatron_deepstack.planning.budget.drawn import drawn_shapes
 
     data = loaded.data
     if store is not None:
@@ -151,12 +145,10 @@ def show_before_start(loaded: Recipe, num_ranks: int, anyway: bool, tell: Callab
         LayoutError: It does not fit this machine's GPUs; the message says what would.
     """
     from megatron_deepstack.planning.budget.hardware import machine_of_device
-    from megatron_deepstack.planning.budget.run_plan import advice, is_modelled, plan_run
+    from megatron_deepstack.planning.budget.run_plan import advice, plan_run
     from megatron_deepstack.platform.compute import gpu_model
     from megatron_deepstack.report.plan_estimate import refusal, three_lines
 
-    if not is_modelled(loaded):
-        return
     shapes = _shapes(loaded, None)
     found = plan_run(loaded, shapes, machine_of_device(gpu_model.gpu_model() or "cpu"), num_ranks)
     tell(three_lines(found))

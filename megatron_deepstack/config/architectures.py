@@ -17,6 +17,13 @@ _HALF = (0.5, 0.5, 0.5)
 _LLAMA_7B = LanguageConfig()
 _LLAMA_13B = LanguageConfig(hidden_size=5120, ffn_hidden_size=13824, num_layers=40, num_heads=40)
 
+_GRANITE_TILES = (
+    *(f"{columns}x1" for columns in range(1, 11)),
+    *(f"{columns}x2" for columns in range(1, 6)),
+    *(f"{columns}x3" for columns in range(1, 4)),
+    *(f"{columns}x{rows}" for rows in (4, 5) for columns in (1, 2)),
+    *(f"1x{rows}" for rows in range(6, 11)),
+)
 _QWEN3_VL_LARGE = VisionConfig(
     kind="qwen3_vl",
     patch_size=16,
@@ -59,6 +66,21 @@ VISION: Mapping[str, VisionConfig] = {
         hidden_size=1152,
         ffn_hidden_size=4304,
         num_layers=27,
+        activation=Activation.GELU_TANH,
+        layernorm_epsilon=1e-6,
+        mean=_HALF,
+        std=_HALF,
+    ),
+    "granite4_vision_3b": VisionConfig(
+        kind="siglip",
+        image_size=384,
+        patch_size=16,
+        hidden_size=1152,
+        ffn_hidden_size=4304,
+        num_layers=27,
+        taps=(8, 14, 20, 26, 26, 26, 26, 26),
+        tile_grids=_GRANITE_TILES,
+        select_layer=-1,
         activation=Activation.GELU_TANH,
         layernorm_epsilon=1e-6,
         mean=_HALF,
@@ -136,6 +158,22 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
         norm_epsilon=1e-6,
         rope_theta=1_000_000.0,
         qk_norm=True,
+    ),
+    "granite4_vision_3b": LanguageConfig(
+        family="granite",
+        vocab_size=100353,
+        hidden_size=2560,
+        ffn_hidden_size=8192,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=8,
+        head_dim=64,
+        rope_theta=10_000_000.0,
+        embedding_multiplier=12.0,
+        attention_multiplier=1 / 64,
+        residual_multiplier=0.22,
+        logits_scaling=10.0,
+        tied_embeddings=True,
     ),
     "qwen3_vl_2b": replace(_QWEN3_VL, tied_embeddings=True),
     "qwen3_vl_4b": replace(

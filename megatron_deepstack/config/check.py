@@ -22,10 +22,10 @@ from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import head_width, sequence_multiple, tokens_per_view
+from megatron_deepstack.config.sizes import head_width, sequence_multiple, smallest_context
 from megatron_deepstack.config.traits.families import find_family, fits, unknown_family
 from megatron_deepstack.config.traits.towers import find_tower, unknown_tower
-from megatron_deepstack.config.traits.variants import ViewLayout, variant_without_crops
+from megatron_deepstack.config.traits.variants import variant_without_crops
 from megatron_deepstack.errors import ConfigError, LayoutError
 
 
@@ -182,12 +182,6 @@ def _native(recipe: Recipe) -> Iterator[Problem]:
             "data.min_pixels data.max_pixels",
             f"found {recipe.data.min_pixels} and {recipe.data.max_pixels}; the first cannot exceed the second",
         )
-    if recipe.model.variant.traits.views is ViewLayout.TILES:
-        yield _problem(
-            "model.variant",
-            f"{recipe.model.variant} has padded tiles, which no store holds yet; `check-parity` compares such models "
-            "with transformers",
-        )
 
 
 def _layout(recipe: Recipe) -> Iterator[Problem]:
@@ -291,13 +285,12 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.global_batch_size train.micro_batch_size",
             f"{train.global_batch_size} is not a multiple of train.micro_batch_size {train.micro_batch_size}",
         )
-    native = recipe.model.variant.traits.is_native
-    tokens = tokens_per_view(vision) if vision.patch_size and not native else 0
+    tokens = smallest_context(recipe.model) if vision.patch_size and recipe.model.qformer.window_side else 0
     if tokens >= train.seq_length:
         yield _problem(
             "train.seq_length model.vision.image_size model.vision.patch_size",
-            f"{train.seq_length} tokens cannot hold one image of {tokens} visual tokens "
-            f"({vision.image_size} / {vision.patch_size} squared) and any text",
+            f"{train.seq_length} tokens cannot hold one image of {tokens} visual tokens or more (a view has "
+            f"{vision.image_size} pixels, in patches of {vision.patch_size}) and any text",
         )
     if train.batching is Batching.PACKED and train.micro_batch_size > 1:
         yield _problem(
@@ -311,6 +304,8 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.trainable",
             f"found [{', '.join(train.trainable)}], expected at least one of vision, projector, language, each once",
         )
+    for paths, text in speed_rules.moment_violations(optimizer, recipe.parallel, train.precision):
+        yield _problem(paths, text)
     if optimizer.min_lr > optimizer.lr:
         yield _problem(
             "optimizer.min_lr optimizer.lr", f"{optimizer.min_lr} is above the peak optimizer.lr {optimizer.lr}"

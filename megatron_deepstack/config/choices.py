@@ -108,6 +108,8 @@ class Template(StrEnum):
     """The template ChatML."""
     QWEN3_VL = "qwen3_vl"
     """ChatML with images between control tokens, tools and their calls."""
+    GRANITE_4 = "granite_4"
+    """Turns between the control tokens of Granite's roles."""
 
 
 class ImageResize(StrEnum):
@@ -182,6 +184,13 @@ class Switch(StrEnum):
 
 class GradientDtype(StrEnum):
     """Number format of the gradient buffers."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class MomentDtype(StrEnum):
+    """Number format of Adam's two moments."""
 
     FP32 = "fp32"
     BF16 = "bf16"

@@ -9,7 +9,7 @@ from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, Vision
 from megatron_deepstack.config.sizes import head_width, tokens_per_side, used_layers
 from megatron_deepstack.config.traits.families import find_family
 from megatron_deepstack.config.traits.towers import find_tower
-from megatron_deepstack.config.traits.variants import StackSource
+from megatron_deepstack.config.traits.variants import StackSource, ViewLayout
 
 
 def native_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -34,6 +34,8 @@ def native_problems(model: ModelConfig) -> Iterator[Problem]:
             "model.language.mrope_section model.language.family",
             "set it for a family with positions on three axes, such as qwen3_vl, and for no other",
         )
+    if model.vision.tile_grids and model.variant.traits.views is not ViewLayout.TILES:
+        yield _problem("model.vision.tile_grids model.variant", f"{model.variant} has no tiles; leave it empty")
     if axial and not native:
         yield _problem(
             "model.language.family model.variant",
@@ -43,6 +45,11 @@ def native_problems(model: ModelConfig) -> Iterator[Problem]:
         yield from _tower(model.vision, None if tower is None else tower.layernorm_epsilon)
     elif model.variant.traits.stack_source is StackSource.TAPS:
         yield from _qformers(model)
+        if not model.vision.tile_grids:
+            yield _problem(
+                "model.vision.tile_grids model.variant",
+                f'is empty; name the grids of tiles of {model.variant}, such as ["1x1", "2x1", "1x2"]',
+            )
     elif model.vision.taps:
         yield _problem("model.vision.taps model.variant", f"{model.variant} takes no stacks from layers of the tower")
     if axial and model.language.mrope_section is not None:

@@ -52,6 +52,15 @@ def resampled_side(model: ModelConfig) -> int:
     return tokens_per_side(model.vision) // model.qformer.window_side * model.qformer.query_side
 
 
+def smallest_context(model: ModelConfig) -> int:
+    """Number of positions that the whole image takes at least; 0 where views have any size."""
+    if model.variant.traits.is_native:
+        return 0
+    if model.variant.traits.has_base_rows:
+        return tokens_per_view(model.vision)
+    return resampled_side(model) ** 2
+
+
 def sequence_multiple(parallel: ParallelConfig) -> int:
     """Number of tokens of which the length of a sequence must be a multiple.
 

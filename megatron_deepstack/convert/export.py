@@ -7,7 +7,6 @@ Under Hugging Face's names the folder is all that transformers needs: variant ll
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,11 +19,11 @@ import torch
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.export_files import About, ExportPlan, plan_export, transformers_config
-from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
 from megatron_deepstack.convert.hf_whole_export import whole_folder
 from megatron_deepstack.convert.tensor_files import LazyTensor
 from megatron_deepstack.convert.tensor_writer import SHARD_BYTES, write_tensors
+from megatron_deepstack.convert.vocabulary import lengthened
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import CheckpointError, DataError
 from megatron_deepstack.model.build import RankModel
@@ -47,6 +46,15 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
     """
     if naming is Naming.HUGGING_FACE and model.variant.traits.whole_model is None:
         transformers_config(model, model.language.vocab_size, 0)
+    require_absent(output)
+
+
+def require_absent(output: Path) -> None:
+    """Refuse a folder that is there already.
+
+    Raises:
+        CheckpointError: `output` exists and is not an empty folder.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; name another, nothing is overwritten")
 
@@ -104,31 +112,23 @@ def write_model(
     """
     require_exportable(model, output, naming)
     if model.variant.traits.whole_model is not None:
-        _write_whole({name: tensor.read() for name, tensor in tensors.items()}, model, output, tokenizer)
+        whole = whole_folder(tensors, model, tokenizer, about or About())
+        _write_folder(output, whole.tensors, whole.files, shard_bytes)
         return
     some = next(iter(tensors.values()))
     plan = plan_export(model, naming, tokenizer, str(some.dtype).removeprefix("torch."), about or About())
     fitting = _renamed(_fit_to_transformers(dict(tensors), model, plan), model, naming)
-    with new_folder(output) as folder:
-        total = sum(tensor.num_bytes for tensor in fitting.values())
-        with WorkProgress("export", total, "bytes") as progress:
-            write_tensors(folder, fitting, shard_bytes, progress.at)
-        for name, content in plan.files.items():
-            (folder / name).write_bytes(content)
+    _write_folder(output, fitting, plan.files, shard_bytes)
 
 
-def _write_whole(
-    tensors: dict[str, torch.Tensor], model: ModelConfig, output: Path, tokenizer: Tokenizer | None
+def _write_folder(
+    output: Path, tensors: Mapping[str, LazyTensor], files: Mapping[str, bytes], shard_bytes: int
 ) -> None:
-    """A model that transformers has itself, under its names whatever naming is asked for: it has no others."""
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    renamed, config = whole_folder(tensors, model, tokenizer)
-    lazy = {name: LazyTensor.of(tensor) for name, tensor in renamed.items()}
     with new_folder(output) as folder:
-        with WorkProgress("export", sum(tensor.num_bytes for tensor in lazy.values()), "bytes") as progress:
-            write_tensors(folder, lazy, progress=progress.at)
-        (folder / CONFIG).write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-        for name, content in ({} if tokenizer is None else tokenizer.files).items():
+        total = sum(tensor.num_bytes for tensor in tensors.values())
+        with WorkProgress("export", total, "bytes") as progress:
+            write_tensors(folder, tensors, shard_bytes, progress.at)
+        for name, content in files.items():
             (folder / name).write_bytes(content)
 
 
@@ -233,21 +233,3 @@ def _fit_to_transformers(tensors: dict[str, LazyTensor], model: ModelConfig, pla
             norm = torch.full((model.vision.hidden_size,), value, dtype=like)
             tensors[f"{VISION_PREFIX}post_layernorm.{kind}"] = LazyTensor.of(norm)
     return tensors
-
-
-def lengthened(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """An embedding or output layer with more rows.
-
-    New rows are the mean of all: their logit is the mean logit, never the largest, so generation cannot choose them.
-
-    Args:
-        rows: (V, H).
-        num_rows: Rows of the result, at least V.
-
-    Returns:
-        (num_rows, H), the same tensor if it has as many already.
-    """
-    if num_rows == len(rows):
-        return rows
-    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
-    return torch.cat([rows, mean.expand(num_rows - len(rows), -1)])

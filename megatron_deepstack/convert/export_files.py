@@ -18,7 +18,7 @@ from megatron_deepstack.config.schema import DataConfig, ModelConfig, VisionConf
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.convert.chat_template import chat_template
-from megatron_deepstack.convert.hf_facts import CONFIG
+from megatron_deepstack.convert.hf_facts import CONFIG, PREPROCESSOR, PROCESSOR
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.convert.hf_written import (
     deepstack_config,
@@ -30,15 +30,18 @@ from megatron_deepstack.convert.hf_written import (
 from megatron_deepstack.convert.tokenizer_json import transformers_files
 from megatron_deepstack.convert.vocabulary import padded_vocabulary
 from megatron_deepstack.data.text.conversation import stop_ids
+from megatron_deepstack.data.text.probe import probe
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 from megatron_deepstack.planning.views import layout_of
 
-PREPROCESSOR: Final = "preprocessor_config.json"
-PROCESSOR: Final = "processor_config.json"
 GENERATION: Final = "generation_config.json"
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 CARD: Final = "README.md"
+PROBE: Final = "tokenizer_probe"
+"""Key beside the facts about the data in config.json: see `data.text.probe`."""
+FINGERPRINT: Final = "tokenizer_sha256"
+"""Another one: fingerprint of the tokenizer of the training, as stores record it."""
 CODE: Final = (
     "configuration_deepstack.py",
     "modeling_deepstack.py",
@@ -94,23 +97,25 @@ def plan_export(
         DataError: transformers cannot have the tokenizer.
     """
     if naming is Naming.PUBLISHED:
+        length = {} if about.seq_length is None else {"max_position_embeddings": about.seq_length}
+        config = {**published_config(model), **length, "data": _prepared(about.data, tokenizer), "dtype": dtype}
         files = {
-            CONFIG: _json({**published_config(model), "data": _prepared(about.data), "dtype": dtype}),
+            CONFIG: _json(config),
             PREPROCESSOR: _json(preprocessor_config(model.vision)),
             **({} if tokenizer is None else tokenizer.files),
         }
         return ExportPlan(files=files, vocab_size=model.language.vocab_size, has_final_norm=False)
-    known, image_token = ({}, model.language.vocab_size) if tokenizer is None else transformers_files(tokenizer)
+    known, numbers = ({}, {}) if tokenizer is None else transformers_files(tokenizer)
+    image_token = numbers.get(IMAGE_TOKEN, model.language.vocab_size)
     vocab_size = padded_vocabulary(model.language.vocab_size, image_token)
     config = transformers_config(model, vocab_size, image_token)
     if about.seq_length is not None:
         config["text_config"]["max_position_embeddings"] = about.seq_length
-    if not model.variant.traits.is_llava:
-        config["data"] = _prepared(about.data)
+    config["data"] = _prepared(about.data, tokenizer)
     files = {CONFIG: _json({**config, "dtype": dtype}), **known, **_processor_files(model, about.data)}
-    files[CARD] = _card(model, about).encode()
+    files[CARD] = model_card(model, about, remote_code=not model.variant.traits.is_llava).encode()
     if tokenizer is not None:
-        files[GENERATION] = _json(_generation(tokenizer, about.data))
+        files[GENERATION] = _json(generation_config(tokenizer, about.data))
         files[CHAT_TEMPLATE] = chat_template(about.data.template).encode()
     is_llava = model.variant.traits.is_llava
     return ExportPlan(
@@ -156,7 +161,7 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _prepared(data: DataConfig) -> dict[str, Any]:
+def _prepared(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """How images and conversations were prepared, for `convert` and for answers from an exported folder."""
     images = {name: str(getattr(data, name)) for name in ("resize", "orientation", "deep_grey")}
     return {
@@ -164,6 +169,7 @@ def _prepared(data: DataConfig) -> dict[str, Any]:
         **images,
         "transparency": data.transparency.lower(),
         "max_image_pixels": data.max_image_pixels,
+        **({} if tokenizer is None else {PROBE: probe(tokenizer), FINGERPRINT: tokenizer.fingerprint}),
     }
 
 
@@ -209,8 +215,13 @@ def _processor_files(model: ModelConfig, data: DataConfig) -> dict[str, bytes]:
     return {**code, PREPROCESSOR: _json(image), PROCESSOR: _json(processor)}
 
 
-def _generation(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
-    """Which tokens end an answer; greedy, as `generate` is."""
+def generation_config(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
+    """Which tokens end an answer; greedy, as `generate` is.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        data: Names the template.
+    """
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(stop_ids(data.template, tokenizer)),
@@ -220,8 +231,15 @@ def _generation(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _card(model: ModelConfig, about: About) -> str:
-    remote = "" if model.variant.traits.is_llava else ", trust_remote_code=True"
+def model_card(model: ModelConfig, about: About, *, remote_code: bool) -> str:
+    """The text of README.md.
+
+    Args:
+        model: The recipe's model.
+        about: Paragraphs to add.
+        remote_code: Whether the folder brings code of its own.
+    """
+    remote = ", trust_remote_code=True" if remote_code else ""
     example = f"""```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
@@ -15,7 +15,9 @@ ACTIVATIONS = {
     Activation.GELU_TANH: "gelu_pytorch_tanh",
     Activation.SILU: "silu",
 }
-CONFIG = "config.json"
+CONFIG: Final = "config.json"
+PREPROCESSOR: Final = "preprocessor_config.json"
+PROCESSOR: Final = "processor_config.json"
 
 
 def language_facts(language: LanguageConfig) -> dict[str, Any]:

@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.convert.hf_written import select_strategy
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.planning.slots import decoder_slots
+from megatron_deepstack.planning.views import read_tile_grids
 
 _SPATIAL_LAYERS: Final = (12, 15, 18, 21)
 """Decoder layers of the sampled stacks where a config names none."""
+_PINPOINTS: Final = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""Heights and widths of resized images where a config names none."""
 _HEAD_WIDTH: Final = 64
 """Width of a Q-Former's head, whatever its config says."""
 _SAMPLED: Final = 4
@@ -65,10 +70,31 @@ def granite_sections(config: Mapping[str, Any], vision: Mapping[str, Any], where
             "which transformers keeps the last only; give each stack a layer of its own"
         )
     return {
-        "vision": {"taps": taps, "select_layer": max(taps) - layers},
+        "vision": {
+            "taps": taps,
+            "select_layer": max(taps) - layers,
+            "tile_grids": _tile_grids(config, int(vision["image_size"]), where),
+        },
         "stacks": {"slots": slots},
         "qformer": {"num_sampled": len(sampled), **_qformer(config, vision, where)},
     }
+
+
+def _tile_grids(config: Mapping[str, Any], tile: int, where: str) -> list[str]:
+    """The grids of tiles, from the sizes (height, width) to which an image may be resized."""
+    given = config.get("image_grid_pinpoints")
+    sizes = _PINPOINTS if given is None else given
+    try:
+        pairs = [(int(high), int(wide)) for high, wide in sizes]
+    except (TypeError, ValueError):
+        pairs = []
+    odd = [pair for pair in pairs if min(pair) < tile or pair[0] % tile or pair[1] % tile]
+    if odd or not pairs:
+        raise CheckpointError(
+            f"{where}: image_grid_pinpoints: found {odd or given!r}, expected pairs of height and width, multiples of "
+            f"the {tile} pixels of a view"
+        )
+    return [f"{wide // tile}x{high // tile}" for high, wide in pairs]
 
 
 def _tap(key: str, state: Any, layers: int, where: str) -> int:
@@ -129,11 +155,14 @@ def granite_keys(model: ModelConfig) -> dict[str, Any]:
         Keys of config.json.
     """
     qformer, layers = model.qformer, model.vision.num_layers
-    slots = list(model.stacks.slots or ())
+    slots = list(decoder_slots(model))
     averaged = len(slots) - qformer.num_sampled
     states = [tap - layers for tap in model.vision.taps]
     activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(str(qformer.activation), str(qformer.activation))
+    side, grids = model.vision.image_size, read_tile_grids(model.vision.tile_grids)
     return {
+        "vision_feature_select_strategy": select_strategy(model.vision),
+        "image_grid_pinpoints": [[rows * side, columns * side] for columns, rows in grids],
         "deepstack_layer_map": [list(pair) for pair in zip(states[:averaged], slots[:averaged], strict=True)],
         "spatial_vision_layer": states[-1],
         "spatial_target_layers": slots[averaged:],

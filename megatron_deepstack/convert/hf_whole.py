@@ -15,15 +15,17 @@ from megatron_deepstack.config.build import build_recipe
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem
-from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.schema import DataConfig, ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES, FamilyTraits, HfDecoder
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, read
 from megatron_deepstack.config.traits.towers import TOWERS, HfTower
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS
 from megatron_deepstack.convert.hf_granite import granite_keys, granite_sections
+from megatron_deepstack.convert.hf_processors import Values, granite_processor, qwen3_vl_processor
 from megatron_deepstack.convert.hf_rope import axial_base, rotary_base, rotary_sections
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
 T = TypeVar("T")
 Sections = Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, dict[str, Any]]]
@@ -43,6 +45,14 @@ class WholeModel:
     """Keys of its config beside `text_config` and `vision_config`."""
     prefixes: Mapping[str, str]
     """Prefix of a tensor in its files to the prefix of the published name; the longest one that fits decides."""
+    special_tokens: Mapping[str, str]
+    """Names of the tokens whose ids its config holds, by the key."""
+    image_token: str
+    """The token that stands for an image in a text, which its processor repeats for each visual token."""
+    video_token: str | None = None
+    """The same for a video."""
+    processor: Callable[[ModelConfig, DataConfig], Values]
+    """From a model and the preparation of its data to the files of its processor."""
     unused: tuple[str, ...] = ()
     """Prefixes of tensors that no row passes, which are neither read nor written."""
     sections: Sections = field(default=lambda config, vision, where: {})
@@ -66,6 +76,15 @@ QWEN3_VL: Final = WholeModel(
         "model.visual.merger.": f"{PROJECTOR_PREFIX}merger.",
         "model.visual.deepstack_merger_list.": f"{PROJECTOR_PREFIX}deepstack_merger_list.",
     },
+    special_tokens={
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    },
+    image_token="<|image_pad|>",
+    video_token="<|video_pad|>",
+    processor=qwen3_vl_processor,
 )
 GRANITE4_VISION: Final = WholeModel(
     architecture="Granite4VisionForConditionalGeneration",
@@ -101,6 +120,9 @@ GRANITE4_VISION: Final = WholeModel(
         "model.layerwise_projectors.": f"{PROJECTOR_PREFIX}layerwise_projectors.",
         "model.spatial_projectors.": f"{PROJECTOR_PREFIX}spatial_projectors.",
     },
+    special_tokens={"image_token_index": IMAGE_TOKEN},
+    image_token=IMAGE_TOKEN,
+    processor=granite_processor,
     unused=("model.vision_tower.post_layernorm.", "model.vision_tower.head."),
     sections=granite_sections,
     keys=granite_keys,

@@ -2,45 +2,106 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.convert.chat_template import chat_template
+from megatron_deepstack.convert.export_files import (
+    CARD,
+    CHAT_TEMPLATE,
+    GENERATION,
+    About,
+    generation_config,
+    model_card,
+)
+from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_names import Naming, to_naming
+from megatron_deepstack.convert.hf_whole import WholeModel, whole_model_of
 from megatron_deepstack.convert.hf_whole_written import whole_config
 from megatron_deepstack.convert.hf_written import hf_tower
+from megatron_deepstack.convert.tensor_files import LazyTensor
+from megatron_deepstack.convert.tokenizer_json import transformers_files
+from megatron_deepstack.convert.vocabulary import EMBEDDINGS, lengthened, padded_vocabulary
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.model.weights import VISION_PREFIX
 
-_SPECIAL_TOKENS: Final = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "image_token_index": "<image>",
-}
-"""Names of the tokens whose ids a config holds. Without a tokenizer, transformers takes the published ids."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WholeFolder:
+    """What a folder of such a model holds."""
+
+    tensors: Mapping[str, LazyTensor]
+    """By their names there."""
+    files: Mapping[str, bytes]
+    """All other files by name."""
 
 
 def whole_folder(
-    tensors: dict[str, torch.Tensor], model: ModelConfig, tokenizer: Tokenizer | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return what a folder of such a model holds.
+    tensors: Mapping[str, LazyTensor], model: ModelConfig, tokenizer: Tokenizer | None, about: About
+) -> WholeFolder:
+    """Return what a folder of such a model holds, with which transformers loads model and processor.
 
     Args:
         tensors: All tensors of the model by their published names.
         model: The recipe's model, of a variant with `whole_model`.
-        tokenizer: Says the ids of special tokens, if it is known.
+        tokenizer: The run's tokenizer. Special tokens of the model that it lacks are added behind its others, and rows
+            of the embedding for them if there are none. Without one the folder has no files for text.
+        about: How images and conversations were prepared, and what the model card says.
 
     Returns:
-        The tensors under the names of transformers, and the content of config.json.
+        The tensors and the files.
+
+    Raises:
+        DataError: transformers cannot have the tokenizer.
     """
-    ids = {} if tokenizer is None else {key: tokenizer.control_id(name) for key, name in _SPECIAL_TOKENS.items()}
-    config = whole_config(model, {key: number for key, number in ids.items() if number is not None})
+    found = whole_model_of(model.variant)
+    assert found is not None, f"{model.variant} is no whole model of transformers"
+    _, whole = found
+    files, ids = _text_files(whole, tokenizer, about)
+    found_tensors = dict(tensors)
+    num_rows = padded_vocabulary(model.language.vocab_size, max(ids.values(), default=0))
+    for name in EMBEDDINGS:
+        if name in tensors:
+            shape = (num_rows, *tensors[name].shape[1:])
+            found_tensors[name] = tensors[name].changed(shape, lambda rows: lengthened(rows, num_rows))
+    dtype = next(iter(tensors.values())).dtype
     if hf_tower(model.vision).final_norm and not tower_of(model.vision).has_post_norm:
-        like = next(iter(tensors.values()))
-        tensors[f"{VISION_PREFIX}post_layernorm.weight"] = like.new_ones(model.vision.hidden_size)
-        tensors[f"{VISION_PREFIX}post_layernorm.bias"] = like.new_zeros(model.vision.hidden_size)
-    return {to_naming(name, Naming.HUGGING_FACE, model): tensor for name, tensor in tensors.items()}, config
+        for kind, value in (("weight", 1.0), ("bias", 0.0)):
+            norm = torch.full((model.vision.hidden_size,), value, dtype=dtype)
+            found_tensors[f"{VISION_PREFIX}post_layernorm.{kind}"] = LazyTensor.of(norm)
+    config = whole_config(replace(model, language=replace(model.language, vocab_size=num_rows)), ids)
+    if about.seq_length is not None:
+        config["text_config"]["max_position_embeddings"] = about.seq_length
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    values = {CONFIG: config, **whole.processor(model, about.data)}
+    return WholeFolder(
+        tensors={to_naming(name, Naming.HUGGING_FACE, model): tensor for name, tensor in found_tensors.items()},
+        files={
+            **{name: _json(value) for name, value in values.items()},
+            **files,
+            CARD: model_card(model, about, remote_code=False).encode(),
+        },
+    )
+
+
+def _text_files(
+    whole: WholeModel, tokenizer: Tokenizer | None, about: About
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Files of tokenizer, template and generation, and the ids of special tokens by their keys in config.json."""
+    if tokenizer is None:
+        return {}, {}
+    names = whole.special_tokens
+    files, numbers = transformers_files(tokenizer, tuple(names.values()), image_token=whole.image_token)
+    template = chat_template(about.data.template, image_token=whole.image_token, video_token=whole.video_token)
+    files |= {GENERATION: _json(generation_config(tokenizer, about.data)), CHAT_TEMPLATE: template.encode()}
+    return files, {key: numbers[name] for key, name in names.items()}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"

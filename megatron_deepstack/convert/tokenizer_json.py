@@ -1,4 +1,4 @@
-"""A tokenizer as transformers loads it: tokenizer.json with `<image>` as one token, and the files beside it.
+"""A tokenizer as transformers loads it: tokenizer.json with the tokens of images, and the files beside it.
 
 A SentencePiece model is written as the `tokenizers` library computes it: the same pieces, the same merges, the same
 treatment of spaces, and the dummy prefix before every piece of text between special tokens, as the published data was
@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, process
 from tokenizers import Tokenizer as Backend
 
 from megatron_deepstack.data.text.hf_tokenizer import TOKENIZER_FILE
+from megatron_deepstack.data.text.probe import SENTENCES
 from megatron_deepstack.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -26,25 +27,20 @@ _SPACE: Final = "▁"
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Kinds of pieces of a SentencePiece model."""
-_SENTENCES: Final = (
-    "A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT:",
-    "\nWhat does the sign say?",
-    "  two  spaces \n\n lines\tand a tab ",
-    "Größe, naïve, Ελλάδα, Москва, 東京, 日本語のテキスト, 한국어, عربى, 😀👍🏽",
-    '3.14159 1,000,000 x^2 + y_1 = f(x); {"a": [1, 2]} <b>bold</b> https://example.org/a?b=c&d=%20',
-    "",
-    " ",
-)
 
 
-def transformers_files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], int]:
-    """The files of a tokenizer with the image token, for transformers.
+def transformers_files(
+    tokenizer: Tokenizer, special: Sequence[str] = (IMAGE_TOKEN,), image_token: str = IMAGE_TOKEN
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The files of a tokenizer with the tokens that a model has for images, for transformers.
 
     Args:
         tokenizer: The run's tokenizer.
+        special: Tokens that it must have; those that it lacks are added behind its others.
+        image_token: The one of them that stands for an image.
 
     Returns:
-        Content by name, and the id of `<image>`.
+        Content by name, and the ids of the special tokens.
 
     Raises:
         DataError: transformers' tokenizers cannot give the same ids.
@@ -54,7 +50,7 @@ def transformers_files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], int]:
     else:
         backend = Backend.from_buffer(tokenizer.files[TOKENIZER_FILE])
     _require_same_ids(tokenizer, backend)
-    backend.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     given = tokenizer.files.get(TOKENIZER_CONFIG)
     config = {} if given is None else json.loads(given)
     for key in ("auto_map", "processor_class", "added_tokens_decoder", "extra_special_tokens"):
@@ -69,16 +65,16 @@ def transformers_files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], int]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
-        "image_token": IMAGE_TOKEN,
+        "image_token": image_token,
     }
     files = {
         **tokenizer.files,
         TOKENIZER_FILE: backend.to_str(pretty=True).encode(),
         TOKENIZER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
     }
-    image_token = backend.token_to_id(IMAGE_TOKEN)
-    assert image_token is not None
-    return files, image_token
+    numbers = {name: backend.token_to_id(name) for name in special}
+    assert None not in numbers.values(), numbers
+    return files, {name: number for name, number in numbers.items() if number is not None}
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Backend:
@@ -149,7 +145,7 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
 
 def _require_same_ids(tokenizer: Tokenizer, backend: Backend) -> None:
     """Refuse a tokenizer.json that gives other ids than the run's tokenizer, tried on sentences and drawn texts."""
-    for text in (*_SENTENCES, *_drawn_texts(tokenizer)):
+    for text in (*SENTENCES, *_drawn_texts(tokenizer)):
         ours, theirs = tokenizer.encode(text), backend.encode(text, add_special_tokens=False).ids
         if ours != theirs:
             raise DataError(

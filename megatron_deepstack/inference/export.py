@@ -24,7 +24,8 @@ from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
-from megatron_deepstack.inference.main import load_engine, require_checkpoint
+from megatron_deepstack.inference.ask.preparation import prepared_data
+from megatron_deepstack.inference.loading import load_engine, require_checkpoint
 from megatron_deepstack.inference.model_card import card_of_run
 from megatron_deepstack.model.build import RankModel, drop_adapters, merge_adapters
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX
@@ -142,7 +143,7 @@ def export_on_rank(
         write_adapters_alone(model, recipe, Path(output), naming, card)
         return
     model = merge_adapters(model) if adapters is Adapters.MERGED else drop_adapters(model)
-    about = About(data=recipe.data, seq_length=recipe.train.seq_length, card=card)
+    about = About(data=prepared_data(recipe), seq_length=recipe.train.seq_length, card=card)
     export_model(model, recipe.model, Path(output), naming, _tokenizer(recipe), about)
 
 

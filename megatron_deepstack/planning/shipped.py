@@ -8,10 +8,10 @@ from typing import Final
 
 from megatron_deepstack.config.load import RECIPES, load_recipe
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.planning.budget.footprint import part_parameters
+from megatron_deepstack.planning.budget.parameters import model_parameters
 from megatron_deepstack.planning.check import model_ranks
 
-_MADE_FOR: Final = re.compile(r"(Eight H100|[A-Z]\w+ H100|two processes without a GPU)", re.ASCII)
+_MADE_FOR: Final = re.compile(r"([A-Z][\w-]+ H100|two processes without a GPU)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def _shipped(name: str) -> Shipped:
         name=name,
         about=re.split(r"[.;](?= |$)", words, maxsplit=1)[0],
         variant=str(recipe.model.variant),
-        parameters=sum(part_parameters(recipe.model).values()),
+        parameters=sum(model_parameters(recipe.model).values()),
         made_for=made_for[0] if made_for else "",
         layout=_layout(recipe),
         ranks_per_replica=model_ranks(recipe.parallel),

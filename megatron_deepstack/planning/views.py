@@ -249,40 +249,104 @@ class TileGrid:
         margin = (wide - int(round(self.image_width * (high / self.image_height), 7))) // 2
         return range(high), range(margin, wide - margin)
 
+    def num_tokens(self, side: int) -> int:
+        """Return the positions that the image takes: the whole image, then each line of the mosaic with its newline.
 
-def tile_grid(width: int, height: int, tile: int, resolutions: Sequence[tuple[int, int]]) -> TileGrid:
-    """Choose the tiles of an image: the resolution that keeps most of it, as LLaVA-NeXT and Granite publish.
+        Args:
+            side: Tokens along one side of a tile.
+        """
+        lines, columns = self.unpadded(side)
+        return side * side + len(lines) * (len(columns) + 1)
+
+    def num_used_views(self, side: int) -> int:
+        """Return the number of views of which a token is used: the whole image, and tiles that are not all padding.
+
+        Args:
+            side: Tokens along one side of a tile.
+        """
+        across, down = (len({place // side for place in places}) for places in self.unpadded(side))
+        return 1 + across * down
+
+    def fitted(self, tile: int) -> tuple[int, int]:
+        """Return the size to which the image is resized with its aspect ratio kept, as published.
+
+        Args:
+            tile: Side of a tile in pixels.
+
+        Returns:
+            Width and height in pixels; one of them is that of the mosaic, and the other is at most as large.
+        """
+        wide, high = self.columns * tile, self.rows * tile
+        scale_wide, scale_high = wide / self.image_width, high / self.image_height
+        if scale_wide < scale_high:
+            return wide, min(math.ceil(self.image_height * scale_wide), high)
+        return min(math.ceil(self.image_width * scale_high), wide), high
+
+
+def tile_grid(width: int, height: int, tile: int, grids: Sequence[Grid]) -> TileGrid:
+    """Choose the tiles of an image: the grid that keeps most of it, as LLaVA-NeXT and Granite publish.
 
     Args:
         width: Width of the image in pixels.
         height: Height of the image in pixels.
         tile: Side of a tile in pixels.
-        resolutions: Possible sizes of the resized image, `(height, width)`, multiples of `tile`.
+        grids: Possible grids of tiles.
 
     Returns:
-        The tiles. Of equally good resolutions the first is taken.
+        The tiles. Of equally good grids the first is taken.
 
     Raises:
         DataError: The image has no pixels.
-        ConfigError: A resolution is no multiple of `tile`.
+        ConfigError: There is no grid to choose from.
     """
     if min(width, height) < 1:
         raise DataError(f"an image of {width}x{height} pixels: it needs at least one pixel in each direction")
-    odd = [size for size in resolutions if size[0] % tile or size[1] % tile or not size[0] * size[1]]
-    if odd or not resolutions:
-        raise ConfigError([f"image_grid_pinpoints: found {odd or list(resolutions)}, expected multiples of {tile}"])
+    if not grids:
+        raise ConfigError(['model.vision.tile_grids is empty; name the grids of tiles, such as ["2x1", "2x2"]'])
 
-    def fit(size: tuple[int, int]) -> tuple[int, int]:
-        scale = min(size[1] / width, size[0] / height)
+    def fit(grid: Grid) -> tuple[int, int]:
+        wide, high = grid[0] * tile, grid[1] * tile
+        scale = min(wide / width, high / height)
         effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - size[0] * size[1]
+        return effective, effective - wide * high
 
-    high, wide = max(resolutions, key=fit)
-    return TileGrid(columns=wide // tile, rows=high // tile, image_width=width, image_height=height)
+    columns, rows = max(grids, key=fit)
+    return TileGrid(columns=columns, rows=rows, image_width=width, image_height=height)
+
+
+def read_tile_grids(texts: Sequence[str]) -> tuple[Grid, ...]:
+    """Read grids of tiles as a recipe writes them.
+
+    Args:
+        texts: `model.vision.tile_grids`, such as "2x1" for two tiles beside each other.
+
+    Returns:
+        Columns and rows of each.
+    """
+    pairs = (text.split("x") for text in texts)
+    return tuple((int(columns), int(rows)) for columns, rows in pairs)
 
 
 ImageShape = Grid | ViewGrid | TileGrid
 """What determines the rows of an image: the grid of its crops, the patches of its one view, or its tiles."""
+
+
+def stored_shape(layout: ViewLayout, grid: Sequence[int], size: tuple[int, int]) -> ImageShape:
+    """Return what determines the rows of an image, from what a store or a processor says of it.
+
+    Args:
+        layout: Which views there are.
+        grid: Columns and rows of crops or tiles, or the patches of a view of any size in time, height and width.
+        size: Width and height of the image in pixels, before it was resized.
+
+    Returns:
+        The shape; of a view of any size that of a picture, whose frames are equal.
+    """
+    if layout is ViewLayout.NATIVE:
+        frames, height, width = grid
+        return ViewGrid(frames, height, width)
+    columns, rows = grid
+    return TileGrid(columns, rows, *size) if layout is ViewLayout.TILES else (columns, rows)
 
 
 def smart_resize(width: int, height: int, *, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.errors import DeepStackError
-from megatron_deepstack.planning.views import ViewGrid
+from megatron_deepstack.planning.views import TileGrid, ViewGrid
 from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.report.drawing.svg import Markup, element
 
@@ -88,14 +88,15 @@ class Pictures:
         if isinstance(stored.grid, ViewGrid):
             frames = [embedded(frame, "view") for frame in opened.read_whole([image])[0]]
             return element("div", *(element("figure", one) for one in frames), class_="views")
-        assert isinstance(stored.grid, tuple), "no store holds padded tiles"
-        gw, gh = stored.grid
+        tiled = isinstance(stored.grid, TileGrid)
+        gw, gh = (stored.grid.columns, stored.grid.rows) if isinstance(stored.grid, TileGrid) else stored.grid
         views = opened.read_views(image, range(min(stored.count, 1 + gw * gh)))
         figures = [element("figure", embedded(views[0], "global view"), element("figcaption", "global view"))]
         if len(views) > 1:
-            crops = [embedded(view, f"crop {index}") for index, view in enumerate(views[1:])]
+            word = "tile" if tiled else "crop"
+            crops = [embedded(view, f"{word} {index}") for index, view in enumerate(views[1:])]
             grid = element("div", *crops, class_="grid", style=_grid_style(gw, gh))
-            figures.append(element("figure", grid, element("figcaption", f"{gw} x {gh} crops")))
+            figures.append(element("figure", grid, element("figcaption", f"{gw} x {gh} {word}s")))
         return element("div", *figures, class_="views")
 
 

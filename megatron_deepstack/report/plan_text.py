@@ -97,7 +97,8 @@ def _strip(chunk: Chunk, slots: Sequence[int]) -> Text:
 
 
 def _legend(recipe: Recipe, slots: Sequence[int]) -> str:
-    lines = ["E embedding with the global view's tokens, · layer, 0 1 2 ... layer with that stack, * with several"]
+    base = "with the global view's tokens" if recipe.model.variant.traits.has_base_rows else "with zeros for images"
+    lines = [f"E embedding {base}, · layer, 0 1 2 ... layer with that stack, * with several"]
     if not slots:
         lines = [f"{recipe.model.variant} adds no stacks to the decoder; E embedding, · layer"]
     if recipe.model.variant.traits.stacks_in_vit:

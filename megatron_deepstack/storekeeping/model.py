@@ -11,13 +11,15 @@ from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.store.reader import Store
 
 _PATCH_SIZE: Final = 14
+_PATCHES: Final = 24
+"""Patches along a side of a tile, as in Granite 4 Vision."""
 
 
 def model_for(store: Store, asked: ModelConfig | None) -> ModelConfig:
     """The model that is assumed to read a store.
 
     Without a recipe, it has the variant that the store's layout of views was made for, and CLIP's patches of 14 pixels,
-    or, if views have any size, the patches that they were made for.
+    for tiles Granite's 24 patches on a side, or, if views have any size, the patches that they were made for.
 
     Args:
         store: The store.
@@ -37,6 +39,10 @@ def model_for(store: Store, asked: ModelConfig | None) -> ModelConfig:
         vision = VisionConfig(patch_size=int(made["patch_size"]), merge_size=int(made["merge_size"]))
         return ModelConfig(variant=variant_of_views(ViewLayout.NATIVE), vision=vision)
     side = int(made["crop_size"])
+    if made["layout"] == ViewLayout.TILES:
+        patch = max(side // _PATCHES, 1)
+        vision = VisionConfig(image_size=side, patch_size=patch, tile_grids=tuple(made["tile_grids"]))
+        return ModelConfig(variant=variant_of_views(ViewLayout.TILES), vision=vision)
     return ModelConfig(
         variant=variant_of_views(ViewLayout(made["layout"])),
         vision=VisionConfig(image_size=side, patch_size=min(_PATCH_SIZE, side)),

@@ -19,13 +19,15 @@ from PIL import Image
 
 from megatron_deepstack import __version__
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import resampled_side
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
-from megatron_deepstack.planning.views import Grid, ViewGrid, num_views
+from megatron_deepstack.planning.views import Grid, TileGrid, ViewGrid, ViewLayout, num_views
 from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.pictures import embedded
 from megatron_deepstack.storekeeping.stack_map import NO_STACK, mosaics, slot_names, stack_maps
@@ -113,6 +115,8 @@ def _advice(tokenizer: Tokenizer | None, model: ModelConfig) -> str:
     shown = "Green text is learned." if tokenizer else "Green tokens are learned; --tokenizer turns them into text."
     if model.variant.traits.is_native:
         return f"{shown} Each image is shown as the one view that the model sees."
+    if model.variant.traits.views is ViewLayout.TILES:
+        return f"{shown} Each image is shown as a whole, and as the padded tiles that the model sees beside it."
     return (
         f"{shown} A picture under the pointer, or touched, is shown without its stacks' colours. Yellow lines on a "
         "global view are the borders of its crops."
@@ -121,8 +125,9 @@ def _advice(tokenizer: Tokenizer | None, model: ModelConfig) -> str:
 
 def _legend(model: ModelConfig, slots_known: bool) -> Markup:
     """The stacks' colours, and before which layers they are added, if that is known."""
-    names = _native_names(model) if model.variant.traits.is_native else []
-    if not model.variant.traits.is_native and stack_maps(model, (2, 2)):
+    from_taps = model.variant.traits.stack_source is StackSource.TAPS
+    names = _tap_names(model) if from_taps else []
+    if not from_taps and stack_maps(model, (2, 2)):
         names = [f"added before {name}" for name in slot_names(model)]
     items = [
         element(
@@ -137,10 +142,10 @@ def _legend(model: ModelConfig, slots_known: bool) -> Markup:
     return element("p", *items, class_="legend")
 
 
-def _native_names(model: ModelConfig) -> list[str]:
-    """Where each stack of a view of any size comes from, and where it goes; every token of the view has all of them."""
-    ordered = sorted(model.vision.taps)
-    pairs = zip(ordered, slot_names(model), strict=True)
+def _tap_names(model: ModelConfig) -> list[str]:
+    """Where each stack of a tapped layer comes from, and where it goes; every token of a view has all of them."""
+    taps = model.vision.taps
+    pairs = zip(sorted(taps) if model.variant.traits.is_native else taps, slot_names(model), strict=True)
     return [f"from the output of ViT layer {tap}, added before {name}" for tap, name in pairs]
 
 
@@ -165,7 +170,8 @@ def _image(store: Store, model: ModelConfig, number: int) -> Markup:
     image = store.image(number)
     if isinstance(image.grid, ViewGrid):
         return _native_image(store, model, number, image, image.grid)
-    assert isinstance(image.grid, tuple), "no store holds padded tiles"
+    if isinstance(image.grid, TileGrid):
+        return _tiled_image(store, model, number, image, image.grid)
     views = store.read_views(number, range(num_views(model.variant, image.grid)))
     maps = stack_maps(model, image.grid)
     figures = [_figure(embedded(views[0], "global view"), _grid_lines(model, image.grid), _caption(image), (1, 1))]
@@ -186,6 +192,18 @@ def _native_image(store: Store, model: ModelConfig, number: int, image: StoredIm
     caption = f"{_caption(image)}; the view has {width} x {height} and {tokens} tokens"
     figures = [_figure(embedded(frame, "view", _SIDE), Markup(""), caption, (height, width)) for frame in view]
     return element("div", *figures, class_="image")
+
+
+def _tiled_image(store: Store, model: ModelConfig, number: int, image: StoredImage, tiles: TileGrid) -> Markup:
+    """The whole image as the tower sees it, and the padded tiles."""
+    views, side = store.read_views(number, range(image.count)), resampled_side(model)
+    numbers = 1 + np.arange(tiles.columns * tiles.rows).reshape(tiles.rows, tiles.columns)
+    lines, columns = tiles.unpadded(side)
+    used = f"{len(lines)} lines of {len(columns)} tokens and a newline are used, {tiles.num_tokens(side)} in all"
+    caption = f"{tiles.columns} x {tiles.rows} tiles; {used}"
+    whole = _figure(embedded(views[0], "whole image"), Markup(""), _caption(image), (1, 1))
+    mosaic = _figure(embedded(_assembled(views, numbers), "tiles", _SIDE), Markup(""), caption, numbers.shape)
+    return element("div", whole, mosaic, class_="image")
 
 
 def _caption(image: StoredImage) -> str:

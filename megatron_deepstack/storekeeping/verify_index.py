@@ -15,7 +15,7 @@ from megatron_deepstack.config.choices import GridRule
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import BLOCK_BYTES, MIXED_VERSION, ImageStatus
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
-from megatron_deepstack.planning.views import ViewLayout, candidate_grids, layout_views
+from megatron_deepstack.planning.views import ViewLayout, candidate_grids, layout_views, read_tile_grids
 from megatron_deepstack.storekeeping.damage import REMAKE, Damage, rows
 
 Rule = Callable[[Store], Iterator[Damage]]
@@ -149,6 +149,8 @@ def _expected_views(store: Store) -> dict[tuple[int, int], int]:
     layout = ViewLayout(processor["layout"])
     if layout is ViewLayout.GLOBAL:
         return {(1, 1): 1}
+    if layout is ViewLayout.TILES:
+        return {grid: layout_views(layout, grid) for grid in read_tile_grids(processor["tile_grids"])}
     fixed = processor["grid"] == GridRule.FIXED_2X2
     grids = ((2, 2),) if fixed else candidate_grids(int(processor["num_crops"]))
     return {grid: layout_views(layout, grid) for grid in grids}

@@ -17,6 +17,7 @@ from megatron_deepstack.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    QFormerConfig,
     Recipe,
     StackConfig,
     TrainConfig,
@@ -126,6 +127,50 @@ def tiny_qwen3_vl(**changes: object) -> ModelConfig:
             mrope_section=(4, 2, 2),
             qk_norm=True,
         ),
+    }
+    return ModelConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def tiny_granite(**changes: object) -> ModelConfig:
+    """A Granite 4 Vision of eight decoder layers of width 32, whose six stacks reach all of them and four stages.
+
+    Args:
+        **changes: Fields of `ModelConfig` that are to be otherwise.
+    """
+    settings: dict[str, object] = {
+        "variant": Variant.GRANITE4_VISION,
+        "vision": VisionConfig(
+            kind="siglip",
+            image_size=16,
+            patch_size=4,
+            hidden_size=64,
+            ffn_hidden_size=40,
+            num_layers=4,
+            num_heads=4,
+            taps=(0, 2, 3, 3, 3, 3),
+            tile_grids=("1x1", "2x1", "3x1", "1x2", "2x2", "1x3"),
+            select_layer=-1,
+            activation=Activation.GELU_TANH,
+            layernorm_epsilon=1e-6,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
+        "language": LanguageConfig(
+            family="granite",
+            vocab_size=61,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_layers=8,
+            num_heads=4,
+            num_kv_heads=2,
+            norm_epsilon=1e-5,
+            embedding_multiplier=6.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.35,
+            logits_scaling=3.0,
+        ),
+        "stacks": StackConfig(slots=(5, 0, 2, 4, 6, 7)),
+        "qformer": QFormerConfig(query_side=1, window_side=2, num_heads=1, ffn_hidden_size=48),
     }
     return ModelConfig(**{**settings, **changes})  # type: ignore[arg-type]
 

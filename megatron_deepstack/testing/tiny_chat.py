@@ -1,4 +1,4 @@
-"""Tiny Hugging Face tokenizers with the control tokens of Llama 3 and of Qwen, made on the spot for tests."""
+"""Tiny Hugging Face tokenizers with the control tokens of Llama 3, Qwen and Granite, made on the spot for tests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ QWEN_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN3_VL_TOKENS: Final = (*QWEN_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN3_VL_WORDS: Final = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 """Tokens of their own that are no control tokens: a text that contains them becomes them."""
+GRANITE_4_TOKENS: Final = ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<image>")
 LLAMA_3_CONFIG: Final = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 QWEN_CONFIG: Final = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+GRANITE_4_CONFIG: Final = {
+    "bos_token": "<|end_of_text|>",
+    "eos_token": "<|end_of_text|>",
+    "pad_token": "<|end_of_text|>",
+}
 _WORDS: Final = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 """How text is cut before pairs are merged, in the way of those tokenizers."""
 _LINES: Final = (

@@ -23,12 +23,11 @@ from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
-from megatron_deepstack.planning.budget.load import Shapes
-from megatron_deepstack.planning.budget.run_plan import require_modelled
+from megatron_deepstack.planning.budget.load import Shapes, usual_shape
 from megatron_deepstack.planning.check import check_world, model_ranks
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.planning.exchange.rows import context_length
-from megatron_deepstack.planning.views import FIXED_GRID
+from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 MOST_RANKS = 4096
 
@@ -64,7 +63,6 @@ def dry_run(recipe: Recipe, world_size: int, ranks: tuple[int, ...], shapes: Sha
     if not 1 <= world_size <= MOST_RANKS:
         nearest = max(min(world_size, MOST_RANKS), 1)
         raise LayoutError([f"--world: found {world_size}, expected 1 to {MOST_RANKS}; the nearest is {nearest}"])
-    require_modelled(recipe)
     check_world(recipe, world_size)
     for rank in ranks:
         if not 0 <= rank < world_size:
@@ -123,12 +121,7 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
 
 
 def _plan(recipe: Recipe, dealt: Deal, shapes: Shapes, dp: int, replica_rank: int) -> StepPlan:
-    samples = {
-        one: _sample(recipe, int(shapes.lengths[one]), int(shapes.units[one]))
-        for batch in dealt.replicas[dp]
-        for row in batch
-        for one in row
-    }
+    samples = {one: _sample(recipe, shapes, one) for batch in dealt.replicas[dp] for row in batch for one in row}
     batches = [
         [merge([samples[one] for one in row]) if row else filler() for row in batch] for batch in dealt.replicas[dp]
     ]
@@ -137,17 +130,23 @@ def _plan(recipe: Recipe, dealt: Deal, shapes: Shapes, dp: int, replica_rank: in
     return plan_step(recipe.model, recipe.parallel, batches, replica_rank, packed=packed, precision=precision)
 
 
-def _sample(recipe: Recipe, length: int, units: int) -> PlannedSample:
-    """A sample of this length, with an image of two by two crops if it has units and there is room for one."""
-    context = context_length(recipe.model, FIXED_GRID)
-    images = int(units > 0 and length > context)
-    tokens = np.full(max(length - images * (context - 1), 1), 5, np.int64)
-    if images:
-        tokens[0] = IMAGE_TOKEN_ID
+def _sample(recipe: Recipe, shapes: Shapes, number: int) -> PlannedSample:
+    """A sample of the given length, with its views, or with a usual image if it has units and there is room for one."""
+    model, length = recipe.model, int(shapes.lengths[number])
+    grids: tuple[ImageShape, ...] = ()
+    if shapes.views is not None:
+        views, (here,) = shapes.views, np.nonzero(shapes.views.owner == number)
+        sides = zip(*(side[here].tolist() for side in (views.frames, views.height, views.width)), strict=True)
+        grids = tuple(ViewGrid(*one) for one in sides)
+    elif shapes.units[number] > 0 and length > context_length(model, usual_shape(model)):
+        grids = (usual_shape(model),)
+    contexts = [context_length(model, grid) for grid in grids]
+    tokens = np.full(max(length - sum(contexts) + len(contexts), len(contexts) + 1), 5, np.int64)
+    tokens[: len(contexts)] = IMAGE_TOKEN_ID
     sequence = expand(
-        "drawn", tokens, np.ones_like(tokens), [context] * images, seq_length=recipe.train.seq_length, truncate=True
+        "drawn", tokens, np.ones_like(tokens), contexts, seq_length=recipe.train.seq_length, truncate=True
     )
-    return PlannedSample(sequence=sequence, grids=(FIXED_GRID,) * images)
+    return PlannedSample(sequence=sequence, grids=grids)
 
 
 def _resident() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.cli.plan_verbs import show_before_start
-from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.load import load_recipe
-from megatron_deepstack.errors import ConfigError, LayoutError
-from megatron_deepstack.planning.budget.run_plan import is_modelled, require_modelled
+from megatron_deepstack.errors import LayoutError
 from megatron_deepstack.platform.compute import gpu_model as gpu_models
 from megatron_deepstack.platform.compute.gpu_model import gpu_model
 from megatron_deepstack.testing.tiny_store import write_tiny_store
@@ -71,15 +68,22 @@ def test_bad_input_names_what_works(arguments: list[str], text: str) -> None:
     assert text in " ".join(found.output.split())
 
 
-def test_views_of_any_size_have_stages_and_no_estimate() -> None:
-    recipe = load_recipe("deepstack_l_7b_finetune")
-    native = replace(recipe, model=replace(recipe.model, variant=Variant.QWEN3_VL))
-    assert not is_modelled(native)
-    with pytest.raises(ConfigError, match=r"qwen3_vl has views of any size, .* are not predicted"):
-        require_modelled(native)
-    lines: list[str] = []
-    show_before_start(native, 2, False, lines.append)
-    assert lines == []
+NATIVE = """
+model:
+  variant: qwen3_vl
+  vision: {architecture: qwen3_vl_8b}
+  language: {architecture: qwen3_vl_8b}
+"""
+
+
+def test_views_of_any_size_are_planned_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "native.yaml"
+    recipe.write_text(NATIVE)
+    found = ran(str(recipe), "--ranks", "8", "data.max_pixels=400000")
+    assert found.exit_code == 0
+    assert "images of 307,200 pixels on average" in " ".join(found.output.split())
+    assert "encoder" in found.output
+    assert json.loads(ran(str(recipe), "--gpus", "16", "--json").stdout)["fitting"]
 
 
 def test_lengths_of_a_store(tmp_path: Path) -> None:

@@ -116,7 +116,13 @@ def test_named_shapes_pass_the_checks(shape):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_named_whole_models_fit_together(name):
-    model = ModelConfig(variant=Variant.QWEN3_VL, vision=VISION[name], language=LANGUAGE[name])
+    tiled = bool(VISION[name].tile_grids)
+    model = ModelConfig(
+        variant=Variant.GRANITE4_VISION if tiled else Variant.QWEN3_VL,
+        vision=VISION[name],
+        language=LANGUAGE[name],
+        stacks=StackConfig(slots=(9, 6, 3, 0, 12, 15, 18, 21) if tiled else None),
+    )
     assert not find_problems(Recipe(model=model))
 
 

@@ -36,7 +36,7 @@ def test_every_field_of_a_file_or_folder_says_so() -> None:
     """A new text of the schema is a path, or one of these."""
     texts = {field.path for field in leaves(Recipe) if field.type.item is str}
     others = {"name", "logging.wandb_project", "model.vision.kind", "model.language.family"}
-    assert texts - set(PATHS) == others | {"data.ignore_keys", "data.transparency"}
+    assert texts - set(PATHS) == others | {"data.ignore_keys", "data.transparency", "model.vision.tile_grids"}
     assert {path for path, kind in PATHS.items() if kind.path is PathKind.PATTERN} == {"data.records"}
 
 

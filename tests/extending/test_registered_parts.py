@@ -34,7 +34,7 @@ from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.errors import CheckpointError, ConfigError
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_deepstack.planning.budget.cost import training_flops, view_flops
-from megatron_deepstack.planning.budget.footprint import part_parameters
+from megatron_deepstack.planning.budget.parameters import model_parameters
 from megatron_deepstack.planning.check import check_plan
 from megatron_deepstack.testing.oracle import OracleSample, oracle_forward
 from megatron_deepstack.testing.published.reference import check_case
@@ -168,7 +168,7 @@ def test_cost_and_footprint_follow_from_the_row() -> None:
     )
     tower = llava().model.vision_tower
     theirs = sum(p.numel() for name, p in tower.named_parameters() if not name.startswith(("pooler", "layernorm")))
-    assert part_parameters(MODEL)[Part.VISION] == theirs
+    assert model_parameters(MODEL)[Part.VISION] == theirs
 
 
 def llava() -> LlavaForConditionalGeneration:

@@ -13,7 +13,8 @@ from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import (
     ClusterError,
 )
-from megatron_deepstack.planning.budget.footprint import checkpoint_bytes, part_parameters, rank_bytes
+from megatron_deepstack.planning.budget.footprint import checkpoint_bytes, rank_bytes
+from megatron_deepstack.planning.budget.parameters import model_parameters
 from megatron_deepstack.platform.network import interface_of
 from orchestration.launch.before import probe
 from orchestration.launch.before.checks import Check, Link, failures, in_words, judge
@@ -116,13 +117,13 @@ class TestChecks:
 class TestFootprint:
     def test_published_sizes(self) -> None:
         """Vicuna-7B has 6.74e9 parameters, CLIP ViT-L/14-336 0.304e9."""
-        counted = part_parameters(Recipe().model)
+        counted = model_parameters(Recipe().model)
         assert counted[Part.LANGUAGE] == pytest.approx(6.738e9, rel=1e-3)
         assert counted[Part.VISION] == pytest.approx(0.3035e9, rel=0.01)
 
     def test_a_checkpoint_in_bf16_takes_14_bytes_a_learned_parameter(self) -> None:
         recipe = Recipe()
-        counted = part_parameters(recipe.model)
+        counted = model_parameters(recipe.model)
         learned = counted[Part.LANGUAGE] + counted[Part.PROJECTOR]
         assert checkpoint_bytes(recipe) == 2 * counted[Part.VISION] + 14 * learned
 

@@ -12,12 +12,15 @@ from megatron_deepstack.config.load import RECIPES, load_recipe, recipe_to_yaml
 from megatron_deepstack.planning.check import check_plan, check_world
 from megatron_deepstack.planning.exchange.rows import context_length
 from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
-from megatron_deepstack.planning.slots import decoder_slots
+from megatron_deepstack.planning.slots import decoder_slots, owner, stage_chunks
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in RECIPES.glob("deepstack_*.yaml"))
 BASELINES = sorted(file.stem for file in RECIPES.glob("baseline_*.yaml"))
+WHOLE = sorted(file.stem for kind in ("qwen3_vl", "granite4_vision") for file in RECIPES.glob(f"{kind}_*.yaml"))
 NODE = 8
+RANKS = {"32b": 32, "a3b": 16}
+"""Ranks that a recipe is made for, by a word of its name; a node otherwise."""
 SAMPLES = {"pretrain": 558_128, "finetune": 665_298}
 HD_SAMPLES = 748_000
 
@@ -25,20 +28,36 @@ HD_SAMPLES = 748_000
 def test_every_variant_size_and_stage_has_one() -> None:
     variants, sizes, stages = ("l", "v", "hd"), ("7b", "13b"), ("pretrain", "finetune")
     assert sorted(f"deepstack_{v}_{s}_{t}" for v in variants for s in sizes for t in stages) == NAMES
-    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == sorted(NAMES + BASELINES)
+    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == sorted(NAMES + BASELINES + WHOLE)
 
 
-@pytest.mark.parametrize("name", NAMES + BASELINES)
+@pytest.mark.parametrize("name", NAMES + BASELINES + WHOLE)
 def test_the_resolved_text(name: str) -> None:
     expected = (GOLDEN / f"{name}.yaml").read_text(encoding="utf-8")
     assert recipe_to_yaml(load_recipe(name)) == expected, "if this is meant, run tools/golden_recipes.py"
 
 
-@pytest.mark.parametrize("name", NAMES + BASELINES)
-def test_it_passes_all_checks_on_a_node(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES + BASELINES + WHOLE)
+def test_it_passes_all_checks_on_its_machines(name: str) -> None:
     recipe = load_recipe(name)
     check_plan(recipe)
-    check_world(recipe, NODE)
+    check_world(recipe, next((RANKS[word] for word in name.split("_") if word in RANKS), NODE))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_model_starts_from_its_folder(name: str) -> None:
+    """The template is the model's own, the tokenizer lies in the folder, and every stage takes a part of the stacks."""
+    recipe = load_recipe(name)
+    assert recipe.train.init_from == (recipe.data.tokenizer,)
+    assert str(recipe.data.template) == {"qwen3": "qwen3_vl", "granite4": "granite_4"}[name.partition("_")[0]]
+    assert recipe.run_dir == f"runs/{name.replace('_', '-')}"
+    assert bool(recipe.lora.rank) is name.endswith("lora")
+    chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+    owners = [owner(slot, chunks) for slot in decoder_slots(recipe.model)]
+    if name.startswith("granite"):
+        assert owners == [0, 0, 0, 0, 0, 0, 0, 1]
+    else:
+        assert set(owners) == {0}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tools.claim.draw import draw
 from tools.claim.experiment import Experiment, read_experiment
 from tools.claim.page import write_pages
-from tools.claim.runs import Job, run_all
+from tools.claim.runs import Job, check_arms, run_all
 from tools.claim.scores import tuned_rate
 from tools.claim.stores import make_stores
 from tools.claim.verbs import VerbError
@@ -40,6 +40,7 @@ def show(folder: Path, experiment: Experiment, parallel: int, publish: Path | No
     def say(line: str) -> None:
         print(f"claim: {time.monotonic() - began:5.0f} s  {line}", flush=True)
 
+    check_arms(experiment)
     say(f"pages in {folder / 'data'}")
     draw(folder / "data", experiment.pages.items())
     make_stores(folder, experiment, say)

@@ -28,9 +28,9 @@ class DataConfig:
     tokenizer: Annotated[str, PathKind.LOCAL] | None = None
     """SentencePiece model file, or a Hugging Face tokenizer: a tokenizer.json, or the folder that holds it."""
     template: Template = Template.V1
-    """How a conversation is written as text: `plain` (only captions), `v1` (Vicuna), `llama_3`, `qwen` (ChatML)
-    or `qwen3_vl` (ChatML with tools, and with images where they stand, between control tokens). It must be the template
-    that the decoder was trained with."""
+    """How a conversation is written as text: `plain` (only captions), `v1` (Vicuna), `llama_3`, `qwen` (ChatML),
+    `qwen3_vl` (ChatML with tools, and with images where they stand, between control tokens) or `granite_4`. It must be
+    the template that the decoder was trained with."""
     store: Annotated[str, PathKind.LOCATION] | None = None
     """The zarr store that `preprocess` writes and `train` reads: a folder, or the URL of an object store."""
     stores: tuple[Annotated[str, PathKind.LOCATION], ...] | None = None
@@ -45,6 +45,9 @@ class DataConfig:
     default is about that of LLaVA's 665K instructions."""
     expected_images: Annotated[float, NOT_NEGATIVE] = 1.0
     """Mean number of images of a sample, for the same estimate."""
+    expected_image_pixels: Annotated[int, POSITIVE, Unit("pixels")] = 307_200
+    """Mean area of an image, for the same estimate of models that look at an image at its own resolution (`min_pixels`
+    and `max_pixels` bound the area of its view) or cut it into padded tiles. The default is 640 x 480."""
     resize: ImageResize = ImageResize.PILLOW
     """Kernel that resizes images. `pillow` gives exactly the pixels of the published preprocessing; `torch` rounds
     differently."""

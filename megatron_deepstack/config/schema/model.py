@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from megatron_deepstack.config.choices import Activation, GridRule, Layers, LoraTarget, Sampler, Variant
-from megatron_deepstack.config.constraints import NOT_NEGATIVE, POSITIVE, Unit
+from megatron_deepstack.config.constraints import NOT_NEGATIVE, POSITIVE, Matches, Unit
+
+_TILE_GRID = Matches("[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", 'grids of tiles, columns x rows, such as ["2x1", "2x2"]')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,10 @@ class VisionConfig:
     taps: tuple[Annotated[int, NOT_NEGATIVE], ...] = ()
     """Layers, counted from 0, whose output becomes a stack through a merger of its own, in the order of the mergers.
     The stacks enter the decoder in ascending order of these layers. Qwen3-VL 8B has 8, 16 and 24."""
+    tile_grids: tuple[Annotated[str, _TILE_GRID], ...] = ()
+    """Grids of tiles that an image may be cut into, columns x rows, in the order of the published
+    `image_grid_pinpoints`: the one that keeps most of the image is taken, and the first of those that keep as much. A
+    tile is a view of `image_size`. Only for models with padded tiles, such as Granite 4 Vision."""
     rope_theta: Annotated[float, POSITIVE] = 10000.0
     """Base of the tower's rotary positions over lines and columns; used only by towers that have them. The default is
     Qwen3-VL's."""

@@ -10,6 +10,7 @@ from megatron_deepstack.config.choices import (
     EncoderPlacement,
     Fp8Scaling,
     LrSchedule,
+    MomentDtype,
     Part,
     Precision,
     Recompute,
@@ -98,6 +99,9 @@ class OptimizerConfig:
     """Number added to the root of the second moment, to avoid a division by 0. The default is AdamW's usual one."""
     clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest global norm of the gradient; a larger gradient is scaled down to this norm. 0 switches clipping off."""
+    moment_dtype: MomentDtype = MomentDtype.FP32
+    """Number format in which Adam's moments are kept between steps. `bf16` saves 4 bytes for each parameter that
+    learns. It needs Transformer Engine's AdamW, `parallel.distributed_optimizer`, and a `beta2` of at most 0.996."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

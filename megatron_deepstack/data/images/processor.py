@@ -163,8 +163,8 @@ def check_store(store: Store, model: ModelConfig, tokenizer: Tokenizer | None = 
 def _view_faults(store: Store, model: ModelConfig) -> list[str]:
     made, stacks, layouts = store.attributes.processor, model.stacks, list(ViewLayout)
     needed = layout_of(model.variant)
-    if ViewLayout.NATIVE in (needed, made["layout"]):
-        return _native_faults(made, needed, model)
+    if {needed, ViewLayout(made["layout"])} & {ViewLayout.NATIVE, ViewLayout.TILES}:
+        return _faults_of_equals(made, needed, model)
     faults = [_fault("model.vision.image_size", model.vision.image_size, made["crop_size"])]
     if layouts.index(ViewLayout(made["layout"])) < layouts.index(needed):
         faults.append(
@@ -177,12 +177,17 @@ def _view_faults(store: Store, model: ModelConfig) -> list[str]:
     return [fault for fault in faults if fault]
 
 
-def _native_faults(made: Mapping[str, Any], needed: ViewLayout, model: ModelConfig) -> list[str]:
-    """Differences if the store or the model has views of any size."""
+def _faults_of_equals(made: Mapping[str, Any], needed: ViewLayout, model: ModelConfig) -> list[str]:
+    """Differences if the store or the model has views of any size, or padded tiles: both must have the same."""
     if needed != made["layout"]:
         return [f"model.variant {model.variant.value!r} needs the views {needed.value!r}, it holds {made['layout']!r}"]
-    asked = {name: getattr(model.vision, name) for name in ("patch_size", "merge_size")}
-    faults = [_fault(f"model.vision.{name}", value, made[name]) for name, value in asked.items()]
+    if needed is ViewLayout.TILES:
+        faults = [_fault("model.vision.image_size", model.vision.image_size, made["crop_size"])]
+        asked_grids, made_grids = ", ".join(model.vision.tile_grids), ", ".join(made["tile_grids"])
+        faults.append(_fault("model.vision.tile_grids", asked_grids, made_grids))
+    else:
+        asked = {name: getattr(model.vision, name) for name in ("patch_size", "merge_size")}
+        faults = [_fault(f"model.vision.{name}", value, made[name]) for name, value in asked.items()]
     return [fault for fault in faults if fault]
 
 

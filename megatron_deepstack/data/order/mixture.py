@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.order.sampler import Indices, StoreStream, mixed_batch
-from megatron_deepstack.data.store.lengths import sample_sizes
+from megatron_deepstack.data.store.lengths import sample_sizes, sample_views
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.errors import StoreError
@@ -233,6 +233,17 @@ class Mixture:
             lengths[here], units[here] = sample_sizes(self.stores[k], model, numbers)
         return lengths, units
 
+    def views(self, samples: Indices) -> Indices:
+        """Views of any size of samples, see `sample_views`; in the order of samples."""
+        which = np.searchsorted(self._first_sample, samples, side="right") - 1
+        parts = [np.empty((0, 4), np.int64)]
+        for k in np.unique(which).tolist():
+            here = np.flatnonzero(which == k)
+            found = sample_views(self.stores[k], samples[here] - self._first_sample[k])
+            parts.append(np.column_stack([here[found[:, 0]], found[:, 1:]]))
+        together = np.concatenate(parts)
+        return together[np.argsort(together[:, 0], kind="stable")]
+
     def view_shape(self, image: int) -> tuple[int, int, int, int]:
         """Frames, height and width in pixels, and 3, of the one view of an image, which may have any size."""
         store, number = self._find(image, self._first_image, "image")
@@ -293,3 +304,19 @@ def sizes_of(samples: Samples, model: ModelConfig, numbers: Indices) -> tuple[In
         return samples.sizes(model, numbers)
     assert isinstance(samples, Store)
     return sample_sizes(samples, model, numbers)
+
+
+def views_of(samples: Samples, numbers: Indices) -> Indices:
+    """Views of any size of chosen samples of a store or a mixture, from index arrays alone.
+
+    Args:
+        samples: What training reads.
+        numbers: int64 (N,), numbers of samples.
+
+    Returns:
+        int64 (I, 4), see `sample_views`.
+    """
+    if isinstance(samples, Mixture):
+        return samples.views(numbers)
+    assert isinstance(samples, Store)
+    return sample_views(samples, numbers)

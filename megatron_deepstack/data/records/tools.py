@@ -18,13 +18,14 @@ RESPONSE_ROLES: Final = ("tool", "tool_response", "function", "observation", "ip
 """Roles of turns that hold what a tool responded."""
 CALL_ROLES: Final = ("tool_call", "function_call")
 """Roles of turns that hold one call, as a JSON text."""
-_CALL_BEGIN: Final = '<tool_call>\n{"name": "'
-_RESPONSE_BEGIN, _RESPONSE_END = "<tool_response>\n", "\n</tool_response>"
-_BEFORE_TOOLS: Final = (
+CALL_BEGIN: Final = '<tool_call>\n{"name": "'
+CALL_END: Final = "}\n</tool_call>"
+RESPONSE_BEGIN, RESPONSE_END = "<tool_response>\n", "\n</tool_response>"
+BEFORE_TOOLS: Final = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
 )
-_AFTER_TOOLS: Final = (
+AFTER_TOOLS: Final = (
     "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
@@ -54,7 +55,7 @@ def with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
     listed = _listed(tools)
     if not listed:
         return joined
-    offer = _BEFORE_TOOLS + "".join(f"\n{_json(tool)}" for tool in listed) + _AFTER_TOOLS
+    offer = BEFORE_TOOLS + "".join(f"\n{_json(tool)}" for tool in listed) + AFTER_TOOLS
     if joined and joined[0].role is Role.SYSTEM:
         return [Turn(Role.SYSTEM, f"{joined[0].text}\n\n{offer}"), *joined[1:]]
     return [Turn(Role.SYSTEM, offer), *joined]
@@ -64,16 +65,16 @@ def _continuation(before: Turn, turn: Turn) -> str | None:
     """The text of both turns as one, if the second only goes on with the first."""
     if before.role is not turn.role or before.learned is not turn.learned:
         return None
-    if turn.role is Role.HUMAN and before.text.endswith(_RESPONSE_END) and turn.text.startswith(_RESPONSE_BEGIN):
+    if turn.role is Role.HUMAN and before.text.endswith(RESPONSE_END) and turn.text.startswith(RESPONSE_BEGIN):
         return f"{before.text}\n{turn.text}"
-    if turn.role is Role.GPT and turn.text.startswith(_CALL_BEGIN):
+    if turn.role is Role.GPT and turn.text.startswith(CALL_BEGIN):
         return f"{before.text}\n{turn.text}" if before.text else turn.text
     return None
 
 
 def response(text: str) -> str:
     """Return what a tool responded as the human says it."""
-    return f"{_RESPONSE_BEGIN}{text}{_RESPONSE_END}"
+    return f"{RESPONSE_BEGIN}{text}{RESPONSE_END}"
 
 
 def with_calls(text: str, calls: Any, where: str) -> str:
@@ -124,7 +125,7 @@ def _call(call: Any, where: str) -> str:
     check_keys(call.keys(), ("name", "arguments"), where)
     arguments = call.get("arguments", {})
     written = arguments if isinstance(arguments, str) else _json(arguments)
-    return f'{_CALL_BEGIN}{call["name"]}", "arguments": {written}}}\n</tool_call>'
+    return f'{CALL_BEGIN}{call["name"]}", "arguments": {written}{CALL_END}'
 
 
 def _listed(tools: Any) -> Sequence[Any]:

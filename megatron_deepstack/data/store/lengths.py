@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_deepstack.config.schema import ModelConfig, TrainConfig
+from megatron_deepstack.config.sizes import resampled_side
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import MIXED_VERSION
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.exchange.image_plan import image_plan
 from megatron_deepstack.planning.exchange.rows import context_length
-from megatron_deepstack.planning.views import Grid
+from megatron_deepstack.planning.views import Grid, TileGrid, ViewLayout
 
 _LISTED: Final = 10
 """Samples named in an error."""
@@ -83,16 +84,37 @@ def sample_sizes(
         Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its work for the encoder: its
         units, or visual tokens where views have any size.
     """
-    offsets, ends = store.rows("samples/tokens_offsets"), store.rows("samples/images_offsets")
+    offsets = store.rows("samples/tokens_offsets")
     tokens = offsets.take(samples + 1) - offsets.take(samples)
+    owner, images = _images_of(store, samples)
+    work = _visual_tokens(store, images, model), _encoder_work(store, images, model)
+    visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in work)
+    return tokens - np.bincount(owner, minlength=len(samples)) + visual, encoded
+
+
+def sample_views(store: Store, samples: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """The views of any size of chosen samples, from the index arrays alone.
+
+    Args:
+        store: A store of such views.
+        samples: Integers (N,), numbers of samples.
+
+    Returns:
+        int64 (I, 4), a row for each view: the place in `samples` of the sample that has it, and its patches in time,
+        from top to bottom, and from left to right.
+    """
+    owner, images = _images_of(store, samples)
+    return np.column_stack([owner, store.rows("images/grid_thw").take(images).astype(np.int64).reshape(-1, 3)])
+
+
+def _images_of(store: Store, samples: npt.NDArray[np.integer]) -> tuple[np.ndarray, np.ndarray]:
+    """The images of chosen samples: the place in `samples` of the sample that has each, and its number."""
+    ends = store.rows("samples/images_offsets")
     first = ends.take(samples)
     counts = ends.take(samples + 1) - first
     owner = np.repeat(np.arange(len(samples)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    images = store.rows("samples/images").take(first[owner] + within)
-    work = _visual_tokens(store, images, model), _encoder_work(store, images, model)
-    visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in work)
-    return tokens - counts + visual, encoded
+    return owner, store.rows("samples/images").take(first[owner] + within)
 
 
 def _pieces(store: Store, model: ModelConfig) -> Iterator[tuple[int, np.ndarray]]:
@@ -114,6 +136,8 @@ def _visual_tokens(store: Store, images: np.ndarray, model: ModelConfig) -> np.n
         patches = store.rows("images/grid_thw").take(images).astype(np.int64)
         found: np.ndarray = patches.prod(axis=1) // int(store.attributes.processor["merge_size"]) ** 2
         return found
+    if store.layout is ViewLayout.TILES:
+        return _by_tiles(store, images, lambda tiles: context_length(model, tiles))
     return _by_grid(store.rows("images/grid").take(images), lambda grid: context_length(model, grid))
 
 
@@ -121,8 +145,18 @@ def _encoder_work(store: Store, images: np.ndarray, model: ModelConfig) -> np.nd
     """What each of these images costs the encoder, int64 (N,): units, or tokens where views have any size."""
     if store.version == MIXED_VERSION:
         return _visual_tokens(store, images, model)
+    if store.layout is ViewLayout.TILES:
+        return _by_tiles(store, images, lambda tiles: tiles.num_used_views(resampled_side(model)))
     grids = store.rows("images/grid").take(images)
     return _by_grid(grids, lambda grid: len(image_plan(model, grid, context_length(model, grid)).units))
+
+
+def _by_tiles(store: Store, images: np.ndarray, number_of: Callable[[TileGrid], int]) -> np.ndarray:
+    """A number of the tiles of each of these images, found once for each different size: int64 (N,)."""
+    grids, sizes = (store.rows(f"images/{name}").take(images).astype(np.int64) for name in ("grid", "size"))
+    found, places = np.unique(np.concatenate([grids, sizes], axis=1), axis=0, return_inverse=True)
+    numbers = [number_of(TileGrid(*row)) if row[0] else 0 for row in found.tolist()]
+    return np.array(numbers, np.int64)[places.reshape(-1)]
 
 
 def _by_grid(grids: np.ndarray, number_of: Callable[[Grid], int]) -> np.ndarray:

@@ -42,7 +42,7 @@ from megatron_deepstack.data.store.url.cache import BoundedFolder, CacheConfig
 from megatron_deepstack.data.store.url.remote import RemoteShards, copy_index
 from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS, RemoteArray, side_by_side
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.views import ImageShape, ViewGrid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid, ViewLayout, stored_shape
 
 _REMAKE: Final = "The store was changed or is damaged: preprocess again."
 _FETCH: Final = (
@@ -178,6 +178,11 @@ class Store:
         """Format version: VERSION if all views have one size, MIXED_VERSION if they may have any."""
         return self.attributes.version
 
+    @cached_property
+    def layout(self) -> ViewLayout:
+        """Which views of an image it holds; stores without that fact hold crops."""
+        return ViewLayout(self.attributes.processor.get("layout", ViewLayout.CROPS))
+
     @property
     def crop_size(self) -> int:
         """Side of a view in pixels, of a store whose views have one size."""
@@ -231,12 +236,15 @@ class Store:
         return lengths
 
     def grid(self, image: int) -> ImageShape:
-        """The grid of an image's crops, or the patches of its one view. Raises IndexError outside 0..num_images-1."""
+        """The grid of an image's crops, its tiles, or the patches of its one view.
+
+        Raises IndexError outside 0..num_images-1.
+        """
         self._check_number("image", image, self.num_images)
         if self.version == MIXED_VERSION:
             return self.view_grid(image)
-        gw, gh = self._index["images/grid"][image].tolist()
-        return gw, gh
+        width, height = self._index["images/size"][image].tolist() if self.layout is ViewLayout.TILES else (0, 0)
+        return stored_shape(self.layout, self._index["images/grid"][image].tolist(), (width, height))
 
     def view_grid(self, image: int) -> ViewGrid:
         """The patches of an image's one view, which may have any size. Raises IndexError outside 0..num_images-1."""

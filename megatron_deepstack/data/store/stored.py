@@ -32,7 +32,7 @@ class StoredImage:
     count: int
     """Number of views, or of blocks; 0 for a quarantined image."""
     grid: ImageShape
-    """The grid of its crops, or the patches of its one view."""
+    """The grid of its crops, its tiles, or the patches of its one view."""
     size: tuple[int, int]
     """Width and height of the original in pixels."""
     status: ImageStatus

@@ -1,4 +1,4 @@
-"""Chat formats that separate turns by control tokens: the one of Llama 3, and ChatML as Qwen uses it.
+"""Chat formats that separate turns by control tokens: those of Llama 3 and Granite 4, and ChatML as Qwen uses it.
 
 Token ids equal those of the models' own chat templates. Control tokens are written by their ids, and text never becomes
 one. An answer is encoded separately, after the header of its turn, since that is how the model writes it. What is
@@ -45,6 +45,8 @@ class ChatFormat:
     """Control tokens before and after an image, if any."""
     after_image: str = "\n"
     """Text after an image that is put in front of a question."""
+    has_begin: bool = False
+    """Whether the token that begins a sequence comes first."""
     writes_tools: bool = False
     """Whether tools, calls of them and their responses are written as in `data.records.tools`."""
 
@@ -160,7 +162,12 @@ class ChatFormat:
 
 
 LLAMA_3: Final = ChatFormat(
-    begin="<|start_header_id|>", after_name="<|end_header_id|>", gap="\n\n", end="<|eot_id|>", clean=str.strip
+    begin="<|start_header_id|>",
+    after_name="<|end_header_id|>",
+    gap="\n\n",
+    end="<|eot_id|>",
+    clean=str.strip,
+    has_begin=True,
 )
 """The format of Llama 3; it begins with the begin-of-sequence token, and has no system line of its own."""
 QWEN: Final = ChatFormat(
@@ -179,6 +186,16 @@ QWEN3_VL: Final = ChatFormat(
 )
 """ChatML as Qwen3-VL uses it: no system line of its own, images where they stand between two control tokens. What an
 answer thinks (`<think>`) is part of the answer."""
+
+GRANITE_4: Final = ChatFormat(
+    begin="<|start_of_role|>",
+    after_name="<|end_of_role|>",
+    gap="",
+    end="<|end_of_text|>",
+    after_end="\n",
+    arrange=str,
+)
+"""The format of Granite 4 without a system line of its own, with images where they stand."""
 
 
 def _control(name: str, tokenizer: Tokenizer) -> int:

@@ -25,7 +25,7 @@ from megatron_deepstack.data.records.turns import (
     system_of,
     talk_of,
 )
-from megatron_deepstack.data.text.chat import LLAMA_3, QWEN, QWEN3_VL, ChatFormat
+from megatron_deepstack.data.text.chat import GRANITE_4, LLAMA_3, QWEN, QWEN3_VL, ChatFormat
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN, IMAGE_TOKEN_ID
@@ -40,6 +40,7 @@ CHATS: Final[dict[Template, ChatFormat]] = {
     Template.LLAMA_3: LLAMA_3,
     Template.QWEN: QWEN,
     Template.QWEN3_VL: QWEN3_VL,
+    Template.GRANITE_4: GRANITE_4,
 }
 
 
@@ -219,12 +220,10 @@ def _write(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> l
 
 
 def _begin(template: Template, tokenizer: Tokenizer) -> list[int]:
-    """The begin of the sequence; ChatML has none."""
-    return (
-        []
-        if template in (Template.QWEN, Template.QWEN3_VL)
-        else [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
-    )
+    """The begin of the sequence; not every chat format has one."""
+    if template in CHATS and not CHATS[template].has_begin:
+        return []
+    return [_must_have(tokenizer.bos_id, "begin", template, tokenizer)]
 
 
 def _end(template: Template, tokenizer: Tokenizer) -> int:

@@ -14,6 +14,7 @@ backward costs two forwards wherever a gradient passes.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -23,12 +24,63 @@ from megatron_deepstack.config.choices import Part
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
 from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
 Lengths = TypeVar("Lengths", float, npt.NDArray[np.float64])
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderWork:
+    """What the encoder has to do for some images."""
+
+    units: float = 0.0
+    """Views, or images with all their views if stacks enter the ViT, or visual tokens if views have any size."""
+    views: float = 0.0
+    patches: float = 0.0
+    """Patches of all views, before any are merged."""
+    squares: float = 0.0
+    """Sum of the squares of the patches of each frame, over which attention runs."""
+
+    def times(self, factor: float) -> EncoderWork:
+        """Return so many times as much."""
+        return EncoderWork(self.units * factor, self.views * factor, self.patches * factor, self.squares * factor)
+
+    @classmethod
+    def of_units(cls, model: ModelConfig, units: float) -> EncoderWork:
+        """Describe units of views of one size.
+
+        Args:
+            model: The recipe's model.
+            units: Number of units.
+
+        Returns:
+            The work.
+        """
+        views = units * (1 + STACKS_IN_VIT if model.variant.traits.stacks_in_vit else 1)
+        tokens = tokens_per_view(model.vision)
+        return cls(units, views, views * tokens, views * float(tokens) ** 2)
+
+    @classmethod
+    def of_grids(cls, model: ModelConfig, grids: Sequence[ViewGrid]) -> EncoderWork:
+        """Describe views of any size.
+
+        Args:
+            model: The recipe's model.
+            grids: The patches of each view.
+
+        Returns:
+            The work.
+        """
+        return cls(
+            float(sum(grid.num_tokens(model.vision.merge_size) for grid in grids)),
+            float(len(grids)),
+            float(sum(grid.num_patches for grid in grids)),
+            float(sum(grid.num_patches * grid.height * grid.width for grid in grids)),
+        )
 
 
 def training_flops(
@@ -52,24 +104,46 @@ def training_flops(
     Returns:
         Operations, two per multiply-add, of all ranks together.
     """
-    if model.variant.traits.is_native:
-        encoder = sum(_native_training(model, trainable, grid) for grid in grids)
-    else:
-        encoder = num_units * encoder_training_flops(model, trainable)
+    native = model.variant.traits.is_native
+    work = EncoderWork.of_grids(model, grids) if native else EncoderWork.of_units(model, num_units)
+    encoder = encoder_training_flops(model, trainable, work)
     return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
 
 
-def encoder_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """Count a step's FLOPs of tower and projector for one unit, forward and backward.
+def encoder_training_flops(model: ModelConfig, trainable: Collection[Part], work: EncoderWork) -> float:
+    """Count a step's FLOPs of tower and projector, forward and backward.
 
     Args:
         model: The model.
         trainable: Parts that learn.
+        work: What is encoded.
 
     Returns:
         Operations.
     """
-    return vision_training_flops(model, trainable) + _projector_training(model, trainable)
+    learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    if not model.variant.traits.is_native:
+        unit = vision_training_flops(model, trainable) + _projector_training(model, trainable)
+        return work.units * unit
+    tower = (3 if below else 1) * _native_layers(model.vision, work) + (1 + below) * _native_patches(model.vision, work)
+    return tower + (1 + learned + (learned or below)) * _mergers(model, work)
+
+
+def encoder_flops(model: ModelConfig, work: EncoderWork) -> tuple[float, float]:
+    """Count the FLOPs of encoding, forward.
+
+    Args:
+        model: The recipe's model.
+        work: What is encoded.
+
+    Returns:
+        Operations of the tower, and of the projector. Attention is quadratic in the patches of a frame, so a large view
+        costs more than several small ones of the same area.
+    """
+    if model.variant.traits.is_native:
+        tower = _native_layers(model.vision, work) + _native_patches(model.vision, work)
+        return tower, _mergers(model, work)
+    return work.units * vision_training_flops(model, ()), work.units * projector_flops(model)
 
 
 def head_training_flops(
@@ -120,8 +194,10 @@ def vision_training_flops(model: ModelConfig, trainable: Collection[Part]) -> fl
 
 
 def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> float:
-    """Count a step's FLOPs of both projector layers for the rows of one view."""
+    """Count a step's FLOPs of the projector for the rows of one view."""
     learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        return (1 + learned + (learned or below)) * projector_flops(model)
     tokens, hidden = tokens_per_view(model.vision), model.language.hidden_size
     first, second = 2 * tokens * model.vision.hidden_size * hidden, 2 * tokens * hidden * hidden
     return (1 + learned + below) * first + (1 + learned + (learned or below)) * second
@@ -160,29 +236,24 @@ def unit_flops(model: ModelConfig, shape: ImageShape) -> float:
     if not isinstance(shape, ViewGrid):
         views = 1 + STACKS_IN_VIT if model.variant.traits.stacks_in_vit else 1
         return views * view_flops(model.vision) + projector_flops(model)
-    return _native_tower(model.vision, shape) + _mergers(model, shape)
+    return sum(encoder_flops(model, EncoderWork.of_grids(model, [shape])))
 
 
-def _native_tower(vision: VisionConfig, grid: ViewGrid) -> float:
-    c, patches = vision.hidden_size, grid.num_patches
-    embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * c
+def _native_patches(vision: VisionConfig, work: EncoderWork) -> float:
+    return 2 * work.patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
+
+
+def _native_layers(vision: VisionConfig, work: EncoderWork) -> float:
+    c = vision.hidden_size
     weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
-    layers = vision.num_layers * (2 * patches * weights + 4 * patches * grid.height * grid.width * c)
-    return float(embedding + layers)
+    return vision.num_layers * (2 * work.patches * weights + 4 * work.squares * c)
 
 
-def _mergers(model: ModelConfig, grid: ViewGrid) -> float:
+def _mergers(model: ModelConfig, work: EncoderWork) -> float:
     vision = model.vision
     merged = vision.hidden_size * vision.merge_size**2
-    merger = 2 * grid.num_tokens(vision.merge_size) * merged * (merged + model.language.hidden_size)
-    return float((1 + len(vision.taps)) * merger)
-
-
-def _native_training(model: ModelConfig, trainable: Collection[Part], grid: ViewGrid) -> float:
-    """Count a step's FLOPs of one view of any size: a backward costs two forwards where weights learn, else one."""
-    learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
-    passes = 3 if below else 1
-    return passes * _native_tower(model.vision, grid) + (1 + learned + (learned or below)) * _mergers(model, grid)
+    merger = 2 * work.units * merged * (merged + model.language.hidden_size)
+    return (1 + len(vision.taps)) * merger
 
 
 def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:
@@ -203,9 +274,26 @@ def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[i
 
 
 def projector_flops(model: ModelConfig) -> float:
-    """Count the FLOPs of the projector's forward pass for the tokens of one view."""
+    """Count the FLOPs of the projector's forward pass for the tokens of one view of a fixed size."""
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        return float(len(model.vision.taps) * _qformer(model))
     hidden = model.language.hidden_size
     return 2.0 * tokens_per_view(model.vision) * hidden * (model.vision.hidden_size + hidden)
+
+
+def _qformer(model: ModelConfig) -> int:
+    """Count the FLOPs of one Q-Former for one view: queries to queries, queries to patches, MLPs, and the last linear.
+
+    Attention stays within a window, so its products are small beside the linears'.
+    """
+    qformer, c, patches = model.qformer, model.vision.hidden_size, tokens_per_view(model.vision)
+    queries = patches // qformer.window_side**2 * qformer.query_side**2
+    crossing = -(-qformer.num_layers // qformer.cross_attention_interval)
+    among = 8 * queries * c * c + 4 * queries * qformer.query_side**2 * c
+    across = 4 * (queries + patches) * c * c + 4 * queries * qformer.window_side**2 * c
+    mlp = 4 * queries * c * qformer.ffn_hidden_size
+    layers = qformer.num_layers * (among + mlp) + crossing * across
+    return layers + 2 * queries * c * model.language.hidden_size
 
 
 def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, RecomputeMethod
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.sizes import tokens_per_view
-from megatron_deepstack.planning.budget.cost import projector_flops, vision_training_flops
+from megatron_deepstack.config.traits.variants import StackSource
+from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.planning.budget.footprint import gradient_bytes
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
-from megatron_deepstack.planning.budget.memory import GRADIENT_BYTES
+from megatron_deepstack.planning.budget.memory import head_rows
 from megatron_deepstack.planning.budget.parameters import (
     encoder_parameters,
     kept_widths,
@@ -115,8 +116,7 @@ class Durations:
         if self.recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
             return 0.0, 0.0
         ranks = model_ranks(self.recipe.parallel)
-        units = -(-self.load.units // ranks) if self.load.units else 0
-        forward, backward = self._encoder(units)
+        forward, backward = self._encoder(self.load.share)
         route = self.machine.latency * (ranks > 1) + self.route_bytes() / self._link(ranks)
         return forward + route, (backward + route) if self.flows else 0.0
 
@@ -218,7 +218,7 @@ class Durations:
         return found
 
     def _head(self, batch: MicroBatchLoad) -> float:
-        positions = self._positions(batch)
+        positions = head_rows(self.recipe.parallel, batch)
         flops = 2 * positions * self.vocabulary * self.recipe.model.language.hidden_size
         traffic = positions * self.vocabulary * (self.element + 12) / (0.8 * self.machine.memory_bandwidth)
         return self._product_seconds(flops, 1) + traffic
@@ -226,21 +226,25 @@ class Durations:
     def _inline(self, batch: MicroBatchLoad, chunk: Chunk) -> float:
         if self.recipe.parallel.encoder_placement is not EncoderPlacement.INLINE or not chunk.has_embedding:
             return 0.0
-        forward, backward = self._encoder(batch.units)
+        forward, backward = self._encoder(batch.work)
         return (forward + backward) / 3
 
-    def _encoder(self, units: float) -> tuple[float, float]:
-        """Seconds of the encoder's forward and backward for some units on one rank."""
+    def _encoder(self, work: EncoderWork) -> tuple[float, float]:
+        """Seconds of the encoder's forward and backward on one rank."""
         model, trainable = self.recipe.model, self.recipe.train.trainable
-        forward = units * (vision_training_flops(model, ()) + projector_flops(model))
-        backward = 0.0
+        tower, projector = encoder_flops(model, work)
+        forward, backward = tower + projector, 0.0
         if Part.PROJECTOR in trainable:
-            backward += 2 * units * projector_flops(model)
+            backward += 2 * projector
+        elif Part.VISION in trainable:  # its gradient passes
+            backward += projector
         if Part.VISION in trainable:
-            backward += 2 * units * vision_training_flops(model, ())
+            backward += 2 * tower
             chunk = views_at_once(self.recipe.parallel, model.vision, self.element)
-            backward += units * vision_training_flops(model, ()) * bool(chunk and chunk < units)
-        traffic = units * tokens_per_view(model.vision) * 60 * model.vision.hidden_size * model.vision.num_layers
+            backward += tower * bool(chunk and chunk < work.views)
+        traffic = work.patches * 60 * model.vision.hidden_size * model.vision.num_layers
+        if model.variant.traits.stack_source is StackSource.TAPS:  # norms, windows and copies of each stack
+            traffic += work.patches * 60 * model.vision.hidden_size * len(model.vision.taps)
         moved = traffic * self.element / 4 / self.machine.memory_bandwidth
         reached = self.peak * self.machine.product_share * 0.75
         return forward / reached + moved, backward / reached + 2 * moved * (backward > 0)
@@ -254,8 +258,9 @@ class Durations:
             (stage_parameters(self.recipe, stage).learned, replicas),
             (encoder_parameters(self.recipe).learned, self.num_ranks),
         ):
-            weights = self.element if parallel.distributed_optimizer else GRADIENT_BYTES
-            found.append((learned * (GRADIENT_BYTES + weights) * (ranks - 1) / ranks, ranks))
+            gradient = gradient_bytes(self.recipe)
+            weights = self.element if parallel.distributed_optimizer else gradient
+            found.append((learned * (gradient + weights) * (ranks - 1) / ranks, ranks))
         return found
 
     def _between_stages(self) -> int:

@@ -1,14 +1,16 @@
 """The bytes that a trained vision tower keeps of each view, and how many views at a time a budget of memory allows.
 
 Per token, layer and number: 8 widths of the tower (the inputs and outputs of both norms, queries, keys, values and what
-attention returns) and 3 of the MLP (before the activation, a factor of it, and after it), or 2 where bias and
-activation are one kernel. `tests/step/test_encoder_memory.py` compares this with what autograd keeps.
+attention returns) and 2 of the MLP (before and after the activation), or 3 where the activation is a product whose
+factor is kept too (`quick_gelu` without a kernel of its own). `tests/step/test_encoder_memory.py` compares this with
+what autograd keeps.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import ParallelConfig, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
@@ -28,8 +30,21 @@ def view_bytes(vision: VisionConfig, element_bytes: int, *, fused: bool = False)
         Bytes, at least 1.
     """
     tokens = tokens_per_view(vision) + tower_of(vision).num_leading_tokens
-    numbers = 8 * vision.hidden_size + (2 if fused else 3) * vision.ffn_hidden_size
+    numbers = 8 * vision.hidden_size + kept_of_mlp(vision, fused=fused) * vision.ffn_hidden_size
     return max(1, tokens * used_layers(vision) * numbers * element_bytes)
+
+
+def kept_of_mlp(vision: VisionConfig, *, fused: bool = False) -> int:
+    """Return how many values the MLP of a layer keeps for each of its inner features.
+
+    Args:
+        vision: The tower.
+        fused: Whether bias and activation are one kernel.
+
+    Returns:
+        2 or 3.
+    """
+    return 3 if vision.activation is Activation.QUICK_GELU and not fused else 2
 
 
 def views_at_once(parallel: ParallelConfig, vision: VisionConfig, element_bytes: int, *, fused: bool = False) -> int:

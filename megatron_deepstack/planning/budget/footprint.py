@@ -1,44 +1,97 @@
-"""The bytes that a run needs, counted from the recipe: parameters, a checkpoint, the memory of a rank.
+"""The bytes that a run needs at least, counted from the recipe: a checkpoint, and what a rank keeps between steps.
 
-A weight takes 2 bytes in bf16 and 4 in float32. A weight that learns also has a float32 gradient, Adam's two float32
-moments, and in bf16 a float32 copy. Activations are not counted, so a rank always needs more than this.
+A weight takes 2 bytes in bf16 and 4 in float32. A weight that learns also has a gradient (`speed.gradient_dtype`),
+Adam's two moments (`optimizer.moment_dtype`), and in bf16 a float32 copy. Activations are not counted here (`memory`
+adds them), so a rank needs more.
 """
 
 from __future__ import annotations
 
-from megatron_deepstack.config.choices import Part, Precision
-from megatron_deepstack.config.schema import ModelConfig, Recipe, VisionConfig
-from megatron_deepstack.config.sizes import tokens_per_view
-from megatron_deepstack.config.traits.towers import tower_of
-from megatron_deepstack.config.traits.variants import StackSource
-from megatron_deepstack.planning.budget.cost import adapter_weights
-from megatron_deepstack.planning.budget.linears import linear_sizes
-from megatron_deepstack.planning.slots import Chunk, stage_chunks
+from dataclasses import dataclass
 
-_GRADIENT_BYTES = 4
+from megatron_deepstack.config.choices import GradientDtype, MomentDtype, Precision
+from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.planning.budget.parameters import (
+    adapter_parameters,
+    encoder_parameters,
+    learned_parameters,
+    model_parameters,
+    stage_parameters,
+)
+
+GRADIENT_BYTES = 4
 
 
-def part_parameters(model: ModelConfig) -> dict[Part, int]:
-    """Count the parameters of each part. The padding of the vocabulary and a few learned vectors are left out."""
-    language, vision = model.language, model.vision
-    h = language.hidden_size
-    heads = 1 if language.tied_embeddings else 2
-    return {
-        Part.VISION: _vision_parameters(vision),
-        Part.PROJECTOR: _projector_parameters(model),
-        Part.LANGUAGE: language.num_layers * _layer_parameters(model) + heads * language.vocab_size * h + h,
-    }
+@dataclass(frozen=True, slots=True)
+class Lasting:
+    """Bytes that a rank keeps from step to step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Its states, and in bf16 the float32 copy of weights that learn."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def element_bytes(precision: Precision) -> int:
+    """Return the bytes of a weight, and of an entry of an activation."""
+    return 4 if precision is Precision.FP32 else 2
+
+
+def gradient_bytes(recipe: Recipe) -> int:
+    """Return the bytes of an entry of a gradient buffer."""
+    return 2 if recipe.speed.gradient_dtype is GradientDtype.BF16 else GRADIENT_BYTES
+
+
+def lasting_bytes(recipe: Recipe, num_ranks: int, stage: int) -> Lasting:
+    """Return what the ranks of one pipeline stage keep from step to step.
+
+    Args:
+        recipe: The recipe, whose layout has been checked.
+        num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
+        stage: Number of the stage.
+
+    Returns:
+        Bytes of one rank, without activations.
+    """
+    parallel, element = recipe.parallel, element_bytes(recipe.train.precision)
+    shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    everyone = num_ranks if parallel.distributed_optimizer else 1
+    decoder, encoder = stage_parameters(recipe, stage), encoder_parameters(recipe)
+    state = _state_bytes(recipe)
+    return Lasting(
+        weights=(decoder.total + encoder.total) * element,
+        gradients=(decoder.learned + encoder.learned) * gradient_bytes(recipe),
+        optimizer=decoder.learned * state // shares + encoder.learned * state // everyone,
+    )
+
+
+def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
+    """Return the memory of weights, gradients and optimizer states on the rank that needs most.
+
+    Args:
+        recipe: The recipe.
+        num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
+
+    Returns:
+        Bytes, without activations.
+    """
+    return max(lasting_bytes(recipe, num_ranks, stage).total for stage in range(recipe.parallel.pipeline))
 
 
 def weight_bytes(recipe: Recipe) -> int:
     """Return the bytes of the model's weights in the run's precision."""
-    return sum(part_parameters(recipe.model).values()) * _weight_bytes(recipe)
+    return sum(model_parameters(recipe.model).values()) * element_bytes(recipe.train.precision)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Return the bytes of one checkpoint: all weights, and the optimizer's states of those that learn."""
-    weights = sum(part_parameters(recipe.model).values()) + _adapters(recipe)
-    return weights * _weight_bytes(recipe) + _learned(recipe) * _state_bytes(recipe)
+    weights = sum(model_parameters(recipe.model).values()) + adapter_parameters(recipe)
+    return weights * element_bytes(recipe.train.precision) + learned_parameters(recipe) * _state_bytes(recipe)
 
 
 def checkpoints_at_once(recipe: Recipe) -> int:
@@ -56,105 +109,7 @@ def checkpoints_at_once(recipe: Recipe) -> int:
     return max(1, min(saves, (recipe.checkpoint.keep or 2) + 1))
 
 
-def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
-    """Return the memory of weights, gradients and optimizer states on the rank that needs most.
-
-    Args:
-        recipe: The recipe.
-        num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
-
-    Returns:
-        Bytes, without activations.
-    """
-    parallel, parameters = recipe.parallel, part_parameters(recipe.model)
-    shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
-    everyone = num_ranks if parallel.distributed_optimizer else 1
-    encoder = parameters[Part.VISION] + parameters[Part.PROJECTOR]
-    encoder_learned = _learned_of(recipe, Part.VISION) + _learned_of(recipe, Part.PROJECTOR)
-    decoder = _fullest_stage(recipe) // parallel.tensor
-    decoder_learned = decoder * _learned_of(recipe, Part.LANGUAGE) // parameters[Part.LANGUAGE]
-    return _held(recipe, encoder, encoder_learned, everyone) + _held(recipe, decoder, decoder_learned, shares)
-
-
-def _held(recipe: Recipe, weights: int, learned: int, shares: int) -> int:
-    """Return the bytes of parameters whose optimizer states are split over `shares` ranks."""
-    return weights * _weight_bytes(recipe) + learned * _GRADIENT_BYTES + learned * _state_bytes(recipe) // shares
-
-
-def _fullest_stage(recipe: Recipe) -> int:
-    """Return the largest number of decoder parameters of a pipeline stage."""
-    stages = [0] * recipe.parallel.pipeline
-    for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):
-        stages[chunk.pp] += _chunk_parameters(recipe.model, chunk)
-    return max(stages)
-
-
-def _learned(recipe: Recipe) -> int:
-    return sum(_learned_of(recipe, part) for part in Part)
-
-
-def _learned_of(recipe: Recipe, part: Part) -> int:
-    """Count the parameters of a part that learn; of a decoder with adapters only the adapters."""
-    if part not in recipe.train.trainable:
-        return 0
-    if part is Part.LANGUAGE and recipe.lora.rank:
-        return _adapters(recipe)
-    return part_parameters(recipe.model)[part]
-
-
-def _adapters(recipe: Recipe) -> int:
-    return adapter_weights(recipe.model.language, recipe.lora) if recipe.lora.rank else 0
-
-
-def _weight_bytes(recipe: Recipe) -> int:
-    return 4 if recipe.train.precision is Precision.FP32 else 2
-
-
 def _state_bytes(recipe: Recipe) -> int:
-    return 8 if recipe.train.precision is Precision.FP32 else 12
-
-
-def _layer_parameters(model: ModelConfig) -> int:
-    return sum(inputs * outputs for inputs, outputs in linear_sizes(model.language).values()) + 2 * (
-        model.language.hidden_size
-    )
-
-
-def _chunk_parameters(model: ModelConfig, chunk: Chunk) -> int:
-    tables = int(chunk.has_embedding) + int(chunk.has_head)
-    tables = 1 if tables == 2 and model.language.tied_embeddings else tables
-    table = model.language.vocab_size * model.language.hidden_size
-    return (chunk.stop - chunk.first) * _layer_parameters(model) + tables * table
-
-
-def _projector_parameters(model: ModelConfig) -> int:
-    vision, c, h = model.vision, model.vision.hidden_size, model.language.hidden_size
-    if tower_of(vision).is_native:
-        block = c * vision.merge_size**2
-        merger = (block + 1) * block + (block + 1) * h
-        return merger + 2 * c + len(vision.taps) * (merger + 2 * block)
-    if model.variant.traits.stack_source is StackSource.TAPS:
-        return len(vision.taps) * _qformer_parameters(model)
-    return (c + 1) * h + (h + 1) * h
-
-
-def _qformer_parameters(model: ModelConfig) -> int:
-    qformer, c = model.qformer, model.vision.hidden_size
-    attention, f = 4 * (c + 1) * c + 2 * c, qformer.ffn_hidden_size
-    crossing = -(-qformer.num_layers // qformer.cross_attention_interval)
-    layers = (qformer.num_layers + crossing) * attention + qformer.num_layers * ((c + 1) * f + (f + 1) * c + 2 * c)
-    vectors = qformer.query_side**2 + qformer.window_side**2 + 4
-    return layers + vectors * c + (c + 1) * model.language.hidden_size
-
-
-def _vision_parameters(vision: VisionConfig) -> int:
-    c, f = vision.hidden_size, vision.ffn_hidden_size
-    layer = 4 * (c + 1) * c + (c + 1) * f + (f + 1) * c + 4 * c
-    traits = tower_of(vision)
-    norms = 2 * (int(traits.has_pre_norm) + int(traits.has_post_norm))
-    if traits.is_native:
-        patch = 3 * vision.temporal_patch_size * vision.patch_size**2 + 1
-        return vision.num_layers * layer + (patch + (vision.num_positions or 0)) * c
-    vectors = tokens_per_view(vision) + 2 * traits.num_leading_tokens + int(traits.has_patch_bias) + norms
-    embedding = (3 * vision.patch_size**2 + vectors) * c
-    return vision.num_layers * layer + embedding
+    """Return the optimizer's bytes of a parameter that learns."""
+    main = 0 if recipe.train.precision is Precision.FP32 else 4
+    return main + (4 if recipe.optimizer.moment_dtype is MomentDtype.BF16 else 8)

@@ -11,7 +11,7 @@ from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import Shapes
-from megatron_deepstack.planning.budget.run_plan import RunPlan, plan_run, require_modelled
+from megatron_deepstack.planning.budget.run_plan import RunPlan, plan_run
 from megatron_deepstack.planning.check import check_world, find_plan_problems, model_ranks
 
 _MOST_STAGES = 32
@@ -51,7 +51,6 @@ def all_layouts(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int
     Returns:
         The layouts.
     """
-    require_modelled(recipe)
     plans, refused = [], []
     for parallel in _candidates(recipe, machine, num_ranks):
         other = replace(recipe, parallel=parallel)

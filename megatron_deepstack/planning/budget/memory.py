@@ -24,25 +24,16 @@ from megatron_deepstack.config.choices import (
     RecomputeMethod,
     RecomputeModule,
 )
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import head_width, tokens_per_view, used_layers
-from megatron_deepstack.config.traits.towers import tower_of
-from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import head_width
+from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
+from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
+from megatron_deepstack.planning.budget.footprint import element_bytes, lasting_bytes
 from megatron_deepstack.planning.budget.linears import linear_sizes
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
-from megatron_deepstack.planning.budget.parameters import (
-    Held,
-    encoder_parameters,
-    kept_widths,
-    padded_vocabulary,
-    stage_parameters,
-)
+from megatron_deepstack.planning.budget.parameters import kept_widths, padded_vocabulary, stage_parameters
 from megatron_deepstack.planning.budget.pipeline import most_in_flight
-from megatron_deepstack.planning.check import model_ranks
-from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
-
-GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,31 +72,24 @@ def rank_memory(recipe: Recipe, load: StepLoad, num_ranks: int, stage: int, *, f
     Returns:
         The bytes of each kind.
     """
-    parallel, model = recipe.parallel, recipe.model
-    element = _element_bytes(recipe.train.precision)
-    shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
-    everyone = num_ranks if parallel.distributed_optimizer else 1
-    decoder, encoder = stage_parameters(recipe, stage), encoder_parameters(recipe)
-    state = 8 if recipe.train.precision is Precision.FP32 else 12
-    chunks = [one for one in stage_chunks(model.language.num_layers, parallel) if one.pp == stage]
+    model, element = recipe.model, element_bytes(recipe.train.precision)
+    lasting = lasting_bytes(recipe, num_ranks, stage)
+    chunks = [one for one in stage_chunks(model.language.num_layers, recipe.parallel) if one.pp == stage]
     activations, logits = _activations(recipe, load, chunks, fused)
-    waiting = _encoder(recipe, load, stage, element)
-    in_schedule = _transient(recipe, load.micro_batches[0], chunks, decoder, element)
-    after_schedule = _encoder_backward(recipe, load, element)
+    rows = _rows(recipe, load, chunks, element)
+    learned = stage_parameters(recipe, stage).learned > 0
+    in_schedule = _transient(recipe, load.micro_batches[0], chunks, learned, element)
+    outside = max(before_schedule(recipe, load, element, rows), after_schedule(recipe, load, element))
     return RankMemory(
-        weights=(decoder.total + encoder.total) * element,
-        gradients=(decoder.learned + encoder.learned) * GRADIENT_BYTES,
-        optimizer=decoder.learned * state // shares + encoder.learned * state // everyone,
+        weights=lasting.weights,
+        gradients=lasting.gradients,
+        optimizer=lasting.optimizer,
         activations=activations,
         logits=logits,
-        rows=_rows(recipe, load, chunks, element),
-        encoder=waiting,
-        transient=max(in_schedule, after_schedule - activations - logits),
+        rows=rows,
+        encoder=waiting(recipe, load, stage, element),
+        transient=max(in_schedule, outside - activations - logits),
     )
-
-
-def _element_bytes(precision: Precision) -> int:
-    return 4 if precision is Precision.FP32 else 2
 
 
 def _activations(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], fused: bool) -> tuple[int, int]:
@@ -154,7 +138,7 @@ def chunk_activations(
     Returns:
         Bytes of activations, and bytes of logits.
     """
-    parallel, element = recipe.parallel, _element_bytes(recipe.train.precision)
+    parallel, element = recipe.parallel, element_bytes(recipe.train.precision)
     layers = chunk.stop - chunk.first
     whole = layer_activations(recipe, batch, fused=fused, packed=packed)
     split = _split_positions(parallel, batch)
@@ -168,10 +152,26 @@ def chunk_activations(
             kept = again * checkpoint + (layers - again) * whole
     if not chunk.has_head:
         return kept, 0
-    positions = batch.positions / parallel.context
-    kept += int((2 if fused else 3) * split * recipe.model.language.hidden_size * element)
+    rows = head_rows(parallel, batch)
+    kept += int((2 * split + rows) * recipe.model.language.hidden_size * element)
     vocabulary = padded_vocabulary(recipe.model.language.vocab_size, parallel.tensor) // parallel.tensor
-    return kept, int(positions * vocabulary * 4)
+    return kept, int(rows * vocabulary * 4)
+
+
+def head_rows(parallel: ParallelConfig, batch: MicroBatchLoad) -> float:
+    """Return for how many positions of a micro-batch a rank computes logits.
+
+    Args:
+        parallel: The layout.
+        batch: The micro-batch.
+
+    Returns:
+        Those of its targets, rounded up as `planning.batch.targets` does, or all that it holds.
+    """
+    pieces = parallel.tensor if parallel.sequence_parallel else 1
+    each = max(-(-batch.targets // (parallel.context * pieces)), 1)
+    rows = -(-each // ROWS_MULTIPLE) * ROWS_MULTIPLE * pieces
+    return min(rows, batch.positions / parallel.context)
 
 
 def _split_positions(parallel: ParallelConfig, batch: MicroBatchLoad) -> float:
@@ -192,11 +192,11 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
         Bytes on one rank.
     """
     parallel, model = recipe.parallel, recipe.model
-    language, element = model.language, _element_bytes(recipe.train.precision)
+    language, element = model.language, element_bytes(recipe.train.precision)
     w, k, f = kept_widths(model, parallel.tensor)
     heads = language.num_heads // parallel.tensor
     split, inner = _split_positions(parallel, batch), batch.positions / parallel.context
-    h = language.hidden_size
+    h, learns = language.hidden_size, Part.LANGUAGE in recipe.train.trainable
     rotary = 4 * head_width(language) * inner / batch.size * 4
     scalars = (2 * split + heads * inner) * 4
     if fused:
@@ -206,15 +206,14 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
         copies = 2 if packed or batch.size > 1 or parallel.context > 1 else 1
         values = split * 6 * h + inner * ((w + 2 * k) + w + k + copies * w + 5 * f)
         if language.qk_norm:
-            values += inner * 2 * (w + k)
-    if Part.LANGUAGE not in recipe.train.trainable:  # frozen matrices need no inputs for their gradients
-        values -= split * 2 * h + inner * f
+            values += inner * (2 * w + k if learns else w)
+    if not learns:  # frozen matrices need no inputs for their gradients, and norms no normalised values
+        values -= split * (2 if fused else 4) * h + inner * (f + (0 if fused else copies - 1) * w)
     if parallel.recompute is Recompute.SELECTIVE:
         if RecomputeModule.CORE_ATTENTION in parallel.recompute_modules:
-            values -= inner * (0 if fused else (copies - 1) * w)
+            values -= inner * (0 if fused or not learns else (copies - 1) * w)
             scalars -= heads * inner * 4
         if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
-            learns = Part.LANGUAGE in recipe.train.trainable
             values -= inner * ((3 if fused else 5) - (not learns)) * f
     return int(values * element + rotary + scalars)
 
@@ -232,61 +231,18 @@ def _rows(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int)
     return int(rows * model.language.hidden_size * element)
 
 
-def _encoder(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
-    """Return the bytes that tower and projector keep from their forward to their backward pass."""
-    parallel, trainable, vision = recipe.parallel, recipe.train.trainable, recipe.model.vision
-    if parallel.encoder_placement is EncoderPlacement.INLINE:
-        units = load.micro_batches[0].units * min(parallel.pipeline, len(load.micro_batches)) * (stage == 0)
-    else:
-        units = -(-load.units // model_ranks(parallel))
-    in_vit = recipe.model.variant.traits.stacks_in_vit
-    views = units * (1 + STACKS_IN_VIT) if in_vit else units
-    pixels = views * 3 * vision.image_size**2
-    tokens, hidden = tokens_per_view(vision), recipe.model.language.hidden_size
-    kept = units * tokens * vision.hidden_size
-    if Part.PROJECTOR in trainable or Part.VISION in trainable:
-        kept += units * tokens * 2 * hidden
-    if Part.VISION in trainable:
-        chunk = views_at_once(parallel, vision, element)
-        alive = min(views, chunk) if chunk else views
-        kept += alive * _view_elements(recipe.model)
-    return int(kept * element + pixels)
-
-
-def _encoder_backward(recipe: Recipe, load: StepLoad, element: int) -> int:
-    """Return the bytes beside kept activations while the encoder's gradients are computed, after the schedule."""
-    trainable, vision = recipe.train.trainable, recipe.model.vision
-    if recipe.parallel.encoder_placement is EncoderPlacement.INLINE or not load.units:
-        return 0
-    tokens = -(-load.units // model_ranks(recipe.parallel)) * tokens_per_view(vision)
-    found = 2.0 * tokens * recipe.model.language.hidden_size * (Part.PROJECTOR in trainable)
-    if Part.VISION in trainable:
-        found += 2.0 * tokens * (vision.ffn_hidden_size + vision.hidden_size)
-    return int(found * element)
-
-
-def _view_elements(model: ModelConfig) -> float:
-    """Count the elements that the tower keeps of one view if it learns."""
-    vision = model.vision
-    tokens = tokens_per_view(vision) + tower_of(vision).num_leading_tokens
-    width = vision.hidden_size
-    layer = tokens * (8 * width + 3 * vision.ffn_hidden_size + vision.num_heads + 4)
-    return used_layers(vision) * layer + 2 * tokens * width + 3 * vision.image_size**2
-
-
-def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], decoder: Held, element: int) -> int:
+def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], learned: bool, element: int) -> int:
     """Return the bytes of the largest tensors that exist only within one operator's backward pass."""
     parallel, language = recipe.parallel, recipe.model.language
     inner = batch.positions / parallel.context
     _, _, f = kept_widths(recipe.model, parallel.tensor)
-    learned = bool(decoder.learned)
     widest = max(inputs * outputs for inputs, outputs in linear_sizes(language).values()) // parallel.tensor
     layer = inner * (4 * f + 2 * language.hidden_size) * element + widest * element * learned
     head = 0.0
     if any(chunk.has_head for chunk in chunks):
         vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
         copy = 4 if recipe.train.precision is Precision.FP32 else 6
-        head = inner * vocabulary * copy + vocabulary * language.hidden_size * element * learned
+        head = head_rows(parallel, batch) * vocabulary * copy + vocabulary * language.hidden_size * element * learned
     return int(max(layer, head))
 
 

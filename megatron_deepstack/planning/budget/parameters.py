@@ -1,7 +1,10 @@
-"""The exact number of parameters that a rank holds, by part, counted from the recipe.
+"""The exact number of parameters that a rank holds, by part, counted from the recipe: the only count there is.
 
 The decoder's matrices are split over tensor parallelism, and its layers over stages. The encoder is whole on every
-rank. A test compares the counts with the modules that are built.
+rank (`encoder_parameters`). A test compares the counts with the modules that are built, for all families and layouts.
+
+A decoder layer is counted as attention and MLP. A layer with several MLPs, of which a token passes some, belongs in
+`_mlp_parameters`: what a rank holds, and what a token passes (`cost` counts operations from `linears`).
 """
 
 from __future__ import annotations
@@ -10,14 +13,17 @@ from dataclasses import dataclass
 from math import lcm
 
 from megatron_deepstack.config.choices import LoraTarget, Part
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, VisionConfig
-from megatron_deepstack.config.sizes import head_width, tokens_per_view, used_layers
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import head_width
 from megatron_deepstack.config.traits.families import family_of
-from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.budget.cost import adapter_weights
+from megatron_deepstack.planning.budget.encoder_parameters import projector_parameters, tower_parameters
 from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
 _VOCABULARY_MULTIPLE = 128
+_ATTENTION = (LoraTarget.QKV, LoraTarget.ATTENTION_OUTPUT)
+_MLP = (LoraTarget.MLP_IN, LoraTarget.MLP_OUT)
 _ROWS = (LoraTarget.ATTENTION_OUTPUT, LoraTarget.MLP_OUT)
 
 
@@ -28,8 +34,6 @@ class Held:
     total: int
     learned: int
     """Those that learn, which have a gradient and optimizer states."""
-    vectors: int
-    """Of `total`, entries of norms, biases and other vectors."""
 
 
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
@@ -56,18 +60,30 @@ def layer_parameters(model: ModelConfig, tensor_ranks: int = 1) -> tuple[int, in
     Returns:
         Entries of matrices, and entries of norms and biases.
     """
+    attention, mlp = _attention_parameters(model, tensor_ranks), _mlp_parameters(model, tensor_ranks)
+    norms = 2 * model.language.hidden_size
+    return attention[0] + mlp[0], attention[1] + mlp[1] + norms
+
+
+def _attention_parameters(model: ModelConfig, tensor_ranks: int) -> tuple[int, int]:
+    """Return entries of matrices and of vectors."""
     language, sizes = model.language, linear_sizes(model.language)
-    matrices = sum(inputs * outputs for inputs, outputs in sizes.values()) // tensor_ranks
-    vectors = 2 * language.hidden_size
-    if language.qkv_bias:
-        vectors += sizes[LoraTarget.QKV][1] // tensor_ranks
-    if language.qk_norm:
-        vectors += 2 * head_width(language)
-    if family_of(language).has_linear_biases:
-        vectors += 2 * language.hidden_size + sizes[LoraTarget.MLP_IN][1] // tensor_ranks
-        if not language.qkv_bias:
-            vectors += sizes[LoraTarget.QKV][1] // tensor_ranks
-    return matrices, vectors
+    biases = family_of(language).has_linear_biases
+    vectors = (language.qkv_bias or biases) * sizes[LoraTarget.QKV][1] // tensor_ranks
+    vectors += language.qk_norm * 2 * head_width(language) + biases * language.hidden_size
+    return _entries(model, _ATTENTION, tensor_ranks), vectors
+
+
+def _mlp_parameters(model: ModelConfig, tensor_ranks: int) -> tuple[int, int]:
+    """Return entries of matrices and of vectors."""
+    language, biases = model.language, family_of(model.language).has_linear_biases
+    vectors = biases * (language.hidden_size + linear_sizes(language)[LoraTarget.MLP_IN][1] // tensor_ranks)
+    return _entries(model, _MLP, tensor_ranks), vectors
+
+
+def _entries(model: ModelConfig, targets: tuple[LoraTarget, ...], tensor_ranks: int) -> int:
+    sizes = linear_sizes(model.language)
+    return sum(sizes[one][0] * sizes[one][1] for one in targets) // tensor_ranks
 
 
 def stage_parameters(recipe: Recipe, stage: int) -> Held:
@@ -82,50 +98,70 @@ def stage_parameters(recipe: Recipe, stage: int) -> Held:
     """
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     found = [_chunk(recipe, chunk) for chunk in chunks if chunk.pp == stage]
-    return Held(sum(one.total for one in found), sum(one.learned for one in found), sum(one.vectors for one in found))
+    return Held(sum(one.total for one in found), sum(one.learned for one in found))
 
 
 def encoder_parameters(recipe: Recipe) -> Held:
     """Count the parameters of tower, projector and newline, which every rank holds."""
-    model, trainable = recipe.model, recipe.train.trainable
-    layer, around, norms = _tower(model.vision)
-    hidden, width = model.language.hidden_size, model.vision.hidden_size
-    projector = (width + 1) * hidden + (hidden + 1) * hidden + hidden * model.variant.traits.has_newline
-    tower = model.vision.num_layers * layer + around
-    learned = projector * (Part.PROJECTOR in trainable)
-    if Part.VISION in trainable:
-        learned += min(used_layers(model.vision), model.vision.num_layers) * layer + around
-    return Held(tower + projector, learned, model.vision.num_layers * norms + 2 * hidden)
+    trainable = recipe.train.trainable
+    tower, projector = tower_parameters(recipe.model.vision), projector_parameters(recipe.model)
+    learned = projector * (Part.PROJECTOR in trainable) + tower.learned * (Part.VISION in trainable)
+    return Held(tower.total + projector, learned)
 
 
 def model_parameters(model: ModelConfig) -> dict[Part, int]:
-    """Count the parameters of each part of the whole model, with the padded rows of the vocabulary."""
-    alone = Recipe(model=model)
-    layer, around, _ = _tower(model.vision)
-    tower = model.vision.num_layers * layer + around
+    """Count the parameters of each part as published: adapters and the vocabulary's padding are left out.
+
+    Args:
+        model: The recipe's model.
+
+    Returns:
+        The counts; those of the newline are the projector's.
+    """
+    language = model.language
+    tables = (1 if language.tied_embeddings else 2) * language.vocab_size + 1  # one more for the last norm
     return {
-        Part.VISION: tower,
-        Part.PROJECTOR: encoder_parameters(alone).total - tower,
-        Part.LANGUAGE: stage_parameters(alone, 0).total,
+        Part.VISION: tower_parameters(model.vision).total,
+        Part.PROJECTOR: projector_parameters(model),
+        Part.LANGUAGE: language.num_layers * sum(layer_parameters(model)) + tables * language.hidden_size,
     }
+
+
+def learned_parameters(recipe: Recipe) -> int:
+    """Count the parameters of the whole model that learn; of a decoder with adapters only the adapters.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The number over all ranks of one replica, each counted once.
+    """
+    found = encoder_parameters(recipe).learned
+    if Part.LANGUAGE in recipe.train.trainable:
+        whole = model_parameters(recipe.model)[Part.LANGUAGE]
+        found += adapter_parameters(recipe) if recipe.lora.rank else whole
+    return found
+
+
+def adapter_parameters(recipe: Recipe) -> int:
+    """Count the entries of all adapters of the decoder; 0 without."""
+    return adapter_weights(recipe.model.language, recipe.lora)
 
 
 def _chunk(recipe: Recipe, chunk: Chunk) -> Held:
     model, parallel = recipe.model, recipe.parallel
-    matrices, vectors = layer_parameters(model, parallel.tensor)
     layers = chunk.stop - chunk.first
     tables = int(chunk.has_embedding) + int(chunk.has_head)
     if tables == 2 and model.language.tied_embeddings:
         tables = 1
     table = padded_vocabulary(model.language.vocab_size, parallel.tensor) // parallel.tensor
-    total = layers * (matrices + vectors) + tables * table * model.language.hidden_size
-    small = layers * vectors + chunk.has_head * model.language.hidden_size
+    total = layers * sum(layer_parameters(model, parallel.tensor)) + tables * table * model.language.hidden_size
     total += chunk.has_head * model.language.hidden_size
     adapters = layers * _adapters(recipe, parallel)
     learned = 0
     if Part.LANGUAGE in recipe.train.trainable:
         learned = adapters if recipe.lora.rank else total
-    return Held(total + adapters, learned, small)
+    return Held(total + adapters, learned)
 
 
 def _adapters(recipe: Recipe, parallel: ParallelConfig) -> int:
@@ -139,17 +175,6 @@ def _adapters(recipe: Recipe, parallel: ParallelConfig) -> int:
         found += recipe.lora.rank * (inputs // (parallel.tensor if row else 1))
         found += recipe.lora.rank * (outputs // (1 if row else parallel.tensor))
     return found
-
-
-def _tower(vision: VisionConfig) -> tuple[int, int, int]:
-    """Return the parameters of one layer of the tower, those around its layers, and the vectors of a layer."""
-    width, inner = vision.hidden_size, vision.ffn_hidden_size
-    vectors = 4 * width + 4 * width + inner + width
-    layer = 4 * width * width + 2 * width * inner + vectors
-    traits = tower_of(vision)
-    norms = 2 * (int(traits.has_pre_norm) + int(traits.has_post_norm))
-    rows = tokens_per_view(vision) + 2 * traits.num_leading_tokens + int(traits.has_patch_bias) + norms
-    return layer, (3 * vision.patch_size**2 + rows) * width, vectors
 
 
 def kept_widths(model: ModelConfig, tensor_ranks: int) -> tuple[int, int, int]:

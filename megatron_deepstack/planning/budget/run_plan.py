@@ -13,7 +13,7 @@ from itertools import combinations
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.errors import LayoutError
 from megatron_deepstack.planning.budget.cost import encoder_training_flops, head_training_flops, training_flops
 from megatron_deepstack.planning.budget.durations import Bytes, Durations
 from megatron_deepstack.planning.budget.hardware import CPU, Machine
@@ -124,22 +124,6 @@ class RunPlan:
         return self.seconds.total * self.recipe.train.steps / 3600
 
 
-def is_modelled(recipe: Recipe) -> bool:
-    """Whether anything is predicted of a recipe: of towers whose views have any size nothing is yet."""
-    return not recipe.model.variant.traits.is_native
-
-
-def require_modelled(recipe: Recipe) -> None:
-    """Raise ConfigError if nothing is predicted of a recipe."""
-    if not is_modelled(recipe):
-        raise ConfigError(
-            [
-                f"model.variant: {recipe.model.variant} has views of any size, for which memory and time are not "
-                "predicted; `plan` without --gpus shows its stages"
-            ]
-        )
-
-
 def plan_run(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int) -> RunPlan:
     """Estimate a run.
 
@@ -154,9 +138,7 @@ def plan_run(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int) -
 
     Raises:
         LayoutError: The ranks do not hold whole replicas, or the batch does not divide.
-        ConfigError: The model has views of any size, of which nothing is predicted.
     """
-    require_modelled(recipe)
     check_world(recipe, num_ranks)
     parallel = recipe.parallel
     load = step_load(recipe, shapes, num_ranks // model_ranks(parallel))
@@ -199,10 +181,10 @@ def plan_run(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int) -
 
 def _flops(recipe: Recipe, load: StepLoad) -> Flops:
     model, trainable = recipe.model, recipe.train.trainable
-    total = training_flops(model, trainable, recipe.lora, load.lengths.tolist(), load.total_units)
-    encoder = load.total_units * encoder_training_flops(model, trainable)
+    decoder = training_flops(model, trainable, recipe.lora, load.lengths.tolist(), 0)
     head = head_training_flops(model.language, trainable, recipe.lora, float(load.tokens))
-    return Flops(decoder=total - encoder - head, head=head, encoder=encoder)
+    encoder = encoder_training_flops(model, trainable, load.total_work)
+    return Flops(decoder=decoder - head, head=head, encoder=encoder)
 
 
 def _schedule(
@@ -243,10 +225,9 @@ def _seconds_of(
 
 
 def _work(stage: StagePlan, batches: tuple[MicroBatchLoad, ...], durations: Durations) -> float:
-    counts = Counter((batch.size, batch.positions, batch.squares, batch.units) for batch in batches)
     return sum(
-        count * (durations.forward(MicroBatchLoad(*one), chunk) + durations.backward(MicroBatchLoad(*one), chunk))
-        for one, count in counts.items()
+        count * (durations.forward(one, chunk) + durations.backward(one, chunk))
+        for one, count in Counter(batches).items()
         for chunk in stage.chunks
     )
 

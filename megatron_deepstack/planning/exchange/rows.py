@@ -101,6 +101,8 @@ def context_length(model: ModelConfig, shape: ImageShape) -> int:
     """
     if isinstance(shape, ViewGrid):
         return shape.num_tokens(model.vision.merge_size)
+    if isinstance(shape, TileGrid):
+        return shape.num_tokens(resampled_side(model))
     return image_rows(model, shape).context_length
 
 
@@ -111,7 +113,8 @@ def _tile_rows(shape: TileGrid, side: int, num_taps: int) -> ImageRows:
     A token has a row for each tap, one after another.
     """
     lines, columns = shape.unpadded(side)
-    y, x = (places.reshape(-1) for places in np.meshgrid(lines, [*columns, NEWLINE], indexing="ij"))
+    places = (np.array(some, np.int64) for some in (lines, [*columns, NEWLINE]))
+    y, x = (one.reshape(-1) for one in np.meshgrid(*places, indexing="ij"))
     newline = x == NEWLINE
     view = np.where(newline, NEWLINE, 1 + y // side * shape.columns + x // side)
     token = np.where(newline, 0, y % side * side + x % side)

@@ -83,7 +83,7 @@ def check_folder(
     parallel = _fitting_layout(model, parallel)
     published_source(folder, model=model)
     config = read_config(folder)
-    samples = draw_samples(model, config, special_tokens(model, config, str(folder / CONFIG)), seed)
+    samples = draw_samples(model, special_tokens(model, config, str(folder / CONFIG)), seed)
     expected = by_transformers(folder, model, config, samples)
     tensors = {f"logits.{index}": value for index, value in enumerate(expected.logits)}
     failed = 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from megatron_deepstack.planning.batch.sequence import ExpandedSample, expand
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.planning.exchange.rows import context_length
-from megatron_deepstack.planning.views import ImageShape, ViewGrid, num_views, tile_grid
+from megatron_deepstack.planning.views import ImageShape, ViewGrid, num_views, read_tile_grids, tile_grid
 
 _TOKENS = ((1, 1), (2, 3), (4, 1), (3, 5), (2, 2))
 """Height and width of drawn views in visual tokens."""
@@ -21,8 +20,6 @@ _TOKENS = ((1, 1), (2, 3), (4, 1), (3, 5), (2, 2))
 
 _EIGHTHS = ((9, 7), (20, 11), (8, 25), (7, 19), (31, 13))
 """Width and height of drawn images, in eighths of a tile."""
-_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-"""Resolutions that transformers takes where a config names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +45,11 @@ class DrawnSample:
         return PlannedSample(sequence=self.expanded(model), grids=self.shapes)
 
 
-def draw_samples(
-    model: ModelConfig, config: Mapping[str, Any], forbidden: Sequence[int], seed: int = 0
-) -> list[DrawnSample]:
+def draw_samples(model: ModelConfig, forbidden: Sequence[int], seed: int = 0) -> list[DrawnSample]:
     """Draw the samples of a comparison.
 
     Args:
         model: The folder's model.
-        config: Content of its config.json.
         forbidden: Token ids that mean something to the model and must not occur as text.
         seed: What everything is drawn from.
 
@@ -64,7 +58,7 @@ def draw_samples(
     """
     rng = np.random.default_rng(seed)
     ids = np.setdiff1d(np.arange(model.language.vocab_size), np.array(forbidden, np.int64))
-    shapes = _shapes(model, config)
+    shapes = _shapes(model)
     wanted: list[tuple[str, list[ImageShape]]] = [
         ("one image", [shapes[1]]),
         ("several images of different shapes", [shapes[0], shapes[3], shapes[2]]),
@@ -75,14 +69,14 @@ def draw_samples(
     return [_draw(name, images, model, ids, rng) for name, images in wanted]
 
 
-def _shapes(model: ModelConfig, config: Mapping[str, Any]) -> list[ImageShape]:
+def _shapes(model: ModelConfig) -> list[ImageShape]:
     """Five images of different shapes."""
     if model.variant.traits.is_native:
         return [_shape(model, *size) for size in _TOKENS]
     side = model.vision.image_size
-    pinpoints = [(int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or _PINPOINTS]
+    grids = read_tile_grids(model.vision.tile_grids)
     sizes = [(width * side // 8, height * side // 8) for width, height in _EIGHTHS]
-    return [tile_grid(width, height, side, pinpoints) for width, height in sizes]
+    return [tile_grid(width, height, side, grids) for width, height in sizes]
 
 
 def _shape(model: ModelConfig, height: int, width: int, *, moving: bool = False) -> ViewGrid:

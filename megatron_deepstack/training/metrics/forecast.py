@@ -7,7 +7,7 @@ from typing import Final
 
 from megatron_deepstack.data.order.stored_shapes import shapes_of_step
 from megatron_deepstack.planning.budget.hardware import CPU, machine_of_device
-from megatron_deepstack.planning.budget.run_plan import RunPlan, is_modelled, plan_run
+from megatron_deepstack.planning.budget.run_plan import RunPlan, plan_run
 from megatron_deepstack.platform.compute.device import device_name
 from megatron_deepstack.training.metrics.record import StepRecord
 from megatron_deepstack.training.session import Session
@@ -25,7 +25,7 @@ class Forecast:
         self._seconds: list[float] = []
 
     @classmethod
-    def of(cls, session: Session, first: int) -> Forecast | None:
+    def of(cls, session: Session, first: int) -> Forecast:
         """Plan the run on this rank's device, with the samples of its first step.
 
         Args:
@@ -33,10 +33,8 @@ class Forecast:
             first: 0-based number of that step.
 
         Returns:
-            None where nothing is predicted of the recipe's model.
+            The forecast.
         """
-        if not is_modelled(session.recipe):
-            return None
         shapes = shapes_of_step(session.reader, first)
         machine = machine_of_device(device_name())
         return cls(plan_run(session.recipe, shapes, machine, session.groups.axes.world_size))

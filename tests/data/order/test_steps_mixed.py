@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 
 from megatron_deepstack.config.choices import Batching, Unreadable
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.data.order.mixture import Mixture
 from megatron_deepstack.data.order.prefetch import Prefetcher
 from megatron_deepstack.data.order.steps import LoadedStep, Share, StepReader
+from megatron_deepstack.data.order.stored_shapes import shapes_of_step
 from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import BLOCK_BYTES, shard_path
 from megatron_deepstack.errors import StoreError
+from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
+from megatron_deepstack.planning.budget.cost import EncoderWork
+from megatron_deepstack.planning.budget.load import step_load
 from megatron_deepstack.planning.views import ViewGrid
 from megatron_deepstack.testing.tiny import tiny_qwen3_vl
 from megatron_deepstack.testing.tiny_mixed import PATCH_SIZE, SAMPLES, SHAPES, tiny_view, write_tiny_mixed
@@ -109,6 +113,25 @@ def test_a_mixture_reads_from_each_store(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mixture.read_flat(images), np.concatenate(expected))
     step = loaded(mixture, Batching.PACKED)
     assert step.num_images == sum(map(len, SAMPLES))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["store", "mixture"])
+def test_sizes_for_estimates_are_those_of_the_step(tmp_path: Path, mixed: bool) -> None:
+    stores = [
+        Store.open(write_tiny_mixed(tmp_path / str(seed), seed=seed, name=f"s{seed}")) for seed in range(1 + mixed)
+    ]
+    source = Mixture(stores, None) if mixed else stores[0]
+    one = reader(source, Batching.PACKED, 0, 1, Unreadable.STOP)
+    shapes, step = shapes_of_step(one, 0), one.load_samples(0, source.batch(one.train.seed, 0, 9))
+    assert shapes.views is not None
+    assert shapes.targets is not None
+    grids = step.plan.routes.grids
+    sides = zip(shapes.views.frames, shapes.views.height, shapes.views.width, strict=True)
+    assert sorted(sides) == sorted((grid.frames, grid.height, grid.width) for grid in grids)
+    load = step_load(replace(Recipe(), model=model(), train=one.train), shapes, 1)
+    assert load.total_work == EncoderWork.of_grids(model(), grids)
+    assert load.tokens == step.num_tokens
+    assert shapes.targets.sum() == sum(int((labels != IGNORE_INDEX).sum()) for labels in step.plan.labels)
 
 
 def test_steps_are_prepared_ahead_and_are_the_same_each_time(root: Path) -> None:

@@ -12,9 +12,10 @@ from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.planning.budget.cost import training_flops
+from megatron_deepstack.planning.budget.drawn import drawn_shapes
 from megatron_deepstack.planning.budget.hardware import CPU, MACHINES, machine_named, machine_of_device
 from megatron_deepstack.planning.budget.layouts import all_layouts, describe
-from megatron_deepstack.planning.budget.load import Shapes, drawn_shapes
+from megatron_deepstack.planning.budget.load import Shapes
 from megatron_deepstack.planning.budget.run_plan import advice, boxes, plan_run
 from megatron_deepstack.planning.check import load_checked_recipe
 

@@ -1,0 +1,153 @@
+"""The memory of tower and projector on a rank: what waits for their backward, and what exists only for a moment.
+
+A tower that learns keeps the inputs of its operators, layer by layer, of all views or of as many as the layout allows
+at a time; a frozen one keeps its features alone. What the projector keeps depends on its form: two linears, mergers of
+neighbouring patches, or window Q-Formers. Formulas count elements; a test compares the sums with what ranks allocate.
+
+Legend: C width of the tower, f its MLP, H width of the decoder, M patches of a view, Q queries of a view.
+"""
+
+from __future__ import annotations
+
+from megatron_deepstack.config.choices import EncoderPlacement, Part
+from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.config.sizes import tokens_per_view, used_layers
+from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.config.traits.variants import StackSource
+from megatron_deepstack.planning.budget.cost import EncoderWork
+from megatron_deepstack.planning.budget.encoder_views import kept_of_mlp, views_at_once
+from megatron_deepstack.planning.budget.load import StepLoad
+
+
+def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
+    """Return what tower and projector keep from their forward to their backward pass.
+
+    Args:
+        recipe: The recipe.
+        load: The replica's micro-batches.
+        stage: Number of the pipeline stage.
+        element: Bytes of an entry of an activation.
+
+    Returns:
+        Bytes on the rank that encodes most.
+    """
+    parallel, trainable, model = recipe.parallel, recipe.train.trainable, recipe.model
+    work = load.share
+    if parallel.encoder_placement is EncoderPlacement.INLINE:
+        in_flight = min(parallel.pipeline, len(load.micro_batches)) * (stage == 0)
+        work = load.micro_batches[0].work.times(in_flight)
+    pixels = work.patches * 3 * model.vision.patch_size**2
+    if not tower_of(model.vision).is_native:
+        pixels = work.views * 3 * model.vision.image_size**2
+    kept = _features(model, work)
+    learns = Part.PROJECTOR in trainable
+    if learns or Part.VISION in trainable:
+        kept += projector_elements(model, work, learns=learns)
+    if Part.VISION in trainable:
+        chunk = views_at_once(parallel, model.vision, element)
+        alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
+        kept += alive * _tower(model, work)
+    return int(kept * element + pixels)
+
+
+def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int) -> int:
+    """Return what exists only while views are encoded and rows sent, before any decoder layer has run.
+
+    Args:
+        recipe: The recipe.
+        load: The replica's micro-batches.
+        element: Bytes of an entry of an activation.
+        received: Bytes of the rows that the rank will have received.
+
+    Returns:
+        Bytes beside received rows: the widest operator of the tower, or all rows that the rank makes.
+    """
+    if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
+        return 0
+    vision, work = recipe.model.vision, load.share
+    chunk = views_at_once(recipe.parallel, vision, element)
+    alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
+    widest = alive * work.patches * (2 * vision.ffn_hidden_size + 3 * vision.hidden_size)
+    rows = work.units * sum(load.rows_per_unit.values()) * recipe.model.language.hidden_size
+    return int(max(widest * element - received, rows * element))
+
+
+def after_schedule(recipe: Recipe, load: StepLoad, element: int) -> int:
+    """Return what exists beside kept activations while the encoder's gradients are computed, after the schedule.
+
+    Args:
+        recipe: The recipe.
+        load: The replica's micro-batches.
+        element: Bytes of an entry of an activation.
+
+    Returns:
+        Bytes.
+    """
+    trainable, model, work = recipe.train.trainable, recipe.model, load.share
+    if recipe.parallel.encoder_placement is EncoderPlacement.INLINE or not work.units:
+        return 0
+    vision, hidden = model.vision, model.language.hidden_size
+    learns, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    if tower_of(vision).is_native:
+        block = vision.hidden_size * vision.merge_size**2
+        found = work.units * ((1 + len(vision.taps)) * hidden + 2 * block) * (learns or below)
+        found += work.patches * (2 * vision.ffn_hidden_size + (3 + len(vision.taps)) * vision.hidden_size) * below
+        return int(found * element)
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        rows = work.units * sum(load.rows_per_unit.values()) * hidden
+        found = (rows + 2 * work.patches * vision.hidden_size) * (learns or below)
+    else:
+        found = 2.0 * work.units * tokens_per_view(vision) * hidden * learns
+    tokens = work.units * tokens_per_view(vision)
+    return int((found + 2.0 * tokens * (vision.ffn_hidden_size + vision.hidden_size) * below) * element)
+
+
+def _features(model: ModelConfig, work: EncoderWork) -> float:
+    """Count the elements of the tower's features."""
+    vision = model.vision
+    if tower_of(vision).is_native:
+        return work.patches * (1 + len(vision.taps)) * vision.hidden_size
+    return work.units * tokens_per_view(vision) * max(len(set(vision.taps)), 1) * vision.hidden_size
+
+
+def projector_elements(model: ModelConfig, work: EncoderWork, *, learns: bool) -> float:
+    """Count the elements that the projector keeps for its backward pass.
+
+    Args:
+        model: The recipe's model.
+        work: What is encoded.
+        learns: Whether its own parameters learn; a frozen one needs no inputs of its linears.
+
+    Returns:
+        The number, without the tower's features.
+    """
+    vision = model.vision
+    if tower_of(vision).is_native:
+        block, taps = vision.hidden_size * vision.merge_size**2, len(vision.taps)
+        return work.units * block * ((3 + 4 * taps) if learns else (1 + 2 * taps))
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        return work.views * len(vision.taps) * _qformer(model)
+    return work.units * tokens_per_view(vision) * 2 * model.language.hidden_size
+
+
+def _qformer(model: ModelConfig) -> float:
+    """Count the elements that one Q-Former keeps of one view."""
+    qformer, c, patches = model.qformer, model.vision.hidden_size, tokens_per_view(model.vision)
+    queries = patches // qformer.window_side**2 * qformer.query_side**2
+    crossing = -(-qformer.num_layers // qformer.cross_attention_interval)
+    layers = qformer.num_layers * queries * (8 * c + 2 * qformer.ffn_hidden_size)
+    return patches * c + 2 * queries * c + layers + crossing * (4 * queries + 2 * patches) * c
+
+
+def _tower(model: ModelConfig, work: EncoderWork) -> float:
+    """Count the elements that the tower keeps if it learns."""
+    vision, width = model.vision, model.vision.hidden_size
+    if tower_of(vision).is_native:  # rotation copies queries and keys; a row of several frames is put together again
+        cosines = 4 * width // vision.num_heads
+        layer = 11 * width + kept_of_mlp(vision) * vision.ffn_hidden_size + cosines + vision.num_heads + 4
+        patch = 3 * vision.temporal_patch_size * vision.patch_size**2
+        return work.patches * (vision.num_layers * layer + width + patch)
+    tokens = tokens_per_view(vision) + tower_of(vision).num_leading_tokens
+    inner = kept_of_mlp(vision) * vision.ffn_hidden_size
+    layer = tokens * (8 * width + inner + vision.num_heads + 4)
+    return work.views * (used_layers(vision) * layer + 2 * tokens * width + 3 * vision.image_size**2)
