@@ -304,6 +304,8 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.trainable",
             f"found [{', '.join(train.trainable)}], expected at least one of vision, projector, language, each once",
         )
+    for paths, text in speed_rules.moment_violations(optimizer, recipe.parallel, train.precision):
+        yield _problem(paths, text)
     if optimizer.min_lr > optimizer.lr:
         yield _problem(
             "optimizer.min_lr optimizer.lr", f"{optimizer.min_lr} is above the peak optimizer.lr {optimizer.lr}"

@@ -69,6 +69,21 @@ class PublishedSource:
 
     def __call__(self, name: str, shape: Shape) -> torch.Tensor:
         """The tensor of a published name, see `published_source`."""
+        return self.stored(name, shape).float()
+
+    def stored(self, name: str, shape: Shape) -> torch.Tensor:
+        """A tensor in the dtype that it has in its file.
+
+        Args:
+            name: Its published name.
+            shape: Its shape.
+
+        Returns:
+            The tensor, on the CPU.
+
+        Raises:
+            CheckpointError: See `published_source`.
+        """
         for checkpoint in self._checkpoints:
             if checkpoint.answers_for(name):
                 return checkpoint.read(name, shape)
@@ -154,7 +169,7 @@ class _Checkpoint:
                 f"{self.path}: {own} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}; choose the "
                 "model the checkpoint was made with"
             )
-        return tensor.float()
+        return tensor
 
 
 def _without_leading_ones(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:

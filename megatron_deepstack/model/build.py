@@ -123,6 +123,18 @@ def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distribute
         fill(chunk, rules, source, tp_group.rank(), tp_group.size())
 
 
+def fill_adapters(rank_model: RankModel, source: Source, tp_group: torch.distributed.ProcessGroup) -> None:
+    """Set the parameters of adapters alone. Not collective.
+
+    Args:
+        rank_model: What this rank holds; changed in place.
+        source: Published name and shape to the full tensor.
+        tp_group: The decoder's tp group, whose rank and size choose the shards.
+    """
+    for chunk, rules in zip(rank_model.chunks, rank_model.chunk_rules, strict=True):
+        fill(chunk, rules, source, tp_group.rank(), tp_group.size(), wanted=is_adapter)
+
+
 def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
     """Let only the named parts learn. In a decoder with adapters, only these do; unused ViT layers never do.
 

@@ -143,8 +143,15 @@ class Rule:
 Rules = dict[str, Rule]
 
 
-def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_ranks: int) -> None:
-    """Set every parameter of a module from full published tensors. Not collective.
+def fill(
+    module: torch.nn.Module,
+    rules: Rules,
+    source: Source,
+    rank: int,
+    num_ranks: int,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Set the parameters of a module from full published tensors. Not collective.
 
     Args:
         module: Changed in place.
@@ -153,8 +160,11 @@ def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_r
             alone is asked.
         rank: The tp rank whose shard is taken.
         num_ranks: Ranks that share a tensor.
+        wanted: Whether a parameter of that name is set; every one by default.
     """
     for name, parameter in module.named_parameters():
+        if not wanted(name):
+            continue
         shard = rules[name].shard(source, rank, num_ranks)
         assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
         with torch.no_grad():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_deepstack.config.choices import Activation, Part, Variant
+from megatron_deepstack.config.choices import Activation, GradientDtype, MomentDtype, Part, Precision, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     LoraConfig,
@@ -139,3 +139,22 @@ def test_what_a_launch_asks_for_is_what_the_fullest_stage_keeps(name: str) -> No
     for stage, one in enumerate(both):
         held = stage_parameters(recipe, stage).total + encoder_parameters(recipe).total
         assert one.weights == 4 * held
+
+
+@pytest.mark.parametrize(
+    ("overrides", "per_parameter"),
+    [({}, 4 + 12), ({"moment_dtype": "bf16"}, 4 + 8), ({"gradient_dtype": "bf16"}, 2 + 12)],
+    ids=["float32", "bf16-moments", "bf16-gradients"],
+)
+def test_bytes_of_gradients_and_states(overrides: dict[str, str], per_parameter: int) -> None:
+    """Of each parameter that learns, beside its weight; the states are shared by the replicas."""
+    recipe = tiny_recipe(parallel=ParallelConfig(distributed_optimizer=True), precision=Precision.BF16)
+    if "moment_dtype" in overrides:
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, moment_dtype=MomentDtype.BF16))
+    if "gradient_dtype" in overrides:
+        recipe = replace(recipe, speed=replace(recipe.speed, gradient_dtype=GradientDtype.BF16))
+    learned = stage_parameters(recipe, 0).learned + encoder_parameters(recipe).learned
+    alone, shared = lasting_bytes(recipe, 1, 0), lasting_bytes(recipe, 2, 0)
+    assert alone.gradients + alone.optimizer == learned * per_parameter
+    assert abs(2 * shared.optimizer - alone.optimizer) < 32
+    assert shared.gradients == alone.gradients
