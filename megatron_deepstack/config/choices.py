@@ -89,6 +89,13 @@ class Batching(StrEnum):
     PACKED = "packed"
 
 
+class RowLength(StrEnum):
+    """How long the rows of a step are."""
+
+    NEEDED = "needed"
+    FULL = "full"
+
+
 class LrSchedule(StrEnum):
     """Shape of the learning rate after warm-up."""
 

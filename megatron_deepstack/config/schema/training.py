@@ -16,6 +16,7 @@ from megatron_deepstack.config.choices import (
     Recompute,
     RecomputeMethod,
     RecomputeModule,
+    RowLength,
 )
 from megatron_deepstack.config.constraints import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, PathKind, Unit
 
@@ -121,6 +122,10 @@ class TrainConfig:
     """`padded` fills each sample of a step up to the longest one. `packed` puts several whole samples, which do not see
     each other, into packs of up to `seq_length` tokens; each pack is a micro-batch, so `micro_batch_size` is 1. The
     result is the same, with less padding."""
+    row_length: RowLength = RowLength.NEEDED
+    """`needed`: rows are as long as the samples of their step need. `full`: every row has `seq_length` tokens, so that
+    shapes never change: stages send no shapes before activations, and kernels are chosen once. It costs padding, of
+    which packed rows have little."""
     truncate: bool = False
     """Cut samples that are longer than `seq_length`, instead of refusing them."""
     seed: Annotated[int, SEED] = 1234

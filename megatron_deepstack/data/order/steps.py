@@ -23,7 +23,7 @@ from megatron_deepstack.errors import StoreError
 from megatron_deepstack.planning.batch.dealing import Balance, Deal, deal
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
-from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
+from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_training_step
 from megatron_deepstack.planning.exchange.routes import EncodeUnit, PlannedSample
 from megatron_deepstack.planning.exchange.rows import context_length
 
@@ -178,13 +178,9 @@ class StepReader:
         dealt = self._deal(samples)
         mine = [[samples[list(row)] for row in batch] for batch in dealt.replicas[self.share.dp]]
         self.store.prepare(np.concatenate([row for batch in mine for row in batch]))
-        packed = self.train.batching is Batching.PACKED
         rows = [[self._row(row.tolist()) for row in batch] for batch in mine]
         batches = [[row.planned for row in batch] for batch in rows]
-        precision = self.train.precision
-        plan = plan_step(
-            self.model, self.parallel, batches, self.share.replica_rank, packed=packed, precision=precision
-        )
+        plan = plan_training_step(self.model, self.parallel, self.train, batches, self.share.replica_rank)
         return PlannedSamples(
             plan=plan,
             samples=samples,

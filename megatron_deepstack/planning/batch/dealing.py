@@ -22,7 +22,7 @@ from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Tra
 from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.planning.batch.packer import pack
 from megatron_deepstack.planning.batch.packing import padded_sample_length
-from megatron_deepstack.planning.batch.sequence import padded_lengths
+from megatron_deepstack.planning.batch.sequence import row_lengths
 from megatron_deepstack.planning.budget.cost import decoder_flops
 
 Costs = npt.NDArray[np.float64]
@@ -172,6 +172,6 @@ def _padding(
     positions, taken = 0, _taken(tokens, parallel) if train.batching is Batching.PACKED else tokens
     for batches in replicas:
         rows = [[sum(taken[one] for one in row) or 1 for row in batch] for batch in batches]
-        padded = padded_lengths(rows, parallel, train.precision)
+        padded = row_lengths(rows, parallel, train)
         positions += sum(len(batch) * length for batch, length in zip(batches, padded, strict=True))
     return 1 - sum(tokens) / positions if positions else 0.0

@@ -17,7 +17,7 @@ from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.config.traits.variants import ViewLayout
 from megatron_deepstack.planning.batch.dealing import Balance, deal
-from megatron_deepstack.planning.batch.sequence import padded_lengths
+from megatron_deepstack.planning.batch.sequence import row_lengths
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.exchange.dealing import deal_by_cost
@@ -127,7 +127,7 @@ def step_load(recipe: Recipe, shapes: Shapes, num_replicas: int) -> StepLoad:
     best: tuple[int, tuple[MicroBatchLoad, ...], list[int]] | None = None
     for mine in dealt.replicas:
         tokens = [[int(shapes.lengths[list(row)].sum()) or 1 for row in batch] for batch in mine]
-        padded = padded_lengths(tokens, parallel, train.precision)
+        padded = row_lengths(tokens, parallel, train)
         batches, samples = [], list[int]()
         for batch, length in zip(mine, padded, strict=True):
             members = [one for row in batch for one in row]
