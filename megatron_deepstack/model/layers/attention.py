@@ -101,8 +101,8 @@ class FusedCoreAttention(torch.nn.Module):
         """Attention within each sample. Collective over cp; gradients flow to queries, keys and values.
 
         Args:
-            query: (S, B, A, D), rotated; B is 1 where rows are packed.
-            key: (S, B, G, D), rotated.
+            query: (S, B, A, D); the decoder's are rotated. B is 1 where rows are packed.
+            key: (S, B, G, D), rotated like the queries.
             value: (S, B, G, D).
             attention_mask: Not used: what is masked follows from the positions.
             attn_mask_type: Not used: the layer's own kind counts.
