@@ -163,7 +163,7 @@ class SaveMode(StrEnum):
 
 
 class LoraTarget(StrEnum):
-    """Linear layers of the decoder that LoRA can adapt."""
+    """Linear layers of a transformer layer that LoRA can adapt."""
 
     QKV = "qkv"
     ATTENTION_OUTPUT = "attention_output"
