@@ -17,6 +17,7 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelCo
 from megatron_deepstack.config.sizes import expert_layers, head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.expert_weights import expert_rules, own_experts
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.layers.lora import WithAdapter, is_adapter
 from megatron_deepstack.model.rules import Rule, Rules, Shape
@@ -93,37 +94,6 @@ def decoder_layer_rules(prefix: str, model: ModelConfig) -> Rules:
         "mlp.linear_fc2.weight": _plain(f"{prefix}mlp.down_proj.weight", (h, f), tp_dim=1),
         "mlp.linear_fc2.bias": _plain(f"{prefix}mlp.down_proj.bias", (h,)),
     }
-
-
-def own_experts(chunk: LanguageChunk) -> range:
-    """Numbers of the experts that this rank holds in each layer that has experts."""
-    group, number = chunk.pg_collection.ep, chunk.language.num_experts
-    count = number // group.size()
-    return range(group.rank() * count, (group.rank() + 1) * count)
-
-
-def expert_rules(prefix: str, language: LanguageConfig, experts: range) -> Rules:
-    """What the parameters of a layer's router and experts are made of; each expert has tensors of its own.
-
-    Args:
-        prefix: What the published names of the layer's tensors begin with.
-        language: The decoder.
-        experts: Numbers of the experts that the rank holds.
-
-    Returns:
-        Rules by the parameter's name in the layer, for experts computed one by one and for grouped products.
-    """
-    h, f = language.hidden_size, language.expert_ffn_hidden_size
-    rules = {"mlp.router.weight": _plain(f"{prefix}mlp.gate.weight", (language.num_experts, h))}
-    for local, expert in enumerate(experts):
-        own = f"{prefix}mlp.experts.{expert}."
-        names = (f"{own}gate_proj.weight", f"{own}up_proj.weight")
-        gate_and_up = Rule(names=names, shapes=((f, h), (f, h)), is_expert=True)
-        down = Rule(names=(f"{own}down_proj.weight",), shapes=((h, f),), is_expert=True)
-        for linear, rule in (("linear_fc1", gate_and_up), ("linear_fc2", down)):
-            rules[f"mlp.experts.local_experts.{local}.{linear}.weight"] = rule
-            rules[f"mlp.experts.{linear}.weight{local}"] = rule
-    return rules
 
 
 def _gate_and_up(prefix: str, kind: str, shape: Shape) -> Rule:

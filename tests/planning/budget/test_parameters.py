@@ -155,7 +155,7 @@ def test_parameters_of_experts_are_exact(ranks: Pools, num_ranks: int) -> None:
         ParallelConfig(tensor=2, sequence_parallel=True),
         ParallelConfig(pipeline=2, layers_per_stage=(3, 5)),
     ]
-    cases = [(parallel, 0, tuple(Part)) for parallel in (layouts if num_ranks == 2 else [ParallelConfig()])]
+    cases = [(parallel, LoraConfig(), tuple(Part)) for parallel in (layouts if num_ranks == 2 else [ParallelConfig()])]
     for found in ranks(num_ranks).run(counted, WITH_EXPERTS, cases):
         for (stage, everything, learned), (parallel, _, _) in zip(found, cases, strict=True):
             held = stage_parameters(tiny_recipe(WITH_EXPERTS, parallel), stage)
