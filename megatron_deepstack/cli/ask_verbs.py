@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,9 @@ from megatron_deepstack.errors import ConfigError, DataError
 
 @app.command()
 def ask(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run with a checkpoint, or a folder that `export` wrote.")
+    ],
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -41,29 +43,29 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a trained run about pictures: one question, a file of questions, or a chat if no question is given.
+    """Ask a model about pictures: one question, a file of questions, or a chat if no question is given.
 
     A picture becomes exactly the pixels that the run's store would hold, and the question is written by the store's
-    template. The answer appears while it is written. In a chat each line is a question; /picture FILE adds a picture.
+    template; an exported folder describes both. In a chat each line is a question; /picture FILE adds a picture.
     """
     from megatron_deepstack.inference.ask.words import understand
-    from megatron_deepstack.planning.check import checked
-    from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
+    from megatron_deepstack.run_folder.asked import check_asked
 
     understood = understand(words or [], question)
     if file is not None and (understood.question is not None or understood.pictures):
         raise ConfigError([f"--file {file}: found a question or pictures beside it, expected only one of both"])
     if as_json and file is None and understood.question is None:
         raise ConfigError(["--json: a chat has no document; give a question or --file"])
-    recipe = checked(*checkable_recipe_of_run(run, understood.overrides))
+    check_asked(run, understood.overrides)
     with stdout_for_results(as_json):
+        from megatron_deepstack.inference.answerer import answerer_at
         from megatron_deepstack.inference.ask.launch import Manner
         from megatron_deepstack.inference.ask.session import Session
         from megatron_deepstack.inference.sampling import Sampling
 
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        manner = Manner(max_new_tokens=max_new_tokens, sampling=sampling, stop=tuple(filter(None, stop or ())))
-        session = Session.of_run(recipe, manner, tell)
+        drawn = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        manner = Manner(max_new_tokens=max_new_tokens, sampling=drawn, stop=tuple(filter(None, stop or ())))
+        session = Session.of(answerer_at(run, understood.overrides), manner, tell)
         if file is not None:
             replies = session.ask_file(file, images, None if as_json else say)
         elif understood.question is not None:
@@ -73,9 +75,14 @@ def ask(
             return
     if as_json:
         print_json({"model": str(run), "answers": [session.document(reply) for reply in replies]})
-    failed = [reply for reply in replies if reply.error is not None]
+    _require_answers([reply.error for reply in replies], file)
+
+
+def _require_answers(errors: Sequence[str | None], file: Path | None) -> None:
+    """Raise DataError, and so exit with its code, if questions of a file could not be asked."""
+    failed = [error for error in errors if error is not None]
     if failed:
-        raise DataError(f"{file}: {len(failed)} of {len(replies)} questions could not be asked: {failed[0].error}")
+        raise DataError(f"{file}: {len(failed)} of {len(errors)} questions could not be asked: {failed[0]}")
 
 
 def _write(text: str) -> None:

@@ -15,7 +15,9 @@ from megatron_deepstack.errors import ConfigError
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a checkpoint.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run with a checkpoint, or a folder that `export` wrote.")
+    ],
     overrides: Overrides = None,
     store: Annotated[
         str | None,
@@ -43,22 +45,27 @@ def evaluate(
     Writes RUN/evaluations/NAME: answers.jsonl, scores.json, and page.html with pictures, to sort and filter by score.
     `report RUN RUN` shows the evaluations of two runs that asked the same questions side by side.
     """
-    from megatron_deepstack.planning.check import checked
-    from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
+    from megatron_deepstack.run_folder.asked import check_asked
 
     if file is not None and store is not None:
         raise ConfigError([f"--file {file}: found --store {store} beside it, expected only one of both"])
     if name is not None and (not name.strip(". ") or "/" in name):
         raise ConfigError([f"--name: found {name!r}, expected the name of a folder"])
-    recipe = checked(*checkable_recipe_of_run(run, overrides or []))
+    check_asked(run, overrides or [])
     with stdout_for_results(as_json):
+        from megatron_deepstack.inference.answerer import answerer_at
         from megatron_deepstack.inference.evaluate.launch import Questions, show
         from megatron_deepstack.inference.evaluate.launch import evaluate as run_evaluation
         from megatron_deepstack.report.evaluation_page import write_page
 
         questions = Questions(store=store, file=file, images=images, limit=limit)
         evaluation, folder = run_evaluation(
-            recipe, questions, max_new_tokens=max_new_tokens, ranks=ranks, name=name, say=tell
+            answerer_at(run, overrides or []),
+            questions,
+            max_new_tokens=max_new_tokens,
+            ranks=ranks,
+            name=name,
+            say=tell,
         )
         page = write_page(evaluation, folder)
     if as_json:

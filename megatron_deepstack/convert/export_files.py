@@ -30,6 +30,7 @@ from megatron_deepstack.convert.hf_written import (
 from megatron_deepstack.convert.tokenizer_json import transformers_files
 from megatron_deepstack.convert.vocabulary import padded_vocabulary
 from megatron_deepstack.data.text.conversation import stop_ids
+from megatron_deepstack.data.text.probe import probe
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 from megatron_deepstack.planning.views import layout_of
@@ -37,6 +38,10 @@ from megatron_deepstack.planning.views import layout_of
 GENERATION: Final = "generation_config.json"
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 CARD: Final = "README.md"
+PROBE: Final = "tokenizer_probe"
+"""Key beside the facts about the data in config.json: see `data.text.probe`."""
+FINGERPRINT: Final = "tokenizer_sha256"
+"""Another one: fingerprint of the tokenizer of the training, as stores record it."""
 CODE: Final = (
     "configuration_deepstack.py",
     "modeling_deepstack.py",
@@ -92,8 +97,10 @@ def plan_export(
         DataError: transformers cannot have the tokenizer.
     """
     if naming is Naming.PUBLISHED:
+        length = {} if about.seq_length is None else {"max_position_embeddings": about.seq_length}
+        config = {**published_config(model), **length, "data": _prepared(about.data, tokenizer), "dtype": dtype}
         files = {
-            CONFIG: _json({**published_config(model), "data": _prepared(about.data), "dtype": dtype}),
+            CONFIG: _json(config),
             PREPROCESSOR: _json(preprocessor_config(model.vision)),
             **({} if tokenizer is None else tokenizer.files),
         }
@@ -104,8 +111,7 @@ def plan_export(
     config = transformers_config(model, vocab_size, image_token)
     if about.seq_length is not None:
         config["text_config"]["max_position_embeddings"] = about.seq_length
-    if not model.variant.traits.is_llava:
-        config["data"] = _prepared(about.data)
+    config["data"] = _prepared(about.data, tokenizer)
     files = {CONFIG: _json({**config, "dtype": dtype}), **known, **_processor_files(model, about.data)}
     files[CARD] = model_card(model, about, remote_code=not model.variant.traits.is_llava).encode()
     if tokenizer is not None:
@@ -155,7 +161,7 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _prepared(data: DataConfig) -> dict[str, Any]:
+def _prepared(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """How images and conversations were prepared, for `convert` and for answers from an exported folder."""
     images = {name: str(getattr(data, name)) for name in ("resize", "orientation", "deep_grey")}
     return {
@@ -163,6 +169,7 @@ def _prepared(data: DataConfig) -> dict[str, Any]:
         **images,
         "transparency": data.transparency.lower(),
         "max_image_pixels": data.max_image_pixels,
+        **({} if tokenizer is None else {PROBE: probe(tokenizer), FINGERPRINT: tokenizer.fingerprint}),
     }
 
 

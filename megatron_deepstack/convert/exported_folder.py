@@ -15,11 +15,14 @@ from typing import Any, Final
 
 from megatron_deepstack.config.architectures import VISION
 from megatron_deepstack.config.build import build_recipe
+from megatron_deepstack.config.choices import Template
 from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import DataConfig, ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES
 from megatron_deepstack.config.traits.towers import TOWERS
 from megatron_deepstack.config.traits.variants import Variant, published_variant
+from megatron_deepstack.convert.chat_template import chat_template
+from megatron_deepstack.convert.export_files import CHAT_TEMPLATE, FINGERPRINT, PROBE
 from megatron_deepstack.convert.hf_config import RELEASES, read_config, require_same_model
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG, PREPROCESSOR
 from megatron_deepstack.convert.hf_names import by_published_name
@@ -34,7 +37,8 @@ from megatron_deepstack.model.published_shapes import published_shapes
 _SHOWN: Final = 6
 """Names that a message lists."""
 _UNLIMITED: Final = 1 << 30
-_OF_DATA: Final = ("template", "resize", "orientation", "deep_grey", "transparency", "max_image_pixels")
+OF_DATA: Final = ("template", "resize", "orientation", "deep_grey", "transparency", "max_image_pixels")
+"""Fields of `data` that an export records in its config.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +52,14 @@ class ExportedFolder:
     """How images and conversations are prepared, as far as the folder says; the defaults of a recipe otherwise."""
     seq_length: int | None
     """Longest sequence, if the folder says it."""
+    unsaid: tuple[str, ...]
+    """Fields of `data` that decide about pixels and prompts, and of which the folder says nothing."""
     tokenizer: Path | None
     """Its tokenizer, for `load_tokenizer`."""
+    probe: str | None
+    """What `data.text.probe.probe` gave for the tokenizer of the training, if the folder says it."""
+    fingerprint: str | None
+    """Fingerprint of that tokenizer, which stores made with it record."""
     tensors: Mapping[str, LazyTensor]
     """Every tensor of the model by its published name, in the dtype of the files."""
     left_over: tuple[str, ...]
@@ -74,7 +84,8 @@ def read_exported(path: str | Path) -> ExportedFolder:
     config = read_config(folder)
     if not folder.is_dir() or not config:
         raise CheckpointError(f"{folder}: expected a folder with {CONFIG} and weights, as `export` writes it")
-    model, data = _described(config, _beside(folder / PREPROCESSOR), folder)
+    said = _prepared(config, folder)
+    model, data = _described(config, said, _beside(folder / PREPROCESSOR), folder)
     require_same_model(config, model, str(folder), _UNLIMITED)
     files = files_by_name(folder)
     names = by_published_name(files, str(folder), model)
@@ -94,8 +105,11 @@ def read_exported(path: str | Path) -> ExportedFolder:
         path=folder,
         model=model,
         data=data,
+        unsaid=tuple(name for name in OF_DATA if name not in said),
         seq_length=text.get("max_position_embeddings"),
         tokenizer=tokenizer,
+        probe=said.get(PROBE),
+        fingerprint=said.get(FINGERPRINT),
         tensors=tensors,
         left_over=tuple(name for name in files if name not in used),
     )
@@ -131,7 +145,21 @@ def _beside(file: Path) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _described(config: Mapping[str, Any], images: Mapping[str, Any], folder: Path) -> tuple[ModelConfig, DataConfig]:
+def _prepared(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """How the folder's data was prepared, as far as it says so; its chat template is known if an export wrote it."""
+    said = config.get("data")
+    found = dict(said) if isinstance(said, Mapping) else {}
+    file = folder / CHAT_TEMPLATE
+    if "template" not in found and file.is_file():
+        text = file.read_text(encoding="utf-8", errors="replace")
+        same = next((known for known in Template if chat_template(known) == text), None)
+        return found if same is None else {**found, "template": str(same)}
+    return found
+
+
+def _described(
+    config: Mapping[str, Any], said: Mapping[str, Any], images: Mapping[str, Any], folder: Path
+) -> tuple[ModelConfig, DataConfig]:
     """The sections `model` and `data` of a recipe for this config."""
     kind = str(config.get("model_type"))
     text = config.get("text_config") or config
@@ -142,7 +170,7 @@ def _described(config: Mapping[str, Any], images: Mapping[str, Any], folder: Pat
     chosen = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     section["vision"] = {**_vision(config, folder), **_colours(images), "select_layer": chosen}
     problems: list[Problem] = []
-    data = {name: value for name, value in (config.get("data") or {}).items() if name in _OF_DATA}
+    data = {name: value for name, value in said.items() if name in OF_DATA}
     recipe = build_recipe({"model": section, "data": data}, problems)
     if problems:
         told = "; ".join(f"{', '.join(problem.paths)}: {problem.text}" for problem in problems)
@@ -156,12 +184,13 @@ def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, An
         raise CheckpointError(f"{folder / CONFIG}: a folder of {kind}, which is read by train.init_from alone")
     if kind == DEEPSTACK or kind in set(Variant):
         return {"variant": config.get("variant", kind), "stacks": config.get("stacks") or {}}
-    if kind == "llava":
-        return {"variant": str(published_variant(has_stacks=False, is_any_resolution=False))}
+    if kind in ("llava", "llava_next"):
+        return {"variant": str(published_variant(has_stacks=False, is_any_resolution=kind == "llava_next"))}
     if kind not in RELEASES:
         raise CheckpointError(
             f"{folder / CONFIG}: model_type {kind!r} is no whole model of ours; known are {DEEPSTACK}, "
-            f"{', '.join(Variant)}, llava, {', '.join(RELEASES)}. Name its parts in train.init_from of a recipe"
+            f"{', '.join(Variant)}, llava, llava_next, {', '.join(RELEASES)}. Name its parts in "
+            "train.init_from of a recipe"
         )
     stacks = {
         "start": config.get("deepstack_start_id", 1),

@@ -46,6 +46,7 @@ _LLAVA: Mapping[str, HfField] = {
     "multimodal_projector_bias": fixed(True),
     **dict.fromkeys(
         (
+            "data",
             "ignore_index",
             "image_grid_pinpoints",
             "image_seq_length",

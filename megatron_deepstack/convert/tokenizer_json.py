@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, process
 from tokenizers import Tokenizer as Backend
 
 from megatron_deepstack.data.text.hf_tokenizer import TOKENIZER_FILE
+from megatron_deepstack.data.text.probe import SENTENCES
 from megatron_deepstack.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -26,15 +27,6 @@ _SPACE: Final = "▁"
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Kinds of pieces of a SentencePiece model."""
-_SENTENCES: Final = (
-    "A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT:",
-    "\nWhat does the sign say?",
-    "  two  spaces \n\n lines\tand a tab ",
-    "Größe, naïve, Ελλάδα, Москва, 東京, 日本語のテキスト, 한국어, عربى, 😀👍🏽",
-    '3.14159 1,000,000 x^2 + y_1 = f(x); {"a": [1, 2]} <b>bold</b> https://example.org/a?b=c&d=%20',
-    "",
-    " ",
-)
 
 
 def transformers_files(
@@ -153,7 +145,7 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
 
 def _require_same_ids(tokenizer: Tokenizer, backend: Backend) -> None:
     """Refuse a tokenizer.json that gives other ids than the run's tokenizer, tried on sentences and drawn texts."""
-    for text in (*_SENTENCES, *_drawn_texts(tokenizer)):
+    for text in (*SENTENCES, *_drawn_texts(tokenizer)):
         ours, theirs = tokenizer.encode(text), backend.encode(text, add_special_tokens=False).ids
         if ours != theirs:
             raise DataError(

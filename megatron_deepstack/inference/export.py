@@ -24,13 +24,14 @@ from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
-from megatron_deepstack.inference.main import load_engine, require_checkpoint
+from megatron_deepstack.inference.ask.preparation import prepared_data
+from megatron_deepstack.inference.loading import load_engine, require_checkpoint
 from megatron_deepstack.inference.model_card import card_of_run
 from megatron_deepstack.model.build import RankModel, drop_adapters, merge_adapters
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX
 from megatron_deepstack.parallel.groups import Groups, create_groups
-from megatron_deepstack.planning.budget.cost import adapter_weights
 from megatron_deepstack.planning.budget.footprint import weight_bytes
+from megatron_deepstack.planning.budget.parameters import adapter_parameters
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import data_size
 from megatron_deepstack.run_folder.recipe import recipe_of_run
@@ -89,7 +90,7 @@ def export_run(
     require_checkpoint(recipe)
     _tokenizer(recipe)
     alone = adapters is Adapters.ALONE
-    size = _ADAPTER_BYTES * adapter_weights(recipe.model.language, recipe.lora) if alone else weight_bytes(recipe)
+    size = _ADAPTER_BYTES * adapter_parameters(recipe) if alone else weight_bytes(recipe)
     require_room(Path(output), size)
     say(f"export: {run_dir} -> {output}, about {data_size(size)}; one process starts and reads the checkpoint")
     if alone:
@@ -116,7 +117,8 @@ def one_rank_recipe(run_dir: str | Path, overrides: Sequence[str] = ()) -> Recip
 
 def _what_belongs_to_them(recipe: Recipe, naming: Naming) -> str:
     """What a user of adapters alone needs beside them."""
-    others = [str(part) for part in sorted(recipe.train.trainable) if part is not Part.LANGUAGE]
+    adapted = {Part.LANGUAGE: True, Part.VISION: recipe.lora.vision_targets, Part.PROJECTOR: recipe.lora.projector}
+    others = [str(part) for part in sorted(recipe.train.trainable) if not adapted[part]]
     trained = f", in which {' and '.join(others)} are as this run trained them" if others else ""
     return f"export: they belong to the folder that `export --naming {naming} --adapters left_out` writes{trained}"
 
@@ -142,7 +144,7 @@ def export_on_rank(
         write_adapters_alone(model, recipe, Path(output), naming, card)
         return
     model = merge_adapters(model) if adapters is Adapters.MERGED else drop_adapters(model)
-    about = About(data=recipe.data, seq_length=recipe.train.seq_length, card=card)
+    about = About(data=prepared_data(recipe), seq_length=recipe.train.seq_length, card=card)
     export_model(model, recipe.model, Path(output), naming, _tokenizer(recipe), about)
 
 
@@ -180,7 +182,7 @@ def write_adapters_alone(
 
 def _learned_projector(model: RankModel, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Tensors of a projector that learned, by published names; none if it holds more than linears and norms."""
-    if Part.PROJECTOR not in recipe.train.trainable:
+    if Part.PROJECTOR not in recipe.train.trainable or recipe.lora.projector:
         return {}
     tensors = published_tensors(drop_adapters(model))
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTOR_PREFIX)}

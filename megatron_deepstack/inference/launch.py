@@ -13,10 +13,11 @@ from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
-from megatron_deepstack.inference.main import answer_store, open_questions, require_checkpoint
+from megatron_deepstack.inference.loading import require_checkpoint
+from megatron_deepstack.inference.main import answer_store, open_questions
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
-from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, require_writable_answers
+from megatron_deepstack.run_folder.answers import Answer, Score, answers_file, origin_of, require_writable_answers
 
 SHOWN = 20
 _STOPPED = "generate: stopped on request; nothing was written, the same command starts again"
@@ -48,6 +49,8 @@ class Answered:
         return {
             "store": self.store,
             "answers_file": str(self.file),
+            "step": self.answers[0].step if self.answers else None,
+            "fingerprint": self.answers[0].fingerprint if self.answers else None,
             "score": known if score.total else None,
             "answers": [
                 {name: getattr(answer, name) for name in ("id", "question", "answer", "expected", "correct", "image")}
@@ -113,4 +116,6 @@ def show(done: Answered) -> None:
         table.add_row(*map(Text, (answer.question, answer.answer, answer.expected, "ok" if answer.correct else "")))
     console.print(table)
     console.print(Text(done.score.words))
+    if origin := origin_of(answers[0].step, answers[0].fingerprint) if answers else "":
+        console.print(Text(origin))
     console.print(Text(f"answers in {done.file}"), soft_wrap=True)

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from megatron_deepstack.checkpoint.content.identity import model_identity, require_same
-from megatron_deepstack.checkpoint.folder import step_folders
-from megatron_deepstack.checkpoint.load import load
-from megatron_deepstack.checkpoint.verification import newest_whole_together
-from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.location import Location
@@ -22,11 +14,11 @@ from megatron_deepstack.data.store.url.cache import CacheConfig
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.inference.generate import Method, Writing, generate_answers
+from megatron_deepstack.inference.loading import load_newest
 from megatron_deepstack.inference.questions import Question, read_question
-from megatron_deepstack.model.build import build_model
-from megatron_deepstack.parallel.groups import Groups, create_groups
+from megatron_deepstack.parallel.groups import create_groups
 from megatron_deepstack.platform.progress import WorkProgress
 from megatron_deepstack.run_folder.answers import Answer, write_answers
 from megatron_deepstack.step.engine import Engine
@@ -58,8 +50,8 @@ def answer_store(recipe: Recipe, store_path: str, limit: int | None, max_new_tok
     adapt_megatron()
     join()
     store, tokenizer = open_questions(recipe, store_path)
-    engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
-    answers = answer_questions(recipe, engine, store, tokenizer, store_path, limit, max_new_tokens)
+    engine, step = load_newest(recipe, create_groups(recipe.parallel, recipe.train.seed))
+    answers = answer_questions(recipe, engine, store, tokenizer, store_path, limit, max_new_tokens, step=step)
     if engine.groups.replica_rank == 0:
         write_answers(Path(file), answers)
     leave()
@@ -75,6 +67,7 @@ def answer_questions(
     limit: int | None,
     max_new_tokens: int,
     method: Method = Method.CACHED,
+    step: int | None = None,
 ) -> list[Answer]:
     """Answer the questions of an open store. Collective over the replica.
 
@@ -87,6 +80,7 @@ def answer_questions(
         limit: Most questions to answer, from the first one; None for all.
         max_new_tokens: Longest answer in tokens.
         method: How tokens are computed; the text is the same.
+        step: Training steps of the model, which are recorded with each answer.
 
     Returns:
         The answers, in the store's order, on every rank.
@@ -107,7 +101,22 @@ def answer_questions(
             answered = generate_answers(engine, store, batches, writing)
             tokens += [row for batch in answered for row in batch][: len(group)]
             progress.at(len(tokens))
-    return [_answer(q, ids, tokenizer, store_path) for q, ids in zip(questions, tokens, strict=True)]
+    place, fingerprint = str(Location.parse(store_path).absolute()), store.plan_hash
+    texts = [tokenizer.decode(ids).strip() for ids in tokens]
+    return [
+        Answer(
+            id=question.id,
+            question=question.text,
+            answer=text,
+            expected=question.expected,
+            correct=text == question.expected,
+            store=place,
+            image=question.images[0] if question.images else None,
+            step=step,
+            fingerprint=fingerprint,
+        )
+        for question, text in zip(questions, texts, strict=True)
+    ]
 
 
 def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
@@ -132,58 +141,6 @@ def open_questions(recipe: Recipe, store_path: str) -> tuple[Store, Tokenizer]:
     return store, tokenizer
 
 
-def require_checkpoint(recipe: Recipe) -> None:
-    """Raise CheckpointError if the run has no checkpoint. None is read, so this is quick before ranks start."""
-    if not step_folders(recipe.run_dir):
-        raise _no_checkpoint(recipe)
-
-
-def _no_checkpoint(recipe: Recipe) -> CheckpointError:
-    return CheckpointError(f"{recipe.run_dir}: holds no checkpoint; run `train` first, or name another run")
-
-
-def load_engine(recipe: Recipe, groups: Groups) -> Engine:
-    """Load a run's newest whole checkpoint, ready for forward passes. Collective over all ranks.
-
-    Rank 0 of the replica names newer checkpoints that are damaged, on stderr.
-
-    Args:
-        recipe: The run's recipe.
-        groups: The groups of this rank.
-
-    Returns:
-        The model on this rank, without gradients.
-
-    Raises:
-        CheckpointError: There is no whole checkpoint, or it holds another model.
-    """
-    checkpoint, faults = newest_whole_together(recipe.run_dir)
-    if checkpoint is None:
-        raise _no_checkpoint(recipe)
-    if groups.replica_rank == 0:
-        for fault in faults:
-            print(f"not whole, passed over: {fault}", file=sys.stderr)
-    require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
-    precision = Precision.BF16 if recipe.train.precision is Precision.FP8 else recipe.train.precision
-    model = build_model(recipe.model, recipe.parallel, precision, groups, recipe.lora)
-    modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
-    for module in modules:
-        module.requires_grad_(False)
-        module.eval()
-    started = time.monotonic()
-    load(checkpoint, model, None)
-    if groups.replica_rank == 0:
-        print(f"checkpoint {checkpoint.path.name} read in {time.monotonic() - started:.1f} s", file=sys.stderr)
-    return Engine(
-        model=model,
-        model_config=recipe.model,
-        decoder_ddp=[],
-        encoder_ddp=None,
-        groups=groups,
-        parallel=recipe.parallel,
-    )
-
-
 def micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[list[Question]]:
     """Equal micro-batches. The last question is repeated to fill them, and up to a multiple of pp when interleaved.
 
@@ -200,16 +157,3 @@ def micro_batches(questions: list[Question], parallel: ParallelConfig) -> list[l
         number = -(-number // parallel.pipeline) * parallel.pipeline
     filled = questions + [questions[-1]] * (number * size - len(questions))
     return [filled[m * size : (m + 1) * size] for m in range(number)]
-
-
-def _answer(question: Question, ids: list[int], tokenizer: Tokenizer, store: str) -> Answer:
-    text = tokenizer.decode(ids).strip()
-    return Answer(
-        id=question.id,
-        question=question.text,
-        answer=text,
-        expected=question.expected,
-        correct=text == question.expected,
-        store=str(Location.parse(store).absolute()),
-        image=question.images[0] if question.images else None,
-    )

@@ -16,7 +16,7 @@ from megatron_deepstack.report.drawing.chart import Charts, Line, running_mean
 from megatron_deepstack.report.drawing.frame import document, section, table, wide_drawing, write
 from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.drawing.timeline import RecordedStep, read_timelines, timeline_drawing
-from megatron_deepstack.report.evaluations import evaluation_sections
+from megatron_deepstack.report.evaluations import asked_differently, evaluation_sections
 from megatron_deepstack.report.health import events
 from megatron_deepstack.report.page import summary
 from megatron_deepstack.report.records import Metrics, read_metrics
@@ -24,6 +24,7 @@ from megatron_deepstack.report.settings import differences
 from megatron_deepstack.report.speed import bars, median, seconds_by_part, timeline_caption
 from megatron_deepstack.run_folder.answers import Answer, Score, read_answers
 from megatron_deepstack.run_folder.recipe import require_run
+from megatron_deepstack.scores.evaluation import read_evaluations
 
 COMPARISON = "comparison.html"
 _GIB = 1 << 30
@@ -72,13 +73,45 @@ def comparison(folders: Sequence[Path]) -> str:
         charts,
         element("h1", title),
         *(element("p", _dot(run), f"{run.label}: {summary(run.recipe)}") for run in runs),
-        section("Results", _results(runs)),
+        section("Results", _results(runs), *(element("p", element("strong", line)) for line in _different(runs))),
         *evaluation_sections([(run.label, folder) for run, folder in zip(runs, folders, strict=True)]),
         section("Loss", *_losses(runs, charts)),
         section("Speed", *_speeds(runs, charts)),
         *_timelines(runs),
         section("Where the recipes differ", _differences(runs)),
     )
+
+
+def warnings(folders: Sequence[Path]) -> list[str]:
+    """Where scores of several runs must not be compared, since they were not asked the same.
+
+    Args:
+        folders: Folders of runs.
+
+    Returns:
+        A line for each warning.
+
+    Raises:
+        DataError: Answers or an evaluation are damaged.
+    """
+    evaluations = [{one.name: one for one in read_evaluations(folder)} for folder in folders]
+    found = [
+        asked_differently(evaluations[0][name], one)
+        for others in evaluations[1:]
+        for name, one in others.items()
+        if name in evaluations[0]
+    ]
+    return [*_different(_read(folders)), *filter(None, found)]
+
+
+def _different(runs: Sequence[Run]) -> list[str]:
+    """A line if runs were asked held-out questions of different stores."""
+    asked = {run.label: run.answers[0].fingerprint for run in runs if run.answers}
+    known = {label: fingerprint for label, fingerprint in asked.items() if fingerprint is not None}
+    if len(set(known.values())) < 2:
+        return []
+    listed = ", ".join(f"{label}: {fingerprint[:12]}" for label, fingerprint in known.items())
+    return [f"Exact matches are of different stores and must not be compared. Their fingerprints: {listed}."]
 
 
 def _read(folders: Sequence[Path]) -> list[Run]:

@@ -13,11 +13,13 @@ from megatron_deepstack.data.images.pictures import decode_image
 from megatron_deepstack.data.images.source import QuarantineError, read_image
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import DeepStackError
+from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.report.drawing.chart import Charts
 from megatron_deepstack.report.drawing.frame import document, section, table, write
 from megatron_deepstack.report.drawing.svg import Markup, element
 from megatron_deepstack.report.page import filter_box
 from megatron_deepstack.report.pictures import Pictures, embedded
+from megatron_deepstack.run_folder.answers import origin_of
 from megatron_deepstack.scores.evaluation import PAGE, Evaluation, Scored
 from megatron_deepstack.scores.metrics import METRICS
 
@@ -48,7 +50,8 @@ def write_page(evaluation: Evaluation, folder: Path) -> Path:
 
 def page(evaluation: Evaluation) -> str:
     """The page's HTML."""
-    facts = f"{evaluation.source}, checkpoint of step {evaluation.step}, {len(evaluation.answers)} questions"
+    origin = origin_of(evaluation.step, evaluation.fingerprint)
+    facts = ", ".join(filter(None, (evaluation.source, number_of(len(evaluation.answers), "question"), origin)))
     return document(
         evaluation.name,
         Charts(),

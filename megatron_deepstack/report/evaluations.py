@@ -59,6 +59,23 @@ def common_questions(first: Evaluation, second: Evaluation) -> list[Pair]:
     return [(old, new) for old, new in pairs if (old.question, old.references) == (new.question, new.references)]
 
 
+def asked_differently(first: Evaluation, second: Evaluation) -> str:
+    """A warning if two evaluations of the same name were not of the same questions; empty if they were.
+
+    Args:
+        first: One evaluation.
+        second: The other.
+    """
+    prints = (first.fingerprint, second.fingerprint)
+    if None in prints or prints[0] == prints[1]:
+        return ""
+    return (
+        f"Evaluation {first.name}: the questions differ: those of {first.source} have the fingerprint "
+        f"{str(prints[0])[:12]}, those of {second.source} {str(prints[1])[:12]}. Only questions that both asked alike "
+        "are compared."
+    )
+
+
 def differences(pairs: Sequence[Pair]) -> dict[str, Difference]:
     """The differences of two evaluations.
 
@@ -91,7 +108,10 @@ def in_words(difference: Difference) -> str:
 def _comparison(first: Evaluation, second: Evaluation, one: str, other: str) -> Iterator[Markup]:
     pairs = common_questions(first, second)
     left_out = max(len(first.answers), len(second.answers)) - len(pairs)
-    yield element("p", f"Steps {first.step} and {second.step}; {number_of(len(pairs), 'question')} in common.")
+    steps = " and ".join("unknown" if step is None else str(step) for step in (first.step, second.step))
+    yield element("p", f"Steps {steps}; {number_of(len(pairs), 'question')} in common.")
+    if warning := asked_differently(first, second):
+        yield element("p", element("strong", warning))
     if left_out:
         yield element("p", f"{number_of(left_out, 'question')} left out: only one of both asked them so.")
     rows = [

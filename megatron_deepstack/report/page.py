@@ -152,7 +152,8 @@ def _answer_sections(sets: Sequence[AnswerSet]) -> Iterator[Markup]:
         yield section("Held-out questions", element("p", said))
     pictures = Pictures()
     for one in sets:
-        yield section(one.title, *_answers(one.answers, pictures))
+        origin = [element("p", f"Asked of the {one.origin}.")] if one.origin else []
+        yield section(one.title, *origin, *_answers(one.answers, pictures))
 
 
 def _answers(answers: Sequence[Answer], pictures: Pictures) -> Iterator[Markup]:

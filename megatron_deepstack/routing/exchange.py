@@ -13,6 +13,7 @@ Legend: H is the hidden size of the decoder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -21,10 +22,58 @@ import torch.distributed as dist
 
 from megatron_deepstack.planning.budget import received_rows
 from megatron_deepstack.planning.exchange.routes import RankRoutes
-from megatron_deepstack.platform.compute.upload import upload
+from megatron_deepstack.platform.compute.upload import upload_all
 
 
-def send_rows(table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class ExchangeIndex:
+    """The index tensors of both directions, int64 on the device of the rows."""
+
+    sending: torch.Tensor
+    """Rows of this rank's table, in the order in which they are sent."""
+    storing: torch.Tensor
+    """For each stored row its place among the received ones; that after the last is a row of zeros."""
+    arriving: torch.Tensor
+    """Rows of this rank's table whose gradients arrive, in the order of arrival."""
+    newlines: torch.Tensor
+    """Which of the arriving gradients are the newline's."""
+    returning: torch.Tensor
+    """Where each received row is stored, in the order of arrival; empty if this rank returns no gradient."""
+
+    @classmethod
+    def of(cls, routes: RankRoutes) -> ExchangeIndex:
+        """Upload the index of a step now, in one transfer.
+
+        Args:
+            routes: This rank's side of the exchange.
+
+        Returns:
+            The index.
+        """
+        return cls(*upload_all(index_arrays(routes)))
+
+
+def index_arrays(routes: RankRoutes) -> list[np.ndarray]:
+    """What an `ExchangeIndex` consists of, on the host.
+
+    Args:
+        routes: This rank's side of the exchange.
+
+    Returns:
+        Arrays of whole numbers in the order of its fields.
+    """
+    newlines = np.flatnonzero(routes.returned_rows == routes.num_local_rows - 1)
+    returning = np.empty(routes.num_received + 1, np.int64)
+    returning[routes.stored_rows] = np.arange(len(routes.stored_rows))  # all padding goes to the last entry
+    returning = returning[:-1] if routes.returns_gradients else returning[:0]
+    return [
+        np.asarray(each) for each in (routes.send_rows, routes.stored_rows, routes.returned_rows, newlines, returning)
+    ]
+
+
+def send_rows(
+    table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup, index: ExchangeIndex | None = None
+) -> torch.Tensor:
     """Deliver rows of every rank's table to the ranks that add them.
 
     Collective over the replica. Autograd does not pass through this function; `return_gradients` is its reverse.
@@ -33,6 +82,7 @@ def send_rows(table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup)
         table: (num_local_rows, H), the rows that this rank made, with the newline as the last row. Any float dtype.
         routes: This rank's side of the exchange.
         group: The ranks of the replica.
+        index: Its index on the device; uploaded here if it is not given.
 
     Returns:
         (len(stored_rows), H) in the dtype of `table`: the received rows in the order of `routes.stored_rows`. Rows of
@@ -40,17 +90,19 @@ def send_rows(table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup)
     """
     table = table.detach()
     stored = table.new_empty(len(routes.stored_rows), table.shape[1])
-    sending, storing = _index(routes.send_rows, table), _index(routes.stored_rows, table)
+    index = index or ExchangeIndex.of(routes)
     for columns in _windows(routes, table):
-        outgoing = table[:, columns].index_select(0, sending)
+        outgoing = table[:, columns].index_select(0, index.sending)
         received = outgoing.new_empty(routes.num_received + 1, outgoing.shape[1])
         received[-1].zero_()
         _all_to_all(received[:-1], outgoing, routes.receive_splits, routes.send_splits, group)
-        stored[:, columns] = received.index_select(0, storing)
+        stored[:, columns] = received.index_select(0, index.storing)
     return stored
 
 
-def return_gradients(grads: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup) -> torch.Tensor:
+def return_gradients(
+    grads: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup, index: ExchangeIndex | None = None
+) -> torch.Tensor:
     """Return the gradients of received rows to the ranks that made the rows.
 
     Collective over the replica. Every row except the newline has one gradient: if several tp ranks added the same row,
@@ -62,31 +114,20 @@ def return_gradients(grads: torch.Tensor, routes: RankRoutes, group: dist.Proces
         grads: (len(stored_rows), H) gradients in the order of `routes.stored_rows`. Those of padding are ignored.
         routes: This rank's side of the exchange.
         group: The ranks of the replica.
+        index: As for `send_rows`.
 
     Returns:
         (num_local_rows, H) in the dtype of `grads`: the gradients of this rank's table.
     """
     table = grads.new_zeros(routes.num_local_rows, grads.shape[1])
-    arriving = _index(routes.returned_rows, grads)
-    newlines = _index(np.flatnonzero(routes.returned_rows == routes.num_local_rows - 1), grads)
-    sending = _places_by_arrival(routes, grads)
+    index = index or ExchangeIndex.of(routes)
     for columns in _windows(routes, grads):
-        outgoing = grads[:, columns].index_select(0, sending)
+        outgoing = grads[:, columns].index_select(0, index.returning)
         incoming = outgoing.new_empty(sum(routes.returned_splits), outgoing.shape[1])
         _all_to_all(incoming, outgoing, routes.returned_splits, routes.return_splits, group)
-        table[:, columns].index_copy_(0, arriving, incoming)
-        table[-1, columns] = incoming.index_select(0, newlines).sum(0, dtype=torch.float32)
+        table[:, columns].index_copy_(0, index.arriving, incoming)
+        table[-1, columns] = incoming.index_select(0, index.newlines).sum(0, dtype=torch.float32)
     return table
-
-
-def _places_by_arrival(routes: RankRoutes, like: torch.Tensor) -> torch.Tensor:
-    """Return where each received row is stored, in the order of arrival; empty if this rank returns no gradient."""
-    if not routes.returns_gradients:
-        return torch.empty(0, dtype=torch.int64, device=like.device)
-    stored = _index(routes.stored_rows, like)
-    places = torch.empty(routes.num_received + 1, dtype=torch.int64, device=like.device)
-    places[stored] = torch.arange(len(stored), device=like.device)  # all padding goes to the last entry
-    return places[:-1]
 
 
 def _windows(routes: RankRoutes, table: torch.Tensor) -> Iterator[slice]:
@@ -95,11 +136,6 @@ def _windows(routes: RankRoutes, table: torch.Tensor) -> Iterator[slice]:
     count = received_rows.num_windows(routes.num_replica_rows, width, table.element_size())
     bounds = [width * k // count for k in range(count + 1)]
     return (slice(first, stop) for first, stop in pairwise(bounds))
-
-
-def _index(rows: object, like: torch.Tensor) -> torch.Tensor:
-    index = torch.as_tensor(rows, dtype=torch.int64)
-    return index if like.device.type == "cpu" else upload(index)
 
 
 def _all_to_all(

@@ -41,6 +41,10 @@ class Answer:
     """Absolute path or URL of the store, so that a report can be written in any folder."""
     image: int | None
     """Number of the question's first image in the store; None for a question without an image."""
+    step: int | None = None
+    """Training steps of the checkpoint that answered; None in answers of earlier releases, as the next."""
+    fingerprint: str | None = None
+    """Fingerprint of the store (its plan hash): stores with the same one hold the same questions, wherever they lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,23 @@ class AnswerSet:
         name = Location.parse(store).name if store else self.file.stem
         first = _FIRST.search(self.file.stem)
         return f"First {number_of(int(first[1]), 'question')} of {name}" if first else f"Questions of {name}"
+
+    @property
+    def origin(self) -> str:
+        """Which checkpoint answered, and which store asked; empty for answers of earlier releases."""
+        return origin_of(self.answers[0].step, self.answers[0].fingerprint) if self.answers else ""
+
+
+def origin_of(step: int | None, fingerprint: str | None) -> str:
+    """Which checkpoint answered, and what was asked, in one line; empty if neither is known.
+
+    Args:
+        step: Training steps of the checkpoint.
+        fingerprint: sha256 of what was asked.
+    """
+    parts = [] if step is None else [f"checkpoint after step {step}"]
+    parts += [] if fingerprint is None else [f"questions of fingerprint {fingerprint[:12]}"]
+    return ", ".join(parts)
 
 
 def answers_file(run: str | Path, store: str, *, held_out: str | None, first: int | None) -> Path:
@@ -200,6 +221,8 @@ def _answer(record: Mapping[str, Any], file: Path) -> Answer:
         correct=bool(record["correct"]),
         store=record.get("store"),
         image=image if isinstance(image, int) else None,
+        step=record.get("step"),
+        fingerprint=record.get("fingerprint"),
     )
 
 

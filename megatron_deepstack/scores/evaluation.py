@@ -66,8 +66,10 @@ class Evaluation:
     """Name of its folder."""
     source: str
     """Store or file of the questions."""
-    step: int
-    """Training step of the checkpoint."""
+    step: int | None
+    """Training steps of the checkpoint; None for a folder of weights, which does not say them."""
+    fingerprint: str | None = None
+    """sha256 of what was asked; None in evaluations of earlier releases."""
     answers: tuple[Scored, ...] = field(default=())
 
     def means(self, category: str | None = None) -> dict[str, float]:
@@ -94,6 +96,7 @@ class Evaluation:
             "name": self.name,
             "source": self.source,
             "step": self.step,
+            "fingerprint": self.fingerprint,
             "questions": len(self.answers),
             "with_references": sum(bool(one.references) for one in self.answers),
             "not_asked": sum(one.error is not None for one in self.answers),
@@ -182,7 +185,13 @@ def _read(folder: Path) -> Evaluation:
             )
             for record in records
         )
-        return Evaluation(name=folder.name, source=facts["source"], step=int(facts["step"]), answers=answers)
+        return Evaluation(
+            name=folder.name,
+            source=facts["source"],
+            step=None if facts["step"] is None else int(facts["step"]),
+            fingerprint=facts.get("fingerprint"),
+            answers=answers,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: cannot be read as an evaluation ({type(error).__name__}: {error}); run `evaluate` again, or "

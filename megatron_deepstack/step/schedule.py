@@ -57,6 +57,7 @@ def run_schedule(
     forward_only: bool = False,
     keep_logits: bool = False,
     timeline: Timeline | None = None,
+    uploaded: Sequence[torch.Tensor] | None = None,
 ) -> ScheduleResult:
     """Run all micro-batches through this rank's chunks. Collective over pp, tp and cp.
 
@@ -69,16 +70,19 @@ def run_schedule(
         forward_only: Whether to leave out the backward.
         keep_logits: Whether the last stage keeps logits in place of losses; only with `forward_only`.
         timeline: Where forwards and backwards are recorded, if they are.
+        uploaded: `micro_batch_arrays` on the device; uploaded here if they are not given.
 
     Returns:
-        On the last stage the losses or the logits; elsewhere nothing. Gradients are left in the buffers of the chunks,
-        neither reduced over all ranks nor divided.
+        On the last stage the losses or the logits; elsewhere nothing. Gradients are in the buffers of the chunks;
+        `train_step` completes their reduction and divides them.
     """
     config.finalize_model_grads_func = _leave_to_train_step
     config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states
     config.no_sync_func = None if forward_only else _no_sync(chunks)
-    tp_rank = _unwrap(chunks[0]).tp_group.rank()
-    batches = _micro_batches(plan, config, cp_rank, tp_rank, keep_logits=keep_logits)
+    if uploaded is None:
+        tp_rank = _unwrap(chunks[0]).tp_group.rank()
+        uploaded = upload_all(micro_batch_arrays(plan, config, cp_rank=cp_rank, tp_rank=tp_rank))
+    batches = _micro_batches(plan, uploaded, keep_logits=keep_logits)
     data = [iter(batches) for _ in range(len(chunks))]
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, visual, timeline),
@@ -181,10 +185,19 @@ class _MicroBatch:
     positions: torch.Tensor | None
 
 
-def _micro_batches(
-    plan: StepPlan, config: TransformerConfig, cp_rank: int, tp_rank: int, *, keep_logits: bool
-) -> list[_MicroBatch]:
-    """All micro-batches of a step, in one upload, so that nothing is sent to the device while the schedule runs."""
+def micro_batch_arrays(plan: StepPlan, config: TransformerConfig, *, cp_rank: int, tp_rank: int) -> list[np.ndarray]:
+    """What all micro-batches of a step need on the device, so that nothing is sent there while the schedule runs.
+
+    Args:
+        plan: The step of this rank's replica.
+        config: The decoder's.
+        cp_rank: This rank's index on the context-parallel axis.
+        tp_rank: This rank's index on the tensor-parallel axis.
+
+    Returns:
+        Arrays of whole numbers by kind, each kind once per micro-batch: tokens, rows and labels of targets, and where
+        there are such the positions on three axes and the bounds of packs.
+    """
     ends = plan.segments or tuple((length,) for length in plan.seq_lengths)
     own = [zigzag(one, config.context_parallel_size, cp_rank) for one in ends]
     bounds = [np.array((0, *one), np.int64) for one in plan.segments or ()]
@@ -195,18 +208,24 @@ def _micro_batches(
     pieces = config.tensor_model_parallel_size if config.sequence_parallel else 1
     piece = tp_rank if config.sequence_parallel else 0
     targets = [find_targets(one, pieces) for one in labels]
-    host = [*tokens, *(one.rows[piece] for one in targets), *(one.labels.reshape(1, -1) for one in targets)]
-    uploaded = upload_all([*host, *axial, *bounds])
-    tokens_M, rows_M, labels_M = (uploaded[k * count : (k + 1) * count] for k in range(3))
-    more = uploaded[3 * count :]
-    positions_M, bounds_M = more[: len(axial)], more[len(axial) :]
+    rows, of_rows = [one.rows[piece] for one in targets], [one.labels.reshape(1, -1) for one in targets]
+    return [*tokens, *rows, *of_rows, *axial, *bounds]
+
+
+def _micro_batches(plan: StepPlan, uploaded: Sequence[torch.Tensor], *, keep_logits: bool) -> list[_MicroBatch]:
+    """From `micro_batch_arrays` on the device."""
+    count = plan.num_micro_batches
+    kinds = [uploaded[first : first + count] for first in range(0, len(uploaded), count)]
+    tokens_M, rows_M, labels_M, *more = kinds
+    positions_M = more.pop(0) if plan.positions else None
+    bounds_M = more.pop(0) if plan.segments else None
     return [
         _MicroBatch(
             number=number,
             tokens=tokens_M[number],
             targets=None if keep_logits else HeadTargets(rows_M[number], labels_M[number].clamp(min=0)),
             counted=labels_M[number] != IGNORE_INDEX,
-            packs=None if plan.segments is None else Packs.of(plan.segments[number], bounds_M[number].int()),
+            packs=Packs.of(plan.segments[number], bounds_M[number].int()) if plan.segments and bounds_M else None,
             positions=positions_M[number] if positions_M else None,
         )
         for number in range(count)

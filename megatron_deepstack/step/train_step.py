@@ -22,6 +22,7 @@ from megatron_deepstack.step.encode import EncoderPass
 from megatron_deepstack.step.engine import Engine
 from megatron_deepstack.step.inline import InlineEncoder
 from megatron_deepstack.step.schedule import ScheduleResult, VisualOf, run_schedule
+from megatron_deepstack.step.staging import StagedStep, StepInputs
 from megatron_deepstack.step.timeline import ENCODE, ENCODER_BACKWARD
 from megatron_deepstack.step.visual import ReceivedRows
 
@@ -39,26 +40,27 @@ class StepLoss:
         return self.total / self.num_tokens if self.num_tokens else 0.0
 
 
-def forward_backward(engine: Engine, plan: StepPlan, pixels: torch.Tensor, clock: StepClock) -> StepLoss:
+def forward_backward(engine: Engine, plan: StepPlan, data: torch.Tensor | StagedStep, clock: StepClock) -> StepLoss:
     """Run a step up to final gradients in the main-grad buffers. Collective over all ranks.
 
     Args:
         engine: This rank's model and groups. Buffers are cleared first.
         plan: The step of this rank's replica, as this rank has it.
-        pixels: The views of `plan.routes.units`, in order, on the host: uint8 (N, image, image, 3) or normalised float
-            (N, 3, image, image). Where views have any size, all values of all views in one dimension (see `Views`).
+        data: The step's data on their way to the device; or the views of `plan.routes.units`, in order, on the host:
+            uint8 (N, image, image, 3) or normalised float (N, 3, image, image). Where views have any size, all values
+            of all views in one dimension (see `Views`).
         clock: Gets the durations of the parts.
 
     Returns:
         Loss and targets of the whole global batch, the same on all ranks.
     """
-    views = _views(plan, pixels)
+    staged = data if isinstance(data, StagedStep) else StagedStep(engine, plan, data)
+    assert staged.plan is plan, "another step was staged"
+    inputs = staged.take()
     for ddp in engine.wrapped:
         ddp.zero_grad_buffer()
-    if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
-        result = _inline(engine, plan, views, clock)
-    else:
-        result = _spread(engine, plan, views, clock)
+    step = _inline if engine.parallel.encoder_placement is EncoderPlacement.INLINE else _spread
+    result = step(engine, plan, inputs, clock)
     with clock.part("finalise"):
         total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, engine.groups)
         _finalise(engine, num_tokens)
@@ -114,33 +116,40 @@ def _views(plan: StepPlan, pixels: torch.Tensor) -> Views:
     return Views(upload(pixels), grids if grids or pixels.ndim == 1 else None)
 
 
-def _spread(engine: Engine, plan: StepPlan, views: Views, clock: StepClock) -> ScheduleResult:
+def _spread(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:
     with clock.part(ENCODE):
-        encoded = EncoderPass(engine.model.encoder, views, engine.encoder_chunk_views)
+        encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoder_chunk_views)
     with clock.part("route"):
-        stored = send_rows(encoded.rows, plan.routes, engine.groups.replica)
+        stored = send_rows(encoded.rows, plan.routes, engine.groups.replica, inputs.exchange)
         encoded.release_rows()
-        rows = ReceivedRows(stored, plan.routes, requires_grad=encoded.trains)
+        rows = ReceivedRows(stored, plan.routes, requires_grad=encoded.trains, positions=inputs.rows)
         del stored
     with clock.part("schedule"):
-        result = _schedule(engine, plan, rows.of, clock)
+        result = _schedule(engine, plan, rows.of, inputs, clock)
     if encoded.trains:
         with clock.part("route back"):
-            table = return_gradients(rows.take_gradients(), plan.routes, engine.groups.replica)
+            table = return_gradients(rows.take_gradients(), plan.routes, engine.groups.replica, inputs.exchange)
         with clock.part(ENCODER_BACKWARD):
             encoded.backward(table)
     return result
 
 
-def _inline(engine: Engine, plan: StepPlan, views: Views, clock: StepClock) -> ScheduleResult:
-    encoder = InlineEncoder(engine.model.encoder, views, plan.routes, clock.timeline)
+def _inline(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:
+    encoder = InlineEncoder(engine.model.encoder, inputs.views, plan.routes, clock.timeline, inputs.rows)
     with clock.part("schedule"):
-        return _schedule(engine, plan, encoder.of, clock)
+        return _schedule(engine, plan, encoder.of, inputs, clock)
 
 
-def _schedule(engine: Engine, plan: StepPlan, visual: VisualOf, clock: StepClock) -> ScheduleResult:
-    place = engine.groups.place
-    return run_schedule(engine.model.config, engine.chunks, plan, visual, cp_rank=place.cp, timeline=clock.timeline)
+def _schedule(engine: Engine, plan: StepPlan, visual: VisualOf, inputs: StepInputs, clock: StepClock) -> ScheduleResult:
+    return run_schedule(
+        engine.model.config,
+        engine.chunks,
+        plan,
+        visual,
+        cp_rank=engine.groups.place.cp,
+        timeline=clock.timeline,
+        uploaded=inputs.micro_batches,
+    )
 
 
 def _finalise(engine: Engine, num_tokens: int) -> None:

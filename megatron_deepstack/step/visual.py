@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
@@ -21,18 +22,26 @@ class ReceivedRows:
     gradient takes their place. So a step holds its rows once.
     """
 
-    def __init__(self, stored: torch.Tensor, routes: RankRoutes, *, requires_grad: bool) -> None:
+    def __init__(
+        self,
+        stored: torch.Tensor,
+        routes: RankRoutes,
+        *,
+        requires_grad: bool,
+        positions: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         """Cut `stored`, which is overwritten by gradients.
 
         Args:
             stored: (len(stored_rows), H) as `send_rows` returns it.
             routes: This rank's side of the exchange.
             requires_grad: Whether gradients of the rows are asked for after the schedule.
+            positions: `position_arrays` of the routes' chunks on the device; uploaded here if they are not given.
         """
         self._stored = stored
         self._without_gradient: dict[tuple[Key, str], torch.Tensor] = {}
         self.inputs: dict[Key, VisualInputs] = {}
-        positions = iter(chunk_positions(routes.chunks.values()))
+        uploaded = iter(upload_all(position_arrays(routes.chunks.values())) if positions is None else positions)
         for key, chunk in routes.chunks.items():
             middle = chunk.first + len(chunk.base_rows)
             base = stored[chunk.first : middle].data
@@ -40,7 +49,7 @@ class ReceivedRows:
             if requires_grad:
                 self._keep_gradient(base, (key, "base"))
                 self._keep_gradient(slots, (key, "slots"))
-            self.inputs[key] = visual_inputs(base, slots, *next(positions))
+            self.inputs[key] = visual_inputs(base, slots, next(uploaded), next(uploaded))
 
     def of(self, micro_batch: int, vpp: int) -> VisualInputs:
         """What a chunk adds in a micro-batch.
@@ -87,10 +96,9 @@ class ReceivedRows:
         leaf.register_post_accumulate_grad_hook(keep)
 
 
-def chunk_positions(chunks: Iterable[ChunkRows]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The base positions (R0,) and the slots' positions (N, R) of each chunk on the device, all in one upload."""
-    uploaded = iter(upload_all([array for chunk in chunks for array in (chunk.base_positions, chunk.slot_positions)]))
-    return list(zip(uploaded, uploaded, strict=True))
+def position_arrays(chunks: Iterable[ChunkRows]) -> list[np.ndarray]:
+    """Of each chunk in turn its base positions (R0,) and its slots' positions (N, R), on the host."""
+    return [array for chunk in chunks for array in (chunk.base_positions, chunk.slot_positions)]
 
 
 def visual_inputs(

@@ -15,7 +15,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_deepstack.checkpoint.saving.saver import Saved
@@ -39,6 +38,7 @@ from megatron_deepstack.run_folder.starting_weights import StartingWeights, writ
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
+from megatron_deepstack.training.ahead import ReadyStep, ReadySteps
 from megatron_deepstack.training.guard.health import NO_TARGET, NOT_FINITE, NOT_READ, Health, earlier_records, some
 from megatron_deepstack.training.guard.preemption import StopRequest, never
 from megatron_deepstack.training.guard.stragglers import Stragglers
@@ -106,7 +106,8 @@ def _greet(log: MetricsLog, session: Session, resumption: Resumption) -> None:
     for fault in resumption.passed_over:
         log.say(f"not whole, passed over: {fault}")
     if resumption.path is not None:
-        log.say(f"resuming after step {resumption.step} from {resumption.path}")
+        begins = resumption.step == 0  # a checkpoint of weights alone
+        log.say(f"{'beginning' if begins else f'resuming after step {resumption.step}'} from {resumption.path}")
 
 
 @dataclass(slots=True)
@@ -149,9 +150,9 @@ class _Loop:
     def run(self) -> None:
         """Collective over all ranks. Raises PreemptedError once it was asked to stop and has saved."""
         begin = time.perf_counter()
-        for loaded in self._loaded():
-            done = loaded.step + 1
-            asked = self._step(loaded, begin)
+        for ready in self._ready():
+            done = ready.loaded.step + 1
+            asked = self._step(ready, begin)
             self._require_well(done)
             if asked or (self._save_due(done) and self.health.learned):
                 self._begin_save(done)
@@ -162,22 +163,25 @@ class _Loop:
             begin = time.perf_counter()
         self._finish_save()
 
-    def _loaded(self) -> Iterator[LoadedStep]:
+    def _ready(self) -> Iterator[ReadyStep]:
         """This rank's steps, prepared ahead; only this rank knows what it cannot read."""
         try:
-            yield from Prefetcher(self.session.reader, self.first, self.stop)
+            steps = ReadySteps(self.session.reader, self.session.engine)
+            yield from Prefetcher(steps, self.first, self.stop)
         except DeepStackError as error:
             error.rank, error.host = dist.get_rank(), socket.gethostname()
             raise
 
-    def _step(self, loaded: LoadedStep, begin: float) -> bool:
+    def _step(self, ready: ReadyStep, begin: float) -> bool:
         """Train and record one step; whether a rank was asked to stop."""
+        loaded = ready.loaded
         done = loaded.step + 1
         self.watchdog.progress(f"step {done}", PATIENT if loaded.step == self.first else 1.0)
         with self.observer.step(done, self.clock):
             self.clock.add("data", time.perf_counter() - begin)
             loaded, unreadable = self._readable(loaded)
-            loss = forward_backward(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels), self.clock)
+            staged = ready.with_plan_of(loaded, self.session.engine).staged
+            loss = forward_backward(self.session.engine, loaded.plan, staged, self.clock)
             agreement = _Agreement(_mean(loss), self.request.asked)
             with self.clock.part("optimizer"):
                 norm = self.session.optimizer.step(loaded.step, agreement)

@@ -79,7 +79,7 @@ def sample() -> TinySample:
 
 def export_and_answer(rank: int, recipe: Recipe, output: str) -> torch.Tensor:
     """Export on this rank, and our own logits (T, V) of `sample` from the same checkpoint."""
-    from megatron_deepstack.inference.main import load_engine
+    from megatron_deepstack.inference.loading import load_engine
     from megatron_deepstack.planning.batch.step_plan import plan_step
     from megatron_deepstack.step.train_step import VisualPass
 

@@ -22,6 +22,7 @@ from megatron_deepstack.data.text.conversation import encode_conversation, encod
 from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError
+from megatron_deepstack.inference.answerer import RunAnswerer
 from megatron_deepstack.inference.ask.chat import chat
 from megatron_deepstack.inference.ask.launch import Manner, Reply
 from megatron_deepstack.inference.ask.preparation import Asked, Preparation, Prepared
@@ -283,7 +284,7 @@ def test_a_chat_goes_on_after_a_question_that_cannot_be_asked(preparation: Prepa
 
 def answer_prepared(rank: int, recipe: Recipe, preparation: Preparation, prepared: list[Prepared]) -> list[list[int]]:
     from megatron_deepstack.inference.ask.rank import Batch, answer_batch
-    from megatron_deepstack.inference.main import load_engine
+    from megatron_deepstack.inference.loading import load_engine
 
     train_two_steps(rank, recipe)
     engine = load_engine(recipe, groups_for(recipe.parallel))
@@ -318,7 +319,7 @@ def test_a_run_is_looked_at_before_ranks_start(recipe: Recipe, tmp_path: Path) -
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     there = replace(recipe, run_dir=str(tmp_path), data=DataConfig())
     with pytest.raises(ConfigError, match=r"data\.tokenizer: not set; `ask` needs it"):
-        Session.of_run(there, Manner(), pytest.fail)
+        Session.of(RunAnswerer(there), Manner(), pytest.fail)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from megatron_deepstack.cli import app
 from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.inference.answerer import RunAnswerer
 from megatron_deepstack.inference.ask.preparation import Preparation
 from megatron_deepstack.inference.evaluate.exam import Exam, FileExam, StoreExam
 from megatron_deepstack.inference.evaluate.launch import Questions, evaluate
@@ -29,7 +30,7 @@ Pools = Callable[[int], RankPool]
 
 def evaluate_here(rank: int, recipe: Recipe, exam: Exam) -> list[Scored]:
     from megatron_deepstack.inference.evaluate.rank import evaluate_exam
-    from megatron_deepstack.inference.main import load_engine
+    from megatron_deepstack.inference.loading import load_engine
 
     engine = load_engine(recipe, groups_for(recipe.parallel))
     return evaluate_exam(engine, exam, load_tokenizer(str(recipe.data.tokenizer)), "v1", 5)
@@ -92,11 +93,11 @@ def test_what_is_missing_is_said_before_ranks_start(recipe: Recipe, tmp_path: Pa
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     there = replace(recipe, run_dir=str(tmp_path))
     with pytest.raises(LayoutError, match=r"--ranks 3: no whole number of replicas .*give a multiple of 2"):
-        evaluate(there, Questions(store=str(recipe.data.store)), max_new_tokens=4, ranks=3)
+        evaluate(RunAnswerer(there), Questions(store=str(recipe.data.store)), max_new_tokens=4, ranks=3)
     with pytest.raises(ConfigError, match=r"data\.validation_store: not set; name questions with --store or --file"):
-        evaluate(there, Questions(), max_new_tokens=4)
+        evaluate(RunAnswerer(there), Questions(), max_new_tokens=4)
     with pytest.raises(ConfigError, match=r"data\.tokenizer: not set; `evaluate` needs it"):
-        evaluate(replace(there, data=DataConfig()), Questions(file=tmp_path / "q"), max_new_tokens=4)
+        evaluate(RunAnswerer(replace(there, data=DataConfig())), Questions(file=tmp_path / "q"), max_new_tokens=4)
 
 
 @pytest.mark.parametrize(

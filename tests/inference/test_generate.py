@@ -20,7 +20,8 @@ from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError, StoreError
 from megatron_deepstack.inference import launch
 from megatron_deepstack.inference.generate import Method
-from megatron_deepstack.inference.main import open_questions, require_checkpoint
+from megatron_deepstack.inference.loading import require_checkpoint
+from megatron_deepstack.inference.main import open_questions
 from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.inference.sampling import GREEDY, Sampling
 from megatron_deepstack.run_folder.answers import Answer, Score, read_answer_sets, read_answers
@@ -34,7 +35,7 @@ NEW_TOKENS = 12
 def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig, changes: dict[str, Any]) -> list[list[int]]:
     """Train in the recipe's layout, then answer in another; `changes` are of `Writing`."""
     from megatron_deepstack.inference.generate import Writing, generate_answers
-    from megatron_deepstack.inference.main import load_engine
+    from megatron_deepstack.inference.loading import load_engine
 
     train_two_steps(rank, recipe)
     assert recipe.data.store is not None
@@ -49,7 +50,8 @@ def train_and_answer(rank: int, recipe: Recipe, parallel: ParallelConfig, change
 
 def answer_by_generate(rank: int, recipe: Recipe) -> list[Answer]:
     """As the verb does, after training."""
-    from megatron_deepstack.inference.main import answer_questions, load_engine
+    from megatron_deepstack.inference.loading import load_engine
+    from megatron_deepstack.inference.main import answer_questions
 
     train_two_steps(rank, recipe)
     assert recipe.data.store is not None

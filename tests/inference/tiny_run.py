@@ -22,8 +22,14 @@ def train_two_steps(rank: int, recipe: Recipe) -> None:
         run(recipe, groups_for(recipe.parallel))
 
 
-def make_run(folder: Path) -> Recipe:
-    """The recipe of a run whose store is there, and whose checkpoint `train_two_steps` makes."""
+def make_run(folder: Path, parallel: ParallelConfig | None = None, **changes: object) -> Recipe:
+    """The recipe of a run whose store is there, and whose checkpoint `train_two_steps` makes.
+
+    Args:
+        folder: Where all of it lies.
+        parallel: Two stages if None.
+        **changes: Fields of the model that are otherwise.
+    """
     names = write_photos(folder / "images", 4)
     images = (names[:1], names[1:3], names[3:], [], [])
     records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
@@ -36,7 +42,7 @@ def make_run(folder: Path) -> Recipe:
     language = LanguageConfig(
         vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2
     )
-    run = tiny_recipe(tiny_model(language=language), ParallelConfig(pipeline=2))
+    run = tiny_recipe(tiny_model(language=language, **changes), parallel or ParallelConfig(pipeline=2))
     run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
     preprocess(run, str(data.store), workers=0)
     return run

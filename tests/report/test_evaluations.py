@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.report.compare import write_comparison
+from megatron_deepstack.report.compare import warnings, write_comparison
 from megatron_deepstack.report.evaluation_page import kind_of, page
 from megatron_deepstack.report.evaluations import common_questions, differences, in_words
 from megatron_deepstack.scores.difference import paired_difference
@@ -50,6 +50,22 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
     (folder / ANSWERS_FILE).write_text("{}\n")
     with pytest.raises(DataError, match=r"evaluations/pets: cannot be read as an evaluation .*run `evaluate` again"):
         read_evaluations(tmp_path)
+
+
+def test_evaluations_of_other_questions_are_warned_of(tmp_path: Path) -> None:
+    """On the page and on the terminal; evaluations of earlier releases say nothing."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    prints = [("a" * 64, "b" * 64), ("a" * 64, "a" * 64), ("a" * 64, None)]
+    for pair, expected in zip(prints, (1, 0, 0), strict=True):
+        for run, fingerprint in zip(runs, pair, strict=True):
+            run.mkdir(exist_ok=True)
+            (run / "recipe.yaml").write_text(recipe_to_yaml(tiny_recipe()))
+            write_evaluation(run, replace(evaluation(ANSWERED), fingerprint=fingerprint))
+        assert len(warnings(runs)) == expected
+        assert ("the questions differ" in write_comparison(runs).read_text()) is bool(expected)
+    made = replace(evaluation(ANSWERED), fingerprint="c" * 64)
+    assert "checkpoint after step 7, questions of fingerprint cccccccccccc" in page(made)
+    assert "checkpoint" not in page(replace(made, step=None))
 
 
 @pytest.mark.parametrize(

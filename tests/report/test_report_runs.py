@@ -25,6 +25,7 @@ from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import Metrics, read_metrics
 from megatron_deepstack.report.settings import differences
 from megatron_deepstack.report.speed import bars, seconds_by_part
+from megatron_deepstack.run_folder.answers import Answer, write_answers
 
 
 def record(step: int, **changes: object) -> dict[str, object]:
@@ -218,3 +219,17 @@ def test_the_verb_takes_one_run_or_several(tmp_path: Path) -> None:
     wanted = tmp_path / "both.html"
     assert CliRunner().invoke(app, ["report", str(first), str(second), "--output", str(wanted)]).exit_code == 0
     assert "second" in wanted.read_text(encoding="utf-8")
+
+
+def test_scores_of_other_stores_are_warned_of(tmp_path: Path) -> None:
+    """By the verb, on the page; not where both asked the same store, wherever it lay."""
+    recipe = Recipe()
+    runs = [write_run(tmp_path / name, replace(recipe, name=name), [record(1)]) for name in ("one", "two")]
+    for fingerprints, expected in ((("a" * 64, "b" * 64), True), (("a" * 64, "a" * 64), False)):
+        for run, fingerprint in zip(runs, fingerprints, strict=True):
+            answer = Answer("0", "q", "yes", "yes", True, f"/{run.name}.zarr", None, 2, fingerprint)
+            write_answers(run / "answers.jsonl", [answer])
+        result = CliRunner().invoke(app, ["report", *map(str, runs)])
+        assert result.exit_code == 0, result.output
+        assert ("different stores and must not be compared" in result.stderr) is expected
+        assert ("one: aaaaaaaaaaaa, two: bbbbbbbbbbbb" in (runs[0] / "comparison.html").read_text()) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_another_store_leaves_the_held_out_answers_alone(tmp_path: Path) -> None
         "Questions of other.zarr",
     ]
     assert {answer.store for answer in read_answers(tmp_path)} == {stores["held"]}
+
+
+def test_a_file_says_who_was_asked_what(tmp_path: Path) -> None:
+    file = answers_file(tmp_path, "held.zarr", held_out="held.zarr", first=None)
+    written = [replace(one, step=40, fingerprint="0123456789abcdef") for one in answers("held.zarr", "yes")]
+    write_answers(file, written)
+    (one,) = read_answer_sets(tmp_path)
+    assert one.answers == tuple(written)
+    assert one.origin == "checkpoint after step 40, questions of fingerprint 0123456789ab"
+    write_answers(file, answers("held.zarr", "yes"))
+    assert [one.origin for one in read_answer_sets(tmp_path)] == [""]
 
 
 def test_the_first_questions_alone_do_not_replace_all(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from tools.claim.experiment import Experiment, read_experiment
 from tools.claim.findings import FINDINGS, Finding, judge
 from tools.claim.page import write_pages
 from tools.claim.pages import ANSWERS, FINE_KINDS, KINDS, QUESTIONS, compose
+from tools.claim.runs import check_arms
 from tools.claim.scores import characters, difference, estimate, exact, scores, tuned_rate
 from tools.claim.stores import repeat_global_view
+from tools.claim.verbs import VerbError
 
 CLAIM = Path(__file__).resolve().parents[2] / "tools" / "claim" / "claim.yaml"
 
@@ -102,6 +104,18 @@ def test_every_finding_is_about_arms_that_are_there(quick: bool) -> None:
     assert len({arm.folder for arm in experiment.arms}) == len(names)
     if not quick:
         assert {name for finding in FINDINGS for name in (finding.first, finding.second)} <= names
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_arm_can_be_trained(quick: bool) -> None:
+    check_arms(read_experiment(CLAIM, quick=quick))
+
+
+def test_an_arm_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
+    changed = tmp_path / "claim.yaml"
+    changed.write_text(CLAIM.read_text().replace("arms:\n", "arms:\n  mine: {model.stacks.slots: [3, 9]}\n", 1))
+    with pytest.raises(VerbError, match=r"arm 'mine': .*2 slots"):
+        check_arms(read_experiment(changed, quick=False))
 
 
 def test_an_arm_is_one_line(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def weights_on_rank(rank: int, recipe: Recipe, output: str | None) -> Tensors | 
     """Published tensors of the newest checkpoint, adapters apart; with `output` exported as well."""
     from megatron_deepstack.convert.hf_names import Naming
     from megatron_deepstack.inference.export import export_on_rank
-    from megatron_deepstack.inference.main import load_engine
+    from megatron_deepstack.inference.loading import load_engine
     from megatron_deepstack.testing.compare import gather_published
 
     groups = groups_for(recipe.parallel)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,12 @@ from typing import Any
 
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.run_folder import RunFolder
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.planning.check import load_checked_recipe
 from megatron_deepstack.planning.exchange.rows import context_length
 from tools.claim.experiment import Arm, Experiment
 from tools.claim.stores import store_path
-from tools.claim.verbs import run_verb, write_recipe
+from tools.claim.verbs import VerbError, run_verb, write_recipe
 
 _CACHED_NUMBER_BYTES = 2
 """A number of the key/value cache in bfloat16."""
@@ -39,6 +42,24 @@ class Job:
     def name(self) -> str:
         """Arm, rate and seed as a path."""
         return f"{self.arm.folder}/lr-{self.learning_rate:g}-seed-{self.seed}"
+
+
+def check_arms(experiment: Experiment) -> None:
+    """Check the recipe of every arm, before any is trained.
+
+    Raises:
+        VerbError: Recipes are refused; the message names each arm with what is wrong with it.
+    """
+    refused = []
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in experiment.arms:
+            recipe = write_recipe(Path(folder) / "recipe.yaml", {**experiment.base, **arm.fields})
+            try:
+                load_checked_recipe(recipe)
+            except ConfigError as error:
+                refused.append(f"arm {arm.name!r}: {error}")
+    if refused:
+        raise VerbError("\n".join(refused))
 
 
 def run_all(
@@ -114,13 +135,15 @@ def run_job(folder: Path, experiment: Experiment, job: Job, say: Callable[[str],
     )
     log = folder / "logs" / f"{job.name}.log"
     run_verb(["train", str(recipe)], log)
-    result = {
+    result: dict[str, Any] = {
         "arm": job.arm.name,
         "learning_rate": job.learning_rate,
         "seed": job.seed,
         **_costs(recipe, run),
-        **{split: _ask(folder, run, job.arm, split, log) for split in ("tune", "test")},
+        "test": _ask(folder, run, job.arm, "test", log),
     }
+    if job.seed == experiment.seeds[0]:
+        result["tune"] = _ask(folder, run, job.arm, "tune", log)
     begun = path.with_suffix(".part")
     begun.write_text(json.dumps(result) + "\n", encoding="utf-8")
     os.replace(begun, path)

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.ask.preparation import Asked, Preparation, Prepared
 from megatron_deepstack.inference.ask.rank import Batch, Scoring, serve
 from megatron_deepstack.inference.ask.text import StopWords, TextStream
@@ -171,11 +171,13 @@ class Conversation:
         )
 
 
-def converse(recipe: Recipe, preparation: Preparation, manner: Manner, talk: Callable[[Conversation], None]) -> None:
+def converse(
+    answerer: Answerer, preparation: Preparation, manner: Manner, talk: Callable[[Conversation], None]
+) -> None:
     """Start the ranks of one replica, and let `talk` ask them. To be called in the main thread.
 
     Args:
-        recipe: The run's recipe, with overrides.
+        answerer: The run or folder of weights.
         preparation: How questions are prepared.
         manner: How they are answered.
         talk: Called in a thread of its own once the model is loaded; when it returns the ranks end.
@@ -184,8 +186,7 @@ def converse(recipe: Recipe, preparation: Preparation, manner: Manner, talk: Cal
         DeepStackError: What `talk` or a rank raised.
         PreemptedError: The process was asked to stop.
     """
-    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))
-    parallel = recipe.parallel
+    answerer = answerer.without_sequence_parallelism()
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     failures: list[BaseException] = []
 
@@ -202,8 +203,7 @@ def converse(recipe: Recipe, preparation: Preparation, manner: Manner, talk: Cal
                 ours.send(None)
 
     threading.Thread(target=run, daemon=True).start()
-    num_ranks = parallel.tensor * parallel.context * parallel.pipeline
-    launch_ranks(serve, num_ranks, recipe, preparation, theirs, stopped=_STOPPED)
+    launch_ranks(serve, answerer.num_ranks, answerer, preparation, theirs, stopped=_STOPPED)
     if failures:
         raise failures[0]
 
@@ -211,11 +211,11 @@ def converse(recipe: Recipe, preparation: Preparation, manner: Manner, talk: Cal
 class OpenRanks:
     """The ranks of one replica in the background, for a program that asks now and then; a context manager."""
 
-    def __init__(self, recipe: Recipe, preparation: Preparation, manner: Manner) -> None:
+    def __init__(self, answerer: Answerer, preparation: Preparation, manner: Manner) -> None:
         """Start the ranks and wait until they are ready.
 
         Args:
-            recipe: The run's recipe, with overrides.
+            answerer: The run or folder of weights.
             preparation: How questions are prepared.
             manner: How they are answered, until `conversation.manner` is set to something else.
 
@@ -224,11 +224,9 @@ class OpenRanks:
         """
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         self._failures: list[BaseException] = []
-        parallel = replace(recipe.parallel, sequence_parallel=False)
-        arguments = (replace(recipe, parallel=parallel), preparation, theirs)
+        arguments = (answerer.without_sequence_parallelism(), preparation, theirs)
         self._connection = Watched(ours, self._check)
-        num_ranks = parallel.tensor * parallel.context * parallel.pipeline
-        self._thread = threading.Thread(target=self._run, args=(num_ranks, arguments), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(answerer.num_ranks, arguments), daemon=True)
         self._thread.start()
         self._connection.recv()
         self.conversation = Conversation(preparation, manner, self._connection)  # type: ignore[arg-type]

@@ -8,12 +8,12 @@ store was made with other options than the run's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_deepstack.config.choices import Template
-from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.config.schema import DataConfig, ModelConfig, Recipe
 from megatron_deepstack.data.images.processor import ProcessedImage
 from megatron_deepstack.data.images.processors import AnyProcessor, described_processor, processor_of
 from megatron_deepstack.data.images.sized_processor import SizedProcessor
@@ -127,18 +127,46 @@ class Preparation:
 
         Returns:
             The preparation.
+
+        Raises:
+            DataError: The tokenizer is not the one that the store was made with.
         """
-        made = _attributes(recipe)
-        stores = ", ".join(recipe.data.stores or (recipe.data.store or "none",))
+        made, from_recipe = store_attributes(recipe), cls.of_recipe(recipe, tokenizer, "train.seq_length")
         if made is None:
+            stores = ", ".join(recipe.data.stores or (recipe.data.store or "none",))
             say(f"ask: no store of the run is there ({stores}); pictures are prepared as its recipe says")
+            return from_recipe
+        if made.tokenizer["sha256"] != tokenizer.fingerprint:
+            raise DataError(
+                f"{tokenizer.source}: has sha256 {tokenizer.fingerprint[:12]}..., the tokenizer of the store that the "
+                f"run learned from had {made.tokenizer['sha256'][:12]}..., so ids would mean other words; name that "
+                "one with data.tokenizer=PATH"
+            )
+        return replace(
+            from_recipe,
+            processor=described_processor(made.processor),
+            template=known_template(made.tokenizer["template"]),
+        )
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, tokenizer: Tokenizer, context_name: str) -> Preparation:
+        """As a recipe says, whatever its stores are.
+
+        Args:
+            recipe: The recipe.
+            tokenizer: The model's tokenizer.
+            context_name: Where `train.seq_length` comes from, for messages.
+
+        Returns:
+            The preparation.
+        """
         return cls(
             model=recipe.model,
-            processor=processor_of(recipe) if made is None else described_processor(made.processor),
+            processor=processor_of(recipe),
             tokenizer=tokenizer,
-            template=recipe.data.template if made is None else known_template(made.tokenizer["template"]),
+            template=recipe.data.template,
             context=recipe.train.seq_length,
-            context_name="train.seq_length",
+            context_name=context_name,
         )
 
     def prepare(self, asked: Asked) -> Prepared:
@@ -237,8 +265,39 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _attributes(recipe: Recipe) -> StoreAttributes | None:
-    """What the first store of the run that is still there says about itself."""
+def prepared_data(recipe: Recipe) -> DataConfig:
+    """The section `data` of a run, with what its store says about how samples were really prepared.
+
+    Args:
+        recipe: The run's recipe.
+
+    Returns:
+        The section as it is if no store of the run is there.
+    """
+    made = store_attributes(recipe)
+    if made is None:
+        return recipe.data
+    processor = described_processor(made.processor)
+    return replace(
+        recipe.data,
+        template=known_template(made.tokenizer["template"]),
+        resize=processor.resize,
+        orientation=processor.orientation,
+        deep_grey=processor.deep_grey,
+        transparency=processor.transparency,
+        max_image_pixels=processor.max_image_pixels,
+    )
+
+
+def store_attributes(recipe: Recipe) -> StoreAttributes | None:
+    """What the first store of the run that is still there says about itself.
+
+    Args:
+        recipe: The run's recipe.
+
+    Returns:
+        Its attributes; None if no store is there.
+    """
     for path in recipe.data.stores or (recipe.data.store,):
         if path is None:
             continue

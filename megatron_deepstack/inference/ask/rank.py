@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.ask.preparation import Preparation, Prepared
 from megatron_deepstack.inference.ask.text import StopWords
 from megatron_deepstack.inference.generate import Writing, generate_answers, score_answers
-from megatron_deepstack.inference.main import MICRO_BATCH_SIZE, load_engine, micro_batches
+from megatron_deepstack.inference.main import MICRO_BATCH_SIZE, micro_batches
 from megatron_deepstack.inference.sampling import Sampling
 from megatron_deepstack.parallel.groups import create_groups
 from megatron_deepstack.step.engine import Engine
@@ -45,14 +45,14 @@ class Scoring:
     """Token ids of each answer; at least one."""
 
 
-def serve(recipe: Recipe, preparation: Preparation, connection: Connection) -> None:
+def serve(answerer: Answerer, preparation: Preparation, connection: Connection) -> None:
     """Answer batches until None arrives. Collective over all ranks; each runs it in a process of its own.
 
     Rank 0 first sends that it is ready. Then it receives a `Batch`, sends for each token a list of the chosen ids, one
     per question, and at the end of the batch the answers' ids as a tuple of lists.
 
     Args:
-        recipe: The run's recipe, of one replica.
+        answerer: The run or folder of weights, in a layout of one replica.
         preparation: How questions were prepared.
         connection: Rank 0's connection to the user's process; other ranks do not use it.
     """
@@ -61,7 +61,8 @@ def serve(recipe: Recipe, preparation: Preparation, connection: Connection) -> N
 
     adapt_megatron()
     join()
-    engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
+    recipe = answerer.recipe
+    engine, _ = answerer.engine(create_groups(recipe.parallel, recipe.train.seed))
     if dist.get_rank() == 0:
         connection.send("ready")
     while True:

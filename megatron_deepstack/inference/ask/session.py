@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
-from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.ask.chat import HELP, chat
 from megatron_deepstack.inference.ask.launch import Conversation, Manner, Reply, converse
 from megatron_deepstack.inference.ask.preparation import Asked, Preparation
-from megatron_deepstack.inference.main import require_checkpoint
 from megatron_deepstack.inference.question_file import read_questions
 
 _TOGETHER: Final = 32
@@ -22,18 +19,18 @@ _TOGETHER: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A run that is asked."""
+    """A run or a folder of weights that is asked."""
 
-    recipe: Recipe
+    answerer: Answerer
     preparation: Preparation
     manner: Manner
 
     @classmethod
-    def of_run(cls, recipe: Recipe, manner: Manner, say: Callable[[str], None]) -> Session:
-        """Look at a run before any rank starts.
+    def of(cls, answerer: Answerer, manner: Manner, say: Callable[[str], None]) -> Session:
+        """Look at a run, or at a folder of weights, before any rank starts.
 
         Args:
-            recipe: The run's recipe, with overrides.
+            answerer: The run or folder.
             manner: How questions are answered.
             say: Called with a line where something is unusual.
 
@@ -41,15 +38,12 @@ class Session:
             The session.
 
         Raises:
-            CheckpointError: The run has no checkpoint.
-            ConfigError: It names no tokenizer.
-            DataError: The tokenizer cannot be read.
+            CheckpointError: A run has no checkpoint.
+            ConfigError: There is no tokenizer.
+            DataError: The tokenizer cannot be read, or is another than the model's.
         """
-        require_checkpoint(recipe)
-        if recipe.data.tokenizer is None:
-            raise ConfigError(["data.tokenizer: not set; `ask` needs it to read questions and to write answers"])
-        preparation = Preparation.of_run(recipe, load_tokenizer(recipe.data.tokenizer), say)
-        return cls(recipe, preparation, manner)
+        answerer.require_weights()
+        return cls(answerer, answerer.preparation("ask", say), manner)
 
     def ask_one(self, question: str, pictures: Sequence[str], shown: Callable[[str], None] | None) -> Reply:
         """Ask one question. What is wrong with it is said before ranks start.
@@ -71,7 +65,7 @@ class Session:
             if shown is not None:
                 shown("\n")
 
-        converse(self.recipe, self.preparation, self.manner, talk)
+        converse(self.answerer, self.preparation, self.manner, talk)
         return replies[0]
 
     def ask_file(self, file: Path, images: str | None, shown: Callable[[str], None] | None) -> list[Reply]:
@@ -96,7 +90,7 @@ class Session:
                     shown(f"{reply.asked.id}: {reply.answer if reply.error is None else f'({reply.error})'}")
                 replies.extend(answered)
 
-        converse(self.recipe, self.preparation, self.manner, talk)
+        converse(self.answerer, self.preparation, self.manner, talk)
         return replies
 
     def chat(
@@ -124,7 +118,7 @@ class Session:
 
         for picture in pictures:
             self.preparation.read(picture)
-        converse(self.recipe, self.preparation, self.manner, talk)
+        converse(self.answerer, self.preparation, self.manner, talk)
 
     @staticmethod
     def document(reply: Reply) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +37,11 @@ class Exam(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Number of questions."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 of what is asked, wherever it lies: two evaluations with the same one are of the same questions."""
 
     @abstractmethod
     def take(self, numbers: Sequence[int]) -> tuple[list[Taken], Views]:
@@ -73,6 +80,11 @@ class StoreExam(Exam):
     def __len__(self) -> int:
         return len(self.store) if self.first is None else min(self.first, len(self.store))
 
+    @property
+    def fingerprint(self) -> str:
+        """As the base says: the store's."""
+        return self.store.plan_hash
+
     def take(self, numbers: Sequence[int]) -> tuple[list[Taken], Views]:
         """As the base says."""
         return [Taken(number, read_question(self.store, number, self.tokenizer)) for number in numbers], self.store
@@ -108,6 +120,15 @@ class FileExam(Exam):
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @property
+    def fingerprint(self) -> str:
+        """As the base says: of texts, known answers and names of pictures, but not of what the pictures show."""
+        told = [
+            (one.id, one.text, one.answers, one.category, [Location.parse(picture).name for picture in one.pictures])
+            for one in self.questions
+        ]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def take(self, numbers: Sequence[int]) -> tuple[list[Taken], Views]:
         """As the base says. A question whose picture cannot be used is taken with the reason."""

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_deepstack.checkpoint.folder import step_folders
-from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, LayoutError
-from megatron_deepstack.inference.ask.preparation import Preparation
+from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.evaluate.exam import Exam, FileExam, StoreExam
 from megatron_deepstack.inference.evaluate.rank import evaluate_on_new_rank
-from megatron_deepstack.inference.main import open_questions, require_checkpoint
 from megatron_deepstack.inference.question_file import read_questions
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
@@ -41,7 +37,7 @@ class Questions:
 
 
 def evaluate(
-    recipe: Recipe,
+    answerer: Answerer,
     questions: Questions,
     *,
     max_new_tokens: int,
@@ -49,10 +45,10 @@ def evaluate(
     name: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Evaluation, Path]:
-    """Evaluate a run's newest checkpoint. This starts the ranks.
+    """Evaluate a run's newest checkpoint, or a folder of weights. This starts the ranks.
 
     Args:
-        recipe: The run's recipe, with overrides.
+        answerer: The run or folder of weights.
         questions: What is asked.
         max_new_tokens: Longest answer in tokens.
         ranks: Number of processes, a multiple of those of a replica; None for one replica.
@@ -70,40 +66,40 @@ def evaluate(
         RankError: A rank failed.
         PreemptedError: It was asked to stop.
     """
-    require_checkpoint(recipe)
-    exam, tokenizer, template, source = _exam(recipe, questions, say)
-    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))
-    num_ranks = _number_of_ranks(recipe, ranks)
+    answerer.require_weights()
+    exam, tokenizer, template, source = _exam(answerer, questions, say)
+    answerer = answerer.without_sequence_parallelism()
+    num_ranks = _number_of_ranks(answerer, ranks)
     say(f"evaluate: {number_of(len(exam), 'question')} of {source} by {number_of(num_ranks, 'rank')}")
-    arguments = (recipe, exam, tokenizer, template, max_new_tokens)
-    scored = launch_ranks(evaluate_on_new_rank, num_ranks, *arguments, stopped=_STOPPED)
-    step, _ = step_folders(recipe.run_dir)[-1]
+    arguments = (answerer, exam, tokenizer, template, max_new_tokens)
+    scored, step = launch_ranks(evaluate_on_new_rank, num_ranks, *arguments, stopped=_STOPPED)
     first = None if questions.limit is None else len(exam)
     evaluation = Evaluation(
-        name=name or evaluation_name(source, first), source=source, step=step, answers=tuple(scored)
+        name=name or evaluation_name(source, first),
+        source=source,
+        step=step,
+        fingerprint=exam.fingerprint,
+        answers=tuple(scored),
     )
-    return evaluation, write_evaluation(recipe.run_dir, evaluation)
+    return evaluation, write_evaluation(answerer.recipe.run_dir, evaluation)
 
 
-def _exam(recipe: Recipe, questions: Questions, say: Callable[[str], None]) -> tuple[Exam, Tokenizer, str, str]:
+def _exam(answerer: Answerer, questions: Questions, say: Callable[[str], None]) -> tuple[Exam, Tokenizer, str, str]:
     """The questions, the tokenizer, the template, and what the questions are called."""
+    preparation = answerer.preparation("evaluate", say)
     if questions.file is not None:
-        if recipe.data.tokenizer is None:
-            raise ConfigError(["data.tokenizer: not set; `evaluate` needs it to read questions and to write answers"])
-        preparation = Preparation.of_run(recipe, load_tokenizer(recipe.data.tokenizer), say)
         asked = read_questions(questions.file, questions.images)[: questions.limit]
         exam = FileExam(preparation, tuple(asked))
         return exam, preparation.tokenizer, preparation.template, str(questions.file)
-    path = questions.store if questions.store is not None else recipe.data.validation_store
+    path = questions.store if questions.store is not None else answerer.recipe.data.validation_store
     if path is None:
         raise ConfigError(["data.validation_store: not set; name questions with --store or --file"])
-    store, tokenizer = open_questions(recipe, path)
+    store, tokenizer = answerer.open_store(path), preparation.tokenizer
     return StoreExam(store, tokenizer, path, questions.limit), tokenizer, store.attributes.tokenizer["template"], path
 
 
-def _number_of_ranks(recipe: Recipe, ranks: int | None) -> int:
-    parallel = recipe.parallel
-    replica = parallel.tensor * parallel.context * parallel.pipeline
+def _number_of_ranks(answerer: Answerer, ranks: int | None) -> int:
+    parallel, replica = answerer.recipe.parallel, answerer.num_ranks
     if ranks is not None and ranks % replica:
         raise LayoutError(
             [
@@ -117,7 +113,8 @@ def _number_of_ranks(recipe: Recipe, ranks: int | None) -> int:
 def show(evaluation: Evaluation) -> None:
     """Print the means, of all questions and by category, to stdout."""
     console, means = Console(), evaluation.means()
-    table = Table(title=f"{evaluation.name}, step {evaluation.step}", title_justify="left")
+    step = "" if evaluation.step is None else f", step {evaluation.step}"
+    table = Table(title=f"{evaluation.name}{step}", title_justify="left")
     table.add_column("questions", overflow="fold")
     table.add_column("number", justify="right")
     for metric in means:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.evaluate.exam import Exam, Taken
 from megatron_deepstack.inference.generate import Writing, generate_answers
-from megatron_deepstack.inference.main import MICRO_BATCH_SIZE, load_engine, micro_batches
+from megatron_deepstack.inference.main import MICRO_BATCH_SIZE, micro_batches
 from megatron_deepstack.parallel.groups import create_groups
 from megatron_deepstack.platform.progress import WorkProgress
 from megatron_deepstack.scores.evaluation import Scored
@@ -21,30 +21,30 @@ from megatron_deepstack.step.engine import Engine
 
 
 def evaluate_on_new_rank(
-    recipe: Recipe, exam: Exam, tokenizer: Tokenizer, template: str, max_new_tokens: int
-) -> list[Scored]:
-    """Load the newest whole checkpoint and evaluate it. Collective over all ranks, each in a process of its own.
+    answerer: Answerer, exam: Exam, tokenizer: Tokenizer, template: str, max_new_tokens: int
+) -> tuple[list[Scored], int | None]:
+    """Load a model and evaluate it. Collective over all ranks, each in a process of its own.
 
     Args:
-        recipe: The run's recipe; the ranks form whole replicas of its layout.
+        answerer: The run or folder of weights; the ranks form whole replicas of its layout.
         exam: The questions.
         tokenizer: The run's tokenizer.
         template: The template by which they are written.
         max_new_tokens: Longest answer in tokens.
 
     Returns:
-        All scored answers, in the exam's order, on every rank.
+        All scored answers, in the exam's order, and the training steps of the model if they are known, on every rank.
     """
     from megatron_deepstack.platform.compute.megatron_cpu import adapt_megatron
     from megatron_deepstack.platform.processes.process_group import join, leave
 
     adapt_megatron()
     join()
-    engine = load_engine(recipe, create_groups(recipe.parallel, recipe.train.seed))
+    engine, step = answerer.engine(create_groups(answerer.recipe.parallel, answerer.recipe.train.seed))
     with WorkProgress("evaluate", len(exam), "questions", quiet=dist.get_rank() != 0) as progress:
         scored = evaluate_exam(engine, exam, tokenizer, template, max_new_tokens, progress.at)
     leave()
-    return scored
+    return scored, step
 
 
 def evaluate_exam(

@@ -1,4 +1,4 @@
-"""A run as a model of lmms-eval: answers, likelihoods of given answers, and tasks of several rounds, in batches.
+"""A run or a folder of weights as a model of lmms-eval: answers, likelihoods of given ones, and tasks of rounds.
 
 A task's pictures reach the model as the bytes of a PNG, which loses nothing, so they are processed like files.
 """
@@ -13,16 +13,13 @@ from typing import Any, Final
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.inference.answerer import answerer_at
 from megatron_deepstack.inference.ask.launch import Manner, OpenRanks
-from megatron_deepstack.inference.ask.preparation import Asked, Preparation
-from megatron_deepstack.inference.main import require_checkpoint
+from megatron_deepstack.inference.ask.preparation import Asked
 from megatron_deepstack.inference.sampling import Sampling
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
-from megatron_deepstack.planning.check import checked
 from megatron_deepstack.platform.progress import WorkProgress
-from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
 
 _LONGEST_ANSWER: Final = 1024
 """Longest answer where a task says nothing, as in the harness's own LLaVA."""
@@ -30,7 +27,7 @@ _LAYOUT: Final = ("tensor", "pipeline", "virtual_pipeline", "context")
 
 
 class MegatronDeepStack(lmms):  # type: ignore[misc]
-    """`--model megatron_deepstack --model_args run=RUN,pipeline=1`: a run, in its own layout or another."""
+    """`--model megatron_deepstack --model_args run=RUN,pipeline=1`: a run or folder, in any layout."""
 
     is_simple = True
 
@@ -38,10 +35,11 @@ class MegatronDeepStack(lmms):  # type: ignore[misc]
         """Start the ranks.
 
         Args:
-            run: Folder of a run with a checkpoint.
+            run: Folder of a run with a checkpoint, or a folder of weights, such as `export` writes.
             batch_size: Questions that are prepared together; their pictures are in memory meanwhile.
             **options: Of `--model_args`: `tensor`, `pipeline`, `virtual_pipeline`, `context` (the layout, by default
-                the run's) and `tokenizer` (its path, if it has moved). What lmms-eval adds itself is passed over.
+                the run's), `tokenizer` (its path, if it has moved) and `precision` (`fp32` or `bf16`). What lmms-eval
+                adds itself is passed over.
 
         Raises:
             ConfigError: The run cannot be asked.
@@ -49,13 +47,12 @@ class MegatronDeepStack(lmms):  # type: ignore[misc]
         super().__init__()
         overrides = [f"parallel.{axis}={options[axis]}" for axis in _LAYOUT if axis in options]
         overrides += [f"data.tokenizer={options['tokenizer']}"] if "tokenizer" in options else []
-        recipe = checked(*checkable_recipe_of_run(Path(run), overrides))
-        require_checkpoint(recipe)
-        if recipe.data.tokenizer is None:
-            raise ConfigError(["data.tokenizer: not set; name it with --model_args run=RUN,tokenizer=PATH"])
-        preparation = Preparation.of_run(recipe, load_tokenizer(recipe.data.tokenizer), print)
+        overrides += [f"train.precision={options['precision']}"] if "precision" in options else []
+        answerer = answerer_at(Path(run), overrides)
+        answerer.require_weights()
+        preparation = answerer.preparation("lmms-eval", print)
         self.batch_size = max(int(batch_size), 1)
-        self._ranks = OpenRanks(recipe, preparation, Manner())
+        self._ranks = OpenRanks(answerer, preparation, Manner())
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer questions.

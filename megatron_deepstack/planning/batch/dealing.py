@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Batching
-from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, TrainConfig
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.planning.batch.packer import listed, row_numbers
 from megatron_deepstack.planning.batch.packing import padded_sample_length
-from megatron_deepstack.planning.batch.sequence import padded_table
-from megatron_deepstack.planning.budget.cost import decoder_flops
+from megatron_deepstack.planning.batch.sequence import row_table
+from megatron_deepstack.planning.budget.cost import decoder_flops, unit_flops
+from megatron_deepstack.planning.views import ViewGrid
 
 Costs = npt.NDArray[np.float64]
 MicroBatch = tuple[tuple[int, ...], ...]
@@ -62,7 +63,7 @@ class Deal:
 
 def deal(
     lengths: npt.NDArray[np.integer],
-    num_units: npt.NDArray[np.integer],
+    encoder_costs: npt.NDArray[np.number],
     language: LanguageConfig,
     parallel: ParallelConfig,
     train: TrainConfig,
@@ -72,7 +73,7 @@ def deal(
 
     Args:
         lengths: int64 (N,), tokens of each sample, including visual tokens and after truncation.
-        num_units: int64 (N,), units that each sample gives the encoder.
+        encoder_costs: (N,), what each sample costs the encoder, in any unit; see `encoder_costs_of`.
         language: The decoder, which determines what a length costs.
         parallel: The layout of a replica.
         train: Capacity of a row, size of a micro-batch, and whether samples are packed.
@@ -94,11 +95,35 @@ def deal(
         owner, count = np.empty(len(lengths), np.int64), len(order)
         owner[order] = np.arange(count)[:, None]
         costs, longest = size * cost[order[:, 0]], lengths[order[:, 0]].astype(np.float64)
-    table = np.array(deal_evenly(costs, _sums(owner, num_units, count), num_replicas), np.int64)
+    table = np.array(deal_evenly(costs, _sums(owner, encoder_costs, count), num_replicas), np.int64)
     replicas = tuple(tuple(batches[one] for one in mine) for mine in table.tolist())
     work = costs[table].sum(1)
     padding = _padding(longest[table], size, int(lengths.sum()), parallel, train)
     return Deal(replicas, Balance(padding, float(work.max() / work.mean() - 1) if work.any() else 0.0))
+
+
+def encoder_costs_of(
+    model: ModelConfig, units: npt.NDArray[np.integer], views: npt.NDArray[np.integer] | None
+) -> Costs:
+    """Return what samples cost the encoder: their units, or the operations of their views where these differ.
+
+    Args:
+        model: The recipe's model.
+        units: int64 (N,), units of each sample.
+        views: int64 (I, 4), of views of any size the sample that has each, and its patches in time, height and width;
+            None if all views have one size.
+
+    Returns:
+        float64 (N,). Attention is quadratic in the patches of a frame, so one large view costs more than several small
+        ones of the same area.
+    """
+    if views is None:
+        return units.astype(np.float64)
+    shapes, which = np.unique(views[:, 1:], axis=0, return_inverse=True)
+    costs = np.array([unit_flops(model, ViewGrid(*shape)) for shape in shapes.tolist()], np.float64)
+    found: Costs = np.zeros(len(units))
+    np.add.at(found, views[:, 0], costs[which.reshape(-1)])
+    return found
 
 
 def _sums(owner: npt.NDArray[np.int64], values: npt.NDArray[Any], count: int) -> Costs:
@@ -176,6 +201,6 @@ def _idlest(work: Costs) -> Iterator[int]:
 
 def _padding(longest: Costs, batch_size: int, tokens: int, parallel: ParallelConfig, train: TrainConfig) -> float:
     """Return the share of positions that hold no sample, from the longest row of each replica's micro-batches."""
-    padded = padded_table(np.maximum(longest, 1).astype(np.int64), parallel, train.precision)
+    padded = row_table(np.maximum(longest, 1).astype(np.int64), parallel, train)
     positions = batch_size * int(padded.sum())
     return 1 - tokens / positions if positions else 0.0

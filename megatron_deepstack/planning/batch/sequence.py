@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.config.choices import Precision, RowLength
+from megatron_deepstack.config.schema import ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sequence_multiple
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -174,6 +174,37 @@ def padded_table(longest: Tokens, parallel: ParallelConfig, precision: Precision
     waste = 1 - each.sum(axis=1) / common.sum(axis=1)
     differ = (parallel.virtual_pipeline == 1) & (waste > _SMALL_WASTE)
     return np.where(differ[:, None], each, common)
+
+
+def row_lengths(lengths: Sequence[Sequence[int]], parallel: ParallelConfig, train: TrainConfig) -> tuple[int, ...]:
+    """Return the padded length of each micro-batch of a training step.
+
+    Args:
+        lengths: For each micro-batch of a replica the tokens of its samples or packs, none above `train.seq_length`.
+        parallel: The layout, which splits sequences.
+        train: Says whether all rows have the full length.
+
+    Returns:
+        S of each micro-batch.
+    """
+    longest = np.array([[max(batch, default=1) for batch in lengths]], np.int64)
+    return tuple(row_table(longest, parallel, train)[0].tolist())
+
+
+def row_table(longest: Tokens, parallel: ParallelConfig, train: TrainConfig) -> Tokens:
+    """Return the padded length of each micro-batch of several replicas at once; see `row_lengths`.
+
+    Args:
+        longest: int64 (replicas, micro-batches), the tokens of the longest sample or pack of each.
+        parallel: The layout, which splits sequences.
+        train: Says whether all rows have the full length.
+
+    Returns:
+        int64 (replicas, micro-batches), S of each.
+    """
+    if train.row_length is RowLength.FULL:
+        return np.full_like(longest, padded_length([train.seq_length], parallel, train.precision))
+    return padded_table(longest, parallel, train.precision)
 
 
 @dataclass(frozen=True, slots=True)

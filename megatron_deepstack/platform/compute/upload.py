@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_deepstack.platform.compute.device import local_device
+from megatron_deepstack.platform.compute.device import has_gpu, local_device
+
+_ALIGNMENT = 64
+"""Bytes; more than any number format needs."""
 
 
 def upload(host: torch.Tensor) -> torch.Tensor:
@@ -34,3 +38,61 @@ def upload_all(arrays: Sequence[npt.NDArray]) -> list[torch.Tensor]:
     together = upload(torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays], dtype=np.int64)))
     parts = together.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+class Upload:
+    """Tensors on their way to the device: one page-locked buffer, and one transfer beside what the device computes.
+
+    Any thread may begin an upload; the thread that computes takes it. Without a GPU the buffer itself is what is taken.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy the tensors into the buffer and begin the transfer. Never waits for the device.
+
+        Args:
+            tensors: On the host, of any shapes and dtypes; they may change afterwards.
+        """
+        self._places: list[tuple[int, torch.dtype, torch.Size]] = []
+        end = 0
+        for tensor in tensors:
+            self._places.append((end, tensor.dtype, tensor.shape))
+            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        self._arrived: torch.cuda.Event | None = None
+        if not has_gpu():
+            self._buffer = self._filled(tensors, torch.empty(end, dtype=torch.uint8))
+            return
+        device = local_device()
+        with torch.cuda.device(device), torch.cuda.stream(_side_stream()):  # a new thread begins with the first device
+            buffer = self._filled(tensors, torch.empty(end, dtype=torch.uint8, pin_memory=True))
+            self._buffer = buffer.to(device, non_blocking=True)  # torch keeps the host's memory until it is over
+            self._arrived = torch.cuda.current_stream().record_event()
+
+    def _filled(self, tensors: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+        for tensor, place in zip(tensors, self._views(buffer), strict=True):
+            place.copy_(tensor)
+        return buffer
+
+    def take(self) -> list[torch.Tensor]:
+        """The tensors on the device, which share one storage. What is computed with them waits for the transfer.
+
+        Returns:
+            As they were given, in the same order.
+        """
+        if self._arrived is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._arrived)
+            self._buffer.record_stream(stream)
+        return self._views(self._buffer)
+
+    def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        views = []
+        for begin, dtype, shape in self._places:
+            bytes_ = buffer[begin : begin + shape.numel() * dtype.itemsize]
+            views.append(bytes_.view(dtype).view(shape))
+        return views
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """The stream of all uploads of this process."""
+    return torch.cuda.Stream(local_device())
