@@ -78,6 +78,8 @@ class Manifest:
     samples: dict[str, Any] = field(default_factory=dict)
     """What the run read when it was written: `stores` and `num_samples`. Empty in older ones."""
     version: int = FORMAT_VERSION
+    weights_alone: bool = False
+    """It was made of a folder of weights: there is no optimizer, and `facts` are those of the model alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "made_with": manifest.made_with,
         "samples": manifest.samples,
         "files": manifest.files,
+        **({"weights_alone": True} if manifest.weights_alone else {}),
     }
     return json.dumps(content, indent=1, allow_nan=False)
 
@@ -306,6 +309,7 @@ def manifest_from_json(path: Path, text: str) -> Manifest:
             made_with=dict(raw.get("made_with", {})),
             samples=dict(raw.get("samples", {})),
             version=int(raw["version"]),
+            weights_alone=bool(raw.get("weights_alone", False)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its {MANIFEST} is missing or damaged ({error})") from error

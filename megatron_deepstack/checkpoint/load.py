@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -21,6 +22,7 @@ from megatron_deepstack.checkpoint.folder import Checkpoint
 from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.model.layers.lora import is_adapter
 from megatron_deepstack.parallel.agree import phase
 
 
@@ -46,6 +48,8 @@ def load(
     if optimizer is not None:
         allocate_states(optimizer)
     state = sharded_state(model, optimizer, version=checkpoint.manifest.version)
+    if checkpoint.manifest.weights_alone:
+        state["model"] = {part: _without_adapters(weights) for part, weights in state["model"].items()}
     if layout is not None and checkpoint.manifest.layout == layout:
         state["random"] = sharded_random_states()
     asked = {part: list(weights) for part, weights in state["model"].items()}  # the common part could bring others
@@ -64,6 +68,11 @@ def load(
         load_optimizer(optimizer, loaded["optimizer"])
     if "random" in state:
         set_random_states(loaded["random"])
+
+
+def _without_adapters(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of weights alone holds: adapters are the run's own, and stay as they are."""
+    return {name: part for name, part in weights.items() if not is_adapter(name)}
 
 
 def _reason(error: BaseException, checkpoint: Checkpoint) -> str:

@@ -80,9 +80,14 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "export my-run adapters --naming hugging_face --adapters alone",
     ),
     "check-parity": ("check-parity models/qwen3-vl-2b", "check-parity my-export --tp 2 --pp 2 --sequence-parallel"),
-    "convert": ("convert exported for-transformers", "convert for-transformers published --to paper"),
+    "convert": (
+        "convert exported for-transformers",
+        "convert for-transformers published --to paper",
+        "convert downloaded my-run --to checkpoint --check",
+    ),
     "check-reference": (
         "check-reference reference/cases/plain.safetensors --pp 2",
+        "check-reference reference/cases/plain.safetensors --through-export",
         "check-reference --crops reference/crops --photos reference/photos",
     ),
 }

@@ -26,6 +26,10 @@ def check_reference(
     encoder_placement: Annotated[
         EncoderPlacement, typer.Option(help="Where ViT and projector run.")
     ] = EncoderPlacement.SPREAD,
+    exported: Annotated[
+        bool,
+        typer.Option("--through-export", help="Write each case in both layouts, read it back, and compare that."),
+    ] = False,
     crops: Annotated[Path | None, typer.Option(help="Folder with crops.npz; compares the cut of --photos.")] = None,
     photos: Annotated[Path | None, typer.Option(help="Folder of the photos that --crops was made from.")] = None,
     conversations: Annotated[Path | None, typer.Option(help="conversations.json; needs --tokenizer.")] = None,
@@ -36,6 +40,8 @@ def check_reference(
     _together(conversations=conversations, tokenizer=tokenizer)
     if not (files or crops or conversations):
         raise typer.BadParameter("nothing to compare: give FILE..., --crops and --photos, or --conversations")
+    if exported and not files:
+        raise typer.BadParameter("--through-export: cases go through an export; name FILE...")
     if files:
         from megatron_deepstack.testing.published.reference import check_cases
 
@@ -48,7 +54,7 @@ def check_reference(
             recompute=recompute,
             encoder_placement=encoder_placement,
         )
-        _say_all(check_cases(files, layout, data_parallel=dp))
+        _say_all(check_cases(files, layout, data_parallel=dp, exported=exported))
     if crops and photos:
         from megatron_deepstack.testing.published.reference_data import check_crops
 

@@ -165,22 +165,45 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to create.")],
     to: Annotated[
         str,
-        typer.Option(help="`hugging_face`: as transformers loads and prompts it. `paper`: the published names."),
+        typer.Option(
+            help="`hugging_face`: as transformers loads and prompts it. `paper`: the published names. `checkpoint`: a "
+            "run folder from which `train` begins."
+        ),
     ] = "hugging_face",
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of a file of weights in GB.")] = 5.0,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Compare what both compute; if TARGET is there already, compare alone."),
+    ] = False,
+    picture: Annotated[
+        list[Path] | None, typer.Option(help="A picture to compare on, beside drawn ones; may be repeated.")
+    ] = None,
 ) -> None:
     """Write a folder of weights in another layout: an export of either naming, LLaVA's, or a release of DeepStack.
 
     No run is needed and no model is built. Every tensor keeps its dtype and its bytes, and one at a time is in memory.
     """
     namings = {"hugging_face": "hugging_face", "paper": "published"}
-    if to not in namings:
-        raise ConfigError([f"--to: found {to!r}, expected {' or '.join(namings)}"])
-    from megatron_deepstack.convert.folders import convert_folder
-    from megatron_deepstack.convert.hf_names import Naming
+    if to not in (*namings, "checkpoint"):
+        raise ConfigError([f"--to: found {to!r}, expected {', '.join(namings)} or checkpoint"])
+    if picture and not check:
+        raise ConfigError(["--picture: pictures are for --check; add it"])
+    if not (check and target.is_dir() and any(target.iterdir())):
+        if to == "checkpoint":
+            from megatron_deepstack.inference.to_checkpoint import checkpoint_of_folder
 
-    convert_folder(source, target, Naming(namings[to]), shard_bytes=int(shard_gb * 1e9), say=tell)
-    say(f"convert: {target}")
+            checkpoint_of_folder(source, target, say=tell)
+        else:
+            from megatron_deepstack.convert.folders import convert_folder
+            from megatron_deepstack.convert.hf_names import Naming
+
+            convert_folder(source, target, Naming(namings[to]), shard_bytes=int(shard_gb * 1e9), say=tell)
+        say(f"convert: {target}")
+    if check:
+        from megatron_deepstack.testing.parity.conversion import check_conversion
+
+        for line in check_conversion(source, target, picture or ()):
+            say(line)
 
 
 @app.command()

@@ -89,6 +89,13 @@ class Batching(StrEnum):
     PACKED = "packed"
 
 
+class RowLength(StrEnum):
+    """How long the rows of a step are."""
+
+    NEEDED = "needed"
+    FULL = "full"
+
+
 class LrSchedule(StrEnum):
     """Shape of the learning rate after warm-up."""
 
@@ -156,7 +163,7 @@ class SaveMode(StrEnum):
 
 
 class LoraTarget(StrEnum):
-    """Linear layers of the decoder that LoRA can adapt."""
+    """Linear layers of a transformer layer that LoRA can adapt."""
 
     QKV = "qkv"
     ATTENTION_OUTPUT = "attention_output"
@@ -193,6 +200,13 @@ class ScoreMetric(StrEnum):
 
 class GradientDtype(StrEnum):
     """Number format of the gradient buffers."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class MomentDtype(StrEnum):
+    """Number format of Adam's two moments."""
 
     FP32 = "fp32"
     BF16 = "bf16"

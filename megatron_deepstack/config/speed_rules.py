@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_deepstack.config.choices import GradientDtype, Precision, Switch
-from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, SpeedConfig
+from megatron_deepstack.config.choices import GradientDtype, MomentDtype, Precision, Switch
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, OptimizerConfig, ParallelConfig, SpeedConfig
 
 FUSIONS = (
     "activation_fusion",
@@ -18,6 +18,8 @@ FUSIONS = (
     "optimizer_fusion",
 )
 """Settings that follow `speed.fusions` where they are `auto`."""
+BF16_ROUNDING = 2.0**-8
+"""Largest relative change of a number that rounding to bf16 may take back: half of its last place."""
 
 
 def switch_of(speed: SpeedConfig, name: str) -> Switch:
@@ -90,3 +92,42 @@ def violations(
             "speed.gradient_dtype train.precision",
             "found bf16 under train.precision fp32, whose parameters need float32 gradients; use fp32",
         )
+
+
+def moment_violations(
+    optimizer: OptimizerConfig, parallel: ParallelConfig, precision: Precision
+) -> Iterator[tuple[str, str]]:
+    """Yield what stands against moments that are kept in bf16.
+
+    A moment moves by a share of 1 - beta towards the new value. Where that share is below half of bf16's last place,
+    rounding takes the change back: a moment then never gets smaller, however small the gradients become.
+
+    Args:
+        optimizer: The section.
+        parallel: The layout.
+        precision: Dtype of parameters and activations.
+
+    Yields:
+        The paths of the fields that do not fit, and what is wrong in words.
+    """
+    if optimizer.moment_dtype is not MomentDtype.BF16:
+        return
+    if not parallel.distributed_optimizer:
+        yield (
+            "optimizer.moment_dtype parallel.distributed_optimizer",
+            "found bf16, which needs Megatron's distributed optimizer; set parallel.distributed_optimizer=true",
+        )
+    if precision is Precision.FP32:
+        yield (
+            "optimizer.moment_dtype train.precision",
+            "found bf16 under train.precision fp32, where all of training is float32; use fp32",
+        )
+    for name in ("beta1", "beta2"):
+        beta = getattr(optimizer, name)
+        if 1.0 - beta < BF16_ROUNDING:
+            yield (
+                f"optimizer.moment_dtype optimizer.{name}",
+                f"found bf16 and {name} {beta:g}: a step changes a moment by {1.0 - beta:.1g} of its value, and "
+                f"rounding to bf16 takes back changes below {BF16_ROUNDING:.2g}; use fp32, or {name} of at most "
+                f"{1.0 - BF16_ROUNDING:.3f}, such as 0.95",
+            )

@@ -46,6 +46,15 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
     """
     if naming is Naming.HUGGING_FACE and model.variant.traits.whole_model is None:
         transformers_config(model, model.language.vocab_size, 0)
+    require_absent(output)
+
+
+def require_absent(output: Path) -> None:
+    """Refuse a folder that is there already.
+
+    Raises:
+        CheckpointError: `output` exists and is not an empty folder.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; name another, nothing is overwritten")
 

@@ -184,12 +184,13 @@ def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, An
         raise CheckpointError(f"{folder / CONFIG}: a folder of {kind}, which is read by train.init_from alone")
     if kind == DEEPSTACK or kind in set(Variant):
         return {"variant": config.get("variant", kind), "stacks": config.get("stacks") or {}}
-    if kind == "llava":
-        return {"variant": str(published_variant(has_stacks=False, is_any_resolution=False))}
+    if kind in ("llava", "llava_next"):
+        return {"variant": str(published_variant(has_stacks=False, is_any_resolution=kind == "llava_next"))}
     if kind not in RELEASES:
         raise CheckpointError(
             f"{folder / CONFIG}: model_type {kind!r} is no whole model of ours; known are {DEEPSTACK}, "
-            f"{', '.join(Variant)}, llava, {', '.join(RELEASES)}. Name its parts in train.init_from of a recipe"
+            f"{', '.join(Variant)}, llava, llava_next, {', '.join(RELEASES)}. Name its parts in "
+            "train.init_from of a recipe"
         )
     stacks = {
         "start": config.get("deepstack_start_id", 1),

@@ -15,6 +15,7 @@ from megatron_deepstack.convert.export_files import About
 from megatron_deepstack.convert.exported_folder import ExportedFolder, read_exported
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.convert.tensor_writer import SHARD_BYTES
+from megatron_deepstack.convert.vocabulary import require_rows
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.platform.quantity import data_size, number_of
 
@@ -61,6 +62,8 @@ def convert_folder(
         say(f"{source} holds no tokenizer; copy one into {target} before you prompt the model")
     require_room(Path(target), size)
     tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
+    if tokenizer is not None:
+        require_rows(tokenizer, found.model.language.vocab_size, str(source))
     about = About(data=found.data, seq_length=found.seq_length)
     write_model(found.tensors, found.model, Path(target), naming, tokenizer, about, shard_bytes)
     return found

@@ -146,6 +146,7 @@ def deepstack_config(model: ModelConfig, vocab_size: int, image_token: int) -> d
             "AutoConfig": "configuration_deepstack.DeepStackConfig",
             "AutoModel": "modeling_deepstack.DeepStackModel",
             "AutoModelForImageTextToText": "modeling_deepstack.DeepStackForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_deepstack.DeepStackForConditionalGeneration",
             "AutoModelForCausalLM": "modeling_deepstack.DeepStackForConditionalGeneration",
         },
         "variant": str(model.variant),

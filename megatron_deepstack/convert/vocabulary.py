@@ -12,6 +12,8 @@ from typing import Any, Final
 import torch
 
 from megatron_deepstack.convert.tensor_files import LazyTensor
+from megatron_deepstack.data.text.tokenizer import Tokenizer
+from megatron_deepstack.errors import CheckpointError
 
 EMBEDDINGS: Final = ("model.embed_tokens.weight", "lm_head.weight")
 """Published names of the tensors that have a row for each token."""
@@ -63,6 +65,24 @@ def text_rows(config: Mapping[str, Any]) -> int | None:
     if not isinstance(image, int) or rows is None:
         return None
     return image if padded_vocabulary(image, image) == rows else None
+
+
+def require_rows(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Refuse a tokenizer that gives ids without a row in the embedding: it belongs to another model.
+
+    Args:
+        tokenizer: The folder's tokenizer.
+        vocab_size: Rows that stand for text.
+        where: The folder, for the message.
+
+    Raises:
+        CheckpointError: It has more tokens than there are rows. Control tokens do not count: no text gives their ids.
+    """
+    if tokenizer.num_text_ids > vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.source}: has {tokenizer.num_text_ids} tokens, {where} has {vocab_size} rows for "
+            "text; it is the tokenizer of another model, or tokens were added to it: put the model's own one there"
+        )
 
 
 def without_placeholders(tensor: LazyTensor, num_rows: int, rows: int | None) -> LazyTensor:

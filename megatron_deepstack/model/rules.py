@@ -25,6 +25,10 @@ class Span:
     start: int
     stop: int
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this part of the whole tensor, without a copy."""
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
 
 class PartialSource(ABC):
     """A Source that can also make a part of a tensor, without the rest of it."""
@@ -102,7 +106,7 @@ class Rule:
         span = Span(dim, min(rank * own, shape[dim]), min((rank + 1) * own, shape[dim]))
         if isinstance(source, PartialSource):
             return source.part(name, shape, span)
-        return source(name, shape).narrow(dim, span.start, span.stop - span.start)
+        return span.of(source(name, shape))
 
     def published(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The published tensors, in the order of `names`, from our parameter on every tp rank."""
@@ -143,8 +147,15 @@ class Rule:
 Rules = dict[str, Rule]
 
 
-def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_ranks: int) -> None:
-    """Set every parameter of a module from full published tensors. Not collective.
+def fill(
+    module: torch.nn.Module,
+    rules: Rules,
+    source: Source,
+    rank: int,
+    num_ranks: int,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Set the parameters of a module from full published tensors. Not collective.
 
     Args:
         module: Changed in place.
@@ -153,8 +164,11 @@ def fill(module: torch.nn.Module, rules: Rules, source: Source, rank: int, num_r
             alone is asked.
         rank: The tp rank whose shard is taken.
         num_ranks: Ranks that share a tensor.
+        wanted: Whether a parameter of that name is set; every one by default.
     """
     for name, parameter in module.named_parameters():
+        if not wanted(name):
+            continue
         shard = rules[name].shard(source, rank, num_ranks)
         assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
         with torch.no_grad():

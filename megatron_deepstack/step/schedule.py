@@ -73,8 +73,8 @@ def run_schedule(
         uploaded: `micro_batch_arrays` on the device; uploaded here if they are not given.
 
     Returns:
-        On the last stage the losses or the logits; elsewhere nothing. Gradients are left in the buffers of the chunks,
-        neither reduced over all ranks nor divided.
+        On the last stage the losses or the logits; elsewhere nothing. Gradients are in the buffers of the chunks;
+        `train_step` completes their reduction and divides them.
     """
     config.finalize_model_grads_func = _leave_to_train_step
     config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.data.order.sampler import global_batch
-from megatron_deepstack.planning.batch.step_plan import plan_step
+from megatron_deepstack.planning.batch.step_plan import plan_training_step
 from megatron_deepstack.testing.tiny import tiny_samples, tiny_share, unit_pixels
 
 
@@ -70,10 +69,7 @@ def run_trial(
         order = global_batch(train.seed, step, train.global_batch_size, num_samples)
         batch = [samples[int(i)] for i in order]
         planned, images = tiny_share(batch, recipe, groups.place.dp, groups.axes.dp, truncate)
-        packed = train.batching is Batching.PACKED
-        plan = plan_step(
-            recipe.model, recipe.parallel, planned, groups.replica_rank, packed=packed, precision=train.precision
-        )
+        plan = plan_training_step(recipe.model, recipe.parallel, train, planned, groups.replica_rank)
         pixels = unit_pixels(recipe.model, images, plan)
         with watch or nullcontext():
             loss = forward_backward(engine, plan, pixels, StepClock())

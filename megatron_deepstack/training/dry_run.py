@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import LayoutError
 from megatron_deepstack.planning.batch.dealing import Deal, deal
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
-from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
+from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_training_step
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.budget.load import Shapes, usual_shape
 from megatron_deepstack.planning.check import check_world, model_ranks
@@ -110,7 +109,8 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
         found.clear()
         replicas = world_size // model_ranks(recipe.parallel)
         with part("deal the step"):
-            dealt = deal(shapes.lengths, shapes.units, recipe.model.language, recipe.parallel, recipe.train, replicas)
+            costs = shapes.encoder_costs(recipe.model)
+            dealt = deal(shapes.lengths, costs, recipe.model.language, recipe.parallel, recipe.train, replicas)
         note = []
         with part("plan the rank's step", note):
             plan = _plan(recipe, dealt, shapes, groups.place.dp, groups.replica_rank)
@@ -125,9 +125,7 @@ def _plan(recipe: Recipe, dealt: Deal, shapes: Shapes, dp: int, replica_rank: in
     batches = [
         [merge([samples[one] for one in row]) if row else filler() for row in batch] for batch in dealt.replicas[dp]
     ]
-    packed = recipe.train.batching is Batching.PACKED
-    precision = recipe.train.precision
-    return plan_step(recipe.model, recipe.parallel, batches, replica_rank, packed=packed, precision=precision)
+    return plan_training_step(recipe.model, recipe.parallel, recipe.train, batches, replica_rank)
 
 
 def _sample(recipe: Recipe, shapes: Shapes, number: int) -> PlannedSample:

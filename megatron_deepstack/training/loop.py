@@ -107,7 +107,8 @@ def _greet(log: MetricsLog, session: Session, resumption: Resumption) -> None:
     for fault in resumption.passed_over:
         log.say(f"not whole, passed over: {fault}")
     if resumption.path is not None:
-        log.say(f"resuming after step {resumption.step} from {resumption.path}")
+        begins = resumption.step == 0  # a checkpoint of weights alone
+        log.say(f"{'beginning' if begins else f'resuming after step {resumption.step}'} from {resumption.path}")
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from megatron_deepstack.data.order.opening import checked_store, known_store, op
 from megatron_deepstack.data.order.steps import Share, StepReader
 from megatron_deepstack.errors import ConfigError, DataError
 from megatron_deepstack.inference.evaluate.exam import OpenedExam
-from megatron_deepstack.model.build import RankModel, build_model, fill_model, freeze
+from megatron_deepstack.model.build import RankModel, build_model, fill_adapters, fill_model, freeze
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.model.layers.fp8 import require_fp8
 from megatron_deepstack.model.layers.specs import uses_transformer_engine
@@ -42,7 +42,7 @@ from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.run_folder.starting_weights import StartingWeights
 from megatron_deepstack.step.engine import Engine, build_engine
 from megatron_deepstack.training.evaluation import open_training_exam
-from megatron_deepstack.training.optim.optimizer import Optimizer
+from megatron_deepstack.training.optim.optimizer import Optimizer, require_moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,11 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
     with phase():
         if beginning.checkpoint is None:
             starting = _initialise(model, recipe, groups)
+        elif recipe.lora.rank and beginning.checkpoint.manifest.weights_alone:
+            fill_adapters(model, random_source(recipe.model, train.seed, train.init_std), groups.decoder.tp)
         freeze(model, train.trainable)
+    if beginning.checkpoint is not None and beginning.checkpoint.manifest.weights_alone:
+        load(beginning.checkpoint, model, None)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
     optimizer = Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
     return Session(
@@ -210,6 +214,9 @@ def resume(session: Session) -> Resumption:
     if checkpoint is None:
         allocate_states(session.optimizer.chained)
         return Resumption(step=0, path=None, passed_over=())
+    if checkpoint.manifest.weights_alone:
+        allocate_states(session.optimizer.chained)
+        return Resumption(step=0, path=checkpoint.path, passed_over=session.beginning.passed_over)
     layout = layout_facts(session.groups.axes, session.recipe.parallel)
     with phase():
         load(checkpoint, session.engine.model, session.optimizer.chained, layout)
@@ -273,6 +280,7 @@ def _stores(recipe: Recipe) -> list[str]:
 def _layers(recipe: Recipe) -> dict[str, Any]:
     """Whose layers this rank builds, and with which fusions. Raises ConfigError where it cannot build the recipe's."""
     require_fp8(recipe.train.precision, recipe.train.fp8_scaling, recipe.model.layers)
+    require_moments(recipe.optimizer, capabilities())
     layers = "transformer_engine" if uses_transformer_engine(recipe.model.layers) else "local"
     decided = {f"speed.{name}": str(value) for name, value in asdict(speed_of(recipe, capabilities())).items()}
     return {"layers": layers, **decided}

@@ -77,6 +77,24 @@ RULES = {
         {"speed.gradient_dtype": "bf16", "train.precision": "fp32"},
         "speed.gradient_dtype: found bf16 under train.precision fp32, whose parameters need float32 gradients; use",
     ),
+    "moments of copies": (
+        {"optimizer.moment_dtype": "bf16", "optimizer.beta2": 0.95},
+        "optimizer.moment_dtype: found bf16, which needs Megatron's distributed optimizer; set parallel.distributed",
+    ),
+    "moments in float32": (
+        {
+            "optimizer.moment_dtype": "bf16",
+            "optimizer.beta2": 0.95,
+            "parallel.distributed_optimizer": True,
+            "train.precision": "fp32",
+        },
+        "optimizer.moment_dtype: found bf16 under train.precision fp32, where all of training is float32; use fp32",
+    ),
+    "moments that rounding holds": (
+        {"optimizer.moment_dtype": "bf16", "parallel.distributed_optimizer": True},
+        "optimizer.moment_dtype: found bf16 and beta2 0.999: a step changes a moment by 0.001 of its value, and "
+        "rounding to bf16 takes back changes below 0.0039; use fp32, or beta2 of at most 0.996, such as 0.95",
+    ),
     "nothing to recompute": (
         {"parallel.recompute": "selective", "parallel.recompute_modules": []},
         "parallel.recompute_modules: is empty, and recompute is selective; name at least one of core_attn, mlp",

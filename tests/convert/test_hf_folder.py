@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
@@ -402,3 +404,52 @@ def test_pixels_are_those_of_a_store(tmp_path: Path, folder: Folder, name: str, 
         views, grid = theirs.make_views(theirs.fetch_images(str(file)))
         assert grid == wanted.grid, case
         assert np.array_equal(views, wanted.slots), case
+
+
+@pytest.mark.parametrize("name", ["l", "v", "hd"])
+def test_a_device_map_changes_nothing(folder: Folder, tmp_path: Path, name: str) -> None:
+    """Layers that lie on the disk until they are used: hooks that move them meet the hooks that add stacks."""
+    pytest.importorskip("accelerate", reason="transformers needs accelerate for device_map")
+    model, processor = load(folder(name))
+    inputs = processor(text=PROMPTS, images=IMAGES, padding=True, return_tensors="pt")
+    layers = LANGUAGE.num_layers
+    places = {f"model.language_model.layers.{n}": "disk" if n % 2 else "cpu" for n in range(layers)}
+    rest = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+    places |= dict.fromkeys([*rest, *(f"model.language_model.{key}" for key in ("embed_tokens", "norm"))], "cpu")
+    places |= {"model.language_model.rotary_emb": "cpu", **({"model.image_newline": "cpu"} if name == "hd" else {})}
+    spread, _ = load(folder(name), device_map=places, offload_folder=tmp_path)
+    assert spread.hf_device_map == places
+    with torch.no_grad():
+        torch.testing.assert_close(spread(**inputs).logits, model(**inputs).logits, atol=TOLERANCE, rtol=0)
+    whole, _ = load(folder(name), device_map="auto")
+    answer = partial(torch.equal, model.generate(**inputs, max_new_tokens=4))
+    assert answer(whole.generate(**inputs, max_new_tokens=4))
+
+
+def test_a_picture_in_a_url_is_read(folder: Folder, tmp_path: Path) -> None:
+    """As servers are given pictures; turned by EXIF only if the run's store did so, like files."""
+    processor = AutoProcessor.from_pretrained(folder("l"), trust_remote_code=True)
+    turned = draw_photo(60, 30, 8)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "photo.jpg", exif=exif)
+    url = "data:image/jpeg;base64," + base64.b64encode((tmp_path / "photo.jpg").read_bytes()).decode()
+    by_file, by_url = (
+        processor.image_processor(one, return_tensors="pt") for one in (str(tmp_path / "photo.jpg"), url)
+    )
+    assert torch.equal(by_url["pixel_values"], by_file["pixel_values"])
+    with pytest.raises(ValueError, match=r"a data: URL cannot be read .*expected data:image/...;base64"):
+        processor.image_processor("data:image/png,abc", return_tensors="pt")
+    with pytest.raises(ValueError, match=r"a data: URL cannot be read"):
+        processor.image_processor("data:image/png;base64,%%%", return_tensors="pt")
+
+
+def test_transformers_serve_finds_the_class(folder: Folder) -> None:
+    """What its server asks before it loads: whether the kind of model is known, and then the class by `auto_map`."""
+    modeling_auto = pytest.importorskip("transformers.models.auto.modeling_auto")
+    if not hasattr(transformers, "AutoModelForMultimodalLM"):
+        pytest.skip("this transformers has no such class")
+    config = transformers.AutoConfig.from_pretrained(folder("l"), trust_remote_code=True)
+    assert config.model_type in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(folder("l"), trust_remote_code=True)
+    assert type(model).__name__ == "DeepStackForConditionalGeneration"

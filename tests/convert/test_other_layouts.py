@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,23 @@ def test_faults_name_the_file_and_the_way_on(tmp_path: Path, fault: str) -> None
     assert not (tmp_path / "b").exists()
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """One that gives ids without a row in the embedding, by every layout that `convert` writes."""
+    from megatron_deepstack.inference.to_checkpoint import checkpoint_of_folder
+
+    small = replace(MODELS["l"], language=replace(LANGUAGE, vocab_size=100))
+    write_model(drawn(small), small, tmp_path / "a", Naming.PUBLISHED, tokenizer)
+    message = r"a/tokenizer.model: has \d\d\d tokens, .*a has 100 rows for text; .*put the model's own one there"
+    for naming in Naming:
+        with pytest.raises(CheckpointError, match=message):
+            convert_folder(tmp_path / "a", tmp_path / "b", naming)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint_of_folder(tmp_path / "a", tmp_path / "b")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_layout_that_is_not_known_is_refused() -> None:
     from megatron_deepstack.cli.run_verbs import convert
 
-    with pytest.raises(ConfigError, match="--to: found 'gguf', expected hugging_face or paper"):
+    with pytest.raises(ConfigError, match="--to: found 'gguf', expected hugging_face, paper or checkpoint"):
         convert(Path("a"), Path("b"), to="gguf")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from megatron_deepstack.model.layers.fp8 import require_fp8
 from megatron_deepstack.model.layers.megatron_config import decoder_config, vision_config
 from megatron_deepstack.planning.batch.sequence import padded_length
 from megatron_deepstack.planning.check import check_plan
+from megatron_deepstack.platform.compute.transformer_engine import unavailable
 
 FORMATS = {
     Fp8Scaling.TENSORWISE: "hybrid",
@@ -51,6 +54,7 @@ def on(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], 
     monkeypatch.setattr(fp8, "device_name", lambda: name)
     monkeypatch.setattr(fp8, "compute_capability", lambda: capability)
     monkeypatch.setattr(fp8, "engine_problem", lambda: None if engine else NOT_INSTALLED)
+    monkeypatch.setattr(fp8, "unavailable", lambda question: None)
 
 
 REFUSED = [
@@ -96,6 +100,35 @@ def test_machines_that_have_it_are_not_refused(monkeypatch: pytest.MonkeyPatch) 
         require_fp8(Precision.FP8, scaling, Layers.AUTO)
     with pytest.raises(ConfigError, match=r"model\.layers is `local`"):
         require_fp8(Precision.FP8, Fp8Scaling.TENSORWISE, Layers.LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "capability", "question"),
+    [
+        (Fp8Scaling.TENSORWISE, (9, 0), "is_fp8_available"),
+        (Fp8Scaling.DELAYED, (8, 9), "is_fp8_available"),
+        (Fp8Scaling.BLOCKWISE, (9, 0), "is_fp8_block_scaling_available"),
+        (Fp8Scaling.MXFP8, (12, 0), "is_mxfp8_available"),
+    ],
+)
+def test_the_engine_itself_is_asked(
+    monkeypatch: pytest.MonkeyPatch, scaling: Fp8Scaling, capability: tuple[int, int], question: str
+) -> None:
+    """Its reason is named: an old CUDA, or a GPU newer than it knows."""
+    on(monkeypatch, "a GPU", capability, engine=True)
+    monkeypatch.setattr(fp8, "unavailable", lambda asked: "CUDA >= 12.9 is required" if asked == question else None)
+    with pytest.raises(ConfigError, match=f"fp8_scaling {scaling} .* says: CUDA >= 12.9 is required; choose another"):
+        require_fp8(Precision.FP8, scaling, Layers.AUTO)
+
+
+@pytest.mark.parametrize(("answer", "expected"), [((True, ""), None), ((False, "Too old."), "Too old")])
+def test_its_answer_is_read(monkeypatch: pytest.MonkeyPatch, answer: tuple[bool, str], expected: str | None) -> None:
+    engine = ModuleType("transformer_engine.pytorch")
+    engine.is_fp8_available = lambda return_reason: answer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    assert unavailable("is_fp8_available") == expected
+    assert unavailable("is_not_known_to_this_version") is None
 
 
 def recipe(**train: object) -> Recipe:

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_deepstack.checkpoint.folder import Manifest
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.renamed import saved_model_with_present_names
-from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig, Recipe
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.errors import CheckpointError
 
@@ -86,6 +86,9 @@ def require_same_run(path: Path, manifest: Manifest, ours: Mapping[str, Any], sa
     Raises:
         CheckpointError: They differ. Of data the message says which stores then and now, and how many samples.
     """
+    if manifest.weights_alone:
+        require_same(path, _of_weights(_with_present_names(manifest.facts)), _of_weights(ours))
+        return
     found = []
     for name, saved, mine in differences(_with_present_names({**_BEFORE, **manifest.facts}), ours):
         if name == "data.plan_hash":
@@ -98,6 +101,15 @@ def require_same_run(path: Path, manifest: Manifest, ours: Mapping[str, Any], sa
         else:
             found.append(_in_words(name, saved, mine))
     _require_none(path, found)
+
+
+def _of_weights(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What tower and decoder are, with numbers that a recipe may leave out. Stacks and variant are the run's choice."""
+    model = facts["model"]
+    language = dict(model["language"])
+    language["num_kv_heads"] = language["num_kv_heads"] or language["num_heads"]
+    language["head_dim"] = language["head_dim"] or language["hidden_size"] // language["num_heads"]
+    return {"model": {"vision": model["vision"], "language": language}}
 
 
 def _other_samples(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -128,10 +140,12 @@ def _with_present_names(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
     A new field's default leaves everything as it was, so that is what such a checkpoint was made with.
     """
-    model = saved.get("model")
-    if not isinstance(model, Mapping):
-        return saved
-    return {**saved, "model": _filled(saved_model_with_present_names(model), _plain(asdict(ModelConfig())))}
+    found = {**saved}
+    if isinstance(saved.get("model"), Mapping):
+        found["model"] = _filled(saved_model_with_present_names(saved["model"]), _plain(asdict(ModelConfig())))
+    if isinstance(saved.get("lora"), Mapping):
+        found["lora"] = _filled(saved["lora"], _plain(asdict(LoraConfig())))
+    return found
 
 
 def _filled(saved: Any, defaults: Any) -> Any:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_deepstack.checkpoint.content.boxes import Box, boxes
+from megatron_deepstack.checkpoint.content.engine_adam import live_states
 
 MAIN_PARAMETER = "fp32_param"
 """Name of float32 main parameters, as optimizers that are not distributed save them."""
@@ -62,7 +63,7 @@ def _local_states(
         for buckets in ranges_by_dtype.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
-                    found = optimizer._get_main_param_and_optimizer_states(parameter)
+                    found = live_states(optimizer, parameter)
                     tensors = {name: found[name] for name in ("exp_avg", "exp_avg_sq")}
                     if parameter.dtype != torch.float32:
                         tensors[main_parameter] = found["param"]

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_deepstack.checkpoint.content import engine_adam
 from megatron_deepstack.checkpoint.content.optimizer_shards import MAIN_PARAMETER, OLD_MAIN_PARAMETER, sharded_states
 from megatron_deepstack.checkpoint.folder import FORMAT_VERSION
 from megatron_deepstack.checkpoint.trust import EXTRA_STATE
@@ -82,7 +83,7 @@ def _distributed_state(
     single: DistributedOptimizer, weights: ShardedStateDict, *_: Any, main_parameter: str, **__: Any
 ) -> dict[str, Any]:
     """In place of Megatron's method, which gathers the states of all data-parallel ranks on each."""
-    return {**single.state_dict(), "param_state": sharded_states(single, weights, main_parameter)}
+    return {**engine_adam.common_state(single), "param_state": sharded_states(single, weights, main_parameter)}
 
 
 def allocate_states(optimizer: ChainedOptimizer) -> None:
@@ -94,6 +95,8 @@ def allocate_states(optimizer: ChainedOptimizer) -> None:
         inner = single.optimizer
         if isinstance(inner, torch.optim.Adam):
             _allocate_torch_adam(inner)
+        elif engine_adam.keeps_main_parameters(single):
+            engine_adam.allocate(single)
         elif isinstance(single, DistributedOptimizer):
             single.load_state_dict(single.state_dict())
             for found in inner.state.values():  # Megatron allocates without clearing
@@ -152,6 +155,9 @@ def _set_updates(single: DistributedOptimizer, updates: float) -> None:
     """Megatron lets torch's Adam share one tensor of them among all parameters, each of which would count it up for
     all (0.16 and 0.19 alike). So each parameter gets its own.
     """
+    if engine_adam.keeps_main_parameters(single):
+        engine_adam.set_updates(single, int(updates))
+        return
     own = single.state_dict()
     for group in own["optimizer"]["param_groups"]:
         group["step"] = updates if isinstance(single.optimizer, torch.optim.Adam) else int(updates)

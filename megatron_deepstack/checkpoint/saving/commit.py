@@ -46,6 +46,8 @@ class Commit:
     recipe_text: str
     keep: int
     keep_every: int
+    weights_alone: bool = False
+    """There are no states of an optimizer."""
     faults: list[str] = field(default_factory=list)
     """Lines for the user on older checkpoints that could not be deleted. The caller that shows them removes them."""
 
@@ -76,6 +78,7 @@ class Commit:
                 layout=dict(self.layout),
                 made_with=made_with(),
                 samples=dict(self.samples),
+                weights_alone=self.weights_alone,
             ),
         )
         (partial / LOCK).unlink(missing_ok=True)

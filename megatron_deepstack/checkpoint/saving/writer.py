@@ -12,8 +12,8 @@ import json
 import mmap
 import os
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,13 +71,22 @@ class Reply:
 
 
 class ChecksummedFile:
-    """A new file that counts its bytes and takes their checksum as they are written."""
+    """A new file that counts its bytes and takes their checksum as they are written. A context manager: `close` ends a
+    whole file, and the end of the block also one that could not be written.
+    """
 
     def __init__(self, path: Path) -> None:
         """Create the file, or empty one that exists."""
         self._stream = path.open("wb")
         self._checksum = google_crc32c.Checksum()
         self.num_bytes = 0
+
+    def __enter__(self) -> ChecksummedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError) if kind is not None else nullcontext():  # the first error is the one to raise
+            self._stream.close()
 
     def write(self, content: Any) -> int:
         """Append bytes or anything with a buffer."""
@@ -112,28 +121,53 @@ def write_task(task: WriteTask, memory: mmap.mmap) -> int:
     Raises:
         OSError: The disk refuses.
     """
-    folder = Path(task.folder)
+    files = (
+        (file.name, file.objects, ((tensor.item, _tensor(tensor, memory)) for tensor in file.tensors))
+        for file in task.files
+    )
+    return write_files(Path(task.folder), task.rank, task.small_files, files)
+
+
+DataFile = tuple[str, Sequence[tuple[Item, bytes]], Iterable[tuple[Item, torch.Tensor]]]
+"""Name, objects and tensors of a data file. A tensor's storage is written whole, so it holds exactly its own bytes."""
+
+
+def write_files(folder: Path, rank: int, small_files: Mapping[str, bytes], data_files: Iterable[DataFile]) -> int:
+    """Write a rank's files and then the note of what lies where. Tensors are taken one at a time.
+
+    Args:
+        folder: The partial folder of the checkpoint, which is made if it is not there.
+        rank: The rank whose files they are.
+        small_files: Files that are written as they are.
+        data_files: Files of objects and tensors.
+
+    Returns:
+        Bytes written, without the note.
+
+    Raises:
+        OSError: The disk refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, tuple[int, int]] = {}
     items: list[list[Any]] = []
-    for name, content in task.small_files.items():
-        stream = ChecksummedFile(folder / name)
-        stream.write(content)
-        files[name] = stream.close()
-    for file in task.files:
-        stream = ChecksummedFile(folder / file.name)
-        for item, content in file.objects:
-            begin = stream.num_bytes
+    for name, content in small_files.items():
+        with ChecksummedFile(folder / name) as stream:
             stream.write(content)
-            items.append([*item, file.name, begin, stream.num_bytes - begin])
-        for tensor in file.tensors:
-            begin = stream.num_bytes
-            torch.save(_tensor(tensor, memory), cast(IO[bytes], stream))
-            items.append([*tensor.item, file.name, begin, stream.num_bytes - begin])
-        files[file.name] = stream.close()
-    note = ChecksummedFile(folder / NOTE.format(rank=task.rank))
-    note.write(json.dumps({"files": files, "items": items}).encode())
-    note.close()
+            files[name] = stream.close()
+    for name, objects, tensors in data_files:
+        with ChecksummedFile(folder / name) as stream:
+            for item, content in objects:
+                begin = stream.num_bytes
+                stream.write(content)
+                items.append([*item, name, begin, stream.num_bytes - begin])
+            for item, tensor in tensors:
+                begin = stream.num_bytes
+                torch.save(tensor, cast(IO[bytes], stream))
+                items.append([*item, name, begin, stream.num_bytes - begin])
+            files[name] = stream.close()
+    with ChecksummedFile(folder / NOTE.format(rank=rank)) as note:
+        note.write(json.dumps({"files": files, "items": items}).encode())
+        note.close()
     return sum(size for size, _ in files.values())
 
 

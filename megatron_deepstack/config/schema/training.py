@@ -10,11 +10,13 @@ from megatron_deepstack.config.choices import (
     EncoderPlacement,
     Fp8Scaling,
     LrSchedule,
+    MomentDtype,
     Part,
     Precision,
     Recompute,
     RecomputeMethod,
     RecomputeModule,
+    RowLength,
 )
 from megatron_deepstack.config.constraints import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, PathKind, Unit
 
@@ -98,6 +100,9 @@ class OptimizerConfig:
     """Number added to the root of the second moment, to avoid a division by 0. The default is AdamW's usual one."""
     clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest global norm of the gradient; a larger gradient is scaled down to this norm. 0 switches clipping off."""
+    moment_dtype: MomentDtype = MomentDtype.FP32
+    """Number format in which Adam's moments are kept between steps. `bf16` saves 4 bytes for each parameter that
+    learns. It needs Transformer Engine's AdamW, `parallel.distributed_optimizer`, and a `beta2` of at most 0.996."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +122,10 @@ class TrainConfig:
     """`padded` fills each sample of a step up to the longest one. `packed` puts several whole samples, which do not see
     each other, into packs of up to `seq_length` tokens; each pack is a micro-batch, so `micro_batch_size` is 1. The
     result is the same, with less padding."""
+    row_length: RowLength = RowLength.NEEDED
+    """`needed`: rows are as long as the samples of their step need. `full`: every row has `seq_length` tokens, so that
+    shapes never change: stages send no shapes before activations, and kernels are chosen once. It costs padding, of
+    which packed rows have little."""
     truncate: bool = False
     """Cut samples that are longer than `seq_length`, instead of refusing them."""
     seed: Annotated[int, SEED] = 1234

@@ -177,10 +177,10 @@ def published_variant(*, has_stacks: bool, is_any_resolution: bool) -> Variant:
 
     Args:
         has_stacks: Its config asks for stacks in the decoder.
-        is_any_resolution: The stacks belong to a context of the whole mosaic.
+        is_any_resolution: The context is the whole mosaic, to which the stacks belong if there are any.
     """
     if is_any_resolution:
-        return Variant.DEEPSTACK_HD
+        return Variant.DEEPSTACK_HD if has_stacks else Variant.LLAVA_ANYRES
     return Variant.DEEPSTACK_L if has_stacks else Variant.LLAVA
 
 

@@ -134,3 +134,12 @@ class DeepStackConfig(PretrainedConfig):
         self.stacks = stacks or {}
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+
+
+try:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+except ImportError:  # only `transformers serve` needs it
+    pass
+else:
+    # `transformers serve` takes a class from `auto_map` only for kinds of models that are in this table
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(DeepStackConfig.model_type, "DeepStackForConditionalGeneration")

@@ -10,6 +10,8 @@ This file needs numpy, Pillow, torch and transformers only; it is copied beside 
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import math
 import os
@@ -109,6 +111,8 @@ class DeepStackImageProcessor(BaseImageProcessor):
         """Images of paths, URLs and data; files are opened here, since transformers would turn photos."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(one) for one in image_url_or_urls]
+        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith("data:"):
+            return _open(_content_of_url(image_url_or_urls), "an image in a data: URL")
         if isinstance(image_url_or_urls, str | os.PathLike) and Path(image_url_or_urls).is_file():
             return _open(Path(image_url_or_urls).read_bytes(), str(image_url_or_urls))
         return load_image(image_url_or_urls) if isinstance(image_url_or_urls, str) else image_url_or_urls
@@ -198,6 +202,17 @@ class DeepStackImageProcessor(BaseImageProcessor):
 
     def _scales(self, image: Image.Image) -> bool:
         return self.deep_grey == "scale" and (image.mode in ("I", "F") or image.mode.startswith("I;16"))
+
+
+def _content_of_url(url: str) -> bytes:
+    """The bytes that a `data:` URL holds, which is how servers are given pictures."""
+    kind, _, content = url.partition(",")
+    try:
+        if not kind.endswith(";base64"):
+            raise ValueError(f"it begins with {kind[:40]!r}")
+        return base64.b64decode(content, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise ValueError(f"images: a data: URL cannot be read ({error}); expected data:image/...;base64,...") from error
 
 
 def _open(data: bytes, name: str) -> Image.Image:

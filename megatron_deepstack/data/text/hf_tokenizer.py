@@ -50,8 +50,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._control = {
             token.content: number for number, token in self._backend.get_added_tokens_decoder().items() if token.special
         }
-        numbers = self._backend.get_vocab(with_added_tokens=True).values()
+        numbers = set(self._backend.get_vocab(with_added_tokens=True).values())
         self.vocab_size = max(numbers, default=-1) + 1
+        self.num_text_ids = max(numbers - set(self._control.values()), default=-1) + 1
         tokens = self._special_tokens()
         self.bos_id, self.eos_id = tokens["bos"], tokens["eos"]
         self.pad_id = next((i for i in (tokens["pad"], self.eos_id) if i is not None), 0)

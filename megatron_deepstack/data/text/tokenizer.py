@@ -38,6 +38,8 @@ class Tokenizer(ABC):
     """sha256 of what decides its ids."""
     vocab_size: int
     """The largest id plus one."""
+    num_text_ids: int
+    """The largest id that text can give, plus one: control tokens may have larger ones."""
     bos_id: int | None
     """Begin of sequence, if it has one."""
     eos_id: int | None
@@ -83,7 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(
                 f"{source}: not a SentencePiece model: it is damaged, or of another kind. {GIVE_A_TOKENIZER}"
             ) from error
-        self.vocab_size = self._processor.vocab_size()
+        self.vocab_size = self.num_text_ids = self._processor.vocab_size()
         bos_id, eos_id, pad_id = self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()
         if self.vocab_size == 0 or bos_id < 0 or eos_id < 0:
             raise DataError(

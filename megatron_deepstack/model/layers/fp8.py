@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron_deepstack.config.choices import Fp8Scaling, Layers, Precision
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.platform.compute.device import compute_capability, device_name
-from megatron_deepstack.platform.compute.transformer_engine import engine_problem
+from megatron_deepstack.platform.compute.transformer_engine import engine_problem, unavailable
 
 _LEAST_CAPABILITY = {
     Fp8Scaling.TENSORWISE: (8, 9),
@@ -18,6 +18,14 @@ _LEAST_CAPABILITY = {
     Fp8Scaling.MXFP8: (10, 0),
 }
 """First CUDA compute capability that has the scaling's tensor cores: Ada, Hopper, Blackwell."""
+_QUESTIONS = {
+    Fp8Scaling.TENSORWISE: "is_fp8_available",
+    Fp8Scaling.DELAYED: "is_fp8_available",
+    Fp8Scaling.BLOCKWISE: "is_fp8_block_scaling_available",
+    Fp8Scaling.MXFP8: "is_mxfp8_available",
+}
+"""Transformer Engine's own functions. They know more than the generation: blockwise needs CUDA 12.9, and GPUs of
+capability 12 lack some products of MXFP8."""
 _GENERATIONS = {(8, 9): "Ada (L4, L40S)", (9, 0): "Hopper (H100, H200)", (10, 0): "Blackwell (B200)"}
 
 
@@ -64,6 +72,8 @@ def require_fp8(precision: Precision, scaling: Fp8Scaling, layers: Layers) -> No
     problem = engine_problem()
     if problem is not None:
         missing.append(f"Transformer Engine, and {problem}")
+    elif capability >= least and (reason := unavailable(_QUESTIONS[scaling])) is not None:
+        missing.append(f"what fp8_scaling {scaling} needs of Transformer Engine, which says: {reason}; choose another")
     if layers is Layers.LOCAL:
         missing.append("Transformer Engine's layers; model.layers is `local`")
     if missing:

@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_deepstack.config.choices import Batching
-from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, TrainConfig
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.planning.batch.packer import pack
 from megatron_deepstack.planning.batch.packing import padded_sample_length
-from megatron_deepstack.planning.batch.sequence import padded_lengths
-from megatron_deepstack.planning.budget.cost import decoder_flops
+from megatron_deepstack.planning.batch.sequence import row_lengths
+from megatron_deepstack.planning.budget.cost import decoder_flops, unit_flops
+from megatron_deepstack.planning.views import ViewGrid
 
 Costs = npt.NDArray[np.float64]
 MicroBatch = tuple[tuple[int, ...], ...]
@@ -62,7 +63,7 @@ class Deal:
 
 def deal(
     lengths: npt.NDArray[np.integer],
-    num_units: npt.NDArray[np.integer],
+    encoder_costs: npt.NDArray[np.number],
     language: LanguageConfig,
     parallel: ParallelConfig,
     train: TrainConfig,
@@ -72,7 +73,7 @@ def deal(
 
     Args:
         lengths: int64 (N,), tokens of each sample, including visual tokens and after truncation.
-        num_units: int64 (N,), units that each sample gives the encoder.
+        encoder_costs: (N,), what each sample costs the encoder, in any unit; see `encoder_costs_of`.
         language: The decoder, which determines what a length costs.
         parallel: The layout of a replica.
         train: Capacity of a row, size of a micro-batch, and whether samples are packed.
@@ -93,12 +94,36 @@ def deal(
         order = np.argsort(-lengths, kind="stable").reshape(-1, train.micro_batch_size).tolist()
         batches = [tuple((one,) for one in sorted(batch)) for batch in order]
         costs = np.array([len(batch) * cost[batch[0]] for batch in order])
-    units = np.array([sum(num_units[list(row)].sum() for row in batch) for batch in batches], np.float64)
-    chosen = deal_evenly(costs, units, num_replicas)
+    encoding = np.array([sum(encoder_costs[list(row)].sum() for row in batch) for batch in batches], np.float64)
+    chosen = deal_evenly(costs, encoding, num_replicas)
     replicas = tuple(tuple(batches[one] for one in mine) for mine in chosen)
     work = np.array([costs[mine].sum() for mine in chosen])
     padding = _padding(replicas, tokens, parallel, train)
     return Deal(replicas, Balance(padding, float(work.max() / work.mean() - 1) if work.any() else 0.0))
+
+
+def encoder_costs_of(
+    model: ModelConfig, units: npt.NDArray[np.integer], views: npt.NDArray[np.integer] | None
+) -> Costs:
+    """Return what samples cost the encoder: their units, or the operations of their views where these differ.
+
+    Args:
+        model: The recipe's model.
+        units: int64 (N,), units of each sample.
+        views: int64 (I, 4), of views of any size the sample that has each, and its patches in time, height and width;
+            None if all views have one size.
+
+    Returns:
+        float64 (N,). Attention is quadratic in the patches of a frame, so one large view costs more than several small
+        ones of the same area.
+    """
+    if views is None:
+        return units.astype(np.float64)
+    shapes, which = np.unique(views[:, 1:], axis=0, return_inverse=True)
+    costs = np.array([unit_flops(model, ViewGrid(*shape)) for shape in shapes.tolist()], np.float64)
+    found: Costs = np.zeros(len(units))
+    np.add.at(found, views[:, 0], costs[which.reshape(-1)])
+    return found
 
 
 def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int]]:
@@ -172,6 +197,6 @@ def _padding(
     positions, taken = 0, _taken(tokens, parallel) if train.batching is Batching.PACKED else tokens
     for batches in replicas:
         rows = [[sum(taken[one] for one in row) or 1 for row in batch] for batch in batches]
-        padded = padded_lengths(rows, parallel, train.precision)
+        padded = row_lengths(rows, parallel, train)
         positions += sum(len(batch) * length for batch, length in zip(batches, padded, strict=True))
     return 1 - sum(tokens) / positions if positions else 0.0

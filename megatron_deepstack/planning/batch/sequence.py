@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.config.choices import Precision, RowLength
+from megatron_deepstack.config.schema import ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sequence_multiple
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -153,6 +153,22 @@ def padded_lengths(
     waste = 1 - sum(each) / max(sum(common), 1)
     differ = parallel.pipeline == 1 or (parallel.virtual_pipeline == 1 and waste > _SMALL_WASTE)
     return each if differ else common
+
+
+def row_lengths(lengths: Sequence[Sequence[int]], parallel: ParallelConfig, train: TrainConfig) -> tuple[int, ...]:
+    """Return the padded length of each micro-batch of a training step.
+
+    Args:
+        lengths: For each micro-batch of a replica the tokens of its samples or packs, none above `train.seq_length`.
+        parallel: The layout, which splits sequences.
+        train: Says whether all rows have the full length.
+
+    Returns:
+        S of each micro-batch.
+    """
+    if train.row_length is RowLength.FULL:
+        return (padded_length([train.seq_length], parallel, train.precision),) * len(lengths)
+    return padded_lengths(lengths, parallel, train.precision)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.config.choices import Batching, Precision
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.planning.batch.axial_positions import axial_positions
-from megatron_deepstack.planning.batch.sequence import Tokens, padded_lengths
+from megatron_deepstack.planning.batch.sequence import Tokens, padded_lengths, row_lengths
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
 from megatron_deepstack.planning.views import ViewGrid
@@ -97,6 +97,37 @@ def plan_step(
         segments=segments,
         routes=plan_routes(model, parallel, micro_batches, seq_lengths, replica_rank, segments),
         lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
+    )
+
+
+def plan_training_step(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    micro_batches: Sequence[Sequence[PlannedSample]],
+    replica_rank: int,
+) -> StepPlan:
+    """Plan a step of training as the recipe batches it; pure, as `plan_step` is.
+
+    Args:
+        model: The recipe's model.
+        parallel: The layout.
+        train: Says whether samples are packed, how long rows are, and in which precision matrices are multiplied.
+        micro_batches: All samples of the replica, by micro-batch; the same on all of its ranks.
+        replica_rank: The rank within the replica, see `plan_routes`.
+
+    Returns:
+        The plan of this rank.
+    """
+    lengths = [[sample.sequence.length for sample in batch] for batch in micro_batches]
+    return plan_step(
+        model,
+        parallel,
+        micro_batches,
+        replica_rank,
+        packed=train.batching is Batching.PACKED,
+        precision=train.precision,
+        seq_lengths=row_lengths(lengths, parallel, train),
     )
 
 

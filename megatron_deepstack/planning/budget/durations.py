@@ -18,7 +18,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
-from megatron_deepstack.planning.budget.footprint import GRADIENT_BYTES
+from megatron_deepstack.planning.budget.footprint import gradient_bytes
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
 from megatron_deepstack.planning.budget.memory import head_rows
@@ -258,8 +258,9 @@ class Durations:
             (stage_parameters(self.recipe, stage).learned, replicas),
             (encoder_parameters(self.recipe).learned, self.num_ranks),
         ):
-            weights = self.element if parallel.distributed_optimizer else GRADIENT_BYTES
-            found.append((learned * (GRADIENT_BYTES + weights) * (ranks - 1) / ranks, ranks))
+            gradient = gradient_bytes(self.recipe)
+            weights = self.element if parallel.distributed_optimizer else gradient
+            found.append((learned * (gradient + weights) * (ranks - 1) / ranks, ranks))
         return found
 
     def _between_stages(self) -> int:

@@ -1,14 +1,15 @@
 """The bytes that a run needs at least, counted from the recipe: a checkpoint, and what a rank keeps between steps.
 
-A weight takes 2 bytes in bf16 and 4 in float32. A weight that learns also has a float32 gradient, Adam's two float32
-moments, and in bf16 a float32 copy. Activations are not counted here (`memory` adds them), so a rank needs more.
+A weight takes 2 bytes in bf16 and 4 in float32. A weight that learns also has a gradient (`speed.gradient_dtype`),
+Adam's two moments (`optimizer.moment_dtype`), and in bf16 a float32 copy. Activations are not counted here (`memory`
+adds them), so a rank needs more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_deepstack.config.choices import Precision
+from megatron_deepstack.config.choices import GradientDtype, MomentDtype, Precision
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.budget.parameters import (
     adapter_parameters,
@@ -41,6 +42,11 @@ def element_bytes(precision: Precision) -> int:
     return 4 if precision is Precision.FP32 else 2
 
 
+def gradient_bytes(recipe: Recipe) -> int:
+    """Return the bytes of an entry of a gradient buffer."""
+    return 2 if recipe.speed.gradient_dtype is GradientDtype.BF16 else GRADIENT_BYTES
+
+
 def lasting_bytes(recipe: Recipe, num_ranks: int, stage: int) -> Lasting:
     """Return what the ranks of one pipeline stage keep from step to step.
 
@@ -59,7 +65,7 @@ def lasting_bytes(recipe: Recipe, num_ranks: int, stage: int) -> Lasting:
     state = _state_bytes(recipe)
     return Lasting(
         weights=(decoder.total + encoder.total) * element,
-        gradients=(decoder.learned + encoder.learned) * GRADIENT_BYTES,
+        gradients=(decoder.learned + encoder.learned) * gradient_bytes(recipe),
         optimizer=decoder.learned * state // shares + encoder.learned * state // everyone,
     )
 
@@ -105,4 +111,5 @@ def checkpoints_at_once(recipe: Recipe) -> int:
 
 def _state_bytes(recipe: Recipe) -> int:
     """Return the optimizer's bytes of a parameter that learns."""
-    return 8 if recipe.train.precision is Precision.FP32 else 12
+    main = 0 if recipe.train.precision is Precision.FP32 else 4
+    return main + (4 if recipe.optimizer.moment_dtype is MomentDtype.BF16 else 8)

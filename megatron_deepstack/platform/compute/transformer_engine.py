@@ -43,6 +43,24 @@ def engine_problem() -> str | None:
     return None
 
 
+def unavailable(question: str) -> str | None:
+    """What Transformer Engine itself says against a feature on this GPU with this version of CUDA.
+
+    Call it only where `engine_problem` found nothing.
+
+    Args:
+        question: Name of its function, such as `is_mxfp8_available`.
+
+    Returns:
+        Its reason; None if it is available, or if this version has no such function.
+    """
+    ask = getattr(importlib.import_module(_MODULE), question, None)
+    if ask is None:
+        return None
+    available, reason = ask(return_reason=True)
+    return None if available else str(reason).rstrip(". ")
+
+
 def _refuse_further_imports() -> None:
     """None in `sys.modules` makes an import raise ModuleNotFoundError; half-loaded parts are dropped."""
     for name in [name for name in sys.modules if name.startswith(f"{_PACKAGE}.")]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
 
-from megatron_deepstack.config.choices import Fp8Scaling, Layers, Part, Precision, Recompute, Variant
+from megatron_deepstack.config.choices import Fp8Scaling, Layers, Part, Precision, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     LoraConfig,
@@ -46,6 +46,8 @@ from megatron_deepstack.training.optim.optimizer import Optimizer
 _TRAINABLE: Final = (Part.LANGUAGE,)
 _DEVIATION: Final = 0.02
 _GRID: Final = (2, 2)
+_ALONE: Final = ParallelConfig()
+_OPTIMIZER: Final = OptimizerConfig()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +115,8 @@ class Stage:
         size: StageSize,
         layers: Layers,
         *,
-        recompute: Recompute = Recompute.NONE,
+        parallel: ParallelConfig = _ALONE,
+        optimizer: OptimizerConfig = _OPTIMIZER,
         precision: Precision = Precision.BF16,
         speed: SpeedConfig = AUTOMATIC,
     ) -> None:
@@ -123,13 +126,14 @@ class Stage:
             groups: Those of a world of one rank.
             size: How large it is.
             layers: Whose layers are built.
-            recompute: Which activations are computed again in the backward.
+            parallel: Which activations are computed again, and whether the optimizer is distributed.
+            optimizer: In which number format it keeps its moments.
             precision: Of parameters and products.
             speed: Which fusions are used.
         """
         self.size, self.groups, self.precision = size, groups, precision
         self.model = ModelConfig(vision=size.vision, language=size.language, stacks=StackConfig(start=0), layers=layers)
-        self.parallel = ParallelConfig(recompute=recompute)
+        self.parallel = parallel
         scaling = Fp8Scaling.TENSORWISE
         rank_model = build_model(self.model, self.parallel, precision, groups, fp8_scaling=scaling, speed=speed)
         for chunk, rules in zip(rank_model.chunks, rank_model.chunk_rules, strict=True):
@@ -137,7 +141,7 @@ class Stage:
         fill(rank_model.encoder, rank_model.encoder_rules, draw_on_device, 0, 1)
         freeze(rank_model, _TRAINABLE)
         self.engine = build_engine(rank_model, self.model, self.parallel, groups)
-        self.optimizer = Optimizer(self.engine, OptimizerConfig(), precision, 1000)
+        self.optimizer = Optimizer(self.engine, optimizer, precision, 1000)
         self.steps_done = 0
 
     def plan(self, seq_length: int, *, stacks: bool = True, packed: bool = False) -> StepPlan:
@@ -197,6 +201,16 @@ class Stage:
         """An optimizer step with the gradients of the last schedule."""
         self.optimizer.step(self.steps_done)
         self.steps_done += 1
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's states: moments and, where it keeps them, main parameters."""
+        states = (
+            tensor
+            for single in self.optimizer.chained.chained_optimizers
+            for of_parameter in single.optimizer.state.values()
+            for tensor in of_parameter.values()
+        )
+        return sum(tensor.nbytes for tensor in states if isinstance(tensor, torch.Tensor))
 
     def speed(self, plan: StepPlan) -> Speed:
         """Median of some steps' forward and backward, after two others."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_deepstack.config.choices import Layers, Precision, Recompute, Switch
-from megatron_deepstack.config.schema import SpeedConfig
+from megatron_deepstack.config.choices import Layers, MomentDtype, Precision, Recompute, Switch
+from megatron_deepstack.config.schema import OptimizerConfig, ParallelConfig, SpeedConfig
 from megatron_deepstack.platform.compute.measure import release_memory
 from megatron_deepstack.testing.gpu.engine import what_is_missing
 from megatron_deepstack.testing.gpu.report import Report, Settings
@@ -57,7 +57,7 @@ def _measure(settings: Settings, report: Report, layers: Layers) -> None:
     release_memory()
     name = f"rows of {longest}, full recomputation"
     with report.case(name):
-        stage = Stage(groups, size, layers, recompute=Recompute.FULL)
+        stage = Stage(groups, size, layers, parallel=ParallelConfig(recompute=Recompute.FULL))
         report.measured(name, **stage.speed(stage.plan(longest)).numbers(ceiling))
         del stage
     if layers is Layers.TRANSFORMER_ENGINE:
@@ -66,6 +66,24 @@ def _measure(settings: Settings, report: Report, layers: Layers) -> None:
         with report.case(name):
             stage = Stage(groups, size, layers, precision=Precision.FP8)
             report.measured(name, **stage.speed(stage.plan(longest)).numbers(ceiling))
+            del stage
+        release_memory()
+        _low_moments(settings, report)
+
+
+def _low_moments(settings: Settings, report: Report) -> None:
+    """The optimizer step with moments in both formats, and the bytes of the states that it keeps."""
+    groups, size = only_rank(settings), stage_size(tiny=settings.tiny)
+    for moments in MomentDtype:
+        name = f"optimizer step, distributed, {moments} moments"
+        with report.case(name):
+            optimizer = OptimizerConfig(moment_dtype=moments, beta2=0.95)
+            parallel = ParallelConfig(distributed_optimizer=True)
+            stage = Stage(groups, size, Layers.TRANSFORMER_ENGINE, parallel=parallel, optimizer=optimizer)
+            milliseconds = 1000 * mean_seconds(stage.update, repeats=3, warm_up=1)
+            report.measured(name, ms=milliseconds, states_GB=stage.state_bytes() / 1e9)
+            del stage
+        release_memory()
 
 
 def _without_fusions(settings: Settings, report: Report, layers: Layers) -> None:

@@ -73,6 +73,23 @@ def by_transformers(
     return Expected(logits, total / num_targets, {name: value.float() for name, value in gradients.items()})
 
 
+def model_inputs(
+    sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """What transformers' model takes for a sample.
+
+    Args:
+        sample: The sample.
+        model: The folder's model, of a variant that transformers has itself.
+        config: Content of its config.json.
+        dtype: Of the pixels.
+
+    Returns:
+        Keyword arguments of the model.
+    """
+    return _INPUTS[model.variant](sample, model, config, dtype)
+
+
 def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) -> list[int]:
     """Token ids that stand for images or videos, which text must not contain.
 

@@ -15,12 +15,18 @@ from megatron_deepstack.testing.published.case_result import (
     CaseResult,
 )
 from megatron_deepstack.testing.published.reference_case import ReferenceCase, load_case
+from megatron_deepstack.testing.published.through_export import ExportResult, through_export
 from megatron_deepstack.testing.ranks import RankPool
 
 
 def check_cases(
-    files: Sequence[str | Path], parallel: ParallelConfig, *, data_parallel: int = 1, micro_batch_size: int = 1
-) -> Iterator[CaseResult]:
+    files: Sequence[str | Path],
+    parallel: ParallelConfig,
+    *,
+    data_parallel: int = 1,
+    micro_batch_size: int = 1,
+    exported: bool = False,
+) -> Iterator[CaseResult | ExportResult]:
     """Compare each case under a layout. Starts its own ranks, and ends them.
 
     Args:
@@ -28,9 +34,10 @@ def check_cases(
         parallel: The layout.
         data_parallel: Number of replicas.
         micro_batch_size: Samples of a micro-batch.
+        exported: Write each case in both layouts and read it back first; what comes back is compared.
 
     Yields:
-        The result of each case as it comes.
+        The result of each case as it comes; of an exported one first what transformers makes of it.
 
     Raises:
         ParityError: After the last result, if a case exceeded a tolerance.
@@ -43,18 +50,21 @@ def check_cases(
     for case in cases:
         decoder_slots(case.model)
         stage_chunks(case.model.language.num_layers, parallel)
+    failed, asked = set(), list(cases)
+    for number, case in enumerate(cases if exported else ()):
+        asked[number], result = through_export(case)
+        failed |= set() if result.passed else {case.name}
+        yield result
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline * data_parallel
-    failed = []
     with RankPool(num_ranks) as pool:
-        for case in cases:
-            result = check_case(pool, case, parallel, micro_batch_size=micro_batch_size)
-            if not result.passed:
-                failed.append(case.name)
-            yield result
+        for case in asked:
+            computed = check_case(pool, case, parallel, micro_batch_size=micro_batch_size)
+            failed |= set() if computed.passed else {case.name}
+            yield computed
     if failed:
         raise ParityError(
             f"{len(failed)} of {len(cases)} cases exceed the tolerances (logits {LOGITS_TOLERANCE:g}, loss "
-            f"{LOSS_TOLERANCE:g}, gradients {GRADIENT_TOLERANCE:g}): {', '.join(failed)}"
+            f"{LOSS_TOLERANCE:g}, gradients {GRADIENT_TOLERANCE:g}): {', '.join(sorted(failed))}"
         )
 
 

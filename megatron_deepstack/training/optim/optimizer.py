@@ -20,8 +20,11 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from megatron_deepstack.config.choices import Part, Precision
+from megatron_deepstack.config.choices import MomentDtype, Part, Precision
 from megatron_deepstack.config.schema import OptimizerConfig
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model.layers.speed import Speed
+from megatron_deepstack.platform.compute.capabilities import Capabilities
 from megatron_deepstack.step.engine import Engine
 from megatron_deepstack.training.optim.groups import ParameterGroup, Rates, check_cover, parameter_groups, part_of
 from megatron_deepstack.training.optim.lr import learning_rate
@@ -50,9 +53,7 @@ class Optimizer:
             num_steps: Steps of the whole run, for the schedule of the learning rate.
         """
         self.config, self.num_steps = config, num_steps
-        megatron_config = _megatron_config(
-            config, precision, engine.parallel.distributed_optimizer, engine.model.speed.overlap_param_gather
-        )
+        megatron_config = _megatron_config(config, precision, engine.parallel.distributed_optimizer, engine.model.speed)
         parts = []
         if engine.decoder_ddp:
             parts.append(
@@ -117,8 +118,26 @@ def _fuse(chained: ChainedOptimizer, fused: bool) -> None:
                 group["fused"] = fused
 
 
+def require_moments(config: OptimizerConfig, machine: Capabilities) -> None:
+    """Check that this rank can keep Adam's moments as the recipe wants them. Not collective.
+
+    Args:
+        config: The section `optimizer`.
+        machine: What this rank can use.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if config.moment_dtype is not MomentDtype.BF16:
+        return
+    problem = machine.engine_problem if machine.gpu else "this process sees no GPU"
+    if problem is not None:
+        what = "bf16 needs a GPU and the AdamW of Transformer Engine"
+        raise ConfigError([f"optimizer.moment_dtype: {what}: {problem}; use fp32"])
+
+
 def _megatron_config(
-    config: OptimizerConfig, precision: Precision, distributed: bool, gathers_later: bool
+    config: OptimizerConfig, precision: Precision, distributed: bool, speed: Speed
 ) -> MegatronOptimizerConfig:
     """Rates are constants here: each step sets its own, and megatron-core 0.19 finds a checkpoint's groups by them."""
     low = precision is not Precision.FP32
@@ -134,8 +153,24 @@ def _megatron_config(
         bf16=low,
         params_dtype=torch.bfloat16 if low else torch.float32,
         use_distributed_optimizer=distributed,
-        overlap_param_gather=gathers_later,
+        overlap_param_gather=speed.overlap_param_gather,
+        **_low_moments(config, speed),
     )
+
+
+def _low_moments(config: OptimizerConfig, speed: Speed) -> dict[str, Any]:
+    """Megatron's words for moments in bf16. Main parameters stay whole float32 numbers, so that a checkpoint of them
+    is one for every optimizer; Megatron would also keep their lower halves alone.
+    """
+    if config.moment_dtype is MomentDtype.FP32:
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,
+        "store_param_remainders": False,
+        "main_grads_dtype": speed.gradient_dtype,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+    }
 
 
 _PART_NUMBERS = {part: float(number) for number, part in enumerate(Part, start=1)}

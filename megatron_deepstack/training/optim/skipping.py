@@ -59,6 +59,13 @@ def _rest_is_finite(single: MegatronOptimizer) -> bool:
     # Megatron-Core renamed it after 0.16.
     in_norm = getattr(single, "get_main_grads_for_grad_norm", None) or single.get_grads_for_grad_norm
     counted = {gradient.data_ptr() for gradient in in_norm()}
-    gradients = [parameter.grad for parameter in single.get_parameters() if parameter.grad is not None]
+    found = [_gradient(parameter) for parameter in single.get_parameters()]
+    gradients = [gradient for gradient in found if gradient is not None]
     rest = [gradient for gradient in gradients if gradient.data_ptr() not in counted]
     return not rest or math.isfinite(float(torch.stack(torch._foreach_norm(rest)).sum()))
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """A parameter's gradient; where the two may differ in dtype Megatron keeps it beside the parameter's own place."""
+    beside: torch.Tensor | None = getattr(parameter, "decoupled_grad", None)
+    return parameter.grad if beside is None else beside
