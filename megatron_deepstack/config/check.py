@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from megatron_deepstack.config import speed_rules
+from megatron_deepstack.config import evaluation_rules, speed_rules
 from megatron_deepstack.config.choices import (
     Batching,
     EncoderPlacement,
@@ -358,4 +358,9 @@ def _speed(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-_RULES = (_vision, _language, _experts, _stacks, _native, _layout, _speed, _training, _adapters, _stores)
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    for paths, text in evaluation_rules.violations(recipe):
+        yield _problem(paths, text)
+
+
+_RULES = (_vision, _language, _experts, _stacks, _native, _layout, _speed, _training, _adapters, _stores, _evaluation)

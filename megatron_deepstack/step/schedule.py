@@ -127,7 +127,7 @@ def run_cached_step(
     Returns:
         On the last stage, per micro-batch the wanted logits (B, V / tp); elsewhere nothing.
     """
-    config.no_sync_func = None
+    config.no_sync_func, config.variable_seq_lengths = None, False
     width = int(tokens[0].shape[1])
     positions = zigzag((width,), config.context_parallel_size, cp_rank)
     host = [np.stack(each)[..., positions] for each in (tokens, axial) if each is not None]
