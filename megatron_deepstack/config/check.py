@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from megatron_deepstack.config import speed_rules
+from megatron_deepstack.config import evaluation_rules, speed_rules
 from megatron_deepstack.config.choices import (
     Batching,
     EncoderPlacement,
@@ -310,19 +310,34 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
         yield _problem(
             "optimizer.min_lr optimizer.lr", f"{optimizer.min_lr} is above the peak optimizer.lr {optimizer.lr}"
         )
-    if Part.LANGUAGE in train.trainable and recipe.lora.rank and not recipe.lora.targets:
-        yield _problem("lora.targets lora.rank", "is empty, and lora.rank is set; name layers, or set lora.rank=0")
-    if recipe.lora.rank and Part.LANGUAGE not in train.trainable:
-        yield _problem(
-            "lora.rank train.trainable",
-            f"is {recipe.lora.rank}, but train.trainable has no `language`, whose adapters would never learn; add it, "
-            "or set lora.rank=0",
-        )
     if train.validation_interval and recipe.data.validation_store is None:
         yield _problem(
             "train.validation_interval data.validation_store",
             f"evaluates every {train.validation_interval} steps on data.validation_store, which is not set",
         )
+
+
+def _adapters(recipe: Recipe) -> Iterator[Problem]:
+    lora, trainable = recipe.lora, recipe.train.trainable
+    wanted = {
+        Part.LANGUAGE: ("lora.targets", bool(lora.targets), "[]"),
+        Part.VISION: ("lora.vision_targets", bool(lora.vision_targets), "[]"),
+        Part.PROJECTOR: ("lora.projector", lora.projector, "false"),
+    }
+    if not lora.rank:
+        for part, (field, has, none) in wanted.items():
+            if has and part is not Part.LANGUAGE:
+                yield _problem(f"{field} lora.rank", f"is set, and lora.rank is 0; set lora.rank, or {field}={none}")
+        return
+    if not any(has for _, has, _ in wanted.values()) or (Part.LANGUAGE in trainable and not lora.targets):
+        yield _problem("lora.targets lora.rank", "is empty, and lora.rank is set; name layers, or set lora.rank=0")
+    for part, (field, has, none) in wanted.items():
+        if has and part not in trainable:
+            yield _problem(
+                f"{field} lora.rank train.trainable",
+                f"train.trainable has no `{part}`, whose adapters would never learn; add it, or set {field}={none} (or "
+                "lora.rank=0 for no adapters at all)",
+            )
 
 
 def _stores(recipe: Recipe) -> Iterator[Problem]:
@@ -350,4 +365,9 @@ def _speed(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-_RULES = (_vision, _language, _stacks, _native, _layout, _speed, _training, _stores)
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    for paths, text in evaluation_rules.violations(recipe):
+        yield _problem(paths, text)
+
+
+_RULES = (_vision, _language, _stacks, _native, _layout, _speed, _training, _adapters, _stores, _evaluation)

@@ -163,7 +163,7 @@ class SaveMode(StrEnum):
 
 
 class LoraTarget(StrEnum):
-    """Linear layers of the decoder that LoRA can adapt."""
+    """Linear layers of a transformer layer that LoRA can adapt."""
 
     QKV = "qkv"
     ATTENTION_OUTPUT = "attention_output"
@@ -187,6 +187,15 @@ class Switch(StrEnum):
     ALWAYS = "always"
     """An error where it is impossible."""
     NEVER = "never"
+
+
+class ScoreMetric(StrEnum):
+    """Scores of answers; what each computes is in `scores.metrics`."""
+
+    EXACT_MATCH = "exact_match"
+    VQA_ACCURACY = "vqa_accuracy"
+    ANLS = "anls"
+    RELAXED_ACCURACY = "relaxed_accuracy"
 
 
 class GradientDtype(StrEnum):

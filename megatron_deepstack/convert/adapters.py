@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.model.build import RankModel
-from megatron_deepstack.model.layers.lora import AdaptedLinear
+from megatron_deepstack.model.layers.lora import WithAdapter
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_MODEL: Final = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def adapters_of(rank_model: RankModel) -> Iterator[Adapter]:
     parts += list(zip(rank_model.chunks, rank_model.chunk_rules, strict=True))
     for part, rules in parts:
         for name, linear in part.named_modules():
-            if isinstance(linear, AdaptedLinear):
+            if isinstance(linear, WithAdapter):
                 (a,) = rules[f"{name}.lora_a"].published([linear.lora_a.detach().cpu()])
                 for own in linear.b_names:
                     rule = rules[f"{name}.{own}"]

@@ -23,9 +23,10 @@ from megatron_deepstack.convert.hf_facts import ACTIVATIONS
 from megatron_deepstack.convert.hf_granite import granite_keys, granite_sections
 from megatron_deepstack.convert.hf_processors import Values, granite_processor, qwen3_vl_processor
 from megatron_deepstack.convert.hf_rope import axial_base, rotary_base, rotary_sections
-from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.errors import CheckpointError, SlotError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
+from megatron_deepstack.planning.slots import decoder_slots
 
 T = TypeVar("T")
 Sections = Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, dict[str, Any]]]
@@ -203,6 +204,10 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         plain[section] = {**plain.get(section, {}), **values}
     model = _built(plain, where)
     _refuse(native_problems(model), where)
+    try:
+        decoder_slots(model)
+    except SlotError as error:
+        raise CheckpointError(f"{where}: {'; '.join(error.problems)}") from error
     return model
 
 

@@ -17,11 +17,11 @@ import torch
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.hf_config import read_config, require_same_model
 from megatron_deepstack.convert.hf_names import by_published_name, part_of
-from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
+from megatron_deepstack.convert.tensor_files import files_by_name, lazy_tensor, read_part, read_tensor
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.layers.lora import is_adapter
-from megatron_deepstack.model.rules import Shape, Source
+from megatron_deepstack.model.rules import PartialSource, Shape, Source, Span
 from megatron_deepstack.model.weights import LAYERS_PREFIX, decoder_layer_names
 from megatron_deepstack.run_folder.starting_weights import StartingTensor, StartingWeights
 
@@ -60,7 +60,7 @@ def published_source(
     return PublishedSource(checkpoints, fallback)
 
 
-class PublishedSource:
+class PublishedSource(PartialSource):
     """Checkpoints as a source of tensors, and where it takes each from."""
 
     def __init__(self, checkpoints: Sequence[_Checkpoint], fallback: Source | None) -> None:
@@ -70,6 +70,27 @@ class PublishedSource:
     def __call__(self, name: str, shape: Shape) -> torch.Tensor:
         """The tensor of a published name, see `published_source`."""
         return self.stored(name, shape).float()
+
+    def part(self, name: str, shape: Shape, span: Span) -> torch.Tensor:
+        """A part of a tensor, see `published_source`. Of safetensors files nothing else is read.
+
+        Args:
+            name: Its published name.
+            shape: The shape of all of it.
+            span: Which part.
+
+        Returns:
+            The part, float32 on the CPU.
+
+        Raises:
+            CheckpointError: See `published_source`.
+        """
+        for checkpoint in self._checkpoints:
+            if checkpoint.answers_for(name):
+                return checkpoint.read_part(name, shape, span).float()
+        if isinstance(self._fallback, PartialSource):
+            return self._fallback.part(name, shape, span)
+        return span.of(self(name, shape))
 
     def stored(self, name: str, shape: Shape) -> torch.Tensor:
         """A tensor in the dtype that it has in its file.
@@ -170,6 +191,25 @@ class _Checkpoint:
                 "model the checkpoint was made with"
             )
         return tensor
+
+    def read_part(self, name: str, shape: Shape, span: Span) -> torch.Tensor:
+        """A part of a tensor. Where its file holds another shape, `read` looks at all of it.
+
+        Args:
+            name: Its published name.
+            shape: The shape of all of it.
+            span: Which part.
+
+        Returns:
+            The part, in the dtype of its file.
+
+        Raises:
+            CheckpointError: As `read` does.
+        """
+        own = self.names.get(name)
+        if own is None or span.start == span.stop or lazy_tensor(self.files[own], own).shape != shape:
+            return span.of(self.read(name, shape))
+        return read_part(self.files[own], own, (slice(None),) * span.dim + (slice(span.start, span.stop),))
 
 
 def _without_leading_ones(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:

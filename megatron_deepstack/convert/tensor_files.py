@@ -144,6 +144,26 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
         raise CheckpointError(f"{file}: cannot read {name}: {_reason(file, error)}") from error
 
 
+def read_part(file: Path, name: str, part: tuple[int | slice, ...]) -> torch.Tensor:
+    """A part of a tensor on the CPU; of a safetensors file nothing else is read.
+
+    Args:
+        file: See `read_tensor`.
+        name: The tensor's name in it.
+        part: As an index of the tensor.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    if file.suffix != ".safetensors":
+        return _torch_file(file)[name][part]
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_slice(name)[part]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot read {name}: {_reason(file, error)}") from error
+
+
 def _reason(file: Path, error: Exception) -> str:
     """Why a file cannot be read: what it really is, or else what its reader says."""
     what = what_is_at(file)

@@ -17,6 +17,7 @@ import os
 import re
 import resource
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -298,9 +299,10 @@ def _spooling(text: str) -> Iterator[None]:
 def _local_file(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
     """A file that gets its name by `publish` once it is whole and on disk.
 
-    The temporary name holds host and process, so that two copies of one task on two nodes never share it.
+    The temporary name holds host and thread, whose number is its own on the host, so that neither two copies of one
+    task on two nodes nor two threads of a process share it.
     """
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{threading.get_native_id()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -30,8 +30,8 @@ from megatron_deepstack.inference.model_card import card_of_run
 from megatron_deepstack.model.build import RankModel, drop_adapters, merge_adapters
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX
 from megatron_deepstack.parallel.groups import Groups, create_groups
-from megatron_deepstack.planning.budget.cost import adapter_weights
 from megatron_deepstack.planning.budget.footprint import weight_bytes
+from megatron_deepstack.planning.budget.parameters import adapter_parameters
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import data_size
 from megatron_deepstack.run_folder.recipe import recipe_of_run
@@ -90,7 +90,7 @@ def export_run(
     require_checkpoint(recipe)
     _tokenizer(recipe)
     alone = adapters is Adapters.ALONE
-    size = _ADAPTER_BYTES * adapter_weights(recipe.model.language, recipe.lora) if alone else weight_bytes(recipe)
+    size = _ADAPTER_BYTES * adapter_parameters(recipe) if alone else weight_bytes(recipe)
     require_room(Path(output), size)
     say(f"export: {run_dir} -> {output}, about {data_size(size)}; one process starts and reads the checkpoint")
     if alone:
@@ -117,7 +117,8 @@ def one_rank_recipe(run_dir: str | Path, overrides: Sequence[str] = ()) -> Recip
 
 def _what_belongs_to_them(recipe: Recipe, naming: Naming) -> str:
     """What a user of adapters alone needs beside them."""
-    others = [str(part) for part in sorted(recipe.train.trainable) if part is not Part.LANGUAGE]
+    adapted = {Part.LANGUAGE: True, Part.VISION: recipe.lora.vision_targets, Part.PROJECTOR: recipe.lora.projector}
+    others = [str(part) for part in sorted(recipe.train.trainable) if not adapted[part]]
     trained = f", in which {' and '.join(others)} are as this run trained them" if others else ""
     return f"export: they belong to the folder that `export --naming {naming} --adapters left_out` writes{trained}"
 
@@ -181,7 +182,7 @@ def write_adapters_alone(
 
 def _learned_projector(model: RankModel, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Tensors of a projector that learned, by published names; none if it holds more than linears and norms."""
-    if Part.PROJECTOR not in recipe.train.trainable:
+    if Part.PROJECTOR not in recipe.train.trainable or recipe.lora.projector:
         return {}
     tensors = published_tensors(drop_adapters(model))
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTOR_PREFIX)}

@@ -13,7 +13,7 @@ from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelCo
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.layers.fp8 import require_fp8
-from megatron_deepstack.model.layers.lora import AdaptedLinear, is_adapter
+from megatron_deepstack.model.layers.lora import NO_ADAPTERS, WithAdapter, is_adapter
 from megatron_deepstack.model.layers.megatron_config import decoder_config
 from megatron_deepstack.model.layers.specs import uses_transformer_engine
 from megatron_deepstack.model.layers.speed import Speed, decide_speed
@@ -25,7 +25,6 @@ from megatron_deepstack.planning.slots import decoder_slots, stage_chunks
 from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.platform.compute.device import local_device
 
-NO_ADAPTERS = LoraConfig()
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 AUTOMATIC = SpeedConfig()
 
@@ -61,7 +60,7 @@ def build_model(
         parallel: The layout.
         precision: Dtype of parameters and activations.
         groups: Process groups of the layout.
-        lora: Adapters of the decoder; none by default.
+        lora: Adapters; none by default.
         fp8_scaling: How FP8 tensors are scaled, under that precision.
         speed: Fusions and overlaps; by default what this machine and its packages allow.
 
@@ -90,7 +89,7 @@ def build_model(
         for chunk in stage_chunks(model.language.num_layers, parallel)
         if chunk.pp == groups.place.pp
     ]
-    encoder = _on(device, VisualEncoder(model, precision, groups.encoder, decided))
+    encoder = _on(device, VisualEncoder(model, precision, groups.encoder, decided, lora))
     chunk_rules = [decoder_rules(chunk, model, lora) for chunk in chunks]
     for chunk, rules in zip(chunks, chunk_rules, strict=True):
         mark_split(chunk, rules)
@@ -136,7 +135,7 @@ def fill_adapters(rank_model: RankModel, source: Source, tp_group: torch.distrib
 
 
 def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
-    """Let only the named parts learn. In a decoder with adapters, only these do; unused ViT layers never do.
+    """Let only the named parts learn. In a part with adapters, only these do; unused ViT layers never do.
 
     Args:
         rank_model: What this rank holds; changed in place.
@@ -147,19 +146,23 @@ def freeze(rank_model: RankModel, trainable: tuple[Part, ...]) -> None:
     """
     if not trainable:
         raise ConfigError(["train.trainable: empty; name at least one of vision, projector, language"])
-    vit = rank_model.encoder.vit
-    for parameter in vit.parameters():
-        parameter.requires_grad_(Part.VISION in trainable)
-    for layer in vit.unused_layers():
+    encoder = rank_model.encoder
+    _freeze_part(encoder.vit, learns=Part.VISION in trainable)
+    for layer in encoder.vit.unused_layers():
         layer.requires_grad_(False)
-    rank_model.encoder.projector.requires_grad_(Part.PROJECTOR in trainable)
-    if rank_model.encoder.newline is not None:
-        rank_model.encoder.newline.requires_grad_(Part.PROJECTOR in trainable)
+    _freeze_part(encoder.projector, learns=Part.PROJECTOR in trainable)
+    if encoder.newline is not None:
+        adapted = any(is_adapter(name) for name, _ in encoder.projector.named_parameters())
+        encoder.newline.requires_grad_(Part.PROJECTOR in trainable and not adapted)
     for chunk in rank_model.chunks:
-        names = [name for name, _ in chunk.named_parameters()]
-        adapters_alone = any(is_adapter(name) for name in names)
-        for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(Part.LANGUAGE in trainable and is_adapter(name) is adapters_alone)
+        _freeze_part(chunk, learns=Part.LANGUAGE in trainable)
+
+
+def _freeze_part(module: torch.nn.Module, *, learns: bool) -> None:
+    """Let a part learn, or its adapters if it has some, or nothing of it."""
+    adapters_alone = any(is_adapter(name) for name, _ in module.named_parameters())
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(learns and is_adapter(name) is adapters_alone)
 
 
 def merge_adapters(rank_model: RankModel) -> RankModel:
@@ -176,10 +179,14 @@ def drop_adapters(rank_model: RankModel) -> RankModel:
     return _without_adapter_rules(rank_model)
 
 
-def _adapted(rank_model: RankModel) -> list[AdaptedLinear]:
-    return [module for chunk in rank_model.chunks for module in chunk.modules() if isinstance(module, AdaptedLinear)]
+def _adapted(rank_model: RankModel) -> list[WithAdapter]:
+    parts: list[torch.nn.Module] = [rank_model.encoder, *rank_model.chunks]
+    return [module for part in parts for module in part.modules() if isinstance(module, WithAdapter)]
 
 
 def _without_adapter_rules(rank_model: RankModel) -> RankModel:
-    rules = [{name: rule for name, rule in one.items() if not is_adapter(name)} for one in rank_model.chunk_rules]
-    return replace(rank_model, chunk_rules=rules)
+    encoder, *chunks = (
+        {name: rule for name, rule in one.items() if not is_adapter(name)}
+        for one in (rank_model.encoder_rules, *rank_model.chunk_rules)
+    )
+    return replace(rank_model, encoder_rules=encoder, chunk_rules=chunks)

@@ -25,6 +25,10 @@ class Span:
     start: int
     stop: int
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this part of the whole tensor, without a copy."""
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
 
 class PartialSource(ABC):
     """A Source that can also make a part of a tensor, without the rest of it."""
@@ -102,7 +106,7 @@ class Rule:
         span = Span(dim, min(rank * own, shape[dim]), min((rank + 1) * own, shape[dim]))
         if isinstance(source, PartialSource):
             return source.part(name, shape, span)
-        return source(name, shape).narrow(dim, span.start, span.stop - span.start)
+        return span.of(source(name, shape))
 
     def published(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The published tensors, in the order of `names`, from our parameter on every tp rank."""

@@ -8,6 +8,7 @@ change them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.model.layers.lora import WithAdapter, is_adapter
 from megatron_deepstack.model.rules import Rule, Rules, Shape
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.vision.qformer import QFormers
@@ -164,7 +166,7 @@ def adapter_rules(prefix: str, language: LanguageConfig, lora: LoraConfig) -> Ru
 
 
 def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
-    """What the encoder's parameters are made of; nothing is split.
+    """What the encoder's parameters are made of, also of its adapters; nothing is split.
 
     Args:
         encoder: The encoder.
@@ -173,8 +175,30 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
     Returns:
         Rules by the parameter's name in the encoder.
     """
-    if tower_of(model.vision).is_native:
-        return _select(encoder, _native_encoder(model))
+    known = _native_encoder(model) if tower_of(model.vision).is_native else _fixed_encoder(encoder, model)
+    for name, module in encoder.named_modules():
+        if isinstance(module, WithAdapter):
+            known.update(_beside(f"{name}.", known[f"{name}.weight"], module.lora.rank))
+    return _select(encoder, known)
+
+
+def _beside(name: str, weight: Rule, rank: int) -> Rules:
+    """Rules of the adapter beside a linear that is not split: B is fused as the weight is, and there is one A."""
+    modules = [one.removesuffix(".weight") for one in weight.names]
+    fused = modules[0] if len(modules) == 1 else f"{modules[0].rpartition('.')[0]}.qkv_proj"
+    outputs = [shape[0] for shape in weight.shapes]
+    return {
+        f"{name}lora_a": _plain(f"{fused}.lora_A.weight", (rank, weight.shapes[0][1])),
+        f"{name}lora_b": replace(
+            weight,
+            names=tuple(f"{one}.lora_B.weight" for one in modules),
+            shapes=tuple((rows, rank) for rows in outputs),
+        ),
+    }
+
+
+def _fixed_encoder(encoder: VisualEncoder, model: ModelConfig) -> Rules:
+    """Rules of a tower for views of one size, its projector and the newline."""
     vision, hidden = model.vision, model.language.hidden_size
     c, p = vision.hidden_size, vision.patch_size
     embeddings = f"{VISION_PREFIX}embeddings."
@@ -201,7 +225,7 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
     for layer in range(vision.num_layers):
         for name, rule in vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
             known[f"vit.decoder.layers.{layer}.{name}"] = rule
-    return _select(encoder, known)
+    return known
 
 
 def vit_layer_rules(prefix: str, model: ModelConfig) -> Rules:
@@ -262,6 +286,8 @@ def _qformers(projector: QFormers, num_averaged: int) -> Rules:
     """Rules of window Q-Formers: first those whose queries begin with averages, then those that begin with samples."""
     rules = {}
     for name, parameter in projector.named_parameters():
+        if is_adapter(name):
+            continue  # named after the linear that it stands beside
         _, number, own = name.split(".", 2)
         stack = int(number)
         kind_of_stack = ("layerwise", stack) if stack < num_averaged else ("spatial", stack - num_averaged)

@@ -73,8 +73,8 @@ def run_schedule(
         uploaded: `micro_batch_arrays` on the device; uploaded here if they are not given.
 
     Returns:
-        On the last stage the losses or the logits; elsewhere nothing. Gradients are left in the buffers of the chunks,
-        neither reduced over all ranks nor divided.
+        On the last stage the losses or the logits; elsewhere nothing. Gradients are in the buffers of the chunks;
+        `train_step` completes their reduction and divides them.
     """
     config.finalize_model_grads_func = _leave_to_train_step
     config.variable_seq_lengths = len(set(plan.seq_lengths)) > 1  # stages then send shapes before hidden states
@@ -125,7 +125,7 @@ def run_cached_step(
     Returns:
         On the last stage, per micro-batch the wanted logits (B, V / tp); elsewhere nothing.
     """
-    config.no_sync_func = None
+    config.no_sync_func, config.variable_seq_lengths = None, False
     width = int(tokens[0].shape[1])
     positions = zigzag((width,), config.context_parallel_size, cp_rank)
     host = [np.stack(each)[..., positions] for each in (tokens, axial) if each is not None]

@@ -58,7 +58,7 @@ class StagedStep:
         ]
         self.plan = plan
         self._sizes = [len(arrays) for arrays in kinds]
-        whole = [torch.from_numpy(np.ascontiguousarray(array, np.int64)) for arrays in kinds for array in arrays]
+        whole = [torch.from_numpy(np.array(array, np.int64)) for arrays in kinds for array in arrays]
         self._upload = Upload([pixels, *whole])
 
     def take(self) -> StepInputs:

@@ -31,7 +31,7 @@ from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.planning.exchange.rows import Grid, context_length
-from megatron_deepstack.planning.views import ImageShape, ViewGrid, num_views
+from megatron_deepstack.planning.views import ImageShape, ViewGrid, ViewLayout, num_views, read_tile_grids, tile_grid
 
 GRIDS: tuple[Grid, ...] = ((2, 2), (1, 2), (3, 1), (2, 1), (4, 1), (1, 1))
 PATCHES = tuple(ViewGrid(frames=1, height=h, width=w) for h, w in ((2, 2), (4, 6), (6, 2), (2, 8), (4, 4)))
@@ -240,6 +240,10 @@ def _sample(model: ModelConfig, rng: np.random.Generator, num_images: int) -> Ti
 def _shape(model: ModelConfig, rng: np.random.Generator) -> ImageShape:
     if model.variant.traits.is_native:
         return PATCHES[int(rng.integers(len(PATCHES)))]
+    if model.variant.traits.views is ViewLayout.TILES:
+        side, grids = model.vision.image_size, read_tile_grids(model.vision.tile_grids)
+        width, height = (int(rng.integers(1, 4 * side)) for _ in range(2))
+        return tile_grid(width, height, side, grids)
     candidates = ((2, 2),) if model.variant.traits.stacks_in_vit else GRIDS[:5]
     return candidates[int(rng.integers(len(candidates)))]
 

@@ -82,7 +82,9 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
     adapt_megatron()
     from megatron_deepstack.model.build import build_model, freeze
     from megatron_deepstack.parallel.groups import create_groups
+    from megatron_deepstack.platform.processes.garbage import settle
 
+    settle()  # as in training; else a collection of all that torch has created may fall into a part
     found: list[Part] = []
 
     @contextmanager
@@ -109,7 +111,8 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
         found.clear()
         replicas = world_size // model_ranks(recipe.parallel)
         with part("deal the step"):
-            dealt = deal(shapes.lengths, shapes.units, recipe.model.language, recipe.parallel, recipe.train, replicas)
+            costs = shapes.encoder_costs(recipe.model)
+            dealt = deal(shapes.lengths, costs, recipe.model.language, recipe.parallel, recipe.train, replicas)
         note = []
         with part("plan the rank's step", note):
             plan = _plan(recipe, dealt, shapes, groups.place.dp, groups.replica_rank)

@@ -24,6 +24,7 @@ class StandInAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         adam_w_mode: bool = True,
+        capturable: bool = False,
         master_weights: bool = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
@@ -33,6 +34,7 @@ class StandInAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         assert adam_w_mode
+        assert not capturable
         assert not store_param_remainders, "main parameters are to be whole"
         self.master_weights, self.use_decoupled_grad = master_weights, use_decoupled_grad
         self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": master_weight_dtype}

@@ -107,8 +107,12 @@ def test_what_cannot_be_read_at_present_is_not_taken_for_damage(
             raise OSError(number, os.strerror(number), str(path))
         return opened(path, *args, **kwargs)
 
+    def read_text(path: Path, encoding: str) -> str:
+        with refuse(path, encoding=encoding) as file:
+            return str(file.read())
+
     monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "read_text", lambda path, encoding: refuse(path, encoding=encoding).read())
+    monkeypatch.setattr(Path, "read_text", read_text)
     with pytest.raises(CheckpointError, match=rf"{name} cannot be read .*no older checkpoint is taken in its place"):
         newest_whole(run_dir)
 

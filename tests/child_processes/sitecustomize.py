@@ -7,4 +7,5 @@ their ranks and the workers of Ray follow the same rule for our packages; warnin
 import warnings
 
 warnings.filterwarnings("error", module=r"(megatron_deepstack|orchestration)(\.|$)")
+# Python reports unclosed files where an error cannot end a process; pytest shows those of its own process.
 warnings.filterwarnings("ignore", category=ResourceWarning)

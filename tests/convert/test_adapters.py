@@ -19,7 +19,7 @@ from megatron_deepstack.convert.export import export_model
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_recipe
+from megatron_deepstack.testing.tiny import tiny_granite, tiny_model, tiny_qwen3_vl, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -29,6 +29,7 @@ GROUPED = LanguageConfig(
     vocab_size=61, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2, qkv_bias=True
 )
 LORA = LoraConfig(rank=3, alpha=8.0)
+EVERYWHERE = replace(LORA, vision_targets=tuple(LoraTarget), projector=True)
 RUNS = {
     "l": (tiny_model(language=GROUPED), LORA),
     "hd-attention": (
@@ -37,11 +38,20 @@ RUNS = {
     ),
     "llava": (tiny_model(language=replace(GROUPED, qkv_bias=False), variant=Variant.LLAVA), LORA),
     "qwen3-vl": (tiny_qwen3_vl(), LORA),
+    "qwen3-vl-everywhere": (tiny_qwen3_vl(), EVERYWHERE),
+    "granite-everywhere": (tiny_granite(), EVERYWHERE),
 }
+ADAPTED = {
+    "hd-attention": 8 * 4,
+    "qwen3-vl-everywhere": 8 * 7 + 4 * 4 + 3 * 2,
+    "granite-everywhere": 8 * 7 + 4 * 6 + 6 * 11,
+}
+"""Linears that have adapters: of decoder, tower, and mergers or Q-Formers; in the other runs all of eight layers."""
 
 
 def recipe_of(model: ModelConfig, lora: LoraConfig) -> Recipe:
-    return replace(tiny_recipe(model, trainable=(Part.PROJECTOR, Part.LANGUAGE)), lora=lora)
+    vision = (Part.VISION,) * bool(lora.vision_targets)
+    return replace(tiny_recipe(model, trainable=(*vision, Part.PROJECTOR, Part.LANGUAGE)), lora=lora)
 
 
 def write_all(rank: int, recipe: Recipe, folder: str, precision: Precision, naming: Naming) -> None:
@@ -111,8 +121,7 @@ def test_base_and_adapters_are_the_merged_export(ranks: Pools, tmp_path: Path, n
     found = applied({key: value.detach() for key, value in base.items()}, tmp_path / "alone")
     assert found.keys() == merged.keys()
     changed = [key for key in found if not torch.equal(base[key], merged[key])]
-    linears = 4 if len(lora.targets) == 2 else 7
-    assert len(changed) == 8 * linears
+    assert len(changed) == ADAPTED.get(name, 8 * 7)
     for key, value in found.items():
         # bfloat16: one rounding to the nearest after sums in another order
         torch.testing.assert_close(

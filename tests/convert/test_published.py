@@ -31,11 +31,14 @@ from transformers import (
 from megatron_deepstack.config.architectures import VISION
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from megatron_deepstack.convert import published
 from megatron_deepstack.convert.hf_names import Naming, by_published_name, to_naming, to_published
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name
 from megatron_deepstack.convert.tensor_writer import write_tensors
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.model.init import random_source
+from megatron_deepstack.model.rules import Span
 from megatron_deepstack.model.weights import VISION_PREFIX
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -315,3 +318,36 @@ def test_shards_hold_everything_once(tmp_path: Path) -> None:
     read = published_source(tmp_path)
     for name, tensor in tensors.items():
         assert torch.equal(read(f"model.{name}", (10,)), tensor)
+
+
+SPANS = [Span(0, 0, 3), Span(0, 3, 8), Span(1, 2, 4), Span(0, 8, 8)]
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_part_is_that_of_the_whole_tensor(tmp_path: Path, name: str, span: Span) -> None:
+    """From both kinds of files in their own dtype, and from the fallback."""
+    tensor = torch.randn(8, 4).bfloat16()
+    write = save_file if name.endswith("safetensors") else torch.save
+    write({"model.embed_tokens.weight": tensor, "model.norm.weight": torch.ones(4)}, tmp_path / name)
+    drawn = random_source(ModelConfig(), 0)
+    source = published_source(tmp_path, fallback=drawn)
+    part = source.part("model.embed_tokens.weight", (8, 4), span)
+    assert part.dtype is torch.float32
+    assert torch.equal(part, span.of(tensor.float()))
+    projector = "model.mm_projector.0.weight"
+    assert torch.equal(source.part(projector, (8, 4), span), span.of(drawn(projector, (8, 4))))
+    plain = published_source(tmp_path, fallback=fallback)
+    assert torch.equal(plain.part(projector, (8, 4), span), span.of(fallback(projector, (8, 4))))
+
+
+def test_nothing_but_the_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the tensor needs a look as a whole; then its part is the same, and what is wrong is said as always."""
+    path = saved(tmp_path, **{"model.embed_tokens.weight": torch.randn(8, 4), "model.norm.weight": torch.ones(4)})
+    source = published_source(path)
+    with pytest.raises(CheckpointError, match=r"has 8 rows, the recipe's vocabulary 6"):
+        source.part("model.embed_tokens.weight", (6, 4), Span(0, 0, 2))
+    with pytest.raises(CheckpointError, match="lm_head"):
+        source.part("lm_head.weight", (8, 4), Span(0, 0, 2))
+    monkeypatch.setattr(published, "read_tensor", None)
+    assert source.part("model.embed_tokens.weight", (8, 4), Span(0, 0, 2)).shape == (2, 4)

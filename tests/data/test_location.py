@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -85,6 +87,22 @@ def test_a_failed_write_leaves_nothing(root: Location) -> None:
         fail()
     assert file.read_bytes() == b"old"
     assert [found.name for found in (*root.list(), *root.list(".*"))] == ["file"]
+
+
+def test_threads_that_write_a_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Each has a temporary file of its own, and the file is always one of the whole texts."""
+    file = Location.parse(tmp_path / "file")
+    inside = threading.Barrier(2)
+
+    def write(text: bytes) -> None:
+        with file.write() as stream:
+            stream.write(text)
+            inside.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (b"one", b"another")))
+    assert file.read_bytes() in (b"one", b"another")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_only_one_creates_a_file(root: Location) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_deepstack.config.schema import ParallelConfig
+from megatron_deepstack.config.schema import ParallelConfig, TrainConfig
+from megatron_deepstack.planning.batch.dealing import deal, encoder_costs_of
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.budget.cost import unit_flops
@@ -68,3 +69,28 @@ def test_a_plan_says_how_uneven_its_encoding_is() -> None:
     assert [len(one.units) for one in routes] == [1, 3]
     assert routes[0].imbalance == routes[1].imbalance == pytest.approx(2 * big / (big + 3 * small))
     assert routes[0].grids == grids
+
+
+def test_replicas_are_dealt_views_by_what_they_cost() -> None:
+    """One large view costs more than four of a quarter of it, and its replica gets less of the others."""
+    model = tiny_qwen3_vl()
+    views = np.array([[0, 1, 32, 32], *([one, 1, 16, 16] for one in (1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3))])
+    units = np.array([256] * 4)
+    costs = encoder_costs_of(model, units, views)
+    assert costs[0] > 1.2 * costs[1] == 1.2 * costs[2]
+    assert costs[0] == unit_flops(model, ViewGrid(1, 32, 32))
+    assert encoder_costs_of(model, units, None).tolist() == [256.0] * 4
+    lengths = np.array([300] * 8)
+    costs = np.array([4.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0])
+    train = TrainConfig(global_batch_size=8, micro_batch_size=1, seq_length=512)
+    dealt = deal(lengths, costs, model.language, ParallelConfig(), train, 2)
+    shares = [sum(costs[one] for batch in mine for row in batch for one in row) for mine in dealt.replicas]
+    assert sorted(shares) == [5.0, 7.0], "equally many samples, and the huge one beside the smallest"
+
+
+def test_a_huge_view_holds_its_rank_back_by_its_own_cost() -> None:
+    sizes = [(64, 64), *[(8, 8)] * 30]
+    costs = [unit_flops(tiny_qwen3_vl(), ViewGrid(1, *size)) for size in sizes]
+    dealt = deal_by_cost(costs, [1] * len(costs), 4)
+    owner = np.searchsorted(dealt.bounds, dealt.first_unit, side="right") - 1
+    assert np.bincount(owner, costs, 4).max() == costs[0]

@@ -93,7 +93,7 @@ def test_a_second_one_is_refused_and_told_who_holds_it_until_that_one_is_killed(
         assert "take another run_dir" in message
     finally:
         holder.kill()
-        holder.wait()
+        holder.communicate()
     assert (run_dir / OWNER_FILE).exists(), "the killed one could not clean up"
     with run_lock(run_dir, "launch", told.append):
         owner = read_owner(run_dir / OWNER_FILE)
@@ -204,7 +204,7 @@ def test_a_lock_without_a_record(tmp_path: Path, told: list[str]) -> None:
             pass
     finally:
         holder.kill()
-        holder.wait()
+        holder.communicate()
 
 
 def test_a_holder_that_was_taken_over_ends(tmp_path: Path) -> None:
@@ -212,8 +212,7 @@ def test_a_holder_that_was_taken_over_ends(tmp_path: Path) -> None:
     holder = hold(tmp_path, "train", beat_seconds=0.02)
     leave_record(tmp_path, host="elsewhere", pid=7, token="another")
     assert holder.wait(200) == RunFolderError.exit_code
-    assert holder.stderr is not None
-    said = holder.stderr.read()
+    _, said = holder.communicate()
     assert "`train` (process 7 on elsewhere" in said
     assert "has taken over this run" in said
 

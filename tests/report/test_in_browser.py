@@ -73,7 +73,7 @@ def browser() -> Iterator[Browser]:
     yield window
     window.send("DELETE", window.session)
     driver.terminate()
-    driver.wait(30)
+    driver.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")

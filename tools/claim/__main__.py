@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from tools.claim.draw import draw
 from tools.claim.experiment import Experiment, read_experiment
@@ -49,10 +50,12 @@ def show(folder: Path, experiment: Experiment, parallel: int, publish: Path | No
     say(f"{len(jobs)} runs to choose learning rates, {parallel} at a time")
     found = iter(run_all(folder, experiment, jobs, parallel, say))
     sweep = {arm.name: [next(found) for _ in rates] for arm in experiment.arms}
-    chosen = [Job(arm, tuned_rate(sweep[arm.name]), seed) for arm in experiment.arms for seed in experiment.seeds]
+    # Seed after seed, so that arms can be compared with fewer seeds when this is stopped.
+    chosen = [Job(arm, tuned_rate(sweep[arm.name]), seed) for seed in experiment.seeds for arm in experiment.arms]
     say(f"{len(chosen)} runs at the chosen rates, of which {len(experiment.arms)} are there")
-    found = iter(run_all(folder, experiment, chosen, parallel, say))
-    results = {arm.name: [next(found) for _ in experiment.seeds] for arm in experiment.arms}
+    results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in experiment.arms}
+    for result in run_all(folder, experiment, chosen, parallel, say):
+        results[result["arm"]].append(result)
     command = "make claim QUICK=yes" if quick else "make claim"
     for target in (folder, *([publish] if publish else [])):
         write_pages(target, experiment, results, sweep, command)

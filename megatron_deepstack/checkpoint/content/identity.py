@@ -14,7 +14,7 @@ from typing import Any
 from megatron_deepstack.checkpoint.folder import Manifest
 from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.renamed import saved_model_with_present_names
-from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig, Recipe
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.errors import CheckpointError
 
@@ -140,10 +140,12 @@ def _with_present_names(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
     A new field's default leaves everything as it was, so that is what such a checkpoint was made with.
     """
-    model = saved.get("model")
-    if not isinstance(model, Mapping):
-        return saved
-    return {**saved, "model": _filled(saved_model_with_present_names(model), _plain(asdict(ModelConfig())))}
+    found = {**saved}
+    if isinstance(saved.get("model"), Mapping):
+        found["model"] = _filled(saved_model_with_present_names(saved["model"]), _plain(asdict(ModelConfig())))
+    if isinstance(saved.get("lora"), Mapping):
+        found["lora"] = _filled(saved["lora"], _plain(asdict(LoraConfig())))
+    return found
 
 
 def _filled(saved: Any, defaults: Any) -> Any:

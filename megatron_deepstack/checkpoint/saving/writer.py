@@ -13,7 +13,7 @@ import mmap
 import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,13 +71,22 @@ class Reply:
 
 
 class ChecksummedFile:
-    """A new file that counts its bytes and takes their checksum as they are written."""
+    """A new file that counts its bytes and takes their checksum as they are written. A context manager: `close` ends a
+    whole file, and the end of the block also one that could not be written.
+    """
 
     def __init__(self, path: Path) -> None:
         """Create the file, or empty one that exists."""
         self._stream = path.open("wb")
         self._checksum = google_crc32c.Checksum()
         self.num_bytes = 0
+
+    def __enter__(self) -> ChecksummedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError) if kind is not None else nullcontext():  # the first error is the one to raise
+            self._stream.close()
 
     def write(self, content: Any) -> int:
         """Append bytes or anything with a buffer."""
@@ -142,23 +151,23 @@ def write_files(folder: Path, rank: int, small_files: Mapping[str, bytes], data_
     files: dict[str, tuple[int, int]] = {}
     items: list[list[Any]] = []
     for name, content in small_files.items():
-        stream = ChecksummedFile(folder / name)
-        stream.write(content)
-        files[name] = stream.close()
-    for name, objects, tensors in data_files:
-        stream = ChecksummedFile(folder / name)
-        for item, content in objects:
-            begin = stream.num_bytes
+        with ChecksummedFile(folder / name) as stream:
             stream.write(content)
-            items.append([*item, name, begin, stream.num_bytes - begin])
-        for item, tensor in tensors:
-            begin = stream.num_bytes
-            torch.save(tensor, cast(IO[bytes], stream))
-            items.append([*item, name, begin, stream.num_bytes - begin])
-        files[name] = stream.close()
-    note = ChecksummedFile(folder / NOTE.format(rank=rank))
-    note.write(json.dumps({"files": files, "items": items}).encode())
-    note.close()
+            files[name] = stream.close()
+    for name, objects, tensors in data_files:
+        with ChecksummedFile(folder / name) as stream:
+            for item, content in objects:
+                begin = stream.num_bytes
+                stream.write(content)
+                items.append([*item, name, begin, stream.num_bytes - begin])
+            for item, tensor in tensors:
+                begin = stream.num_bytes
+                torch.save(tensor, cast(IO[bytes], stream))
+                items.append([*item, name, begin, stream.num_bytes - begin])
+            files[name] = stream.close()
+    with ChecksummedFile(folder / NOTE.format(rank=rank)) as note:
+        note.write(json.dumps({"files": files, "items": items}).encode())
+        note.close()
     return sum(size for size, _ in files.values())
 
 

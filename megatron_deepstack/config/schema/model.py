@@ -196,11 +196,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters on the decoder's linear layers (LoRA, arXiv 2106.09685). The decoder's weights are frozen."""
+    """Low-rank adapters beside linear layers (LoRA, arXiv 2106.09685). The weights of a part that has adapters are
+    frozen: of the decoder, and of the vision tower and the projector where they have some."""
 
     rank: Annotated[int, NOT_NEGATIVE] = 0
-    """Rank of the adapters. With 0 there are no adapters, and the decoder's own weights learn."""
+    """Rank of the adapters. With 0 there are no adapters, and the weights themselves learn."""
     alpha: Annotated[float, POSITIVE] = 16.0
     """The output of the adapters is multiplied by alpha / rank."""
     targets: tuple[LoraTarget, ...] = tuple(LoraTarget)
-    """Linear layers that get an adapter. The default is all four of a decoder layer."""
+    """Linear layers of the decoder that get an adapter. The default is all four of a layer."""
+    vision_targets: tuple[LoraTarget, ...] = ()
+    """Linear layers of the vision tower that get an adapter. They learn where `train.trainable` has `vision`."""
+    projector: bool = False
+    """Every linear layer of the projector (also of mergers and Q-Formers) gets an adapter. They learn where
+    `train.trainable` has `projector`."""

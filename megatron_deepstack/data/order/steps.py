@@ -15,12 +15,12 @@ import numpy as np
 from megatron_deepstack.config.choices import Batching, Unreadable
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sample_multiple
-from megatron_deepstack.data.order.mixture import Samples, sizes_of
+from megatron_deepstack.data.order.mixture import Samples, sizes_of, views_of
 from megatron_deepstack.data.order.sampler import Indices
 from megatron_deepstack.data.order.unit_pixels import UnitPixels
 from megatron_deepstack.data.order.unreadable import UnreadableSample, Where, without
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.planning.batch.dealing import Balance, Deal, deal
+from megatron_deepstack.planning.batch.dealing import Balance, Deal, deal, encoder_costs_of
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_training_step
@@ -223,7 +223,9 @@ class StepReader:
         if len(too_long) and not self.train.truncate:
             planned_sample(self.store, self.model, self.train, int(samples[too_long[0]]))
         lengths = np.minimum(lengths, self.train.seq_length)
-        return deal(lengths, units, self.model.language, self.parallel, self.train, self.share.num_replicas)
+        views = views_of(self.store, samples) if self.model.variant.traits.is_native else None
+        costs = encoder_costs_of(self.model, units, views)
+        return deal(lengths, costs, self.model.language, self.parallel, self.train, self.share.num_replicas)
 
     def _row(self, indices: Sequence[int]) -> _Row:
         """One row of some samples; a filler if there are none."""

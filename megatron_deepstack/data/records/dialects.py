@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from megatron_deepstack.data.records.keys import FaultError, check_keys, how_to_ignore, without
@@ -30,7 +30,7 @@ from megatron_deepstack.data.records.tools import (
 )
 from megatron_deepstack.data.records.turns import VIDEO_TOKEN, Role, Turn, Video
 from megatron_deepstack.data.records.videos import VIDEO_KEYS as _VIDEO_KEYS
-from megatron_deepstack.data.records.videos import read_videos
+from megatron_deepstack.data.records.videos import read_video, read_videos
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
 TALK_KEYS: Final = ("conversations", "messages")
@@ -54,8 +54,18 @@ _LEARNED_KEYS: Final = ("loss", "train", "weight")
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
 _IMAGE_PARTS: Final = ("image", "image_url", "input_image")
 _PATH_KEYS: Final = ("path", "url", "image", "image_url")
+_VIDEO_PART: Final = "video"
 _FOREIGN: Final = re.compile(r"<\|?(?P<medium>video|audio|speech)(?:_pad)?\|?>", re.IGNORECASE)
 """Placeholders of media that are not read."""
+
+
+@dataclass(slots=True)
+class _Named:
+    """What the turns of a record name."""
+
+    takes_videos: bool
+    images: list[str] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,7 @@ def read_conversation(
     more = (*(("tools",) if writes_tools else ()), *(_VIDEO_KEYS if takes_videos else ()))
     everywhere = (*_EVERYWHERE, *more)
     check_keys(item, (*everywhere, form, *((*_SINGLE_FORMS[form], _HISTORY) if form in _SINGLE_FORMS else ())))
-    named: list[str] = []
+    named = _Named(takes_videos=takes_videos)
     turns = (
         list(_single(item, form)) if form in _SINGLE_FORMS else list(_talk(item[form], ignored, named, writes_tools))
     )
@@ -108,20 +118,20 @@ def read_conversation(
         turns = with_tools(turns, item.get("tools"))
     if all(not turn.learned for turn in turns if turn.role is Role.GPT) and any(t.role is Role.GPT for t in turns):
         raise FaultError("none of its answers is to be learned; leave the record out")
-    found = read_videos(item) if takes_videos else ()
+    found = _videos(item, named) if takes_videos else ()
     _check_foreign(turns, record, {*ignored, VIDEO_TOKEN} if found else ignored)
-    return Conversation(_images(item, named), tuple(turns), found)
+    return Conversation(_images(item, named.images), tuple(turns), found)
 
 
 def named_images(record: Mapping[str, Any]) -> list[str]:
     """The images that a record names, in order; empty if the record cannot be read."""
-    named: list[str] = []
+    named = _Named(takes_videos=True)
     try:
         item = without(record, ())
         for key in TALK_KEYS:
             if key in item:
                 list(_talk(item[key], (), named, True))
-        return list(_images(item, named))
+        return list(_images(item, named.images))
     except FaultError:
         return []
 
@@ -152,7 +162,7 @@ def _single(item: Mapping[str, Any], form: str) -> Iterator[Turn]:
     yield Turn(Role.GPT, _text(item[form], f"`{form}`"))
 
 
-def _talk(value: Any, ignored: Collection[str], named: list[str], writes_tools: bool) -> Iterator[Turn]:
+def _talk(value: Any, ignored: Collection[str], named: _Named, writes_tools: bool) -> Iterator[Turn]:
     """The turns of a list; images that they name are added to `named`."""
     for number, turn in enumerate(_list_of(value, "its conversation")):
         yield _usual_turn(turn, ignored) or _turn(turn, f"turn {number}", ignored, named, writes_tools)
@@ -172,7 +182,7 @@ def _usual_turn(turn: Any, ignored: Collection[str]) -> Turn | None:
     return None
 
 
-def _turn(turn: Any, where: str, ignored: Collection[str], named: list[str], writes_tools: bool) -> Turn:
+def _turn(turn: Any, where: str, ignored: Collection[str], named: _Named, writes_tools: bool) -> Turn:
     speaker, said = _speaker_keys(turn)
     if writes_tools and isinstance(turn, dict):
         tool_turn = _tool_turn(turn, where, ignored, named)
@@ -189,7 +199,7 @@ def _turn(turn: Any, where: str, ignored: Collection[str], named: list[str], wri
     return Turn(role, _content(turn[said], where, ignored, named), _learned(held, role, where))
 
 
-def _tool_turn(turn: dict[str, Any], where: str, ignored: Collection[str], named: list[str]) -> Turn | None:
+def _tool_turn(turn: dict[str, Any], where: str, ignored: Collection[str], named: _Named) -> Turn | None:
     """A turn that calls tools, or that holds a tool's response; None for any other."""
     speaker, said = _speaker_keys(turn)
     held, name = without(turn, ignored), turn.get(speaker)
@@ -238,20 +248,20 @@ def _learned(turn: Mapping[str, Any], role: Role, where: str) -> bool:
     return all(flags.values())
 
 
-def _content(value: str | list[Any], where: str, ignored: Collection[str], named: list[str]) -> str:
+def _content(value: str | list[Any], where: str, ignored: Collection[str], named: _Named) -> str:
     """What a turn says, as one text: the parts of a list one after the other, a placeholder for each image."""
     if isinstance(value, str):
         return _text(value, where)
     return "".join(_part(part, f"part {number} of {where}", ignored, named) for number, part in enumerate(value))
 
 
-def _part(part: Any, where: str, ignored: Collection[str], named: list[str]) -> str:
+def _part(part: Any, where: str, ignored: Collection[str], named: _Named) -> str:
     if isinstance(part, str):
         return _text(part, where)
     if not isinstance(part, dict):
         raise FaultError(f"{where} is {kind_of(part)}, an object with a `type` was expected")
     held = without(part, ignored)
-    kind = part.get("type", "text" if "text" in part else "image" if "image" in part else None)
+    kind = part.get("type", next((key for key in ("text", "image", _VIDEO_PART) if key in part), None))
     if kind in _TEXT_PARTS:
         check_keys(held, ("type", "text"), where)
         return _text(part.get("text"), where)
@@ -260,9 +270,21 @@ def _part(part: Any, where: str, ignored: Collection[str], named: list[str]) -> 
         paths = [held[key] for key in _PATH_KEYS if key in held]
         if len(paths) > 1:
             raise FaultError(f"{where} names its image more than once")
-        named += [_path(path, where) for path in paths]
+        named.images += [_path(path, where) for path in paths]
         return IMAGE_TOKEN
-    raise FaultError(f"{where} is of the type {kind!r}; only text and images are read")
+    if kind == _VIDEO_PART and named.takes_videos:
+        named.videos.append(read_video({**held, "video": part.get("video")}, where))
+        return VIDEO_TOKEN
+    what = "text, images and videos" if named.takes_videos else "text and images"
+    raise FaultError(f"{where} is of the type {kind!r}; only {what} are read")
+
+
+def _videos(item: Mapping[str, Any], named: _Named) -> tuple[Video, ...]:
+    """The videos of a record, which must name them in one place, or alike in both."""
+    found, in_turns = read_videos(item), tuple(named.videos)
+    if found and in_turns and found != in_turns:
+        raise FaultError("names its videos differently in its turns and beside them; name them in one place")
+    return found or in_turns
 
 
 def _images(item: Mapping[str, Any], named: list[str]) -> tuple[str, ...]:

@@ -34,10 +34,22 @@ def read_videos(item: Mapping[str, Any]) -> tuple[Video, ...]:
     if not named:
         return ()
     value = item[named[0]]
-    return tuple(_video(one, f"`{named[0]}`") for one in (value if isinstance(value, list) else [value]))
+    return tuple(read_video(one, f"`{named[0]}`") for one in (value if isinstance(value, list) else [value]))
 
 
-def _video(value: Any, where: str) -> Video:
+def read_video(value: Any, where: str) -> Video:
+    """Return one video.
+
+    Args:
+        value: The path of a file, a list of paths, or an object with either as `video`, such as a part of a message.
+        where: Its place, for messages.
+
+    Returns:
+        The video.
+
+    Raises:
+        FaultError: It is something else, or has no frames.
+    """
     fps: float | None = None
     if isinstance(value, dict):
         check_keys(value.keys(), ("type", "video", *_FPS_KEYS), where)

@@ -126,11 +126,16 @@ def extents_of(index: np.ndarray, first: int, count: int) -> list[list[int]]:
     return found + [[EMPTY_CHUNK, EMPTY_CHUNK]] * (count - len(found))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class _OpenShard:
+    """An open shard; its file is closed when the last user has released it."""
+
     file: BinaryIO
     index: np.ndarray
     """As `used_part` returns it."""
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.file.close).atexit = False  # at exit a thread may still read
 
 
 class _Uses:

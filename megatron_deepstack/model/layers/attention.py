@@ -11,6 +11,7 @@ Legend: S local sequence, B micro-batch, A query heads of this tp rank, G key/va
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -100,8 +101,8 @@ class FusedCoreAttention(torch.nn.Module):
         """Attention within each sample. Collective over cp; gradients flow to queries, keys and values.
 
         Args:
-            query: (S, B, A, D), rotated; B is 1 where rows are packed.
-            key: (S, B, G, D), rotated.
+            query: (S, B, A, D); the decoder's are rotated. B is 1 where rows are packed.
+            key: (S, B, G, D), rotated like the queries.
             value: (S, B, G, D).
             attention_mask: Not used: what is masked follows from the positions.
             attn_mask_type: Not used: the layer's own kind counts.
@@ -156,3 +157,52 @@ class FusedCoreAttention(torch.nn.Module):
             enable_gqa=q_BAQD.shape[1] != k_BGKD.shape[1],
         )
         return out_BAQD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+class RowOfFrames(torch.nn.Module):
+    """What Transformer Engine's core attention needs for a row of many frames; comes before it among the bases.
+
+    The layer sees one plain row, whose queries and keys are rotated already. The kernel gets the bounds of all frames
+    at once, so that no frame takes a call of its own.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: Packs,
+        **rest: Any,
+    ) -> torch.Tensor:
+        """Attention within each frame. Gradients flow to queries, keys and values.
+
+        Args:
+            query: (S, 1, A, D), rotated.
+            key: (S, 1, A, D), rotated.
+            value: (S, 1, A, D).
+            attention_mask: None.
+            packed_seq_params: Where each frame ends.
+            **rest: What Megatron-Core passes besides.
+
+        Returns:
+            (S, 1, A * D).
+        """
+        frames = replace(packed_seq_params, qkv_format="thd")  # type: ignore[call-arg]  # a field of Megatron's class
+        rows = (x.squeeze(1) for x in (query, key, value))
+        found = super().forward(*rows, attention_mask, packed_seq_params=frames, **rest)
+        return found.reshape(found.shape[0], 1, -1)
+
+
+@cache
+def frame_by_frame(attention: type) -> type:
+    """A core attention of Transformer Engine for rows of frames.
+
+    Args:
+        attention: Its class, which Megatron builds and calls with named arguments.
+
+    Returns:
+        A subclass, the same one for the same class.
+    """
+    return type(f"Framed{attention.__name__}", (RowOfFrames, attention), {})

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters beside the decoder's linears (Hu et al., arXiv 2106.09685): y = W x + alpha / rank * B A x.
+"""LoRA: low-rank adapters beside linears (Hu et al., arXiv 2106.09685): y = W x + alpha / rank * B A x.
 
 An adapted linear is a subclass of Megatron's own (local or Transformer Engine's) with two more matrices, so layers,
 schedules, recomputation and checkpoints see a linear. Megatron fuses query, key and value, and gate and up, and so one
@@ -35,6 +35,7 @@ from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LoraConfig
 from megatron_deepstack.platform.compute.device import local_device
 
+NO_ADAPTERS = LoraConfig()
 GATE_AND_UP = ("lora_b_gate", "lora_b_up")
 """B of the MLP's input, whose two outputs are each split over tp by itself."""
 ROW_TARGETS = (LoraTarget.ATTENTION_OUTPUT, LoraTarget.MLP_OUT)
@@ -45,12 +46,36 @@ def is_adapter(name: str) -> bool:
     return "lora_" in name
 
 
-class AdaptedLinear(torch.nn.Module):
+class WithAdapter(torch.nn.Module):
+    """A linear with an adapter beside it."""
+
+    weight: torch.Tensor
+    lora: LoraConfig
+    lora_a: torch.nn.Parameter
+    b_names: tuple[str, ...]
+    """Names of the matrices that are B one below another."""
+
+    def _b(self) -> torch.Tensor:
+        """(outputs of this rank, R)."""
+        return torch.cat([self.get_parameter(name) for name in self.b_names])
+
+    def merge(self) -> None:
+        """Add the adapter to the base weight, in float32, and drop it. Each tp rank merges its shard by itself."""
+        with torch.no_grad():
+            change = self.lora.alpha / self.lora.rank * (self._b().float() @ self.lora_a.float())
+            self.weight.copy_(self.weight.float() + change)
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove the adapter; the base weight stays as it is. The linear cannot run after this."""
+        for name in ("lora_a", *self.b_names):
+            del self._parameters[name]
+
+
+class AdaptedLinear(WithAdapter):
     """What an adapted linear adds to a column- or row-parallel one; comes before it among the bases."""
 
     config: Any
-    weight: torch.nn.Parameter
-    lora: LoraConfig
     target: LoraTarget
 
     def __init__(self, input_size: int, output_size: int, *, tp_group: torch.distributed.ProcessGroup, **rest: Any):
@@ -58,7 +83,8 @@ class AdaptedLinear(torch.nn.Module):
         self.adapter_group = tp_group
         self.splits_sequence = bool(self.config.sequence_parallel) and tp_group.size() > 1
         self.is_row = self.target in ROW_TARGETS
-        self.b_names = GATE_AND_UP if self.target is LoraTarget.MLP_IN else ("lora_b",)
+        gated = self.target is LoraTarget.MLP_IN and self.config.gated_linear_unit
+        self.b_names = GATE_AND_UP if gated else ("lora_b",)
         inputs, outputs = input_size, output_size // len(self.b_names)
         if self.is_row:
             inputs //= tp_group.size()
@@ -75,10 +101,6 @@ class AdaptedLinear(torch.nn.Module):
         matrix = torch.nn.Parameter(torch.empty(rows, columns, dtype=self.config.params_dtype, device=local_device()))
         matrix.sequence_parallel = partial  # type: ignore[attr-defined]
         return matrix
-
-    def _b(self) -> torch.Tensor:
-        """(outputs of this rank, R)."""
-        return torch.cat([self.get_parameter(name) for name in self.b_names])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the linear's, plus alpha / R * B A x. Collective over tp; gradients flow to x, A and B.
@@ -126,22 +148,42 @@ class AdaptedLinear(torch.nn.Module):
         state.update(make_sharded_tensors_for_checkpoint(matrices, prefix, split, sharded_offsets, **groups))
         return state
 
-    def merge(self) -> None:
-        """Add the adapter to the base weight, in float32, and drop it. Each tp rank merges its shard by itself."""
-        with torch.no_grad():
-            change = self.lora.alpha / self.lora.rank * (self._b().float() @ self.lora_a.float())
-            self.weight.copy_(self.weight.float() + change)
-        self.drop()
 
-    def drop(self) -> None:
-        """Remove the adapter; the base weight stays as it is. The linear cannot run after this."""
-        for name in ("lora_a", *self.b_names):
-            del self._parameters[name]
+class AdaptedPlain(WithAdapter, torch.nn.Linear):
+    """A linear of torch with an adapter, as in projectors; every rank holds all of it."""
+
+    def __init__(self, linear: torch.nn.Linear, lora: LoraConfig) -> None:
+        """It takes the place of `linear`, whose parameters become its own."""
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora, self.b_names = lora, ("lora_b",)
+        self.lora_a = torch.nn.Parameter(self.weight.new_empty(lora.rank, self.in_features))
+        self.lora_b = torch.nn.Parameter(self.weight.new_empty(self.out_features, lora.rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs); gradients flow to x, A and B."""
+        narrow = torch.nn.functional.linear(x, self.lora_a)
+        change = torch.nn.functional.linear(narrow, self.lora_b)
+        return torch.nn.functional.linear(x, self.weight, self.bias) + self.lora.alpha / self.lora.rank * change
+
+
+def adapt_linears(module: torch.nn.Module, lora: LoraConfig) -> None:
+    """Give every linear of torch below a module an adapter.
+
+    Args:
+        module: Changed in place.
+        lora: The recipe's section; gives rank and alpha.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, AdaptedPlain(child, lora))
 
 
 @cache
 def adapted(linear: type, target: LoraTarget, lora: LoraConfig) -> type:
-    """A linear with an adapter beside it.
+    """A linear of a layer with an adapter beside it.
 
     Args:
         linear: The class of a column- or row-parallel linear.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Activation, Fp8Scaling, Precision, Recompute
-from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.model.layers.activation import ACTIVATIONS, identity
 from megatron_deepstack.model.layers.fp8 import fp8_settings
+from megatron_deepstack.model.layers.lora import NO_ADAPTERS
 from megatron_deepstack.model.layers.speed import PLAIN, Speed
 from megatron_deepstack.planning.slots import layers_per_chunk
 from megatron_deepstack.platform.compute.device import has_gpu
@@ -112,6 +113,8 @@ class TowerConfig(TransformerConfig):
     """Whether they are Transformer Engine's."""
     fused_activation: Activation | None = None
     """The activation, if the MLP's first linear may apply it; `activation_func` is the same activation alone."""
+    adapters: LoraConfig = NO_ADAPTERS
+    """Adapters of its layers: `targets` are the recipe's `lora.vision_targets`, and the rank is 0 if there are none."""
 
     def for_layers(self) -> TransformerConfig:
         """The config for layers whose first linear applies the activation, which the MLP then must not; or this one."""
@@ -122,17 +125,21 @@ class TowerConfig(TransformerConfig):
         return own
 
 
-def vision_config(vision: VisionConfig, precision: Precision, speed: Speed = PLAIN) -> TowerConfig:
+def vision_config(
+    vision: VisionConfig, precision: Precision, speed: Speed = PLAIN, lora: LoraConfig = NO_ADAPTERS
+) -> TowerConfig:
     """Megatron's config of the tower: not parallel, since every rank holds all of it.
 
     Args:
         vision: The tower.
         precision: Of its parameters; under `fp8` it stays bf16.
         speed: Which fusions are used.
+        lora: The recipe's adapters.
 
     Returns:
         The config.
     """
+    adapters = replace(lora, targets=lora.vision_targets) if lora.vision_targets else NO_ADAPTERS
     return TowerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
@@ -142,6 +149,7 @@ def vision_config(vision: VisionConfig, precision: Precision, speed: Speed = PLA
         activation_func=ACTIVATIONS[vision.activation],
         engine_layers=speed.vision_engine,
         fused_activation=vision.activation if speed.activation_fusion else None,
+        adapters=adapters,
         add_bias_linear=True,
         normalization="LayerNorm",
         calculate_per_token_loss=True,

@@ -25,10 +25,10 @@ from megatron_deepstack.config.choices import Activation, Layers, LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.errors import ConfigError, SlotError
 from megatron_deepstack.model.layers.activation import activated
-from megatron_deepstack.model.layers.attention import FusedCoreAttention
+from megatron_deepstack.model.layers.attention import FusedCoreAttention, frame_by_frame
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
-from megatron_deepstack.model.layers.lora import adapted
+from megatron_deepstack.model.layers.lora import NO_ADAPTERS, adapted
 from megatron_deepstack.model.layers.norm import Norm
 from megatron_deepstack.model.layers.residual import scaled_addition
 from megatron_deepstack.platform.compute.device import has_gpu
@@ -93,18 +93,43 @@ def _places(layer: int, stop: int, slots: Sequence[int]) -> dict[str, int | None
     return {"slot_index": slots.index(layer) if layer in slots else None, "after_index": after}
 
 
-def vit_layer(*, engine: bool = False, activation: Activation | None = None) -> ModuleSpec:
+def vit_layer(
+    *, engine: bool = False, activation: Activation | None = None, lora: LoraConfig = NO_ADAPTERS
+) -> ModuleSpec:
     """Spec of a ViT layer: bidirectional attention, LayerNorm, biases.
 
     Args:
         engine: Whether Transformer Engine's layers are built; they have the same parameters under the same names.
         activation: Applied by the MLP's first linear, see `activation.activated`; None leaves it to the MLP.
+        lora: Adapters, whose `targets` are the layer's linears; see `TowerConfig.adapters`.
 
     Returns:
         The spec.
     """
-    classes = _engine_classes() if engine else _LOCAL
-    submodules = _submodules(classes, AttnMaskType.no_mask, False, LoraConfig(), activation)
+    return _vit_layer(_engine_classes() if engine else _LOCAL, activation, lora)
+
+
+def framed_vit_layer(
+    *, engine: bool = False, activation: Activation | None = None, lora: LoraConfig = NO_ADAPTERS
+) -> ModuleSpec:
+    """Spec of a ViT layer whose attention stays within each frame of a row, see `attention.Packs`.
+
+    Args:
+        engine: As for `vit_layer`. Its attention takes all frames in one call; the local one goes from frame to frame.
+        activation: As for `vit_layer`.
+        lora: As for `vit_layer`.
+
+    Returns:
+        The spec.
+    """
+    if not engine:
+        return _vit_layer(_LOCAL, activation, lora)
+    classes = _engine_classes()
+    return _vit_layer(replace(classes, attention=frame_by_frame(classes.attention)), activation, lora)
+
+
+def _vit_layer(classes: _Classes, activation: Activation | None, lora: LoraConfig) -> ModuleSpec:
+    submodules = _submodules(classes, AttnMaskType.no_mask, False, lora, activation)
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 

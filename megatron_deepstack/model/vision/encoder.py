@@ -11,9 +11,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
+from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.model.layers.lora import NO_ADAPTERS, WithAdapter, adapt_linears
 from megatron_deepstack.model.layers.megatron_config import vision_config
 from megatron_deepstack.model.layers.speed import PLAIN, Speed
 from megatron_deepstack.model.vision.native import Mergers
@@ -54,17 +56,26 @@ class VisualEncoder(MegatronModule):
     """Pixels to rows; replicated on every rank."""
 
     def __init__(
-        self, model: ModelConfig, precision: Precision, groups: ProcessGroupCollection, speed: Speed = PLAIN
+        self,
+        model: ModelConfig,
+        precision: Precision,
+        groups: ProcessGroupCollection,
+        speed: Speed = PLAIN,
+        lora: LoraConfig = NO_ADAPTERS,
     ) -> None:
         """`groups` is the encoder's view of the world: data-parallel over everything."""
-        config = vision_config(model.vision, precision, speed)
+        config = vision_config(model.vision, precision, speed, lora)
         super().__init__(config=config)
         stacks = None
         if model.variant.traits.stacks_in_vit:
             stacks = VitStacks(slots=plan_vit_stacks(model).slots, views_per_image=1 + STACKS_IN_VIT)
         self.hidden_size = model.language.hidden_size
         self.vit = build_tower(config, model, groups, stacks)
+        if lora.vision_targets and not any(isinstance(module, WithAdapter) for module in self.vit.modules()):
+            raise ConfigError([f"lora.vision_targets: the tower {model.vision.kind} has no place for adapters; set []"])
         self.projector = build_projector(model, config.params_dtype)
+        if lora.projector:
+            adapt_linears(self.projector, lora)
         self.newline = None
         if model.variant.traits.has_newline:
             self.newline = torch.nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype))

@@ -20,11 +20,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.model.layers.attention import Packs
-from megatron_deepstack.model.layers.specs import respect_no_grad, vit_layer
+from megatron_deepstack.model.layers.megatron_config import TowerConfig
+from megatron_deepstack.model.layers.specs import framed_vit_layer, respect_no_grad
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.planning.views import ViewGrid
 from megatron_deepstack.platform.compute.upload import upload
@@ -49,7 +49,7 @@ class NativeTower(MegatronModule):
 
     stacks = None
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(self, config: TowerConfig, model: ModelConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         vision, dtype = model.vision, config.params_dtype
         assert vision.num_positions is not None, "config.check asks for it"
@@ -59,7 +59,13 @@ class NativeTower(MegatronModule):
         self.patch_embedding = PatchEmbedding((3, vision.temporal_patch_size, patch, patch), width, dtype)
         self.position_embedding = torch.nn.Parameter(torch.empty(vision.num_positions, width, dtype=dtype))
         self.decoder = TransformerBlock(
-            config=config, spec=vit_layer(), pre_process=True, post_process=False, pg_collection=groups
+            config=config.for_layers(),
+            spec=framed_vit_layer(
+                engine=config.engine_layers, activation=config.fused_activation, lora=config.adapters
+            ),
+            pre_process=True,
+            post_process=False,
+            pg_collection=groups,
         )
         respect_no_grad(self.decoder)
         self.register_buffer("mean", torch.tensor(vision.mean)[:, None, None] * 255.0, persistent=False)

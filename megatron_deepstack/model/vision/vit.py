@@ -73,7 +73,7 @@ class VisionTransformer(MegatronModule):
         self.post_norm = self._norm(dtype) if traits.has_post_norm else torch.nn.Identity()
         self.decoder = TransformerBlock(
             config=config.for_layers(),
-            spec=vit_layer(engine=config.engine_layers, activation=config.fused_activation),
+            spec=vit_layer(engine=config.engine_layers, activation=config.fused_activation, lora=config.adapters),
             pre_process=True,
             post_process=False,
             pg_collection=groups,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_deepstack.config.schema import ModelConfig, VisionConfig
+from megatron_deepstack.config.choices import LoraTarget
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
@@ -37,7 +38,12 @@ class TowerCount:
     @property
     def learned(self) -> int:
         """Those that learn if the tower does."""
-        return min(self.num_used_layers, self.num_layers) * self.layer + self.around
+        return self.learning_layers * self.layer + self.around
+
+    @property
+    def learning_layers(self) -> int:
+        """Number of layers that learn if the tower does."""
+        return min(self.num_used_layers, self.num_layers)
 
 
 def tower_parameters(vision: VisionConfig) -> TowerCount:
@@ -79,6 +85,50 @@ def projector_parameters(model: ModelConfig) -> int:
     if model.variant.traits.stack_source is StackSource.TAPS:
         return len(vision.taps) * _qformer(model) + newline
     return (c + 1) * h + (h + 1) * h + newline
+
+
+def tower_adapters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Count the parameters of the adapters of one of the tower's layers.
+
+    Args:
+        model: The recipe's model.
+        lora: Its adapters.
+
+    Returns:
+        The number; 0 without adapters.
+    """
+    c, f = model.vision.hidden_size, model.vision.ffn_hidden_size
+    widths = {
+        LoraTarget.QKV: 4 * c,
+        LoraTarget.ATTENTION_OUTPUT: 2 * c,
+        LoraTarget.MLP_IN: c + f,
+        LoraTarget.MLP_OUT: f + c,
+    }
+    return lora.rank * sum(widths[target] for target in lora.vision_targets)
+
+
+def projector_adapters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Count the parameters of the adapters of the projector's linears.
+
+    Args:
+        model: The recipe's model.
+        lora: Its adapters.
+
+    Returns:
+        The number; 0 without adapters.
+    """
+    if not lora.projector:
+        return 0
+    vision, c, h = model.vision, model.vision.hidden_size, model.language.hidden_size
+    if tower_of(vision).is_native:
+        block = c * vision.merge_size**2
+        return lora.rank * (1 + len(vision.taps)) * (3 * block + h)
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        qformer = model.qformer
+        attentions = qformer.num_layers + -(-qformer.num_layers // qformer.cross_attention_interval)
+        mlps = qformer.num_layers * 2 * (c + qformer.ffn_hidden_size)
+        return lora.rank * len(vision.taps) * (attentions * 8 * c + mlps + c + h)
+    return lora.rank * (c + 3 * h)
 
 
 def _qformer(model: ModelConfig) -> int:

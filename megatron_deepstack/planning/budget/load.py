@@ -16,7 +16,7 @@ import numpy.typing as npt
 from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.config.traits.variants import ViewLayout
-from megatron_deepstack.planning.batch.dealing import Balance, deal
+from megatron_deepstack.planning.batch.dealing import Balance, deal, encoder_costs_of
 from megatron_deepstack.planning.batch.sequence import row_lengths
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.check import model_ranks
@@ -63,8 +63,15 @@ class Shapes:
     """Where they come from, in words."""
     views: Views | None = None
     """All views, if they have any size."""
+
     targets: Numbers | None = None
     """(N,) tokens of each sample whose prediction is part of the loss; None if all may be."""
+
+    def encoder_costs(self, model: ModelConfig) -> npt.NDArray[np.float64]:
+        """(N,) what each sample costs the encoder, as training deals samples to replicas by it."""
+        views = self.views
+        rows = None if views is None else np.column_stack([views.owner, views.frames, views.height, views.width])
+        return encoder_costs_of(model, self.units, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,7 @@ def step_load(recipe: Recipe, shapes: Shapes, num_replicas: int) -> StepLoad:
     """
     parallel, train, model = recipe.parallel, recipe.train, recipe.model
     packed = train.batching is Batching.PACKED
-    dealt = deal(shapes.lengths, shapes.units, model.language, parallel, train, num_replicas)
+    dealt = deal(shapes.lengths, shapes.encoder_costs(model), model.language, parallel, train, num_replicas)
     sizes = _Sizes(model, shapes)
     best: tuple[int, tuple[MicroBatchLoad, ...], list[int]] | None = None
     for mine in dealt.replicas:

@@ -17,7 +17,12 @@ from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import head_width
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.budget.cost import adapter_weights
-from megatron_deepstack.planning.budget.encoder_parameters import projector_parameters, tower_parameters
+from megatron_deepstack.planning.budget.encoder_parameters import (
+    projector_adapters,
+    projector_parameters,
+    tower_adapters,
+    tower_parameters,
+)
 from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
@@ -102,11 +107,13 @@ def stage_parameters(recipe: Recipe, stage: int) -> Held:
 
 
 def encoder_parameters(recipe: Recipe) -> Held:
-    """Count the parameters of tower, projector and newline, which every rank holds."""
-    trainable = recipe.train.trainable
+    """Count the parameters of tower, projector and newline, which every rank holds, with their adapters."""
+    trainable, lora = recipe.train.trainable, recipe.lora
     tower, projector = tower_parameters(recipe.model.vision), projector_parameters(recipe.model)
-    learned = projector * (Part.PROJECTOR in trainable) + tower.learned * (Part.VISION in trainable)
-    return Held(tower.total + projector, learned)
+    beside_layer, beside_projector = tower_adapters(recipe.model, lora), projector_adapters(recipe.model, lora)
+    learned = (beside_projector or projector) * (Part.PROJECTOR in trainable)
+    learned += (tower.learning_layers * beside_layer or tower.learned) * (Part.VISION in trainable)
+    return Held(tower.total + projector + tower.num_layers * beside_layer + beside_projector, learned)
 
 
 def model_parameters(model: ModelConfig) -> dict[Part, int]:
@@ -128,7 +135,7 @@ def model_parameters(model: ModelConfig) -> dict[Part, int]:
 
 
 def learned_parameters(recipe: Recipe) -> int:
-    """Count the parameters of the whole model that learn; of a decoder with adapters only the adapters.
+    """Count the parameters of the whole model that learn; of a part with adapters only the adapters.
 
     Args:
         recipe: The recipe.
@@ -139,13 +146,15 @@ def learned_parameters(recipe: Recipe) -> int:
     found = encoder_parameters(recipe).learned
     if Part.LANGUAGE in recipe.train.trainable:
         whole = model_parameters(recipe.model)[Part.LANGUAGE]
-        found += adapter_parameters(recipe) if recipe.lora.rank else whole
+        found += adapter_weights(recipe.model.language, recipe.lora) if recipe.lora.rank else whole
     return found
 
 
 def adapter_parameters(recipe: Recipe) -> int:
-    """Count the entries of all adapters of the decoder; 0 without."""
-    return adapter_weights(recipe.model.language, recipe.lora)
+    """Count the entries of all adapters of decoder, tower and projector; 0 without."""
+    model, lora = recipe.model, recipe.lora
+    encoder = model.vision.num_layers * tower_adapters(model, lora) + projector_adapters(model, lora)
+    return adapter_weights(model.language, lora) + encoder
 
 
 def _chunk(recipe: Recipe, chunk: Chunk) -> Held:

@@ -19,7 +19,7 @@ from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_names import part_of
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import ParityError
-from megatron_deepstack.planning.slots import decoder_slots, nearly_even, stage_chunks
+from megatron_deepstack.planning.slots import nearly_even, stage_chunks
 from megatron_deepstack.testing.parity.by_transformers import by_transformers, special_tokens
 from megatron_deepstack.testing.parity.drawn import draw_samples
 from megatron_deepstack.testing.parity.on_ranks import EXPECTED, ParityNumbers, ParityTask, compare_on_rank
@@ -82,7 +82,6 @@ def check_folder(
         ParityError: After the last line, if a quantity exceeds its tolerance.
     """
     model = model_of_folder(folder)
-    decoder_slots(model)
     parallel = _fitting_layout(model, parallel)
     published_source(folder, model=model)
     config = read_config(folder)
@@ -104,7 +103,7 @@ def check_folder(
             expected=file,
         )
         ranks = pool or opened.enter_context(_pool(parallel, data_parallel))
-        for packed in (False, True) if parallel.context == 1 else (False,):
+        for packed in (False, True):
             how = "packed" if packed else "padded"
             found: ParityNumbers = ranks.run(compare_on_rank, replace(task, packed=packed))[0]
             for line in _lines(found, task, expected.loss, how):

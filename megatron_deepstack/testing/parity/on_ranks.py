@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
+from megatron_deepstack.config.sizes import sample_multiple
 from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.convert.hf_whole import used_tensors
 from megatron_deepstack.convert.published import published_source
@@ -20,7 +21,7 @@ from megatron_deepstack.convert.tensor_files import files_by_name, read_tensor
 from megatron_deepstack.model.build import build_model, fill_model, freeze
 from megatron_deepstack.parallel.context import gather_sequence
 from megatron_deepstack.parallel.reduce import gather_last_dim
-from megatron_deepstack.planning.batch.packing import filler, merge
+from megatron_deepstack.planning.batch.packing import filler, merge, padded_sample_length
 from megatron_deepstack.planning.batch.step_plan import StepPlan, plan_step
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 from megatron_deepstack.step.clock import StepClock
@@ -123,9 +124,10 @@ def _rows(task: ParityTask, dp: int) -> list[list[list[Row]]]:
 
 def _planned(task: ParityTask, row: Row) -> PlannedSample:
     members = [task.samples[index].planned(task.model) for index in row]
-    if not members:
-        return filler()
-    return merge(members) if task.packed else members[0]
+    if task.packed:
+        least = sample_multiple(task.parallel)
+        return merge(members, least) if members else filler(least)
+    return members[0] if members else filler()
 
 
 def _pixels(task: ParityTask, rows: Sequence[Sequence[Row]], plan: StepPlan) -> torch.Tensor:
@@ -141,6 +143,8 @@ def _pixels(task: ParityTask, rows: Sequence[Sequence[Row]], plan: StepPlan) -> 
 
 def _gradient_errors(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     theirs = {name: value for name, value in expected.items() if not name.startswith("logits.")}
+    # what no row passes does not learn here, such as a tower's layers after the last tapped one
+    theirs = {name: value for name, value in theirs.items() if name in ours or value.any()}
     floor = NOISE_SHARE * max(float(value.abs().max()) for value in theirs.values())
     return {
         name: relative_error(ours[name], theirs[name], floor) if name in ours and name in theirs else float("inf")
@@ -159,15 +163,17 @@ def _logits_errors(
     """Errors of each sample's logits, over all ranks."""
     logits = VisualPass(engine, plan, pixels).logits(plan)
     errors = torch.full((len(task.samples),), -1.0)
-    for batch, local_BSV in zip(rows, logits, strict=True) if logits else ():  # only the last stage has logits
+    ends = plan.segments or (None,) * len(rows)
+    least = sample_multiple(task.parallel) if task.packed else 1
+    for batch, own_ends, local_BSV in zip(rows, ends, logits, strict=True) if logits else ():  # of the last stage only
         full_BSV = gather_last_dim(local_BSV, engine.groups.decoder.tp)
-        full_BSV = gather_sequence(full_BSV.transpose(0, 1), engine.groups.decoder.cp).transpose(0, 1)
+        full_BSV = gather_sequence(full_BSV.transpose(0, 1), engine.groups.decoder.cp, own_ends).transpose(0, 1)
         for row, ours_SV in zip(batch, full_BSV, strict=True):
             begin = 0
             for index in row:
                 theirs = expected[f"logits.{index}"]
                 own = ours_SV[begin : begin + len(theirs), : theirs.shape[1]]
-                begin += len(theirs)
+                begin += padded_sample_length(len(theirs), least)
                 errors[index] = relative_error(own, theirs, floor=1.0)
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     assert bool((errors >= 0).all()), "the logits of a sample were compared on no rank"

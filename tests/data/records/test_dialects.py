@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from megatron_deepstack.data.records.dialects import read_conversation
+from megatron_deepstack.data.records.keys import FaultError
 from megatron_deepstack.data.records.record import Faults, Record, RecordRules
 from megatron_deepstack.data.records.record_files import read_record_file
-from megatron_deepstack.data.records.turns import Role, Turn
+from megatron_deepstack.data.records.turns import Role, Turn, Video
 from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import DataError
 
@@ -294,3 +296,35 @@ def test_keys_that_nothing_reads_are_counted_with_what_to_do(tmp_path: Path) -> 
 def test_plain_has_no_place_for_a_system_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has a system text, which template plain has no place for \(data.template\)"):
         read({**GOOD, "system": "Answer in French."}, template=Template.PLAIN, tmp_path=tmp_path)
+
+
+def test_videos_of_parts_stand_where_they_are() -> None:
+    """A part may be a file, or a list of frames with their rate; the record may name the same videos beside it."""
+    clip, frames = {"type": "video", "video": "c.mp4"}, {"type": "video", "video": ["1.jpg", "2.jpg"], "fps": 2}
+    content = [{"type": "text", "text": "First "}, clip, {"type": "image", "image": "p.jpg"}, frames, "which?"]
+    record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "The second."}]}
+    found = read_conversation(record, writes_tools=True, takes_videos=True)
+    assert found.turns[0].text == "First <video><image><video>which?"
+    assert found.videos == (Video(("c.mp4",), False, None), Video(("1.jpg", "2.jpg"), True, 2.0))
+    assert found.images == ("p.jpg",)
+    named = {**record, "videos": ["c.mp4", {"video": ["1.jpg", "2.jpg"], "fps": 2}]}
+    assert read_conversation(named, writes_tools=True, takes_videos=True) == found
+    with pytest.raises(FaultError, match="names its videos differently in its turns and beside them"):
+        read_conversation({**record, "videos": ["d.mp4"]}, writes_tools=True, takes_videos=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "video", "video": []}, "part 0 of turn 0 holds a video without frames: an empty list"),
+        ({"type": "video"}, "part 0 of turn 0 holds None; a path, or a list of paths of frames, was expected"),
+        ({"type": "video", "video": "c.mp4", "fps": 0}, "part 0 of turn 0 has 0 frames per second"),
+        ({"type": "video", "video": "c.mp4", "max_pixels": 9}, "part 0 of turn 0 holds `max_pixels`"),
+        ({"type": "audio", "audio": "c.wav"}, "of the type 'audio'; only text, images and videos are read"),
+    ],
+    ids=["no-frames", "nothing", "rate", "key", "audio"],
+)
+def test_faulty_videos_of_parts(part: dict[str, object], words: str) -> None:
+    record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(FaultError, match=words):
+        read_conversation(record, writes_tools=True, takes_videos=True)

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_deepstack.config.choices import Activation, GradientDtype, MomentDtype, Part, Precision, Variant
+from megatron_deepstack.config.choices import (
+    Activation,
+    GradientDtype,
+    LoraTarget,
+    MomentDtype,
+    Part,
+    Precision,
+    Variant,
+)
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     LoraConfig,
@@ -24,6 +32,7 @@ from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_reci
 
 Pools = Callable[[int], RankPool]
 Counts = tuple[int, list[int], list[int]]
+Case = tuple[ParallelConfig, LoraConfig, tuple[Part, ...]]
 TWO_TAPS = {
     "kind": "siglip", "taps": (1, 1, 2), "select_layer": -2, "tile_grids": ("2x2", "1x2"),
     "hidden_size": 24, "ffn_hidden_size": 40, "num_layers": 4, "num_heads": 3,
@@ -31,7 +40,7 @@ TWO_TAPS = {
 """The tower of the model with Q-Formers."""
 
 
-def counted(rank: int, model: ModelConfig, cases: list[tuple[ParallelConfig, int, tuple[Part, ...]]]) -> list[Counts]:
+def counted(rank: int, model: ModelConfig, cases: list[Case]) -> list[Counts]:
     """Of each case the rank's stage, and all and learned parameters of its decoder and encoder."""
     from megatron_deepstack.model.build import build_model, freeze
     from megatron_deepstack.testing.ranks import groups_for
@@ -39,7 +48,7 @@ def counted(rank: int, model: ModelConfig, cases: list[tuple[ParallelConfig, int
     found = []
     for parallel, lora, trainable in cases:
         groups, recipe = groups_for(parallel), tiny_recipe(model, parallel)
-        built = build_model(model, parallel, recipe.train.precision, groups, LoraConfig(rank=lora))
+        built = build_model(model, parallel, recipe.train.precision, groups, lora)
         freeze(built, trainable)
         parts = [[p for chunk in built.chunks for p in chunk.parameters()], list(built.encoder.parameters())]
         everything = [sum(p.numel() for p in part) for part in parts]
@@ -112,11 +121,16 @@ def test_parameters_of_each_rank_are_exact(ranks: Pools, name: str, num_ranks: i
     cases = [
         (parallel, lora, trainable)
         for parallel in LAYOUTS[num_ranks]
-        for lora, trainable in ((0, tuple(Part)), (3, (Part.LANGUAGE, Part.VISION)), (0, (Part.PROJECTOR,)))
+        for lora, trainable in (
+            (LoraConfig(), tuple(Part)),
+            (LoraConfig(rank=3), (Part.LANGUAGE, Part.VISION)),
+            (LoraConfig(), (Part.PROJECTOR,)),
+            (LoraConfig(rank=3, vision_targets=tuple(LoraTarget), projector=True), tuple(Part)),
+        )
     ]
     for found in ranks(num_ranks).run(counted, model, cases):
         for (stage, everything, learned), (parallel, lora, trainable) in zip(found, cases, strict=True):
-            recipe = replace(tiny_recipe(model, parallel, trainable=trainable), lora=LoraConfig(rank=lora))
+            recipe = replace(tiny_recipe(model, parallel, trainable=trainable), lora=lora)
             held = [stage_parameters(recipe, stage), encoder_parameters(recipe)]
             assert everything == [one.total for one in held], (stage, parallel, lora)
             assert learned == [one.learned for one in held], (stage, parallel, trainable)

@@ -10,7 +10,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,16 +143,23 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def closed_when_full(close: Callable[[], None]) -> Callable[[], None]:
+        def closing() -> None:
+            close()
+            full()
+
+        return closing
+
     for kind in (JsonLines, Board):
         log = MetricsLog(recipe_in(tmp_path), first_step=0, writes=True)
         words = r"cannot be written \(No space left on device\)\. Make room .*goes on from the newest checkpoint"
         (sink,) = [one for one in log.sinks if isinstance(one, kind)]
         monkeypatch.setattr(sink, "add", full)
-        monkeypatch.setattr(sink, "close", full)
+        monkeypatch.setattr(sink, "close", closed_when_full(sink.close))
         with pytest.raises(RunFolderError, match=words), log:
             log.add(record(1))
     with pytest.raises(RunFolderError), MetricsLog(recipe_in(tmp_path), first_step=0, writes=True) as log:
-        monkeypatch.setattr(log.sinks[0], "close", full)
+        monkeypatch.setattr(log.sinks[0], "close", closed_when_full(log.sinks[0].close))
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
