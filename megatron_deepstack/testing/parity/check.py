@@ -50,7 +50,10 @@ class ParityLine:
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.what}: {self.error:.1e} (at most {self.tolerance:.0e})"
+        numbers = (
+            f"{self.error:.1e} (at most {self.tolerance:.0e})" if self.tolerance else f"{self.error:g} (at most 0)"
+        )
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.what}: {numbers}"
 
 
 def check_folder(
