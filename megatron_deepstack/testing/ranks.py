@@ -301,7 +301,7 @@ def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
     from megatron_deepstack.platform.processes.garbage import settle
     from megatron_deepstack.platform.processes.process_group import join_by_file, leave
 
-    layout = (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)
+    layout = (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline, parallel.expert)
     if _worlds.get("layout") != layout:
         leave()
         _worlds["number"] += 1
