@@ -49,6 +49,7 @@ READS = {
     "step megatron_deepstack/parallel/reduce.py:loss_and_tokens": 1,
     "step megatron/core/utils.py:local_multi_tensor_l2_norm": 2,  # where Transformer Engine is absent
     "step megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 2,  # decoder and encoder
+    "step megatron/core/optimizer/optimizer.py:has_grad_norm_group": 2,  # once in a run, since megatron-core 0.19
 }
 """Places that may read the device, and how often in a step."""
 UPLOADS_IN_SCHEDULE = {
