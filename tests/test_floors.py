@@ -18,7 +18,8 @@ FLOORS = (
     {"megatron_deepstack.model", "megatron_deepstack.run_folder", "megatron_deepstack.scores"},
     {"megatron_deepstack.step"},
     {"megatron_deepstack.checkpoint", "megatron_deepstack.convert"},
-    {"megatron_deepstack.training", "megatron_deepstack.inference", "megatron_deepstack.report"},
+    {"megatron_deepstack.inference", "megatron_deepstack.report"},
+    {"megatron_deepstack.training"},
     {"orchestration", "megatron_deepstack.testing", "megatron_deepstack.demo", "megatron_deepstack.storekeeping"},
     {"tools", "megatron_deepstack.cli"},
 )

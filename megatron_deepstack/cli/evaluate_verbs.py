@@ -54,8 +54,9 @@ def evaluate(
     check_asked(run, overrides or [])
     with stdout_for_results(as_json):
         from megatron_deepstack.inference.answerer import answerer_at
-        from megatron_deepstack.inference.evaluate.launch import Questions, show
+        from megatron_deepstack.inference.evaluate.exam import Questions
         from megatron_deepstack.inference.evaluate.launch import evaluate as run_evaluation
+        from megatron_deepstack.inference.evaluate.launch import show
         from megatron_deepstack.report.evaluation_page import write_page
 
         questions = Questions(store=store, file=file, images=images, limit=limit)

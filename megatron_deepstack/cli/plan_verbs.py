@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
+from math import log2
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from megatron_deepstack.errors import ConfigError, DataError, LayoutError
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Plan the recipe's layout for this many processes.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Plan the recipe's layout for this many processes.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Plan all layouts for this many GPUs.")] = None,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200, a100 or b200.")] = "h100",
     store: Annotated[
@@ -40,10 +42,14 @@ def plan(
 
     loaded = load_checked_recipe(recipe, overrides or ())
     machine = machine_named(gpu)
+    if store is not None:
+        _require_store(store)
+    if ranks is not None and ranks < 1:
+        raise ConfigError([f"--ranks: found {ranks}; the nearest that works is {model_ranks(loaded.parallel)}"])
     if gpus is not None:
         _all_layouts(loaded, gpus, gpu, store, as_json)
         return
-    num_ranks = ranks or model_ranks(loaded.parallel)
+    num_ranks = model_ranks(loaded.parallel) if ranks is None else ranks
     check_world(loaded, num_ranks)
     if not as_json:
         Console().print(plan_table(loaded, Console().width))
@@ -97,16 +103,29 @@ def _all_layouts(loaded: Recipe, gpus: int, gpu: str, store: str | None, as_json
 
 
 def _nearest(loaded: Recipe, gpus: int, gpu: str, store: str | None) -> str:
-    """Name the next larger number of GPUs on which a layout fits."""
+    """Name the nearest number of GPUs on which a layout fits."""
     from megatron_deepstack.planning.budget.hardware import machine_named
     from megatron_deepstack.planning.budget.layouts import all_layouts
 
-    shapes, number = _shapes(loaded, store), 1
-    while number <= 1024:
-        if number > gpus and all_layouts(loaded, shapes, machine_named(gpu), number).fitting:
+    shapes, powers = _shapes(loaded, store), [1 << power for power in range(13)]
+    for number in sorted(powers, key=lambda one: (abs(log2(one / gpus)), -one)):
+        if number != gpus and all_layouts(loaded, shapes, machine_named(gpu), number).fitting:
             return f"no layout fits; the nearest number on which one does is {number} of {gpu}"
-        number *= 2
-    return f"no layout fits on up to 1024 of {gpu}; try lora.rank=16, a shorter train.seq_length, or a larger GPU"
+    most = powers[-1]
+    return f"no layout fits on up to {most} of {gpu}; try lora.rank=16, a shorter train.seq_length, or a larger GPU"
+
+
+def _require_store(path: str) -> None:
+    """Raise ConfigError if a store that was asked for is not there; name the nearest one beside it."""
+    if "://" in path or Path(path).exists():
+        return
+    folder = Path(path).parent
+    beside = sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
+    near = get_close_matches(Path(path).name, beside, n=1, cutoff=0.5)
+    nearest = f"did you mean {folder / near[0]}?" if near else "make it with `megatron-deepstack preprocess`."
+    raise ConfigError(
+        [f"--store {path}: no such folder; {nearest} Without --store the recipe's stated lengths are used"]
+    )
 
 
 def _shapes(loaded: Recipe, store: str | None) -> Any:

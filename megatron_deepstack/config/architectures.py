@@ -56,6 +56,16 @@ _QWEN3_VL = LanguageConfig(
     mrope_section=(24, 20, 20),
     qk_norm=True,
 )
+_QWEN3_VL_MOE = replace(
+    _QWEN3_VL,
+    family="qwen3_vl_moe",
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    num_experts=128,
+    num_active_experts=8,
+    expert_ffn_hidden_size=768,
+)
 
 VISION: Mapping[str, VisionConfig] = {
     "clip_vit_l14_224": VisionConfig(image_size=224),
@@ -90,6 +100,8 @@ VISION: Mapping[str, VisionConfig] = {
     "qwen3_vl_4b": _QWEN3_VL_SMALL,
     "qwen3_vl_8b": _QWEN3_VL_LARGE,
     "qwen3_vl_32b": _QWEN3_VL_LARGE,
+    "qwen3_vl_30b_a3b": _QWEN3_VL_LARGE,
+    "qwen3_vl_235b_a22b": _QWEN3_VL_LARGE,
 }
 """Published vision towers, by the name that `model.vision.architecture` gives.
 
@@ -181,5 +193,14 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
     ),
     "qwen3_vl_8b": replace(_QWEN3_VL, hidden_size=4096, ffn_hidden_size=12288, num_layers=36, num_heads=32),
     "qwen3_vl_32b": replace(_QWEN3_VL, hidden_size=5120, ffn_hidden_size=25600, num_layers=64, num_heads=64),
+    "qwen3_vl_30b_a3b": _QWEN3_VL_MOE,
+    "qwen3_vl_235b_a22b": replace(
+        _QWEN3_VL_MOE,
+        hidden_size=4096,
+        ffn_hidden_size=12288,
+        num_layers=94,
+        num_heads=64,
+        expert_ffn_hidden_size=1536,
+    ),
 }
 """Published decoders, by the name that `model.language.architecture` gives."""

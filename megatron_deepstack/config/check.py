@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from megatron_deepstack.config import speed_rules
+from megatron_deepstack.config import evaluation_rules, speed_rules
 from megatron_deepstack.config.choices import (
     Batching,
     EncoderPlacement,
@@ -18,11 +18,12 @@ from megatron_deepstack.config.choices import (
     Recompute,
     RecomputeModule,
 )
+from megatron_deepstack.config.expert_rules import expert_layout_problems, expert_problems, unsupported_with_experts
 from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import head_width, sequence_multiple, smallest_context
+from megatron_deepstack.config.sizes import head_width, nearest_divisor, sequence_multiple, smallest_context
 from megatron_deepstack.config.traits.families import find_family, fits, unknown_family
 from megatron_deepstack.config.traits.towers import find_tower, unknown_tower
 from megatron_deepstack.config.traits.variants import variant_without_crops
@@ -184,6 +185,12 @@ def _native(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _experts(recipe: Recipe) -> Iterator[Problem]:
+    yield from expert_problems(recipe.model)
+    yield from expert_layout_problems(recipe.model.language, recipe.parallel)
+    yield from unsupported_with_experts(recipe)
+
+
 def _layout(recipe: Recipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     for name, size in _split_by_tensor(recipe.model.language).items():
@@ -262,20 +269,6 @@ def _sequence_split(seq_length: int, parallel: ParallelConfig) -> Iterator[Probl
             f"or {lower + shards}",
             LayoutError,
         )
-
-
-def nearest_divisor(size: int, wanted: int) -> int:
-    """Find the divisor of a size that is nearest to a wanted number.
-
-    Args:
-        size: The number to divide, 1 or more.
-        wanted: The number to be near to, 1 or more.
-
-    Returns:
-        The nearest divisor, at most `2 * wanted`; the smaller one of two that are equally near.
-    """
-    candidates = [divisor for divisor in range(1, min(size, 2 * wanted) + 1) if size % divisor == 0]
-    return min(candidates, key=lambda divisor: abs(divisor - wanted))
 
 
 def _training(recipe: Recipe) -> Iterator[Problem]:
@@ -365,4 +358,9 @@ def _speed(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-_RULES = (_vision, _language, _stacks, _native, _layout, _speed, _training, _adapters, _stores)
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    for paths, text in evaluation_rules.violations(recipe):
+        yield _problem(paths, text)
+
+
+_RULES = (_vision, _language, _experts, _stacks, _native, _layout, _speed, _training, _adapters, _stores, _evaluation)

@@ -189,6 +189,15 @@ class Switch(StrEnum):
     NEVER = "never"
 
 
+class ScoreMetric(StrEnum):
+    """Scores of answers; what each computes is in `scores.metrics`."""
+
+    EXACT_MATCH = "exact_match"
+    VQA_ACCURACY = "vqa_accuracy"
+    ANLS = "anls"
+    RELAXED_ACCURACY = "relaxed_accuracy"
+
+
 class GradientDtype(StrEnum):
     """Number format of the gradient buffers."""
 

@@ -5,6 +5,7 @@ They are functions and not fields, since a field could disagree with the numbers
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
@@ -18,6 +19,14 @@ def head_width(language: LanguageConfig) -> int:
 def num_kv_heads(language: LanguageConfig) -> int:
     """Number of key/value heads of the decoder."""
     return language.num_kv_heads if language.num_kv_heads is not None else language.num_heads
+
+
+def expert_layers(language: LanguageConfig) -> tuple[int, ...]:
+    """Layers of the decoder that have experts, counted from 0, in ascending order."""
+    if not language.num_experts:
+        return ()
+    interval, dense = language.expert_interval, language.dense_layers
+    return tuple(n for n in range(language.num_layers) if (n + 1) % interval == 0 and n not in dense)
 
 
 def used_layers(vision: VisionConfig) -> int:
@@ -69,3 +78,32 @@ def sequence_multiple(parallel: ParallelConfig) -> int:
     """
     over_tensor = parallel.tensor if parallel.sequence_parallel else 1
     return prod((over_tensor, 2 * parallel.context if parallel.context > 1 else 1))
+
+
+def answering_layout(parallel: ParallelConfig) -> ParallelConfig:
+    """Return the layout in which a run answers questions, token by token.
+
+    A step is one token wide, so the sequence is not split; and tensor-parallel ranks then hold the same tokens, so each
+    rank has all experts of its layers.
+
+    Args:
+        parallel: The layout in which it was trained.
+
+    Returns:
+        The same ranks with the same layers.
+    """
+    return replace(parallel, sequence_parallel=False, expert=1)
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """Find the divisor of a size that is nearest to a wanted number.
+
+    Args:
+        size: The number to divide, 1 or more.
+        wanted: The number to be near to, 1 or more.
+
+    Returns:
+        The nearest divisor, at most `2 * wanted`; the smaller one of two that are equally near.
+    """
+    candidates = [divisor for divisor in range(1, min(size, 2 * wanted) + 1) if size % divisor == 0]
+    return min(candidates, key=lambda divisor: abs(divisor - wanted))

@@ -23,7 +23,7 @@ from megatron_deepstack.config.traits.families import FAMILIES, HfDecoder, famil
 from megatron_deepstack.config.traits.hf_fields import IGNORED, NO_INFLUENCE, REQUIRED_VALUES, HfField, fixed
 from megatron_deepstack.config.traits.towers import TOWERS, tower_of
 from megatron_deepstack.config.traits.variants import Variant
-from megatron_deepstack.convert.hf_facts import CONFIG, language_facts, vision_facts
+from megatron_deepstack.convert.hf_facts import CONFIG, language_facts, vision_facts, with_usual_keys
 from megatron_deepstack.convert.hf_rope import (
     ROPE_KEYS,
     WINDOW_KEYS,
@@ -296,7 +296,7 @@ def _numbers(
     seq_length: int | None,
 ) -> Iterator[str]:
     """The keys of a decoder's config, of a family that is settled."""
-    language = model.language
+    language, text = model.language, with_usual_keys(text, known)
     heads = text.get("num_attention_heads") or known.fields["num_attention_heads"].default
     width = text.get("hidden_size") or language.hidden_size
     if isinstance(heads, int) and heads:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from megatron_deepstack.config.choices import Activation
 from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
 from megatron_deepstack.config.sizes import head_width, num_kv_heads
-from megatron_deepstack.config.traits.families import family_of
+from megatron_deepstack.config.traits.families import HfDecoder, family_of
 
 ACTIVATIONS = {
     Activation.QUICK_GELU: "quick_gelu",
@@ -47,8 +48,29 @@ def language_facts(language: LanguageConfig) -> dict[str, Any]:
         "logits_scaling": language.logits_scaling,
         "qkv_bias": language.qkv_bias,
         "qk_norm": language.qk_norm,
+        "num_experts": language.num_experts,
+        "num_active_experts": language.num_active_experts,
+        "expert_ffn_hidden_size": language.expert_ffn_hidden_size,
+        "expert_interval": language.expert_interval,
+        "dense_layers": list(language.dense_layers),
+        "balance_loss": language.balance_loss,
         "activation": ACTIVATIONS[family_of(language).activation],
     }
+
+
+def with_usual_keys(text: Mapping[str, Any], decoder: HfDecoder) -> dict[str, Any]:
+    """A decoder's config with the names of keys that the table of its family has.
+
+    Args:
+        text: The config, in which transformers may have written another name of a key.
+        decoder: How Hugging Face stores the family.
+
+    Returns:
+        The same values. Where both names are there, the usual one stays.
+    """
+    renamed = {decoder.other_keys[key]: value for key, value in text.items() if key in decoder.other_keys}
+    usual = {key: value for key, value in text.items() if key not in decoder.other_keys and value is not None}
+    return {**renamed, **usual}
 
 
 def vision_facts(vision: VisionConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import HfTensor, tower_of
 from megatron_deepstack.convert.hf_whole import whole_model_of
+from megatron_deepstack.convert.stacked_experts import names_in_stack
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
 
@@ -229,12 +230,13 @@ def by_published_name(names: Iterable[str], where: str, model: ModelConfig | Non
     found: dict[str, str] = {}
     for name in names:
         published = to_published(name, model)
-        if published in found:
-            raise CheckpointError(
-                f"{where}: {found[published]} and {name} are both {published}; a checkpoint may hold one model only"
-            )
-        if published is not None:
-            found[published] = name
+        num_experts = 0 if model is None else model.language.num_experts
+        for one in () if published is None else names_in_stack(published, num_experts):
+            if one in found:
+                raise CheckpointError(
+                    f"{where}: {found[one]} and {name} are both {one}; a checkpoint may hold one model only"
+                )
+            found[one] = name
     return found
 
 

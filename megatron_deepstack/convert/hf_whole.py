@@ -8,18 +8,19 @@ model with them from config.json alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.build import build_recipe
 from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.expert_rules import expert_problems
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import DataConfig, ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES, FamilyTraits, HfDecoder
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, read
 from megatron_deepstack.config.traits.towers import TOWERS, HfTower
-from megatron_deepstack.convert.hf_facts import ACTIVATIONS
+from megatron_deepstack.convert.hf_facts import ACTIVATIONS, with_usual_keys
 from megatron_deepstack.convert.hf_granite import granite_keys, granite_sections
 from megatron_deepstack.convert.hf_processors import Values, granite_processor, qwen3_vl_processor
 from megatron_deepstack.convert.hf_rope import axial_base, rotary_base, rotary_sections
@@ -87,6 +88,12 @@ QWEN3_VL: Final = WholeModel(
     video_token="<|video_pad|>",
     processor=qwen3_vl_processor,
 )
+QWEN3_VL_MOE: Final = replace(
+    QWEN3_VL,
+    architecture="Qwen3VLMoeForConditionalGeneration",
+    towers={"qwen3_vl_moe_vision": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl"},
+    family="qwen3_vl_moe",
+)
 GRANITE4_VISION: Final = WholeModel(
     architecture="Granite4VisionForConditionalGeneration",
     towers={"clip_vision_model": "clip", "siglip_vision_model": "siglip"},
@@ -128,7 +135,11 @@ GRANITE4_VISION: Final = WholeModel(
     sections=granite_sections,
     keys=granite_keys,
 )
-WHOLE_MODELS: Final[Mapping[str, WholeModel]] = {"qwen3_vl": QWEN3_VL, "granite4_vision": GRANITE4_VISION}
+WHOLE_MODELS: Final[Mapping[str, WholeModel]] = {
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
+    "granite4_vision": GRANITE4_VISION,
+}
 """The models by their `model_type`."""
 
 
@@ -203,7 +214,7 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     for section, values in whole.sections(config, plain["vision"], where).items():
         plain[section] = {**plain.get(section, {}), **values}
     model = _built(plain, where)
-    _refuse(native_problems(model), where)
+    _refuse([*native_problems(model), *expert_problems(model)], where)
     try:
         decoder_slots(model)
     except SlotError as error:
@@ -235,7 +246,7 @@ def _built(plain: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _language(text: Mapping[str, Any], decoder: HfDecoder, family: FamilyTraits) -> dict[str, Any]:
-    found = dict(_read(text, decoder.fields))
+    found = dict(_read(with_usual_keys(text, decoder), decoder.fields))
     found.pop("activation", None)  # the family has one, and a config with another is refused
     width, heads = found["hidden_size"], found["num_heads"]
     if isinstance(width, int) and isinstance(heads, int) and heads:

@@ -25,6 +25,7 @@ from megatron_deepstack.convert.hf_names import Naming, to_naming
 from megatron_deepstack.convert.hf_whole import WholeModel, whole_model_of
 from megatron_deepstack.convert.hf_whole_written import whole_config
 from megatron_deepstack.convert.hf_written import hf_tower
+from megatron_deepstack.convert.stacked_experts import stacked_experts
 from megatron_deepstack.convert.tensor_files import LazyTensor
 from megatron_deepstack.convert.tokenizer_json import transformers_files
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, lengthened, padded_vocabulary
@@ -79,9 +80,10 @@ def whole_folder(
     if about.seq_length is not None:
         config["text_config"]["max_position_embeddings"] = about.seq_length
     config["dtype"] = str(dtype).removeprefix("torch.")
+    stacked = stacked_experts(found_tensors)
     values = {CONFIG: config, **whole.processor(model, about.data)}
     return WholeFolder(
-        tensors={to_naming(name, Naming.HUGGING_FACE, model): tensor for name, tensor in found_tensors.items()},
+        tensors={to_naming(name, Naming.HUGGING_FACE, model): tensor for name, tensor in stacked.items()},
         files={
             **{name: _json(value) for name, value in values.items()},
             **files,

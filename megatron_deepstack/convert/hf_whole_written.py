@@ -45,7 +45,7 @@ def whole_config(model: ModelConfig, token_ids: Mapping[str, int]) -> dict[str, 
             "rope_parameters": rope,
         },
         "vision_config": {
-            "model_type": tower.model_types[0],
+            "model_type": next(name for name, kind in whole.towers.items() if kind == vision.kind),
             **written_fields(tower.fields, {**vision_facts(vision), "out_hidden_size": language.hidden_size}),
             **(_axial(vision) if tower_of(vision).is_native else {}),
         },

@@ -17,6 +17,7 @@ import torch
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.hf_config import read_config, require_same_model
 from megatron_deepstack.convert.hf_names import by_published_name, part_of
+from megatron_deepstack.convert.stacked_experts import is_of_expert, is_stack, read_expert
 from megatron_deepstack.convert.tensor_files import files_by_name, lazy_tensor, read_part, read_tensor
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows
 from megatron_deepstack.errors import CheckpointError
@@ -176,6 +177,8 @@ class _Checkpoint:
         if name not in self.names:
             raise CheckpointError(_missing(str(self.path), name, shape))
         own = self.names[name]
+        if is_stack(own) and is_of_expert(name):
+            return read_expert(self.files[own], own, name, shape).float()
         tensor = read_tensor(self.files[own], own)
         tensor = _without_leading_ones(tensor, len(shape))
         if name in EMBEDDINGS and self.text_rows == shape[0]:

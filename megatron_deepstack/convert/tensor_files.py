@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_deepstack.config.run_folder import RECIPE_FILE
 from megatron_deepstack.data.file_kind import what_is_at
 from megatron_deepstack.errors import CheckpointError
 
@@ -93,6 +94,11 @@ def files_by_name(path: Path) -> dict[str, Path]:
             return _from_index(path / index)
         if (path / single).is_file():
             return dict.fromkeys(_names(path / single), path / single)
+    if (path / RECIPE_FILE).is_file():
+        raise CheckpointError(
+            f"{path}: is the folder of a run, which holds no weights by published names; `export` it and name the "
+            "export, or go on in it with run_dir"
+        )
     expected = ", ".join(name for form in _FORMS for name in form)
     raise CheckpointError(f"{path}: holds none of {expected}; name a Hugging Face folder or a file")
 

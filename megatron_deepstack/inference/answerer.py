@@ -18,6 +18,7 @@ from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.load import override_recipe
 from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.sizes import answering_layout
 from megatron_deepstack.convert.exported_folder import ExportedFolder, read_exported
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.store.reader import Store
@@ -98,9 +99,8 @@ class Answerer(ABC):
         return parallel.tensor * parallel.context * parallel.pipeline
 
     def without_sequence_parallelism(self) -> Self:
-        """The same without sequence parallelism, since a step of generation is one token wide."""
-        parallel = replace(self.recipe.parallel, sequence_parallel=False)
-        return replace(self, recipe=replace(self.recipe, parallel=parallel))
+        """The same without sequence parallelism, since a step of generation is one token wide; and with all experts."""
+        return replace(self, recipe=replace(self.recipe, parallel=answering_layout(self.recipe.parallel)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.sizes import answering_layout
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.inference.loading import require_checkpoint
 from megatron_deepstack.inference.main import answer_store, open_questions
@@ -96,7 +97,7 @@ def generate(
     first = limit if limit is not None and limit < len(opened) else None
     file = answers_file(recipe.run_dir, path, held_out=held_out, first=first)
     require_writable_answers(file)
-    recipe = replace(recipe, parallel=replace(recipe.parallel, sequence_parallel=False))  # a step is one token wide
+    recipe = replace(recipe, parallel=answering_layout(recipe.parallel))
     parallel = recipe.parallel
     num_ranks = parallel.tensor * parallel.context * parallel.pipeline
     asked, ranks = first or len(opened), "1 process" if num_ranks == 1 else f"{num_ranks} processes"

@@ -10,7 +10,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.yaml_text import write_yaml
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.run_folder.answers import Score, read_answer_sets
-from megatron_deepstack.run_folder.recipe import DATA_PATHS, TRAIN_PATHS
+from megatron_deepstack.run_folder.recipe import DATA_PATHS, EVALUATION_PATHS, TRAIN_PATHS
 
 
 def card_of_run(recipe: Recipe) -> list[str]:
@@ -40,7 +40,7 @@ def _answered(recipe: Recipe) -> list[Any]:
 
 
 def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
-    for section, names in (("data", DATA_PATHS), ("train", TRAIN_PATHS)):
+    for section, names in (("data", DATA_PATHS), ("train", TRAIN_PATHS), ("evaluation", EVALUATION_PATHS)):
         for name in names:
             recipe[section][name] = _last_names(recipe[section].get(name))
     return recipe

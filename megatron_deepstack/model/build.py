@@ -71,7 +71,7 @@ def build_model(
         ConfigError: This rank cannot run the recipe's layers, precision or fusions; nothing has been built then.
     """
     require_fp8(precision, fp8_scaling, model.layers)
-    uses_transformer_engine(model.layers)
+    engine = uses_transformer_engine(model.layers)
     decided = decide_speed(
         speed,
         capabilities(),
@@ -81,7 +81,7 @@ def build_model(
         layers=model.layers,
         lora=lora,
     )
-    config = decoder_config(model.language, parallel, precision, fp8_scaling, decided)
+    config = decoder_config(model.language, parallel, precision, fp8_scaling, decided, engine=engine)
     device = local_device()
     slots = decoder_slots(model)
     chunks = [

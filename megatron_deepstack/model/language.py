@@ -163,6 +163,7 @@ class LanguageChunk(LanguageModule):
         visual: VisualInputs = NO_VISUAL_INPUTS,
         packs: Packs | CachedStep | None = None,
         positions_3BS: torch.Tensor | None = None,
+        membership_KT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One micro-batch through the chunk. Collective over tp and cp.
 
@@ -172,6 +173,7 @@ class LanguageChunk(LanguageModule):
             visual: Rows that this chunk adds.
             packs: Where the samples of a packed row (B = 1) end; or the step of a generation with a key/value cache.
             positions_3BS: int64 positions in time, line and column of this rank's shard, for a decoder that has them.
+            membership_KT: Whose the tokens are, for the loss that balances experts; see `layers.experts`.
 
         Returns:
             Hidden states (S, B, H) for the next stage; on the last, losses (1, N) of the targets, or without them the
@@ -186,6 +188,7 @@ class LanguageChunk(LanguageModule):
             context_mask=visual.slot_positions,
             rotary_pos_emb=rotary,
             packed_seq_params=packs,
+            padding_mask=membership_KT,
         )
         if not self.post_process:
             return hidden_SBH

@@ -14,8 +14,8 @@ from megatron_deepstack.model.weights import (
     VISION_PREFIX,
     adapter_rules,
     decoder_layer_names,
-    decoder_layer_rules,
     vit_layer_rules,
+    whole_layer_rules,
 )
 
 
@@ -91,5 +91,5 @@ def _decoder_shapes(model: ModelConfig) -> tuple[dict[str, Shape], dict[str, Sha
     if not language.tied_embeddings:
         outside["lm_head.weight"] = vocabulary
     layers = decoder_layer_names(model)
-    rules = [decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model) for layer in range(language.num_layers)]
+    rules = [whole_layer_rules(model, layer) for layer in range(language.num_layers)]
     return outside, {name: shape for name, shape in shapes_of(rules).items() if name in layers}

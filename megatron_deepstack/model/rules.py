@@ -71,6 +71,8 @@ class Rule:
     """Dimension of the fused tensor that is split over tp."""
     concatenated: bool = False
     """Each published tensor is split over tp by itself and the parts are concatenated (gate and up)."""
+    is_expert: bool = False
+    """It belongs to one expert, which is whole on the ranks that hold it; other ranks hold others."""
     padded_rows: int | None = None
     """Rows after padding with zeros (vocabulary)."""
     stacked: int = 1
@@ -178,11 +180,15 @@ def fill(
 def mark_split(module: torch.nn.Module, rules: Rules) -> None:
     """Tell Megatron which parameters are split over tp: the others count once in a gradient norm. Not collective.
 
-    Its layers do so themselves only while they initialise, which ours do not.
+    Its layers do so themselves only while they initialise, which ours do not. Parameters of experts are reduced over
+    the ranks that hold the same experts, and count on each rank of another expert, as if they were split.
 
     Args:
         module: Its parameters are marked.
         rules: Rules of all its parameters.
     """
     for name, parameter in module.named_parameters():
-        parameter.tensor_model_parallel = rules[name].tp_dim is not None  # type: ignore[attr-defined]
+        rule = rules[name]
+        parameter.tensor_model_parallel = rule.tp_dim is not None or rule.is_expert  # type: ignore[attr-defined]
+        if rule.is_expert:
+            parameter.allreduce = False  # type: ignore[attr-defined]  # Megatron's word for "with other experts' ranks"

@@ -14,9 +14,10 @@ import torch
 
 from megatron_deepstack.config.choices import LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelConfig
-from megatron_deepstack.config.sizes import head_width, num_kv_heads
+from megatron_deepstack.config.sizes import expert_layers, head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.model.expert_weights import expert_rules, own_experts
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.layers.lora import WithAdapter, is_adapter
 from megatron_deepstack.model.rules import Rule, Rules, Shape
@@ -52,6 +53,8 @@ def decoder_rules(chunk: LanguageChunk, model: ModelConfig, lora: LoraConfig | N
     for local, layer in enumerate(range(chunk.chunk.first, chunk.chunk.stop)):
         prefix = f"{LAYERS_PREFIX}{layer}."
         rules = decoder_layer_rules(prefix, model)
+        if layer in expert_layers(language):
+            rules = rules | expert_rules(prefix, language, own_experts(chunk))
         if lora is not None and lora.rank:
             rules = rules | adapter_rules(prefix, model.language, lora)
         known.update({f"decoder.layers.{local}.{name}": rule for name, rule in rules.items()})
@@ -106,13 +109,29 @@ def decoder_layer_names(model: ModelConfig) -> frozenset[str]:
         absent |= {"self_attention.linear_proj.bias", "mlp.linear_fc1.bias", "mlp.linear_fc2.bias"}
     if not language.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
-    return frozenset(
-        name
-        for layer in range(language.num_layers)
-        for ours, rule in decoder_layer_rules(f"{LAYERS_PREFIX}{layer}.", model).items()
-        if ours not in absent
-        for name in rule.names
-    )
+    found: set[str] = set()
+    for layer in range(language.num_layers):
+        rules = whole_layer_rules(model, layer)
+        found |= {name for ours, rule in rules.items() if ours not in absent for name in rule.names}
+    return frozenset(found)
+
+
+def whole_layer_rules(model: ModelConfig, layer: int) -> Rules:
+    """What the parameters of one layer of the whole decoder are made of, with all of its experts.
+
+    Args:
+        model: The recipe's model.
+        layer: Number of the layer, counted from 0.
+
+    Returns:
+        Rules by the parameter's name in the layer, of all parameters that some family or implementation has.
+    """
+    prefix, language = f"{LAYERS_PREFIX}{layer}.", model.language
+    rules = decoder_layer_rules(prefix, model)
+    if layer not in expert_layers(language):
+        return rules
+    others = {ours: rule for ours, rule in rules.items() if not ours.startswith("mlp.linear_fc")}
+    return others | expert_rules(prefix, language, range(language.num_experts))
 
 
 _ADAPTED = {

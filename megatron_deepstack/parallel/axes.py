@@ -92,4 +92,11 @@ def axes_for(parallel: ParallelConfig, world_size: int) -> Axes:
                 f"context {parallel.context} x pipeline {parallel.pipeline}); start {replica} ranks or a multiple"
             ]
         )
+    if world_size // parallel.pipeline % parallel.expert:
+        raise LayoutError(
+            [
+                f"parallel.expert: {parallel.expert} ranks share experts, and {world_size // parallel.pipeline} ranks "
+                f"of a stage are no multiple of it; use a divisor, or start {parallel.expert * replica} ranks"
+            ]
+        )
     return Axes(tp=parallel.tensor, cp=parallel.context, dp=world_size // replica, pp=parallel.pipeline)

@@ -64,6 +64,8 @@ def create_groups(parallel: ParallelConfig, seed: int, timeout_seconds: float = 
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_seconds / 60.0,
     )
@@ -91,12 +93,12 @@ def _replica_group(axes: Axes, place: Place, timeout: timedelta) -> dist.Process
 def _encoder_groups(timeout: timedelta) -> ProcessGroupCollection:
     """Put all ranks into one data-parallel group, and each rank alone into the group of every other axis.
 
-    The group of one rank is the one that Megatron has made for experts, of which there are none: creating a group for
-    every rank would be as many meetings of all ranks as there are ranks.
+    The group of one rank is the one that Megatron has made for the tensor parallelism of experts, which are never
+    split: creating a group for every rank would be as many meetings of all ranks as there are ranks.
     """
     world = dist.new_group(range(dist.get_world_size()), timeout=timeout)
-    alone = parallel_state.get_expert_model_parallel_group()
-    assert alone.size() == 1, "a layout without expert parallelism has expert groups of one rank"
+    alone = parallel_state.get_expert_tensor_parallel_group()
+    assert alone.size() == 1, "experts are not split over tensor parallelism"
     return ProcessGroupCollection(
         tp=alone,
         pp=alone,

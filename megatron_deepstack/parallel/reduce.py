@@ -77,6 +77,21 @@ def gather_last_dim(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     return torch.cat(shards, dim=-1)
 
 
+def sum_over_group(value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum a tensor over the ranks of a group. Collective over the group; no gradient flows.
+
+    Args:
+        value: Any shape and dtype, the same on all ranks. It is changed in place.
+        group: The ranks.
+
+    Returns:
+        `value`, which is then the same on every rank of the group.
+    """
+    if group.size() > 1:
+        dist.all_reduce(value, group=group)
+    return value
+
+
 def sum_over_replicas(values: Sequence[float]) -> list[float]:
     """Sum numbers over replicas. Collective over dp; all ranks of a replica give the same numbers.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from math import log2
+from math import gcd, log2
 from pathlib import Path
 
 from megatron_deepstack.config.check import find_problems, out_of_range
@@ -27,6 +27,7 @@ from megatron_deepstack.config.choices import (
 from megatron_deepstack.config.load import read_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems, without_echoes
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.budget.linears import FP8_TOKENS, fp8_side, linear_sizes
@@ -90,6 +91,7 @@ def find_plan_problems(recipe: Recipe) -> list[Problem]:
         found += _inline(recipe)
         found += _recompute(recipe)
         found += _idle_stages(recipe)
+        found += _stages_without_experts(recipe)
         found += _adapters(recipe)
         found += _fp8(recipe)
     return found
@@ -167,6 +169,23 @@ def _idle_stages(recipe: Recipe) -> Iterator[Problem]:
             paths=("parallel.layers_per_stage", "parallel.pipeline", "train.trainable"),
             text=f"stages {idle} hold no layer, embedding or head and have nothing to train, and the others would wait "
             f"for them in the gradient norm; give them a layer, or use parallel.pipeline={len(busy)}",
+            kind=LayoutError,
+        )
+
+
+def _stages_without_experts(recipe: Recipe) -> Iterator[Problem]:
+    """A stage without experts has no optimizer for them, and the other stages would wait for it."""
+    layers, parallel = expert_layers(recipe.model.language), recipe.parallel
+    if not layers or recipe.lora.rank or Part.LANGUAGE not in recipe.train.trainable:
+        return
+    chunks = stage_chunks(recipe.model.language.num_layers, parallel)
+    busy = {chunk.pp for chunk in chunks for layer in layers if chunk.first <= layer < chunk.stop}
+    idle = [stage for stage in range(parallel.pipeline) if stage not in busy]
+    if idle:
+        yield Problem(
+            paths=("parallel.layers_per_stage", "parallel.pipeline", "model.language.dense_layers"),
+            text=f"stages {idle} hold no layer with experts, and the others would wait for them in the gradient norm; "
+            f"give each a layer with experts, or use parallel.pipeline={len(busy)}",
             kind=LayoutError,
         )
 
@@ -255,6 +274,15 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[Problem]:
             kind=LayoutError,
         )
         return
+    of_stage = world_size // parallel.pipeline
+    if of_stage % parallel.expert:
+        yield Problem(
+            paths=("parallel.expert",),
+            text=f"{parallel.expert} ranks share experts, and a stage has {of_stage} (of {world_size} in "
+            f"{parallel.pipeline} stages), not a multiple of it; use parallel.expert={gcd(of_stage, parallel.expert)}, "
+            "or more ranks",
+            kind=LayoutError,
+        )
     yield from _batches(recipe, world_size // ranks)
 
 

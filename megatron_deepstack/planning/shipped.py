@@ -64,5 +64,5 @@ def _opening_comment(name: str) -> str:
 
 def _layout(recipe: Recipe) -> str:
     parallel = recipe.parallel
-    axes = (("TP", parallel.tensor), ("PP", parallel.pipeline), ("CP", parallel.context))
+    axes = (("TP", parallel.tensor), ("PP", parallel.pipeline), ("CP", parallel.context), ("EP", parallel.expert))
     return " x ".join(f"{name} {size}" for name, size in axes if size > 1) or "one rank"

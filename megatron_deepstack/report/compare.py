@@ -25,8 +25,11 @@ from megatron_deepstack.report.speed import bars, median, seconds_by_part, timel
 from megatron_deepstack.run_folder.answers import Answer, Score, read_answers
 from megatron_deepstack.run_folder.recipe import require_run
 from megatron_deepstack.scores.evaluation import read_evaluations
+from megatron_deepstack.scores.metrics import METRICS
 
 COMPARISON = "comparison.html"
+_EVERY_STEP = ("loss", "tokens_per_second")
+"""Quantities that are recorded after every step, and drawn with their running mean."""
 _GIB = 1 << 30
 
 
@@ -185,6 +188,13 @@ def _losses(runs: Sequence[Run], charts: Charts) -> list[Markup]:
             element("h3", "validation loss"),
             _overlaid(charts, runs, "validation_loss", "Validation loss by step"),
         ]
+    for metric in METRICS:
+        if any(run.metrics.series(f"evaluation/{metric}") for run in runs):
+            named = metric.replace("_", " ")
+            drawn += [
+                element("h3", f"{named} of questions asked during training"),
+                _overlaid(charts, runs, f"evaluation/{metric}", f"{named.capitalize()} by step"),
+            ]
     return drawn
 
 
@@ -192,7 +202,7 @@ def _overlaid(charts: Charts, runs: Sequence[Run], name: str, title: str) -> Mar
     lines = []
     for run in runs:
         points = run.metrics.series(name)
-        mean = points if name == "validation_loss" else running_mean(points)
+        mean = running_mean(points) if name in _EVERY_STEP else points
         lines.append(Line(mean, run.colour, label=run.label, faint=points if len(runs) < 4 else ()))
     return charts.lines(lines, title=title, log="loss" in name)
 

@@ -27,6 +27,8 @@ from megatron_deepstack.report.speed import median, speed_section, timeline_sect
 from megatron_deepstack.run_folder.answers import Answer, AnswerSet, Score, read_answer_sets
 from megatron_deepstack.run_folder.recipe import require_run
 from megatron_deepstack.run_folder.starting_weights import HEAD, read_starting_weights
+from megatron_deepstack.scores.evaluation import PAGE, Evaluation, folder_of, read_evaluations
+from megatron_deepstack.scores.metrics import METRICS
 
 REPORT = "report.html"
 _MOST_LISTED = 2000
@@ -69,6 +71,7 @@ def page(run: Path) -> str:
         *([section("What each rank did when", *timeline_section(timelines))] if timelines else []),
         section("Events", *health_section(metrics)),
         section("Which stack reaches which stage", wide_drawing(stage_drawing(recipe))),
+        *_evaluations(run),
         *_answer_sections(sets),
         *_starting_weights(run),
         section("Recipe", element("p", "As resolved; bold where it differs from the defaults."), recipe_table(recipe)),
@@ -92,6 +95,10 @@ def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Itera
         yield f"{losses[-1][1]:.4g}", "last loss"
     if validation := metrics.series("validation_loss"):
         yield f"{min(value for _, value in validation):.4g}", "best validation loss"
+    metric = recipe.evaluation.metric
+    if scores := metrics.series(f"evaluation/{metric}"):
+        step, best = max(scores, key=lambda pair: (pair[1], pair[0]))
+        yield f"{best:.1%}", f"best {metric.replace('_', ' ')} of questions during training, after step {step}"
     if (speed := median(metrics, "tokens_per_second")) is not None:
         yield f"{speed:,.0f}", "tokens per second, median"
     if (share := median(metrics, "mfu")) is not None:
@@ -126,6 +133,9 @@ def _loss(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
     if validation := metrics.series("validation_loss"):
         yield element("h3", "validation loss")
         yield charts.lines([Line(validation, PALETTE[2], "validation loss")], title="Validation loss by step", log=True)
+    if scores := _scores(metrics):
+        yield element("h3", "scores of questions asked during training")
+        yield charts.lines(scores, title="Scores by step")
     if norms := metrics.series("gradient_norm"):
         yield element("h3", "gradient norm")
         line = Line(running_mean(norms), PALETTE[6], "gradient norm", faint=norms)
@@ -133,6 +143,16 @@ def _loss(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
     if rates := list(_rates(metrics)):
         yield element("h3", "learning rate")
         yield charts.lines(rates, title="Learning rate by step")
+
+
+def _scores(metrics: Metrics) -> list[Line]:
+    """One line for each score of the questions that were asked during training; none if there were none."""
+    series = {metric: metrics.series(f"evaluation/{metric}") for metric in METRICS}
+    return [
+        Line(points, PALETTE[number % len(PALETTE)], label=metric.replace("_", " "))
+        for number, (metric, points) in enumerate(series.items())
+        if points
+    ]
 
 
 def _rates(metrics: Metrics) -> Iterator[Line]:
@@ -154,6 +174,32 @@ def _answer_sections(sets: Sequence[AnswerSet]) -> Iterator[Markup]:
     for one in sets:
         origin = [element("p", f"Asked of the {one.origin}.")] if one.origin else []
         yield section(one.title, *origin, *_answers(one.answers, pictures))
+
+
+def _evaluations(run: Path) -> Iterator[Markup]:
+    """A table of the run's evaluations, those during training by step; nothing if there are none."""
+    found = read_evaluations(run)
+    rows = [
+        (
+            _name(run, one),
+            "" if one.step is None else str(one.step),
+            str(len(one.answers)),
+            *(f"{means[metric]:.1%}" if metric in (means := one.means()) else "" for metric in METRICS),
+            (one.fingerprint or "")[:12],
+        )
+        for one in found
+    ]
+    if rows:
+        head = ("evaluation", "step", "questions", *(metric.replace("_", " ") for metric in METRICS), "fingerprint")
+        yield section("Evaluations", table(head, rows, sortable=True))
+
+
+def _name(run: Path, evaluation: Evaluation) -> Markup | str:
+    """An evaluation's name, with a link to its page if it has one."""
+    page_file = folder_of(run, evaluation.name) / PAGE
+    if not page_file.is_file():
+        return evaluation.name
+    return element("a", evaluation.name, href=page_file.relative_to(run).as_posix())
 
 
 def _answers(answers: Sequence[Answer], pictures: Pictures) -> Iterator[Markup]:

@@ -11,8 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.planning.budget.layouts import Layouts, describe, overrides
 from megatron_deepstack.planning.budget.memory import RankMemory
+from megatron_deepstack.planning.budget.parameters import active_parameters, model_parameters
 from megatron_deepstack.planning.budget.run_plan import NOT_MODELLED, RunPlan, boxes
 from megatron_deepstack.platform.quantity import brief_time, data_scale, data_size, duration, flop_rate, number_of
 from megatron_deepstack.report.drawing.timeline import Bar, RankLine, RecordedStep
@@ -104,10 +106,15 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         f"model FLOPs of a step: decoder {_flops(flops.decoder)}, head {_flops(flops.head)}, encoder "
         f"{_flops(flops.encoder)}"
     )
+    model = plan.recipe.model
+    if expert_layers(model.language):
+        total, active = sum(model_parameters(model).values()), active_parameters(model)
+        yield f"parameters {total:,}, of which a token passes {active:,}; tokens spread evenly over experts"
     groups = plan.recipe.parallel
     inside = plan.machine.gpus_per_node
     kinds = (
         ("tensor parallel", sent.tensor, groups.tensor),
+        ("tokens to experts", sent.expert, groups.expert),
         ("context parallel", sent.context, groups.tensor * groups.context),
         ("between stages", sent.pipeline, groups.tensor * groups.context * 2),
         ("rows", sent.rows, groups.tensor * groups.context * groups.pipeline),
@@ -227,6 +234,8 @@ def plan_values(plan: RunPlan, advice: str) -> dict[str, object]:
         "gpu": plan.machine.name,
         "layout": describe(plan.recipe.parallel, plan.num_ranks),
         "overrides": overrides(plan.recipe.parallel),
+        "parameters": sum(model_parameters(plan.recipe.model).values()),
+        "active_parameters": active_parameters(plan.recipe.model),
         "fits": plan.fits,
         "limit_bytes": plan.limit_bytes,
         "advice": advice,

@@ -21,8 +21,12 @@ class Metrics:
     """First step after each resumption."""
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """The finite values of one quantity, as pairs of step and value."""
-        return [(record["step"], record[name]) for record in self.records if _is_number(record.get(name))]
+        """The finite values of one quantity, as pairs of step and value; `mapping/key` is one value of a mapping."""
+        outer, _, key = name.partition("/")
+        found: list[tuple[float, Any]] = [(record["step"], record.get(outer)) for record in self.records]
+        if key:
+            found = [(step, value.get(key)) for step, value in found if isinstance(value, Mapping)]
+        return [(step, value) for step, value in found if _is_number(value)]
 
     def num_not_finite(self, name: str) -> int:
         """The number of records whose value is NaN or infinite."""

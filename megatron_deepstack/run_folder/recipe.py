@@ -8,22 +8,25 @@ Otherwise `train` has written its path into a file in the run folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.load import load_recipe, override_recipe
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
-from megatron_deepstack.config.schema import DataConfig, Recipe, TrainConfig
+from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
 
+SectionT = TypeVar("SectionT")
 DATA_PATHS: Final = ("records", "images", "tokenizer", "store", "stores", "validation_store", "cache_dir")
 """Fields of `data` that hold one or several paths."""
 TRAIN_PATHS: Final = ("init_from",)
 """Fields of `train` that hold one or several paths."""
+EVALUATION_PATHS: Final = ("store", "file", "images")
+"""Fields of `evaluation` that hold a path."""
 
 
 def require_run(run: str | Path) -> Path:
@@ -81,8 +84,18 @@ def _own_recipe(run: str | Path) -> Recipe:
     bases = start_folders(run, recipe.run_dir)
     data = {name: _placed(getattr(recipe.data, name), bases) for name in DATA_PATHS}
     train = {name: _placed(getattr(recipe.train, name), bases) for name in TRAIN_PATHS}
-    changed: tuple[DataConfig, TrainConfig] = (replace(recipe.data, **data), replace(recipe.train, **train))
-    return replace(recipe, data=changed[0], train=changed[1])
+    asked = {name: _placed(getattr(recipe.evaluation, name), bases) for name in EVALUATION_PATHS}
+    return replace(
+        recipe,
+        data=_with(recipe.data, data),
+        train=_with(recipe.train, train),
+        evaluation=_with(recipe.evaluation, asked),
+    )
+
+
+def _with(section: SectionT, changes: Mapping[str, Any]) -> SectionT:
+    """The section with other values of some of its fields."""
+    return replace(section, **changes)  # type: ignore[type-var]
 
 
 def record_start_folder(run: Path) -> None:

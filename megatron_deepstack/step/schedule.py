@@ -22,8 +22,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.model.language import HeadTargets, LanguageChunk, VisualInputs
 from megatron_deepstack.model.layers.attention import Packs
+from megatron_deepstack.model.layers.experts import membership_on_device
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.parallel.context import zigzag
+from megatron_deepstack.planning.batch.members import membership
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.batch.targets import find_targets
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
@@ -125,7 +127,7 @@ def run_cached_step(
     Returns:
         On the last stage, per micro-batch the wanted logits (B, V / tp); elsewhere nothing.
     """
-    config.no_sync_func = None
+    config.no_sync_func, config.variable_seq_lengths = None, False
     width = int(tokens[0].shape[1])
     positions = zigzag((width,), config.context_parallel_size, cp_rank)
     host = [np.stack(each)[..., positions] for each in (tokens, axial) if each is not None]
@@ -183,6 +185,8 @@ class _MicroBatch:
     """(1, N) boolean, which of the targets' losses count."""
     packs: Packs | CachedStep | None
     positions: torch.Tensor | None
+    membership: torch.Tensor | None = None
+    """Whose the tokens are, where experts are to be balanced."""
 
 
 def micro_batch_arrays(plan: StepPlan, config: TransformerConfig, *, cp_rank: int, tp_rank: int) -> list[np.ndarray]:
@@ -209,7 +213,18 @@ def micro_batch_arrays(plan: StepPlan, config: TransformerConfig, *, cp_rank: in
     piece = tp_rank if config.sequence_parallel else 0
     targets = [find_targets(one, pieces) for one in labels]
     rows, of_rows = [one.rows[piece] for one in targets], [one.labels.reshape(1, -1) for one in targets]
-    return [*tokens, *rows, *of_rows, *axial, *bounds]
+    owners, sizes = _owners(plan, config, [np.split(places, pieces)[piece] for places in own])
+    return [*tokens, *rows, *of_rows, *axial, *bounds, *owners, *sizes]
+
+
+def _owners(
+    plan: StepPlan, config: TransformerConfig, held: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Whose the tokens are and how large each sample is, of each micro-batch; nothing for a decoder without experts."""
+    if config.num_moe_experts is None:
+        return [], []
+    found = [membership(one, plan.micro_batch_size, places) for one, places in zip(plan.members, held, strict=True)]
+    return [owners for owners, _ in found], [sizes for _, sizes in found]
 
 
 def _micro_batches(plan: StepPlan, uploaded: Sequence[torch.Tensor], *, keep_logits: bool) -> list[_MicroBatch]:
@@ -219,6 +234,7 @@ def _micro_batches(plan: StepPlan, uploaded: Sequence[torch.Tensor], *, keep_log
     tokens_M, rows_M, labels_M, *more = kinds
     positions_M = more.pop(0) if plan.positions else None
     bounds_M = more.pop(0) if plan.segments else None
+    owners_M, sizes_M = more or (None, None)
     return [
         _MicroBatch(
             number=number,
@@ -227,6 +243,7 @@ def _micro_batches(plan: StepPlan, uploaded: Sequence[torch.Tensor], *, keep_log
             counted=labels_M[number] != IGNORE_INDEX,
             packs=Packs.of(plan.segments[number], bounds_M[number].int()) if plan.segments and bounds_M else None,
             positions=positions_M[number] if positions_M else None,
+            membership=membership_on_device(owners_M[number], sizes_M[number]) if owners_M and sizes_M else None,
         )
         for number in range(count)
     ]
@@ -239,7 +256,7 @@ def _forward_step(
     vpp = _unwrap(model).chunk.vpp
     inputs = visual(batch.number, vpp)
     with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
-        output = model(batch.tokens, batch.targets, inputs, batch.packs, batch.positions)
+        output = model(batch.tokens, batch.targets, inputs, batch.packs, batch.positions, batch.membership)
     if timeline is not None:
         timeline.watch_backward(output, batch.number, vpp)
     return output, partial(_loss, batch.counted)

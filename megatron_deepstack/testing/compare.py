@@ -34,11 +34,13 @@ def gather_published(model: RankModel, groups: Groups, pick: Pick) -> dict[str, 
             tensor = pick(parameter)
             if tensor is None:
                 continue
-            shards = gather_shards(tensor.detach().float().contiguous(), tp_group)
+            whole = tensor.detach().float().contiguous()
+            shards = [whole] if rules[name].is_expert else gather_shards(whole, tp_group)
             for published, value in zip(rules[name].names, rules[name].published(shards), strict=True):
                 mine.setdefault(published, value.cpu())
-    everything: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size(groups.decoder.pp)
-    dist.all_gather_object(everything, mine, group=groups.decoder.pp)
+    stages = groups.decoder.pp if groups.decoder.ep.size() == 1 else groups.decoder.tp_ep_pp
+    everything: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size(stages)
+    dist.all_gather_object(everything, mine, group=stages)
     return {name: value for part in everything if part for name, value in part.items()}
 
 

@@ -6,7 +6,7 @@ different grids. Everything is drawn from a seed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -129,6 +129,26 @@ def tiny_qwen3_vl(**changes: object) -> ModelConfig:
         ),
     }
     return ModelConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def tiny_qwen3_vl_moe(**changes: object) -> ModelConfig:
+    """`tiny_qwen3_vl` with six experts in each layer, of which a token passes two.
+
+    The loss that balances them weighs much more than the published one, so that a mistake in it shows.
+
+    Args:
+        **changes: Fields of the decoder that are to be otherwise.
+    """
+    dense = tiny_qwen3_vl()
+    settings: dict[str, object] = {
+        "family": "qwen3_vl_moe",
+        "num_experts": 6,
+        "num_active_experts": 2,
+        "expert_ffn_hidden_size": 20,
+        "balance_loss": 0.1,
+    }
+    language = replace(dense.language, **{**settings, **changes})  # type: ignore[arg-type]
+    return replace(dense, variant=Variant.QWEN3_VL_MOE, language=language)
 
 
 def tiny_granite(**changes: object) -> ModelConfig:

@@ -82,7 +82,9 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
     adapt_megatron()
     from megatron_deepstack.model.build import build_model, freeze
     from megatron_deepstack.parallel.groups import create_groups
+    from megatron_deepstack.platform.processes.garbage import settle
 
+    settle()  # as in training; else a collection of all that torch has created may fall into a part
     found: list[Part] = []
 
     @contextmanager

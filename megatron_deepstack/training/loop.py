@@ -39,6 +39,7 @@ from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.train_step import StepLoss, forward_backward
 from megatron_deepstack.step.work import WorkTimers
 from megatron_deepstack.training.ahead import ReadyStep, ReadySteps
+from megatron_deepstack.training.evaluation import Examination
 from megatron_deepstack.training.guard.health import NO_TARGET, NOT_FINITE, NOT_READ, Health, earlier_records, some
 from megatron_deepstack.training.guard.preemption import StopRequest, never
 from megatron_deepstack.training.guard.stragglers import Stragglers
@@ -141,7 +142,8 @@ class _Loop:
         self.first, self.stop = first, stop
         self.clock = StepClock()
         session.engine.model.config.timers = WorkTimers(self.clock.work)
-        self.validation = Validation.of(session)
+        self.validation, exam = Validation.of(session), session.beginning.exam
+        self.examination = None if exam is None else Examination(recipe, session.engine, exam)
         self.throughput, self.observer = Throughput(recipe, session.groups), Observer(recipe, session.groups)
         self.stragglers = Stragglers(recipe.health, of_every_rank(socket.gethostname()), _weights_of_ranks(session))
         self.health = _health_after(recipe, first)
@@ -190,11 +192,21 @@ class _Loop:
         if self.validation is not None and self.validation.due(done) and not agreement.stop:
             self.session.engine.gather_parameters()
             held_out = self.validation.loss(self.watchdog.progress)
-        record = self._record(loaded, loss, norm, seconds, held_out, unreadable)
+        scores = {} if agreement.stop else self._examined(done)
+        record = self._record(loaded, loss, norm, seconds, held_out, scores, unreadable)
         self.log.add(record)
         if self.forecast is not None and (line := self.forecast.take(record)):
             self.log.say(line)
         return agreement.stop
+
+    def _examined(self, done: int) -> dict[str, float]:
+        """Means of all scores, if questions are asked after this step. Collective over all ranks."""
+        if self.examination is None or not self.examination.due(done):
+            return {}
+        begin = time.perf_counter()
+        evaluation = self.examination.evaluate(done, self.watchdog.progress)
+        self.log.say(f"{self.examination.told(evaluation)}, {time.perf_counter() - begin:.1f} s")
+        return evaluation.means()
 
     def _readable(self, loaded: LoadedStep) -> tuple[LoadedStep, tuple[str, ...]]:
         """The step without samples that cannot be read, and their ids. Collective over all ranks."""
@@ -212,6 +224,7 @@ class _Loop:
         norm: StepNorm,
         step_seconds: float,
         validation_loss: float | None,
+        scores: dict[str, float],
         unreadable: tuple[str, ...],
     ) -> StepRecord:
         """The step's record, and a console line for whatever stands out. Collective over all ranks."""
@@ -244,6 +257,7 @@ class _Loop:
             skipped_because=because,
             resumed=step == self.first > 0,
             validation_loss=validation_loss,
+            evaluation=scores,
             skipped_steps=self.health.skipped_in_row,
             spike=spike,
             samples=samples,

@@ -28,6 +28,7 @@ from megatron_deepstack.convert.published import published_source, starting_weig
 from megatron_deepstack.data.order.opening import checked_store, known_store, open_reader, open_training_reader
 from megatron_deepstack.data.order.steps import Share, StepReader
 from megatron_deepstack.errors import ConfigError, DataError
+from megatron_deepstack.inference.evaluate.exam import OpenedExam
 from megatron_deepstack.model.build import RankModel, build_model, fill_adapters, fill_model, freeze
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.model.layers.fp8 import require_fp8
@@ -40,6 +41,7 @@ from megatron_deepstack.parallel.reduce import from_first_rank
 from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.run_folder.starting_weights import StartingWeights
 from megatron_deepstack.step.engine import Engine, build_engine
+from megatron_deepstack.training.evaluation import open_training_exam
 from megatron_deepstack.training.optim.optimizer import Optimizer, require_moments
 
 
@@ -49,7 +51,9 @@ class Beginning:
 
     reader: StepReader
     held_out: StepReader | None
-    """Of the validation store, where the recipe evaluates."""
+    """Of the validation store, where the recipe measures the loss of held-out samples."""
+    exam: OpenedExam | None
+    """The questions, where the recipe asks some at intervals."""
     facts: dict[str, Any]
     """Identity of the run, see `checkpoint.identity`."""
     samples: dict[str, Any]
@@ -100,7 +104,7 @@ def begin(recipe: Recipe, groups: Groups) -> Beginning:
             fit, this rank cannot run the recipe's layers, no checkpoint is whole, or the newest belongs to another
             model or other data.
     """
-    reader, held_out = _open_data(recipe, share_of(groups))
+    reader, held_out, exam = _open_data(recipe, share_of(groups))
     facts = identity(recipe, plan_hash=reader.store.plan_hash, tokenizer_sha256=reader.store.tokenizer_sha256)
     samples = {"stores": _stores(recipe), "num_samples": len(reader.store)}
     with phase():
@@ -112,7 +116,7 @@ def begin(recipe: Recipe, groups: Groups) -> Beginning:
         checkpoint, faults = newest_whole_together(recipe.run_dir)
         if checkpoint is not None:
             require_same_run(checkpoint.path, checkpoint.manifest, facts, samples)
-    return Beginning(reader, held_out, facts, samples, checkpoint, tuple(faults))
+    return Beginning(reader, held_out, exam, facts, samples, checkpoint, tuple(faults))
 
 
 def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = None) -> Session:
@@ -241,9 +245,10 @@ def check_data(recipe: Recipe) -> None:
     open_training_reader(recipe, alone, checked_store)
     if _evaluates(recipe):
         open_reader(recipe, recipe.data.validation_store, alone, checked_store)
+    open_training_exam(recipe)
 
 
-def _open_data(recipe: Recipe, share: Share) -> tuple[StepReader, StepReader | None]:
+def _open_data(recipe: Recipe, share: Share) -> tuple[StepReader, StepReader | None, OpenedExam | None]:
     """Collective over all ranks. The checks read every sample's length, so one rank of each node does them."""
     with phase():
         if is_first_of_node():
@@ -254,7 +259,8 @@ def _open_data(recipe: Recipe, share: Share) -> tuple[StepReader, StepReader | N
             raise DataError(f"data.tokenizer: {path} is not there; expected a tokenizer that every node can read")
         reader = open_training_reader(recipe, share, known_store)
         held_out = open_reader(recipe, recipe.data.validation_store, share, known_store) if _evaluates(recipe) else None
-    return reader, held_out
+        exam = open_training_exam(recipe)
+    return reader, held_out, exam
 
 
 def _evaluates(recipe: Recipe) -> bool:

@@ -57,7 +57,13 @@ def test_all_layouts() -> None:
     [
         (["--gpus", "0"], "the nearest that works is --gpus 1"),
         (["--gpu", "h101"], "did you mean 'h100'?"),
-        (["--store", "nowhere"], "nowhere: no such folder"),
+        (["--gpus", "-3"], "the nearest that works is --gpus 1"),
+        (["--gpus", "3000"], "the nearest number on which one does is 4096 of h100"),
+        (["--ranks", "0"], "--ranks: found 0; the nearest that works is 2"),
+        (["--store", "nowhere"], "--store nowhere: no such folder; make it with `megatron-deepstack preprocess`."),
+        (["parallel.tensor=3"], "3 tensor-parallel ranks do not divide model.language.num_heads 32; use 2"),
+        (["parallel.pipeline=5"], "do not split evenly over 5 chunks"),
+        (["train.batching=padded", "--ranks", "6"], "126 or 129"),
         (["--gpus", "1"], "the nearest number on which one does is "),
         (["--ranks", "7"], "start 6 ranks"),
     ],
@@ -66,6 +72,13 @@ def test_bad_input_names_what_works(arguments: list[str], text: str) -> None:
     found = ran("deepstack_l_7b_finetune", *arguments)
     assert found.exit_code != 0
     assert text in " ".join(found.output.split())
+
+
+def test_the_nearest_store_is_named(tmp_path: Path) -> None:
+    (tmp_path / "finetune.zarr").mkdir()
+    found = ran("deepstack_l_7b_finetune", "--store", str(tmp_path / "fintune.zar"))
+    assert found.exit_code != 0
+    assert f"did you mean {tmp_path / 'finetune.zarr'}?" in "".join(found.output.split("\n")).replace("  ", "")
 
 
 NATIVE = """

@@ -129,6 +129,21 @@ RULES = {
     "part twice": ({"train.trainable": ["vision", "vision"]}, "train.trainable: found [vision, vision]"),
     "lowest above highest": ({"optimizer.min_lr": 1.0}, "optimizer.min_lr: 1.0 is above the peak optimizer.lr"),
     "validation of nothing": ({"train.validation_interval": 5}, "data.validation_store, which is not set"),
+    "evaluation of nothing": ({"evaluation.interval": 5, "data.tokenizer": "t"}, "and no questions are named; set"),
+    "evaluation without words": (
+        {"evaluation.interval": 5, "evaluation.store": "s"},
+        "evaluation.interval: asks questions every 5 steps, and data.tokenizer, which writes answers, is not set",
+    ),
+    "two sources of questions": (
+        {"evaluation.file": "q.jsonl", "evaluation.store": "s"},
+        "evaluation.file: both are set, and questions come from one of them",
+    ),
+    "pictures without questions": ({"evaluation.images": "p"}, "evaluation.images: is set without evaluation.file"),
+    "evaluation in 8 bits": (
+        {"evaluation.interval": 5, "evaluation.store": "s", "data.tokenizer": "t", "train.precision": "fp8"},
+        "one token at a time, which 8-bit layers do not take; use train.precision=bf16",
+    ),
+    "no score": ({"evaluation.metric": "bleu"}, "evaluation.metric: found 'bleu', expected one of exact_match, "),
     "template": ({"data.template": "v11"}, "data.template: found 'v11', expected one of plain, v1"),
     "no name": ({"name": "  "}, "name: is empty, expected text"),
 }

@@ -116,9 +116,10 @@ def test_named_shapes_pass_the_checks(shape):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_named_whole_models_fit_together(name):
+    of_qwen = Variant.QWEN3_VL_MOE if LANGUAGE[name].num_experts else Variant.QWEN3_VL
     tiled = bool(VISION[name].tile_grids)
     model = ModelConfig(
-        variant=Variant.GRANITE4_VISION if tiled else Variant.QWEN3_VL,
+        variant=Variant.GRANITE4_VISION if tiled else of_qwen,
         vision=VISION[name],
         language=LANGUAGE[name],
         stacks=StackConfig(slots=(9, 6, 3, 0, 12, 15, 18, 21) if tiled else None),

@@ -294,6 +294,12 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> N
         files_by_name(tmp_path)
 
 
+def test_a_run_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: run\n")
+    with pytest.raises(CheckpointError, match=r"is the folder of a run, .*`export` it and name the export, or go on"):
+        published_source(tmp_path)
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         files_by_name(tmp_path / "absent")

@@ -36,7 +36,7 @@ def export_on_rank(rank: int, source: Path, target: Path) -> tuple[int, int]:
     return encoder, sum(parameter.numel() for chunk in built.chunks for parameter in chunk.parameters())
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "granite4_vision"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_folder_is_written_as_it_was_read(
     ranks: Callable[[int], RankPool], tmp_path: Path, name: str, tied: bool

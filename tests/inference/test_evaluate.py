@@ -18,8 +18,8 @@ from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.inference.answerer import RunAnswerer
 from megatron_deepstack.inference.ask.preparation import Preparation
-from megatron_deepstack.inference.evaluate.exam import Exam, FileExam, StoreExam
-from megatron_deepstack.inference.evaluate.launch import Questions, evaluate
+from megatron_deepstack.inference.evaluate.exam import Exam, FileExam, Questions, StoreExam
+from megatron_deepstack.inference.evaluate.launch import evaluate
 from megatron_deepstack.inference.main import open_questions
 from megatron_deepstack.inference.question_file import read_questions
 from megatron_deepstack.scores.evaluation import Scored, read_evaluations

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_folders import granite4_vision, qwen3_vl
+from whole_folders import granite4_vision, qwen3_vl, qwen3_vl_moe
 
 from megatron_deepstack.config.choices import EncoderPlacement, Recompute
 from megatron_deepstack.config.schema import ParallelConfig
@@ -50,6 +50,17 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
         deepstack_layer_map=[[2, 10], [-1, 4]],
         spatial_vision_layer=-3,
         spatial_target_layers=[11, 1, 0, 7],
+    ),
+    "qwen3_vl_moe": qwen3_vl_moe,
+    # layers without experts, one expert a token, tensors in the form of the published folders, tied
+    "qwen3_vl_moe-odd": lambda folder: qwen3_vl_moe(
+        folder,
+        tied=True,
+        transposed=True,
+        text={"decoder_sparse_step": 2, "num_experts_per_tok": 1, "num_experts": 5, "num_hidden_layers": 8},
+    ),
+    "qwen3_vl_moe-some": lambda folder: qwen3_vl_moe(
+        folder, text={"mlp_only_layers": [0, 3], "num_experts_per_tok": 4, "moe_intermediate_size": 48}
     ),
     # five layers on four stages; only sampled stacks, from the first state; many small windows of three lines
     "granite-five": lambda folder: granite4_vision(
@@ -95,6 +106,13 @@ ROWS = [
     ("qwen3_vl-odd", 2, 1, ParallelConfig(pipeline=2)),
     ("qwen3_vl", 2, 2, ParallelConfig(tensor=2, sequence_parallel=True)),
     ("granite-clip", 2, 1, ParallelConfig(pipeline=2)),
+    ("qwen3_vl_moe", 2, 1, ParallelConfig(tensor=2, expert=2)),
+    ("qwen3_vl_moe", 1, 2, ParallelConfig()),
+    ("qwen3_vl_moe-odd", 2, 1, ParallelConfig(pipeline=2)),
+    ("qwen3_vl_moe-odd", 1, 2, ParallelConfig()),
+    ("qwen3_vl_moe-some", 2, 1, ParallelConfig(tensor=2)),
+    ("qwen3_vl_moe-some", 2, 2, ParallelConfig(expert=2, recompute=Recompute.FULL)),
+    ("qwen3_vl_moe", 4, 1, ParallelConfig(pipeline=2, expert=2)),
     ("qwen3_vl-short", 2, 1, ParallelConfig(pipeline=2)),
     ("qwen3_vl-short", 2, 1, ParallelConfig(tensor=2, sequence_parallel=True, recompute=Recompute.FULL)),
     ("granite-clip", 1, 2, ParallelConfig()),
@@ -122,12 +140,19 @@ ROWS = [
     ("qwen3_vl-odd", 2, 2, ParallelConfig(pipeline=2, encoder_placement=INLINE, layers_per_stage=(5, 3))),
     ("qwen3_vl", 2, 1, ParallelConfig(pipeline=2, recompute=Recompute.FULL)),
 ]
-QUICK = 4
+QUICK = 5
 
 
 def _id(row: tuple[str, int, int, ParallelConfig]) -> str:
     name, num_ranks, batch, p = row
-    sizes = {"tp": p.tensor, "pp": p.pipeline, "vpp": p.virtual_pipeline, "cp": p.context, "batch": batch}
+    sizes = {
+        "tp": p.tensor,
+        "pp": p.pipeline,
+        "vpp": p.virtual_pipeline,
+        "cp": p.context,
+        "ep": p.expert,
+        "batch": batch,
+    }
     words = [f"{key}{size}" for key, size in sizes.items() if size > 1]
     words += ["sp"] * p.sequence_parallel + ["inline"] * (p.encoder_placement is INLINE)
     words += ["recompute"] * (p.recompute is Recompute.FULL)

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.build import field_paths
 from megatron_deepstack.config.load import recipe_to_yaml
-from megatron_deepstack.config.schema import DataConfig, Recipe, TrainConfig
+from megatron_deepstack.config.schema import DataConfig, EvaluationConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.run_folder.recipe import (
     DATA_PATHS,
+    EVALUATION_PATHS,
     TRAIN_PATHS,
     recipe_of_run,
     record_start_folder,
@@ -103,7 +104,12 @@ def test_strange_names_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.Monk
 def test_every_field_that_holds_a_path_is_known() -> None:
     """A new field of text in `data` or `train` has to be put on one side."""
     no_paths = {"template", "compression", "weights", "image_token", "unreadable", "ignore_keys", "transparency"}
-    for section, schema, known in (("data", DataConfig, DATA_PATHS), ("train", TrainConfig, TRAIN_PATHS)):
+    sections = (
+        ("data", DataConfig, DATA_PATHS),
+        ("train", TrainConfig, TRAIN_PATHS),
+        ("evaluation", EvaluationConfig, EVALUATION_PATHS),
+    )
+    for section, schema, known in sections:
         names = {path.partition(".")[2] for path in field_paths() if path.startswith(f"{section}.")}
         assert set(known) <= names, schema
         texts = {name for name in names if "str" in str(schema.__dataclass_fields__[name].type)}

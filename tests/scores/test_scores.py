@@ -7,8 +7,10 @@ import random
 
 import pytest
 
+from megatron_deepstack.config.choices import ScoreMetric
 from megatron_deepstack.scores.difference import paired_difference
 from megatron_deepstack.scores.metrics import (
+    METRICS,
     anls,
     edit_distance,
     exact_match,
@@ -94,6 +96,10 @@ def test_anls(answer: str, references: list[str], expected: float) -> None:
 def test_relaxed_accuracy(answer: str, reference: str, expected: float) -> None:
     """A reference of zero has no 5 %, so it is compared as text."""
     assert relaxed_accuracy(answer, ["none", reference]) == expected
+
+
+def test_a_recipe_offers_all_metrics() -> None:
+    assert tuple(ScoreMetric) == tuple(METRICS)
 
 
 def test_exact_match() -> None:

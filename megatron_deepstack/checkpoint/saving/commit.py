@@ -105,9 +105,10 @@ def layout_facts(axes: Axes, parallel: ParallelConfig) -> dict[str, int]:
         parallel: The recipe's section on parallelism.
 
     Returns:
-        Ranks by name of the axis, and `vpp`: chunks of a pipeline stage.
+        Ranks by name of the axis, and `vpp`: chunks of a pipeline stage; `ep` where ranks share experts.
     """
-    return {**asdict(axes), "vpp": parallel.virtual_pipeline}
+    experts = {"ep": parallel.expert} if parallel.expert > 1 else {}
+    return {**asdict(axes), "vpp": parallel.virtual_pipeline, **experts}
 
 
 def made_with() -> dict[str, str]:

@@ -7,6 +7,7 @@ functions in `sizes` and `planning`, never fields. Begin with `recipe`, which li
 """
 
 from megatron_deepstack.config.schema.data import DataConfig
+from megatron_deepstack.config.schema.evaluation import EvaluationConfig
 from megatron_deepstack.config.schema.model import (
     LanguageConfig,
     LoraConfig,
@@ -23,6 +24,7 @@ from megatron_deepstack.config.schema.training import OptimizerConfig, ParallelC
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "EvaluationConfig",
     "HealthConfig",
     "LanguageConfig",
     "LaunchConfig",

@@ -121,6 +121,21 @@ class LanguageConfig:
     """Number by which logits are divided, as in Granite."""
     tied_embeddings: bool = False
     """Input embedding and output layer share one weight, as in the smaller Qwen decoders."""
+    num_experts: Annotated[int, NOT_NEGATIVE] = 0
+    """Experts of each layer that has experts, in a decoder of a family that has them, such as `qwen3_vl_moe`; 0 for the
+    one MLP of other decoders. Qwen3-VL 30B-A3B has 128."""
+    num_active_experts: Annotated[int, POSITIVE] = 8
+    """Experts to which the router sends each token. The default is Qwen3-VL 30B-A3B's."""
+    expert_ffn_hidden_size: Annotated[int, POSITIVE] = 768
+    """Width of the SwiGLU MLP of one expert. The default is Qwen3-VL 30B-A3B's."""
+    expert_interval: Annotated[int, POSITIVE, Unit("layers")] = 1
+    """Distance between layers with experts: with 2, the second, the fourth, and so on have experts, and the others the
+    one MLP of width `ffn_hidden_size`."""
+    dense_layers: tuple[Annotated[int, NOT_NEGATIVE], ...] = ()
+    """Layers, counted from 0, that have no experts whatever `expert_interval` says."""
+    balance_loss: Annotated[float, NOT_NEGATIVE] = 0.001
+    """Factor of the loss that makes the router use all experts equally often, which is added to the loss of the text;
+    0 for none. The default is Qwen3-VL's. Only a decoder with experts has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

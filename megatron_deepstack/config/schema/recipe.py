@@ -7,6 +7,7 @@ from typing import Annotated
 
 from megatron_deepstack.config.constraints import NotBlank, PathKind
 from megatron_deepstack.config.schema.data import DataConfig
+from megatron_deepstack.config.schema.evaluation import EvaluationConfig
 from megatron_deepstack.config.schema.model import LoraConfig, ModelConfig
 from megatron_deepstack.config.schema.operation import CheckpointConfig, HealthConfig, LaunchConfig, LoggingConfig
 from megatron_deepstack.config.schema.speed import SpeedConfig
@@ -34,6 +35,8 @@ class Recipe:
     """The optimizer, AdamW, and its learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Questions that are asked during training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are saved, and which are kept."""
     lora: LoraConfig = field(default_factory=LoraConfig)

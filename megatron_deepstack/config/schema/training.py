@@ -35,9 +35,12 @@ class ParallelConfig:
     more."""
     context: Annotated[int, POSITIVE, Unit("ranks")] = 1
     """Ranks that share each sequence (context parallelism, cp)."""
+    expert: Annotated[int, POSITIVE, Unit("ranks")] = 1
+    """Ranks of a stage that share the experts of each layer (expert parallelism, ep); they may belong to several
+    replicas. It divides the number of experts, and tensor x context x replicas. An expert is never split."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence, which saves memory. It needs `tensor` above
-    1."""
+    1; a decoder with experts needs it where `tensor` is above 1."""
     layers_per_stage: tuple[Annotated[int, NOT_NEGATIVE], ...] | None = None
     """Number of decoder layers of each stage in order, chunk by chunk under `virtual_pipeline`; an even split if null.
     0 is allowed if the stage holds the embedding, the head or other layers, or if the decoder is frozen."""

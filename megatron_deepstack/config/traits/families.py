@@ -45,6 +45,8 @@ class HfDecoder:
     """Base of rotary positions that transformers uses if the config names none."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Hugging Face's name of a tensor by LLaMA's name, where they differ; `{n}` is the number of the layer."""
+    other_keys: Mapping[str, str] = field(default_factory=dict)
+    """Another name of a key by which transformers reads and writes it too, to the name in `fields`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,8 @@ class FamilyTraits:
     has_axial_positions: bool = False
     """Positions have three axes (time, line, column), whose frequencies are interleaved within a head, as
     `model.language.mrope_section` divides them."""
+    has_experts: bool = False
+    """Layers may have experts, of which a router chooses some for each token."""
     has_multipliers: bool = False
     """Embeddings, attention scores, residual additions and logits have factors of their own."""
     is_recognised: bool = False
@@ -158,6 +162,33 @@ _QWEN3_VL = FamilyTraits(
         default_theta=500000.0,
     ),
 )
+_QWEN3_VL_MOE = FamilyTraits(
+    switches=_QWEN3.switches,
+    has_axial_positions=True,
+    has_experts=True,
+    hugging_face=HfDecoder(
+        model_types=("qwen3_vl_moe_text",),
+        fields=llama_fields(
+            heads=16,
+            layers=24,
+            num_kv_heads=16,
+            vocab_size=read("vocab_size", default=151936),
+            hidden_size=read("hidden_size", default=2048),
+            intermediate_size=read("ffn_hidden_size", default=5632),
+            tie_word_embeddings=IGNORED,  # the config of the whole model says it
+            num_experts=read("num_experts", default=60),
+            num_experts_per_tok=read("num_active_experts", default=4),
+            moe_intermediate_size=read("expert_ffn_hidden_size", default=1408),
+            decoder_sparse_step=read("expert_interval", default=1),
+            mlp_only_layers=read("dense_layers", default=[]),
+            router_aux_loss_coef=read("balance_loss", default=0.001),
+            norm_topk_prob=fixed(True, written=True),
+            output_router_logits=IGNORED,
+        ),
+        default_theta=500000.0,
+        other_keys={"num_local_experts": "num_experts"},
+    ),
+)
 _GRANITE = FamilyTraits(
     switches=_LLAMA.switches,
     has_multipliers=True,
@@ -184,6 +215,7 @@ _families: dict[str, FamilyTraits] = {
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
     "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL_MOE,
     "granite": _GRANITE,
 }
 FAMILIES: Final[Mapping[str, FamilyTraits]] = MappingProxyType(_families)

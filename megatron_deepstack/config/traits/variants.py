@@ -78,6 +78,8 @@ class VariantTraits:
     is_llava: bool = False
     """True if transformers' own LlavaForConditionalGeneration computes the same. An export is then one; for other
     variants it brings its own code."""
+    has_experts: bool = False
+    """The layers of its decoder may have experts."""
     whole_model: str | None = None
     """`model_type` of the model of transformers whose mathematics this is as a whole, such as `qwen3_vl`; None for the
     variants of the paper."""
@@ -123,6 +125,7 @@ class Variant(StrEnum):
     LLAVA_ANYRES = "llava_anyres"
     IN_SEQUENCE = "in_sequence"
     QWEN3_VL = "qwen3_vl"
+    QWEN3_VL_MOE = "qwen3_vl_moe"
     GRANITE4_VISION = "granite4_vision"
 
     @property
@@ -155,6 +158,13 @@ VARIANTS: Final[Mapping[Variant, VariantTraits]] = {
         context=Context.MERGED,
         stack_source=StackSource.TAPS,
         whole_model="qwen3_vl",
+    ),
+    Variant.QWEN3_VL_MOE: VariantTraits(
+        views=ViewLayout.NATIVE,
+        context=Context.MERGED,
+        stack_source=StackSource.TAPS,
+        has_experts=True,
+        whole_model="qwen3_vl_moe",
     ),
     Variant.GRANITE4_VISION: VariantTraits(
         views=ViewLayout.TILES,

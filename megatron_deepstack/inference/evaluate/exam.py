@@ -5,17 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.errors import DataError
+from megatron_deepstack.errors import ConfigError, DataError
+from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.ask.preparation import Asked, LoadedPictures, Preparation
-from megatron_deepstack.inference.question_file import AskedQuestion
+from megatron_deepstack.inference.question_file import AskedQuestion, read_questions
 from megatron_deepstack.inference.questions import Question, Views, read_question
-from megatron_deepstack.scores.evaluation import Scored
+from megatron_deepstack.scores.evaluation import Scored, evaluation_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """Which questions are asked: those of a file, or else those of a store."""
+
+    store: str | None = None
+    """Folder or URL of a store; None takes `data.validation_store`."""
+    file: Path | None = None
+    images: str | None = None
+    """Folder or URL to which the file's pictures are relative."""
+    limit: int | None = None
+    """Only the first so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +181,65 @@ class FileExam(Exam):
             pictures=asked.pictures,
             error=taken.error,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedExam:
+    """Questions, and what is needed to ask them."""
+
+    exam: Exam
+    tokenizer: Tokenizer
+    """The model's."""
+    template: str
+    """By which the questions are written."""
+    source: str
+    """Store or file of the questions."""
+    first: int | None
+    """Number of questions, if only the first are asked."""
+
+    @property
+    def name(self) -> str:
+        """Name of its evaluations."""
+        return evaluation_name(self.source, self.first)
+
+    def name_at(self, step: int) -> str:
+        """Name of the evaluation after so many training steps, where those of several steps are kept."""
+        return evaluation_name(self.source, self.first, step)
+
+
+def open_exam(answerer: Answerer, questions: Questions, verb: str, say: Callable[[str], None]) -> OpenedExam:
+    """Open the questions of a store or of a file.
+
+    Args:
+        answerer: Who is going to be asked.
+        questions: What is asked.
+        verb: What the user called, for messages.
+        say: Called with a line where something is unusual.
+
+    Returns:
+        The questions.
+
+    Raises:
+        ConfigError: No questions or no tokenizer are named.
+        DataError: The file or the tokenizer cannot be used.
+        StoreError: The store cannot be used, or does not fit the model.
+    """
+    preparation = answerer.preparation(verb, say)
+    exam: Exam
+    if questions.file is not None:
+        asked = read_questions(questions.file, questions.images)[: questions.limit]
+        exam, template, source = FileExam(preparation, tuple(asked)), str(preparation.template), str(questions.file)
+    else:
+        path = questions.store if questions.store is not None else answerer.recipe.data.validation_store
+        if path is None:
+            raise ConfigError(["data.validation_store: not set; name questions with --store or --file"])
+        store, source = answerer.open_store(path), path
+        template = store.attributes.tokenizer["template"]
+        exam = StoreExam(store, preparation.tokenizer, path, questions.limit)
+    return OpenedExam(
+        exam=exam,
+        tokenizer=preparation.tokenizer,
+        template=template,
+        source=source,
+        first=None if questions.limit is None else len(exam),
+    )

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_deepstack.data.text.tokenizer import Tokenizer
-from megatron_deepstack.errors import ConfigError, LayoutError
+from megatron_deepstack.errors import LayoutError
 from megatron_deepstack.inference.answerer import Answerer
-from megatron_deepstack.inference.evaluate.exam import Exam, FileExam, StoreExam
+from megatron_deepstack.inference.evaluate.exam import Questions, open_exam
 from megatron_deepstack.inference.evaluate.rank import evaluate_on_new_rank
-from megatron_deepstack.inference.question_file import read_questions
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
-from megatron_deepstack.scores.evaluation import Evaluation, evaluation_name, write_evaluation
+from megatron_deepstack.scores.evaluation import Evaluation, write_evaluation
 
 _STOPPED = "evaluate: stopped on request; nothing was written, the same command starts again"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Questions:
-    """Which questions are asked: those of a file, or else those of a store."""
-
-    store: str | None = None
-    """Folder or URL of a store; None takes `data.validation_store`."""
-    file: Path | None = None
-    images: str | None = None
-    """Folder or URL to which the file's pictures are relative."""
-    limit: int | None = None
-    """Only the first so many."""
 
 
 def evaluate(
@@ -67,35 +51,20 @@ def evaluate(
         PreemptedError: It was asked to stop.
     """
     answerer.require_weights()
-    exam, tokenizer, template, source = _exam(answerer, questions, say)
+    opened = open_exam(answerer, questions, "evaluate", say)
     answerer = answerer.without_sequence_parallelism()
     num_ranks = _number_of_ranks(answerer, ranks)
-    say(f"evaluate: {number_of(len(exam), 'question')} of {source} by {number_of(num_ranks, 'rank')}")
-    arguments = (answerer, exam, tokenizer, template, max_new_tokens)
+    say(f"evaluate: {number_of(len(opened.exam), 'question')} of {opened.source} by {number_of(num_ranks, 'rank')}")
+    arguments = (answerer, opened.exam, opened.tokenizer, opened.template, max_new_tokens)
     scored, step = launch_ranks(evaluate_on_new_rank, num_ranks, *arguments, stopped=_STOPPED)
-    first = None if questions.limit is None else len(exam)
     evaluation = Evaluation(
-        name=name or evaluation_name(source, first),
-        source=source,
+        name=name or opened.name,
+        source=opened.source,
         step=step,
-        fingerprint=exam.fingerprint,
+        fingerprint=opened.exam.fingerprint,
         answers=tuple(scored),
     )
     return evaluation, write_evaluation(answerer.recipe.run_dir, evaluation)
-
-
-def _exam(answerer: Answerer, questions: Questions, say: Callable[[str], None]) -> tuple[Exam, Tokenizer, str, str]:
-    """The questions, the tokenizer, the template, and what the questions are called."""
-    preparation = answerer.preparation("evaluate", say)
-    if questions.file is not None:
-        asked = read_questions(questions.file, questions.images)[: questions.limit]
-        exam = FileExam(preparation, tuple(asked))
-        return exam, preparation.tokenizer, preparation.template, str(questions.file)
-    path = questions.store if questions.store is not None else answerer.recipe.data.validation_store
-    if path is None:
-        raise ConfigError(["data.validation_store: not set; name questions with --store or --file"])
-    store, tokenizer = answerer.open_store(path), preparation.tokenizer
-    return StoreExam(store, tokenizer, path, questions.limit), tokenizer, store.attributes.tokenizer["template"], path
 
 
 def _number_of_ranks(answerer: Answerer, ranks: int | None) -> int:

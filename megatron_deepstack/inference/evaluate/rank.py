@@ -63,7 +63,7 @@ def evaluate_exam(
         tokenizer: The run's tokenizer.
         template: The template by which they are written.
         max_new_tokens: Longest answer in tokens.
-        progress: Told how many questions of the whole are done, as far as this replica knows.
+        progress: Told after each token how many questions of the whole are done, as far as this replica knows.
 
     Returns:
         All scored answers, in the exam's order, on every rank.
@@ -75,7 +75,12 @@ def evaluate_exam(
     for first in range(0, len(share), size):
         taken, views = exam.take(share[first : first + size])
         askable = [one for one in taken if one.question is not None]
-        writing = Writing(max_new_tokens=_longest(askable, max_new_tokens), stop_ids=stops)
+        done, longest = len(mine), _longest(askable, max_new_tokens)
+
+        def told(number: int, _: np.ndarray, done: int = done, size: int = len(taken), most: int = longest) -> None:
+            progress(min((done + size * number / most) * replicas, len(exam)))
+
+        writing = Writing(max_new_tokens=longest, stop_ids=stops, told=told)
         texts = iter(_texts(engine, views, askable, writing, tokenizer))
         mine += [(one.number, exam.scored(one, "" if one.question is None else next(texts))) for one in taken]
         progress(min(len(mine) * replicas, len(exam)))

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.choices import Activation, Fp8Scaling, Precision, Recompute
+from megatron_deepstack.config.choices import Activation, Fp8Scaling, Precision, Recompute, RecomputeModule
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, VisionConfig
-from megatron_deepstack.config.sizes import head_width, num_kv_heads
+from megatron_deepstack.config.sizes import expert_layers, head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.model.layers.activation import ACTIVATIONS, identity
+from megatron_deepstack.model.layers.experts import expert_settings
 from megatron_deepstack.model.layers.fp8 import fp8_settings
 from megatron_deepstack.model.layers.lora import NO_ADAPTERS
 from megatron_deepstack.model.layers.speed import PLAIN, Speed
@@ -28,6 +29,7 @@ def decoder_config(
     precision: Precision,
     fp8_scaling: Fp8Scaling = Fp8Scaling.TENSORWISE,
     speed: Speed = PLAIN,
+    engine: bool = False,
 ) -> TransformerConfig:
     """Megatron's config of the decoder.
 
@@ -37,6 +39,7 @@ def decoder_config(
         precision: Of parameters and activations.
         fp8_scaling: Used only under the precision `fp8`.
         speed: Which fusions and overlaps are used.
+        engine: Whether the layers are Transformer Engine's.
 
     Returns:
         The config.
@@ -75,19 +78,24 @@ def decoder_config(
         overlap_p2p_comm=speed.overlap_p2p,
         batch_p2p_comm=has_gpu() and not speed.overlap_p2p,
         batch_p2p_sync=speed.synchronize_p2p,
-        **_recomputation(parallel),
+        **_recomputation(parallel, has_experts=bool(expert_layers(language))),
+        **expert_settings(language, parallel, engine=engine),
         **fp8_settings(precision, fp8_scaling),
         **_common(precision),
     )
 
 
-def _recomputation(parallel: ParallelConfig) -> dict[str, object]:
+def _recomputation(parallel: ParallelConfig, *, has_experts: bool) -> dict[str, object]:
+    """Megatron's settings; where it names parts of a layer, experts are the MLP of the layers that have them."""
     full = parallel.recompute is Recompute.FULL
+    names = [module.value for module in parallel.recompute_modules]
+    if has_experts and RecomputeModule.MLP in parallel.recompute_modules:
+        names.append("moe")
     return {
         "recompute_granularity": None if parallel.recompute is Recompute.NONE else parallel.recompute.value,
         "recompute_method": parallel.recompute_method.value if full else None,
         "recompute_num_layers": parallel.recompute_num_layers if full else None,
-        "recompute_modules": [module.value for module in parallel.recompute_modules],
+        "recompute_modules": names,
     }
 
 

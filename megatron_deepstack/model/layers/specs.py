@@ -23,9 +23,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_deepstack.config.choices import Activation, Layers, LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.errors import ConfigError, SlotError
 from megatron_deepstack.model.layers.activation import activated
 from megatron_deepstack.model.layers.attention import FusedCoreAttention, frame_by_frame
+from megatron_deepstack.model.layers.experts import balance_factor, expert_mlp
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
 from megatron_deepstack.model.layers.lora import NO_ADAPTERS, adapted
@@ -78,13 +80,21 @@ def decoder_block(
     if language.residual_multiplier != 1.0:
         add = scaled_addition(language.residual_multiplier)
         submodules = replace(submodules, self_attn_bda=add, mlp_bda=add)
+    with_experts = replace(submodules, **_experts(language, engine)) if expert_layers(language) else submodules
+    parts = [with_experts if layer in expert_layers(language) else submodules for layer in range(first, stop)]
     specs = [
-        ModuleSpec(module=InjectionLayer, params=_places(layer, stop, slots), submodules=submodules)
+        ModuleSpec(module=InjectionLayer, params=_places(layer, stop, slots), submodules=own)
         if any(place is not None for place in _places(layer, stop, slots).values())
-        else ModuleSpec(module=TransformerLayer, submodules=submodules)
-        for layer in range(first, stop)
+        else ModuleSpec(module=TransformerLayer, submodules=own)
+        for layer, own in zip(range(first, stop), parts, strict=True)
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_final_norm() if engine else Norm)
+
+
+def _experts(language: LanguageConfig, engine: bool) -> dict[str, object]:
+    """What a layer with experts has in place of an MLP, and the norm before it, which no linear can have."""
+    norm = _engine_classes().norm if engine else Norm
+    return {"mlp": expert_mlp(balance_factor(language), engine=engine), "pre_mlp_layernorm": norm}
 
 
 def _places(layer: int, stop: int, slots: Sequence[int]) -> dict[str, int | None]:

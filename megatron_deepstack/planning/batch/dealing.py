@@ -10,9 +10,9 @@ Legend: N samples of the global batch, R replicas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,9 @@ import numpy.typing as npt
 from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sample_multiple
-from megatron_deepstack.planning.batch.packer import pack
+from megatron_deepstack.planning.batch.packer import listed, row_numbers
 from megatron_deepstack.planning.batch.packing import padded_sample_length
-from megatron_deepstack.planning.batch.sequence import row_lengths
+from megatron_deepstack.planning.batch.sequence import row_table
 from megatron_deepstack.planning.budget.cost import decoder_flops, unit_flops
 from megatron_deepstack.planning.views import ViewGrid
 
@@ -82,23 +82,23 @@ def deal(
     Returns:
         The micro-batches of all replicas. With other numbers of replicas the same samples are in the step.
     """
-    tokens, cost = lengths.tolist(), decoder_flops(language, lengths.astype(np.float64))
+    cost = decoder_flops(language, lengths.astype(np.float64))
     if train.batching is Batching.PACKED:
         rounds = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-        taken = _taken(tokens, parallel)
-        batches: list[MicroBatch] = [
-            (tuple(row),) for row in pack(taken, train.seq_length, max(num_replicas * rounds, 1))
-        ]
-        costs = np.array([cost[list(row)].sum() for (row,) in batches])
+        taken = padded_sample_length(np.asarray(lengths, np.int64), sample_multiple(parallel))
+        owner, count = row_numbers(taken, train.seq_length, max(num_replicas * rounds, 1))
+        batches: list[MicroBatch] = [(tuple(row),) for row in listed(owner, count)]
+        size, costs, longest = 1, _sums(owner, cost, count), _sums(owner, taken, count)
     else:
-        order = np.argsort(-lengths, kind="stable").reshape(-1, train.micro_batch_size).tolist()
-        batches = [tuple((one,) for one in sorted(batch)) for batch in order]
-        costs = np.array([len(batch) * cost[batch[0]] for batch in order])
-    encoding = np.array([sum(encoder_costs[list(row)].sum() for row in batch) for batch in batches], np.float64)
-    chosen = deal_evenly(costs, encoding, num_replicas)
-    replicas = tuple(tuple(batches[one] for one in mine) for mine in chosen)
-    work = np.array([costs[mine].sum() for mine in chosen])
-    padding = _padding(replicas, tokens, parallel, train)
+        order, size = np.argsort(-lengths, kind="stable").reshape(-1, train.micro_batch_size), train.micro_batch_size
+        batches = [tuple((one,) for one in sorted(batch)) for batch in order.tolist()]
+        owner, count = np.empty(len(lengths), np.int64), len(order)
+        owner[order] = np.arange(count)[:, None]
+        costs, longest = size * cost[order[:, 0]], lengths[order[:, 0]].astype(np.float64)
+    table = np.array(deal_evenly(costs, _sums(owner, encoder_costs, count), num_replicas), np.int64)
+    replicas = tuple(tuple(batches[one] for one in mine) for mine in table.tolist())
+    work = costs[table].sum(1)
+    padding = _padding(longest[table], size, int(lengths.sum()), parallel, train)
     return Deal(replicas, Balance(padding, float(work.max() / work.mean() - 1) if work.any() else 0.0))
 
 
@@ -124,6 +124,11 @@ def encoder_costs_of(
     found: Costs = np.zeros(len(units))
     np.add.at(found, views[:, 0], costs[which.reshape(-1)])
     return found
+
+
+def _sums(owner: npt.NDArray[np.int64], values: npt.NDArray[Any], count: int) -> Costs:
+    """Return the sum of the values of each of `count` micro-batches."""
+    return np.bincount(owner, values, count).astype(np.float64)
 
 
 def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int]]:
@@ -152,7 +157,9 @@ def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int
     if num_replicas > 1:
         _exchange(table, costs, costs, np.inf)
         _exchange(table, others, costs, 1 + _NEARLY_EQUAL)
-    return [mine[np.lexsort([mine, -costs[mine]])].tolist() for mine in table]
+    flat, owner = table.ravel(), np.repeat(np.arange(num_replicas), table.shape[1])
+    ordered: list[list[int]] = flat[np.lexsort([flat, -costs[flat], owner])].reshape(table.shape).tolist()
+    return ordered
 
 
 def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit: float) -> None:
@@ -162,41 +169,38 @@ def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit:
     """
     work, kept = costs[table].sum(1), limited[table].sum(1)
     most = max(float(kept.max()), limit * float(kept.mean()))
-    every = -(-table.shape[1] // _LOOKED_AT)
+    every, even = -(-table.shape[1] // _LOOKED_AT), _EVEN * float(work.mean())
     for _ in range(_EXCHANGES):
         busy, found = int(work.argmax()), False
         ones = table[busy, ::every].copy()
-        for idle in np.argsort(work, kind="stable")[:_PARTNERS].tolist():
+        for idle in _idlest(work):
             half = (work[busy] - work[idle]) / 2
-            if half <= _EVEN * work.mean():
+            if half <= even:
                 break
             twos = table[idle, ::every].copy()
             gain, moved = costs[ones][:, None] - costs[twos], limited[ones][:, None] - limited[twos]
             allowed = (kept[busy] - moved <= most) & (kept[idle] + moved <= most)
             left = np.where(allowed, np.abs(gain - half), np.inf)
-            one, two = np.unravel_index(int(left.argmin()), left.shape)
+            one, two = divmod(int(left.argmin()), left.shape[1])
             if left[one, two] < half:
                 table[busy, one * every], table[idle, two * every] = twos[two], ones[one]
-                work[[busy, idle]] += np.array([-1, 1]) * gain[one, two]
-                kept[[busy, idle]] += np.array([-1, 1]) * moved[one, two]
+                for sums, change in ((work, gain[one, two]), (kept, moved[one, two])):
+                    sums[busy] -= change
+                    sums[idle] += change
                 found = True
                 break
         if not found:
             return
 
 
-def _taken(tokens: Sequence[int], parallel: ParallelConfig) -> list[int]:
-    """Return the positions that each sample takes in a pack."""
-    return [padded_sample_length(length, sample_multiple(parallel)) for length in tokens]
+def _idlest(work: Costs) -> Iterator[int]:
+    """The replicas with least work, the idlest first; the others are only sorted if that one is not enough."""
+    yield int(work.argmin())
+    yield from np.argsort(work, kind="stable")[1:_PARTNERS].tolist()
 
 
-def _padding(
-    replicas: Sequence[Sequence[MicroBatch]], tokens: Sequence[int], parallel: ParallelConfig, train: TrainConfig
-) -> float:
-    """Return the share of positions that hold no sample."""
-    positions, taken = 0, _taken(tokens, parallel) if train.batching is Batching.PACKED else tokens
-    for batches in replicas:
-        rows = [[sum(taken[one] for one in row) or 1 for row in batch] for batch in batches]
-        padded = row_lengths(rows, parallel, train)
-        positions += sum(len(batch) * length for batch, length in zip(batches, padded, strict=True))
-    return 1 - sum(tokens) / positions if positions else 0.0
+def _padding(longest: Costs, batch_size: int, tokens: int, parallel: ParallelConfig, train: TrainConfig) -> float:
+    """Return the share of positions that hold no sample, from the longest row of each replica's micro-batches."""
+    padded = row_table(np.maximum(longest, 1).astype(np.int64), parallel, train)
+    positions = batch_size * int(padded.sum())
+    return 1 - tokens / positions if positions else 0.0

@@ -10,7 +10,9 @@ otherwise more rows are tried. `tools/bench_balance.py` compares the packer with
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -22,6 +24,7 @@ _ATTEMPTS: Final = 8
 """Numbers of rows that are tried below that of best fit decreasing."""
 
 Rows = list[list[int]]
+Numbers = npt.NDArray[np.int64]
 
 
 def pack(lengths: Sequence[int], capacity: int, multiple: int = 1) -> Rows:
@@ -35,20 +38,54 @@ def pack(lengths: Sequence[int], capacity: int, multiple: int = 1) -> Rows:
     Returns:
         The indices of the samples of each row, ascending; every sample is in exactly one row.
     """
-    assert max(lengths, default=0) <= capacity, f"a sample of {max(lengths)} tokens in rows of {capacity}"
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    fitted = best_fit_decreasing(order, lengths, capacity)
-    most = -(-len(fitted) // multiple) * multiple
+    row_of, num_rows = row_numbers(np.asarray(lengths, np.int64), capacity, multiple)
+    return listed(row_of, num_rows)
+
+
+def listed(row_of: Numbers, num_rows: int) -> Rows:
+    """List the samples of each row, ascending.
+
+    Args:
+        row_of: int64 (N,), the row of each sample.
+        num_rows: Number of rows.
+
+    Returns:
+        The indices of the samples of each row.
+    """
+    flat = np.argsort(row_of, kind="stable").tolist()
+    ends = np.cumsum(np.bincount(row_of, minlength=num_rows)).tolist()
+    return [flat[begin:end] for begin, end in pairwise((0, *ends))]
+
+
+def row_numbers(lengths: Numbers, capacity: int, multiple: int = 1) -> tuple[Numbers, int]:
+    """Divide samples into rows, see `pack`.
+
+    Args:
+        lengths: int64 (N,), tokens of each sample, at most `capacity`.
+        capacity: Largest number of tokens of a row.
+        multiple: The number of rows is a multiple of this.
+
+    Returns:
+        The row of each sample, int64 (N,), and the number of rows.
+    """
+    longest = int(lengths.max(initial=0))
+    assert longest <= capacity, f"a sample of {longest} tokens in rows of {capacity}"
+    order, tokens = np.argsort(-lengths, kind="stable").tolist(), lengths.tolist()
     fewest = -(-fewest_rows(lengths, capacity) // multiple) * multiple
+    found = _even_rows(order, tokens, capacity, fewest)
+    if found is not None:
+        return found, fewest
+    fitted, least = _best_fit(order, tokens, capacity)
+    most = -(-least // multiple) * multiple
     step = -(-max(most - fewest, multiple) // (_ATTEMPTS * multiple)) * multiple
-    for num_rows in (*range(fewest, most, step), most):
-        rows = _even_rows(order, lengths, capacity, num_rows)
-        if rows is not None:
-            return [sorted(row) for row in rows]
-    return [sorted(row) for row in fitted] + [[] for _ in range(most - len(fitted))]
+    for num_rows in (*range(fewest + step, most, step), *([most] if most > fewest else [])):
+        found = _even_rows(order, tokens, capacity, num_rows)
+        if found is not None:
+            return found, num_rows
+    return np.array(fitted, np.int64), most
 
 
-def fewest_rows(lengths: Sequence[int], capacity: int) -> int:
+def fewest_rows(lengths: Sequence[int] | Numbers, capacity: int) -> int:
     """Return a lower bound of the number of rows: all tokens fit, and so do the samples that single rows must hold.
 
     Of samples longer than `capacity / (k + 1)` a row holds at most k. And samples so long that no sample of at least
@@ -66,9 +103,9 @@ def fewest_rows(lengths: Sequence[int], capacity: int) -> int:
     found = np.sort(np.asarray(lengths, np.int64))[::-1]
     running = np.concatenate([[0], np.cumsum(found)])
     bound = -(-int(running[-1]) // capacity)
-    for most in range(1, capacity // max(int(found[-1]), 1) + 1):
-        count = int(np.searchsorted(-found, -capacity / (most + 1)))
-        bound = max(bound, -(-count // most))
+    most = np.arange(1, capacity // max(int(found[-1]), 1) + 1)
+    counts = np.searchsorted(-found, -capacity / (most + 1))
+    bound = max(bound, int((-(-counts // most)).max(initial=0)))
     small = np.unique(found[found <= capacity // 2])
     alone = np.searchsorted(-found, -(capacity - small))  # samples longer than capacity - k
     halves = int(np.searchsorted(-found, -capacity / 2))  # samples longer than half a row
@@ -89,51 +126,53 @@ def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], capacity: 
     Returns:
         The indices of the samples of each row.
     """
-    rows: Rows = []
-    by_room: dict[int, list[int]] = {}
-    rooms = 0  # bit k is set if a row has room for exactly k tokens
-    for index in order:
+    row_of, num_rows = _best_fit(order, lengths, capacity)
+    return listed(np.array(row_of, np.int64), num_rows)
+
+
+def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
+    """Return the row of each sample, and the number of rows."""
+    row_of, num_rows = [0] * len(order), 0
+    keys: list[int] = []  # ascending: room x number of placements + placement, one for each row
+    placed: list[int] = []  # the row of each placement
+    most = len(order) + 1
+    for number, index in enumerate(order):
         length = lengths[index]
-        larger = rooms >> length
-        if larger:
-            room = (larger & -larger).bit_length() - 1 + length
-            row = by_room[room].pop()
-            rows[row].append(index)
-            if not by_room[room]:
-                rooms ^= 1 << room
-        else:
-            row, room = len(rows), capacity
-            rows.append([index])
-        by_room.setdefault(room - length, []).append(row)
-        rooms |= 1 << (room - length)
-    return rows
+        place = bisect_left(keys, length * most)
+        if place == len(keys):
+            row, room, num_rows = num_rows, capacity, num_rows + 1
+        else:  # of rows with the same room the one that was filled last
+            room = keys[place] // most
+            place = bisect_left(keys, (room + 1) * most, place) - 1
+            row = placed[keys.pop(place) - room * most]
+        row_of[index] = row
+        placed.append(row)
+        insort(keys, (room - length) * most + number)
+    return row_of, num_rows
 
 
-def _even_rows(order: Sequence[int], lengths: Sequence[int], capacity: int, num_rows: int) -> Rows | None:
-    """Fill `num_rows` rows evenly; None if a row stays too full."""
-    heap = [(0, row) for row in range(num_rows)]
-    rows: Rows = [[] for _ in range(num_rows)]
+def _even_rows(order: Sequence[int], lengths: Sequence[int], capacity: int, num_rows: int) -> Numbers | None:
+    """Fill `num_rows` rows evenly and return the row of each sample; None if a row stays too full."""
+    heap = list(range(num_rows))  # tokens x number of rows + row, so that the emptiest row is first, and then the first
+    row_of = [0] * len(order)
     for index in order:
-        tokens, row = heap[0]
-        rows[row].append(index)
-        heapq.heapreplace(heap, (tokens + lengths[index], row))
-    if max((tokens for tokens, _ in heap), default=0) <= capacity:
-        return rows
-    return rows if _Exchanges(rows, np.asarray(lengths, np.int64), capacity).done() else None
+        row_of[index] = heap[0] % num_rows
+        heapq.heapreplace(heap, heap[0] + lengths[index] * num_rows)
+    exchanges = _Exchanges(np.array(row_of, np.int64), num_rows, np.asarray(lengths, np.int64), capacity)
+    return exchanges.row_of if exchanges.done() else None
 
 
 class _Exchanges:
     """Moves samples out of rows that are too full, or exchanges them for shorter ones."""
 
-    def __init__(self, rows: Rows, lengths: npt.NDArray[np.int64], capacity: int) -> None:
-        self.rows, self.lengths, self.capacity = rows, lengths, capacity
-        self.row_of = np.zeros(len(lengths), np.int64)
-        for number, row in enumerate(rows):
-            self.row_of[row] = number
-        self.tokens = np.bincount(self.row_of, weights=lengths, minlength=len(rows)).astype(np.int64)
+    def __init__(self, row_of: Numbers, num_rows: int, lengths: Numbers, capacity: int) -> None:
+        self.row_of, self.lengths, self.capacity = row_of, lengths, capacity
+        self.tokens = np.bincount(row_of, weights=lengths, minlength=num_rows).astype(np.int64)
 
     def done(self) -> bool:
         """Exchange until all rows fit; False if they do not within the number of exchanges allowed."""
+        if not len(self.tokens):
+            return True
         for _ in range(_EXCHANGES):
             row = int(self.tokens.argmax())
             excess = int(self.tokens[row]) - self.capacity
@@ -147,7 +186,8 @@ class _Exchanges:
         """Take `excess` tokens or more out of a row in one exchange, or as many as possible; False if none."""
         room = (self.capacity - self.tokens)[self.row_of]
         best: tuple[int, int, int] | None = None
-        for index in sorted(self.rows[row], key=lambda one: (self.lengths[one], one)):
+        mine = np.flatnonzero(self.row_of == row)
+        for index in mine[np.argsort(self.lengths[mine], kind="stable")].tolist():
             gain = self.lengths[index] - self.lengths
             possible = (gain > 0) & (gain <= room) & (self.row_of != row)
             enough = np.flatnonzero(possible & (gain >= excess))
@@ -165,8 +205,6 @@ class _Exchanges:
 
     def _exchange(self, one: int, other: int) -> None:
         for index, to in ((one, int(self.row_of[other])), (other, int(self.row_of[one]))):
-            self.rows[int(self.row_of[index])].remove(index)
-            self.rows[to].append(index)
             self.tokens[self.row_of[index]] -= self.lengths[index]
             self.tokens[to] += self.lengths[index]
             self.row_of[index] = to

@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_deepstack.planning.batch.sequence import ExpandedSample, Span
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.exchange.routes import PlannedSample
 
+Length = TypeVar("Length", int, npt.NDArray[np.int64])
 
-def padded_sample_length(length: int, multiple: int) -> int:
+
+def padded_sample_length(length: Length, multiple: int) -> Length:
     """Return the length that a sample takes in a pack.
 
     Args:
-        length: Its tokens.
+        length: Its tokens, or those of several samples.
         multiple: See `sizes.sample_multiple`.
 
     Returns:

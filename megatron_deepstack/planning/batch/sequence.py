@@ -127,9 +127,12 @@ def padded_length(lengths: Sequence[int], parallel: ParallelConfig, precision: P
     Returns:
         S: the largest length, rounded up to the multiple that the layout and the precision need.
     """
-    longest = max(lengths, default=1)
-    multiple = math.lcm(sequence_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
-    return -(-longest // multiple) * multiple
+    multiple = _multiple(parallel, precision)
+    return -(-max(lengths, default=1) // multiple) * multiple
+
+
+def _multiple(parallel: ParallelConfig, precision: Precision) -> int:
+    return math.lcm(sequence_multiple(parallel), FP8_TOKENS * parallel.context if precision is Precision.FP8 else 1)
 
 
 def padded_lengths(
@@ -148,11 +151,29 @@ def padded_lengths(
     Returns:
         S of each micro-batch. All are equal under the interleaved schedule, and in a pipeline where this wastes little.
     """
-    each = tuple(padded_length(batch, parallel, precision) for batch in lengths)
-    common = (max(each, default=1),) * len(each)
-    waste = 1 - sum(each) / max(sum(common), 1)
-    differ = parallel.pipeline == 1 or (parallel.virtual_pipeline == 1 and waste > _SMALL_WASTE)
-    return each if differ else common
+    longest = np.array([[max(batch, default=1) for batch in lengths]], np.int64)
+    return tuple(padded_table(longest, parallel, precision)[0].tolist())
+
+
+def padded_table(longest: Tokens, parallel: ParallelConfig, precision: Precision = Precision.FP32) -> Tokens:
+    """Return the padded length of each micro-batch of several replicas at once; see `padded_lengths`.
+
+    Args:
+        longest: int64 (replicas, micro-batches), the tokens of the longest sample or pack of each.
+        parallel: The layout, which splits sequences.
+        precision: Precision of matrix products.
+
+    Returns:
+        int64 (replicas, micro-batches), S of each.
+    """
+    multiple = _multiple(parallel, precision)
+    each: Tokens = -(-longest // multiple) * multiple
+    if parallel.pipeline == 1 or not each.size:
+        return each
+    common = np.broadcast_to(each.max(axis=1, keepdims=True), each.shape)
+    waste = 1 - each.sum(axis=1) / common.sum(axis=1)
+    differ = (parallel.virtual_pipeline == 1) & (waste > _SMALL_WASTE)
+    return np.where(differ[:, None], each, common)
 
 
 def row_lengths(lengths: Sequence[Sequence[int]], parallel: ParallelConfig, train: TrainConfig) -> tuple[int, ...]:
@@ -166,9 +187,24 @@ def row_lengths(lengths: Sequence[Sequence[int]], parallel: ParallelConfig, trai
     Returns:
         S of each micro-batch.
     """
+    longest = np.array([[max(batch, default=1) for batch in lengths]], np.int64)
+    return tuple(row_table(longest, parallel, train)[0].tolist())
+
+
+def row_table(longest: Tokens, parallel: ParallelConfig, train: TrainConfig) -> Tokens:
+    """Return the padded length of each micro-batch of several replicas at once; see `row_lengths`.
+
+    Args:
+        longest: int64 (replicas, micro-batches), the tokens of the longest sample or pack of each.
+        parallel: The layout, which splits sequences.
+        train: Says whether all rows have the full length.
+
+    Returns:
+        int64 (replicas, micro-batches), S of each.
+    """
     if train.row_length is RowLength.FULL:
-        return (padded_length([train.seq_length], parallel, train.precision),) * len(lengths)
-    return padded_lengths(lengths, parallel, train.precision)
+        return np.full_like(longest, padded_length([train.seq_length], parallel, train.precision))
+    return padded_table(longest, parallel, train.precision)
 
 
 @dataclass(frozen=True, slots=True)

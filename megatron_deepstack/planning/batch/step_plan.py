@@ -14,6 +14,7 @@ import numpy as np
 from megatron_deepstack.config.choices import Batching, Precision
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.planning.batch.axial_positions import axial_positions
+from megatron_deepstack.planning.batch.members import Member, members_of
 from megatron_deepstack.planning.batch.sequence import Tokens, padded_lengths, row_lengths
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.exchange.routes import PlannedSample, RankRoutes, plan_routes
@@ -37,6 +38,8 @@ class StepPlan:
     """For each micro-batch the ends of the pack's samples; padding counts as a last sample. None without packs."""
     routes: RankRoutes
     """The rank's side of the exchange."""
+    members: tuple[tuple[Member, ...], ...]
+    """For each micro-batch its samples, and where their tokens are."""
     lengths: tuple[int, ...]
     """Tokens of each of the replica's samples, including visual tokens, without padding."""
 
@@ -96,6 +99,7 @@ def plan_step(
         positions=_positions(model, padded),
         segments=segments,
         routes=plan_routes(model, parallel, micro_batches, seq_lengths, replica_rank, segments),
+        members=tuple(members_of(batch) for batch in micro_batches),
         lengths=tuple(length for batch in micro_batches for sample in batch for length in _lengths(sample)),
     )
 

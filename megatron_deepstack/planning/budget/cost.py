@@ -25,7 +25,7 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelCo
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
-from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
+from megatron_deepstack.planning.budget.linears import attention_widths, layer_weights, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
 from megatron_deepstack.planning.views import ImageShape, ViewGrid
@@ -167,7 +167,7 @@ def head_training_flops(
 def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
     adapted = Part.LANGUAGE in trainable and lora.rank > 0
     learned = Part.LANGUAGE in trainable and not adapted
-    matrices = 2 * length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    matrices = 2 * length * (_layers_weights(language) + _head_weights(language))
     adapters = 2 * length * adapter_weights(language, lora) if adapted else 0
     return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
 
@@ -213,7 +213,7 @@ def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
     Returns:
         Operations for one sequence, or for each.
     """
-    matrices = 2 * seq_length * (language.num_layers * _layer_weights(language) + _head_weights(language))
+    matrices = 2 * seq_length * (_layers_weights(language) + _head_weights(language))
     return matrices + language.num_layers * _causal_attention(language, seq_length)
 
 
@@ -257,7 +257,7 @@ def _mergers(model: ModelConfig, work: EncoderWork) -> float:
 
 
 def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Count the entries of the decoder's matrices on each stage; the stage's time is about proportional to them.
+    """Count the entries of the decoder's matrices that a token passes on each stage, which its time is proportional to.
 
     Args:
         language: The decoder.
@@ -268,7 +268,7 @@ def stage_weights(language: LanguageConfig, parallel: ParallelConfig) -> tuple[i
     """
     held = [0] * parallel.pipeline
     for chunk in stage_chunks(language.num_layers, parallel):
-        layers = (chunk.stop - chunk.first) * _layer_weights(language)
+        layers = sum(layer_weights(language, layer, active=True) for layer in range(chunk.first, chunk.stop))
         held[chunk.pp] += layers + chunk.has_head * _head_weights(language)
     return tuple(held)
 
@@ -310,8 +310,9 @@ def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
     return language.num_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
 
 
-def _layer_weights(language: LanguageConfig) -> int:
-    return sum(inputs * outputs for inputs, outputs in linear_sizes(language).values())
+def _layers_weights(language: LanguageConfig) -> int:
+    """Count the entries of all layers' matrices that a token passes; of experts those that it is sent to."""
+    return sum(layer_weights(language, layer, active=True) for layer in range(language.num_layers))
 
 
 def _head_weights(language: LanguageConfig) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, RecomputeMethod
 from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
@@ -23,9 +24,9 @@ from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
 from megatron_deepstack.planning.budget.memory import head_rows
 from megatron_deepstack.planning.budget.parameters import (
+    active_matrices,
     encoder_parameters,
     kept_widths,
-    layer_parameters,
     padded_vocabulary,
     stage_parameters,
 )
@@ -41,6 +42,8 @@ class Bytes:
     """What one rank of the fullest stage sends in a step, by kind, and over which link."""
 
     tensor: float
+    expert: float
+    """Tokens to experts on other ranks, there and back."""
     context: float
     pipeline: float
     rows: float
@@ -57,7 +60,7 @@ class Durations:
         parallel, language = recipe.parallel, recipe.model.language
         self.element = 4 if recipe.train.precision is Precision.FP32 else 2
         self.peak = machine.flops(recipe.train.precision)
-        self.matrices, _ = layer_parameters(recipe.model, parallel.tensor)
+        self.matrices = active_matrices(recipe.model, parallel.tensor)
         self.vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
         self.w, self.k, self.f = kept_widths(recipe.model, parallel.tensor)
         self.learns = Part.LANGUAGE in recipe.train.trainable
@@ -143,7 +146,9 @@ class Durations:
         parallel = self.recipe.parallel
         shares = self.num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
         everyone = self.num_ranks if parallel.distributed_optimizer else 1
-        learned = stage_parameters(self.recipe, stage).learned / shares
+        decoder, expert_shares = stage_parameters(self.recipe, stage), self._expert_replicas()
+        learned = (decoder.learned - decoder.experts_learned) / shares
+        learned += decoder.experts_learned / (expert_shares if parallel.distributed_optimizer else 1)
         learned += encoder_parameters(self.recipe).learned / everyone
         return learned * 34 / self.machine.memory_bandwidth + 20 * self.machine.latency
 
@@ -163,6 +168,7 @@ class Durations:
         neighbours = (2 if 0 < stage < parallel.pipeline - 1 else 1) * (parallel.pipeline > 1)
         return Bytes(
             tensor=passes * layers * sum(self._tensor_bytes(batch) for batch in batches),
+            expert=passes * layers * sum(self._dispatch_bytes(batch) for batch in batches),
             context=passes * layers * sum(self._context_bytes(batch) for batch in batches),
             pipeline=neighbours * parallel.virtual_pipeline * sum(self.message_bytes(batch) for batch in batches),
             rows=2 * self.route_bytes(),
@@ -215,6 +221,8 @@ class Durations:
         if parallel.context > 1:  # of the ring's messages half hide behind attention
             seconds = self._context_bytes(batch) / self._link(parallel.tensor * parallel.context)
             found += seconds / 2 + self.machine.latency
+        if parallel.expert > 1:
+            found += self._dispatch_bytes(batch) / self._link(parallel.expert) + 2 * self.machine.latency
         return found
 
     def _head(self, batch: MicroBatchLoad) -> float:
@@ -253,15 +261,28 @@ class Durations:
         """Bytes of the reductions of decoder and encoder, and over how many ranks."""
         parallel = self.recipe.parallel
         replicas = self.num_ranks // (parallel.tensor * parallel.pipeline)
-        found = []
+        decoder, found = stage_parameters(self.recipe, stage), []
         for learned, ranks in (
-            (stage_parameters(self.recipe, stage).learned, replicas),
+            (decoder.learned - decoder.experts_learned, replicas),
+            (decoder.experts_learned, self._expert_replicas()),
             (encoder_parameters(self.recipe).learned, self.num_ranks),
         ):
             gradient = gradient_bytes(self.recipe)
             weights = self.element if parallel.distributed_optimizer else gradient
             found.append((learned * (gradient + weights) * (ranks - 1) / ranks, ranks))
         return found
+
+    def _expert_replicas(self) -> int:
+        """Ranks of a stage that hold the same experts."""
+        parallel = self.recipe.parallel
+        return self.num_ranks // (parallel.expert * parallel.pipeline)
+
+    def _dispatch_bytes(self, batch: MicroBatchLoad) -> float:
+        """Bytes that a rank sends for one pass of a layer with experts: tokens to them, and their answers back."""
+        language, ranks = self.recipe.model.language, self.recipe.parallel.expert
+        share = len(expert_layers(language)) / language.num_layers * language.num_active_experts
+        own = self._positions(batch) / self.recipe.parallel.tensor
+        return 2 * share * own * language.hidden_size * self.element * (ranks - 1) / ranks
 
     def _between_stages(self) -> int:
         """Ranks from one stage to the next, which decide whether messages leave a node."""

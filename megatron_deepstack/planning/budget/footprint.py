@@ -60,13 +60,16 @@ def lasting_bytes(recipe: Recipe, num_ranks: int, stage: int) -> Lasting:
     """
     parallel, element = recipe.parallel, element_bytes(recipe.train.precision)
     shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    expert_shares = num_ranks // (parallel.expert * parallel.pipeline) if parallel.distributed_optimizer else 1
     everyone = num_ranks if parallel.distributed_optimizer else 1
     decoder, encoder = stage_parameters(recipe, stage), encoder_parameters(recipe)
     state = _state_bytes(recipe)
     return Lasting(
         weights=(decoder.total + encoder.total) * element,
         gradients=(decoder.learned + encoder.learned) * gradient_bytes(recipe),
-        optimizer=decoder.learned * state // shares + encoder.learned * state // everyone,
+        optimizer=(decoder.learned - decoder.experts_learned) * state // shares
+        + decoder.experts_learned * state // expert_shares
+        + encoder.learned * state // everyone,
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+from math import gcd
 
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.choices import Recompute
-from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import Shapes
@@ -80,19 +83,29 @@ def _candidates(recipe: Recipe, machine: Machine, num_ranks: int) -> Iterator[Pa
                 for virtual in (1, 2, 4) if pipeline > 1 else (1,):
                     if virtual > 1 and layers % (pipeline * virtual):
                         continue
-                    for recompute in recomputes:
+                    shared = _shared_experts(recipe.model.language, machine, num_ranks // pipeline)
+                    for recompute, expert in product(recomputes, shared):
                         yield replace(
                             recipe.parallel,
                             tensor=tensor,
                             pipeline=pipeline,
                             context=context,
                             virtual_pipeline=virtual,
+                            expert=expert,
                             sequence_parallel=tensor > 1,
                             layers_per_stage=None,
                             distributed_optimizer=replicas * context > 1,
                             recompute=recompute,
                             recompute_num_layers=1,
                         )
+
+
+def _shared_experts(language: LanguageConfig, machine: Machine, stage_ranks: int) -> list[int]:
+    """Numbers of ranks that may share experts: one, as many as a node has, and as many as possible."""
+    if not expert_layers(language):
+        return [1]
+    most = gcd(language.num_experts, stage_ranks)
+    return sorted({1, gcd(most, machine.gpus_per_node), most})
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -119,6 +132,8 @@ def describe(parallel: ParallelConfig, num_ranks: int) -> str:
         )
     if parallel.context > 1:
         parts.append(f"CP {parallel.context}")
+    if parallel.expert > 1:
+        parts.append(f"EP {parallel.expert}")
     if replicas > 1:
         parts.append(f"DP {replicas}" + (" ZeRO-1" if parallel.distributed_optimizer else ""))
     text = " x ".join(parts) or "one rank"
@@ -136,4 +151,6 @@ def overrides(parallel: ParallelConfig) -> str:
         "distributed_optimizer": str(parallel.distributed_optimizer).lower(),
         "recompute": parallel.recompute,
     }
+    if parallel.expert > 1:
+        values["expert"] = parallel.expert
     return " ".join(f"parallel.{name}={value}" for name, value in values.items())

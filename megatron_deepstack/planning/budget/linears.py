@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from megatron_deepstack.config.choices import Fp8Scaling, LoraTarget
 from megatron_deepstack.config.schema import LanguageConfig
-from megatron_deepstack.config.sizes import head_width, num_kv_heads
+from megatron_deepstack.config.sizes import expert_layers, head_width, num_kv_heads
 
 FP8_TOKENS = 32
 """Under FP8 the tokens of a rank are a multiple of this. Some scalings need 16, and 32 is enough for all of them."""
+
+_ATTENTION = (LoraTarget.QKV, LoraTarget.ATTENTION_OUTPUT)
 
 
 def fp8_side(scaling: Fp8Scaling) -> int:
@@ -25,6 +27,35 @@ def linear_sizes(language: LanguageConfig) -> dict[LoraTarget, tuple[int, int]]:
         LoraTarget.MLP_IN: (h, 2 * f),
         LoraTarget.MLP_OUT: (f, h),
     }
+
+
+def layer_weights(language: LanguageConfig, layer: int, *, active: bool = False) -> int:
+    """Count the entries of the matrices of one decoder layer.
+
+    Args:
+        language: The decoder.
+        layer: Number of the layer, counted from 0.
+        active: Count only the experts that a token passes, which is what its products take; otherwise all.
+
+    Returns:
+        The entries, before any parallelism splits them.
+    """
+    sizes = linear_sizes(language)
+    attention = sum(inputs * outputs for target, (inputs, outputs) in sizes.items() if target in _ATTENTION)
+    if layer not in expert_layers(language):
+        return attention + sum(i * o for target, (i, o) in sizes.items() if target not in _ATTENTION)
+    experts = language.num_active_experts if active else language.num_experts
+    return attention + router_weights(language) + experts * expert_weights(language)
+
+
+def router_weights(language: LanguageConfig) -> int:
+    """Count the entries of the router of a layer with experts."""
+    return language.num_experts * language.hidden_size
+
+
+def expert_weights(language: LanguageConfig) -> int:
+    """Count the entries of the matrices of one expert."""
+    return 3 * language.hidden_size * language.expert_ffn_hidden_size
 
 
 def attention_widths(language: LanguageConfig) -> tuple[int, int]:

@@ -25,11 +25,11 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import head_width
+from megatron_deepstack.config.sizes import expert_layers, head_width
 from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
 from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
 from megatron_deepstack.planning.budget.footprint import element_bytes, lasting_bytes
-from megatron_deepstack.planning.budget.linears import linear_sizes
+from megatron_deepstack.planning.budget.linears import expert_weights, linear_sizes
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
 from megatron_deepstack.planning.budget.parameters import kept_widths, padded_vocabulary, stage_parameters
 from megatron_deepstack.planning.budget.pipeline import most_in_flight
@@ -207,6 +207,8 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
         values = split * 6 * h + inner * ((w + 2 * k) + w + k + copies * w + 5 * f)
         if language.qk_norm:
             values += inner * (2 * w + k if learns else w)
+    with_experts = len(expert_layers(language)) / language.num_layers
+    values += 2 * split * h * language.num_active_experts * with_experts  # sent to experts, and what they answer
     if not learns:  # frozen matrices need no inputs for their gradients, and norms no normalised values
         values -= split * (2 if fused else 4) * h + inner * (f + (0 if fused else copies - 1) * w)
     if parallel.recompute is Recompute.SELECTIVE:
@@ -237,6 +239,8 @@ def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], l
     inner = batch.positions / parallel.context
     _, _, f = kept_widths(recipe.model, parallel.tensor)
     widest = max(inputs * outputs for inputs, outputs in linear_sizes(language).values()) // parallel.tensor
+    if expert_layers(language):  # of all experts of a rank together, in their input
+        widest = max(widest, language.num_experts // parallel.expert * expert_weights(language) * 2 // 3)
     layer = inner * (4 * f + 2 * language.hidden_size) * element + widest * element * learned
     head = 0.0
     if any(chunk.has_head for chunk in chunks):

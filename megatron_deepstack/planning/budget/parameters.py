@@ -3,18 +3,19 @@
 The decoder's matrices are split over tensor parallelism, and its layers over stages. The encoder is whole on every
 rank (`encoder_parameters`). A test compares the counts with the modules that are built, for all families and layouts.
 
-A decoder layer is counted as attention and MLP. A layer with several MLPs, of which a token passes some, belongs in
-`_mlp_parameters`: what a rank holds, and what a token passes (`cost` counts operations from `linears`).
+A decoder layer is counted as attention and MLP, or attention, router and experts, of which a token passes some: what a
+rank holds, and what a token passes (`cost` counts operations from `linears`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from math import lcm
 
 from megatron_deepstack.config.choices import LoraTarget, Part
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import head_width
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import expert_layers, head_width
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.budget.cost import adapter_weights
 from megatron_deepstack.planning.budget.encoder_parameters import (
@@ -23,7 +24,13 @@ from megatron_deepstack.planning.budget.encoder_parameters import (
     tower_adapters,
     tower_parameters,
 )
-from megatron_deepstack.planning.budget.linears import attention_widths, linear_sizes
+from megatron_deepstack.planning.budget.linears import (
+    attention_widths,
+    expert_weights,
+    layer_weights,
+    linear_sizes,
+    router_weights,
+)
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
 _VOCABULARY_MULTIPLE = 128
@@ -39,6 +46,10 @@ class Held:
     total: int
     learned: int
     """Those that learn, which have a gradient and optimizer states."""
+    experts: int = 0
+    """Of `total`, those of experts, of which other ranks hold copies than of the rest."""
+    experts_learned: int = 0
+    """Of `experts`, those that learn."""
 
 
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
@@ -55,19 +66,61 @@ def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def layer_parameters(model: ModelConfig, tensor_ranks: int = 1) -> tuple[int, int]:
-    """Count the parameters of one decoder layer on one tensor-parallel rank.
+def layer_parameters(model: ModelConfig, tensor_ranks: int = 1, layer: int | None = None) -> tuple[int, int]:
+    """Count the parameters of one decoder layer on one tensor-parallel rank, without its experts.
+
+    Args:
+        model: The recipe's model.
+        tensor_ranks: Size of tp.
+        layer: Number of the layer, counted from 0, which may have experts; None for one without.
+
+    Returns:
+        Entries of matrices, and entries of norms and biases.
+    """
+    attention = _attention_parameters(model, tensor_ranks)
+    has_experts = layer in expert_layers(model.language)
+    mlp = (router_weights(model.language), 0) if has_experts else _mlp_parameters(model, tensor_ranks)
+    norms = 2 * model.language.hidden_size
+    return attention[0] + mlp[0], attention[1] + mlp[1] + norms
+
+
+def expert_parameters(language: LanguageConfig, layers: Iterable[int], expert_ranks: int = 1) -> int:
+    """Count the parameters of experts on one of the ranks that share them.
+
+    Args:
+        language: The decoder.
+        layers: Numbers of layers, with experts or without.
+        expert_ranks: Ranks that share the experts of a layer.
+
+    Returns:
+        The parameters of all these layers.
+    """
+    with_experts = len(set(layers) & set(expert_layers(language)))
+    return with_experts * (language.num_experts // expert_ranks) * expert_weights(language)
+
+
+def active_matrices(model: ModelConfig, tensor_ranks: int) -> float:
+    """Count the entries of matrices that a token passes in a decoder layer, as one tensor-parallel rank's share.
+
+    Tokens are spread evenly over experts, and each tensor-parallel rank sends its own part of the sequence to them.
 
     Args:
         model: The recipe's model.
         tensor_ranks: Size of tp.
 
     Returns:
-        Entries of matrices, and entries of norms and biases.
+        The mean over layers.
     """
-    attention, mlp = _attention_parameters(model, tensor_ranks), _mlp_parameters(model, tensor_ranks)
-    norms = 2 * model.language.hidden_size
-    return attention[0] + mlp[0], attention[1] + mlp[1] + norms
+    language = model.language
+    whole = sum(layer_weights(language, layer, active=True) for layer in range(language.num_layers))
+    return whole / language.num_layers / tensor_ranks
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Count the parameters that a token passes: of experts those that it is sent to, and all others."""
+    language = model.language
+    idle = len(expert_layers(language)) * (language.num_experts - language.num_active_experts)
+    return sum(model_parameters(model).values()) - idle * expert_weights(language)
 
 
 def _attention_parameters(model: ModelConfig, tensor_ranks: int) -> tuple[int, int]:
@@ -103,7 +156,7 @@ def stage_parameters(recipe: Recipe, stage: int) -> Held:
     """
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     found = [_chunk(recipe, chunk) for chunk in chunks if chunk.pp == stage]
-    return Held(sum(one.total for one in found), sum(one.learned for one in found))
+    return Held(*(sum(getattr(one, field.name) for one in found) for field in fields(Held)))
 
 
 def encoder_parameters(recipe: Recipe) -> Held:
@@ -127,10 +180,12 @@ def model_parameters(model: ModelConfig) -> dict[Part, int]:
     """
     language = model.language
     tables = (1 if language.tied_embeddings else 2) * language.vocab_size + 1  # one more for the last norm
+    layers = range(language.num_layers)
+    in_layers = sum(sum(layer_parameters(model, layer=layer)) for layer in layers) + expert_parameters(language, layers)
     return {
         Part.VISION: tower_parameters(model.vision).total,
         Part.PROJECTOR: projector_parameters(model),
-        Part.LANGUAGE: language.num_layers * sum(layer_parameters(model)) + tables * language.hidden_size,
+        Part.LANGUAGE: in_layers + tables * language.hidden_size,
     }
 
 
@@ -159,18 +214,20 @@ def adapter_parameters(recipe: Recipe) -> int:
 
 def _chunk(recipe: Recipe, chunk: Chunk) -> Held:
     model, parallel = recipe.model, recipe.parallel
-    layers = chunk.stop - chunk.first
+    layers = range(chunk.first, chunk.stop)
+    experts = expert_parameters(model.language, layers, parallel.expert)
     tables = int(chunk.has_embedding) + int(chunk.has_head)
     if tables == 2 and model.language.tied_embeddings:
         tables = 1
     table = padded_vocabulary(model.language.vocab_size, parallel.tensor) // parallel.tensor
-    total = layers * sum(layer_parameters(model, parallel.tensor)) + tables * table * model.language.hidden_size
+    total = sum(sum(layer_parameters(model, parallel.tensor, layer)) for layer in layers) + experts
+    total += tables * table * model.language.hidden_size
     total += chunk.has_head * model.language.hidden_size
-    adapters = layers * _adapters(recipe, parallel)
+    adapters = len(layers) * _adapters(recipe, parallel)
     learned = 0
     if Part.LANGUAGE in recipe.train.trainable:
         learned = adapters if recipe.lora.rank else total
-    return Held(total + adapters, learned)
+    return Held(total + adapters, learned, experts, experts if learned == total else 0)
 
 
 def _adapters(recipe: Recipe, parallel: ParallelConfig) -> int:
@@ -194,7 +251,12 @@ def kept_widths(model: ModelConfig, tensor_ranks: int) -> tuple[int, int, int]:
         tensor_ranks: Size of tp.
 
     Returns:
-        Width of queries, of keys (or values), and of the MLP.
+        Width of queries, of keys (or values), and of the MLP; of experts together the widths of those that a token is
+        sent to, as the mean over layers.
     """
-    queries, keys = attention_widths(model.language)
-    return queries // tensor_ranks, keys // tensor_ranks, model.language.ffn_hidden_size // tensor_ranks
+    language = model.language
+    queries, keys = attention_widths(language)
+    with_experts = len(expert_layers(language))
+    active = with_experts * language.num_active_experts * language.expert_ffn_hidden_size
+    inner = ((language.num_layers - with_experts) * language.ffn_hidden_size + active) // language.num_layers
+    return queries // tensor_ranks, keys // tensor_ranks, inner // tensor_ranks

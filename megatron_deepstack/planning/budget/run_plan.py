@@ -157,7 +157,7 @@ def plan_run(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int) -
     encode, encode_back = durations.encode()
     sent = max(
         (durations.bytes_of_stage(one.stage, sum(c.stop - c.first for c in one.chunks)) for one in stages),
-        key=lambda one: one.tensor + one.context + one.pipeline + one.rows + one.gradients,
+        key=lambda one: one.tensor + one.expert + one.context + one.pipeline + one.rows + one.gradients,
     )
     return RunPlan(
         recipe=recipe,

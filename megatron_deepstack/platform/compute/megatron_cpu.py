@@ -42,6 +42,7 @@ def adapt_megatron() -> None:
     _replace_random_states()
     _disable_jit()
     _redirect_rng_tracker()
+    _redirect_token_counts()
 
 
 def _is_cuda(device: object) -> bool:
@@ -88,8 +89,12 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def record_event(self, *args: Any) -> _Stream:
+        """An event that has happened."""
+        return _Stream()
+
     def __getattr__(self, name: str) -> Callable[..., None]:
-        if name not in ("wait_stream", "wait_event", "record", "record_event", "synchronize", "wait"):
+        if name not in ("wait_stream", "wait_event", "record", "synchronize", "wait"):
             raise AttributeError(name)
         return lambda *args, **kwargs: None
 
@@ -138,3 +143,15 @@ def _redirect_rng_tracker() -> None:
     module: Any = megatron_random
     module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _redirect_token_counts() -> None:
+    """Let the dispatch of tokens to experts count them as numbers: on a CPU Megatron leaves them in tensors."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    module: Any = token_dispatcher
+
+    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    module.maybe_move_tensor_to_cpu = counts

@@ -12,8 +12,10 @@ import torch
 
 from megatron_deepstack.config.choices import Variant
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.convert.hf_names import to_published
 from megatron_deepstack.convert.hf_whole import used_tensors
+from megatron_deepstack.convert.stacked_experts import taken_apart
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.views import TileGrid, ViewGrid
@@ -51,7 +53,10 @@ def by_transformers(
     """
     from transformers import AutoModelForImageTextToText
 
-    module = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    more = {"experts_implementation": "eager"} if model.language.num_experts else {}  # the others know no float64
+    module = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", **more
+    )
     module.eval()
     if sum(parameter.numel() for parameter in module.parameters()) <= MOST_FLOAT64:
         module.double()
@@ -59,18 +64,37 @@ def by_transformers(
     logits, total, num_targets = [], 0.0, sum(int((s.expanded(model).labels != IGNORE_INDEX).sum()) for s in samples)
     for sample in samples:
         expanded = sample.expanded(model)
-        found = module(**inputs(sample, model, config, module.dtype), use_cache=False).logits[0]
-        labels = torch.from_numpy(expanded.labels)
+        given = inputs(sample, model, config, module.dtype)
+        output = module(**given, use_cache=False, **_ROUTER_LOGITS if expert_layers(model.language) else {})
+        found, labels = output.logits[0], torch.from_numpy(expanded.labels)
         loss = torch.nn.functional.cross_entropy(found, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        (loss / num_targets).backward()
+        balance = _balance(output, model) * int((labels != IGNORE_INDEX).sum())
+        ((loss + balance) / num_targets).backward()
         logits.append(found.detach().float())
         total += loss.item()
-    gradients = {}
+    gradients: dict[str, torch.Tensor] = {}
     for name, parameter in used_tensors(dict(module.named_parameters()), model).items():
         published = to_published(name, model)
         assert published is not None, f"transformers has a parameter {name} that has no name here"
-        gradients[published] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients.update(taken_apart(published, gradient))
     return Expected(logits, total / num_targets, {name: value.float() for name, value in gradients.items()})
+
+
+_ROUTER_LOGITS: Final = {"output_router_logits": True}
+
+
+def _balance(output: Any, model: ModelConfig) -> torch.Tensor | float:
+    """The loss that balances experts, by transformers' own function, layer by layer, and its mean over layers."""
+    if not expert_layers(model.language) or not model.language.balance_loss:
+        return 0.0
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
+
+    language = model.language
+    total: torch.Tensor | float = 0.0
+    for logits in output.router_logits:
+        total = total + load_balancing_loss_func((logits,), language.num_experts, language.num_active_experts)
+    return language.balance_loss / len(output.router_logits) * total
 
 
 def model_inputs(
@@ -119,13 +143,15 @@ def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) ->
     return found
 
 
+_QWEN3_VL_IDS: Final = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
 _DEFAULT_IDS: Final[Mapping[Variant, Mapping[str, int]]] = {
-    Variant.QWEN3_VL: {
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-    },
+    Variant.QWEN3_VL: _QWEN3_VL_IDS,
+    Variant.QWEN3_VL_MOE: _QWEN3_VL_IDS,
     Variant.GRANITE4_VISION: {"image_token_index": 32000},
 }
 """What transformers takes where a config names no id."""
@@ -137,7 +163,7 @@ def _qwen3_vl(sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any]
     """Inputs of Qwen3-VL as its processor makes them; a video's frame pairs are one video."""
     expanded = sample.expanded(model)
     ids, kinds = torch.from_numpy(expanded.tokens.copy())[None], torch.zeros(1, expanded.length, dtype=torch.int64)
-    defaults = _DEFAULT_IDS[Variant.QWEN3_VL]
+    defaults = _DEFAULT_IDS[model.variant]
     grids = [shape for shape in sample.shapes if isinstance(shape, ViewGrid)]
     moving = any(grid.moving for grid in grids)
     key = "video_token_id" if moving else "image_token_id"
@@ -201,4 +227,8 @@ def patches_by_definition(pixels: np.ndarray, grid: ViewGrid, model: ModelConfig
 
 
 _Inputs = Callable[[DrawnSample, ModelConfig, Mapping[str, Any], torch.dtype], dict[str, Any]]
-_INPUTS: Final[Mapping[Variant, _Inputs]] = {Variant.QWEN3_VL: _qwen3_vl, Variant.GRANITE4_VISION: _granite}
+_INPUTS: Final[Mapping[Variant, _Inputs]] = {
+    Variant.QWEN3_VL: _qwen3_vl,
+    Variant.QWEN3_VL_MOE: _qwen3_vl,
+    Variant.GRANITE4_VISION: _granite,
+}

@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.problems import raise_problems
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.convert.hf_config import read_config
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_names import part_of
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import ParityError
+from megatron_deepstack.parallel.axes import axes_for
+from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.slots import nearly_even, stage_chunks
 from megatron_deepstack.testing.parity.by_transformers import by_transformers, special_tokens
 from megatron_deepstack.testing.parity.drawn import draw_samples
@@ -47,7 +50,10 @@ class ParityLine:
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.what}: {self.error:.1e} (at most {self.tolerance:.0e})"
+        numbers = (
+            f"{self.error:.1e} (at most {self.tolerance:.0e})" if self.tolerance else f"{self.error:g} (at most 0)"
+        )
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.what}: {numbers}"
 
 
 def check_folder(
@@ -80,6 +86,7 @@ def check_folder(
     """
     model = model_of_folder(folder)
     parallel = _fitting_layout(model, parallel)
+    axes = axes_for(parallel, model_ranks(parallel) * data_parallel if pool is None else pool.num_ranks)
     published_source(folder, model=model)
     config = read_config(folder)
     samples = draw_samples(model, special_tokens(model, config, str(folder / CONFIG)), seed)
@@ -99,7 +106,7 @@ def check_folder(
             packed=False,
             expected=file,
         )
-        ranks = pool or opened.enter_context(_pool(parallel, data_parallel))
+        ranks = pool or opened.enter_context(RankPool(axes.world_size))
         for packed in (False, True):
             how = "packed" if packed else "padded"
             found: ParityNumbers = ranks.run(compare_on_rank, replace(task, packed=packed))[0]
@@ -110,13 +117,14 @@ def check_folder(
         raise ParityError(f"{folder}: {failed} quantities exceed their tolerances")
 
 
-def _pool(parallel: ParallelConfig, data_parallel: int) -> RankPool:
-    return RankPool(parallel.tensor * parallel.context * parallel.pipeline * data_parallel)
-
-
 def _fitting_layout(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
-    """Return the layout with chunks that hold all layers, whatever their number; refuse one that no recipe may have."""
+    """Return the layout with chunks that hold all layers, whatever their number; refuse one that no recipe may have.
+
+    A decoder with experts needs sequence parallelism beside tensor parallelism, which is then added.
+    """
     num_layers = model.language.num_layers
+    if expert_layers(model.language) and parallel.tensor > 1:
+        parallel = replace(parallel, sequence_parallel=True)
     num_chunks = parallel.pipeline * parallel.virtual_pipeline
     if num_layers % num_chunks and num_layers > num_chunks and parallel.layers_per_stage is None:
         parallel = replace(parallel, layers_per_stage=tuple(nearly_even(num_layers, num_chunks)))

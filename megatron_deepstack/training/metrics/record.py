@@ -39,6 +39,8 @@ class StepRecord:
     """First step after a resumption."""
     validation_loss: float | None = None
     """Mean loss per target on held-out samples, where it was measured after this step."""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each score from 0 to 1, where questions were asked after this step."""
     skipped_steps: int = 0
     """Steps left out one after another up to this one; 0 where this one was applied."""
     spike: bool = False

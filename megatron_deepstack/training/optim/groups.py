@@ -72,7 +72,7 @@ def parameter_groups(engine: Engine, rates: Rates) -> tuple[ParameterGroup, ...]
     kinds = [(part, shape) for part in Part for shape in ("matrices", "vectors")]
     counts: Counter[tuple[Part, str]] = Counter()
     for ddp in engine.decoder_ddp:
-        counts.update(dict(_once(ddp, engine.groups.place.tp)))
+        counts.update(dict(_once(ddp, engine.groups.place.tp, engine.groups.decoder.ep.size())))
     totals = Counter(dict(zip(kinds, sum_over_model([counts[kind] for kind in kinds], engine.groups), strict=True)))
     if engine.encoder_ddp is not None:
         totals.update(_tally(_trainable(engine.encoder_ddp)))
@@ -103,14 +103,18 @@ def _tally(parameters: Named) -> Counter[tuple[Part, str]]:
     return counts
 
 
-def _once(module: torch.nn.Module, tp_rank: int) -> Counter[tuple[Part, str]]:
-    """What this rank counts: its shards; what all tp ranks hold, only on the first of them; a tied embedding once."""
-    return _tally(
-        (name, parameter)
-        for name, parameter in _trainable(module)
-        if (tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
-        and not getattr(parameter, "shared", False)
-    )
+def _once(module: torch.nn.Module, tp_rank: int, expert_ranks: int) -> Counter[tuple[Part, str]]:
+    """What this rank counts: its shards; what all tp ranks hold, only on the first of them; a tied embedding once.
+
+    Of experts the first tp rank counts its own for all ranks that share the layer's: they have equally many.
+    """
+    own = [(name, one) for name, one in _trainable(module) if not getattr(one, "shared", False)]
+    experts = [(name, one) for name, one in own if not getattr(one, "allreduce", True)]
+    others = [(name, one) for name, one in own if getattr(one, "allreduce", True)]
+    counts = _tally((name, one) for name, one in others if tp_rank == 0 or getattr(one, "tensor_model_parallel", False))
+    if tp_rank == 0:
+        counts.update({kind: number * expert_ranks for kind, number in _tally(iter(experts)).items()})
+    return counts
 
 
 def check_cover(engine: Engine, chained: ChainedOptimizer) -> None:

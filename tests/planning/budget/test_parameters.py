@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_deepstack.config.architectures import LANGUAGE, VISION
 from megatron_deepstack.config.choices import (
     Activation,
     GradientDtype,
@@ -25,10 +26,16 @@ from megatron_deepstack.config.schema import (
     StackConfig,
     VisionConfig,
 )
+from megatron_deepstack.planning.budget.cost import decoder_flops
 from megatron_deepstack.planning.budget.footprint import lasting_bytes, rank_bytes
-from megatron_deepstack.planning.budget.parameters import encoder_parameters, model_parameters, stage_parameters
+from megatron_deepstack.planning.budget.parameters import (
+    active_parameters,
+    encoder_parameters,
+    model_parameters,
+    stage_parameters,
+)
 from megatron_deepstack.testing.ranks import RankPool
-from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_recipe
+from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_qwen3_vl_moe, tiny_recipe
 
 Pools = Callable[[int], RankPool]
 Counts = tuple[int, list[int], list[int]]
@@ -134,6 +141,43 @@ def test_parameters_of_each_rank_are_exact(ranks: Pools, name: str, num_ranks: i
             held = [stage_parameters(recipe, stage), encoder_parameters(recipe)]
             assert everything == [one.total for one in held], (stage, parallel, lora)
             assert learned == [one.learned for one in held], (stage, parallel, trainable)
+
+
+WITH_EXPERTS = tiny_qwen3_vl_moe(dense_layers=(0, 5), num_experts=4)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_parameters_of_experts_are_exact(ranks: Pools, num_ranks: int) -> None:
+    """Whole experts on the ranks that hold them, the router on all; layers without experts among the others."""
+    layouts = [
+        ParallelConfig(expert=2),
+        ParallelConfig(tensor=2, sequence_parallel=True, expert=2),
+        ParallelConfig(tensor=2, sequence_parallel=True),
+        ParallelConfig(pipeline=2, layers_per_stage=(3, 5)),
+    ]
+    cases = [(parallel, LoraConfig(), tuple(Part)) for parallel in (layouts if num_ranks == 2 else [ParallelConfig()])]
+    for found in ranks(num_ranks).run(counted, WITH_EXPERTS, cases):
+        for (stage, everything, learned), (parallel, _, _) in zip(found, cases, strict=True):
+            held = stage_parameters(tiny_recipe(WITH_EXPERTS, parallel), stage)
+            assert (everything[0], learned[0]) == (held.total, held.learned), (stage, parallel)
+            with_experts = 6 if parallel.pipeline == 1 else (2, 4)[stage]
+            assert held.experts == held.experts_learned == with_experts * 4 // parallel.expert * 3 * 32 * 20
+
+
+NAMED = {"qwen3_vl_30b_a3b": (30.53, 3.35), "qwen3_vl_235b_a22b": (235.09, 22.19)}
+"""Billions of parameters of the decoder: all, and those that a token passes."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_active_parameters_are_those_that_a_token_passes(name: str) -> None:
+    model = ModelConfig(variant=Variant.QWEN3_VL_MOE, vision=VISION[name], language=LANGUAGE[name])
+    language, parts = model.language, model_parameters(model)
+    active = active_parameters(model) - parts[Part.VISION] - parts[Part.PROJECTOR]
+    assert (parts[Part.LANGUAGE] / 1e9, active / 1e9) == pytest.approx(NAMED[name], abs=0.01)
+    length, table = 1000, language.vocab_size * language.hidden_size
+    attention = language.num_layers * length * 128 * language.num_heads
+    per_token = decoder_flops(language, length) / length / 2
+    assert per_token == pytest.approx(active - table + attention, rel=1e-3)  # a token is looked up, not multiplied
 
 
 def test_the_whole_model_has_the_parameters_of_one_rank_without_padding() -> None:

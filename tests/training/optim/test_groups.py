@@ -12,7 +12,7 @@ from megatron_deepstack.config.choices import Part, Precision
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, OptimizerConfig, ParallelConfig, Recipe
 from megatron_deepstack.testing.compare import gather_published
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
+from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl_moe, tiny_recipe
 from megatron_deepstack.training.optim.groups import ParameterGroup, group_table
 
 Pools = Callable[[int], RankPool]
@@ -79,6 +79,23 @@ MODELS = {
 def test_groups_are_the_same_in_every_layout(
     ranks: Pools, num_ranks: int, parallel: ParallelConfig, recipe: Recipe
 ) -> None:
+    expected = ranks(1).run(groups_of, recipe)[0]
+    for found in ranks(num_ranks).run(groups_of, replace(recipe, parallel=parallel)):
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"),
+    [
+        (2, ParallelConfig(expert=2)),
+        (2, ParallelConfig(tensor=2, sequence_parallel=True, expert=2)),
+        (2, ParallelConfig(tensor=2, sequence_parallel=True)),
+        (2, ParallelConfig(pipeline=2)),
+    ],
+    ids=["ep2", "tp2-sp-ep2", "tp2-sp", "pp2"],
+)
+def test_each_expert_counts_once(ranks: Pools, num_ranks: int, parallel: ParallelConfig) -> None:
+    recipe = tiny_recipe(tiny_qwen3_vl_moe(dense_layers=(0,), num_experts=4))
     expected = ranks(1).run(groups_of, recipe)[0]
     for found in ranks(num_ranks).run(groups_of, replace(recipe, parallel=parallel)):
         assert found == expected

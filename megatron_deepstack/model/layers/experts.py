@@ -1,0 +1,225 @@
+"""Experts in place of the MLP: Megatron-Core's MoE layer with the router and the balancing loss of published models.
+
+The router works in float32: softmax over all experts, the largest few, and their weights made to sum to 1, which is the
+same as a softmax over the largest logits alone. Tokens go to the ranks of their experts and back by Megatron's
+all-to-all. An expert is never split over tensor parallelism; ranks of tensor parallelism send their own parts of the
+sequence, as data-parallel ranks send theirs.
+
+The balancing loss (Fedus et al., arXiv 2101.03961, equations 4 to 6, with several experts for a token) is
+
+    loss = mean over the layers with experts of  E * sum over experts e of  f_e * P_e
+
+of one sample: f_e is the mean over its tokens of whether e was chosen, P_e the mean probability of e. Each sample
+counts by its targets, as it does in the loss of the text, so neither packing nor layout changes the sum. (transformers
+means f_e and P_e over all layers before it multiplies, which a pipeline cannot compute; with one layer both are equal.)
+
+Legend: K samples of a micro-batch, T tokens of this rank, E experts.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig
+from megatron_deepstack.config.sizes import expert_layers
+from megatron_deepstack.parallel.reduce import sum_over_group
+
+
+class ExpertProducts(StrEnum):
+    """How the matrix products of the experts of a rank are computed."""
+
+    GROUPED = "grouped"
+    """All experts in one product of groups, by Transformer Engine."""
+    SEQUENTIAL = "sequential"
+    """One expert after another."""
+
+
+def expert_products(*, engine: bool) -> ExpertProducts:
+    """Decide how experts are computed.
+
+    Args:
+        engine: Whether the decoder's layers are Transformer Engine's, which need a GPU.
+
+    Returns:
+        Grouped products where Transformer Engine can run them, otherwise one expert after another.
+    """
+    return ExpertProducts.GROUPED if engine else ExpertProducts.SEQUENTIAL
+
+
+def expert_settings(language: LanguageConfig, parallel: ParallelConfig, *, engine: bool) -> dict[str, Any]:
+    """Return the fields of Megatron's config that concern experts.
+
+    Args:
+        language: The decoder.
+        parallel: The layout.
+        engine: Whether the layers are Transformer Engine's.
+
+    Returns:
+        Values by the names of `TransformerConfig`; none for a decoder without experts.
+    """
+    layers = expert_layers(language)
+    if not layers:
+        return {}
+    return {
+        "num_moe_experts": language.num_experts,
+        "moe_ffn_hidden_size": language.expert_ffn_hidden_size,
+        "moe_router_topk": language.num_active_experts,
+        "moe_router_pre_softmax": language.num_active_experts == 1,  # Megatron's condition; the router sets it right
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": expert_products(engine=engine) is ExpertProducts.GROUPED,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
+        "moe_layer_freq": 1
+        if len(layers) == language.num_layers
+        else [int(layer in layers) for layer in range(language.num_layers)],
+    }
+
+
+def balance_factor(language: LanguageConfig) -> float:
+    """Return the factor of one layer's sum of chosen counts times probabilities, see the module's docstring."""
+    layers = expert_layers(language)
+    return language.balance_loss * language.num_experts / len(layers) if layers else 0.0
+
+
+def membership_on_device(owners_T: torch.Tensor, sizes_K2: torch.Tensor) -> torch.Tensor:
+    """Put together what the balancing loss needs to know of the samples of a micro-batch.
+
+    Args:
+        owners_T: int64, the number of the sample that each token belongs to, -1 for padding.
+        sizes_K2: int64, targets and tokens of each sample.
+
+    Returns:
+        float32 (K, T + 1): 1 where a token belongs to a sample; and in the last column the sample's targets over its
+        tokens squared, since two means over its tokens are multiplied.
+    """
+    belongs_KT = torch.arange(len(sizes_K2), device=owners_T.device)[:, None] == owners_T
+    targets_K, tokens_K = sizes_K2.float().unbind(dim=1)
+    return torch.cat([belongs_KT.float(), (targets_K / tokens_K.clamp(min=1) ** 2)[:, None]], dim=1)
+
+
+class BalancedRouter(TopKRouter):
+    """Megatron's router, with the balancing loss of the published models."""
+
+    balance_factor: float = 0.0
+    membership_KT: torch.Tensor | None = None
+    """Whose the tokens are, (K, T + 1) as `membership_on_device` gives it; None where no gradient is wanted.
+    The layer sets it for the length of one forward."""
+
+    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As TopKRouter's. The gradient of the balancing loss enters with that of the weights.
+
+        Collective over tp and cp where it does.
+
+        Args:
+            logits: (S, B, E), float32.
+            *args: What Megatron's router takes.
+            **kwargs: The same.
+
+        Returns:
+            Weights of the experts, (T, E), and whether each was chosen, boolean (T, E).
+        """
+        weights_TE, chosen_TE = super().routing(logits, *args, **kwargs)
+        if self.topk == 1:
+            weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True)
+        if self.membership_KT is None or not self.balance_factor or not torch.is_grad_enabled():
+            return weights_TE, chosen_TE
+        loss = self._balance(logits.reshape(-1, logits.shape[-1]), chosen_TE, self.membership_KT)
+        return MoEAuxLossAutoScaler.apply(weights_TE, loss), chosen_TE
+
+    def _balance(self, logits_TE: torch.Tensor, chosen_TE: torch.Tensor, membership_KT: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the balancing loss of a micro-batch, each sample times its targets."""
+        belongs_KT, scale_K = membership_KT[:, :-1], membership_KT[:, -1]
+        counts_KE = sum_over_group(belongs_KT @ chosen_TE.to(belongs_KT.dtype), self.tp_cp_group)
+        probabilities_KE = belongs_KT @ torch.softmax(logits_TE.float(), dim=-1)
+        return self.balance_factor * (scale_K[:, None] * counts_KE * probabilities_KE).sum()
+
+
+class ExpertLayer(MoELayer):
+    """Megatron's MoE layer, which gets the samples of its tokens in place of a mask of padding.
+
+    Megatron's block hands `padding_mask` unchanged to every layer and through recomputation; nothing of it is a mask
+    here: see `BalancedRouter.membership_KT`.
+    """
+
+    parts: MoESubmodules
+    factor: float
+    moe_layer_recompute: bool
+
+    def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, submodules=self.parts, pg_collection=pg_collection, **kwargs)
+        assert isinstance(self.router, BalancedRouter)
+        self.router.balance_factor = self.factor
+        self.recomputed, self.moe_layer_recompute = self.moe_layer_recompute, False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As MoELayer's: (S, B, H) to (S, B, H) and no bias. Collective over ep, and over tp and cp with a membership.
+
+        Args:
+            hidden_states: (S, B, H).
+            intermediate_tensors: Of Megatron's captured graphs; there are none here.
+            padding_mask: The membership of the tokens, (K, T + 1), or None.
+            **kwargs: What later versions add.
+        """
+        assert intermediate_tensors is None, "experts are not captured in CUDA graphs here"
+        # Megatron refuses to train where tensor-parallel ranks hold the same tokens, as they do for answers.
+        self.training = torch.is_grad_enabled()
+
+        def whole(hidden_states: torch.Tensor, membership_KT: torch.Tensor | None) -> torch.Tensor:
+            self.router.membership_KT = membership_KT
+            try:
+                output, _ = super(ExpertLayer, self).forward(hidden_states, **kwargs)
+            finally:
+                self.router.membership_KT = None
+            return output
+
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(whole, False, hidden_states, padding_mask), None
+        return whole(hidden_states, padding_mask), None
+
+
+@cache
+def expert_mlp(factor: float, *, engine: bool) -> type:
+    """Return the MLP's place in the spec of a layer with experts.
+
+    Args:
+        factor: See `balance_factor`.
+        engine: Whether the layers are Transformer Engine's.
+
+    Returns:
+        A class that is built as both supported versions of Megatron build an MLP.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # megatron-core 0.16 asks whether it is None, also where it was not imported
+    grouped = expert_products(engine=engine) is ExpertProducts.GROUPED
+    found = get_moe_module_spec_for_backend(_backend(engine), num_experts=1, moe_grouped_gemm=grouped)
+    parts = found.submodules if isinstance(found, ModuleSpec) else found.keywords["submodules"]
+    parts.router, parts.shared_experts = BalancedRouter, None
+    return type("ExpertLayer", (ExpertLayer,), {"parts": parts, "factor": factor})
+
+
+def _backend(engine: bool) -> Any:
+    if not engine:
+        return LocalSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
