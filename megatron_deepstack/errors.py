@@ -61,6 +61,10 @@ class StoreError(DeepStackError):
     exit_code = 4
 
 
+class CacheError(StoreError):
+    """Copies of a remote store cannot be kept on this machine. No sample is to blame, so none is left out for it."""
+
+
 class CheckpointError(DeepStackError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 

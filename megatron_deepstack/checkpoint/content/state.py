@@ -186,13 +186,11 @@ def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
         with _pickles_allowed() if keeps_extra_states(model) else nullcontext():
             chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
     missing, unexpected = model.encoder.load_state_dict(weights["encoder"], strict=False)
-    lost = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+    lost = [name for name in missing if not name.endswith(EXTRA_STATE)]
     assert not lost, f"a checkpoint's encoder lacks {lost}"
     assert not unexpected, f"a checkpoint's encoder has {unexpected}, which this one lacks"
 
 
-_EXTRA_STATE = "._extra_state"
-"""End of the names of Transformer Engine's own states, which the tower's layers do not need: they never use FP8."""
 _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 

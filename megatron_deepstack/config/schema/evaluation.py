@@ -24,6 +24,6 @@ class EvaluationConfig:
     limit: Annotated[int, POSITIVE, Unit("questions")] | None = None
     """Only so many questions, from the first one; if null, all."""
     max_new_tokens: Annotated[int, POSITIVE, Unit("tokens")] = 64
-    """Longest answer."""
+    """Longest answer to a question; what the model would say after it is left out."""
     metric: ScoreMetric = ScoreMetric.EXACT_MATCH
     """The score that the console shows and the report calls the best; all scores are recorded."""

@@ -19,7 +19,7 @@ from megatron_deepstack.data.order.mixture import Samples, sizes_of, views_of
 from megatron_deepstack.data.order.sampler import Indices
 from megatron_deepstack.data.order.unit_pixels import UnitPixels
 from megatron_deepstack.data.order.unreadable import UnreadableSample, Where, without
-from megatron_deepstack.errors import StoreError
+from megatron_deepstack.errors import CacheError, StoreError
 from megatron_deepstack.planning.batch.dealing import Balance, Deal, deal, encoder_costs_of
 from megatron_deepstack.planning.batch.packing import filler, merge
 from megatron_deepstack.planning.batch.sequence import expand
@@ -135,6 +135,7 @@ class StepReader:
 
         Raises:
             StoreError: Pixels are missing or damaged and `unreadable` is `stop`; the message names step and sample.
+            CacheError: Copies of a remote store cannot be kept on this machine, whatever `unreadable` is.
             DataError: A sample does not fit `train.seq_length`.
         """
         return self.load_samples(step, self.store.batch(self.train.seed, step, self.train.global_batch_size))
@@ -262,6 +263,8 @@ class StepReader:
             row = rows[unit.micro_batch][unit.sample]
             try:
                 views.read_unit(number)
+            except CacheError:
+                raise
             except StoreError as error:
                 member = row.image_members[unit.image]
                 index = row.members[member]

@@ -14,7 +14,7 @@ from megatron_deepstack.data.order.unreadable import without
 from megatron_deepstack.data.store.lengths import expanded_lengths
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.schema import shard_path
-from megatron_deepstack.errors import StoreError
+from megatron_deepstack.errors import CacheError, StoreError
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.testing.tiny import tiny_model
 from megatron_deepstack.testing.tiny_store import SAMPLES, write_tiny_store
@@ -78,6 +78,20 @@ def test_under_skip_the_rank_that_reads_says_which_and_goes_on(root: Path, batch
     assert len(changed) == 2, "the bad view of two samples"
     assert not loaded.pixels[changed].any()
     np.testing.assert_array_equal(loaded.plan.labels[0], whole.plan.labels[0])
+
+
+@pytest.mark.parametrize("unreadable", Unreadable)
+def test_no_sample_is_left_out_for_a_fault_of_the_machine(
+    root: Path, unreadable: Unreadable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of copies that is full says nothing about a sample."""
+
+    def full(*_: object) -> None:
+        raise CacheError("no space for copies")
+
+    monkeypatch.setattr(Store, "read_many", full)
+    with pytest.raises(CacheError, match=r"^no space for copies$"):
+        everything(reader(root, unreadable))
 
 
 @pytest.mark.parametrize("batching", Batching)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_deepstack.data.store.url.cache import BoundedFolder, CacheConfig
-from megatron_deepstack.errors import StoreError
+from megatron_deepstack.errors import CacheError, StoreError
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -55,6 +55,13 @@ def test_leftovers_of_a_killed_process_go_after_an_hour(tmp_path: Path) -> None:
     (tmp_path / "usage").write_text("100")
     cache.keep("a", b"x" * 30)
     assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == ["a", "new.1.1.partial"]
+
+
+def test_a_copy_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    cache = BoundedFolder(CacheConfig(str(tmp_path), 100))
+    (tmp_path / "copies" / "a").mkdir()
+    with pytest.raises(CacheError, match=r"Is a directory\. Make room, name another folder with data\.cache_dir"):
+        cache.read_into("a", memoryview(bytearray(20)))
 
 
 def folders_below(path: Path) -> list[Path]:

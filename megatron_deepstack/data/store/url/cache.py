@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from megatron_deepstack.config.schema import DataConfig
-from megatron_deepstack.errors import StoreError
+from megatron_deepstack.errors import CacheError
 
 _LOW_WATER: Final = 0.9
 """Share of the limit that stays in use when room is made."""
@@ -54,7 +54,7 @@ class BoundedFolder:
     """Copies by name. It keeps nothing open, so it is safe in threads and after a fork, and can be pickled."""
 
     def __init__(self, config: CacheConfig) -> None:
-        """Make the folder if it is missing. Raises StoreError if it cannot be made, or belongs to another user."""
+        """Make the folder if it is missing. Raises CacheError if it cannot be made, or belongs to another user."""
         self.root = Path(config.folder) if config.folder is not None else _own_temporary_path()
         self.limit_bytes = config.limit_bytes
         self._copies = self.root / "copies"
@@ -78,6 +78,9 @@ class BoundedFolder:
 
         Returns:
             Whether there was a copy of exactly the buffer's size.
+
+        Raises:
+            CacheError: The copy is there and cannot be read.
         """
         try:
             with open(self._path(name), "rb", buffering=0) as file:
@@ -92,6 +95,8 @@ class BoundedFolder:
                     filled += count
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise self._error(error) from error
         return True
 
     def keep(self, name: str, data: bytes | memoryview) -> None:
@@ -102,7 +107,7 @@ class BoundedFolder:
             data: Its bytes.
 
         Raises:
-            StoreError: It is larger than the whole limit, or cannot be written.
+            CacheError: It is larger than the whole limit, or cannot be written.
         """
         self._require_within(len(data), "one copy")
         path = self._path(name)
@@ -129,7 +134,7 @@ class BoundedFolder:
             what: What they are for, for messages.
 
         Raises:
-            StoreError: They are more than the limit.
+            CacheError: They are more than the limit.
         """
         self._require_within(size, what)
         self._reserve(size, None)
@@ -157,7 +162,7 @@ class BoundedFolder:
 
     def _require_within(self, size: int, what: str) -> None:
         if size > self.limit_bytes:
-            raise StoreError(
+            raise CacheError(
                 f"data.cache_gib allows {self.limit_bytes / 2**30:g} GiB in {self.root}, less than the {size} "
                 f"bytes of {what}; raise it"
             )
@@ -243,7 +248,7 @@ class BoundedFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what goes wrong with this folder in the block into a StoreError that names it."""
+        """Turn what goes wrong with this folder in the block into a CacheError that names it."""
         try:
             yield
         except OSError as error:
@@ -256,8 +261,8 @@ class BoundedFolder:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield _Usage(file.fileno(), self.limit_bytes)
 
-    def _error(self, error: OSError) -> StoreError:
-        return StoreError(
+    def _error(self, error: OSError) -> CacheError:
+        return CacheError(
             f"{self.root}: copies of a remote store cannot be kept here: {error.strerror or error}. Make room, name "
             "another folder with data.cache_dir, or allow less with data.cache_gib."
         )
@@ -323,4 +328,4 @@ def _require_own(path: Path) -> None:
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if status.st_uid != os.getuid() or not path.is_dir() or path.is_symlink():
-        raise StoreError(f"{path}: belongs to somebody else; name a folder for local copies with data.cache_dir")
+        raise CacheError(f"{path}: belongs to somebody else; name a folder for local copies with data.cache_dir")
