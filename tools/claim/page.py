@@ -124,7 +124,7 @@ def _page(experiment: Experiment, document: Mapping[str, Any], command: str) -> 
         "",
         "## The sweep of learning rates",
         "",
-        "Exact match of the fine kinds on the pages for tuning, first seed.",
+        f"Exact match of the fine kinds on the pages for tuning, first seed.{_at_an_end(document['sweep'])}",
         "",
         f"| arm | {' | '.join(f'{rate:g}' for rate in experiment.learning_rates)} |",
         f"|---|{'---|' * len(experiment.learning_rates)}",
@@ -139,6 +139,19 @@ def _page(experiment: Experiment, document: Mapping[str, Any], command: str) -> 
         "not repeated.",
     ]
     return "\n".join(line if line.startswith("|") else _wrapped(line) for line in lines) + "\n"
+
+
+def _at_an_end(sweep: Sequence[Mapping[str, Any]]) -> str:
+    """Say so if every arm is best at the smallest or at the largest rate, since better ones may lie beyond it."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for one in sweep:
+        if one["arm"] not in best or one["exact_on_tune"] > best[one["arm"]]["exact_on_tune"]:
+            best[one["arm"]] = one
+    rates, chosen = {one["learning_rate"] for one in sweep}, {one["learning_rate"] for one in best.values()}
+    for word, end in (("smallest", min(rates)), ("largest", max(rates))):
+        if len(rates) > 1 and chosen == {end}:
+            return f" Every arm is best at the {word} rate, so better ones may lie beyond it."
+    return ""
 
 
 def _wrapped(line: str) -> str:
