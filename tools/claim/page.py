@@ -182,18 +182,20 @@ def _picture(rows: Sequence[Mapping[str, Any]]) -> Markup:
     parts.append(
         element("text", "MFLOP a sample, forward and backward", x=middle, y=_BOTTOM + 42, text_anchor="middle")
     )
-    taken: list[tuple[float, float]] = []
+    taken: list[tuple[float, float, bool]] = []
+    columns = {at(row["training_flops_per_sample"], 0)[0] for row in rows}
     for row in sorted(rows, key=lambda one: -one["exact"]["mean"]):
         flops, value = row["training_flops_per_sample"], row["exact"]
         (x, y), (_, low), (_, high) = (at(flops, value[key]) for key in ("mean", "low", "high"))
         parts.append(element("line", x1=x, x2=x, y1=low, y2=high, class_="bar"))
         parts.append(element("circle", cx=x, cy=y, r=4))
         label = y + 4
-        while any(abs(label - other) < 13 and abs(x - at_x) < 150 for at_x, other in taken):
+        on_left = x > middle + 60 or any(20 < column - x < 150 for column in columns)
+        while any(abs(label - other) < 13 and abs(x - at_x) < 60 and side == on_left for at_x, other, side in taken):
             label += 13
-        taken.append((x, label))
-        on_left = x > middle + 60
-        shift = -9 if on_left else 9
+        taken.append((x, label, on_left))
+        shift = -12 if on_left else 12
+        parts.append(element("line", x1=x, x2=x + shift - shift / 6, y1=y, y2=label - 4, class_="grid"))
         parts.append(element("text", row["arm"], x=x + shift, y=label, text_anchor="end" if on_left else "start"))
     return drawing(_WIDTH, _HEIGHT, "Exact match of the fine kinds against operations of training", *parts)
 
