@@ -92,6 +92,9 @@ def _tokens(generator: np.random.Generator, num_images: int) -> np.ndarray:
     return row
 
 
+_TILE_GRIDS = ["1x2", "1x3", "2x1", "2x2", "4x1"]
+
+
 def _digest(seed: int, image: int) -> list[int]:
     return list(hashlib.sha256(f"{seed} {image}".encode()).digest())
 
@@ -110,6 +113,7 @@ def _attributes(
             "grid": str(GridRule.BEST_FIT),
             "resize": "pillow",
             "max_image_pixels": 1 << 20,
+            **({"tile_grids": _TILE_GRIDS} if layout is ViewLayout.TILES else {}),
         },
         "tokenizer": {
             "sha256": "1" * 64,

@@ -40,10 +40,14 @@ def test_every_field_of_a_file_or_folder_says_so() -> None:
     assert {path for path, kind in PATHS.items() if kind.path is PathKind.PATTERN} == {"data.records"}
 
 
+BESIDE = {"evaluation.images": ["evaluation.file=questions.json"]}
+"""Fields without which a path may not be set."""
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_home_in_each_path(empty: Path, path: str) -> None:
     home, value = empty.parent / "home", "[~/a b, ~/c/*.json]" if PATHS[path].many else "~/a b"
-    recipe = load_recipe(empty, [f"{path}={value}"])
+    recipe = load_recipe(empty, [f"{path}={value}", *BESIDE.get(path, [])])
     expected: object = (f"{home}/a b", f"{home}/c/*.json") if PATHS[path].many else f"{home}/a b"
     assert value_at(recipe, path) == expected
     assert "~" not in recipe_to_yaml(recipe)

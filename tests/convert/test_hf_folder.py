@@ -319,13 +319,14 @@ def test_half_precision_and_saving_again(folder: Folder, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("template", Template)
 def test_prompts_have_the_tokens_of_the_training(tmp_path: Path, template: Template) -> None:
-    from megatron_deepstack.testing.tiny_chat import write_chat_tokenizer
+    from megatron_deepstack.testing.tiny_chat import GRANITE_4_TOKENS, write_chat_tokenizer
 
     if template not in (Template.V1, Template.PLAIN):
         control = {
             Template.LLAMA_3: ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
             Template.QWEN: ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
             Template.QWEN3_VL: ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>"),
+            Template.GRANITE_4: GRANITE_4_TOKENS,
         }[template]
         tokenizer = load_tokenizer(write_chat_tokenizer(tmp_path / "chat", control, None))
     else:

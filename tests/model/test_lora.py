@@ -20,7 +20,7 @@ from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import CheckpointError, ConfigError, LayoutError
 from megatron_deepstack.model.init import random_source
 from megatron_deepstack.model.layers import specs
-from megatron_deepstack.model.layers.lora import AdaptedLinear, adapted, is_adapter
+from megatron_deepstack.model.layers.lora import AdaptedLinear, WithAdapter, adapted, is_adapter
 from megatron_deepstack.planning.check import check_plan
 from megatron_deepstack.testing.tiny import tiny_model
 
@@ -56,13 +56,13 @@ def test_transformer_engines_linears_are_adapted_too(monkeypatch: pytest.MonkeyP
     layer = specs._engine_submodules(LanguageConfig(), LORA)
     attention = layer.self_attention.submodules
     assert layer.input_layernorm is torch.nn.RMSNorm
-    assert attention.linear_qkv.__mro__[1:3] == (AdaptedLinear, Column)
+    assert attention.linear_qkv.__mro__[1:4] == (AdaptedLinear, WithAdapter, Column)
     assert attention.linear_proj is Row
     assert issubclass(attention.core_attention, torch.nn.Identity)
     mlp: Any = layer.mlp
     inside = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
     assert inside.linear_fc1 is Column
-    assert inside.linear_fc2.__mro__[1:3] == (AdaptedLinear, Row)
+    assert inside.linear_fc2.__mro__[1:4] == (AdaptedLinear, WithAdapter, Row)
 
 
 def test_a_begins_uniform_and_b_zero() -> None:

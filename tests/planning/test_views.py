@@ -56,7 +56,7 @@ def test_best_grid(width: int, height: int, grid: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "views"), [(v, n) for v, n in zip(Variant, (5, 5, 25, 1, 5, 5, 1, 5), strict=True)]
+    ("variant", "views"), [(v, n) for v, n in zip(Variant, (5, 5, 25, 1, 5, 5, 1, 1, 5), strict=True)]
 )
 def test_views_of_a_2x2_grid(variant: Variant, views: int) -> None:
     assert num_views(variant, (2, 2)) == views
