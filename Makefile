@@ -5,7 +5,7 @@
 # make faults   set up with the test extra, then only the suite that kills, stops and damages; prints its table
 # make layouts  set up with the test extra, then only the suites that compare layouts and resumed runs
 # make claim    set up, then train DeepStack and its baselines from scratch and compare them: 98 minutes of CPU time,
-#               so about 50 minutes on two idle cores. QUICK=yes is a short form. Interrupted, the same command goes on
+#               so about 50 minutes on two idle cores; QUICK=yes 7 minutes. Interrupted, the same command goes on
 # make lint     ruff and mypy
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder. WORKERS is the number of processes
