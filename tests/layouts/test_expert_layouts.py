@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_training_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, PARAMETER_TOLERANCE, _compare, _one_rank, rows
+from test_training_layouts import _compare, _one_rank, assert_same_training, rows
 
 from megatron_deepstack.config.choices import Batching, LoraTarget, Part, Recompute, RecomputeModule
 from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe
-from megatron_deepstack.testing.compare import worst
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_qwen3_vl_moe, tiny_recipe
-from megatron_deepstack.testing.trial import Trial, run_trial
+from megatron_deepstack.testing.trial import run_trial
 
 Pools = Callable[[int], RankPool]
 MODEL = tiny_qwen3_vl_moe()
@@ -60,14 +59,6 @@ def test_layout_equals_one_rank(ranks: Pools, num_ranks: int, batch: int, parall
     _compare(ranks, num_ranks, batch, parallel, model)
 
 
-def _same(actual: Trial, expected: Trial) -> None:
-    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
-    error, name = worst(actual.first_gradients, expected.first_gradients)
-    assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
-    error, name = worst(actual.parameters, expected.parameters)
-    assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "parallel"),
     rows(
@@ -84,7 +75,7 @@ def test_packs_equal_padded_rows(ranks: Pools, num_ranks: int, parallel: Paralle
     """Each sample of a pack is balanced by itself, so that packing changes nothing."""
     recipe = tiny_recipe(MODEL, parallel)
     recipe = replace(recipe, train=replace(recipe.train, batching=Batching.PACKED, seq_length=64))
-    _same(ranks(num_ranks).run(run_trial, recipe)[0], _one_rank(ranks, MODEL, tuple(Part)))
+    assert_same_training(ranks(num_ranks).run(run_trial, recipe)[0], _one_rank(ranks, MODEL, tuple(Part)))
 
 
 @pytest.mark.slow
@@ -100,7 +91,7 @@ def test_adapters_of_attention_beside_experts(ranks: Pools) -> None:
         return replace(tiny_recipe(MODEL, parallel), lora=LoraConfig(rank=3, alpha=6.0, targets=targets))
 
     expected = ranks(1).run(run_trial, recipe(ParallelConfig()))[0]
-    _same(ranks(2).run(run_trial, recipe(ParallelConfig(expert=2)))[0], expected)
+    assert_same_training(ranks(2).run(run_trial, recipe(ParallelConfig(expert=2)))[0], expected)
 
 
 def test_the_balancing_loss_reaches_the_router(ranks: Pools) -> None:

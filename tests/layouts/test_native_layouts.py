@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_training_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, PARAMETER_TOLERANCE, _compare, _one_rank, rows
+from test_training_layouts import _compare, _one_rank, assert_same_training, rows
 
 from megatron_deepstack.config.choices import Batching, EncoderPlacement, Part, Recompute
 from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe, StackConfig
-from megatron_deepstack.testing.compare import worst
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_qwen3_vl, tiny_recipe
-from megatron_deepstack.testing.trial import Trial, run_trial
+from megatron_deepstack.testing.trial import run_trial
 
 Pools = Callable[[int], RankPool]
 INLINE = EncoderPlacement.INLINE
@@ -64,14 +63,6 @@ def test_frozen_parts(ranks: Pools, trainable: tuple[Part, ...]) -> None:
     assert any("vision_tower" in name for name in frozen) is (Part.VISION in trainable)
 
 
-def _same(actual: Trial, expected: Trial) -> None:
-    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
-    error, name = worst(actual.first_gradients, expected.first_gradients)
-    assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
-    error, name = worst(actual.parameters, expected.parameters)
-    assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "parallel"),
     rows(
@@ -87,7 +78,7 @@ def test_packs_equal_padded_rows(ranks: Pools, num_ranks: int, parallel: Paralle
     """The three positions begin at 0 with each sample of a pack."""
     recipe = tiny_recipe(MODEL, parallel)
     recipe = replace(recipe, train=replace(recipe.train, batching=Batching.PACKED, seq_length=64))
-    _same(ranks(num_ranks).run(run_trial, recipe)[0], _one_rank(ranks, MODEL, tuple(Part)))
+    assert_same_training(ranks(num_ranks).run(run_trial, recipe)[0], _one_rank(ranks, MODEL, tuple(Part)))
 
 
 @pytest.mark.slow
@@ -96,4 +87,4 @@ def test_adapters_beside_a_pipeline(ranks: Pools) -> None:
         return replace(tiny_recipe(MODEL, parallel), lora=LoraConfig(rank=3, alpha=6.0))
 
     expected = ranks(1).run(run_trial, recipe(ParallelConfig()))[0]
-    _same(ranks(2).run(run_trial, recipe(ParallelConfig(pipeline=2)))[0], expected)
+    assert_same_training(ranks(2).run(run_trial, recipe(ParallelConfig(pipeline=2)))[0], expected)

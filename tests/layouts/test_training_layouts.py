@@ -63,6 +63,15 @@ def _one_rank(pools: Pools, model: ModelConfig, trainable: tuple[Part, ...]) -> 
     return trial
 
 
+def assert_same_training(actual: Trial, expected: Trial) -> None:
+    """Losses, gradients of the first step and parameters after three steps are those of the other run."""
+    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    error, name = worst(actual.first_gradients, expected.first_gradients)
+    assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
+    error, name = worst(actual.parameters, expected.parameters)
+    assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
+
+
 def _compare(
     pools: Pools,
     num_ranks: int,
@@ -195,11 +204,7 @@ def _compare_packs(ranks: Pools, num_ranks: int, parallel: ParallelConfig, model
     recipe = tiny_recipe(model, parallel=parallel)
     recipe = replace(recipe, train=replace(recipe.train, batching=Batching.PACKED, seq_length=seq_length))
     actual: Trial = ranks(num_ranks).run(run_trial, recipe)[0]
-    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
-    error, name = worst(actual.first_gradients, expected.first_gradients)
-    assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
-    error, name = worst(actual.parameters, expected.parameters)
-    assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
+    assert_same_training(actual, expected)
 
 
 @pytest.mark.parametrize(("num_ranks", "parallel"), rows(CONTEXT_LAYOUTS, {"cp2"}))
