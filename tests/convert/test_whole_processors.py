@@ -238,7 +238,7 @@ def test_qwen_answers_through_its_processor(exported_as: Callable[[str], Exporte
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     exported = exported_as("qwen3_vl")
-    processor = AutoProcessor.from_pretrained(exported.folder, backend="pil")
+    processor = AutoProcessor.from_pretrained(exported.folder)
     images = [_opened(data) for data in _pictures()]
     text = processor.apply_chat_template(_messages(3), tokenize=False, add_generation_prompt=True)
     inputs = processor(text=[text], images=images, return_tensors="pt")
