@@ -48,7 +48,7 @@ class Pictures:
             return element("p", "no picture", class_="absent")
 
     def global_view(self, store: str, image: int, max_side: int) -> Markup:
-        """The global view of an image alone.
+        """The global view of an image alone, or the first frame of its one view where views have any size.
 
         Args:
             store: Folder or URL of its store.
@@ -59,7 +59,10 @@ class Pictures:
             The view; a few words if reading fails.
         """
         try:
-            return embedded(self._opened(store).read_views(image, (0,))[0], "global view", max_side)
+            opened = self._opened(store)
+            if isinstance(opened.image(image).grid, ViewGrid):
+                return embedded(opened.read_whole([image])[0][0], "view", max_side)
+            return embedded(opened.read_views(image, (0,))[0], "global view", max_side)
         except (DeepStackError, OSError, IndexError) as error:
             self._absent.setdefault(store, []).append(str(error).splitlines()[0])
             return element("p", "no picture", class_="absent")

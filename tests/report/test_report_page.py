@@ -24,6 +24,7 @@ from megatron_deepstack.report.drawing.stages import stage_drawing
 from megatron_deepstack.report.page import write_report
 from megatron_deepstack.report.records import read_metrics
 from megatron_deepstack.run_folder.answers import read_answers
+from megatron_deepstack.testing.tiny_mixed import write_tiny_mixed
 from megatron_deepstack.testing.tiny_store import write_tiny_store
 
 HOSTILE = "<script>alert('x')</script>\"&"
@@ -214,6 +215,16 @@ def test_pictures_of_every_layout_show_the_views_there_are(tmp_path, layout, sho
     store = write_tiny_store(tmp_path / "store", grids=grids, samples=[(0,)], layout=layout)
     page = Tags(pictures.Pictures().views(str(store), 0))
     assert (sum(tag == "img" for tag, _ in page.seen), "".join(page.texts)) == shown
+
+
+def test_pictures_of_views_of_any_size(tmp_path):
+    """A picture, and a pair of a video's frames, of which the small form shows the first."""
+    store = str(write_tiny_mixed(tmp_path / "store"))
+    for image, frames in ((0, 1), (2, 2)):
+        shown = pictures.Pictures()
+        assert sum(tag == "img" for tag, _ in Tags(shown.views(store, image)).seen) == frames
+        assert sum(tag == "img" for tag, _ in Tags(shown.global_view(store, image, 40)).seen) == 1
+        assert shown.told() == []
 
 
 def test_a_run_without_answers_or_metrics_has_a_page_too(run):
