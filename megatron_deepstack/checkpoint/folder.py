@@ -23,10 +23,10 @@ from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
 """Version 1 had neither layout nor programs' versions. Up to version 2 local layers and Transformer Engine's gave norms
-names of their own."""
+names of their own; up to version 3 still where some layers of a decoder have experts and others have none."""
 REMOVED = ".removed"
 """Ending of folders that are being deleted."""
 _PREFIX = "step_"

@@ -80,6 +80,7 @@ def _reason(error: BaseException, checkpoint: Checkpoint) -> str:
     said = str(error)
     if isinstance(error, CheckpointException):
         said = "; ".join(sorted({str(failure) for failure, _ in error.failures.values()}))
-    if checkpoint.manifest.version >= 3:
+    if checkpoint.manifest.version >= 4:
         return said
-    return f"{said}. Checkpoints of format version 1 and 2 are read by the layers that wrote them; see model.layers"
+    old = "Checkpoints of format version 1 and 2, and of version 3 where only some layers have experts,"
+    return f"{said}. {old} are read by the layers that wrote them; see model.layers"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _STORAGES = {
 Megatron-Core puts in its place after 0.16."""
 EXTRA_STATE = "_extra_state"
 """Ends the keys of what a layer keeps beside its weights; a number of the part may follow."""
+_EXTRA_STATE_NAME = re.compile(rf"{EXTRA_STATE}\d*$")
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED = {
     f"{_DCP}.metadata": {
@@ -56,6 +58,11 @@ _ALLOWED_IN_EXTRA_STATES = {
     "collections": {"OrderedDict"},
 }
 """What delayed scaling is made of, by module: its settings, and histories as tensors."""
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether this is the name of what a layer keeps beside its weights; grouped experts have one for each expert."""
+    return _EXTRA_STATE_NAME.search(name) is not None
 
 
 def check_contents(folder: Path) -> None:

@@ -29,23 +29,29 @@ def sum_over_run(value: torch.Tensor, groups: Groups) -> torch.Tensor:
     return value
 
 
-def loss_and_tokens(losses: list[torch.Tensor], num_tokens: torch.Tensor, groups: Groups) -> tuple[float, int]:
+def loss_and_tokens(
+    losses: list[torch.Tensor], num_tokens: torch.Tensor, groups: Groups, own: torch.Tensor | None = None
+) -> tuple[float, int, list[float]]:
     """Sum the losses and the targets of a whole step in float64. Collective over all ranks; reads the device once.
 
     Args:
         losses: Scalars: the sum of token losses of each of this rank's micro-batches; empty except on last stages.
         num_tokens: Scalar on the device: the number of targets of these micro-batches; 0 except on last stages.
         groups: The groups of the run.
+        own: Numbers of which every rank has a part of its own, tensor-parallel ranks as well; of one shape on all.
 
     Returns:
-        The sum of token losses and the number of targets, the same on every rank.
+        The sum of token losses, the number of targets, and the sums of `own`, line after line. All are the same on
+        every rank.
     """
-    both = torch.zeros(2, dtype=torch.float64, device=local_device())
+    sums = torch.zeros(2 + (0 if own is None else own.numel()), dtype=torch.float64, device=local_device())
     for loss in losses:
-        both[0] += loss.double()
-    both[1] = num_tokens
-    total, count = sum_over_run(both, groups).tolist()
-    return total, int(count)
+        sums[0] += loss.double()
+    sums[1] = num_tokens
+    if own is not None:
+        sums[2:] = sum_over_group(own.double().reshape(-1), groups.decoder.tp)
+    total, count, *more = sum_over_run(sums, groups).tolist()
+    return total, int(count), more
 
 
 def share_from_last_stage(value: torch.Tensor, groups: Groups) -> torch.Tensor:

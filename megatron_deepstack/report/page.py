@@ -23,7 +23,7 @@ from megatron_deepstack.report.health import health_section
 from megatron_deepstack.report.pictures import Pictures
 from megatron_deepstack.report.records import Metrics, read_metrics
 from megatron_deepstack.report.settings import recipe_table
-from megatron_deepstack.report.speed import median, speed_section, timeline_section
+from megatron_deepstack.report.speed import expert_section, median, speed_section, timeline_section
 from megatron_deepstack.run_folder.answers import Answer, AnswerSet, Score, read_answer_sets
 from megatron_deepstack.run_folder.recipe import require_run
 from megatron_deepstack.run_folder.starting_weights import HEAD, read_starting_weights
@@ -69,6 +69,7 @@ def page(run: Path) -> str:
         section("Loss", *_loss(metrics, charts)),
         section("Speed", *speed_section(metrics, charts)),
         *([section("What each rank did when", *timeline_section(timelines))] if timelines else []),
+        *_experts(recipe, metrics, charts),
         section("Events", *health_section(metrics)),
         section("Which stack reaches which stage", wide_drawing(stage_drawing(recipe))),
         *_evaluations(run),
@@ -111,6 +112,16 @@ def _facts(recipe: Recipe, metrics: Metrics, answers: Sequence[Answer]) -> Itera
         if score.total:
             share = score.correct / score.total
             yield f"{score.correct} / {score.total}", f"answers exactly right ({share:.1%}; {chance})"
+
+
+def _experts(recipe: Recipe, metrics: Metrics, charts: Charts) -> Iterator[Markup]:
+    """How evenly tokens are spread, if the decoder has experts and something was recorded."""
+    drawn = tuple(expert_section(metrics, charts))
+    if drawn:
+        language = recipe.model.language
+        active, number = language.num_active_experts, language.num_experts
+        even = f"Spread evenly, each expert sees {active / number:.1%} of the tokens; the balancing loss is {active}."
+        yield section("Experts", element("p", even), *drawn)
 
 
 def _starting_weights(run: Path) -> Iterator[Markup]:

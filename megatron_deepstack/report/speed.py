@@ -105,6 +105,26 @@ def _waste(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
         yield charts.lines(lines, title="Padding and imbalance by step")
 
 
+def expert_section(metrics: Metrics, charts: Charts) -> Iterator[Markup]:
+    """How evenly tokens are spread over experts.
+
+    Args:
+        metrics: The metrics of a run.
+        charts: What draws the charts of the page.
+
+    Yields:
+        A heading and a chart for each quantity that was recorded; nothing for a decoder without experts.
+    """
+    if balance := metrics.series("balance_loss"):
+        yield element("h3", "loss that balances experts, before its weight")
+        line = Line(running_mean(balance), "#d55e00", "balancing loss", faint=balance)
+        yield charts.lines([line], title="Balancing loss by step")
+    if busiest := [(step, 100 * value) for step, value in metrics.series("busiest_expert")]:
+        yield element("h3", "busiest expert of a layer, percent of the layer's tokens")
+        line = Line(running_mean(busiest), "#56b4e9", "busiest expert, %", faint=busiest)
+        yield charts.lines([line], title="Busiest expert by step")
+
+
 def _with_share(name: str, parts: dict[str, list[Point]]) -> str:
     total = sum(value for points in parts.values() for _, value in points)
     return f"{name} {sum(value for _, value in parts[name]) / total:.0%}"

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.model.build import RankModel
+from megatron_deepstack.model.layers.expert_load import ExpertTally, tally_of
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
 
@@ -27,6 +28,8 @@ class Engine:
     """The wrapped encoder, data-parallel over all ranks of the run; None while it is frozen."""
     groups: Groups
     parallel: ParallelConfig
+    tally: ExpertTally | None = None
+    """What counts the choices of experts while training; None for a decoder without them."""
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
@@ -98,6 +101,7 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
         encoder_ddp=encoder_ddp,
         groups=groups,
         parallel=parallel,
+        tally=tally_of(model.chunks, model_config.language),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_deepstack.config.choices import EncoderPlacement
+from megatron_deepstack.model.layers.expert_load import ExpertLoad
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.parallel.reduce import loss_and_tokens
 from megatron_deepstack.planning.batch.step_plan import StepPlan
@@ -33,6 +34,8 @@ class StepLoss:
 
     total: float
     num_tokens: int
+    experts: ExpertLoad | None = None
+    """How evenly tokens were spread over experts; None for a decoder without them, and where nothing is trained."""
 
     @property
     def mean(self) -> float:
@@ -59,12 +62,17 @@ def forward_backward(engine: Engine, plan: StepPlan, data: torch.Tensor | Staged
     inputs = staged.take()
     for ddp in engine.wrapped:
         ddp.zero_grad_buffer()
+    if engine.tally is not None:
+        engine.tally.clear()
     step = _inline if engine.parallel.encoder_placement is EncoderPlacement.INLINE else _spread
     result = step(engine, plan, inputs, clock)
     with clock.part("finalise"):
-        total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, engine.groups)
+        tally = engine.tally
+        table = None if tally is None else tally.table_LE1
+        total, num_tokens, counted = loss_and_tokens(result.losses, result.num_tokens, engine.groups, table)
         _finalise(engine, num_tokens)
-    return StepLoss(total=total, num_tokens=num_tokens)
+    experts = None if tally is None else tally.load(counted, num_tokens)
+    return StepLoss(total=total, num_tokens=num_tokens, experts=experts)
 
 
 class VisualPass:
@@ -90,7 +98,7 @@ class VisualPass:
     def losses(self, plan: StepPlan) -> StepLoss:
         """Loss of the global batch. Collective over all ranks."""
         result = self._run(plan, keep_logits=False)
-        total, num_tokens = loss_and_tokens(result.losses, result.num_tokens, self.engine.groups)
+        total, num_tokens, _ = loss_and_tokens(result.losses, result.num_tokens, self.engine.groups)
         return StepLoss(total=total, num_tokens=num_tokens)
 
     def logits(self, plan: StepPlan) -> list[torch.Tensor]:

@@ -19,6 +19,9 @@ class Trial:
     """What a run of a tiny recipe leaves; tensors under published names."""
 
     losses: list[float] = field(default_factory=list)
+    balance_losses: list[float | None] = field(default_factory=list)
+    """The loss that balances experts, without its weight."""
+    busiest_experts: list[float | None] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
     first_gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -76,6 +79,9 @@ def run_trial(
         if step == 0 and not recipe.parallel.distributed_optimizer:
             trial.first_gradients = gather_published(model, groups, main_gradient)
         trial.losses.append(loss.mean)
+        if loss.experts is not None:
+            trial.balance_losses.append(loss.experts.balance_loss)
+            trial.busiest_experts.append(loss.experts.busiest_expert)
         with watch or nullcontext():
             trial.gradient_norms.append(optimizer.step(step).gradient_norm)
     engine.gather_parameters()

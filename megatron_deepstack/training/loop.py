@@ -251,6 +251,7 @@ class _Loop:
             step_seconds=step_seconds,
             **asdict(speed),
             **asdict(loaded.balance),
+            **(asdict(loss.experts) if loss.experts else {}),
             memory_bytes=max_memory_bytes(),
             seconds=parts,
             applied=norm.applied,

@@ -52,7 +52,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 def test_what_is_written_is_read(folder: Path) -> None:
     manifest = verify(folder).manifest
-    assert (manifest.step, manifest.layout, manifest.made_with, manifest.version) == (2, {"tp": 1}, {"torch": "2"}, 3)
+    assert (manifest.step, manifest.layout, manifest.made_with, manifest.version) == (2, {"tp": 1}, {"torch": "2"}, 4)
 
 
 def test_the_format_before_is_read(folder: Path) -> None:
@@ -62,8 +62,8 @@ def test_the_format_before_is_read(folder: Path) -> None:
 
 
 def test_a_newer_format_is_named(folder: Path) -> None:
-    edit(folder, version=4)
-    with pytest.raises(CheckpointError, match=r"format version 4, this program reads up to 3; use the version that"):
+    edit(folder, version=5)
+    with pytest.raises(CheckpointError, match=r"format version 5, this program reads up to 4; use the version that"):
         verify(folder)
 
 

@@ -59,6 +59,8 @@ def test_experts_survive_a_change_of_layout(
         found.append(ranks(1).run(plain_tensors, str(path))[0])
         losses.append(loss)
     assert any("experts" in name and name.startswith("optimizer.state.exp_avg.") for name in found[0])
+    norms = [key for key in found[0] if key.startswith("decoder.") and "layernorm" in key]
+    assert all("self_attention" in key or "final" in key for key in norms), "norms have Transformer Engine's names"
     for later in found[1:]:
         assert differing(later, found[0]) == []
     assert losses[1:] == pytest.approx(losses[:1] * len(losses[1:]), rel=2e-5 if precision is FP32 else 5e-3)

@@ -13,7 +13,7 @@ from megatron_deepstack.config.choices import Batching, LoraTarget, Part, Recomp
 from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_qwen3_vl_moe, tiny_recipe
-from megatron_deepstack.testing.trial import run_trial
+from megatron_deepstack.testing.trial import Trial, run_trial
 
 Pools = Callable[[int], RankPool]
 MODEL = tiny_qwen3_vl_moe()
@@ -92,6 +92,53 @@ def test_adapters_of_attention_beside_experts(ranks: Pools) -> None:
 
     expected = ranks(1).run(run_trial, recipe(ParallelConfig()))[0]
     assert_same_training(ranks(2).run(run_trial, recipe(ParallelConfig(expert=2)))[0], expected)
+
+
+def load_by_definition(rank: int, recipe: Recipe) -> tuple[Trial, float, float]:
+    """A trial of one rank; and its balancing loss by transformers' function, and the busiest expert's share."""
+    import torch
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
+
+    from megatron_deepstack.model.layers.experts import BalancedRouter
+
+    language, routing = recipe.model.language, BalancedRouter.routing
+    calls: dict[int, list[tuple[Any, Any]]] = {}
+
+    def watched(self: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            calls.setdefault(self.layer_number, []).append((logits.detach().flatten(0, 1), self.membership_KT))
+        return routing(self, logits, *args, **kwargs)
+
+    BalancedRouter.routing = watched  # type: ignore[method-assign]
+    try:
+        trial = run_trial(rank, recipe)
+    finally:
+        BalancedRouter.routing = routing  # type: ignore[method-assign]
+    assert trial is not None
+    total, num_targets, shares = 0.0, 0.0, []
+    for layer, of_layer in calls.items():
+        chosen = torch.zeros(language.num_experts)
+        for logits, membership in of_layer:
+            for belongs, scale in zip(membership[:, :-1].bool(), membership[:, -1], strict=True):
+                own, targets = logits[belongs], float(scale) * int(belongs.sum()) ** 2
+                balance = load_balancing_loss_func((own,), language.num_experts, language.num_active_experts)
+                total += targets * float(balance) / len(calls)
+                num_targets += targets if layer == min(calls) else 0.0
+                chosen += own.topk(language.num_active_experts).indices.flatten().bincount(minlength=len(chosen))
+        shares.append(float(chosen.max() / chosen.sum()) * language.num_active_experts)
+    return trial, total / num_targets, max(shares)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.FULL])
+@pytest.mark.parametrize("factor", [0.0, 0.001])
+def test_what_is_logged_of_experts(ranks: Pools, recompute: Recompute, factor: float) -> None:
+    """The balancing loss before its weight, so with a weight of 0 as well; a layer that is recomputed counts once."""
+    model = replace(SOME, language=replace(SOME.language, num_active_experts=2, balance_loss=factor))
+    recipe = tiny_recipe(model, ParallelConfig(recompute=recompute))
+    recipe = replace(recipe, train=replace(recipe.train, steps=1))
+    trial, balance, busiest = ranks(1).run(load_by_definition, recipe)[0]
+    assert trial.balance_losses == pytest.approx([balance], rel=1e-6)
+    assert trial.busiest_experts == pytest.approx([busiest])
 
 
 def test_the_balancing_loss_reaches_the_router(ranks: Pools) -> None:

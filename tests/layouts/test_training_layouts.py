@@ -65,11 +65,18 @@ def _one_rank(pools: Pools, model: ModelConfig, trainable: tuple[Part, ...]) -> 
 
 def assert_same_training(actual: Trial, expected: Trial) -> None:
     """Losses, gradients of the first step and parameters after three steps are those of the other run."""
-    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    _assert_same_losses(actual, expected)
     error, name = worst(actual.first_gradients, expected.first_gradients)
     assert error <= GRADIENT_TOLERANCE, f"gradient of {name}"
     error, name = worst(actual.parameters, expected.parameters)
     assert error <= PARAMETER_TOLERANCE, f"parameter {name} after three steps"
+
+
+def _assert_same_losses(actual: Trial, expected: Trial) -> None:
+    """Those of experts as well, where there are any."""
+    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    assert actual.balance_losses == pytest.approx(expected.balance_losses, rel=LOSS_TOLERANCE)
+    assert actual.busiest_experts == pytest.approx(expected.busiest_experts)
 
 
 def _compare(
@@ -83,7 +90,7 @@ def _compare(
     expected = _one_rank(pools, model, trainable)
     recipe = tiny_recipe(model, parallel, trainable=trainable, micro_batch_size=batch)
     actual: Trial = pools(num_ranks).run(run_trial, recipe)[0]
-    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    _assert_same_losses(actual, expected)
     assert actual.gradient_norms == pytest.approx(expected.gradient_norms, rel=GRADIENT_TOLERANCE)
     if not parallel.distributed_optimizer:
         error, name = worst(actual.first_gradients, expected.first_gradients)

@@ -18,18 +18,18 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_deepstack.checkpoint.content import engine_adam
 from megatron_deepstack.checkpoint.content.optimizer_shards import MAIN_PARAMETER, OLD_MAIN_PARAMETER, sharded_states
 from megatron_deepstack.checkpoint.folder import FORMAT_VERSION
-from megatron_deepstack.checkpoint.trust import EXTRA_STATE
+from megatron_deepstack.checkpoint.trust import is_extra_state
 from megatron_deepstack.config.choices import Fp8Scaling
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 
 FUSED_NORMS = {
-    "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
-    "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""Keys of the norms before linears, to those of Transformer Engine's layers, which own them together: so that each kind
-of layers reads what the other wrote."""
+"""Keys of the norms before linears in a layer, to those of Transformer Engine's layers, which own them together: so
+that each kind of layers reads what the other wrote. Experts have a norm apart in both, which follows the same rule."""
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Keys of optimizer states that any layout can read."""
 
@@ -73,10 +73,17 @@ def keeps_extra_states(model: RankModel) -> bool:
 def _decoder_state(model: RankModel, chunk: LanguageChunk, version: int) -> ShardedStateDict:
     state: ShardedStateDict = chunk.sharded_state_dict(metadata=dict(METADATA))
     if not keeps_extra_states(model):
-        state = {name: part for name, part in state.items() if not name.endswith(EXTRA_STATE)}
+        state = {name: part for name, part in state.items() if not is_extra_state(name)}
     if version >= 3:
-        apply_prefix_mapping(state, FUSED_NORMS)
+        apply_prefix_mapping(state, _shared_norms("decoder.layers."))
+    if version >= 4:  # where only some layers have experts, Megatron's keys number the layers
+        for layer in range(chunk.chunk.first, chunk.chunk.stop):
+            apply_prefix_mapping(state, _shared_norms(f"decoder.layers.{layer}."))
     return state
+
+
+def _shared_norms(prefix: str) -> dict[str, str]:
+    return {f"{prefix}{own}": f"{prefix}{shared}" for own, shared in FUSED_NORMS.items()}
 
 
 def _distributed_state(
@@ -186,7 +193,7 @@ def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
         with _pickles_allowed() if keeps_extra_states(model) else nullcontext():
             chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
     missing, unexpected = model.encoder.load_state_dict(weights["encoder"], strict=False)
-    lost = [name for name in missing if not name.endswith(EXTRA_STATE)]
+    lost = [name for name in missing if not is_extra_state(name)]
     assert not lost, f"a checkpoint's encoder lacks {lost}"
     assert not unexpected, f"a checkpoint's encoder has {unexpected}, which this one lacks"
 

@@ -90,7 +90,7 @@ def expert_settings(language: LanguageConfig, parallel: ParallelConfig, *, engin
 
 
 def balance_factor(language: LanguageConfig) -> float:
-    """Return the factor of one layer's sum of chosen counts times probabilities, see the module's docstring."""
+    """Return what one layer's sum of f_e * P_e is multiplied by in the loss, see the module's docstring."""
     layers = expert_layers(language)
     return language.balance_loss * language.num_experts / len(layers) if layers else 0.0
 
@@ -118,6 +118,8 @@ class BalancedRouter(TopKRouter):
     membership_KT: torch.Tensor | None = None
     """Whose the tokens are, (K, T + 1) as `membership_on_device` gives it; None where no gradient is wanted.
     The layer sets it for the length of one forward."""
+    tally_E1: torch.Tensor | None = None
+    """float32 (E + 1,): gets how many tokens chose each expert, and last the sum of f_e * P_e; see `expert_load`."""
 
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As TopKRouter's. The gradient of the balancing loss enters with that of the weights.
@@ -135,17 +137,25 @@ class BalancedRouter(TopKRouter):
         weights_TE, chosen_TE = super().routing(logits, *args, **kwargs)
         if self.topk == 1:
             weights_TE = weights_TE / weights_TE.sum(dim=-1, keepdim=True)
-        if self.membership_KT is None or not self.balance_factor or not torch.is_grad_enabled():
+        # Recomputed layers run forward for a gradient once as well: in their first pass gradients are off.
+        if self.membership_KT is None or not torch.is_grad_enabled():
             return weights_TE, chosen_TE
-        loss = self._balance(logits.reshape(-1, logits.shape[-1]), chosen_TE, self.membership_KT)
-        return MoEAuxLossAutoScaler.apply(weights_TE, loss), chosen_TE
+        balance = self._balance(logits.reshape(-1, logits.shape[-1]), chosen_TE, self.membership_KT)
+        if not self.balance_factor:
+            return weights_TE, chosen_TE
+        return MoEAuxLossAutoScaler.apply(weights_TE, self.balance_factor * balance), chosen_TE
 
     def _balance(self, logits_TE: torch.Tensor, chosen_TE: torch.Tensor, membership_KT: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the balancing loss of a micro-batch, each sample times its targets."""
+        """This rank's part of the sum of f_e * P_e of a micro-batch, each sample times its targets; and the tally."""
         belongs_KT, scale_K = membership_KT[:, :-1], membership_KT[:, -1]
-        counts_KE = sum_over_group(belongs_KT @ chosen_TE.to(belongs_KT.dtype), self.tp_cp_group)
+        own_KE = belongs_KT @ chosen_TE.to(belongs_KT.dtype)
+        own_E = own_KE.sum(dim=0)
+        counts_KE = sum_over_group(own_KE, self.tp_cp_group)
         probabilities_KE = belongs_KT @ torch.softmax(logits_TE.float(), dim=-1)
-        return self.balance_factor * (scale_K[:, None] * counts_KE * probabilities_KE).sum()
+        balance = (scale_K[:, None] * counts_KE * probabilities_KE).sum()
+        if self.tally_E1 is not None:
+            self.tally_E1 += torch.cat([own_E, balance.detach()[None]])
+        return balance
 
 
 class ExpertLayer(MoELayer):

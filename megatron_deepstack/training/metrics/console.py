@@ -100,7 +100,7 @@ class _Column(NamedTuple):
     unit: str = ""
 
 
-_FIRST_TO_GO = ("memory", "padding", "uneven", "data", "grad", "flops", "lr", "mfu", "tokens")
+_FIRST_TO_GO = ("memory", "busiest", "balance", "padding", "uneven", "data", "grad", "flops", "lr", "mfu", "tokens")
 """Kinds of columns in the order in which they are left out on a narrow terminal; the loss stays."""
 
 
@@ -117,6 +117,10 @@ def _columns(record: StepRecord) -> Iterator[_Column]:
         yield _Column("padding", "pad", f"{record.padding:.0%}")
     if record.imbalance >= _SHOWN:
         yield _Column("uneven", "uneven", f"{record.imbalance:.0%}")
+    if record.balance_loss is not None:
+        yield _Column("balance", "balance", f"{record.balance_loss:.3f}")
+    if record.busiest_expert is not None:
+        yield _Column("busiest", "busiest expert", f"{record.busiest_expert:.0%}")
     yield _Column("data", "data", f"{record.seconds.get('data', 0.0) / max(record.step_seconds, 1e-9):.0%}")
     yield _Column("memory", "", f"{record.memory_bytes / _GIB:.1f}", " GiB")
 

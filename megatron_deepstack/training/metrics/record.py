@@ -29,6 +29,11 @@ class StepRecord:
     """Share of padding among all positions that the decoder computed, over all replicas."""
     imbalance: float = 0.0
     """Decoder work of the busiest replica above that of the mean replica, as a share of the mean."""
+    balance_loss: float | None = None
+    """Mean loss per target that balances experts, before it is multiplied by `model.language.balance_loss`. It is
+    `num_active_experts` where all experts are equally likely; None for a decoder without experts."""
+    busiest_expert: float | None = None
+    """Share of the tokens of a layer that chose its busiest expert, in the layer where it is largest."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Time by part of the step on rank 0."""
     applied: bool = True

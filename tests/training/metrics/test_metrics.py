@@ -188,6 +188,14 @@ def test_plain_lines_say_what_happened() -> None:
     assert "\x1b" not in line
 
 
+def test_lines_of_a_decoder_with_experts_say_how_even_they_are(tmp_path: Path) -> None:
+    experts = record(1, balance_loss=8.25, busiest_expert=0.125)
+    (line,) = lines_of(False, experts)
+    assert "  balance 8.250  busiest expert 12%  " in line
+    assert {"balance_loss", "busiest_expert"} <= {name for name, _ in experts.scalars}
+    assert not {"balance_loss", "busiest_expert"} & {name for name, _ in record(1).scalars}
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
 def test_lines_fit_a_terminal_and_keep_what_matters(width: int) -> None:
     out = io.StringIO()
