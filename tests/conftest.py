@@ -17,11 +17,12 @@ from megatron_deepstack.testing.ranks import RankPool
 CHILD_PROCESSES = str(Path(__file__).parent / "child_processes")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What runs in one process where pytest-xdist has several (`-n 2 --dist loadgroup`).
 
     All tests of a file do, for the fixtures they share; and all that start Ray do, since several would fight for the
-    cores.
+    cores. It comes first, because pytest-xdist reads the groups in the same hook.
     """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
