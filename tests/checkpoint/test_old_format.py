@@ -70,8 +70,10 @@ def test_norms_of_layers_beside_experts_had_two_names(ranks: Pools, tmp_path: Pa
 @pytest.mark.parametrize("precision", [pytest.param(Precision.FP32, marks=pytest.mark.slow), Precision.BF16])
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(pipeline=2), ParallelConfig(distributed_optimizer=True)],
-    ids=["pp2", "dp2-zero"],
+    [
+        pytest.param(ParallelConfig(pipeline=2), id="pp2", marks=pytest.mark.slow),
+        pytest.param(ParallelConfig(distributed_optimizer=True), id="dp2-zero"),
+    ],
 )
 def test_the_formats_before_are_read(
     ranks: Pools, tmp_path: Path, parallel: ParallelConfig, precision: Precision, version: int

@@ -155,7 +155,7 @@ def test_questions_in_a_bucket_are_answered_and_reported(
     (answer,) = second.answers
     assert answer.store == url
     assert (document["answers_file"], document["answers"][0]["answer"]) == (str(second.file), answer.answer)
-    assert set(document) == {"run", "store", "answers_file", "score", "answers"}
+    assert set(document) == {"run", "step", "fingerprint", "store", "answers_file", "score", "answers"}
     held_out.unlink()
     assert any((tmp_path / "cache/copies").iterdir())
     assert "global view" in (Path(recipe.run_dir) / "report.html").read_text(encoding="utf-8")
