@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from megatron_deepstack.config.schema import ModelConfig
+from megatron_deepstack.config.traits.towers import TOWERS
 from megatron_deepstack.convert.hf_written import select_strategy
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.planning.slots import decoder_slots
@@ -49,20 +50,21 @@ def granite_sections(config: Mapping[str, Any], vision: Mapping[str, Any], where
     Raises:
         CheckpointError: A key has a value that is not computed here; the message names it.
     """
+    _require_agreement(config, str(vision["kind"]), where)
     pairs = config.get("deepstack_layer_map")
-    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
         raise CheckpointError(f"{where}: deepstack_layer_map: found {pairs!r}, expected pairs of layers")
     sampled = config.get("spatial_target_layers")
-    sampled = list(_SPATIAL_LAYERS if sampled is None else sampled)
-    if len(sampled) != _SAMPLED:
+    sampled = list(_SPATIAL_LAYERS) if sampled is None else sampled
+    if not isinstance(sampled, list) or len(sampled) != _SAMPLED or not all(map(_is_whole, sampled)):
         raise CheckpointError(
-            f"{where}: spatial_target_layers: found {sampled}, expected {_SAMPLED} layers, one for each projector"
+            f"{where}: spatial_target_layers: found {sampled!r}, expected {_SAMPLED} layers, one for each projector"
         )
     spatial = config.get("spatial_vision_layer", -1)
     layers = int(vision["num_layers"])
     taps = [_tap("deepstack_layer_map", state, layers, where) for state, _ in pairs]
     taps += [_tap("spatial_vision_layer", spatial, layers, where)] * len(sampled)
-    slots = [int(slot) for _, slot in pairs] + sampled
+    slots = [slot for _, slot in pairs] + sampled
     twice = sorted({slot for slot in slots if slots.count(slot) > 1})
     if twice:
         raise CheckpointError(
@@ -78,6 +80,29 @@ def granite_sections(config: Mapping[str, Any], vision: Mapping[str, Any], where
         "stacks": {"slots": slots},
         "qformer": {"num_sampled": len(sampled), **_qformer(config, vision, where)},
     }
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether this is a state of the tower, which `_tap` looks at, and a layer of the decoder."""
+    return isinstance(value, list | tuple) and len(value) == 2 and _is_whole(value[1])
+
+
+def _require_agreement(config: Mapping[str, Any], kind: str, where: str) -> None:
+    """Refuse a tower whose tokens are not those that are taken, and an image token with two numbers."""
+    computed = "default" if TOWERS[kind].has_class_token else "full"
+    strategy = config.get("vision_feature_select_strategy") or "default"
+    if strategy != computed:
+        raise CheckpointError(
+            f"{where}: vision_feature_select_strategy: found {strategy!r}, expected {computed!r} for a {kind} tower: "
+            "`default` leaves out the first token, which must be the one that stands for no patch"
+        )
+    numbers = {key: config[key] for key in ("image_token_index", "image_token_id") if config.get(key) is not None}
+    if len(set(numbers.values())) > 1:
+        raise CheckpointError(f"{where}: found {numbers}, two numbers of one token; remove one of them")
 
 
 def _tile_grids(config: Mapping[str, Any], tile: int, where: str) -> list[str]:

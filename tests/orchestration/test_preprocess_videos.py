@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,12 +76,18 @@ def said(text: str, answer: str = "ok") -> list[dict[str, str]]:
     return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
 
 
+def _without_the_end(data: bytes) -> bytes:
+    return data[: len(data) * 6 // 10]
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     "clip.mp4": lambda: clip(20),
     "odd.mp4": lambda: clip(7, fps=1),
     "empty.mp4": lambda: b"",
     "text.mp4": lambda: b"no video at all, but a text that goes on for a while",
     "cut.avi": lambda: clip(40, form="avi")[:-9000],
+    "cut.mkv": lambda: _without_the_end(clip(40, form="matroska")),
+    "cut.mp4": lambda: _without_the_end(clip(40)),
     "f0.jpg": lambda: jpeg_bytes(90, 60, seed=0),
     "f1.jpg": lambda: jpeg_bytes(90, 60, seed=1),
     "f2.jpg": lambda: jpeg_bytes(90, 60, seed=2),
@@ -92,7 +99,7 @@ RECORDS: list[dict[str, Any]] = [
     {"id": "again", "videos": ["clip.mp4", "clip.mp4"], "conversations": said("<video>b<video>")},
     *(
         {"id": n, "videos": [n], "conversations": said("<video>")}
-        for n in ("empty.mp4", "text.mp4", "cut.avi", "no.mp4")
+        for n in ("empty.mp4", "text.mp4", "cut.avi", "cut.mkv", "cut.mp4", "no.mp4")
     ),
     {"id": "text", "conversations": said("a <video> element of a page")},
 ]
@@ -199,7 +206,10 @@ def test_faulty_videos_are_listed_by_name_with_their_samples(made: Store) -> Non
     assert cut
     assert "truncated video: frame" in cut[-1] or "not a video" in cut[-1]
     dropped = {line["id"] for line in lines if line["kind"] == "sample dropped"}
-    assert dropped == {"empty.mp4", "text.mp4", "cut.avi", "no.mp4"}
+    said_and_found = r"a truncated video: its header says 5\.0 s, and it ends after [23]\.\d s"
+    assert re.fullmatch(said_and_found, reasons["cut.mkv#video"])
+    assert re.fullmatch(r"a truncated video: \d+ of at least \d+ bytes", reasons["cut.mp4#video"])
+    assert dropped == {"empty.mp4", "text.mp4", "cut.avi", "cut.mkv", "cut.mp4", "no.mp4"}
     assert sample_of(made, "text").images == ()
 
 

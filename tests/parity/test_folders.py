@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_folders import granite4_vision, qwen3_vl, qwen3_vl_moe
+from whole_folders import TOKENS, granite4_vision, qwen3_vl, qwen3_vl_moe
 
 from megatron_deepstack.config.choices import EncoderPlacement, Recompute
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.errors import CheckpointError, ConfigError, ParityError
 from megatron_deepstack.planning.slots import decoder_slots, owner, stage_chunks
+from megatron_deepstack.testing.parity.by_transformers import special_tokens
 from megatron_deepstack.testing.parity.check import check_folder
 from megatron_deepstack.testing.ranks import RankPool
 
@@ -256,6 +257,11 @@ def test_a_config_that_means_something_else_is_refused(
         ({"deepstack_layer_map": [[-1, 2], [-2, 3]]}, r"two stacks enter before the layers \[2\]"),
         ({"deepstack_layer_map": None}, "deepstack_layer_map: found None, expected pairs"),
         ({"spatial_target_layers": [1, 4]}, r"spatial_target_layers: found \[1, 4\], expected 4 layers"),
+        ({"deepstack_layer_map": [[-1, "two"]]}, r"deepstack_layer_map: found \[\[-1, 'two'\]\], expected pairs"),
+        ({"spatial_target_layers": 5}, "spatial_target_layers: found 5, expected 4 layers"),
+        ({"spatial_target_layers": ["a", 1, 2, 3]}, r"spatial_target_layers: found \['a', 1, 2, 3\], expected 4"),
+        ({"vision_feature_select_strategy": "default"}, "found 'default', expected 'full' for a siglip tower"),
+        ({"image_token_id": 61}, "'image_token_id': 61}, two numbers of one token"),
         ({"downsample_rate": "3/8"}, "downsample_rate: found '3/8'; the second number must divide the 4 patches"),
         ({"downsample_rate": "half"}, "downsample_rate: found 'half', expected two sides"),
         ({"qformer__extra": 3}, "qformer_config: extra may change the result"),
@@ -308,6 +314,14 @@ def test_a_layout_that_does_not_fit_is_refused_before_ranks_start(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         next(check_folder(folder_of("qwen3_vl"), parallel))
+
+
+def test_padding_is_no_text(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers gives the embedding of padding no gradient, and counts a negative number from the end."""
+    model = model_of_folder(folder_of("qwen3_vl"))
+    for number, expected in ((5, 5), (-1, 63)):
+        config = {**TOKENS, "eos_token_id": [7, 8], "text_config": {"pad_token_id": number}}
+        assert sorted(special_tokens(model, config, "config.json")) == sorted([7, 8, 60, 61, 62, 63, expected])
 
 
 def test_an_image_token_outside_the_vocabulary_is_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

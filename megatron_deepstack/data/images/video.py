@@ -24,6 +24,12 @@ MIN_FRAMES: Final = 4
 """Fewest frames that are taken of a video that has them, as published."""
 PAIR: Final = 2
 """Frames of a view."""
+SLACK_SECONDS: Final = 1.0
+"""How much shorter than its header says a video may be: programs round, and count what follows the last frame."""
+_TICKS: Final = 1_000_000
+"""FFmpeg's units of a file's length in a second."""
+_BOX_HEADER: Final = 8
+_BOXES_OF_FRAMES: Final = (b"mdat", b"moof", b"moov")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +79,13 @@ def read_facts(data: bytes) -> VideoFacts:
         DataError: PyAV is not installed.
     """
     av = require_pyav()
+    _require_whole_boxes(data)
     try:
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.video:
                 raise QuarantineError("a video without frames: it has no picture stream")
             stream = container.streams.video[0]
-            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            count = stream.frames or _counted_frames(container, stream)
             fps = float(stream.average_rate or 0)
             width, height = stream.codec_context.width, stream.codec_context.height
     except av.FFmpegError as error:
@@ -86,6 +93,39 @@ def read_facts(data: bytes) -> VideoFacts:
     if count < 1 or fps <= 0 or width < 1 or height < 1:
         raise QuarantineError(f"a video without frames: {count} frames of {width} x {height} pixels, {fps:g} a second")
     return VideoFacts(count, fps, width, height)
+
+
+def _counted_frames(container: Any, stream: Any) -> int:
+    """Count the frames of a file whose header has no number. Raises QuarantineError if the file ends before its time.
+
+    Matroska and WebM say how long the longest of their streams is.
+    """
+    count, end = 0, 0.0
+    for packet in container.demux():
+        if packet.size and packet.dts is not None:
+            count += packet.stream is stream
+            end = max(end, float((packet.dts + (packet.duration or 0)) * packet.time_base))
+    length = ((container.duration or 0) + max(container.start_time or 0, 0)) / _TICKS
+    if count and end < length - SLACK_SECONDS:
+        raise QuarantineError(f"a truncated video: its header says {length:.1f} s, and it ends after {end:.1f} s")
+    return count
+
+
+def _require_whole_boxes(data: bytes) -> None:
+    """Raise QuarantineError if an MP4 or QuickTime file is cut off: it consists of boxes, each with its size.
+
+    FFmpeg silently leaves out the rest of a fragmented file.
+    """
+    at = 0
+    while data[4:8] == b"ftyp" and at + _BOX_HEADER <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 1:  # the size follows the name, in eight bytes
+            size = int.from_bytes(data[at + _BOX_HEADER : at + 2 * _BOX_HEADER], "big")
+        if size < _BOX_HEADER:  # 0: up to the end of the file; anything else is left to the decoder
+            return
+        name, at = data[at + 4 : at + _BOX_HEADER], at + size
+        if at > len(data) and name in _BOXES_OF_FRAMES:
+            raise QuarantineError(f"a truncated video: {len(data)} of at least {at} bytes")
 
 
 def sampled_frames(num_frames: int, fps: float, limits: VideoLimits) -> list[int]:

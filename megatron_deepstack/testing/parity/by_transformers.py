@@ -53,7 +53,10 @@ def by_transformers(
     """
     from transformers import AutoModelForImageTextToText
 
-    more = {"experts_implementation": "eager"} if model.language.num_experts else {}  # the others know no float64
+    more: dict[str, Any] = (
+        {"experts_implementation": "eager"} if model.language.num_experts else {}
+    )  # the others know no float64
+    more["ignore_mismatched_sizes"] = True  # a tensor of a wrong shape is refused by name where the ranks read it
     module = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", **more
     )
@@ -115,7 +118,9 @@ def model_inputs(
 
 
 def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) -> list[int]:
-    """Token ids that stand for images or videos, which text must not contain.
+    """Token ids that stand for images, videos or padding, which text must not contain.
+
+    transformers gives the row of padding in the embedding no gradient.
 
     Args:
         model: The folder's model.
@@ -128,9 +133,13 @@ def special_tokens(model: ModelConfig, config: Mapping[str, Any], where: str) ->
     Raises:
         CheckpointError: Such an id has no row in the embedding, so that transformers cannot read it.
     """
-    found = [
-        value for key, value in config.items() if key.endswith(("_token_id", "_token_index")) and value is not None
-    ]
+    found: list[int] = []
+    for key, value in config.items():
+        if key.endswith(("_token_id", "_token_index")) and value is not None:
+            found += value if isinstance(value, list) else [value]
+    padding = (config.get("text_config") or {}).get("pad_token_id")
+    if padding is not None:
+        found.append(padding % model.language.vocab_size if padding < 0 else padding)  # PyTorch counts from the end
     for key, default in _DEFAULT_IDS[model.variant].items():
         if config.get(key) is None and config.get(_OTHER_KEYS.get(key, key)) is None:
             found.append(default)
@@ -187,7 +196,8 @@ def _granite(sample: DrawnSample, model: ModelConfig, config: Mapping[str, Any],
     """Inputs of Granite 4 Vision: the views of all images one after another, and the sizes of the images."""
     expanded = sample.expanded(model)
     ids = torch.from_numpy(expanded.tokens.copy())[None]
-    number = config.get("image_token_index", config.get("image_token_id", 32000))
+    given = (config.get(key) for key in ("image_token_index", "image_token_id"))
+    number = next((value for value in given if value is not None), 32000)
     for span in expanded.spans:
         ids[0, span.start : span.start + span.length] = number
     if not sample.shapes:
