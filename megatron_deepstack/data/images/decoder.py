@@ -28,7 +28,7 @@ from typing import IO, Any, Final
 
 from megatron_deepstack import errors
 from megatron_deepstack.data.images.decoder_process import SLOTS, ViewSlots, Word, memory_bytes
-from megatron_deepstack.data.images.processor import ProcessedImage
+from megatron_deepstack.data.images.image_processor import ProcessedImage
 from megatron_deepstack.data.images.processors import AnyProcessor
 from megatron_deepstack.data.images.source import ImageAt, QuarantineError, is_local
 from megatron_deepstack.errors import DataError, LocationError

@@ -8,71 +8,46 @@ that uses torchvision rounds differently, as torch does (`data.resize=torch`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.config.choices import Compression, DeepGrey, ImageResize, Orientation
+from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.traits.variants import ViewLayout
-from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
+from megatron_deepstack.data.images.colours import ColourRules
+from megatron_deepstack.data.images.image_processor import ImageProcessor, ProcessedImage
 from megatron_deepstack.data.images.pictures import decode_image, stretch
-from megatron_deepstack.data.images.processor import ProcessedImage, described_fields
 from megatron_deepstack.data.images.source import FramesAt, QuarantineError
 from megatron_deepstack.data.images.video import decode_frames
 from megatron_deepstack.data.store.blocks import as_blocks
 from megatron_deepstack.data.store.schema import BlockSlots, num_blocks
 from megatron_deepstack.errors import DataError
-from megatron_deepstack.planning.views import MAX_ASPECT_RATIO, ViewGrid, layout_of, smart_resize
+from megatron_deepstack.planning.views import MAX_ASPECT_RATIO, ViewGrid, smart_resize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SizedProcessor:
+class SizedProcessor(ImageProcessor):
     """How an image file becomes one view at its own resolution."""
 
-    layout: ViewLayout
     patch_size: int
     merge_size: int
     min_pixels: int
     max_pixels: int
-    resize: ImageResize
-    max_image_pixels: int
-    orientation: Orientation = Orientation.AS_STORED
-    deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
-    transparency: str = AS_PUBLISHED
     video_max_pixels: int = 0
     """Most pixels of all frames of a video; 0 if there are no videos."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> SizedProcessor:
-        """The processor that `recipe` asks for."""
-        model, data = recipe.model, recipe.data
-        return cls(
-            layout=layout_of(model.variant),
-            patch_size=model.vision.patch_size,
-            merge_size=model.vision.merge_size,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            resize=data.resize,
-            max_image_pixels=data.max_image_pixels,
-            orientation=data.orientation,
-            deep_grey=data.deep_grey,
-            transparency=data.transparency.lower(),
-        )
-
-    @classmethod
-    def described(cls, made: Mapping[str, Any]) -> SizedProcessor:
-        """The processor that a store records.
-
-        Args:
-            made: As `describe` returns it; stores of earlier releases lack what did not exist then.
-
-        Returns:
-            The processor.
-        """
-        return cls(**described_fields(cls, made))
+    def own_fields(cls, recipe: Recipe) -> dict[str, Any]:
+        """The size of patches, and the limits of a view's area."""
+        vision, data = recipe.model.vision, recipe.data
+        return {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.merge_size,
+            "min_pixels": data.min_pixels,
+            "max_pixels": data.max_pixels,
+        }
 
     @property
     def most_slots(self) -> int:
@@ -86,47 +61,18 @@ class SizedProcessor:
         return num_blocks(3 * max(self.max_pixels, longest, pair))
 
     def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> BlockSlots:
-        """The shape of the pixels of a store.
-
-        Args:
-            num_parts: Number of parts, and so of shards.
-            images_per_part: Images of a part.
-            compression: Codec of the slots.
-
-        Returns:
-            The shape; a shard has space for the most slots that each image can take.
-        """
+        """The shape of the pixels of a store, see `ImageProcessor.pixels`; a slot is a block."""
         return BlockSlots(num_parts, images_per_part * self.most_slots, compression)
 
     def describe(self) -> dict[str, Any]:
-        """What a store records of its processor; plain JSON values."""
-        values = asdict(self).items()
-        return {
-            name: value if isinstance(value, int) else str(value)
-            for name, value in values
-            if name != "video_max_pixels" or value
-        }
+        """As all processors; a limit for videos is recorded only where there is one."""
+        made = ImageProcessor.describe(self)
+        return {name: value for name, value in made.items() if name != "video_max_pixels" or value}
 
-    def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
-        """Make the view of an image file.
-
-        Args:
-            data: The file's bytes.
-            out: uint8 (at least `most_slots`, BLOCK_BYTES), whose first rows take the view; a new array if None.
-
-        Returns:
-            The view as blocks, and what is known of the image.
-
-        Raises:
-            QuarantineError: The image cannot be used.
-        """
-        colours = ColourRules(self.deep_grey, self.transparency)
-        image = decode_image(data, self.max_image_pixels, self.orientation, colours)
-        view, grid = self.view_of(image.pixels)
-        height, width = image.pixels.shape[:2]
-        sha256 = hashlib.sha256(data).hexdigest()
-        thw = (grid.frames, grid.height, grid.width)
-        return ProcessedImage(as_blocks(view, out), thw, (width, height), image.damage, sha256)
+    def slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
+        """The view as blocks (blocks, BLOCK_BYTES), and its patches in time, height and width."""
+        view, grid = self.view_of(pixels)
+        return as_blocks(view, out), (grid.frames, grid.height, grid.width)
 
     def process_pair(self, contents: Sequence[bytes], at: FramesAt, out: np.ndarray | None = None) -> ProcessedImage:
         """Make the view of a pair of a video's frames.

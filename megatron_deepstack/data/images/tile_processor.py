@@ -7,64 +7,33 @@ processor that uses Pillow; the one that uses torchvision rounds differently, as
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_deepstack.config.choices import Compression, DeepGrey, ImageResize, Orientation
+from megatron_deepstack.config.choices import Compression
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.traits.variants import ViewLayout
-from megatron_deepstack.data.images.colours import AS_PUBLISHED, ColourRules
-from megatron_deepstack.data.images.pictures import decode_image, stretch
-from megatron_deepstack.data.images.processor import ProcessedImage, described_fields
+from megatron_deepstack.data.images.image_processor import ImageProcessor
+from megatron_deepstack.data.images.pictures import stretch
 from megatron_deepstack.data.store.schema import PixelsShape
-from megatron_deepstack.planning.views import TileGrid, layout_of, layout_views, read_tile_grids, tile_grid
+from megatron_deepstack.planning.views import TileGrid, layout_views, read_tile_grids, tile_grid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TileProcessor:
+class TileProcessor(ImageProcessor):
     """How an image file becomes one view of the whole image, and tiles."""
 
-    layout: ViewLayout
     crop_size: int
     """Side of a view, and of a tile, in pixels."""
     tile_grids: tuple[str, ...]
     """Grids of tiles to choose from, columns x rows, in the order that decides between equals."""
-    resize: ImageResize
-    max_image_pixels: int
-    orientation: Orientation = Orientation.AS_STORED
-    deep_grey: DeepGrey = DeepGrey.AS_PUBLISHED
-    transparency: str = AS_PUBLISHED
 
     @classmethod
-    def of(cls, recipe: Recipe) -> TileProcessor:
-        """The processor that `recipe` asks for."""
-        model, data = recipe.model, recipe.data
-        return cls(
-            layout=layout_of(model.variant),
-            crop_size=model.vision.image_size,
-            tile_grids=model.vision.tile_grids,
-            resize=data.resize,
-            max_image_pixels=data.max_image_pixels,
-            orientation=data.orientation,
-            deep_grey=data.deep_grey,
-            transparency=data.transparency.lower(),
-        )
-
-    @classmethod
-    def described(cls, made: Mapping[str, Any]) -> TileProcessor:
-        """The processor that a store records.
-
-        Args:
-            made: As `describe` returns it.
-
-        Returns:
-            The processor.
-        """
-        return cls(**described_fields(cls, made))
+    def own_fields(cls, recipe: Recipe) -> dict[str, Any]:
+        """The size of a tile, and the grids."""
+        vision = recipe.model.vision
+        return {"crop_size": vision.image_size, "tile_grids": vision.tile_grids}
 
     @property
     def most_slots(self) -> int:
@@ -72,43 +41,14 @@ class TileProcessor:
         return max(layout_views(self.layout, grid) for grid in read_tile_grids(self.tile_grids))
 
     def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> PixelsShape:
-        """The shape of the pixels of a store.
-
-        Args:
-            num_parts: Number of parts, and so of shards.
-            images_per_part: Images of a part.
-            compression: Codec of the slots.
-
-        Returns:
-            The shape; a shard has space for the most slots that each image can take.
-        """
+        """The shape of the pixels of a store, see `ImageProcessor.pixels`; a slot is a view."""
         return PixelsShape(num_parts, images_per_part * self.most_slots, self.crop_size, compression)
 
-    def describe(self) -> dict[str, Any]:
-        """What a store records of its processor; plain JSON values."""
-        plain = {name: value if isinstance(value, int) else str(value) for name, value in asdict(self).items()}
-        return {**plain, "tile_grids": list(self.tile_grids)}
-
-    def process(self, data: bytes, out: np.ndarray | None = None) -> ProcessedImage:
-        """Make the views of an image file.
-
-        Args:
-            data: The file's bytes.
-            out: uint8 (at least `most_slots`, S, S, 3), whose first rows take the views; a new array if None.
-
-        Returns:
-            The views and what is known of the image.
-
-        Raises:
-            QuarantineError: The image cannot be used.
-        """
-        colours = ColourRules(self.deep_grey, self.transparency)
-        image = decode_image(data, self.max_image_pixels, self.orientation, colours)
-        height, width = image.pixels.shape[:2]
+    def slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
+        """The whole image and its tiles uint8 (1 + tiles, S, S, 3), and columns and rows of tiles."""
+        height, width = pixels.shape[:2]
         tiles = tile_grid(width, height, self.crop_size, read_tile_grids(self.tile_grids))
-        views = self._views(image.pixels, tiles, out)
-        sha256 = hashlib.sha256(data).hexdigest()
-        return ProcessedImage(views, (tiles.columns, tiles.rows), (width, height), image.damage, sha256)
+        return self._views(pixels, tiles, out), (tiles.columns, tiles.rows)
 
     def _views(self, pixels: np.ndarray, tiles: TileGrid, out: np.ndarray | None) -> np.ndarray:
         """The whole image, then the tiles in raster order: uint8 (1 + tiles, S, S, 3)."""

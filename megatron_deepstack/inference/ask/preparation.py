@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_deepstack.config.choices import Template
 from megatron_deepstack.config.schema import DataConfig, ModelConfig, Recipe
-from megatron_deepstack.data.images.processor import ProcessedImage
+from megatron_deepstack.data.images.image_processor import ProcessedImage
 from megatron_deepstack.data.images.processors import AnyProcessor, described_processor, processor_of
 from megatron_deepstack.data.images.sized_processor import SizedProcessor
 from megatron_deepstack.data.images.source import QuarantineError, read_image
