@@ -216,7 +216,9 @@ def _whole(config: Mapping[str, Any], model_type: str, model: ModelConfig, seq_l
     fields = {**whole.fields, "text_config": IGNORED, "vision_config": IGNORED}
     yield from _unequal("model.language", config, fields, language_facts(model.language))
     text_type, vision_type = (known.model_types[0] for known in (hf_decoder(model.language), hf_tower(model.vision)))
-    for section, values in whole.sections(config, {**vision_facts(model.vision), "kind": model.vision.kind}, CONFIG).items():
+    for section, values in whole.sections(
+        config, {**vision_facts(model.vision), "kind": model.vision.kind}, CONFIG
+    ).items():
         for name, value in values.items():
             ours = getattr(getattr(model, section), name)
             if (list(ours) if isinstance(ours, tuple) else ours) != value:

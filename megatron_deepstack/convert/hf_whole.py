@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.build import build_recipe
+from megatron_deepstack.config.check import find_problems
 from megatron_deepstack.config.choices import Variant
-from megatron_deepstack.config.expert_rules import expert_problems
-from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem
-from megatron_deepstack.config.schema import DataConfig, ModelConfig
+from megatron_deepstack.config.schema import DataConfig, ModelConfig, Recipe
 from megatron_deepstack.config.traits.families import FAMILIES, FamilyTraits, HfDecoder
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, read
 from megatron_deepstack.config.traits.towers import TOWERS, HfTower
@@ -214,7 +213,8 @@ def model_of_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     for section, values in whole.sections(config, plain["vision"], where).items():
         plain[section] = {**plain.get(section, {}), **values}
     model = _built(plain, where)
-    _refuse([*native_problems(model), *expert_problems(model)], where)
+    problems = find_problems(Recipe(model=model))
+    _refuse([one for one in problems if all(path.startswith("model.") for path in one.paths)], where)
     try:
         decoder_slots(model)
     except SlotError as error:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from whole_folders import TOKENS, granite4_vision, qwen3_vl, qwen3_vl_moe
 
 from megatron_deepstack.config.choices import EncoderPlacement, Recompute
@@ -222,6 +224,8 @@ def _changed(source: Path, target: Path, **changes: Any) -> Path:
     ("changes", "words"),
     [
         ({"vision__deepstack_visual_indexes": [0, 4]}, r"model.vision.taps.*found \[0, 4\], expected different layers"),
+        ({"vision__deepstack_visual_indexes": [0, -1]}, r"model.vision.taps: found \[0, -1\], expected"),
+        ({"text__num_attention_heads": 0}, "model.language.num_heads: found 0, expected"),
         ({"vision__deepstack_visual_indexes": [1, 1]}, r"model.vision.taps.*expected different layers from 0 to 3"),
         ({"vision__window_size": 112}, "window_size: found 112, a key that is not known here"),
         ({"vision__out_hidden_size": 64}, "out_hidden_size: 64 in the checkpoint, 32 in the recipe"),
@@ -314,6 +318,28 @@ def test_a_layout_that_does_not_fit_is_refused_before_ranks_start(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         next(check_folder(folder_of("qwen3_vl"), parallel))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (None, r"broken: holds no tensor model.mm_projector.merger.norm.weight; expected shape \(24,\)"),
+        (torch.zeros(5), r"broken: model.visual.merger.norm.weight has shape \(5,\), the recipe's model needs \(24,\)"),
+    ],
+    ids=["missing", "another shape"],
+)
+def test_a_tensor_that_is_not_as_the_config_says_is_refused_by_name(
+    folder_of: Callable[[str], Path], tmp_path: Path, tensor: torch.Tensor | None, words: str
+) -> None:
+    folder = _changed(folder_of("qwen3_vl"), tmp_path / "broken")
+    file, name = folder / "model.safetensors", "model.visual.merger.norm.weight"
+    tensors = load_file(file)
+    file.unlink()
+    kept = {own: one for own, one in tensors.items() if own != name}
+    save_file(kept if tensor is None else {**kept, name: tensor}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        list(check_folder(folder, ParallelConfig()))
 
 
 def test_padding_is_no_text(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

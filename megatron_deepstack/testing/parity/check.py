@@ -19,7 +19,7 @@ from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_names import part_of
 from megatron_deepstack.convert.published import published_source
-from megatron_deepstack.errors import ParityError
+from megatron_deepstack.errors import DeepStackError, ParityError, RankError
 from megatron_deepstack.parallel.axes import axes_for
 from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.slots import nearly_even, stage_chunks
@@ -80,7 +80,8 @@ def check_folder(
         with the worst tensor; each tensor beyond the tolerance has a line of its own.
 
     Raises:
-        CheckpointError: The folder's model is not understood; the message names the file and each key.
+        CheckpointError: The folder's model is not understood, or a tensor is missing or has another shape; the message
+            names the file and each key or tensor.
         ConfigError: The layout does not fit the model, or a stack has no layer; before any rank starts.
         ParityError: After the last line, if a quantity exceeds its tolerance.
     """
@@ -109,12 +110,22 @@ def check_folder(
         ranks = pool or opened.enter_context(RankPool(axes.world_size))
         for packed in (False, True):
             how = "packed" if packed else "padded"
-            found: ParityNumbers = ranks.run(compare_on_rank, replace(task, packed=packed))[0]
+            found = _compared(ranks, replace(task, packed=packed))
             for line in _lines(found, task, expected.loss, how):
                 failed += not line.passed
                 yield line
     if failed:
         raise ParityError(f"{folder}: {failed} quantities exceed their tolerances")
+
+
+def _compared(ranks: RankPool, task: ParityTask) -> ParityNumbers:
+    """What the ranks find. What is wrong with the folder is raised as it is, without the rank that met it."""
+    try:
+        return ranks.run(compare_on_rank, task)[0]  # type: ignore[no-any-return]
+    except RankError as error:
+        if isinstance(error.__cause__, DeepStackError):
+            raise error.__cause__ from error
+        raise
 
 
 def _fitting_layout(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
