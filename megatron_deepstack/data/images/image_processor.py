@@ -87,7 +87,7 @@ class ImageProcessor:
         raise NotImplementedError
 
     def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> PixelsShape | BlockSlots:
-        """The shape of the pixels of a store; each kind has its own.
+        """The shape of the pixels of a store.
 
         Args:
             num_parts: Number of parts, and so of shards.
@@ -97,20 +97,16 @@ class ImageProcessor:
         Returns:
             The shape; a shard has space for the most slots that each image can take.
         """
+        return self._shape(num_parts, images_per_part * self.most_slots, compression)
+
+    def _shape(self, num_parts: int, slots_per_part: int, compression: Compression) -> PixelsShape | BlockSlots:
+        """The shape of the pixels of a store; each kind has its own slots."""
         raise NotImplementedError
 
-    def slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Make the slots of a picture; each kind has its own way.
+    def _slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Slots and grid, as `ProcessedImage` has them, of a picture uint8 (height, width, 3); each kind has its way.
 
-        Args:
-            pixels: uint8 (height, width, 3).
-            out: See `process`.
-
-        Returns:
-            The slots and the grid, as `ProcessedImage` has them.
-
-        Raises:
-            QuarantineError: The picture cannot be used.
+        Raises QuarantineError for a picture that cannot be used.
         """
         raise NotImplementedError
 
@@ -134,7 +130,7 @@ class ImageProcessor:
         """
         colours = ColourRules(self.deep_grey, self.transparency)
         image = decode_image(data, self.max_image_pixels, self.orientation, colours)
-        slots, grid = self.slots_of(image.pixels, out)
+        slots, grid = self._slots_of(image.pixels, out)
         height, width = image.pixels.shape[:2]
         return ProcessedImage(slots, grid, (width, height), image.damage, hashlib.sha256(data).hexdigest())
 

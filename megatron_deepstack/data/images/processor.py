@@ -42,12 +42,11 @@ class Processor(ImageProcessor):
         """The largest number of slots, here views, that an image can take in a store."""
         return most_views(self.layout, self.grid, self.num_crops)
 
-    def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> PixelsShape:
-        """The shape of the pixels of a store, see `ImageProcessor.pixels`; a slot is a view."""
-        return PixelsShape(num_parts, images_per_part * self.most_slots, self.crop_size, compression)
+    def _shape(self, num_parts: int, slots_per_part: int, compression: Compression) -> PixelsShape:
+        return PixelsShape(num_parts, slots_per_part, self.crop_size, compression)
 
-    def slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
-        """The views uint8 (views, S, S, 3), and columns and rows of crops; see `ImageProcessor.slots_of`."""
+    def _slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
+        """The views uint8 (views, S, S, 3), and columns and rows of crops."""
         height, width = pixels.shape[:2]
         if self.layout is ViewLayout.GLOBAL:
             grid = (1, 1)

@@ -60,16 +60,15 @@ class SizedProcessor(ImageProcessor):
         pair = max(self.video_max_pixels, 2 * longest) if self.video_max_pixels else 0
         return num_blocks(3 * max(self.max_pixels, longest, pair))
 
-    def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> BlockSlots:
-        """The shape of the pixels of a store, see `ImageProcessor.pixels`; a slot is a block."""
-        return BlockSlots(num_parts, images_per_part * self.most_slots, compression)
+    def _shape(self, num_parts: int, slots_per_part: int, compression: Compression) -> BlockSlots:
+        return BlockSlots(num_parts, slots_per_part, compression)
 
     def describe(self) -> dict[str, Any]:
         """As all processors; a limit for videos is recorded only where there is one."""
         made = ImageProcessor.describe(self)
         return {name: value for name, value in made.items() if name != "video_max_pixels" or value}
 
-    def slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
         """The view as blocks (blocks, BLOCK_BYTES), and its patches in time, height and width."""
         view, grid = self.view_of(pixels)
         return as_blocks(view, out), (grid.frames, grid.height, grid.width)

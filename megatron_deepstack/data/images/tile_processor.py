@@ -40,11 +40,10 @@ class TileProcessor(ImageProcessor):
         """The largest number of slots, here views, that an image can take in a store."""
         return max(layout_views(self.layout, grid) for grid in read_tile_grids(self.tile_grids))
 
-    def pixels(self, num_parts: int, images_per_part: int, compression: Compression) -> PixelsShape:
-        """The shape of the pixels of a store, see `ImageProcessor.pixels`; a slot is a view."""
-        return PixelsShape(num_parts, images_per_part * self.most_slots, self.crop_size, compression)
+    def _shape(self, num_parts: int, slots_per_part: int, compression: Compression) -> PixelsShape:
+        return PixelsShape(num_parts, slots_per_part, self.crop_size, compression)
 
-    def slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _slots_of(self, pixels: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, tuple[int, ...]]:
         """The whole image and its tiles uint8 (1 + tiles, S, S, 3), and columns and rows of tiles."""
         height, width = pixels.shape[:2]
         tiles = tile_grid(width, height, self.crop_size, read_tile_grids(self.tile_grids))
