@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.choices import RopeType
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe, RopeScalingConfig
 from megatron_deepstack.testing.ranks import groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
@@ -39,8 +40,15 @@ def make_run(folder: Path, parallel: ParallelConfig | None = None, **changes: ob
         tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
         store=str(folder / "store.zarr"),
     )
+    scaling = RopeScalingConfig(rope_type=RopeType.LLAMA3, factor=4.0, original_max_position_embeddings=16)
     language = LanguageConfig(
-        vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2
+        vocab_size=512,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_scaling=scaling,  # of an original length that questions exceed
     )
     run = tiny_recipe(tiny_model(language=language, **changes), parallel or ParallelConfig(pipeline=2))
     run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))

@@ -26,7 +26,7 @@ from megatron_deepstack.convert.export_files import CHAT_TEMPLATE, FINGERPRINT, 
 from megatron_deepstack.convert.hf_config import RELEASES, read_config, require_same_model
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG, PREPROCESSOR
 from megatron_deepstack.convert.hf_names import by_published_name
-from megatron_deepstack.convert.hf_rope import rope_base
+from megatron_deepstack.convert.hf_rope import rope_scaling, rotary_base
 from megatron_deepstack.convert.hf_written import DEEPSTACK
 from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name, lazy_tensor
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows, without_placeholders
@@ -226,7 +226,8 @@ def _language(config: Mapping[str, Any], text: Mapping[str, Any], kind: str, fol
             value = text.get(key)
             yield field.reads, field.default if value is None else value
     yield "vocab_size", text_rows(config) or text.get("vocab_size")
-    yield "rope_theta", rope_base(text)
+    yield "rope_theta", rotary_base(text, known)
+    yield "rope_scaling", rope_scaling(text)
     switches = own if own else traits.switches
     yield from ((switch, switches[switch]) for switch in ("qkv_bias", "qk_norm") if switch in switches)
     yield "family", own.get("family") if own else (None if traits.is_recognised else name)

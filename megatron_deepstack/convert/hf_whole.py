@@ -23,7 +23,7 @@ from megatron_deepstack.config.traits.towers import TOWERS, HfTower
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS, with_usual_keys
 from megatron_deepstack.convert.hf_granite import granite_keys, granite_sections
 from megatron_deepstack.convert.hf_processors import Values, granite_processor, qwen3_vl_processor
-from megatron_deepstack.convert.hf_rope import axial_base, rotary_base, rotary_sections
+from megatron_deepstack.convert.hf_rope import axial_base, rope_scaling, rotary_base, rotary_sections
 from megatron_deepstack.errors import CheckpointError, SlotError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -253,6 +253,7 @@ def _language(text: Mapping[str, Any], decoder: HfDecoder, family: FamilyTraits)
         found["num_kv_heads"] = heads if found["num_kv_heads"] is None else found["num_kv_heads"]
         found["head_dim"] = width // heads if found["head_dim"] is None else found["head_dim"]
     found["rope_theta"] = rotary_base(text, decoder)
+    found["rope_scaling"] = rope_scaling(text)
     if family.has_axial_positions:
         found["mrope_section"] = rotary_sections(text)
     return found
