@@ -7,11 +7,16 @@ from pathlib import Path
 
 from megatron_deepstack.config.choices import RopeType
 from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe, RopeScalingConfig
+from megatron_deepstack.inference.answerer import Answerer
+from megatron_deepstack.inference.ask.preparation import Preparation, Prepared
+from megatron_deepstack.inference.ask.text import StopWords
+from megatron_deepstack.inference.sampling import GREEDY
 from megatron_deepstack.testing.ranks import groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
 from orchestration.preprocess.driver.run import preprocess
 
+NEW_TOKENS = 64
 ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")
 
 
@@ -54,3 +59,29 @@ def make_run(folder: Path, parallel: ParallelConfig | None = None, **changes: ob
     run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
     preprocess(run, str(data.store), workers=0)
     return run
+
+
+def answer_here(rank: int, answerer: Answerer, preparation: Preparation, prepared: list[Prepared]) -> list[list[int]]:
+    """Answer questions together: greedy, `NEW_TOKENS` for each that has room for them, and not ended by any token.
+
+    Args:
+        rank: Of the pool.
+        answerer: Who is asked.
+        preparation: How the questions were prepared.
+        prepared: The questions.
+
+    Returns:
+        The ids of each answer.
+    """
+    from megatron_deepstack.inference.ask.rank import Batch, answer_batch
+
+    engine, _ = answerer.engine(groups_for(answerer.recipe.parallel))
+    batch = Batch(
+        questions=tuple(prepared),
+        first_number=0,
+        max_new_tokens=NEW_TOKENS,
+        stop_ids=(-1,),
+        stop_words=StopWords((), preparation.tokenizer),
+        sampling=GREEDY,
+    )
+    return answer_batch(engine, preparation, batch)

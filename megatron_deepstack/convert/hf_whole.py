@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.build import build_recipe
-from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.choices import Template, Variant
 from megatron_deepstack.config.expert_rules import expert_problems
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem
@@ -53,6 +53,8 @@ class WholeModel:
     """The token that stands for an image in a text, which its processor repeats for each visual token."""
     video_token: str | None = None
     """The same for a video."""
+    template: Template
+    """The chat format that the published weights have learned."""
     processor: Callable[[ModelConfig, DataConfig], Values]
     """From a model and the preparation of its data to the files of its processor."""
     unused: tuple[str, ...] = ()
@@ -85,6 +87,7 @@ QWEN3_VL: Final = WholeModel(
         "vision_end_token_id": "<|vision_end|>",
     },
     image_token="<|image_pad|>",
+    template=Template.QWEN3_VL,
     video_token="<|video_pad|>",
     processor=qwen3_vl_processor,
 )
@@ -130,6 +133,7 @@ GRANITE4_VISION: Final = WholeModel(
     },
     special_tokens={"image_token_index": IMAGE_TOKEN},
     image_token=IMAGE_TOKEN,
+    template=Template.GRANITE_4,
     processor=granite_processor,
     unused=("model.vision_tower.post_layernorm.", "model.vision_tower.head."),
     sections=granite_sections,
