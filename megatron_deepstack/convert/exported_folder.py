@@ -34,7 +34,7 @@ from megatron_deepstack.convert.hf_written import DEEPSTACK
 from megatron_deepstack.convert.stacked_experts import is_of_expert, is_stack, read_expert
 from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name, lazy_tensor
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows, without_placeholders
-from megatron_deepstack.data.text.tokenizer_files import TOKENIZER_FILES
+from megatron_deepstack.data.text.tokenizer_files import tokenizer_in
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.published_shapes import published_shapes
 
@@ -107,7 +107,6 @@ def read_exported(path: str | Path) -> ExportedFolder:
     rows = text_rows(config)
     tensors = {name: _fitted(folder, files, names[name], name, shape, rows) for name, shape in expected.items()}
     used = {names[name] for name in expected}
-    tokenizer = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     text = config.get("text_config", config)
     return ExportedFolder(
         path=folder,
@@ -115,7 +114,7 @@ def read_exported(path: str | Path) -> ExportedFolder:
         data=data,
         unsaid=tuple(name for name in _asked_of(model) if name not in known),
         seq_length=text.get("max_position_embeddings"),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_in(folder),
         probe=said.get(PROBE),
         fingerprint=said.get(FINGERPRINT),
         tensors=tensors,

@@ -58,8 +58,10 @@ def described_whole(folder: Path, said: Mapping[str, Any]) -> tuple[ModelConfig,
     if template is not None:
         values.setdefault("template", str(template))
     data = _built({"template": str(whole.template), **values}, file)
-    colours = {ours: tuple(image[key]) for ours, key in (("mean", "image_mean"), ("std", "image_std")) if key in image}
-    model = replace(model, vision=replace(model.vision, **colours))
+    vision = model.vision
+    vision = replace(vision, mean=tuple(image.get("image_mean", vision.mean)))
+    vision = replace(vision, std=tuple(image.get("image_std", vision.std)))
+    model = replace(model, vision=vision)
     differences = list(_differences(image, whole.processor(model, data)[PREPROCESSOR]))
     if differences:
         listed = "\n  ".join(differences)
@@ -86,8 +88,10 @@ def folder_template(folder: Path) -> str | None:
 def _known_template(folder: Path, whole: WholeModel) -> Template | None:
     """The template that `export` has written into a folder."""
     text = folder_template(folder)
-    tokens = {"image_token": whole.image_token, "video_token": whole.video_token}
-    return next((known for known in Template if text is not None and chat_template(known, **tokens) == text), None)
+    for known in Template:
+        if text == chat_template(known, image_token=whole.image_token, video_token=whole.video_token):
+            return known
+    return None
 
 
 def _section(folder: Path, name: str, nested: str) -> tuple[Path, Mapping[str, Any]]:
@@ -166,5 +170,5 @@ def _equal(key: str, value: Any, mine: Any) -> bool:
         side = mine["height"]
         return value in (mine, side, {"shortest_edge": side})
     if key == "size" and isinstance(mine, Mapping) and isinstance(value, Mapping):
-        return all(value.get(name, number) == number for name, number in mine.items())
+        return value.keys() <= mine.keys()  # areas, which are the recipe's own fields
     return bool(value == mine)

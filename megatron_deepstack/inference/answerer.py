@@ -220,7 +220,8 @@ class FolderAnswerer(Answerer):
         if words or (tokenizer.bos_id or 0) >= rows:
             raise DataError(
                 f"{tokenizer.source}: its ids go up to {tokenizer.vocab_size - 1}, and the model in {self.folder} has "
-                f"{rows} words; name the model's own tokenizer with data.tokenizer=PATH"
+                f"{rows} words, none for {tokenizer.names_from(rows)}; name the model's own tokenizer with "
+                "data.tokenizer=PATH"
             )
         if self.probe is not None and probe(tokenizer) != self.probe:
             raise DataError(

@@ -102,7 +102,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folde
         root = tmp_path_factory.mktemp(kind)
         words = write_chat_tokenizer(root / "words", *TOKENS[kind])
         tokenizer = load_tokenizer(words)
-        path = getattr(whole_folders, kind)(root / "folder", text={"vocab_size": tokenizer.vocab_size})
+        rows = tokenizer.vocab_size + tokenizer.vocab_size % 2
+        path = getattr(whole_folders, kind)(root / "folder", text={"vocab_size": rows})
         for file in Path(words).iterdir():
             (path / file.name).write_bytes(file.read_bytes())
         config = json.loads((path / "config.json").read_text())

@@ -38,7 +38,7 @@ def template_difference(folder: Path, template: Template, tokenizer: Tokenizer, 
     if text is None or not isinstance(tokenizer, HuggingFaceTokenizer):
         return None
     backend = Backend.from_buffer(tokenizer.files[TOKENIZER_FILE])
-    names = {
+    names: dict[str, Any] = {
         f"{role}_token": backend.id_to_token(number)
         for role, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id))
         if number is not None
@@ -46,7 +46,8 @@ def template_difference(folder: Path, template: Template, tokenizer: Tokenizer, 
     content: list[Any] = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
     message = {"role": "user", "content": content}
     try:
-        (written,), _ = render_jinja_template([[message]], chat_template=text, add_generation_prompt=True, **names)
+        rendered: Any = render_jinja_template([[message]], chat_template=text, add_generation_prompt=True, **names)
+        written: str = rendered[0][0]
     except Exception as error:  # a template may raise anything
         return f"its chat template cannot write a question about an image: {error}"
     image = backend.token_to_id(image_token)
