@@ -113,7 +113,7 @@ SCALED = [
     (
         "yarn-by-lengths",
         {
-            "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "rope_parameters": {"rope_type": "yarn", "factor": None, "mscale": 1.0, "mscale_all_dim": 1.0},
             "original_max_position_embeddings": 4096,
             "max_position_embeddings": 16384,
         },
