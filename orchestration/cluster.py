@@ -9,9 +9,10 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
+import psutil
 from rich.console import Console
 
 from megatron_deepstack.errors import ClusterError, ConfigError, DeepStackError
@@ -24,6 +25,12 @@ _LOOPBACK: Final = "127.0.0.1"
 """The one address that all of Ray's servers bind to alone, if it is left as it is; see `_kept_to_loopback`."""
 _NO_METRICS: Final = {"RAY_enable_metrics_collection": "0"}
 """Its exporter would listen on every interface."""
+_STARTS: Final = 2
+"""Tries to start a Ray of our own on a machine that is too busy for the first."""
+_TOO_SLOW: Final = "timed out during startup"
+"""Ray's words for a node that was not up within 30 s, a time that no setting of Ray 2.60 changes."""
+_END_SECONDS: Final = 10.0
+"""Longest wait for the end of a process that was killed."""
 _KNOCK_SECONDS: Final = 10.0
 """Longest wait for a cluster's port."""
 _TOKEN: Final = (
@@ -69,7 +76,7 @@ def ray_session(
             folder, passed_over = ray_folder(os.environ)
             at_the_end.enter_context(folder)
             for line in passed_over:
-                Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {line}", markup=False)
+                _note(line)
             with _environment({**environment, **_NO_METRICS}), _kept_to_loopback():
                 _start(ray, workers, gpus, folder)
         at_the_end.callback(ray.shutdown)
@@ -77,24 +84,44 @@ def ray_session(
 
 
 def _start(ray: Any, workers: int | None, gpus: int | None, folder: Scratch) -> None:
-    """Start Ray here, in `folder`. On an overloaded machine it gives up after a minute, with a bare Exception."""
-    try:
-        ray.init(
-            address="local",
-            num_cpus=workers or len(os.sched_getaffinity(0)),
-            num_gpus=gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _node_ip_address=_LOOPBACK,
-            _temp_dir=str(given_to_ray(folder)),
-        )
-    except DeepStackError:
-        raise
-    except Exception as error:
-        ray.shutdown()
-        raise ClusterError(_why_not_started(folder, str(error))) from error
+    """Start Ray here, in `folder`; once more if the machine was too busy the first time."""
+    for remaining in reversed(range(_STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=workers or len(os.sched_getaffinity(0)),
+                num_gpus=gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=str(given_to_ray(folder)),
+            )
+            return
+        except DeepStackError:
+            raise
+        except Exception as error:  # Ray has no class of its own for this
+            ray.shutdown()
+            _end_processes_in(folder)
+            if not remaining or _TOO_SLOW not in str(error) or disk_fault(folder.path):
+                raise ClusterError(_why_not_started(folder, str(error))) from error
+            _note("Ray was not up within its 30 s; this machine seems busy. It is started once more.")
+
+
+def _note(line: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {line}", markup=False)
+
+
+def _end_processes_in(folder: Scratch) -> None:
+    """End the processes of a Ray that came up by halves: `ray.shutdown` knows of none before all of them are up."""
+    started = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(str(folder.path) in argument for argument in child.cmdline()):
+                child.kill()
+                started.append(child)
+    psutil.wait_procs(started, timeout=_END_SECONDS)
 
 
 def _why_not_started(folder: Scratch, said: str) -> str:

@@ -60,8 +60,10 @@ def write_then_read(rank: int, recipe: Recipe, version: int) -> list[str]:
 @pytest.mark.parametrize("precision", [pytest.param(Precision.FP32, marks=pytest.mark.slow), Precision.BF16])
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(pipeline=2), ParallelConfig(distributed_optimizer=True)],
-    ids=["pp2", "dp2-zero"],
+    [
+        pytest.param(ParallelConfig(pipeline=2), id="pp2", marks=pytest.mark.slow),
+        pytest.param(ParallelConfig(distributed_optimizer=True), id="dp2-zero"),
+    ],
 )
 def test_the_formats_before_are_read(
     ranks: Pools, tmp_path: Path, parallel: ParallelConfig, precision: Precision, version: int

@@ -40,10 +40,11 @@ CHANGES = [
 @pytest.mark.parametrize(
     ("precision", "model", "chain"),
     [
-        pytest.param(precision, model, chain, id=f"{precision}-{'>'.join(chain)}", marks=[pytest.mark.slow] * (k > 0))
-        for k, (precision, model, *chain) in enumerate(CHANGES)
+        pytest.param(precision, model, chain, id=f"{precision}-{'>'.join(chain)}")
+        for precision, model, *chain in CHANGES
     ],
 )
+@pytest.mark.slow
 def test_experts_survive_a_change_of_layout(
     ranks: Pools, tmp_path: Path, precision: Precision, model: object, chain: list[str]
 ) -> None:

@@ -280,7 +280,7 @@ def looks_like_llama(config: dict[str, Any]) -> bool:
     return {"hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps"} <= config.keys()
 
 
-PARTS_OF_WHOLE_MODELS = {"qwen3_vl_text", "granite4_vision_text"}
+PARTS_OF_WHOLE_MODELS = {"qwen3_vl_text", "qwen3_vl_moe_text", "granite4_vision_text"}
 
 
 def configs_of_transformers() -> Iterator[tuple[str, dict[str, Any]]]:

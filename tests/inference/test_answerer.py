@@ -90,8 +90,14 @@ def runs(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return make
 
 
-@pytest.mark.parametrize("naming", Naming)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "naming"),
+    [
+        pytest.param(name, naming, id=f"{name}-{naming}", marks=[pytest.mark.slow] * (row % 2 == column))
+        for row, name in enumerate(MODELS)
+        for column, naming in enumerate(Naming)
+    ],
+)
 def test_a_folder_answers_as_the_run_it_was_exported_from(ranks: Pools, runs: Runs, name: str, naming: Naming) -> None:
     """The same pixels, the same prompts, and 64 tokens; the model is that of the recipe."""
     made = runs(name)

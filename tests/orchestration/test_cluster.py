@@ -2,6 +2,7 @@
 
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -122,8 +123,27 @@ def test_a_ray_that_does_not_start_is_an_error_of_ours(
         monkeypatch.setattr(ray_folder.os, "statvfs", lambda _: disk)
         with pytest.raises(ClusterError, match=words.replace("FOLDER", str(folder.path))):
             cluster._start(never, workers=2, gpus=0, folder=folder)
-    assert shut
+    assert len(shut) == (2 if kept else 1)
     assert folder.path.exists() is kept
+
+
+def test_a_ray_that_was_too_slow_is_started_once_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What was up of the first is ended, and the user is told."""
+    halves: list[subprocess.Popen[bytes]] = []
+
+    with hold_new(tmp_path, "x") as folder:
+
+        def slow_at_first(**_: object) -> None:
+            if halves:
+                assert not psutil.pid_exists(halves[0].pid)
+                return
+            halves.append(subprocess.Popen([sys.executable, "-c", "__import__('signal').pause()", str(folder.path)]))
+            raise Exception("The current node timed out during startup.")
+
+        cluster._start(SimpleNamespace(init=slow_at_first, shutdown=lambda: None), workers=2, gpus=0, folder=folder)
+    halves[0].wait()
+    assert "Ray was not up within its 30 s" in capfd.readouterr().err
+    assert not folder.path.exists()
 
 
 def test_ray_lives_in_a_folder_of_ours(local_ray: None) -> None:

@@ -241,8 +241,10 @@ def test_slurm_script_gives_up_on_a_head_that_does_not_come(stubs: dict[str, str
     """It would otherwise wait in silence for as long as the nodes are allotted."""
     script = start({**stubs, "HEAD_IS": head, "HEAD_SECONDS": "600" if head == "dead" else "1"}, subprocess.PIPE)
     assert script.stderr is not None
-    said = script.stderr.readline().decode()
-    assert end(script) == ClusterError.exit_code
+    with script.stderr:
+        said = script.stderr.readline().decode()
+        code = end(script)
+    assert code == ClusterError.exit_code
     assert said == f"{words}\n"
     assert "ours launch" not in calls(stubs)
 

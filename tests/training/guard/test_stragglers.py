@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,20 @@ from megatron_deepstack.training.guard.stragglers import Stragglers, slow_ranks
 
 Pools = Callable[[int], RankPool]
 SLOW_SECONDS = 1.0
+
+
+@dataclass
+class Clock:
+    """Stands in for the module `time`: it goes on by a millisecond a reading, and by what is slept, on any machine."""
+
+    seconds: float = 0.0
+
+    def perf_counter(self) -> float:
+        self.sleep(0.001)
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
 @pytest.mark.parametrize(
@@ -73,36 +86,36 @@ def test_only_passes_count() -> None:
     assert work.take() == 0.0
 
 
-def _slow_down(session: Any, where: str) -> None:
+def _slow_down(session: Any, where: str, clock: Clock) -> None:
     """Let one part of this rank's own work take longer."""
     if where == "data":
         load = session.reader.load
-        session.reader.load = lambda step: (time.sleep(SLOW_SECONDS), load(step))[1]
+        session.reader.load = lambda step: (clock.sleep(SLOW_SECONDS), load(step))[1]
     else:
         module = {"encode": session.engine.model.encoder, "layers": session.engine.model.chunks[0]}[where]
-        module.register_forward_pre_hook(lambda *_: time.sleep(SLOW_SECONDS))
+        module.register_forward_pre_hook(lambda *_: clock.sleep(SLOW_SECONDS))
 
 
 def _train_with_a_slow_rank(rank: int, recipe: Recipe, slow: int, where: str) -> None:
+    from megatron_deepstack.platform.compute import stopwatch
     from megatron_deepstack.training import loop
 
-    start = loop.start_session
+    clock, start = Clock(), loop.start_session
 
     def start_slow(*args: Any) -> Any:
         session = start(*args)
         if rank == slow:
-            _slow_down(session, where)
+            _slow_down(session, where, clock)
         return session
 
-    loop.start_session = start_slow
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "start_session", start_slow)
+        patch.setattr(loop, "time", clock)
+        patch.setattr(stopwatch, "time", clock)
         loop.run(recipe, groups_for(recipe.parallel))
-    finally:
-        loop.start_session = start
 
 
 @pytest.mark.parametrize(("slow", "where"), [(0, "data"), (1, "encode"), (1, "layers")])
-@pytest.mark.slow
 def test_a_slow_rank_is_named(ranks: Pools, tmp_path: Path, slow: int, where: str) -> None:
     """Of two stages the other one waits just as long for each step, and is not named."""
     store = write_tiny_store(tmp_path / "store.zarr")

@@ -72,7 +72,8 @@ def _a_place_to_be_found() -> None:
     threading.Event().wait()
 
 
-@pytest.mark.parametrize("behaviour", ["fine", pytest.param("patient", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("behaviour", ["fine", "patient"])
 def test_progress_is_left_alone(tmp_path: Path, behaviour: str) -> None:
     """A run folder keeps the story of its last hang, and the next attempt is not ended by it."""
     (tmp_path / "stacks").mkdir()

@@ -102,9 +102,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def layouts_by_precision(layouts: Iterable[str]) -> list[Any]:
-    """All pairs; each layout is quick in one precision, and the precisions take turns."""
+    """All pairs; each layout is quick in one precision, and the precisions take turns; the longest is quick in none."""
     return [
-        pytest.param(layout, precision, id=f"{layout}-{precision}", marks=[pytest.mark.slow] * ((row + column) % 2))
+        pytest.param(
+            layout,
+            precision,
+            id=f"{layout}-{precision}",
+            marks=[pytest.mark.slow] * ((row + column) % 2 or layout == "tp2-sp"),
+        )
         for row, layout in enumerate(layouts)
         for column, precision in enumerate((Precision.BF16, Precision.FP32))
     ]
