@@ -96,6 +96,7 @@ def read_exported(path: str | Path) -> ExportedFolder:
         known = frozenset(said)
     require_same_model(config, model, str(folder), _UNLIMITED)
     files = files_by_name(folder)
+    _require_tensors_of_all_layers(folder, model, len(files))
     names = by_published_name(files, str(folder), model)
     expected = published_shapes(model)
     missing = [name for name in expected if name not in names]
@@ -120,6 +121,16 @@ def read_exported(path: str | Path) -> ExportedFolder:
         tensors=tensors,
         left_over=tuple(name for name in files if name not in used),
     )
+
+
+def _require_tensors_of_all_layers(folder: Path, model: ModelConfig, num_tensors: int) -> None:
+    """Refuse a config of more layers than there can be, before the names of all their tensors are written down."""
+    layers = model.language.num_layers + model.vision.num_layers
+    if layers > num_tensors:
+        raise CheckpointError(
+            f"{folder}: {CONFIG} describes {layers} layers, and the files hold {num_tensors} tensors; one of the two "
+            "is damaged, or files are missing"
+        )
 
 
 def _asked_of(model: ModelConfig) -> tuple[str, ...]:
