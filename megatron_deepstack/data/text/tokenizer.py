@@ -65,7 +65,12 @@ class Tokenizer(ABC):
         """The name of a token as its files have it, also of a control token; None if it has none."""
 
     def names_from(self, first: int, *, most: int = 6) -> str:
-        """Name the tokens from an id on, for a message; the first `most` of them."""
+        """Name the tokens from an id on, for a message.
+
+        Args:
+            first: The smallest id.
+            most: Number of tokens that are named; three dots stand for the others.
+        """
         found = [name for number in range(first, self.vocab_size) if (name := self.name_of(number)) is not None]
         return ", ".join(map(repr, found[:most])) + (", ..." if len(found) > most else "")
 
