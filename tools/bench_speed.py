@@ -85,7 +85,7 @@ def ours(recipe: Recipe, lengths: list[int]) -> Step:
     from megatron_deepstack.planning.batch.step_plan import plan_step
     from megatron_deepstack.step.clock import StepClock
     from megatron_deepstack.step.engine import build_engine
-    from megatron_deepstack.step.train_step import forward_backward
+    from megatron_deepstack.step.train_step import gradient_sums
     from megatron_deepstack.testing.ranks import groups_for
     from megatron_deepstack.testing.tiny import tiny_share, unit_pixels
     from megatron_deepstack.training.optim.optimizer import Optimizer
@@ -103,8 +103,8 @@ def ours(recipe: Recipe, lengths: list[int]) -> Step:
 
     def step() -> float:
         begin = time.process_time()
-        forward_backward(engine, plan, pixels, StepClock())
-        optimizer.step(0)
+        loss = gradient_sums(engine, plan, pixels, StepClock())
+        optimizer.step(0, scale=loss.gradient_scale)
         return time.process_time() - begin
 
     return step

@@ -71,6 +71,7 @@ def decoder_config(
         deallocate_pipeline_outputs=parallel.pipeline > 1 and (has_gpu() or not speed.overlap_p2p),
         # Megatron's fused GELU is the approximation with tanh, so only gated SiLU is left to it.
         bias_activation_fusion=speed.activation_fusion and family.activation is Activation.SILU,
+        use_te_activation_func=_own_activation(language, speed, engine=engine),
         apply_rope_fusion=speed.rope_fusion,
         gradient_accumulation_fusion=speed.gradient_accumulation_fusion,
         cross_entropy_loss_fusion=speed.cross_entropy_fusion,
@@ -83,6 +84,15 @@ def decoder_config(
         **fp8_settings(precision, fp8_scaling),
         **_common(precision),
     )
+
+
+def _own_activation(language: LanguageConfig, speed: Speed, *, engine: bool) -> bool:
+    """Whether MLPs take the activation of their spec, `gated.GatedSilu`; Megatron's name of it is another package's.
+
+    Megatron's experts would take it too, but their specs have none.
+    """
+    is_silu = family_of(language).activation is Activation.SILU
+    return is_silu and not engine and not speed.activation_fusion and not expert_layers(language)
 
 
 def _recomputation(parallel: ParallelConfig, *, has_experts: bool) -> dict[str, object]:

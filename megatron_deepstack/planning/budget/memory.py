@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_deepstack.config.choices import (
+    Activation,
     EncoderPlacement,
     Layers,
     Part,
@@ -24,8 +25,9 @@ from megatron_deepstack.config.choices import (
     RecomputeMethod,
     RecomputeModule,
 )
-from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import expert_layers, head_width
+from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
 from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
 from megatron_deepstack.planning.budget.footprint import element_bytes, lasting_bytes
@@ -194,6 +196,7 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
     parallel, model = recipe.parallel, recipe.model
     language, element = model.language, element_bytes(recipe.train.precision)
     w, k, f = kept_widths(model, parallel.tensor)
+    of_mlp = kept_of_gated_mlp(model.language, fused=fused)
     heads = language.num_heads // parallel.tensor
     split, inner = _split_positions(parallel, batch), batch.positions / parallel.context
     h, learns = language.hidden_size, Part.LANGUAGE in recipe.train.trainable
@@ -204,7 +207,7 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
         rotary = 0.0
     else:
         copies = 2 if packed or batch.size > 1 or parallel.context > 1 else 1
-        values = split * 6 * h + inner * ((w + 2 * k) + w + k + copies * w + 5 * f)
+        values = split * 6 * h + inner * ((w + 2 * k) + w + k + copies * w + of_mlp * f)
         if language.qk_norm:
             values += inner * (2 * w + k if learns else w)
     with_experts = len(expert_layers(language)) / language.num_layers
@@ -216,8 +219,22 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
             values -= inner * (0 if fused or not learns else (copies - 1) * w)
             scalars -= heads * inner * 4
         if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
-            values -= inner * ((3 if fused else 5) - (not learns)) * f
+            values -= inner * (of_mlp - (not learns)) * f
     return int(values * element + rotary + scalars)
+
+
+def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:
+    """Return how many of its widths a gated MLP keeps of each token: its input's two halves, and what it makes of them.
+
+    Args:
+        language: The decoder.
+        fused: Whether layers are Transformer Engine's.
+
+    Returns:
+        3 where the activation is one operator, 5 where the parts of it are kept as well, as in experts on a CPU.
+    """
+    one_operator = family_of(language).activation is Activation.SILU and not expert_layers(language)
+    return 3 if fused or one_operator else 5
 
 
 def _rows(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
