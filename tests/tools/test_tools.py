@@ -22,7 +22,7 @@ SMALLEST = {
     "bench_head": ["--repeats=1"],
     "bench_injection": ["--repeats=1"],
     "bench_placement": ["--repeats=1"],
-    "bench_plan": ["--repeats=1", "--pairs=1"],
+    "bench_plan": ["--repeats=1", "--pairs=1", "--rank-pairs=1"],
     "bench_planning": ["--samples=2"],
     "bench_preprocess": ["--rounds=1", "--images=8"],
     "bench_speed": ["--rounds=1", "--cases=0"],
