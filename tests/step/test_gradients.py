@@ -59,7 +59,10 @@ def _same_from_garbage(rank: int, recipe: Recipe) -> tuple[bool, bool, bool]:
     )
 
 
-LAYOUTS = {"pp2": ParallelConfig(pipeline=2), "dp2-zero": ParallelConfig(distributed_optimizer=True)}
+LAYOUTS = {
+    "pp2": ParallelConfig(pipeline=2, overlap_grad_reduce=False),
+    "dp2-zero": ParallelConfig(distributed_optimizer=True, overlap_grad_reduce=False),
+}
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)

@@ -33,6 +33,18 @@ class GatedSilu(torch.nn.Module):
         """
         return _GatedSilu.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Say that a checkpoint keeps nothing of it; Megatron's MLP asks all of its parts.
+
+        Args:
+            *args: What Megatron passes.
+            **kwargs: The same.
+
+        Returns:
+            Nothing.
+        """
+        return {}
+
 
 class _GatedSilu(torch.autograd.Function):
     @staticmethod
