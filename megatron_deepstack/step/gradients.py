@@ -59,6 +59,10 @@ class GradientBuffers(DistributedDataParallel):
                 add()
                 return
             self.unwritten.discard(param)
+            if getattr(param, "zero_out_wgrad", False):  # an embedding that is the head too: Megatron adds in any case
+                param.main_grad.zero_()  # type: ignore[attr-defined]
+                add()
+                return
             param.main_grad.copy_(param.grad)  # type: ignore[attr-defined]
             param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
             add()
