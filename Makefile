@@ -26,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 RUN := $(BIN)/megatron-deepstack
 DEMO := demo-run
 WORKERS ?= 2
-SPREAD := $(if $(filter-out 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadgroup)
+SPREAD := $(if $(filter-out 1,$(WORKERS)),--numprocesses $(WORKERS))
 
 .PHONY: setup demo claim test test-all faults layouts lint
 .DELETE_ON_ERROR:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
@@ -17,16 +18,19 @@ from megatron_deepstack.testing.ranks import RankPool
 CHILD_PROCESSES = str(Path(__file__).parent / "child_processes")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What runs in one process where pytest-xdist has several (`-n 2 --dist loadgroup`).
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What runs in one process where pytest-xdist has several: groups of tests (`group_of`).
 
-    All tests of a file do, for the fixtures they share; and all that start Ray do, since several would fight for the
-    cores. It comes first, because pytest-xdist reads the groups in the same hook.
+    Groups by marks (`--dist loadgroup`) do not do it: pytest-xdist 3.8 writes them where pytest 9.2 no longer looks.
     """
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 def pytest_configure() -> None:
@@ -37,9 +41,28 @@ def pytest_configure() -> None:
         sys.path.append(CHILD_PROCESSES)  # which some tests pass on as PYTHONPATH
 
 
-def group_of(item: pytest.Item) -> str:
-    """The name of the group that a test runs in."""
-    return "orchestration" if "orchestration" in item.path.parts else item.path.stem
+def group_of(nodeid: str) -> str:
+    """The name of the group that a test runs in.
+
+    All tests of a file are one, for the fixtures they share; and so are all that start Ray, since several would fight
+    for the cores.
+    """
+    file = nodeid.partition("::")[0]
+    return "orchestration" if "orchestration" in file.split("/") else file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two processes that share out a file's tests would make all its fixtures twice, and say nothing."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        folder = tmp_path_factory.getbasetemp().parent / "groups"
+        folder.mkdir(exist_ok=True)
+        group = group_of(request.node.nodeid)
+        with open(folder / group.replace("/", "."), "a+", encoding="utf-8") as file:
+            file.write(f"{worker}\n")
+            file.seek(0)
+            assert set(file.read().split()) == {worker}, f"{group} runs in several processes"
 
 
 def pytest_collection_finish() -> None:

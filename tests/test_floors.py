@@ -263,7 +263,6 @@ def test_config_and_planning_know_no_torch() -> None:
 
 SLEEPERS = {
     "waiting.py": "the wait of all tests, for a condition",
-    "test_stragglers.py": "work that takes longer on one rank",
     "fault_runs.py": "a wait for a condition",
     "test_launch_faults.py": "a wait for a condition",
 }

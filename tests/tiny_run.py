@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.choices import RopeType
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe, RopeScalingConfig
+from megatron_deepstack.inference.answerer import Answerer
+from megatron_deepstack.inference.ask.preparation import Preparation, Prepared
+from megatron_deepstack.inference.ask.text import StopWords
+from megatron_deepstack.inference.sampling import GREEDY
 from megatron_deepstack.testing.ranks import groups_for
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
 from orchestration.preprocess.driver.run import preprocess
 
+NEW_TOKENS = 64
 ANSWERS = ("A photo.", "A number.", "A photo.", "Three photos.", "No photo.")
 
 
@@ -39,10 +45,43 @@ def make_run(folder: Path, parallel: ParallelConfig | None = None, **changes: ob
         tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
         store=str(folder / "store.zarr"),
     )
+    scaling = RopeScalingConfig(rope_type=RopeType.LLAMA3, factor=4.0, original_max_position_embeddings=16)
     language = LanguageConfig(
-        vocab_size=512, hidden_size=32, ffn_hidden_size=48, num_layers=8, num_heads=4, num_kv_heads=2
+        vocab_size=512,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_scaling=scaling,  # of an original length that questions exceed
     )
     run = tiny_recipe(tiny_model(language=language, **changes), parallel or ParallelConfig(pipeline=2))
     run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
     preprocess(run, str(data.store), workers=0)
     return run
+
+
+def answer_here(rank: int, answerer: Answerer, preparation: Preparation, prepared: list[Prepared]) -> list[list[int]]:
+    """Answer questions together: greedy, `NEW_TOKENS` for each that has room for them, and not ended by any token.
+
+    Args:
+        rank: Of the pool.
+        answerer: Who is asked.
+        preparation: How the questions were prepared.
+        prepared: The questions.
+
+    Returns:
+        The ids of each answer.
+    """
+    from megatron_deepstack.inference.ask.rank import Batch, answer_batch
+
+    engine, _ = answerer.engine(groups_for(answerer.recipe.parallel))
+    batch = Batch(
+        questions=tuple(prepared),
+        first_number=0,
+        max_new_tokens=NEW_TOKENS,
+        stop_ids=(-1,),
+        stop_words=StopWords((), preparation.tokenizer),
+        sampling=GREEDY,
+    )
+    return answer_batch(engine, preparation, batch)

@@ -90,6 +90,7 @@ def measure(rank: int, task: Task) -> dict[str, list[float]]:
 def our_way(model: ModelConfig, task: Task) -> Callable[[str, int], object]:
     """A function that writes so many tokens by one of our two ways."""
     from megatron_deepstack.inference.generate import Method, Writing, generate_answers
+    from megatron_deepstack.inference.loading import make_ready
     from megatron_deepstack.inference.questions import Question
     from megatron_deepstack.model.build import build_model, fill_model
     from megatron_deepstack.model.init import random_source
@@ -98,8 +99,7 @@ def our_way(model: ModelConfig, task: Task) -> Callable[[str, int], object]:
     groups = groups_for(ParallelConfig())
     built = build_model(model, ParallelConfig(), Precision.FP32, groups)
     fill_model(built, random_source(model, 0), groups.decoder.tp)
-    for module in (built.encoder, *built.chunks):
-        module.requires_grad_(False).eval()
+    make_ready(built)
     engine = Engine(built, model, [], None, groups, ParallelConfig())
     chance = np.random.default_rng(0)
     questions = [

@@ -10,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_deepstack.config.choices import Activation
-from megatron_deepstack.config.schema import LanguageConfig, VisionConfig
+from megatron_deepstack.config.choices import Activation, RopeType
+from megatron_deepstack.config.schema import LanguageConfig, RopeScalingConfig, VisionConfig
 
 _HALF = (0.5, 0.5, 0.5)
 _LLAMA_7B = LanguageConfig()
 _LLAMA_13B = LanguageConfig(hidden_size=5120, ffn_hidden_size=13824, num_layers=40, num_heads=40)
+_VICUNA_16K = RopeScalingConfig(rope_type=RopeType.LINEAR, factor=4.0)
+_LLAMA_3_8B = LanguageConfig(vocab_size=128256, ffn_hidden_size=14336, num_kv_heads=8, rope_theta=500_000.0)
+_LLAMA_3_1 = RopeScalingConfig(rope_type=RopeType.LLAMA3, factor=8.0, original_max_position_embeddings=8192)
+_LLAMA_3_2_1B = replace(
+    _LLAMA_3_8B,
+    hidden_size=2048,
+    ffn_hidden_size=8192,
+    num_layers=16,
+    head_dim=64,
+    rope_scaling=replace(_LLAMA_3_1, factor=32.0),
+    tied_embeddings=True,
+)
 
 _GRANITE_TILES = (
     *(f"{columns}x1" for columns in range(1, 11)),
@@ -114,6 +126,15 @@ LANGUAGE: Mapping[str, LanguageConfig] = {
     "llama2_70b": LanguageConfig(hidden_size=8192, ffn_hidden_size=28672, num_layers=80, num_heads=64, num_kv_heads=8),
     "vicuna_7b": _LLAMA_7B,
     "vicuna_13b": _LLAMA_13B,
+    "vicuna_7b_16k": replace(_LLAMA_7B, rope_scaling=_VICUNA_16K),
+    "vicuna_13b_16k": replace(_LLAMA_13B, rope_scaling=_VICUNA_16K),
+    "llama3_8b": _LLAMA_3_8B,
+    "llama3_1_8b": replace(_LLAMA_3_8B, rope_scaling=_LLAMA_3_1),
+    "llama3_1_70b": replace(
+        _LLAMA_3_8B, hidden_size=8192, ffn_hidden_size=28672, num_layers=80, num_heads=64, rope_scaling=_LLAMA_3_1
+    ),
+    "llama3_2_1b": _LLAMA_3_2_1B,
+    "llama3_2_3b": replace(_LLAMA_3_2_1B, hidden_size=3072, num_layers=28, num_heads=24, head_dim=128),
     "yi_34b": LanguageConfig(
         vocab_size=64000,
         hidden_size=7168,

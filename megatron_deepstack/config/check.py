@@ -22,6 +22,7 @@ from megatron_deepstack.config.expert_rules import expert_layout_problems, exper
 from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
+from megatron_deepstack.config.rope_scaling import rope_problems
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import head_width, nearest_divisor, sequence_multiple, smallest_context
 from megatron_deepstack.config.traits.families import find_family, fits, unknown_family
@@ -141,6 +142,7 @@ def _language(recipe: Recipe) -> Iterator[Problem]:
             "model.language.num_kv_heads model.language.num_heads",
             f"{kv_heads} key/value heads do not divide model.language.num_heads {heads}",
         )
+    yield from rope_problems(language.rope_scaling)
     yield from _family(language)
 
 

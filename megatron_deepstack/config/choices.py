@@ -34,6 +34,19 @@ class Activation(StrEnum):
     SILU = "silu"
 
 
+class RopeType(StrEnum):
+    """How a decoder's rotary positions are scaled to sequences longer than those of its first training."""
+
+    DEFAULT = "default"
+    """Not at all."""
+    LINEAR = "linear"
+    """All frequencies are divided by one factor."""
+    LLAMA3 = "llama3"
+    """Only slow frequencies are, with a transition, as in Llama 3.1."""
+    YARN = "yarn"
+    """The transition is one over the numbers of frequencies, and attention scores grow (arXiv 2309.00071)."""
+
+
 class EncoderPlacement(StrEnum):
     """Where ViT and projector run: over all ranks of a replica, or inside the first stage's forward."""
 

@@ -50,6 +50,7 @@ class Range:
 
 POSITIVE: Final = Range(above=0)
 NOT_NEGATIVE: Final = Range(least=0)
+AT_LEAST_ONE: Final = Range(least=1)
 SHARE: Final = Range(least=0, most=1)
 BELOW_ONE: Final = Range(least=0, below=1)
 SEED: Final = Range(least=0, most=2**31 - 1)

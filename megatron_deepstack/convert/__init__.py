@@ -7,6 +7,7 @@ them back. What a checkpoint computes stands in its config.json, which is compar
 
     published         checkpoints on disk as the source of published tensors: begin here to follow reading
     exported_folder   a folder with its config as a model, without a recipe
+    hf_whole_folder   how a folder of a whole model, such as Qwen3-VL, prepares pictures and prompts
     folders           `convert`: such a folder in another layout
     export            a whole model written for others to load: begin here to follow writing
     export_files      the files beside the weights

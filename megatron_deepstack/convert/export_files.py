@@ -98,7 +98,7 @@ def plan_export(
     """
     if naming is Naming.PUBLISHED:
         length = {} if about.seq_length is None else {"max_position_embeddings": about.seq_length}
-        config = {**published_config(model), **length, "data": _prepared(about.data, tokenizer), "dtype": dtype}
+        config = {**published_config(model), **length, "data": prepared_facts(about.data, tokenizer), "dtype": dtype}
         files = {
             CONFIG: _json(config),
             PREPROCESSOR: _json(preprocessor_config(model.vision)),
@@ -111,7 +111,7 @@ def plan_export(
     config = transformers_config(model, vocab_size, image_token)
     if about.seq_length is not None:
         config["text_config"]["max_position_embeddings"] = about.seq_length
-    config["data"] = _prepared(about.data, tokenizer)
+    config["data"] = prepared_facts(about.data, tokenizer)
     files = {CONFIG: _json({**config, "dtype": dtype}), **known, **_processor_files(model, about.data)}
     files[CARD] = model_card(model, about, remote_code=not model.variant.traits.is_llava).encode()
     if tokenizer is not None:
@@ -161,8 +161,16 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _prepared(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """How images and conversations were prepared, for `convert` and for answers from an exported folder."""
+def prepared_facts(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """How images and conversations were prepared, for `convert` and for answers from an exported folder.
+
+    Args:
+        data: The run's section.
+        tokenizer: The run's tokenizer, if there is one.
+
+    Returns:
+        Plain JSON values, which stand under `data` in config.json.
+    """
     images = {name: str(getattr(data, name)) for name in ("resize", "orientation", "deep_grey")}
     return {
         "template": str(data.template),

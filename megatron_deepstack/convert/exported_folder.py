@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +27,14 @@ from megatron_deepstack.convert.export_files import CHAT_TEMPLATE, FINGERPRINT, 
 from megatron_deepstack.convert.hf_config import RELEASES, read_config, require_same_model
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG, PREPROCESSOR
 from megatron_deepstack.convert.hf_names import by_published_name
-from megatron_deepstack.convert.hf_rope import rope_base
+from megatron_deepstack.convert.hf_rope import rope_scaling, rotary_base
+from megatron_deepstack.convert.hf_whole import WHOLE_MODELS
+from megatron_deepstack.convert.hf_whole_folder import described_whole
 from megatron_deepstack.convert.hf_written import DEEPSTACK
+from megatron_deepstack.convert.stacked_experts import is_of_expert, is_stack, read_expert
 from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name, lazy_tensor
 from megatron_deepstack.convert.vocabulary import EMBEDDINGS, text_rows, without_placeholders
-from megatron_deepstack.data.text.tokenizer_files import TOKENIZER_FILES
+from megatron_deepstack.data.text.tokenizer_files import tokenizer_in
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.published_shapes import published_shapes
 
@@ -70,8 +74,8 @@ def read_exported(path: str | Path) -> ExportedFolder:
     """Open a folder of weights. Shapes and names are read, and tensors when they are asked for.
 
     Args:
-        path: A folder that `export` wrote, under any names, or one of transformers' LLaVA, or of the DeepStack and
-            LLaVA releases.
+        path: A folder that `export` wrote, under any names, or one of transformers' LLaVA or whole models such as
+            Qwen3-VL, or of the DeepStack and LLaVA releases.
 
     Returns:
         The folder.
@@ -85,9 +89,14 @@ def read_exported(path: str | Path) -> ExportedFolder:
     if not folder.is_dir() or not config:
         raise CheckpointError(f"{folder}: expected a folder with {CONFIG} and weights, as `export` writes it")
     said = _prepared(config, folder)
-    model, data = _described(config, said, _beside(folder / PREPROCESSOR), folder)
+    if config.get("model_type") in WHOLE_MODELS:
+        model, data, known = described_whole(folder, {name: said[name] for name in OF_DATA if name in said})
+    else:
+        model, data = _described(config, said, _beside(folder / PREPROCESSOR), folder)
+        known = frozenset(said)
     require_same_model(config, model, str(folder), _UNLIMITED)
     files = files_by_name(folder)
+    _require_tensors_of_all_layers(folder, model, len(files))
     names = by_published_name(files, str(folder), model)
     expected = published_shapes(model)
     missing = [name for name in expected if name not in names]
@@ -99,15 +108,14 @@ def read_exported(path: str | Path) -> ExportedFolder:
     rows = text_rows(config)
     tensors = {name: _fitted(folder, files, names[name], name, shape, rows) for name, shape in expected.items()}
     used = {names[name] for name in expected}
-    tokenizer = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     text = config.get("text_config", config)
     return ExportedFolder(
         path=folder,
         model=model,
         data=data,
-        unsaid=tuple(name for name in OF_DATA if name not in said),
+        unsaid=tuple(name for name in _asked_of(model) if name not in known),
         seq_length=text.get("max_position_embeddings"),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_in(folder),
         probe=said.get(PROBE),
         fingerprint=said.get(FINGERPRINT),
         tensors=tensors,
@@ -115,10 +123,27 @@ def read_exported(path: str | Path) -> ExportedFolder:
     )
 
 
+def _require_tensors_of_all_layers(folder: Path, model: ModelConfig, num_tensors: int) -> None:
+    """Refuse a config of more layers than there can be, before the names of all their tensors are written down."""
+    layers = model.language.num_layers + model.vision.num_layers
+    if layers > num_tensors:
+        raise CheckpointError(
+            f"{folder}: {CONFIG} describes {layers} layers, and the files hold {num_tensors} tensors; one of the two "
+            "is damaged, or files are missing"
+        )
+
+
+def _asked_of(model: ModelConfig) -> tuple[str, ...]:
+    """Fields of `data` that decide about pixels and prompts."""
+    return (*OF_DATA, *(("min_pixels", "max_pixels") if model.variant.traits.is_native else ()))
+
+
 def _fitted(
     folder: Path, files: Mapping[str, Path], own: str, name: str, shape: tuple[int, ...], rows: int | None
 ) -> LazyTensor:
     tensor = lazy_tensor(files[own], own)
+    if is_stack(own) and is_of_expert(name):
+        return LazyTensor(shape, tensor.dtype, partial(read_expert, files[own], own, name, shape))
     while len(tensor.shape) > len(shape) and tensor.shape[0] == 1:
         tensor = tensor.changed(tensor.shape[1:], lambda read: read[0])
     if name in EMBEDDINGS:
@@ -180,16 +205,14 @@ def _described(
 
 def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     """The variant and its stacks."""
-    if kind in set(Variant) and Variant(kind).traits.whole_model is not None:
-        raise CheckpointError(f"{folder / CONFIG}: a folder of {kind}, which is read by train.init_from alone")
     if kind == DEEPSTACK or kind in set(Variant):
         return {"variant": config.get("variant", kind), "stacks": config.get("stacks") or {}}
     if kind in ("llava", "llava_next"):
         return {"variant": str(published_variant(has_stacks=False, is_any_resolution=kind == "llava_next"))}
     if kind not in RELEASES:
+        known = ", ".join(dict.fromkeys((DEEPSTACK, *Variant, "llava", "llava_next", *RELEASES)))
         raise CheckpointError(
-            f"{folder / CONFIG}: model_type {kind!r} is no whole model of ours; known are {DEEPSTACK}, "
-            f"{', '.join(Variant)}, llava, llava_next, {', '.join(RELEASES)}. Name its parts in "
+            f"{folder / CONFIG}: model_type {kind!r} is no whole model of ours; known are {known}. Name its parts in "
             "train.init_from of a recipe"
         )
     stacks = {
@@ -226,7 +249,8 @@ def _language(config: Mapping[str, Any], text: Mapping[str, Any], kind: str, fol
             value = text.get(key)
             yield field.reads, field.default if value is None else value
     yield "vocab_size", text_rows(config) or text.get("vocab_size")
-    yield "rope_theta", rope_base(text)
+    yield "rope_theta", rotary_base(text, known)
+    yield "rope_scaling", rope_scaling(text)
     switches = own if own else traits.switches
     yield from ((switch, switches[switch]) for switch in ("qkv_bias", "qk_norm") if switch in switches)
     yield "family", own.get("family") if own else (None if traits.is_recognised else name)

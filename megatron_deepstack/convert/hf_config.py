@@ -213,7 +213,7 @@ def _whole(config: Mapping[str, Any], model_type: str, model: ModelConfig, seq_l
     if model.variant.traits.whole_model != model_type:
         yield _other("model", "variant", str(variant_of_whole(model_type)), str(model.variant))
         return
-    fields = {**whole.fields, "text_config": IGNORED, "vision_config": IGNORED}
+    fields = {**whole.fields, **dict.fromkeys(("data", "text_config", "vision_config"), IGNORED)}
     yield from _unequal("model.language", config, fields, language_facts(model.language))
     text_type, vision_type = (known.model_types[0] for known in (hf_decoder(model.language), hf_tower(model.vision)))
     for section, values in whole.sections(config, {**vision_facts(model.vision)}, CONFIG).items():

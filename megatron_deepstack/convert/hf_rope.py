@@ -1,6 +1,7 @@
 """Keys of a decoder's config that mean something only together: those of rotary positions and of attention windows.
 
-Our decoders rotate whole heads by unscaled positions, and every token sees all tokens before it.
+Our decoders rotate whole heads, by positions whose frequencies may be scaled once and for all, and every token sees all
+tokens before it. Scaling that changes with the length of a sequence (`dynamic`, `longrope`) is refused.
 """
 
 from __future__ import annotations
@@ -8,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.choices import RopeType
+from megatron_deepstack.config.rope_scaling import SCALING_FIELDS, scaling_values
+from megatron_deepstack.config.schema import LanguageConfig, RopeScalingConfig
 from megatron_deepstack.config.traits.families import HfDecoder
 
-ROPE_KEYS: Final = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
+ROPE_KEYS: Final = frozenset(
+    {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
+)
+"""Keys that `rope_differences` compares."""
 WINDOW_KEYS: Final = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 _THETA = 10000.0
 """What transformers takes where a tower's config names no base."""
@@ -67,6 +73,53 @@ def _rotary(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return given if isinstance(given, Mapping) else {}
 
 
+def rope_scaling(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `model.language.rope_scaling` that a decoder's config asks for, as transformers reads it.
+
+    Args:
+        text: A decoder's config.
+
+    Returns:
+        `rope_type` and what its kind reads, as far as the config says it. A kind that is not computed here is returned
+        alone.
+    """
+    given = _rotary(text)
+    kind = _kind(given)
+    names = SCALING_FIELDS[RopeType(kind)] if kind in set(RopeType) else ()
+    found = {name: given[name] for name in names if given.get(name) is not None}
+    longest, original = text.get("max_position_embeddings"), "original_max_position_embeddings"
+    if original in names:
+        found |= {original: text.get(original) or found.get(original, longest)}
+        if kind == RopeType.YARN and "factor" not in found and found[original] and longest:
+            found["factor"] = longest / found[original]
+    return {"rope_type": kind, **found}
+
+
+def written_rope(language: LanguageConfig) -> dict[str, Any]:
+    """The keys of a decoder's config that `rope_differences` compares, for all readers.
+
+    Args:
+        language: The recipe's decoder.
+
+    Returns:
+        `rope_parameters` as transformers 5 has it; where positions are scaled, `rope_scaling` too, which earlier
+        releases and other programs read.
+    """
+    scaling = {name: value for name, value in scaling_values(language.rope_scaling).items() if value is not None}
+    axes = (
+        {}
+        if language.mrope_section is None
+        else {"mrope_section": list(language.mrope_section), "mrope_interleaved": True}
+    )
+    parameters = {**scaling, "rope_theta": language.rope_theta, **axes}
+    scaled = language.rope_scaling.rope_type is not RopeType.DEFAULT
+    return {"rope_parameters": parameters, **({"rope_scaling": {**scaling, **axes}} if scaled else {})}
+
+
+def _kind(given: Mapping[str, Any]) -> str:
+    return str(given.get("rope_type") or given.get("type") or RopeType.DEFAULT)
+
+
 def rope_differences(text: Mapping[str, Any], language: LanguageConfig, known: HfDecoder) -> Iterator[str]:
     """How the rotary positions of a config differ from those that the recipe computes.
 
@@ -90,37 +143,45 @@ def rope_differences(text: Mapping[str, Any], language: LanguageConfig, known: H
         if not isinstance(given, Mapping):
             yield f"{key}: found {given!r}, expected keys such as rope_type"
             continue
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind != "default":
-            yield f"{key}: found {dict(given)!r}; positions scaled as {kind!r} are not computed here, only 'default'"
-            continue
+        kind = _kind(given)
+        if kind not in set(RopeType):
+            computed = ", ".join(RopeType)
+            yield f"{key}: found {dict(given)!r}; positions scaled as {kind!r} are not computed here, only {computed}"
+            return
         if given.get("rope_theta") is not None:
             bases.append(given["rope_theta"])
-        for name, value in given.items():
-            if axial and name == "mrope_section":
-                continue
-            if axial and name == "mrope_interleaved" and value is True:
-                continue
-            if name == "partial_rotary_factor":
-                yield from _whole_heads(f"{key}.{name}", value)
-            elif name not in ("rope_type", "type", "rope_theta") and value is not None:
-                yield f"{key}.{name}: found {value!r}, a key that is not known here and may change the positions"
+        yield from _unknown_rope_keys(key, given, axial=axial)
     if text.get("rope_theta") is not None:
         bases.append(text["rope_theta"])
     yield from _whole_heads("partial_rotary_factor", text.get("partial_rotary_factor"))
+    yield from _scaling_differences(text, language)
     for base in bases or [known.default_theta]:
         if base != language.rope_theta:
             yield f"model.language.rope_theta: {base!r} in the checkpoint, {language.rope_theta!r} in the recipe"
             return
 
 
-def rope_base(text: Mapping[str, Any]) -> float:
-    """The base of a decoder's rotary positions, by its config; transformers' default where it names none."""
-    for key in ("rope_parameters", "rope_scaling"):
-        given = text.get(key)
-        if isinstance(given, Mapping) and given.get("rope_theta") is not None:
-            return float(given["rope_theta"])
-    return float(text.get("rope_theta") or _THETA)
+def _unknown_rope_keys(key: str, given: Mapping[str, Any], *, axial: bool) -> Iterator[str]:
+    """Keys of a section about positions that mean nothing here."""
+    read = {"rope_type", "type", "rope_theta", *SCALING_FIELDS[RopeType(_kind(given))]}
+    read |= {"mrope_section"} if axial else set()
+    for name, value in given.items():
+        if axial and name == "mrope_interleaved" and value is True:
+            continue
+        if name == "partial_rotary_factor":
+            yield from _whole_heads(f"{key}.{name}", value)
+        elif name not in read and value is not None:
+            yield f"{key}.{name}: found {value!r}, a key that is not known here and may change the positions"
+
+
+def _scaling_differences(text: Mapping[str, Any], language: LanguageConfig) -> Iterator[str]:
+    ours, asked = scaling_values(language.rope_scaling), rope_scaling(text)
+    unsaid = RopeScalingConfig()
+    theirs = {name: getattr(unsaid, name) for name in SCALING_FIELDS[RopeType(asked["rope_type"])]} | asked
+    for name in dict.fromkeys((*theirs, *ours)):
+        mine, other = ours.get(name, getattr(unsaid, name)), theirs.get(name, getattr(unsaid, name))
+        if other != mine:
+            yield f"model.language.rope_scaling.{name}: {other!r} in the checkpoint, {mine!r} in the recipe"
 
 
 def _whole_heads(key: str, value: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.build import build_recipe
-from megatron_deepstack.config.choices import Variant
+from megatron_deepstack.config.choices import Template, Variant
 from megatron_deepstack.config.expert_rules import expert_problems
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem
@@ -23,7 +23,7 @@ from megatron_deepstack.config.traits.towers import TOWERS, HfTower
 from megatron_deepstack.convert.hf_facts import ACTIVATIONS, with_usual_keys
 from megatron_deepstack.convert.hf_granite import granite_keys, granite_sections
 from megatron_deepstack.convert.hf_processors import Values, granite_processor, qwen3_vl_processor
-from megatron_deepstack.convert.hf_rope import axial_base, rotary_base, rotary_sections
+from megatron_deepstack.convert.hf_rope import axial_base, rope_scaling, rotary_base, rotary_sections
 from megatron_deepstack.errors import CheckpointError, SlotError
 from megatron_deepstack.model.weights import PROJECTOR_PREFIX, VISION_PREFIX
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -53,6 +53,8 @@ class WholeModel:
     """The token that stands for an image in a text, which its processor repeats for each visual token."""
     video_token: str | None = None
     """The same for a video."""
+    template: Template
+    """The chat format that the published weights have learned."""
     processor: Callable[[ModelConfig, DataConfig], Values]
     """From a model and the preparation of its data to the files of its processor."""
     unused: tuple[str, ...] = ()
@@ -85,6 +87,7 @@ QWEN3_VL: Final = WholeModel(
         "vision_end_token_id": "<|vision_end|>",
     },
     image_token="<|image_pad|>",
+    template=Template.QWEN3_VL,
     video_token="<|video_pad|>",
     processor=qwen3_vl_processor,
 )
@@ -130,6 +133,7 @@ GRANITE4_VISION: Final = WholeModel(
     },
     special_tokens={"image_token_index": IMAGE_TOKEN},
     image_token=IMAGE_TOKEN,
+    template=Template.GRANITE_4,
     processor=granite_processor,
     unused=("model.vision_tower.post_layernorm.", "model.vision_tower.head."),
     sections=granite_sections,
@@ -253,6 +257,7 @@ def _language(text: Mapping[str, Any], decoder: HfDecoder, family: FamilyTraits)
         found["num_kv_heads"] = heads if found["num_kv_heads"] is None else found["num_kv_heads"]
         found["head_dim"] = width // heads if found["head_dim"] is None else found["head_dim"]
     found["rope_theta"] = rotary_base(text, decoder)
+    found["rope_scaling"] = rope_scaling(text)
     if family.has_axial_positions:
         found["mrope_section"] = rotary_sections(text)
     return found

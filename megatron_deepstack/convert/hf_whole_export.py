@@ -19,6 +19,7 @@ from megatron_deepstack.convert.export_files import (
     About,
     generation_config,
     model_card,
+    prepared_facts,
 )
 from megatron_deepstack.convert.hf_facts import CONFIG
 from megatron_deepstack.convert.hf_names import Naming, to_naming
@@ -79,6 +80,7 @@ def whole_folder(
     config = whole_config(replace(model, language=replace(model.language, vocab_size=num_rows)), ids)
     if about.seq_length is not None:
         config["text_config"]["max_position_embeddings"] = about.seq_length
+    config["data"] = prepared_facts(about.data, tokenizer)
     config["dtype"] = str(dtype).removeprefix("torch.")
     stacked = stacked_experts(found_tensors)
     values = {CONFIG: config, **whole.processor(model, about.data)}

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.convert.hf_facts import language_facts, vision_facts
+from megatron_deepstack.convert.hf_rope import written_rope
 from megatron_deepstack.convert.hf_whole import whole_model_of
 from megatron_deepstack.convert.hf_written import hf_decoder, hf_tower, written_fields
 
@@ -29,9 +30,6 @@ def whole_config(model: ModelConfig, token_ids: Mapping[str, int]) -> dict[str, 
     language, vision = model.language, model.vision
     decoder, tower = hf_decoder(language), hf_tower(vision)
     facts = language_facts(language)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": language.rope_theta}
-    if language.mrope_section is not None:
-        rope |= {"mrope_section": list(language.mrope_section), "mrope_interleaved": True}
     return {
         "architectures": [whole.architecture],
         "model_type": model_type,
@@ -42,7 +40,7 @@ def whole_config(model: ModelConfig, token_ids: Mapping[str, int]) -> dict[str, 
             "model_type": decoder.model_types[0],
             **written_fields(decoder.fields, facts),
             "tie_word_embeddings": language.tied_embeddings,
-            "rope_parameters": rope,
+            **written_rope(language),
         },
         "vision_config": {
             "model_type": next(name for name, kind in whole.towers.items() if kind == vision.kind),

@@ -16,6 +16,7 @@ from megatron_deepstack.config.traits.families import HfDecoder, family_of, llam
 from megatron_deepstack.config.traits.hf_fields import HfField
 from megatron_deepstack.config.traits.towers import HfTower, tower_of
 from megatron_deepstack.convert.hf_facts import language_facts, vision_facts
+from megatron_deepstack.convert.hf_rope import written_rope
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.planning.exchange.vit_stacks import plan_vit_stacks
 from megatron_deepstack.planning.slots import decoder_slots
@@ -61,7 +62,7 @@ def text_config(language: LanguageConfig, vocab_size: int) -> dict[str, Any]:
     return {
         **written_fields(fields, {**language_facts(language), "vocab_size": vocab_size}),
         "rope_theta": language.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        **written_rope(language),
     }
 
 

@@ -80,8 +80,9 @@ def require_rows(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
     """
     if tokenizer.num_text_ids > vocab_size:
         raise CheckpointError(
-            f"{tokenizer.source}: has {tokenizer.num_text_ids} tokens, {where} has {vocab_size} rows for "
-            "text; it is the tokenizer of another model, or tokens were added to it: put the model's own one there"
+            f"{tokenizer.source}: has {tokenizer.num_text_ids} tokens, {where} has {vocab_size} rows for text; none "
+            f"for {tokenizer.names_from(vocab_size)}. It is the tokenizer of another model, or tokens were added to "
+            "it: put the model's own one there"
         )
 
 

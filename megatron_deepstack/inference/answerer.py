@@ -20,6 +20,7 @@ from megatron_deepstack.config.problems import Problem
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.sizes import answering_layout
 from megatron_deepstack.convert.exported_folder import ExportedFolder, read_exported
+from megatron_deepstack.convert.hf_whole import whole_model_of
 from megatron_deepstack.data.images.processor import check_store
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.url.cache import CacheConfig
@@ -28,9 +29,11 @@ from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import ConfigError, DataError, StoreError
 from megatron_deepstack.inference.ask.preparation import Preparation
+from megatron_deepstack.inference.ask.template import template_difference
 from megatron_deepstack.inference.loading import load_folder, load_newest, require_checkpoint
 from megatron_deepstack.inference.main import open_questions
 from megatron_deepstack.parallel.groups import Groups
+from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 from megatron_deepstack.planning.check import checked
 from megatron_deepstack.run_folder.asked import WEIGHTS_CONFIG, is_run
 from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
@@ -184,6 +187,8 @@ class FolderAnswerer(Answerer):
         if self.unsaid:
             values = ", ".join(f"data.{name}={getattr(self.recipe.data, name)}" for name in self.unsaid)
             say(f"{verb}: {self.folder} does not say how its data was prepared; taken is {values}")
+        if "template" in self.unsaid:
+            self._compare_templates(tokenizer, lambda text: say(f"{verb}: {self.folder}: {text}"))
         where = f"max_position_embeddings in {self.folder}/{WEIGHTS_CONFIG}, or train.seq_length=N"
         return Preparation.of_recipe(self.recipe, tokenizer, where)
 
@@ -200,6 +205,14 @@ class FolderAnswerer(Answerer):
             )
         return store
 
+    def _compare_templates(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+        """Say if the folder's own chat template writes other prompts than the template that is taken for it."""
+        whole = whole_model_of(self.recipe.model.variant)
+        image = IMAGE_TOKEN if whole is None else whole[1].image_token
+        found = template_difference(Path(self.folder), self.recipe.data.template, tokenizer, image)
+        if found is not None:
+            say(f"{found}; the model knows the former. Name the template that it has learned with data.template=NAME")
+
     def _require_its(self, tokenizer: Tokenizer) -> None:
         """Raise DataError for a tokenizer whose ids mean other words, or none, to the model."""
         rows = self.recipe.model.language.vocab_size
@@ -207,7 +220,8 @@ class FolderAnswerer(Answerer):
         if words or (tokenizer.bos_id or 0) >= rows:
             raise DataError(
                 f"{tokenizer.source}: its ids go up to {tokenizer.vocab_size - 1}, and the model in {self.folder} has "
-                f"{rows} words; name the model's own tokenizer with data.tokenizer=PATH"
+                f"{rows} words, none for {tokenizer.names_from(rows)}; name the model's own tokenizer with "
+                "data.tokenizer=PATH"
             )
         if self.probe is not None and probe(tokenizer) != self.probe:
             raise DataError(

@@ -17,6 +17,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.exported_folder import read_exported
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel, build_model, fill_model
+from megatron_deepstack.model.layers.plain_linears import simplify_linears
 from megatron_deepstack.parallel.agree import phase
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.step.engine import Engine
@@ -122,11 +123,22 @@ def _build(recipe: Recipe, groups: Groups) -> RankModel:
     """The model without weights. FP8 is for training alone, whose parameters are bf16 then."""
     precision = Precision.BF16 if recipe.train.precision is Precision.FP8 else recipe.train.precision
     model = build_model(recipe.model, recipe.parallel, precision, groups, recipe.lora)
+    make_ready(model)
+    return model
+
+
+def make_ready(model: RankModel) -> None:
+    """Let a model compute without gradients alone. Not collective.
+
+    Args:
+        model: What this rank holds; changed in place.
+    """
     modules: list[torch.nn.Module] = [model.encoder, *model.chunks]
     for module in modules:
         module.requires_grad_(False)
         module.eval()
-    return model
+        if model.config.tensor_model_parallel_size == 1:
+            simplify_linears(module)
 
 
 def _engine(recipe: Recipe, model: RankModel, groups: Groups) -> Engine:

@@ -16,20 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_deepstack.checkpoint.saving.weights_alone import write_weights
 from megatron_deepstack.config.check import find_problems
-from megatron_deepstack.config.choices import Precision, Template
+from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.load import recipe_to_yaml
 from megatron_deepstack.config.problems import raise_problems
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.config.schema import DataConfig, ModelConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.convert.export import new_folder, require_absent, require_room
 from megatron_deepstack.convert.exported_folder import read_exported
-from megatron_deepstack.convert.hf_config import read_config
-from megatron_deepstack.convert.hf_folder_model import model_of_folder
-from megatron_deepstack.convert.hf_whole import WHOLE_MODELS
 from megatron_deepstack.convert.published import published_source, starting_weights
-from megatron_deepstack.convert.tensor_files import files_by_name, lazy_tensor
 from megatron_deepstack.convert.vocabulary import require_rows
-from megatron_deepstack.data.text.tokenizer_files import TOKENIZER_FILES, load_tokenizer
+from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import build_model
 from megatron_deepstack.model.published_shapes import decoder_shapes, shapes_of
@@ -115,30 +111,17 @@ def _bytes(found: _Found) -> int:
 
 
 def _read(source: Path) -> _Found:
-    config = read_config(source)
-    kind = str(config.get("model_type"))
-    if kind not in WHOLE_MODELS:
-        folder = read_exported(source)
-        tensors = list(folder.tensors.values())
-        model, data, seq_length, left_over = folder.model, folder.data, folder.seq_length, folder.left_over
-        tokenizer = folder.tokenizer
-    else:
-        model = model_of_folder(source)
-        files = files_by_name(source)
-        tensors = [lazy_tensor(file, name) for name, file in files.items()]
-        template = next((one for one in Template if kind.startswith(str(one))), None)
-        data = DataConfig() if template is None else DataConfig(template=template)
-        seq_length, left_over = (config.get("text_config") or {}).get("max_position_embeddings"), ()
-        tokenizer = next((source / name for name in TOKENIZER_FILES if (source / name).is_file()), None)
+    folder = read_exported(source)
+    tensors = list(folder.tensors.values())
     dtypes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
     return _Found(
-        model=model,
-        data=data,
-        seq_length=seq_length,
-        tokenizer=tokenizer,
-        left_over=left_over,
+        model=folder.model,
+        data=folder.data,
+        seq_length=folder.seq_length,
+        tokenizer=folder.tokenizer,
+        left_over=folder.left_over,
         dtypes=dtypes,
         num_bytes=sum(tensor.num_bytes for tensor in tensors),
         largest_bytes=max(tensor.num_bytes for tensor in tensors),

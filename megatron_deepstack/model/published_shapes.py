@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from megatron_deepstack.config.schema import LoraConfig, ModelConfig
 from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.config.traits.variants import StackSource
+from megatron_deepstack.model.qformer_weights import qformer_rules
 from megatron_deepstack.model.rules import Rules, Shape
+from megatron_deepstack.model.vision.qformer import QFormers
 from megatron_deepstack.model.weights import (
     LAYERS_PREFIX,
     PROJECTOR_PREFIX,
     VISION_PREFIX,
     adapter_rules,
     decoder_layer_names,
+    native_encoder_rules,
     vit_layer_rules,
     whole_layer_rules,
 )
 
 
 def published_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Published names and shapes of every tensor of a model of the paper's variants, without adapters.
+    """Published names and shapes of every tensor of a model, without adapters.
 
     Args:
         model: The recipe's model.
@@ -28,8 +34,19 @@ def published_shapes(model: ModelConfig) -> dict[str, Shape]:
     Returns:
         The shape of each tensor by its name; the tensors outside the layers come first.
     """
-    language, vision, tower = model.language, model.vision, tower_of(model.vision)
-    h, c, p = language.hidden_size, vision.hidden_size, vision.patch_size
+    outside, inside = _decoder_shapes(model)
+    if tower_of(model.vision).is_native:
+        return {**outside, **shapes_of([native_encoder_rules(model)]), **inside}
+    layers = range(model.vision.num_layers)
+    rules = [vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model) for layer in layers]
+    newline = {"model.image_newline": (model.language.hidden_size,)} if model.variant.traits.has_newline else {}
+    return {**_around_layers(model), **_projector(model), **newline, **outside, **shapes_of(rules), **inside}
+
+
+def _around_layers(model: ModelConfig) -> dict[str, Shape]:
+    """Of a tower for views of one size: the tensors outside its layers."""
+    vision, tower = model.vision, tower_of(model.vision)
+    c, p = vision.hidden_size, vision.patch_size
     embeddings = f"{VISION_PREFIX}embeddings."
     shapes: dict[str, Shape] = {f"{embeddings}patch_embedding.weight": (c, 3, p, p)}
     if tower.has_patch_bias:
@@ -39,13 +56,16 @@ def published_shapes(model: ModelConfig) -> dict[str, Shape]:
     shapes[f"{embeddings}position_embedding.weight"] = (tokens_per_view(vision) + tower.num_leading_tokens, c)
     for norm in ("pre_layrnorm",) * tower.has_pre_norm + ("post_layernorm",) * tower.has_post_norm:
         shapes |= {f"{VISION_PREFIX}{norm}.{kind}": (c,) for kind in ("weight", "bias")}
-    rules = [vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model) for layer in range(vision.num_layers)]
-    shapes |= {f"{PROJECTOR_PREFIX}0.weight": (h, c), f"{PROJECTOR_PREFIX}2.weight": (h, h)}
-    shapes |= {f"{PROJECTOR_PREFIX}{number}.bias": (h,) for number in (0, 2)}
-    if model.variant.traits.has_newline:
-        shapes["model.image_newline"] = (h,)
-    outside, inside = _decoder_shapes(model)
-    return {**shapes, **outside, **shapes_of(rules), **inside}
+    return shapes
+
+
+def _projector(model: ModelConfig) -> dict[str, Shape]:
+    if model.variant.traits.stack_source is StackSource.TAPS:
+        with torch.device("meta"):
+            return shapes_of([qformer_rules(QFormers(model, torch.float32), model, PROJECTOR_PREFIX)])
+    h, c = model.language.hidden_size, model.vision.hidden_size
+    weights: dict[str, Shape] = {f"{PROJECTOR_PREFIX}0.weight": (h, c), f"{PROJECTOR_PREFIX}2.weight": (h, h)}
+    return weights | {f"{PROJECTOR_PREFIX}{number}.bias": (h,) for number in (0, 2)}
 
 
 def decoder_shapes(model: ModelConfig, lora: LoraConfig | None = None) -> dict[str, Shape]:

@@ -19,7 +19,8 @@ from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.model.expert_weights import expert_rules, own_experts
 from megatron_deepstack.model.language import LanguageChunk
-from megatron_deepstack.model.layers.lora import WithAdapter, is_adapter
+from megatron_deepstack.model.layers.lora import WithAdapter
+from megatron_deepstack.model.qformer_weights import qformer_rules
 from megatron_deepstack.model.rules import Rule, Rules, Shape
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.vision.qformer import QFormers
@@ -194,7 +195,7 @@ def encoder_rules(encoder: VisualEncoder, model: ModelConfig) -> Rules:
     Returns:
         Rules by the parameter's name in the encoder.
     """
-    known = _native_encoder(model) if tower_of(model.vision).is_native else _fixed_encoder(encoder, model)
+    known = native_encoder_rules(model) if tower_of(model.vision).is_native else _fixed_encoder(encoder, model)
     for name, module in encoder.named_modules():
         if isinstance(module, WithAdapter):
             known.update(_beside(f"{name}.", known[f"{name}.weight"], module.lora.rank))
@@ -240,7 +241,7 @@ def _fixed_encoder(encoder: VisualEncoder, model: ModelConfig) -> Rules:
     }
     if isinstance(encoder.projector, QFormers):
         known = {name: rule for name, rule in known.items() if not name.startswith("projector.")}
-        known.update(_qformers(encoder.projector, len(vision.taps) - model.qformer.num_sampled))
+        known.update(qformer_rules(encoder.projector, model, PROJECTOR_PREFIX))
     for layer in range(vision.num_layers):
         for name, rule in vit_layer_rules(f"{VISION_PREFIX}encoder.layers.{layer}.", model).items():
             known[f"vit.decoder.layers.{layer}.{name}"] = rule
@@ -275,54 +276,15 @@ def vit_layer_rules(prefix: str, model: ModelConfig) -> Rules:
     return rules
 
 
-_QFORMER_NAMES = {
-    "query": "query",
-    "positions": "image_positions",
-    "norm": "norm",
-    "query_norm": "qformer.layernorm",
-    "out": "out_linear",
-}
-_QFORMER_LAYER_NAMES = {
-    **{
-        f"{ours}.{own}": f"{theirs}.{published}"
-        for ours, theirs in {"among": "attention", "across": "crossattention"}.items()
-        for own, published in {
-            "query": "attention.query",
-            "key": "attention.key",
-            "value": "attention.value",
-            "out": "output.dense",
-            "norm": "output.LayerNorm",
-        }.items()
-    },
-    "fc1": "intermediate_query.dense",
-    "fc2": "output_query.dense",
-    "norm": "output_query.LayerNorm",
-}
-"""Names of a Q-Former and of its layers, and those that Granite 4 Vision has for them."""
+def native_encoder_rules(model: ModelConfig) -> Rules:
+    """What the parameters of a tower for views of any size and its mergers are made of, under Qwen3-VL's names.
 
+    Args:
+        model: The recipe's model.
 
-def _qformers(projector: QFormers, num_averaged: int) -> Rules:
-    """Rules of window Q-Formers: first those whose queries begin with averages, then those that begin with samples."""
-    rules = {}
-    for name, parameter in projector.named_parameters():
-        if is_adapter(name):
-            continue  # named after the linear that it stands beside
-        _, number, own = name.split(".", 2)
-        stack = int(number)
-        kind_of_stack = ("layerwise", stack) if stack < num_averaged else ("spatial", stack - num_averaged)
-        place = "{}_projectors.{}".format(*kind_of_stack)
-        module, _, kind = own.rpartition(".")
-        if module.startswith("layers."):
-            _, layer, inner = module.split(".", 2)
-            published = f"qformer.encoder.layer.{layer}.{_QFORMER_LAYER_NAMES[inner]}.{kind}"
-        else:
-            published = f"{_QFORMER_NAMES[module]}.{kind}" if module else _QFORMER_NAMES[kind]
-        rules[f"projector.{name}"] = _plain(f"{PROJECTOR_PREFIX}{place}.{published}", tuple(parameter.shape))
-    return rules
-
-
-def _native_encoder(model: ModelConfig) -> Rules:
-    """Rules of a tower for views of any size and its mergers, under the names that Qwen3-VL has for them."""
+    Returns:
+        Rules by the parameter's name in the encoder.
+    """
     vision, hidden = model.vision, model.language.hidden_size
     c, f, p = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
     block = c * vision.merge_size**2

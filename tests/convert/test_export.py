@@ -135,6 +135,7 @@ def test_a_rank_of_its_own(trained: Path, tmp_path: Path) -> None:
         export_run(trained, output)
 
 
+@pytest.mark.slow
 def test_a_run_says_where_its_weights_came_from(ranks: Pools, trained: Path, tmp_path: Path) -> None:
     """All drawn in the first run; in one that starts from its export all from there; and the report shows it."""
     from megatron_deepstack.report.page import write_report

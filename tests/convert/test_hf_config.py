@@ -11,12 +11,14 @@ import pytest
 from transformers import CONFIG_MAPPING, CLIPVisionConfig, SiglipVisionConfig
 
 from megatron_deepstack.config.architectures import VISION
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from megatron_deepstack.config.choices import RopeType
+from megatron_deepstack.config.rope_scaling import rope_problems
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
 from megatron_deepstack.config.traits.families import FAMILIES
 from megatron_deepstack.config.traits.hf_fields import NO_INFLUENCE, REQUIRED_VALUES
 from megatron_deepstack.config.traits.towers import TOWERS
 from megatron_deepstack.convert.hf_config import require_same_model
-from megatron_deepstack.convert.hf_rope import ROPE_KEYS, WINDOW_KEYS
+from megatron_deepstack.convert.hf_rope import ROPE_KEYS, WINDOW_KEYS, rope_scaling
 from megatron_deepstack.convert.hf_written import llava_config, published_config
 from megatron_deepstack.errors import CheckpointError
 
@@ -27,6 +29,9 @@ MODEL = ModelConfig(language=LANGUAGE)
 SEQ_LENGTH = 2048
 COMPUTED = {"llama", "mistral", "qwen2", "qwen3"}
 """Decoders of transformers that compute what ours do, where their config says nothing else."""
+
+
+SCALING = "model.language.rope_scaling"
 
 
 def text(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
@@ -80,6 +85,68 @@ def test_what_is_computed_is_accepted(model_type: str, more: dict[str, Any]) -> 
     require_same_model(text(model_type, **more), decoder(family), "there", SEQ_LENGTH)
 
 
+SCALED = [
+    (
+        "vicuna-16k",
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_sequence_length": 16384},
+        {"rope_type": RopeType.LINEAR, "factor": 4.0},
+    ),
+    (
+        "llama-3.1",
+        {
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "max_position_embeddings": 131072,
+        },
+        {"rope_type": RopeType.LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192},
+    ),
+    (
+        "both-keys",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 10000}},
+        {"rope_type": RopeType.LINEAR, "factor": 2.0},
+    ),
+    (
+        "yarn-by-lengths",
+        {
+            "rope_parameters": {"rope_type": "yarn", "factor": None, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "original_max_position_embeddings": 4096,
+            "max_position_embeddings": 16384,
+        },
+        {
+            "rope_type": RopeType.YARN,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4096,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("says", "means"), [row[1:] for row in SCALED], ids=[row[0] for row in SCALED])
+def test_scaled_positions_are_read(says: dict[str, Any], means: dict[str, Any]) -> None:
+    """As transformers reads them, and refused by name for a recipe whose scaling differs in any field."""
+    config = text(**says)
+    language = replace(LANGUAGE, rope_scaling=RopeScalingConfig(**means))
+    require_same_model(config, replace(MODEL, language=language), "there", SEQ_LENGTH)
+    assert list(rope_problems(language.rope_scaling)) == []
+    made = CONFIG_MAPPING["llama"](**config)
+    made.standardize_rope_params()  # as it does before it makes frequencies
+    theirs = made.rope_parameters
+    assert {name: value for name, value in rope_scaling(config).items() if value != theirs.get(name)} in (
+        {},
+        {"factor": 4.0},  # transformers works it out when it makes the frequencies
+    )
+    found = refusal(config)
+    for name in means:
+        assert f"{SCALING}.{name}: " in found
+
+
 # id, model type, what its config says besides, the beginning of the line that refuses it
 REFUSED = [
     ("granite", "granite", {"embedding_multiplier": 12.0}, "model_type: found 'granite'"),
@@ -114,10 +181,18 @@ REFUSED = [
             {"rope_scaling": {"rope_type": kind, "factor": 2.0}},
             f"rope_scaling: found {{'rope_type': '{kind}', 'factor': 2.0}}; positions scaled as '{kind}'",
         )
-        for kind in ("linear", "dynamic", "yarn", "llama3", "longrope")
+        for kind in ("dynamic", "longrope", "proportional")
     ),
-    ("rope-of-old", "llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: found {'type'"),
-    ("rope-of-new", "qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_parameters: found {"),
+    ("rope-kind", "llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, f"{SCALING}.rope_type: 'linear' in"),
+    ("rope-factor", "llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, f"{SCALING}.factor: 2.0 in the"),
+    ("rope-of-new", "qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, f"{SCALING}.rope_type: 'yarn'"),
+    ("rope-odd", "llama", {"rope_scaling": {"type": "linear", "base": 2}}, "rope_scaling.base: found 2, a key that"),
+    (
+        "rope-other-kind's",
+        "llama",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}},
+        "rope_scaling.beta_fast: found 3, a key that",
+    ),
     ("rope-axes", "qwen2", {"rope_parameters": {"mrope_section": [1, 1, 2]}}, "rope_parameters.mrope_section: found"),
     ("rope-base", "llama", {"rope_theta": 5e5}, "model.language.rope_theta: 500000.0 in the checkpoint"),
     ("rope-two-bases", "llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "model.language.rope_th"),

@@ -188,7 +188,7 @@ def test_two_names_of_one_tensor_are_refused() -> None:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "model.language.rope_theta: 500000.0"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
-            "rope_scaling: found {'type': 'linear', 'factor': 2}; positions scaled as 'linear'",
+            "model.language.rope_scaling.rope_type: 'linear' in the checkpoint, 'default' in the recipe",
         ),
         ({"rope_parameters": None, "rope_theta": 1e6}, "model.language.rope_theta: 1000000.0"),
         ({"tie_word_embeddings": True}, "model.language.tied_embeddings: True"),

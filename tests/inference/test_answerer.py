@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import make_run, train_two_steps
+from tiny_run import NEW_TOKENS, answer_here, make_run, train_two_steps
 from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
@@ -20,10 +20,8 @@ from megatron_deepstack.config.choices import GridRule, ImageResize, Variant
 from megatron_deepstack.config.schema import ParallelConfig, Recipe, StackConfig, VisionConfig
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.errors import CheckpointError, ConfigError, DataError, StoreError
-from megatron_deepstack.inference.answerer import Answerer, FolderAnswerer, RunAnswerer, answerer_at
-from megatron_deepstack.inference.ask.preparation import Asked, Preparation, Prepared
-from megatron_deepstack.inference.ask.text import StopWords
-from megatron_deepstack.inference.sampling import GREEDY
+from megatron_deepstack.inference.answerer import FolderAnswerer, RunAnswerer, answerer_at
+from megatron_deepstack.inference.ask.preparation import Asked
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny_chat import QWEN_CONFIG, QWEN_TOKENS, write_chat_tokenizer
@@ -33,7 +31,6 @@ from orchestration.preprocess.driver.run import preprocess
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 Pools = Callable[[int], RankPool]
-NEW_TOKENS = 64
 VIT = VisionConfig(image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=48, num_layers=5, num_heads=2)
 MODELS: dict[str, dict[str, Any]] = {
     "l": {},
@@ -47,22 +44,6 @@ def export_here(rank: int, recipe: Recipe, output: str, naming: Naming) -> None:
     from megatron_deepstack.inference.export import export_on_rank
 
     export_on_rank(recipe, output, naming, groups_for(ParallelConfig()))
-
-
-def answer_here(rank: int, answerer: Answerer, preparation: Preparation, prepared: list[Prepared]) -> list[list[int]]:
-    """Greedy, and not ended by any token."""
-    from megatron_deepstack.inference.ask.rank import Batch, answer_batch
-
-    engine, _ = answerer.engine(groups_for(answerer.recipe.parallel))
-    batch = Batch(
-        questions=tuple(prepared),
-        first_number=0,
-        max_new_tokens=NEW_TOKENS,
-        stop_ids=(-1,),
-        stop_words=StopWords((), preparation.tokenizer),
-        sampling=GREEDY,
-    )
-    return answer_batch(engine, preparation, batch)
 
 
 @dataclass(frozen=True)
@@ -109,8 +90,14 @@ def runs(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return make
 
 
-@pytest.mark.parametrize("naming", Naming)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "naming"),
+    [
+        pytest.param(name, naming, id=f"{name}-{naming}", marks=[pytest.mark.slow] * (row % 2 == column))
+        for row, name in enumerate(MODELS)
+        for column, naming in enumerate(Naming)
+    ],
+)
 def test_a_folder_answers_as_the_run_it_was_exported_from(ranks: Pools, runs: Runs, name: str, naming: Naming) -> None:
     """The same pixels, the same prompts, and 64 tokens; the model is that of the recipe."""
     made = runs(name)

@@ -74,6 +74,13 @@ LAYOUTS = {
     "prompt read token by token": (1, ONE, {"prefill_tokens": 1}),
     "prompt read in pieces by two stages": (2, ParallelConfig(pipeline=2), {"prefill_tokens": 10}),
 }
+QUICK = {
+    "two stages, each of two chunks",
+    "tensor and sequence parallel",
+    "one question at a time",
+    "all questions at once",
+    "prompt read in pieces by two stages",
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,9 @@ def test_the_reference_is_no_trivial_text(computed_again: dict[Sampling, list[li
     assert all(ids != other for ids, other in zip(greedy, drawn, strict=True))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in LAYOUTS]
+)
 def test_the_cache_gives_the_text_of_whole_sequences(
     ranks: Pools, recipe: Recipe, computed_again: dict[Sampling, list[list[int]]], name: str
 ) -> None:

@@ -56,14 +56,21 @@ def make_native_run(folder: Path, model: ModelConfig, parallel: ParallelConfig) 
 def test_it_is_trained_and_evaluated(
     ranks: Callable[[int], RankPool], tmp_path: Path, model: ModelConfig, parallel: ParallelConfig
 ) -> None:
-    """The same answers in the layout of the training and on one rank, and a page with the pictures of the store."""
+    """The same answers in the layout of the training, on one rank and from an export, and pages with the pictures."""
     recipe = make_native_run(tmp_path, model, parallel)
     ranks(2).run(train_two_steps, recipe)
-    asked = ["evaluate", recipe.run_dir, "--store", str(recipe.data.store), "--max-new-tokens", "5", "--json"]
+    asked = ["--store", str(recipe.data.store), "--max-new-tokens", "5", "--json"]
+    exported = str(tmp_path / "exported")
+    written = CliRunner().invoke(app, ["export", recipe.run_dir, exported])
+    assert written.exit_code == 0, written.output
     alone = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.expert=1", "parallel.sequence_parallel=false"]
     answers = []
-    for name, changes in (("trained", []), ("alone", alone)):
-        result = CliRunner().invoke(app, [*asked, "--name", name, *changes])
+    for name, who, changes in (
+        ("trained", recipe.run_dir, []),
+        ("alone", recipe.run_dir, alone),
+        ("exported", exported, []),
+    ):
+        result = CliRunner().invoke(app, ["evaluate", who, *asked, "--name", name, *changes])
         assert result.exit_code == 0, result.output
         folder = Path(json.loads(result.stdout)["folder"])
         answers.append([json.loads(line)["answer"] for line in (folder / "answers.jsonl").read_text().splitlines()])
@@ -71,4 +78,4 @@ def test_it_is_trained_and_evaluated(
         assert "data:image/" in page
         assert "no picture" not in page
     assert len(answers[0]) == len(ANSWERS)
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]

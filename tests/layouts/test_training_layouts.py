@@ -12,8 +12,17 @@ from typing import Any
 
 import pytest
 
-from megatron_deepstack.config.choices import Batching, EncoderPlacement, Part, Precision, Recompute, Sampler, Variant
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig
+from megatron_deepstack.config.choices import (
+    Batching,
+    EncoderPlacement,
+    Part,
+    Precision,
+    Recompute,
+    RopeType,
+    Sampler,
+    Variant,
+)
+from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, RopeScalingConfig, StackConfig
 from megatron_deepstack.testing.compare import worst
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_model, tiny_recipe
@@ -111,6 +120,7 @@ GROUPED = LanguageConfig(
     qkv_bias=True,
     qk_norm=True,
     tied_embeddings=True,
+    rope_scaling=RopeScalingConfig(rope_type=RopeType.LLAMA3, factor=8.0, original_max_position_embeddings=16),
 )
 MODELS = [
     ("all-on-last-stage", tiny_model(stacks=StackConfig(slots=(7, 7, 6, 7)))),

@@ -11,8 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_deepstack.config.choices import GridRule, Precision, Sampler, Variant
-from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig, VisionConfig
+from megatron_deepstack.config.choices import GridRule, Precision, RopeType, Sampler, Variant
+from megatron_deepstack.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    RopeScalingConfig,
+    StackConfig,
+    VisionConfig,
+)
 from megatron_deepstack.convert.export import write_model
 from megatron_deepstack.convert.folders import convert_folder
 from megatron_deepstack.convert.hf_names import Naming
@@ -32,10 +39,17 @@ Pools = Callable[[int], RankPool]
 VISION = VisionConfig(image_size=16, patch_size=4, hidden_size=24, ffn_hidden_size=48, num_layers=5, num_heads=2)
 LANGUAGE = LanguageConfig(vocab_size=400, hidden_size=32, ffn_hidden_size=48, num_layers=6, num_heads=4, num_kv_heads=2)
 MODEL = ModelConfig(vision=VISION, language=LANGUAGE)
+LLAMA3 = RopeScalingConfig(rope_type=RopeType.LLAMA3, factor=8.0, original_max_position_embeddings=16)
+LINEAR = RopeScalingConfig(rope_type=RopeType.LINEAR, factor=2.0)
 MODELS = {
-    "l": MODEL,
+    "l": replace(MODEL, language=replace(LANGUAGE, rope_scaling=LLAMA3)),
     "v": replace(MODEL, variant=Variant.DEEPSTACK_V, stacks=StackConfig(grid=GridRule.FIXED_2X2, start=1)),
-    "hd": replace(MODEL, variant=Variant.DEEPSTACK_HD, stacks=StackConfig(sampler=Sampler.GRID)),
+    "hd": replace(
+        MODEL,
+        language=replace(LANGUAGE, rope_scaling=LINEAR),
+        variant=Variant.DEEPSTACK_HD,
+        stacks=StackConfig(sampler=Sampler.GRID),
+    ),
     "anyres": replace(MODEL, variant=Variant.LLAVA_ANYRES),
     "llava": replace(MODEL, variant=Variant.LLAVA),
 }

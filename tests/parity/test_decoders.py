@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hf_models import (
@@ -24,7 +24,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig
+from megatron_deepstack.config.choices import RopeType
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, RopeScalingConfig
 from megatron_deepstack.testing.published.reference import check_case
 from megatron_deepstack.testing.published.reference_case import ReferenceCase
 from megatron_deepstack.testing.ranks import RankPool
@@ -36,6 +37,11 @@ LLAMA = LanguageConfig(
 )
 GROUPED = replace(LLAMA, num_kv_heads=2)
 
+LINEAR = RopeScalingConfig(rope_type=RopeType.LINEAR, factor=4.0)
+SHORT = RopeScalingConfig(rope_type=RopeType.LLAMA3, factor=8.0, original_max_position_embeddings=8)  # than the samples
+LONG = replace(SHORT, original_max_position_embeddings=1024)
+YARN = RopeScalingConfig(rope_type=RopeType.YARN, factor=4.0, original_max_position_embeddings=8, beta_fast=2.0)
+
 # id, transformers' class, our shape, what transformers needs beyond it.
 DECODERS = [
     ("llama", LlamaConfig, LLAMA, {}),
@@ -44,6 +50,10 @@ DECODERS = [
     ("qwen2", Qwen2Config, replace(GROUPED, qkv_bias=True, norm_epsilon=1e-6, rope_theta=1e6), {}),
     ("qwen2-tied", Qwen2Config, replace(GROUPED, qkv_bias=True, tied_embeddings=True), {}),
     ("qwen3", Qwen3Config, replace(GROUPED, qk_norm=True, norm_epsilon=1e-6, head_dim=16), {}),
+    ("llama-linear", LlamaConfig, replace(GROUPED, rope_scaling=LINEAR), {}),
+    ("llama-llama3-short", LlamaConfig, replace(GROUPED, rope_scaling=SHORT, head_dim=16), {}),
+    ("llama-llama3-long", LlamaConfig, replace(GROUPED, rope_scaling=LONG, head_dim=16), {}),
+    ("qwen3-yarn", Qwen3Config, replace(GROUPED, qk_norm=True, head_dim=16, rope_scaling=YARN), {}),
     ("qwen3-tied", Qwen3Config, replace(GROUPED, qk_norm=True, head_dim=16, tied_embeddings=True), {}),
 ]
 
@@ -59,7 +69,11 @@ def hf_decoder(kind: type[PretrainedConfig], language: LanguageConfig, **more: o
         num_key_value_heads=language.num_kv_heads or language.num_heads,
         head_dim=language.head_dim or language.hidden_size // language.num_heads,
         rms_norm_eps=language.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+        rope_parameters={
+            name: value
+            for name, value in {**asdict(language.rope_scaling), "rope_theta": language.rope_theta}.items()
+            if value is not None
+        },
         tie_word_embeddings=language.tied_embeddings,
         attn_implementation="sdpa",
         **more,

@@ -21,13 +21,24 @@ from megatron_deepstack.testing.ranks import RankPool
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 INLINE = EncoderPlacement.INLINE
+# of original lengths that some samples exceed and others do not
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": qwen3_vl,
-    # taps out of order, a table that is not square, one patch a token, tied, several layers, another head
+    # taps out of order, a table that is not square, one patch a token, tied, several layers, another head, YaRN
     "qwen3_vl-odd": lambda folder: qwen3_vl(
         folder,
         tied=True,
-        text={"num_hidden_layers": 8, "head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        text={"num_hidden_layers": 8, "head_dim": 12, "rope_parameters": YARN},
         deepstack_visual_indexes=[2, 0, 3],
         num_position_embeddings=9,
         spatial_merge_size=1,
@@ -38,11 +49,11 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
         folder, text={"num_hidden_layers": 2}, depth=2, deepstack_visual_indexes=[0, 1]
     ),
     "granite": granite4_vision,
-    # CLIP, whose class token is left out; other windows; taps that do not rise; fewer averaged stacks; tied
+    # CLIP, whose class token is left out; other windows; taps that do not rise; fewer averaged stacks; tied; scaled
     "granite-clip": lambda folder: granite4_vision(
         folder,
         tied=True,
-        text={"num_key_value_heads": None, "residual_multiplier": 1.0},
+        text={"num_key_value_heads": None, "residual_multiplier": 1.0, "rope_parameters": LLAMA3},
         vision={"model_type": "clip_vision_model", "image_size": 32, "hidden_act": "quick_gelu"},
         vision_feature_select_strategy="default",
         image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
@@ -65,7 +76,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     # five layers on four stages; only sampled stacks, from the first state; many small windows of three lines
     "granite-five": lambda folder: granite4_vision(
         folder,
-        text={"num_hidden_layers": 5, "head_dim": 12},
+        text={"num_hidden_layers": 5, "head_dim": 12, "rope_parameters": LINEAR},
         vision={"num_hidden_layers": 3, "image_size": 24},
         image_grid_pinpoints=[[24, 24], [24, 72], [72, 24]],
         deepstack_layer_map=[],
@@ -229,8 +240,8 @@ def _changed(source: Path, target: Path, **changes: Any) -> Path:
         ({"text__attention_bias": True}, "attention_bias: found True, computed is False"),
         ({"text__hidden_act": "gelu"}, "activation: 'gelu' in the checkpoint"),
         (
-            {"text__rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            "positions scaled as .yarn.",
+            {"text__rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+            "positions scaled as .dynamic.",
         ),
         ({"text__num_experts": 8}, "num_experts: found 8, a key that is not known here"),
         ({"text__model_type": "qwen2"}, "model.language.qkv_bias"),

@@ -180,6 +180,7 @@ def merge_and_split(folder: Path) -> list[tuple[object, dict[str, list[int]]]]:
     ]
 
 
+@pytest.mark.slow
 def test_index_arrays_of_several_chunks_come_out_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = merge_and_split(tmp_path / "whole")
     monkeypatch.setattr(schema, "INDEX_ROWS_PER_CHUNK", 5)

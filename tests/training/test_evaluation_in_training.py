@@ -78,9 +78,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "layout",
     [
-        "pipeline",
         "replicas",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("interleaved", "sequence", "context")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pipeline", "interleaved", "sequence", "context")),
     ],
 )
 def test_training_stays_the_same(ranks: Pools, recipe: Recipe, tmp_path: Path, layout: str) -> None:

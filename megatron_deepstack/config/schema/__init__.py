@@ -13,6 +13,7 @@ from megatron_deepstack.config.schema.model import (
     LoraConfig,
     ModelConfig,
     QFormerConfig,
+    RopeScalingConfig,
     StackConfig,
     VisionConfig,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "ParallelConfig",
     "QFormerConfig",
     "Recipe",
+    "RopeScalingConfig",
     "SpeedConfig",
     "StackConfig",
     "TrainConfig",

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from megatron_deepstack.config.choices import Activation, GridRule, Layers, LoraTarget, Sampler, Variant
-from megatron_deepstack.config.constraints import NOT_NEGATIVE, POSITIVE, Matches, Unit
+from megatron_deepstack.config.choices import Activation, GridRule, Layers, LoraTarget, RopeType, Sampler, Variant
+from megatron_deepstack.config.constraints import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Matches, Unit
 
 _TILE_GRID = Matches("[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", 'grids of tiles, columns x rows, such as ["2x1", "2x2"]')
 
@@ -75,6 +75,38 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScalingConfig:
+    """How the rotary positions of the decoder are scaled to long sequences, in the words of transformers' config.json
+    (`rope_parameters`, earlier `rope_scaling`). A checkpoint must say the same."""
+
+    rope_type: RopeType = RopeType.DEFAULT
+    """Kind of scaling: `default` for none, `linear` as in Vicuna-16k, `llama3` as in Llama 3.1 to 3.3, `yarn` as for
+    long sequences of Qwen2.5 and Qwen3."""
+    factor: Annotated[float, AT_LEAST_ONE] | None = None
+    """Number by which frequencies are divided: how many times longer sequences may be. Every kind but `default` needs
+    it."""
+    original_max_position_embeddings: Annotated[int, POSITIVE, Unit("tokens")] | None = None
+    """Longest sequence of the first training; `llama3` and `yarn` need it."""
+    low_freq_factor: Annotated[float, POSITIVE] = 1.0
+    """`llama3` divides frequencies in full that turn fewer times than this within the original length."""
+    high_freq_factor: Annotated[float, POSITIVE] = 4.0
+    """`llama3` leaves frequencies as they are that turn more often than this within the original length."""
+    beta_fast: Annotated[float, POSITIVE] = 32.0
+    """`yarn` leaves frequencies as they are that turn more often than this within the original length."""
+    beta_slow: Annotated[float, POSITIVE] = 1.0
+    """`yarn` divides frequencies in full that turn fewer times than this within the original length."""
+    attention_factor: Annotated[float, POSITIVE] | None = None
+    """Factor of rotated queries and of rotated keys under `yarn`; if null, it follows from `factor`, `mscale` and
+    `mscale_all_dim`."""
+    mscale: Annotated[float, NOT_NEGATIVE] | None = None
+    """Weight of the logarithm of `factor` in the numerator of that factor."""
+    mscale_all_dim: Annotated[float, NOT_NEGATIVE] | None = None
+    """The same in its denominator; both count only together."""
+    truncate: bool = True
+    """Whether the bounds of the transition of `yarn` are rounded to whole numbers of frequencies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LanguageConfig:
     """The decoder, a LLaMA-type transformer.
 
@@ -104,6 +136,8 @@ class LanguageConfig:
     """Epsilon of the RMSNorms. The default is LLaMA 2's; Qwen's decoders have 1e-6."""
     rope_theta: Annotated[float, POSITIVE] = 10000.0
     """Base of the rotary position embedding. The default is LLaMA's; newer decoders have larger ones."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """How rotary positions are scaled to long sequences."""
     mrope_section: tuple[int, int, int] | None = None
     """Number of frequencies of a head that turn by time, by line and by column, for a decoder with positions on three
     axes; Qwen3-VL has 24, 20 and 20. Null for the one axis of other decoders."""

@@ -72,6 +72,11 @@ class HuggingFaceTokenizer(Tokenizer):
         text: str = self._backend.decode(words, skip_special_tokens=True)
         return text
 
+    def name_of(self, number: int) -> str | None:
+        """The token of that id; None if there is none."""
+        name: str | None = self._backend.id_to_token(number)
+        return name
+
     def control_id(self, name: str) -> int | None:
         """The id of the control token of that name; None if there is none."""
         return self._control.get(name)

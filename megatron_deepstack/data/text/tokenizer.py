@@ -60,6 +60,20 @@ class Tokenizer(ABC):
     def control_id(self, name: str) -> int | None:
         """The id of the control token of that name; None if there is none."""
 
+    @abstractmethod
+    def name_of(self, number: int) -> str | None:
+        """The name of a token as its files have it, also of a control token; None if it has none."""
+
+    def names_from(self, first: int, *, most: int = 6) -> str:
+        """Name the tokens from an id on, for a message.
+
+        Args:
+            first: The smallest id.
+            most: Number of tokens that are named; three dots stand for the others.
+        """
+        found = [name for number in range(first, self.vocab_size) if (name := self.name_of(number)) is not None]
+        return ", ".join(map(repr, found[:most])) + (", ..." if len(found) > most else "")
+
     def describe(self) -> dict[str, Any]:
         """What a store records of its tokenizer."""
         names = ("vocab_size", "bos_id", "eos_id", "pad_id")
@@ -109,6 +123,10 @@ class SentencePieceTokenizer(Tokenizer):
         words = [int(i) for i in ids if 0 <= i < self.vocab_size and not self._processor.is_control(int(i))]
         text: str = self._processor.decode(words)
         return text
+
+    def name_of(self, number: int) -> str | None:
+        """The piece of that id."""
+        return str(self._processor.id_to_piece(number)) if 0 <= number < self.vocab_size else None
 
     def control_id(self, name: str) -> int | None:
         """The id of the control token of that name; None if there is none."""

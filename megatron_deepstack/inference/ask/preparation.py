@@ -278,8 +278,11 @@ def prepared_data(recipe: Recipe) -> DataConfig:
     if made is None:
         return recipe.data
     processor = described_processor(made.processor)
+    data = recipe.data
+    if isinstance(processor, SizedProcessor):
+        data = replace(data, min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)
     return replace(
-        recipe.data,
+        data,
         template=known_template(made.tokenizer["template"]),
         resize=processor.resize,
         orientation=processor.orientation,

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Activation, Fp8Scaling, Precision, Recompute, RecomputeModule
+from megatron_deepstack.config.rope_scaling import score_factor
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.config.sizes import expert_layers, head_width, num_kv_heads
 from megatron_deepstack.config.traits.families import family_of
@@ -54,7 +55,7 @@ def decoder_config(
         kv_channels=head_width(language),
         layernorm_epsilon=language.norm_epsilon,
         qk_layernorm=language.qk_norm,
-        softmax_scale=language.attention_multiplier,
+        softmax_scale=score_factor(language),
         add_bias_linear=family.has_linear_biases,
         add_qkv_bias=language.qkv_bias,
         activation_func=ACTIVATIONS[family.activation],

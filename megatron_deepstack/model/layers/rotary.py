@@ -1,11 +1,13 @@
 """The decoder's positions: what each layer rotates queries and keys by.
 
-One place builds it, so that a family with other positions (scaled, of several axes, on part of a head) is added in one
-place.
+One place builds it, so that a family with other positions (of several axes, on part of a head) is added in one place.
+Positions that are scaled to long sequences differ in their frequencies alone, so whatever cuts, restarts or looks up
+angles does not know of them; the factor that YaRN gives attention scores is in `config.rope_scaling`.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -14,7 +16,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.choices import RopeType
+from megatron_deepstack.config.schema import LanguageConfig, RopeScalingConfig
 from megatron_deepstack.config.sizes import head_width
 from megatron_deepstack.parallel.context import own_part
 from megatron_deepstack.platform.compute.device import local_device
@@ -35,13 +38,68 @@ def build_rotary(
         an `AxialRotary`, which maps positions to angles.
     """
     if language.mrope_section is not None:
-        return AxialRotary(head_width(language), language.rope_theta, language.mrope_section)
-    return RotaryEmbedding(
+        return AxialRotary(inverse_frequencies(language), language.mrope_section)
+    rotary = RotaryEmbedding(
         kv_channels=config.kv_channels,
         rotary_percent=1.0,
         rotary_base=language.rope_theta,
         cp_group=groups.cp,
     )
+    rotary.inv_freq = inverse_frequencies(language)  # before the first table is made of them
+    return rotary
+
+
+def inverse_frequencies(language: LanguageConfig) -> torch.Tensor:
+    """Angles by which each pair of channels of a head turns from one position to the next.
+
+    They are computed in float32 in the order of transformers' operations, so that they are equal bit for bit.
+
+    Args:
+        language: The decoder.
+
+    Returns:
+        float32 (D / 2,), in descending order.
+    """
+    width, scaling = head_width(language), language.rope_scaling
+    numbers = torch.arange(0, width, 2, dtype=torch.float32, device=local_device())
+    plain = 1.0 / (language.rope_theta ** (numbers / width))
+    factor = scaling.factor or 1.0
+    if scaling.rope_type is RopeType.LINEAR:
+        return plain / factor
+    if scaling.rope_type is RopeType.LLAMA3:
+        return _llama3_frequencies(plain, scaling)
+    if scaling.rope_type is RopeType.YARN:
+        slow = 1.0 / (factor * language.rope_theta ** (numbers / width))
+        kept = _kept_share(width, language.rope_theta, scaling).to(plain.device)
+        return slow * (1 - kept) + plain * kept
+    return plain
+
+
+def _llama3_frequencies(plain: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tensor:
+    """Divide slow frequencies by the factor, and those between the two bounds in part."""
+    assert scaling.factor is not None
+    assert scaling.original_max_position_embeddings is not None
+    length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * math.pi / plain
+    kept = (length / wavelengths - low) / (high - low)
+    between = (1 - kept) * plain / scaling.factor + kept * plain
+    scaled = torch.where(wavelengths > length / low, plain / scaling.factor, between)
+    return torch.where(wavelengths < length / high, plain, scaled)
+
+
+def _kept_share(width: int, theta: float, scaling: RopeScalingConfig) -> torch.Tensor:
+    """YaRN's share of each frequency that stays as it is: float32 (D / 2,), from 1 for fast ones to 0 for slow ones."""
+    assert scaling.original_max_position_embeddings is not None
+    length = scaling.original_max_position_embeddings
+    first, last = (
+        width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    span = last - first or 0.001
+    return 1 - ((torch.arange(width // 2, dtype=torch.float32) - first) / span).clamp(0, 1)
 
 
 class AxialRotary(torch.nn.Module):
@@ -51,11 +109,10 @@ class AxialRotary(torch.nn.Module):
     those with f = 2 (mod 3) by column as long as f < 3 x the third section, and all others by time.
     """
 
-    def __init__(self, head_width: int, theta: float, section: tuple[int, int, int]) -> None:
+    def __init__(self, inv_freq: torch.Tensor, section: tuple[int, int, int]) -> None:
         super().__init__()
-        numbers = torch.arange(0, head_width, 2, dtype=torch.float32, device=local_device())
-        self.inv_freq = 1.0 / (theta ** (numbers / head_width))
-        self.axis = axis_of_frequency(head_width // 2, section).to(local_device())
+        self.inv_freq = inv_freq
+        self.axis = axis_of_frequency(len(inv_freq), section).to(inv_freq.device)
 
     def forward(self, positions_3BS: torch.Tensor) -> torch.Tensor:
         """Angles of this rank's positions.

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_deepstack.config.choices import Activation
-from megatron_deepstack.config.schema import LanguageConfig
+from megatron_deepstack.config.choices import Activation, RopeType
+from megatron_deepstack.config.schema import LanguageConfig, RopeScalingConfig
 from megatron_deepstack.config.traits.families import family_of
 
 Weights = Mapping[str, Tensor]
@@ -107,10 +107,26 @@ def _rotate(language: LanguageConfig, x_BATD: Tensor) -> Tensor:
     """Rotary positions 0..T-1; channel c turns together with channel c + D/2."""
     length, width = x_BATD.shape[-2:]
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=x_BATD.device) / width
-    angles = torch.arange(length, dtype=torch.float64, device=x_BATD.device)[:, None] / language.rope_theta**exponents
+    frequencies = _scaled(language.rope_scaling, language.rope_theta**-exponents)
+    angles = torch.arange(length, dtype=torch.float64, device=x_BATD.device)[:, None] * frequencies
     cos, sin = angles.cos().to(x_BATD.dtype), angles.sin().to(x_BATD.dtype)
     first, second = x_BATD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _scaled(scaling: RopeScalingConfig, frequencies: Tensor) -> Tensor:
+    """Frequencies of a scaled decoder; one that turns more often within the original length keeps more of itself."""
+    if scaling.rope_type is RopeType.DEFAULT:
+        return frequencies
+    assert scaling.factor is not None
+    if scaling.rope_type is RopeType.LINEAR:
+        return frequencies / scaling.factor
+    assert scaling.rope_type is RopeType.LLAMA3, f"the oracle does not know {scaling.rope_type}"
+    assert scaling.original_max_position_embeddings is not None
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def _rms_norm(language: LanguageConfig, weight: Tensor, x: Tensor) -> Tensor:

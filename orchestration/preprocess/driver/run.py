@@ -157,4 +157,9 @@ def _given(value: str | None, name: str, what: str) -> str:
 def _check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
     size = recipe.model.language.vocab_size
     if tokenizer.vocab_size > size:
-        raise ConfigError([f"model.language.vocab_size is {size}, {tokenizer.source} has {tokenizer.vocab_size} ids"])
+        raise ConfigError(
+            [
+                f"model.language.vocab_size is {size}, {tokenizer.source} has {tokenizer.vocab_size} ids, so that "
+                f"{tokenizer.names_from(size)} would have no row; set the number of rows that the weights have"
+            ]
+        )

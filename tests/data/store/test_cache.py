@@ -68,6 +68,7 @@ def folders_below(path: Path) -> list[Path]:
     return [folder for folder in path.rglob("*") if folder.is_dir()]
 
 
+@pytest.mark.slow
 def test_folders_do_not_grow_with_the_copies(tmp_path: Path) -> None:
     """Names of 3,000 shards; folders that lose their last copy go when room is made."""
     cache = BoundedFolder(CacheConfig(str(tmp_path), 2000))

@@ -29,7 +29,9 @@ def asked_for(requests: list, name: str) -> list[tuple[int, int | None]]:  # noq
     return [(first, length) for source, first, length in requests if f"/{name}/c/" in source]
 
 
-@pytest.mark.parametrize("name", BY_BLOCKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (number > 1)) for number, name in enumerate(BY_BLOCKS)]
+)
 def test_rows_are_those_of_the_folder(url: str, folder: Path, cache: CacheConfig, name: str) -> None:  # noqa: F811
     ours, local = Store.open(url, cache=cache).rows(name), Store.open(folder).rows(name)
     assert len(ours) == len(local)

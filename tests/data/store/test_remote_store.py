@@ -104,6 +104,7 @@ def test_only_the_views_asked_for_travel(url: str, cache: CacheConfig, requests:
     assert [request[2] for request in requests if "/pixels/c/" in request[0]][1:] == [2 * VIEW_BYTES]
 
 
+@pytest.mark.slow
 def test_a_small_cache_stays_small_and_the_answer_the_same(url: str, folder: Path, tmp_path: Path) -> None:
     small = CacheConfig(str(tmp_path / "small"), 10 * VIEW_BYTES)
     store, local = Store.open(url, cache=small), Store.open(folder)
@@ -205,10 +206,18 @@ def test_a_store_written_anew_is_not_mixed_with_old_copies(url: str, tmp_path: P
     ("name", "damage", "message"),
     [
         ("samples/images/c/0", lambda path: os.truncate(path, 0), r"images/c/0: has 0 bytes, expected \d+\."),
-        ("samples/images/c/0", Path.unlink, r"images/c/0: cannot be read: No such file"),
-        (f"images/grid/{METADATA_FILE}", lambda path: path.write_bytes(bytes(40)), r"zarr.json: not JSON"),
+        pytest.param(
+            "samples/images/c/0", Path.unlink, r"images/c/0: cannot be read: No such file", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            f"images/grid/{METADATA_FILE}",
+            lambda path: path.write_bytes(bytes(40)),
+            r"zarr.json: not JSON",
+            marks=pytest.mark.slow,
+        ),
         ("samples/id_offsets/c/0", lambda path: path.write_bytes(bytes(path.stat().st_size)), "contradicts itself"),
     ],
+    ids=["truncated", "gone", "not JSON", "zeros"],
 )
 def test_a_torn_copy_of_the_index_is_named_and_can_be_deleted(
     url: str, cache: CacheConfig, name: str, damage: Callable[[Path], object], message: str

@@ -209,7 +209,7 @@ NATIVE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("batching", [Batching.PADDED, Batching.PACKED])
+@pytest.mark.parametrize("batching", [pytest.param(Batching.PADDED, marks=pytest.mark.slow), Batching.PACKED])
 @pytest.mark.parametrize(("num_ranks", "parallel", "trainable"), NATIVE_CASES)
 def test_memory_of_views_of_any_size(
     ranks: Pools, num_ranks: int, parallel: ParallelConfig, batching: Batching, trainable: tuple[Part, ...]

@@ -110,6 +110,7 @@ def test_the_catalogue_fits_together() -> None:
     assert [one.name for one in with_needed(["fp8", "correctness"])] == ["cpu_numbers", "correctness", "demo", "fp8"]
 
 
+@pytest.mark.slow
 def test_a_real_part_in_a_real_process(settings: Settings) -> None:
     trial = Trial(settings, lambda line: None)
     trial.run(with_needed(["environment"]))
