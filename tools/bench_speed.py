@@ -294,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds of each pair")
     parser.add_argument("--cases", type=int, default=len(SHAPES), help="shapes compared with transformers")
-    parser.add_argument("--bytes", action="store_true", help="count the bytes that steps write, and measure nothing")
+    parser.add_argument("--bytes", action="store_true", help="simulated ratios and bytes written alone, no times")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         be_the_only_rank(Path(folder))

@@ -2,6 +2,7 @@
 
     python tools/benchmarks_page.py              run both, then write docs/benchmarks.json and docs/benchmarks.svg
     python tools/benchmarks_page.py bench_plan   run one of them; the others' figures stay as they were, with their days
+    python tools/benchmarks_page.py --busy       run what does not depend on how busy the machine is, then draw
     python tools/benchmarks_page.py --draw       draw what docs/benchmarks.json holds
     python tools/benchmarks_page.py --check      only compare the drawing with the figures
 
@@ -33,9 +34,9 @@ TOOLS = {"bench_speed": "Speed, as ratios within one run", "bench_plan": "The pl
 _WIDTH, _LEFT, _ROW, _BAR = 960, 470, 24, 12
 
 
-def measured(tool: str) -> dict[str, Any]:
+def measured(tool: str, *arguments: str) -> dict[str, Any]:
     """Run a tool with one thread, and return its figures with day, machine and versions."""
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py")]
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -105,6 +106,7 @@ def main() -> int:
     """Run, keep and draw; 1 if `--check` finds an old drawing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", choices=[[], *TOOLS], default=[], help="which to run; all if none is named")
+    parser.add_argument("--busy", action="store_true", help="simulated ratios of bench_speed and bytes written alone")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     parser.add_argument("--check", action="store_true", help="run nothing and write nothing")
     asked = parser.parse_args()
@@ -113,8 +115,8 @@ def main() -> int:
         current = PICTURE.read_text() if PICTURE.is_file() else ""
         return _said(f"{PICTURE} is old: run python {sys.argv[0]} --draw") if picture(results) != current else 0
     if not asked.draw:
-        for tool in asked.tools or TOOLS:
-            results[tool] = measured(tool)
+        for tool in ["bench_speed"] if asked.busy else asked.tools or TOOLS:
+            results[tool] = measured(tool, *["--bytes"] * asked.busy)
             FIGURES.write_text(json.dumps(results, indent=1) + "\n")
     PICTURE.write_text(picture(results))
     return 0
