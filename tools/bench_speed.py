@@ -9,7 +9,7 @@
 - `inline / spread`, `1F1B / VPP 2`: predicted step times of a 7B model on H100s with four stages. Interleaving needs
   micro-batches of one length, which costs padding.
 - `bytes, ours / transformers`: bytes that operators write in such a step outside matrix products, and in all. They do
-  not depend on how busy the machine is. `--bytes` counts these alone.
+  not depend on how busy the machine is. `--bytes` takes these and the simulated ratios alone.
 - `share of a step waiting for data`: of a run of this package from a store on disk, by the clock of its loop.
 
 Each ratio is of medians of alternating rounds. The last line is one JSON object with all ratios.
@@ -298,9 +298,8 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         be_the_only_rank(Path(folder))
-        found = (
-            byte_ratios(asked.cases) if asked.bytes else {**simulated(), **measure(folder, asked.rounds, asked.cases)}
-        )
+        found = simulated()
+        found |= byte_ratios(asked.cases) if asked.bytes else measure(folder, asked.rounds, asked.cases)
     for name, value in found.items():
         print(f"{value:5.2f}  {name}")
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))
