@@ -8,6 +8,7 @@ the stacks of the silent ranks. Functions and arguments are pickled, so function
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -303,7 +304,9 @@ def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
 
     layout = (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline, parallel.expert)
     if _worlds.get("layout") != layout:
+        _worlds.update(layout=None, groups=None)
         leave()
+        _end_threads_of_groups()
         _worlds["number"] += 1
         rendezvous = Path(_worlds["folder"]) / f"rendezvous-{_worlds['number']}"
         join_by_file(rendezvous, _worlds["rank"], _worlds["num_ranks"])
@@ -311,6 +314,19 @@ def groups_for(parallel: ParallelConfig, seed: int = 0) -> Any:
         if _worlds["number"] == 1:
             settle()
     return _worlds["groups"]
+
+
+def _end_threads_of_groups() -> None:
+    """A gloo group ends its three threads, one of which wakes up 100 times a second, with the last reference to it.
+
+    Models are garbage in cycles, and Megatron-Core's rotary embeddings are kept by the caches of their own methods.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    for kind in (RotaryEmbedding, YarnRotaryEmbedding):
+        kind.forward.cache_clear()
+    gc.collect()
 
 
 def _picklable(error: Exception) -> Exception:
