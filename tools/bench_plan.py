@@ -207,6 +207,11 @@ def speed_here(rank: int) -> tuple[float, float, float]:
     import torch
     import torch.distributed as dist
 
+    from megatron_deepstack.parallel.reduce import sum_over_group
+
+    everyone = dist.group.WORLD
+    assert everyone is not None, "a pool's ranks are a world"
+
     def shortest(work: Callable[[], object], repeats: int) -> float:
         times = []
         for _ in range(repeats):
@@ -217,8 +222,8 @@ def speed_here(rank: int) -> tuple[float, float, float]:
 
     left, right, small, large = (torch.ones(shape) for shape in ((256, 192), (192, 512), (1, 1), (2**20, 1)))
     product = shortest(lambda: left @ right, 200)
-    latency = shortest(lambda: dist.all_reduce(small), 200)
-    message = shortest(lambda: dist.all_reduce(large), 20) - latency
+    latency = shortest(lambda: sum_over_group(small, everyone), 200)
+    message = shortest(lambda: sum_over_group(large, everyone), 20) - latency
     return 2 * 256 * 192 * 512 / product, latency, large.nbytes / message
 
 
