@@ -6,15 +6,21 @@ only a picture they are an assumption. Its runs hide tensor-parallel messages be
 not do, and it gathers weights beside the forward pass. So the plan is made with `--overlapped-share` of all messages
 hidden.
 
-Ratios: a small model is trained on this machine under pairs of layouts, and the ratio of their process CPU times is
-compared with the predicted one. The last line is one JSON object with the worst errors. Run on an idle machine:
-python tools/bench_plan.py
+Ratios on one rank: a small model is trained on this machine in pairs of ways, and the ratio of their process CPU times
+is compared with the predicted one.
+
+Ratios of two ranks: the same with layouts of two ranks, for which the time of the clock counts, since ranks wait for
+each other. The planner's CPU is given this machine's own speed of products and of gloo's messages, measured in the same
+run: how fast a machine is, is no question to the planner. Two cores must be free for these.
+
+The last line is one JSON object with the worst errors. Run on an idle machine: python tools/bench_plan.py
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +36,7 @@ from megatron_deepstack.config.schema import (
     VisionConfig,
 )
 from megatron_deepstack.config.traits.variants import variant_without_crops
-from megatron_deepstack.planning.budget.hardware import CPU, MACHINES
+from megatron_deepstack.planning.budget.hardware import CPU, MACHINES, Machine
 from megatron_deepstack.planning.budget.load import Shapes
 from megatron_deepstack.planning.budget.run_plan import plan_run
 
@@ -123,6 +129,18 @@ PAIRS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("a vocabulary of 16,000", {"vocabulary": 16000}, {}),
     ("twice as many samples", {"batch": 8}, {"batch": 4}),
 )
+_SEVERAL = {"layers": 8, "batch": 8}
+_PP2, _DP2, _TP2 = ParallelConfig(pipeline=2), ParallelConfig(), ParallelConfig(tensor=2)
+RANK_PAIRS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("one rank against PP 2", {"ranks": 1}, {"parallel": _PP2}),
+    ("one rank against DP 2", {"ranks": 1}, {"parallel": _DP2}),
+    ("one rank against TP 2", {"ranks": 1}, {"parallel": _TP2}),
+    ("TP 2 against DP 2", {"parallel": _TP2}, {"parallel": _DP2}),
+    ("PP 2 against DP 2", {"parallel": _PP2}, {"parallel": _DP2}),
+    ("1F1B against two chunks a stage, PP 2", {"parallel": _PP2}, {"parallel": replace(_PP2, virtual_pipeline=2)}),
+    ("PP 2, two micro-batches against eight", {"parallel": _PP2, "micro_batch": 4}, {"parallel": _PP2}),
+)
+"""Sides take 8 layers and 8 samples, and two ranks where nothing else is said."""
 
 
 def pair_recipe(change: dict[str, Any]) -> tuple[Recipe, int]:
@@ -133,6 +151,7 @@ def pair_recipe(change: dict[str, Any]) -> tuple[Recipe, int]:
         parallel=change.get("parallel", NONE),
         train=TrainConfig(
             global_batch_size=change.get("batch", 4),
+            micro_batch_size=change.get("micro_batch", 1),
             seq_length=1024,
             precision="fp32",  # type: ignore[arg-type]
             trainable=change.get("trainable", (Part.LANGUAGE, Part.PROJECTOR, Part.VISION)),
@@ -141,9 +160,11 @@ def pair_recipe(change: dict[str, Any]) -> tuple[Recipe, int]:
     return recipe, int(change.get("length", 256))
 
 
-def measured(rank: int, recipe: Recipe, length: int, repeats: int) -> float:
-    """Process CPU seconds of a step's forward and backward passes; the smallest of some repeats."""
+def measured(rank: int, recipe: Recipe, length: int, repeats: int) -> tuple[float, list[float]]:
+    """Of steps' forward and backward passes, the smallest process CPU seconds, and each one's seconds by the clock."""
     import time
+
+    import torch.distributed as dist
 
     from megatron_deepstack.model.build import build_model, fill_model, freeze
     from megatron_deepstack.model.init import random_source
@@ -164,29 +185,102 @@ def measured(rank: int, recipe: Recipe, length: int, repeats: int) -> float:
         TinySample(random.integers(1, 60, length), np.ones(length, np.int64), (), ())
         for _ in range(train.global_batch_size)
     ]
-    planned = [[one.planned(recipe.model, train.seq_length)] for one in samples]
+    size, mine = train.micro_batch_size, samples[groups.place.dp :: groups.axes.dp]
+    rows = [one.planned(recipe.model, train.seq_length) for one in mine]
+    planned = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
     plan = plan_step(recipe.model, recipe.parallel, planned, groups.replica_rank)
-    pixels = unit_pixels(recipe.model, [[()] for _ in samples], plan)
-    times = []
+    pixels = unit_pixels(recipe.model, [[()] * len(batch) for batch in planned], plan)
+    work, clock = [], []
     for _ in range(repeats + 1):
-        begin = time.process_time()
+        dist.barrier()
+        begin, cpu = time.perf_counter(), time.process_time()
         forward_backward(engine, plan, pixels, StepClock())
-        times.append(time.process_time() - begin)
-    return min(times[1:])
+        work.append(time.process_time() - cpu)
+        clock.append(time.perf_counter() - begin)
+    return min(work[1:]), clock[1:]
 
 
-def predicted(recipe: Recipe, length: int) -> float:
-    """The planner's seconds of the same."""
+def speed_here(rank: int) -> tuple[float, float, float]:
+    """FLOP/s of a product as large as the model's, and seconds and bytes per second of sums over two ranks."""
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_deepstack.parallel.reduce import sum_over_group
+
+    everyone = dist.group.WORLD
+    assert everyone is not None, "a pool's ranks are a world"
+
+    def shortest(work: Callable[[], object], repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    left, right, small, large = (torch.ones(shape) for shape in ((256, 192), (192, 512), (1, 1), (2**20, 1)))
+    product = shortest(lambda: left @ right, 200)
+    latency = shortest(lambda: sum_over_group(small, everyone), 200)
+    message = shortest(lambda: sum_over_group(large, everyone), 20) - latency
+    return 2 * 256 * 192 * 512 / product, latency, large.nbytes / message
+
+
+def machine_here(pool: Any) -> Machine:
+    """The planner's CPU with what two ranks measure of this machine; its memory is as fast against its products."""
+    found = pool.run(speed_here)
+    flops = min(one[0] for one in found) / CPU.product_share
+    latency, bandwidth = max(one[1] for one in found), min(one[2] for one in found)
+    print(f"here: {flops / 1e9:.0f} GFLOP/s, messages {latency * 1e6:.0f} us and {bandwidth / 1e9:.2f} GB/s")
+    return replace(
+        CPU,
+        fp32_flops=flops,
+        bf16_flops=flops,
+        memory_bandwidth=CPU.memory_bandwidth * flops / CPU.fp32_flops,
+        latency=latency,
+        node_bandwidth=bandwidth,
+    )
+
+
+def rank_ratios(repeats: int, pairs: int) -> dict[str, tuple[float, float]]:
+    """Measured and predicted ratios of layouts of two ranks; a step takes as long as its slowest rank."""
+    from megatron_deepstack.testing.ranks import RankPool
+
+    found = {}
+    with RankPool(1) as one, RankPool(2) as two:
+        pools, machine = {1: one, 2: two}, machine_here(two)
+        for name, *changes in RANK_PAIRS[:pairs]:
+            sides = [(change.get("ranks", 2), *pair_recipe(_SEVERAL | change)) for change in changes]
+            shortest = [float("inf")] * 2
+            for _ in range(repeats):
+                for place, (ranks, recipe, length) in enumerate(sides):
+                    clocks = [clock for _, clock in pools[ranks].run(measured, recipe, length, 3)]
+                    shortest[place] = min(shortest[place], *map(max, zip(*clocks, strict=True)))
+            expected = [predicted(recipe, length, ranks, machine) for ranks, recipe, length in sides]
+            found[name] = shortest[0] / shortest[1], expected[0] / expected[1]
+            print(_said(name, *found[name]), flush=True)
+    return found
+
+
+def _said(name: str, ratio: float, wanted: float) -> str:
+    return f"{name:38} {ratio:5.2f} times measured, {wanted:5.2f} predicted ({wanted / ratio - 1:+.0%})"
+
+
+def predicted(recipe: Recipe, length: int, num_ranks: int = 1, machine: Machine = CPU) -> float:
+    """The planner's seconds of the same, which is a step without its optimizer."""
     count = recipe.train.global_batch_size
     shapes = Shapes(np.full(count, length), np.zeros(count, np.int64), "equal samples")
-    return plan_run(recipe, shapes, CPU, 1).seconds.schedule
+    seconds = plan_run(recipe, shapes, machine, num_ranks).seconds
+    return seconds.schedule + seconds.reduction
 
 
 def main() -> None:
     """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each pair, of two steps a side")
-    parser.add_argument("--pairs", type=int, default=len(PAIRS), help="number of pairs measured")
+    parser.add_argument("--pairs", type=int, default=len(PAIRS), help="number of pairs measured on one rank")
+    parser.add_argument("--rank-pairs", type=int, default=len(RANK_PAIRS), help="number of pairs of several ranks")
     parser.add_argument("--overlapped-share", type=float, default=0.5, help="share of messages that Megatron hides")
     asked = parser.parse_args()
     errors = []
@@ -200,16 +294,16 @@ def main() -> None:
         for name, first, second in PAIRS[: asked.pairs]:
             sides = [pair_recipe(first), pair_recipe(second)]
             rounds = [[pool.run(measured, *side, 2)[0] for side in sides] for _ in range(asked.repeats)]
-            found = [min(times) for times in zip(*rounds, strict=True)]
+            found = [min(cpu for cpu, _ in times) for times in zip(*rounds, strict=True)]
             expected = [predicted(*side) for side in sides]
             ratio, wanted = found[0] / found[1], expected[0] / expected[1]
             off.append(abs(wanted / ratio - 1))
-            print(f"{name:28} {ratio:5.2f} times measured, {wanted:5.2f} predicted ({wanted / ratio - 1:+.0%})")
-    print(
-        json.dumps(
-            {"published_worst_error": round(max(errors), 3), "ratio_worst_error": round(max(off, default=0.0), 3)}
-        )
-    )
+            print(_said(name, ratio, wanted), flush=True)
+    of_ranks = rank_ratios(asked.repeats, asked.rank_pairs) if asked.rank_pairs else {}
+    off_ranks = [abs(wanted / ratio - 1) for ratio, wanted in of_ranks.values()]
+    worst = {"published_worst_error": errors, "ratio_worst_error": off, "rank_ratio_worst_error": off_ranks}
+    found_ratios = {name: [round(ratio, 3), round(wanted, 3)] for name, (ratio, wanted) in of_ranks.items()}
+    print(json.dumps({name: round(max(values, default=0.0), 3) for name, values in worst.items()} | found_ratios))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,9 @@ def _shapes(loaded: Recipe, store: str | None) -> Any:
     paths = data.stores or ((data.store,) if data.store else ())
     there = [path for path in paths if "://" in path or Path(path).exists()]
     if not paths or (store is None and len(there) < len(paths)):
-        return drawn_shapes(loaded)
+        drawn = drawn_shapes(loaded)
+        missing = [path for path in paths if path not in there]
+        return replace(drawn, source=f"{drawn.source}; not there yet: {missing[0]}") if missing else drawn
     from megatron_deepstack.data.order.stored_shapes import stored_shapes
 
     return stored_shapes(replace(loaded, data=data))

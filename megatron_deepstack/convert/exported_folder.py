@@ -16,8 +16,10 @@ from typing import Any, Final
 
 from megatron_deepstack.config.architectures import VISION
 from megatron_deepstack.config.build import build_recipe
+from megatron_deepstack.config.check import out_of_range
 from megatron_deepstack.config.choices import Template
 from megatron_deepstack.config.problems import Problem
+from megatron_deepstack.config.rope_scaling import rope_problems
 from megatron_deepstack.config.schema import DataConfig, ModelConfig
 from megatron_deepstack.config.traits.families import FAMILIES
 from megatron_deepstack.config.traits.towers import TOWERS
@@ -108,13 +110,12 @@ def read_exported(path: str | Path) -> ExportedFolder:
     rows = text_rows(config)
     tensors = {name: _fitted(folder, files, names[name], name, shape, rows) for name, shape in expected.items()}
     used = {names[name] for name in expected}
-    text = config.get("text_config", config)
     return ExportedFolder(
         path=folder,
         model=model,
         data=data,
         unsaid=tuple(name for name in _asked_of(model) if name not in known),
-        seq_length=text.get("max_position_embeddings"),
+        seq_length=_longest(config.get("text_config") or config, folder),
         tokenizer=tokenizer_in(folder),
         probe=said.get(PROBE),
         fingerprint=said.get(FINGERPRINT),
@@ -136,6 +137,16 @@ def _require_tensors_of_all_layers(folder: Path, model: ModelConfig, num_tensors
 def _asked_of(model: ModelConfig) -> tuple[str, ...]:
     """Fields of `data` that decide about pixels and prompts."""
     return (*OF_DATA, *(("min_pixels", "max_pixels") if model.variant.traits.is_native else ()))
+
+
+def _longest(text: Mapping[str, Any], folder: Path) -> int | None:
+    """The longest sequence, if the config says one."""
+    found = text.get("max_position_embeddings")
+    if found is not None and not (isinstance(found, int) and found > 0):
+        raise CheckpointError(
+            f"{folder / CONFIG}: max_position_embeddings: found {found!r}, expected a number of tokens above 0"
+        )
+    return found
 
 
 def _fitted(
@@ -188,6 +199,8 @@ def _described(
     """The sections `model` and `data` of a recipe for this config."""
     kind = str(config.get("model_type"))
     text = config.get("text_config") or config
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"{folder / CONFIG}: text_config: found {text!r}, expected an object")
     section: dict[str, Any] = {
         "language": dict(_language(config, text, kind, folder)),
         **_variant(config, kind, folder),
@@ -197,6 +210,8 @@ def _described(
     problems: list[Problem] = []
     data = {name: value for name, value in said.items() if name in OF_DATA}
     recipe = build_recipe({"model": section, "data": data}, problems)
+    problems += [problem for problem in out_of_range(recipe) if problem.concerns("model")]
+    problems += rope_problems(recipe.model.language.rope_scaling)
     if problems:
         told = "; ".join(f"{', '.join(problem.paths)}: {problem.text}" for problem in problems)
         raise CheckpointError(f"{folder / CONFIG}: describes a model that a recipe cannot: {told}")

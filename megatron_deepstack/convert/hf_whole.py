@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from megatron_deepstack.config.build import build_recipe
-from megatron_deepstack.config.check import find_problems
+from megatron_deepstack.config.check import find_problems, out_of_range
 from megatron_deepstack.config.choices import Template, Variant
 from megatron_deepstack.config.problems import Problem
+from megatron_deepstack.config.rope_scaling import rope_problems
 from megatron_deepstack.config.schema import DataConfig, ModelConfig, Recipe
 from megatron_deepstack.config.traits.families import FAMILIES, FamilyTraits, HfDecoder
 from megatron_deepstack.config.traits.hf_fields import IGNORED, HfField, read
@@ -245,7 +246,8 @@ def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
 def _built(plain: Mapping[str, Any], where: str) -> ModelConfig:
     problems: list[Problem] = []
     recipe = build_recipe({"model": plain}, problems)
-    _refuse(problems, where)
+    problems += [problem for problem in out_of_range(recipe) if problem.concerns("model")]
+    _refuse([*problems, *rope_problems(recipe.model.language.rope_scaling)], where)
     return recipe.model
 
 

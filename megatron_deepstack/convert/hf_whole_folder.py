@@ -58,10 +58,8 @@ def described_whole(folder: Path, said: Mapping[str, Any]) -> tuple[ModelConfig,
     if template is not None:
         values.setdefault("template", str(template))
     data = _built({"template": str(whole.template), **values}, file)
-    vision = model.vision
-    vision = replace(vision, mean=tuple(image.get("image_mean", vision.mean)))
-    vision = replace(vision, std=tuple(image.get("image_std", vision.std)))
-    model = replace(model, vision=vision)
+    vision = replace(model.vision, mean=_colour(image, "image_mean", file) or model.vision.mean)
+    model = replace(model, vision=replace(vision, std=_colour(image, "image_std", file) or vision.std))
     differences = list(_differences(image, whole.processor(model, data)[PREPROCESSOR]))
     if differences:
         listed = "\n  ".join(differences)
@@ -136,6 +134,17 @@ def _of_videos(video: Mapping[str, Any], model: ModelConfig) -> Iterator[tuple[s
     ):
         if value is not None:
             yield name, value
+
+
+def _colour(image: Mapping[str, Any], key: str, file: Path) -> tuple[float, float, float] | None:
+    """A number for each channel; None where the file does not say it."""
+    value = image.get(key)
+    if value is None:
+        return None
+    numbers = [one for one in value if isinstance(one, int | float)] if isinstance(value, list) else []
+    if len(numbers) != 3 or len(value) != 3 or (key == "image_std" and min(numbers) <= 0):
+        raise CheckpointError(f"{file}: {key}: found {value!r}, expected a number for each of red, green and blue")
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
 def _built(values: Mapping[str, Any], file: Path) -> DataConfig:

@@ -24,6 +24,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FORMS = ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 """Index and single file, in the order in which a folder is searched."""
+_OTHER_FILES = ", which the folder's index says it does; the files do not belong together: fetch all of them again"
+_ADVICE = {
+    "incomplete metadata": "; it is cut off, or still being written: fetch or write it again",
+    "InvalidHeader": "; it is damaged: fetch or write it again",
+    "does not contain tensor": _OTHER_FILES,
+}
+"""What to do, by words in what the safetensors library says."""
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -136,7 +143,7 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
         CheckpointError: The file cannot be read.
     """
     if file.suffix != ".safetensors":
-        return _torch_file(file)[name]
+        return _of_torch_file(file, name)
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
@@ -156,7 +163,7 @@ def read_part(file: Path, name: str, part: tuple[int | slice, ...]) -> torch.Ten
         CheckpointError: The file cannot be read.
     """
     if file.suffix != ".safetensors":
-        return _torch_file(file)[name][part]
+        return _of_torch_file(file, name)[part]
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_slice(name)[part]
@@ -169,7 +176,16 @@ def _reason(file: Path, error: Exception) -> str:
     what = what_is_at(file)
     if what and (file.suffix == ".safetensors" or not what.startswith("a zip archive")):  # as PyTorch's own files are
         return f"it is {what}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return said + next((advice for words, advice in _ADVICE.items() if words in said), "")
+
+
+def _of_torch_file(file: Path, name: str) -> torch.Tensor:
+    """A tensor of a PyTorch file. Raises CheckpointError if it is not there."""
+    tensors = _torch_file(file)
+    if name not in tensors:
+        raise CheckpointError(f"{file}: does not contain tensor {name}{_OTHER_FILES}")
+    return tensors[name]
 
 
 @lru_cache(maxsize=4)
@@ -197,7 +213,7 @@ def lazy_tensor(file: Path, name: str) -> LazyTensor:
         CheckpointError: The file cannot be read, now or when the tensor is asked for.
     """
     if file.suffix != ".safetensors":
-        tensor = _torch_file(file)[name]
+        tensor = _of_torch_file(file, name)
         return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
     try:
         with safe_open(file, framework="pt") as opened:

@@ -211,7 +211,7 @@ class FolderAnswerer(Answerer):
         image = IMAGE_TOKEN if whole is None else whole[1].image_token
         found = template_difference(Path(self.folder), self.recipe.data.template, tokenizer, image)
         if found is not None:
-            say(f"{found}; the model knows the former. Name the template that it has learned with data.template=NAME")
+            say(found)
 
     def _require_its(self, tokenizer: Tokenizer) -> None:
         """Raise DataError for a tokenizer whose ids mean other words, or none, to the model."""

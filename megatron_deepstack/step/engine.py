@@ -14,6 +14,7 @@ from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.layers.expert_load import ExpertTally, tally_of
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.step.gradients import GradientBuffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,4 +112,4 @@ def _wrap(
     ddp_config: DistributedDataParallelConfig,
     groups: ProcessGroupCollection,
 ) -> DistributedDataParallel:
-    return DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
+    return GradientBuffers(config, ddp_config, module, pg_collection=groups)

@@ -42,12 +42,37 @@ class StepLoss:
         """Mean loss per target; 0 where there is none."""
         return self.total / self.num_tokens if self.num_tokens else 0.0
 
+    @property
+    def gradient_scale(self) -> float:
+        """What turns sums of gradients into gradients of the mean; 0 where there is no target."""
+        return 1.0 / self.num_tokens if self.num_tokens else 0.0
+
 
 def forward_backward(engine: Engine, plan: StepPlan, data: torch.Tensor | StagedStep, clock: StepClock) -> StepLoss:
     """Run a step up to final gradients in the main-grad buffers. Collective over all ranks.
 
     Args:
-        engine: This rank's model and groups. Buffers are cleared first.
+        engine: As for `gradient_sums`.
+        plan: The same.
+        data: The same.
+        clock: The same.
+
+    Returns:
+        The same. The gradients are divided by the number of targets; a step without targets leaves zeros.
+    """
+    loss = gradient_sums(engine, plan, data, clock)
+    for ddp in engine.wrapped:
+        ddp.scale_gradients(loss.gradient_scale)
+    return loss
+
+
+def gradient_sums(engine: Engine, plan: StepPlan, data: torch.Tensor | StagedStep, clock: StepClock) -> StepLoss:
+    """Run a step up to sums of gradients in the main-grad buffers. Collective over all ranks.
+
+    The optimizer divides them by the number of targets when it clips them, in one pass over its own part of them.
+
+    Args:
+        engine: This rank's model and groups. What buffers held before is overwritten.
         plan: The step of this rank's replica, as this rank has it.
         data: The step's data on their way to the device; or the views of `plan.routes.units`, in order, on the host:
             uint8 (N, image, image, 3) or normalised float (N, 3, image, image). Where views have any size, all values
@@ -70,7 +95,7 @@ def forward_backward(engine: Engine, plan: StepPlan, data: torch.Tensor | Staged
         tally = engine.tally
         table = None if tally is None else tally.table_LE1
         total, num_tokens, counted = loss_and_tokens(result.losses, result.num_tokens, engine.groups, table)
-        _finalise(engine, num_tokens)
+        _finalise(engine)
     experts = None if tally is None else tally.load(counted, num_tokens)
     return StepLoss(total=total, num_tokens=num_tokens, experts=experts)
 
@@ -160,12 +185,9 @@ def _schedule(engine: Engine, plan: StepPlan, visual: VisualOf, inputs: StepInpu
     )
 
 
-def _finalise(engine: Engine, num_tokens: int) -> None:
-    """Reduce both gradients and divide by the same token count; a step without targets leaves zeros."""
-    scaling = 1.0 / num_tokens if num_tokens else 0.0
+def _finalise(engine: Engine) -> None:
+    """Add up the gradients of decoder and encoder over the ranks."""
     if engine.decoder_ddp:
         finalize_model_grads(engine.decoder_ddp, None)
     if engine.encoder_ddp is not None:
         engine.encoder_ddp.finish_grad_sync()
-    for ddp in engine.wrapped:
-        ddp.scale_gradients(scaling)

@@ -36,7 +36,7 @@ from megatron_deepstack.platform.files.write_whole import write_whole
 from megatron_deepstack.run_folder.recipe import record_start_folder
 from megatron_deepstack.run_folder.starting_weights import StartingWeights, write_starting_weights
 from megatron_deepstack.step.clock import StepClock
-from megatron_deepstack.step.train_step import StepLoss, forward_backward
+from megatron_deepstack.step.train_step import StepLoss, gradient_sums
 from megatron_deepstack.step.work import WorkTimers
 from megatron_deepstack.training.ahead import ReadyStep, ReadySteps
 from megatron_deepstack.training.evaluation import Examination
@@ -183,10 +183,10 @@ class _Loop:
             self.clock.add("data", time.perf_counter() - begin)
             loaded, unreadable = self._readable(loaded)
             staged = ready.with_plan_of(loaded, self.session.engine).staged
-            loss = forward_backward(self.session.engine, loaded.plan, staged, self.clock)
+            loss = gradient_sums(self.session.engine, loaded.plan, staged, self.clock)
             agreement = _Agreement(_mean(loss), self.request.asked)
             with self.clock.part("optimizer"):
-                norm = self.session.optimizer.step(loaded.step, agreement)
+                norm = self.session.optimizer.step(loaded.step, agreement, loss.gradient_scale)
             seconds = time.perf_counter() - begin
         held_out = None
         if self.validation is not None and self.validation.due(done) and not agreement.stop:

@@ -99,6 +99,12 @@ def test_views_of_any_size_are_planned_too(tmp_path: Path) -> None:
     assert json.loads(ran(str(recipe), "--gpus", "16", "--json").stdout)["fitting"]
 
 
+def test_a_store_that_is_not_there_yet_is_named() -> None:
+    found = ran("deepstack_l_7b_finetune", "data.store=later.zarr")
+    assert found.exit_code == 0
+    assert "not there yet: later.zarr" in " ".join(found.output.split())
+
+
 def test_lengths_of_a_store(tmp_path: Path) -> None:
     store = write_tiny_store(tmp_path / "store.zarr")
     found = ran("demo", "--store", str(store), "--json")

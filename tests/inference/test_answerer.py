@@ -268,6 +268,21 @@ def _unfinished(folder: Path) -> Path:
     return folder.rename(folder.with_name("out.partial"))
 
 
+def _changed(**changes: Any) -> Callable[[Path], Path]:
+    """Other values in its config.json, below `text_config` if there is a double underscore."""
+
+    def damage(folder: Path) -> Path:
+        def change(config: dict[str, Any]) -> None:
+            for key, value in changes.items():
+                section, _, name = key.rpartition("__")
+                (config[section] if section else config)[name] = value
+
+        change_config(folder, change)
+        return folder
+
+    return damage
+
+
 def _adapters(folder: Path) -> Path:
     (folder / "config.json").rename(folder / "adapter_config.json")
     return folder
@@ -285,7 +300,28 @@ def _empty(folder: Path) -> Path:
         (_nothing, ConfigError, r"nothing: no such folder; expected the run_dir of a `train` or `launch`"),
         (_file, ConfigError, r"config\.json: is a file; expected the run_dir"),
         (_empty, ConfigError, r"copy: holds neither; expected the run_dir"),
-        (_truncated, CheckpointError, r"model\.safetensors: cannot be read as safetensors: "),
+        (_truncated, CheckpointError, r"model\.safetensors: cannot be read as safetensors: .*it is cut off, or still"),
+        (_changed(text_config=[1]), CheckpointError, r"config\.json: text_config: found \[1\], expected an object"),
+        (
+            _changed(text_config__num_hidden_layers=-1),
+            CheckpointError,
+            r"config\.json: .*model\.language\.num_layers: found -1, expected a number above 0",
+        ),
+        (
+            _changed(text_config__num_hidden_layers=10**9),
+            CheckpointError,
+            r"config\.json describes 10000000\d\d layers, and the files hold \d+ tensors",
+        ),
+        (
+            _changed(text_config__max_position_embeddings="many"),
+            CheckpointError,
+            r"config\.json: max_position_embeddings: found 'many', expected a number of tokens",
+        ),
+        (
+            _changed(text_config__rope_parameters=None, text_config__rope_scaling={"rope_type": "linear"}),
+            CheckpointError,
+            r"config\.json: .*rope_scaling\.factor.*: not set, and linear needs it",
+        ),
         (_incomplete, CheckpointError, r"names model-00002-of-00002\.safetensors, not there; finish the download"),
         (_without_config, ConfigError, r"copy: holds weights, and no config\.json that says what they compute"),
         (_without_weights, CheckpointError, r"copy: holds none of model\.safetensors"),

@@ -244,4 +244,4 @@ def test_what_a_processor_says_is_taken(folder_of: Callable[[str], Folder], tmp_
     said: list[str] = []
     answerer_at(nested).preparation("ask", said.append)
     assert "its chat template writes a question as" in said[1]
-    assert "Name the template that it has learned with data.template=NAME" in said[1]
+    assert "name that one with data.template=NAME" in said[1]

@@ -30,8 +30,9 @@ from megatron_deepstack.planning.budget.cost import (
     view_flops,
 )
 from megatron_deepstack.planning.exchange.rows import tokens_per_view
+from megatron_deepstack.planning.views import ViewGrid
 from megatron_deepstack.testing.oracle import language, vision
-from megatron_deepstack.testing.tiny import tiny_model, tiny_samples
+from megatron_deepstack.testing.tiny import tiny_granite, tiny_model, tiny_qwen3_vl, tiny_samples
 
 NO_LORA = LoraConfig()
 GROUPED = LanguageConfig(
@@ -210,3 +211,34 @@ def test_stage_weights_add_up_to_the_decoders_matrices() -> None:
     assert stage_weights(GROUPED, uneven) == (0, 2 * layer, layer + head)
     interleaved = ParallelConfig(pipeline=2, virtual_pipeline=2, layers_per_stage=(1, 0, 1, 1))
     assert stage_weights(GROUPED, interleaved) == (2 * layer, layer + head)
+
+
+def test_adapters_of_tower_and_projector_spare_the_base() -> None:
+    """A frozen matrix has no gradient of its own; gradients pass through it, and each adapter costs three forwards."""
+    lora = LoraConfig(rank=8, targets=(), vision_targets=(LoraTarget.QKV, LoraTarget.MLP_IN), projector=True)
+    linears, attention = 23 * 2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096), 23 * 4 * 577**2 * 1024
+    patches, projector = 2 * 576 * 3 * 14**2 * 1024, projector_flops(SEVEN_B)
+    of_tower = 23 * 2 * 577 * 8 * ((1024 + 3 * 1024) + (1024 + 4096))
+    of_projector = 2 * 576 * 8 * ((1024 + 4096) + (4096 + 4096))
+    both = training_flops(SEVEN_B, (Part.VISION, Part.PROJECTOR), lora, [], 1)
+    assert both == 2 * linears + 3 * attention + patches + 3 * of_tower + 2 * projector + 3 * of_projector
+    first = 2 * 576 * 1024 * 4096  # nothing before it learns
+    alone = training_flops(SEVEN_B, (Part.PROJECTOR,), replace(lora, vision_targets=()), [], 1)
+    assert alone == linears + attention + patches + 2 * projector - first + 3 * of_projector
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision"])
+def test_adapters_of_other_forms_spare_the_base(name: str) -> None:
+    """Mergers and Q-Formers: less than learning whole, more than frozen, and by rank."""
+    model = tiny_qwen3_vl() if name == "qwen3_vl" else tiny_granite()
+    grids = [ViewGrid(frames=1, height=4, width=4)] * 2 if name == "qwen3_vl" else []
+    parts = (Part.VISION, Part.PROJECTOR)
+    frozen, whole = (training_flops(model, trainable, NO_LORA, [], 2, grids) for trainable in ((), parts))
+    adapted = [
+        training_flops(
+            model, parts, LoraConfig(rank=rank, vision_targets=tuple(LoraTarget), projector=True), [], 2, grids
+        )
+        for rank in (1, 2, 3)
+    ]
+    assert frozen < adapted[0] < whole
+    assert adapted[1] - adapted[0] == adapted[2] - adapted[1] > 0

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import RankError, SlotError
 from megatron_deepstack.testing.ranks import RankPool
+from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl_moe, tiny_recipe
 
 
 def _sum_of_ranks(rank: int, offset: int) -> int:
@@ -82,6 +85,22 @@ def test_processes_of_tests_end_with_a_warning_of_ours(module: str, ends: int) -
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == ends, done.stderr
     assert "UserWarning: old" in done.stderr
+
+
+def _threads_after_training(rank: int, recipe: Recipe) -> int:
+    from megatron_deepstack.testing.trial import run_trial
+
+    run_trial(rank, recipe)
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_groups_that_were_left_end_their_threads(ranks: Callable[[int], RankPool]) -> None:
+    """Three a group, of twenty groups a layout: after many layouts a machine would be busy with nothing else."""
+    sequence, expert = ParallelConfig(tensor=2, sequence_parallel=True), ParallelConfig(expert=2)
+    cases = [(sequence, tiny_model()), (expert, tiny_qwen3_vl_moe()), (sequence, tiny_model())]
+    found = [ranks(2).run(_threads_after_training, tiny_recipe(model, layout)) for layout, model in cases]
+    assert found[2] == found[0]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
-WRITERS = ("golden_recipes", "layout_page", "options_page", "recipe_schema")
+WRITERS = ("benchmarks_page", "golden_recipes", "layout_page", "options_page", "recipe_schema")
 """They write files of this repository, and only compare with `--check`."""
 SMALLEST = {
     "bench_balance": ["--steps=2", "--large-steps=1"],
@@ -22,7 +22,7 @@ SMALLEST = {
     "bench_head": ["--repeats=1"],
     "bench_injection": ["--repeats=1"],
     "bench_placement": ["--repeats=1"],
-    "bench_plan": ["--repeats=1", "--pairs=1"],
+    "bench_plan": ["--repeats=1", "--pairs=1", "--rank-pairs=1"],
     "bench_planning": ["--samples=2"],
     "bench_preprocess": ["--rounds=1", "--images=8"],
     "bench_speed": ["--rounds=1", "--cases=0"],

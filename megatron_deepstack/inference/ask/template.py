@@ -32,7 +32,8 @@ def template_difference(folder: Path, template: Template, tokenizer: Tokenizer, 
         image_token: The token by which its processor writes an image.
 
     Returns:
-        None if both give the same tokens, or if the folder has no template or no tokenizer.json.
+        What a user should know; None if both give the same tokens, or if the folder has no template or no
+        tokenizer.json.
     """
     text = folder_template(folder)
     if text is None or not isinstance(tokenizer, HuggingFaceTokenizer):
@@ -49,7 +50,10 @@ def template_difference(folder: Path, template: Template, tokenizer: Tokenizer, 
         rendered: Any = render_jinja_template([[message]], chat_template=text, add_generation_prompt=True, **names)
         written: str = rendered[0][0]
     except Exception as error:  # a template may raise anything
-        return f"its chat template cannot write a question about an image: {error}"
+        return (
+            f"its chat template cannot write a question about an image ({error}), so it was not compared with "
+            f"data.template={template}"
+        )
     image = backend.token_to_id(image_token)
     ids = backend.encode(written, add_special_tokens=False).ids
     theirs = [IMAGE_TOKEN_ID if number == image else number for number in ids]
@@ -57,4 +61,7 @@ def template_difference(folder: Path, template: Template, tokenizer: Tokenizer, 
     if theirs == ours:
         return None
     shown = backend.decode([image or 0 if number == IMAGE_TOKEN_ID else number for number in ours], False)
-    return f"its chat template writes a question as {written!r}, and data.template={template} as {shown!r}"
+    return (
+        f"its chat template writes a question as {written!r}, and data.template={template} as {shown!r}; the model has "
+        "learned the former. If another template of ours writes it, name that one with data.template=NAME"
+    )

@@ -9,7 +9,7 @@ a layer or a linear. None of Megatron's classes is copied.
     attention        core attention without Transformer Engine, and packed rows
     key_value_cache  the same for generation, with the keys and values of earlier tokens
     rotary           angles of positions
-    norm, residual, activation, lora
+    norm, residual, activation, gated, lora
                      parts that some families or recipes want
     speed            which fusions and overlaps a run uses
 """

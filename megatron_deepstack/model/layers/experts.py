@@ -200,11 +200,22 @@ class ExpertLayer(MoELayer):
                 output, _ = super(ExpertLayer, self).forward(hidden_states, **kwargs)
             finally:
                 self.router.membership_KT = None
+                self._forget_graph()
             return output
 
         if self.recomputed and torch.is_grad_enabled():
             return checkpoint(whole, False, hidden_states, padding_mask), None
         return whole(hidden_states, padding_mask), None
+
+    def _forget_graph(self) -> None:
+        """Let go of what Megatron's dispatcher keeps of a forward pass that is over.
+
+        It is a part of the graph, whose leaves' hooks lead back to this layer: a cycle through C++ which Python's
+        collector does not see, so that a model, its process groups and their threads would outlive the run.
+        """
+        for name, value in vars(self.token_dispatcher).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(self.token_dispatcher, name, None)
 
 
 @cache

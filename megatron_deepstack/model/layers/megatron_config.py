@@ -70,8 +70,6 @@ def decoder_config(
         calculate_per_token_loss=True,
         # gloo reads a tensor after the call that sends it, so an overlapped send must find it where it was.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and (has_gpu() or not speed.overlap_p2p),
-        # Megatron's fused GELU is the approximation with tanh, so only gated SiLU is left to it.
-        bias_activation_fusion=speed.activation_fusion and family.activation is Activation.SILU,
         apply_rope_fusion=speed.rope_fusion,
         gradient_accumulation_fusion=speed.gradient_accumulation_fusion,
         cross_entropy_loss_fusion=speed.cross_entropy_fusion,
@@ -79,11 +77,25 @@ def decoder_config(
         overlap_p2p_comm=speed.overlap_p2p,
         batch_p2p_comm=has_gpu() and not speed.overlap_p2p,
         batch_p2p_sync=speed.synchronize_p2p,
+        **_activation(language, speed, engine=engine),
         **_recomputation(parallel, has_experts=bool(expert_layers(language))),
         **expert_settings(language, parallel, engine=engine),
         **fp8_settings(precision, fp8_scaling),
         **_common(precision),
     )
+
+
+def _activation(language: LanguageConfig, speed: Speed, *, engine: bool) -> dict[str, object]:
+    """Megatron's settings of who applies a gated SiLU: its own fused kernel, or `gated.GatedSilu` of the MLP's spec.
+
+    Megatron's fused GELU is the approximation with tanh, so only SiLU is left to it. Its name of a spec's activation
+    is another package's. Experts would take that too, but their specs have none.
+    """
+    silu = family_of(language).activation is Activation.SILU
+    return {
+        "bias_activation_fusion": silu and speed.activation_fusion,
+        "use_te_activation_func": silu and not (engine or speed.activation_fusion or expert_layers(language)),
+    }
 
 
 def _recomputation(parallel: ParallelConfig, *, has_experts: bool) -> dict[str, object]:

@@ -28,6 +28,7 @@ from megatron_deepstack.errors import ConfigError, SlotError
 from megatron_deepstack.model.layers.activation import activated
 from megatron_deepstack.model.layers.attention import FusedCoreAttention, frame_by_frame
 from megatron_deepstack.model.layers.experts import balance_factor, expert_mlp
+from megatron_deepstack.model.layers.gated import GatedSilu
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
 from megatron_deepstack.model.layers.lora import NO_ADAPTERS, adapted
@@ -196,6 +197,7 @@ def _submodules(
             MLPSubmodules(
                 linear_fc1=activated(adapted(classes.column, LoraTarget.MLP_IN, lora), activation),
                 linear_fc2=adapted(classes.row, LoraTarget.MLP_OUT, lora),
+                activation_func=GatedSilu,  # only where the config says `use_te_activation_func`
             )
         ),
         mlp_bda=get_bias_dropout_add,

@@ -7,7 +7,8 @@ of the rest) are left out.
 
 A matrix costs one forward. If it learns, its gradient costs as much again. If something before it learns, the gradient
 of its input also costs as much. So a part that learns costs three forwards, a frozen decoder after a projector that
-learns costs two, and a frozen ViT costs one. The two products of attention have no weights and two inputs, so their
+learns costs two, and a frozen ViT costs one. A part with adapters is frozen itself; each adapter costs three forwards
+of its own, and lets gradients through the part. The two products of attention have no weights and two inputs, so their
 backward costs two forwards wherever a gradient passes.
 """
 
@@ -25,6 +26,7 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ModelCo
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
+from megatron_deepstack.planning.budget.encoder_parameters import projector_adapters, tower_adapters
 from megatron_deepstack.planning.budget.linears import attention_widths, layer_weights, linear_sizes
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
@@ -96,7 +98,7 @@ def training_flops(
     Args:
         model: The recipe's model.
         trainable: Parts that learn.
-        lora: Adapters of the decoder; rank 0 for none.
+        lora: Adapters; rank 0 for none.
         lengths: Tokens of each sample, including visual tokens, without padding.
         num_units: Number of units that are encoded: views, or images with all their views if stacks enter the ViT.
         grids: The patches of each unit, if views have any size.
@@ -106,27 +108,52 @@ def training_flops(
     """
     native = model.variant.traits.is_native
     work = EncoderWork.of_grids(model, grids) if native else EncoderWork.of_units(model, num_units)
-    encoder = encoder_training_flops(model, trainable, work)
+    encoder = encoder_training_flops(model, trainable, lora, work)
     return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
 
 
-def encoder_training_flops(model: ModelConfig, trainable: Collection[Part], work: EncoderWork) -> float:
-    """Count a step's FLOPs of tower and projector, forward and backward.
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """How many forwards the parts of a tower cost in a step."""
+
+    linears: int
+    attention: int
+    patches: int
+    """Pixels want no gradient."""
+
+
+_FROZEN, _LEARNED, _ADAPTED = _Passes(1, 1, 1), _Passes(3, 3, 2), _Passes(2, 3, 1)
+
+
+def _tower_passes(trainable: Collection[Part], lora: LoraConfig) -> _Passes:
+    if Part.VISION not in trainable:
+        return _FROZEN
+    return _ADAPTED if lora.rank and lora.vision_targets else _LEARNED
+
+
+def encoder_training_flops(
+    model: ModelConfig, trainable: Collection[Part], lora: LoraConfig, work: EncoderWork
+) -> float:
+    """Count a step's FLOPs of tower and projector, forward and backward, with their adapters.
 
     Args:
         model: The model.
         trainable: Parts that learn.
+        lora: Adapters; a tower or projector that has some is frozen itself.
         work: What is encoded.
 
     Returns:
         Operations.
     """
-    learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
     if not model.variant.traits.is_native:
-        unit = vision_training_flops(model, trainable) + _projector_training(model, trainable)
+        unit = vision_training_flops(model, trainable, lora) + _projector_training(model, trainable, lora)
         return work.units * unit
-    tower = (3 if below else 1) * _native_layers(model.vision, work) + (1 + below) * _native_patches(model.vision, work)
-    return tower + (1 + learned + (learned or below)) * _mergers(model, work)
+    vision, passes, part_learns = model.vision, _tower_passes(trainable, lora), Part.PROJECTOR in trainable
+    tower = _native_layers(vision, work, passes) + passes.patches * _native_patches(vision, work)
+    tower += 6 * work.patches * vision.num_layers * tower_adapters(model, lora)
+    learned, flows = part_learns and not lora.projector, part_learns or Part.VISION in trainable
+    adapters = 6 * work.units * projector_adapters(model, lora)
+    return tower + (1 + learned + flows) * _mergers(model, work) + adapters
 
 
 def encoder_flops(model: ModelConfig, work: EncoderWork) -> tuple[float, float]:
@@ -143,7 +170,7 @@ def encoder_flops(model: ModelConfig, work: EncoderWork) -> tuple[float, float]:
     if model.variant.traits.is_native:
         tower = _native_layers(model.vision, work) + _native_patches(model.vision, work)
         return tower, _mergers(model, work)
-    return work.units * vision_training_flops(model, ()), work.units * projector_flops(model)
+    return work.units * vision_training_flops(model, (), LoraConfig()), work.units * projector_flops(model)
 
 
 def head_training_flops(
@@ -154,7 +181,7 @@ def head_training_flops(
     Args:
         language: The decoder.
         trainable: Parts that learn.
-        lora: Adapters of the decoder; rank 0 for none.
+        lora: Adapters; rank 0 for none.
         tokens: Number of tokens.
 
     Returns:
@@ -172,35 +199,37 @@ def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lor
     return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
 
 
-def vision_training_flops(model: ModelConfig, trainable: Collection[Part]) -> float:
+def vision_training_flops(model: ModelConfig, trainable: Collection[Part], lora: LoraConfig) -> float:
     """Count a step's FLOPs of the ViT for the views of one unit.
 
     Args:
         model: The model.
         trainable: Parts that learn; with none of them the forward pass alone is counted.
+        lora: Adapters; a tower that has some is frozen itself.
 
     Returns:
         Operations.
     """
-    learned = Part.VISION in trainable
-    passes = 3 if learned else 1
-    vision = model.vision
-    if not model.variant.traits.stacks_in_vit:
-        return passes * _layers_flops(vision, used_layers(vision)) + (1 + learned) * _patch_flops(vision)
-    shared = plan_vit_stacks(model).slots[0]
-    views = 1 + STACKS_IN_VIT
-    layers = views * _layers_flops(vision, shared) + _layers_flops(vision, used_layers(vision) - shared)
-    return passes * layers + (1 + learned) * views * _patch_flops(vision)
+    passes, vision = _tower_passes(trainable, lora), model.vision
+    views, layers = 1, used_layers(vision)
+    if model.variant.traits.stacks_in_vit:
+        shared = plan_vit_stacks(model).slots[0]
+        views = 1 + STACKS_IN_VIT
+        layers = views * shared + used_layers(vision) - shared
+    adapters = 6 * _tower_tokens(vision) * tower_adapters(model, lora) if passes is _ADAPTED else 0
+    return _layers_flops(vision, layers, passes) + layers * adapters + passes.patches * views * _patch_flops(vision)
 
 
-def _projector_training(model: ModelConfig, trainable: Collection[Part]) -> float:
+def _projector_training(model: ModelConfig, trainable: Collection[Part], lora: LoraConfig) -> float:
     """Count a step's FLOPs of the projector for the rows of one view."""
-    learned, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    part_learns, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    learned, flows = part_learns and not lora.projector, part_learns or below
     if model.variant.traits.stack_source is StackSource.TAPS:
-        return (1 + learned + (learned or below)) * projector_flops(model)
+        return (1 + learned + flows) * projector_flops(model) + 3 * _qformer_adapters(model, lora)
     tokens, hidden = tokens_per_view(model.vision), model.language.hidden_size
     first, second = 2 * tokens * model.vision.hidden_size * hidden, 2 * tokens * hidden * hidden
-    return (1 + learned + below) * first + (1 + learned + (learned or below)) * second
+    adapters = 6 * tokens * projector_adapters(model, lora)
+    return (1 + learned + below) * first + (1 + learned + flows) * second + adapters
 
 
 def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
@@ -219,7 +248,7 @@ def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
 
 def view_flops(vision: VisionConfig) -> float:
     """Count the FLOPs of the forward pass of one view through the ViT layers whose output is used."""
-    return _layers_flops(vision, used_layers(vision)) + _patch_flops(vision)
+    return _layers_flops(vision, used_layers(vision), _FROZEN) + _patch_flops(vision)
 
 
 def unit_flops(model: ModelConfig, shape: ImageShape) -> float:
@@ -243,10 +272,10 @@ def _native_patches(vision: VisionConfig, work: EncoderWork) -> float:
     return 2 * work.patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
 
 
-def _native_layers(vision: VisionConfig, work: EncoderWork) -> float:
+def _native_layers(vision: VisionConfig, work: EncoderWork, passes: _Passes = _FROZEN) -> float:
     c = vision.hidden_size
-    weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
-    return vision.num_layers * (2 * work.patches * weights + 4 * work.squares * c)
+    linears = passes.linears * 2 * work.patches * (4 * c * c + 2 * c * vision.ffn_hidden_size)
+    return vision.num_layers * (linears + passes.attention * 4 * work.squares * c)
 
 
 def _mergers(model: ModelConfig, work: EncoderWork) -> float:
@@ -296,6 +325,18 @@ def _qformer(model: ModelConfig) -> int:
     return layers + 2 * queries * c * model.language.hidden_size
 
 
+def _qformer_adapters(model: ModelConfig, lora: LoraConfig) -> float:
+    """Count the FLOPs of one forward of all Q-Formers' adapters for one view; keys and values see patches."""
+    if not lora.projector:
+        return 0.0
+    qformer, c, patches = model.qformer, model.vision.hidden_size, tokens_per_view(model.vision)
+    queries = patches // qformer.window_side**2 * qformer.query_side**2
+    crossing = -(-qformer.num_layers // qformer.cross_attention_interval)
+    layers = qformer.num_layers * queries * (8 * c + 2 * (c + qformer.ffn_hidden_size))
+    entries = layers + crossing * 4 * c * (queries + patches) + queries * (c + model.language.hidden_size)
+    return 2.0 * lora.rank * len(model.vision.taps) * entries
+
+
 def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
     """Count the entries of all adapters' matrices: rank x (inputs + outputs) for each adapted linear layer.
 
@@ -324,10 +365,15 @@ def _causal_attention(language: LanguageConfig, length: Lengths) -> Lengths:
     return 2 * length * length * attention_widths(language)[0]
 
 
-def _layers_flops(vision: VisionConfig, num_layers: int) -> float:
-    c, tokens = vision.hidden_size, tokens_per_view(vision) + tower_of(vision).num_leading_tokens
-    weights = 4 * c * c + 2 * c * vision.ffn_hidden_size
-    return num_layers * (2 * tokens * weights + 4 * tokens * tokens * c)
+def _tower_tokens(vision: VisionConfig) -> int:
+    """Count the tokens of a view of a fixed size in the tower's layers."""
+    return tokens_per_view(vision) + tower_of(vision).num_leading_tokens
+
+
+def _layers_flops(vision: VisionConfig, num_layers: int, passes: _Passes) -> float:
+    c, tokens = vision.hidden_size, _tower_tokens(vision)
+    linears = passes.linears * 2 * tokens * (4 * c * c + 2 * c * vision.ffn_hidden_size)
+    return num_layers * (linears + passes.attention * 4 * tokens * tokens * c)
 
 
 def _patch_flops(vision: VisionConfig) -> float:

@@ -243,11 +243,11 @@ class Durations:
         tower, projector = encoder_flops(model, work)
         forward, backward = tower + projector, 0.0
         if Part.PROJECTOR in trainable:
-            backward += 2 * projector
+            backward += (1 if self.recipe.lora.projector else 2) * projector
         elif Part.VISION in trainable:  # its gradient passes
             backward += projector
         if Part.VISION in trainable:
-            backward += 2 * tower
+            backward += (1 if self.recipe.lora.vision_targets else 2) * tower  # a frozen matrix has no gradient
             chunk = views_at_once(self.recipe.parallel, model.vision, self.element)
             backward += tower * bool(chunk and chunk < work.views)
         traffic = work.patches * 60 * model.vision.hidden_size * model.vision.num_layers

@@ -1,16 +1,19 @@
 """The memory of tower and projector on a rank: what waits for their backward, and what exists only for a moment.
 
 A tower that learns keeps the inputs of its operators, layer by layer, of all views or of as many as the layout allows
-at a time; a frozen one keeps its features alone. What the projector keeps depends on its form: two linears, mergers of
-neighbouring patches, or window Q-Formers. Formulas count elements; a test compares the sums with what ranks allocate.
+at a time. A frozen one keeps its features alone; one with adapters keeps their inputs and what gradients need on their
+way. What the projector keeps depends on its form: two linears, mergers of neighbouring patches, or window Q-Formers.
+Formulas count elements; a test compares the sums with what ranks allocate.
 
 Legend: C width of the tower, f its MLP, H width of the decoder, M patches of a view, Q queries of a view.
 """
 
 from __future__ import annotations
 
-from megatron_deepstack.config.choices import EncoderPlacement, Part
-from megatron_deepstack.config.schema import ModelConfig, Recipe
+from collections.abc import Collection
+
+from megatron_deepstack.config.choices import EncoderPlacement, LoraTarget, Part
+from megatron_deepstack.config.schema import LoraConfig, ModelConfig, Recipe, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
@@ -46,7 +49,7 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     if Part.VISION in trainable:
         chunk = views_at_once(parallel, model.vision, element)
         alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
-        kept += alive * _tower(model, work)
+        kept += alive * tower_elements(model, work, recipe.lora)
     return int(kept * element + pixels)
 
 
@@ -139,15 +142,54 @@ def _qformer(model: ModelConfig) -> float:
     return patches * c + 2 * queries * c + layers + crossing * (4 * queries + 2 * patches) * c
 
 
-def _tower(model: ModelConfig, work: EncoderWork) -> float:
-    """Count the elements that the tower keeps if it learns."""
+def tower_elements(model: ModelConfig, work: EncoderWork, lora: LoraConfig) -> float:
+    """Count the elements that the tower keeps for its backward pass, where it or its adapters learn.
+
+    Args:
+        model: The recipe's model.
+        work: What is encoded.
+        lora: Adapters; a tower that has some is frozen itself, so linears without one need not keep their inputs, and
+            its first layer keeps nothing of what comes before its first adapter.
+
+    Returns:
+        The number.
+    """
     vision, width = model.vision, model.vision.hidden_size
-    if tower_of(vision).is_native:  # rotation copies queries and keys; a row of several frames is put together again
-        cosines = 4 * width // vision.num_heads
-        layer = 11 * width + kept_of_mlp(vision) * vision.ffn_hidden_size + cosines + vision.num_heads + 4
-        patch = 3 * vision.temporal_patch_size * vision.patch_size**2
-        return work.patches * (vision.num_layers * layer + width + patch)
-    tokens = tokens_per_view(vision) + tower_of(vision).num_leading_tokens
-    inner = kept_of_mlp(vision) * vision.ffn_hidden_size
-    layer = tokens * (8 * width + inner + vision.num_heads + 4)
-    return work.views * (used_layers(vision) * layer + 2 * tokens * width + 3 * vision.image_size**2)
+    if tower_of(vision).is_native:
+        tokens, layers = work.patches, vision.num_layers
+        around = work.patches * (width + 3 * vision.temporal_patch_size * vision.patch_size**2)
+    else:
+        tokens = work.views * (tokens_per_view(vision) + tower_of(vision).num_leading_tokens)
+        layers = used_layers(vision)
+        around = 2 * tokens * width + work.views * 3 * vision.image_size**2
+    if not (lora.rank and lora.vision_targets):
+        return tokens * layers * _tower_layer(vision, tuple(LoraTarget), 0) + around
+    layer = _tower_layer(vision, lora.vision_targets, lora.rank)
+    first = _tower_layer(vision, lora.vision_targets, lora.rank, flows=False)
+    return tokens * ((layers - 1) * layer + first)
+
+
+def _tower_layer(vision: VisionConfig, targets: Collection[LoraTarget], rank: int, *, flows: bool = True) -> float:
+    """Count the elements that a layer keeps of one token.
+
+    Args:
+        vision: The tower.
+        targets: The linears that need their inputs: whose weights or adapters learn.
+        rank: Of the adapters, each of which keeps its narrow product; 0 without.
+        flows: Whether anything before the layer learns, so that its input has a gradient.
+    """
+    c, f, native = vision.hidden_size, vision.ffn_hidden_size, tower_of(vision).is_native
+    norm, attention = c + 2, 4 * c + vision.num_heads  # queries, keys, values, result; sums of exponentials
+    if native:  # rotation copies queries and keys
+        attention += 2 * c + 4 * c // vision.num_heads
+    kept = norm * flows
+    kept += (c + rank) * (LoraTarget.QKV in targets)
+    flows = flows or LoraTarget.QKV in targets
+    kept += attention * flows
+    copied = native or not flows  # a row of several frames is put together again; a view's result is there already
+    kept += (c * copied + rank) * (LoraTarget.ATTENTION_OUTPUT in targets)
+    flows = flows or LoraTarget.ATTENTION_OUTPUT in targets
+    kept += norm * flows + (c + rank) * (LoraTarget.MLP_IN in targets)
+    flows = flows or LoraTarget.MLP_IN in targets
+    kept += (kept_of_mlp(vision) - 1) * f * flows
+    return kept + (f + rank) * (LoraTarget.MLP_OUT in targets)

@@ -12,20 +12,23 @@ Legend: h hidden, f MLP, w queries, k keys, d head, a heads, V vocabulary, all a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
 from megatron_deepstack.config.choices import (
+    Activation,
     EncoderPlacement,
     Layers,
+    LoraTarget,
     Part,
     Precision,
     Recompute,
     RecomputeMethod,
     RecomputeModule,
 )
-from megatron_deepstack.config.schema import ParallelConfig, Recipe
+from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
 from megatron_deepstack.config.sizes import expert_layers, head_width
+from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
 from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
 from megatron_deepstack.planning.budget.footprint import element_bytes, lasting_bytes
@@ -77,7 +80,7 @@ def rank_memory(recipe: Recipe, load: StepLoad, num_ranks: int, stage: int, *, f
     chunks = [one for one in stage_chunks(model.language.num_layers, recipe.parallel) if one.pp == stage]
     activations, logits = _activations(recipe, load, chunks, fused)
     rows = _rows(recipe, load, chunks, element)
-    learned = stage_parameters(recipe, stage).learned > 0
+    learned = stage_parameters(recipe, stage).learned > 0 and not recipe.lora.rank
     in_schedule = _transient(recipe, load.micro_batches[0], chunks, learned, element)
     outside = max(before_schedule(recipe, load, element, rows), after_schedule(recipe, load, element))
     return RankMemory(
@@ -194,30 +197,51 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
     parallel, model = recipe.parallel, recipe.model
     language, element = model.language, element_bytes(recipe.train.precision)
     w, k, f = kept_widths(model, parallel.tensor)
+    of_mlp = kept_of_gated_mlp(model.language, fused=fused)
     heads = language.num_heads // parallel.tensor
     split, inner = _split_positions(parallel, batch), batch.positions / parallel.context
-    h, learns = language.hidden_size, Part.LANGUAGE in recipe.train.trainable
+    h, lora = language.hidden_size, recipe.lora
+    learns = Part.LANGUAGE in recipe.train.trainable
+    whole, adapted = learns and not lora.rank, learns and lora.rank > 0
+    needed: Collection[LoraTarget] = (tuple(LoraTarget) if whole else lora.targets) if learns else ()
     rotary = 4 * head_width(language) * inner / batch.size * 4
     scalars = (2 * split + heads * inner) * 4
+    into_norms = (LoraTarget.QKV in needed) + (
+        LoraTarget.MLP_IN in needed
+    )  # a linear without a gradient needs no input
+    copied = not fused and (packed or batch.size > 1 or parallel.context > 1) and LoraTarget.ATTENTION_OUTPUT in needed
+    into_mlp = (of_mlp - 1) + (LoraTarget.MLP_OUT in needed)
+    values = split * (2 + into_norms) * h + inner * ((w + 2 * k) + w + k + (1 + copied) * w + into_mlp * f)
+    values += inner * lora.rank * len(needed) * adapted
     if fused:
-        values = split * 4 * h + inner * ((w + 2 * k) + w + k + w + 3 * f)
         rotary = 0.0
     else:
-        copies = 2 if packed or batch.size > 1 or parallel.context > 1 else 1
-        values = split * 6 * h + inner * ((w + 2 * k) + w + k + copies * w + 5 * f)
+        values += split * 2 * h * whole  # normalised values, for the gradients of the norms' weights
         if language.qk_norm:
-            values += inner * (2 * w + k if learns else w)
+            values += inner * (2 * w + k if whole else w)
     with_experts = len(expert_layers(language)) / language.num_layers
     values += 2 * split * h * language.num_active_experts * with_experts  # sent to experts, and what they answer
-    if not learns:  # frozen matrices need no inputs for their gradients, and norms no normalised values
-        values -= split * (2 if fused else 4) * h + inner * (f + (0 if fused else copies - 1) * w)
     if parallel.recompute is Recompute.SELECTIVE:
         if RecomputeModule.CORE_ATTENTION in parallel.recompute_modules:
-            values -= inner * (0 if fused or not learns else (copies - 1) * w)
+            values -= inner * copied * w
             scalars -= heads * inner * 4
         if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
-            values -= inner * ((3 if fused else 5) - (not learns)) * f
+            values -= inner * into_mlp * f
     return int(values * element + rotary + scalars)
+
+
+def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:
+    """Return how many of its widths a gated MLP keeps of each token: its input's two halves, and what it makes of them.
+
+    Args:
+        language: The decoder.
+        fused: Whether layers are Transformer Engine's.
+
+    Returns:
+        3 where the activation is one operator, 5 where the parts of it are kept as well, as in experts on a CPU.
+    """
+    one_operator = family_of(language).activation is Activation.SILU and not expert_layers(language)
+    return 3 if fused or one_operator else 5
 
 
 def _rows(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:

@@ -183,7 +183,7 @@ def _flops(recipe: Recipe, load: StepLoad) -> Flops:
     model, trainable = recipe.model, recipe.train.trainable
     decoder = training_flops(model, trainable, recipe.lora, load.lengths.tolist(), 0)
     head = head_training_flops(model.language, trainable, recipe.lora, float(load.tokens))
-    encoder = encoder_training_flops(model, trainable, load.total_work)
+    encoder = encoder_training_flops(model, trainable, recipe.lora, load.total_work)
     return Flops(decoder=decoder - head, head=head, encoder=encoder)
 
 

@@ -76,20 +76,22 @@ class Optimizer:
         self.groups: tuple[ParameterGroup, ...] = parameter_groups(engine, self.rates)
         self._kinds = [_kind_of(group) for group in self.chained.param_groups]
 
-    def step(self, step: int, trusted: Trusted = math.isfinite) -> StepNorm:
-        """Clip and apply the gradients, if they are trusted, and clear them. Collective over all ranks.
+    def step(self, step: int, trusted: Trusted = math.isfinite, scale: float = 1.0) -> StepNorm:
+        """Scale, clip and apply the gradients, if they are trusted, and clear them. Collective over all ranks.
 
         Args:
             step: 0-based; determines the learning rate.
             trusted: From the global gradient norm to whether the step may be applied; all ranks must decide alike.
+            scale: What the gradients are multiplied by before anything else, the same on all ranks. Sums over targets
+                become gradients of the mean by it, see `StepLoss.gradient_scale`.
 
         Returns:
-            The gradient norm before clipping, and whether the gradients were applied.
+            The norm of the scaled gradients before clipping, and whether the gradients were applied.
         """
         for group, (part, decays) in zip(self.chained.param_groups, self._kinds, strict=True):
             group["lr"] = self.lr(part, step)
             group["weight_decay"] = self.rates.weight_decay(part) if decays else 0.0
-        applied = self.chained.step_if(trusted)
+        applied = self.chained.step_if(trusted, scale=scale, clip=self.config.clip_grad)
         self.chained.zero_grad()  # Megatron leaves `grad` an alias of the buffer; the next backward would double it
         return StepNorm(gradient_norm=self.chained.gradient_norm, applied=applied)
 
@@ -149,7 +151,7 @@ def _megatron_config(
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
         adam_eps=config.epsilon,
-        clip_grad=config.clip_grad,
+        clip_grad=0.0,  # `SkippingOptimizer` clips
         bf16=low,
         params_dtype=torch.bfloat16 if low else torch.float32,
         use_distributed_optimizer=distributed,

@@ -1,7 +1,10 @@
-"""Leaving out a step whose loss or gradient is not finite.
+"""Leaving out a step whose loss or gradient is not finite, and scaling and clipping gradients in one pass.
 
 Megatron's optimizers look for NaN and infinity only when they scale the loss, that is in fp16: with float32 or bf16
 a single NaN reaches every parameter. Here the chain of optimizers asks before it touches anything.
+
+Megatron would divide whole buffers by the number of targets, and then write the gradients twice to clip them. Here both
+factors are multiplied into the gradients that this rank updates, in place and once.
 """
 
 from __future__ import annotations
@@ -22,17 +25,21 @@ class SkippingOptimizer(ChainedOptimizer):
     gradient_norm: float = 0.0
     """Global norm of the last step's gradients, before clipping; not finite if one of them is not."""
     trusted: Trusted
+    scale: float = 1.0
+    clip: float = 0.0
 
-    def step_if(self, trusted: Trusted) -> bool:
-        """Clip and apply the gradients if they are trusted. Collective over all ranks.
+    def step_if(self, trusted: Trusted, *, scale: float = 1.0, clip: float = 0.0) -> bool:
+        """Scale, clip and apply the gradients if they are trusted. Collective over all ranks.
 
         Args:
             trusted: Called once with the norm; NaN if some gradient is not finite. All ranks must decide the same.
+            scale: What the gradients are multiplied by first, the same on all ranks.
+            clip: Largest global norm of the scaled gradients; larger ones are scaled down to it. 0 for no bound.
 
         Returns:
             Whether the gradients were applied.
         """
-        self.trusted = trusted
+        self.trusted, self.scale, self.clip = trusted, scale, clip
         applied, _, _ = self.step()
         return bool(applied)
 
@@ -40,9 +47,25 @@ class SkippingOptimizer(ChainedOptimizer):
     def prepare_grads(self) -> bool:
         """Megatron's hook before anything is changed; true leaves the step out."""
         found = super().prepare_grads()
-        self.gradient_norm = float(super().get_grad_norm() or 0.0)
+        self.gradient_norm = self.scale * float(super().get_grad_norm() or 0.0)
         sound = all(_rest_is_finite(single) for single in self.chained_optimizers)
-        return not self.trusted(self.gradient_norm if sound else math.nan) or found
+        if found or not self.trusted(self.gradient_norm if sound else math.nan):
+            return True
+        self._scale_and_clip()
+        return False
+
+    def _scale_and_clip(self) -> None:
+        """Multiply what this rank updates by both factors."""
+        factor = self.scale
+        if self.clip:
+            factor *= min(self.clip / (self.gradient_norm + 1e-6), 1.0)  # Megatron's and PyTorch's small number
+        if factor == 1.0:
+            return
+        parameters = [parameter for single in self.chained_optimizers for parameter in single.get_parameters()]
+        found = [_gradient(parameter) for parameter in parameters]
+        gradients = [gradient for gradient in found if gradient is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
