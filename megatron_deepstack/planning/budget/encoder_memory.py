@@ -20,6 +20,10 @@ from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork
 from megatron_deepstack.planning.budget.encoder_views import kept_of_mlp, views_at_once
 from megatron_deepstack.planning.budget.load import StepLoad
+from megatron_deepstack.planning.budget.received_rows import num_windows
+
+_INDEX_BYTES = 4 * 8
+"""Of a row: where it is sent from and stored, and where its gradient is sent from and arrives."""
 
 
 def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
@@ -63,7 +67,8 @@ def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int)
         received: Bytes of the rows that the rank will have received.
 
     Returns:
-        Bytes beside received rows: the widest operator of the tower, or all rows that the rank makes.
+        Bytes beside received rows: the widest operator of the tower; or all rows that the rank makes and, of one window
+        of columns, what it sends and what it receives before and after it is put in order, with the index of the rows.
     """
     if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
         return 0
@@ -71,8 +76,11 @@ def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int)
     chunk = views_at_once(recipe.parallel, vision, element)
     alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
     widest = alive * work.patches * (2 * vision.ffn_hidden_size + 3 * vision.hidden_size)
-    rows = work.units * sum(load.rows_per_unit.values()) * recipe.model.language.hidden_size
-    return int(max(widest * element - received, rows * element))
+    hidden = recipe.model.language.hidden_size
+    rows = work.units * sum(load.rows_per_unit.values())
+    made, replica_rows = rows * hidden * element, int(load.units * sum(load.rows_per_unit.values()))
+    window = (made + 2 * received) / num_windows(replica_rows, hidden, element)
+    return int(max(widest * element - received, made + window + rows * _INDEX_BYTES))
 
 
 def after_schedule(recipe: Recipe, load: StepLoad, element: int) -> int:
