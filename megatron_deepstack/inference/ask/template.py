@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_deepstack.config.choices import Template
 from megatron_deepstack.convert.hf_whole_folder import folder_template
@@ -32,12 +31,16 @@ def template_difference(folder: Path, template: Template, tokenizer: Tokenizer, 
         image_token: The token by which its processor writes an image.
 
     Returns:
-        What a user should know; None if both give the same tokens, or if the folder has no template or no
-        tokenizer.json.
+        What a user should know, also where transformers, which runs templates, is not installed; None if both give the
+        same tokens, or if the folder has no template or no tokenizer.json.
     """
     text = folder_template(folder)
     if text is None or not isinstance(tokenizer, HuggingFaceTokenizer):
         return None
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except ModuleNotFoundError as error:
+        return f"{error}: its chat template was not compared with data.template={template}; install transformers"
     backend = Backend.from_buffer(tokenizer.files[TOKENIZER_FILE])
     names: dict[str, Any] = {
         f"{role}_token": backend.id_to_token(number)
