@@ -66,14 +66,19 @@ class Browser:
 def browser() -> Iterator[Browser]:
     if BROWSER is None or DRIVER is None:
         pytest.skip("no chromium and chromedriver here")
-    driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    started = next(line for line in driver.stdout if "started successfully on port" in line)
-    window = Browser(f"http://127.0.0.1:{started.rstrip().rstrip('.').rsplit(' ', 1)[1]}")
-    yield window
-    window.send("DELETE", window.session)
-    driver.terminate()
-    driver.communicate(timeout=30)
+    with subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        said = []
+        for line in driver.stdout:
+            said.append(line)
+            if "started successfully on port" in line:
+                break
+        else:
+            pytest.skip(f"chromedriver does not start here: {''.join(said)}")
+        window = Browser(f"http://127.0.0.1:{said[-1].rstrip().rstrip('.').rsplit(' ', 1)[1]}")
+        yield window
+        window.send("DELETE", window.session)
+        driver.terminate()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,10 @@ def stop_on_signals() -> Iterator[None]:
     """In this block the first SIGTERM or SIGINT raises PreemptedError; later ones do not interrupt the clean-up.
 
     Threads other than the main one cannot handle signals: there nothing changes.
+
+    Raises:
+        PreemptedError: A signal came, also where it came within a call into Ray's core, which reports an exception of a
+            handler as a SystemError caused by it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -25,6 +29,10 @@ def stop_on_signals() -> Iterator[None]:
     before = {number: signal.signal(number, _stop) for number in _SIGNALS}
     try:
         yield
+    except SystemError as error:
+        if isinstance(error.__cause__, PreemptedError):
+            raise error.__cause__ from None
+        raise
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is _stop:
