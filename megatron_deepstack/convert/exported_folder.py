@@ -7,7 +7,6 @@ and is then compared with the config key by key, so that nothing is left out sil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from megatron_deepstack.convert.hf_facts import ACTIVATIONS, CONFIG, PREPROCESSO
 from megatron_deepstack.convert.hf_names import by_published_name
 from megatron_deepstack.convert.hf_rope import rope_scaling, rotary_base
 from megatron_deepstack.convert.hf_whole import WHOLE_MODELS
-from megatron_deepstack.convert.hf_whole_folder import described_whole
+from megatron_deepstack.convert.hf_whole_folder import described_whole, read_beside
 from megatron_deepstack.convert.hf_written import DEEPSTACK
 from megatron_deepstack.convert.stacked_experts import is_of_expert, is_stack, read_expert
 from megatron_deepstack.convert.tensor_files import LazyTensor, files_by_name, lazy_tensor
@@ -94,7 +93,7 @@ def read_exported(path: str | Path) -> ExportedFolder:
     if config.get("model_type") in WHOLE_MODELS:
         model, data, known = described_whole(folder, {name: said[name] for name in OF_DATA if name in said})
     else:
-        model, data = _described(config, said, _beside(folder / PREPROCESSOR), folder)
+        model, data = _described(config, said, read_beside(folder / PREPROCESSOR), folder)
         known = frozenset(said)
     require_same_model(config, model, str(folder), _UNLIMITED)
     files = files_by_name(folder)
@@ -169,16 +168,6 @@ def _fitted(
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
-def _beside(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
-    return found if isinstance(found, Mapping) else {}
 
 
 def _prepared(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

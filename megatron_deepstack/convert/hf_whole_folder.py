@@ -79,7 +79,7 @@ def folder_template(folder: Path) -> str | None:
     file = folder / _TEMPLATE_FILE
     if file.is_file():
         return file.read_text(encoding="utf-8", errors="replace")
-    held = (_read(folder / name).get("chat_template") for name in _TEMPLATE_HOLDERS)
+    held = (read_beside(folder / name).get("chat_template") for name in _TEMPLATE_HOLDERS)
     return next((text for text in held if isinstance(text, str)), None)
 
 
@@ -94,13 +94,24 @@ def _known_template(folder: Path, whole: WholeModel) -> Template | None:
 
 def _section(folder: Path, name: str, nested: str) -> tuple[Path, Mapping[str, Any]]:
     """The values of a processor and their file: newer folders hold them in one file, which counts if both are there."""
-    inside = _read(folder / PROCESSOR).get(nested)
+    inside = read_beside(folder / PROCESSOR).get(nested)
     if isinstance(inside, Mapping):
         return folder / PROCESSOR, inside
-    return folder / name, _read(folder / name)
+    return folder / name, read_beside(folder / name)
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def read_beside(file: Path) -> Mapping[str, Any]:
+    """Read a JSON file that stands beside weights and may be absent.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its object; empty where there is no file, or where it holds something else.
+
+    Raises:
+        CheckpointError: The file cannot be read as JSON.
+    """
     if not file.is_file():
         return {}
     try:
