@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +64,18 @@ def _one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
             file.write(f"{worker}\n")
             file.seek(0)
             assert set(file.read().split()) == {worker}, f"{group} runs in several processes"
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """What ends on a signal ignores further ones until its process is gone, and a test's process goes on.
+
+    Processes that later tests start would inherit the ignored signals, and not end when they are asked to.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_finish() -> None:

@@ -119,6 +119,7 @@ def _rank(
     os.setpgid(0, 0)
     die_with_parent(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher under `trap '' TERM` hands down that it is ignored
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
