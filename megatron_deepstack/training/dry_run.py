@@ -123,10 +123,9 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
 
 
 def _plan(recipe: Recipe, dealt: Deal, shapes: Shapes, dp: int, replica_rank: int) -> StepPlan:
-    samples = {one: _sample(recipe, shapes, one) for batch in dealt.replicas[dp] for row in batch for one in row}
-    batches = [
-        [merge([samples[one] for one in row]) if row else filler() for row in batch] for batch in dealt.replicas[dp]
-    ]
+    mine = dealt.replica(dp)
+    samples = {one: _sample(recipe, shapes, one) for batch in mine for row in batch for one in row}
+    batches = [[merge([samples[one] for one in row]) if row else filler() for row in batch] for batch in mine]
     return plan_training_step(recipe.model, recipe.parallel, recipe.train, batches, replica_rank)
 
 
