@@ -63,7 +63,16 @@ def lasting_bytes(recipe: Recipe, num_ranks: int) -> tuple[Lasting, ...]:
 
 
 def lasting_bytes_of(recipe: Recipe, num_ranks: int, stages: Sequence[Held]) -> tuple[Lasting, ...]:
-    """Return what `lasting_bytes` does, for a caller that has counted the parameters of each stage already."""
+    """Return what `lasting_bytes` does, for a caller that has counted the parameters of each stage already.
+
+    Args:
+        recipe: The recipe, whose layout has been checked.
+        num_ranks: Number of ranks of the run.
+        stages: The parameters of each stage, as `parameters_of_stages` counts them.
+
+    Returns:
+        Bytes of one rank, without activations, stage by stage.
+    """
     parallel, element = recipe.parallel, element_bytes(recipe.train.precision)
     shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
     expert_shares = num_ranks // (parallel.expert * parallel.pipeline) if parallel.distributed_optimizer else 1
