@@ -286,14 +286,16 @@ def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit:
     for _ in range(_EXCHANGES):
         busy, found = int(work.argmax()), False
         ones = table[busy, ::every].copy()
+        mine, mine_limited = costs[ones][:, None], limited[ones][:, None]
         for idle in _idlest(work):
             half = (work[busy] - work[idle]) / 2
             if half <= even:
                 break
             twos = table[idle, ::every].copy()
-            gain, moved = costs[ones][:, None] - costs[twos], limited[ones][:, None] - limited[twos]
-            allowed = (kept[busy] - moved <= most) & (kept[idle] + moved <= most)
-            left = np.where(allowed, np.abs(gain - half), np.inf)
+            gain, moved = mine - costs[twos], mine_limited - limited[twos]
+            left = np.abs(gain - half)
+            if most < np.inf:
+                left[(kept[busy] - moved > most) | (kept[idle] + moved > most)] = np.inf
             one, two = divmod(int(left.argmin()), left.shape[1])
             if left[one, two] < half:
                 table[busy, one * every], table[idle, two * every] = twos[two], ones[one]

@@ -120,7 +120,7 @@ def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], capacity: 
 
     Args:
         order: Indices of samples, longest first.
-        lengths: Tokens of each sample.
+        lengths: Tokens of each sample, at least 1.
         capacity: Largest number of tokens of a row.
 
     Returns:
@@ -132,11 +132,14 @@ def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], capacity: 
 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
     """Return the row of each sample, and the number of rows."""
-    row_of, num_rows = [0] * len(order), 0
-    keys: list[int] = []  # ascending: room x number of placements + placement, one for each row
-    placed: list[int] = []  # the row of each placement
-    most = len(order) + 1
-    for number, index in enumerate(order):
+    most, alone = len(order) + 1, _alone(order, lengths, capacity)
+    row_of = [0] * len(order)
+    for number, index in enumerate(order[:alone]):
+        row_of[index] = number
+    # ascending: room x number of placements + placement, one for each row
+    keys = [(capacity - lengths[index]) * most + number for number, index in enumerate(order[:alone])]
+    placed, num_rows = list(range(alone)), alone  # the row of each placement
+    for number, index in enumerate(order[alone:], alone):
         length = lengths[index]
         place = bisect_left(keys, length * most)
         if place == len(keys):
@@ -151,11 +154,22 @@ def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> tu
     return row_of, num_rows
 
 
+def _alone(order: Sequence[int], lengths: Sequence[int], capacity: int) -> int:
+    """Count the first samples that fit beside none before them: two neighbours together exceed a row."""
+    pairs = enumerate(pairwise(order), 1)
+    return next((number for number, (a, b) in pairs if lengths[a] + lengths[b] <= capacity), len(order))
+
+
 def _even_rows(order: Sequence[int], lengths: Sequence[int], capacity: int, num_rows: int) -> Numbers | None:
     """Fill `num_rows` rows evenly and return the row of each sample; None if a row stays too full."""
-    heap = list(range(num_rows))  # tokens x number of rows + row, so that the emptiest row is first, and then the first
-    row_of = [0] * len(order)
-    for index in order:
+    row_of, first = [0] * len(order), order[:num_rows]  # of which each gets an empty row
+    for row, index in enumerate(first):
+        row_of[index] = row
+    # tokens x number of rows + row, so that the emptiest row is first, and then the first
+    heap = [lengths[index] * num_rows + row for row, index in enumerate(first)]
+    heap += range(len(first), num_rows)
+    heapq.heapify(heap)
+    for index in order[num_rows:]:
         row_of[index] = heap[0] % num_rows
         heapq.heapreplace(heap, heap[0] + lengths[index] * num_rows)
     exchanges = _Exchanges(np.array(row_of, np.int64), num_rows, np.asarray(lengths, np.int64), capacity)
