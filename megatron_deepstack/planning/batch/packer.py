@@ -10,7 +10,7 @@ otherwise more rows are tried. `tools/bench_balance.py` compares the packer with
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
@@ -132,32 +132,23 @@ def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], capacity: 
 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
     """Return the row of each sample, and the number of rows."""
-    most, alone = len(order) + 1, _alone(order, lengths, capacity)
-    row_of = [0] * len(order)
-    for number, index in enumerate(order[:alone]):
-        row_of[index] = number
-    # ascending: room x number of placements + placement, one for each row
-    keys = [(capacity - lengths[index]) * most + number for number, index in enumerate(order[:alone])]
-    placed, num_rows = list(range(alone)), alone  # the row of each placement
-    for number, index in enumerate(order[alone:], alone):
+    row_of, num_rows = [0] * len(order), 0
+    rows_with: defaultdict[int, list[int]] = defaultdict(list)  # by tokens of room, the one that was filled last behind
+    rooms = 0  # bit n is set where a row has room for n tokens and no more
+    for index in order:
         length = lengths[index]
-        place = bisect_left(keys, length * most)
-        if place == len(keys):
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1  # the smallest
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                rooms ^= 1 << room
+        else:
             row, room, num_rows = num_rows, capacity, num_rows + 1
-        else:  # of rows with the same room the one that was filled last
-            room = keys[place] // most
-            place = bisect_left(keys, (room + 1) * most, place) - 1
-            row = placed[keys.pop(place) - room * most]
         row_of[index] = row
-        placed.append(row)
-        insort(keys, (room - length) * most + number)
+        rows_with[room - length].append(row)
+        rooms |= 1 << (room - length)
     return row_of, num_rows
-
-
-def _alone(order: Sequence[int], lengths: Sequence[int], capacity: int) -> int:
-    """Count the first samples that fit beside none before them: two neighbours together exceed a row."""
-    pairs = enumerate(pairwise(order), 1)
-    return next((number for number, (a, b) in pairs if lengths[a] + lengths[b] <= capacity), len(order))
 
 
 def _even_rows(order: Sequence[int], lengths: Sequence[int], capacity: int, num_rows: int) -> Numbers | None:
