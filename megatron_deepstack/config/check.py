@@ -256,7 +256,6 @@ def _split_by_tensor(language: LanguageConfig) -> dict[str, int]:
         "model.language.num_heads": language.num_heads,
         **kv_heads,
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
-        "model.language.vocab_size": language.vocab_size,
     }
 
 

@@ -6,9 +6,11 @@ They are functions and not fields, since a field could disagree with the numbers
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
+
+_VOCABULARY_MULTIPLE = 128
 
 
 def head_width(language: LanguageConfig) -> int:
@@ -19,6 +21,20 @@ def head_width(language: LanguageConfig) -> int:
 def num_kv_heads(language: LanguageConfig) -> int:
     """Number of key/value heads of the decoder."""
     return language.num_kv_heads if language.num_kv_heads is not None else language.num_heads
+
+
+def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
+    """V: the vocabulary rounded up so that tensor cores and the ranks divide it; equal for all usual layouts.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        tensor_ranks: Size of the tensor-parallel axis.
+
+    Returns:
+        Rows of the embedding, on all tensor-parallel ranks together.
+    """
+    multiple = lcm(_VOCABULARY_MULTIPLE, tensor_ranks)
+    return -(-vocab_size // multiple) * multiple
 
 
 def expert_layers(language: LanguageConfig) -> tuple[int, ...]:

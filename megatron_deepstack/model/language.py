@@ -8,7 +8,6 @@ Legend: S sequence (this rank's shard), B micro-batch, H hidden, V padded vocabu
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
+from megatron_deepstack.config.sizes import padded_vocabulary
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.experts import ExpertLayer, membership_at_hand
 from megatron_deepstack.model.layers.injection import put_rows
@@ -35,7 +35,6 @@ from megatron_deepstack.model.layers.token_step import TokenLayers
 from megatron_deepstack.parallel.context import gather_sequence, own_part
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
-VOCABULARY_MULTIPLE = 128
 LEAST_ANGLES = 1024
 """Positions of the smallest table of angles, half a megabyte."""
 
@@ -76,20 +75,6 @@ class HeadTargets:
         """
         rows = torch.arange(labels_BS.numel(), device=labels_BS.device)
         return cls(rows=rows, labels=labels_BS.t().reshape(1, -1))
-
-
-def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
-    """V: the vocabulary rounded up so that tensor cores and the ranks divide it; equal for all usual layouts.
-
-    Args:
-        vocab_size: Tokens of the vocabulary.
-        tensor_ranks: Size of the tensor-parallel axis.
-
-    Returns:
-        Rows of the embedding, on all tensor-parallel ranks together.
-    """
-    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_ranks)
-    return -(-vocab_size // multiple) * multiple
 
 
 class LanguageChunk(LanguageModule):

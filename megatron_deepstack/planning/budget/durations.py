@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, RecomputeMethod
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.sizes import expert_layers
+from megatron_deepstack.config.sizes import expert_layers, padded_vocabulary
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
@@ -27,7 +27,6 @@ from megatron_deepstack.planning.budget.parameters import (
     active_matrices,
     encoder_parameters,
     kept_widths,
-    padded_vocabulary,
     stage_parameters,
 )
 from megatron_deepstack.planning.check import model_ranks

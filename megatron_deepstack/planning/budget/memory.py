@@ -27,14 +27,14 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import expert_layers, head_width
+from megatron_deepstack.config.sizes import expert_layers, head_width, padded_vocabulary
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
 from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
 from megatron_deepstack.planning.budget.footprint import element_bytes, lasting_bytes
 from megatron_deepstack.planning.budget.linears import expert_weights, linear_sizes
 from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
-from megatron_deepstack.planning.budget.parameters import kept_widths, padded_vocabulary, stage_parameters
+from megatron_deepstack.planning.budget.parameters import kept_widths, stage_parameters
 from megatron_deepstack.planning.budget.pipeline import most_in_flight
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
 

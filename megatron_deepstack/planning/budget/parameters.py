@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from math import lcm
 
 from megatron_deepstack.config.choices import LoraTarget, Part
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import expert_layers, head_width
+from megatron_deepstack.config.sizes import expert_layers, head_width, padded_vocabulary
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.budget.cost import adapter_weights
 from megatron_deepstack.planning.budget.encoder_parameters import (
@@ -33,7 +32,6 @@ from megatron_deepstack.planning.budget.linears import (
 )
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
-_VOCABULARY_MULTIPLE = 128
 _ATTENTION = (LoraTarget.QKV, LoraTarget.ATTENTION_OUTPUT)
 _MLP = (LoraTarget.MLP_IN, LoraTarget.MLP_OUT)
 _ROWS = (LoraTarget.ATTENTION_OUTPUT, LoraTarget.MLP_OUT)
@@ -50,20 +48,6 @@ class Held:
     """Of `total`, those of experts, of which other ranks hold copies than of the rest."""
     experts_learned: int = 0
     """Of `experts`, those that learn."""
-
-
-def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
-    """Return the rows of the embedding: the vocabulary rounded up so that ranks and tensor cores divide it.
-
-    Args:
-        vocab_size: Number of token ids.
-        tensor_ranks: Size of tp.
-
-    Returns:
-        The number of rows over all ranks.
-    """
-    multiple = lcm(_VOCABULARY_MULTIPLE, tensor_ranks)
-    return -(-vocab_size // multiple) * multiple
 
 
 def layer_parameters(model: ModelConfig, tensor_ranks: int = 1, layer: int | None = None) -> tuple[int, int]:
