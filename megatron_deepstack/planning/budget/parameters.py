@@ -51,7 +51,7 @@ class Held:
     """Of `experts`, those that learn."""
 
 
-def layer_parameters(model: ModelConfig, tensor_ranks: int = 1, layer: int | None = None) -> tuple[int, int]:
+def layer_parameters(model: ModelConfig, tensor_ranks: int = 1, *, has_experts: bool = False) -> tuple[int, int]:
     """Count the parameters of one decoder layer on one tensor-parallel rank, without its experts.
 
     Args:
