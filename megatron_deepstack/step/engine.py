@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -15,6 +15,7 @@ from megatron_deepstack.model.layers.expert_load import ExpertTally, tally_of
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
 from megatron_deepstack.step.gradients import GradientBuffers
+from megatron_deepstack.step.host_rows import RowMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Engine:
     parallel: ParallelConfig
     tally: ExpertTally | None = None
     """What counts the choices of experts while training; None for a decoder without them."""
+    row_memory: RowMemory = field(default_factory=RowMemory)
+    """Where rows rest that are too many for the device (`parallel.rows_on_host`)."""
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
