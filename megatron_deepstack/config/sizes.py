@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from megatron_deepstack.config.choices import Recompute, RecomputeModule
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
 
 
@@ -19,6 +20,11 @@ def head_width(language: LanguageConfig) -> int:
 def num_kv_heads(language: LanguageConfig) -> int:
     """Number of key/value heads of the decoder."""
     return language.num_kv_heads if language.num_kv_heads is not None else language.num_heads
+
+
+def recomputed_modules(parallel: ParallelConfig) -> tuple[RecomputeModule, ...]:
+    """Parts of each decoder layer that are computed again by themselves; none under other kinds of recomputation."""
+    return parallel.recompute_modules if parallel.recompute is Recompute.SELECTIVE else ()
 
 
 def expert_layers(language: LanguageConfig) -> tuple[int, ...]:

@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_deepstack.config.choices import GradientDtype, MomentDtype, Precision, Switch
+from megatron_deepstack.config.choices import (
+    GradientDtype,
+    MomentDtype,
+    Precision,
+    Recompute,
+    RecomputeModule,
+    Switch,
+)
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, OptimizerConfig, ParallelConfig, SpeedConfig
+from megatron_deepstack.config.sizes import expert_layers, recomputed_modules
 
 FUSIONS = (
     "activation_fusion",
@@ -91,6 +99,45 @@ def violations(
         yield (
             "speed.gradient_dtype train.precision",
             "found bf16 under train.precision fp32, whose parameters need float32 gradients; use fp32",
+        )
+
+
+def kept_violations(
+    language: LanguageConfig, parallel: ParallelConfig, precision: Precision
+) -> Iterator[tuple[str, str]]:
+    """Yield what stands against computing parts of layers again, or against keeping activations on the host.
+
+    Args:
+        language: The decoder.
+        parallel: The layout.
+        precision: Dtype of parameters and activations.
+
+    Yields:
+        The paths of the fields that do not fit, and what is wrong in words.
+    """
+    again = recomputed_modules(parallel)
+    if RecomputeModule.LAYER_NORM in again and precision is Precision.FP8:
+        yield (
+            "parallel.recompute_modules train.precision",
+            f"found {RecomputeModule.LAYER_NORM} under fp8, where linears keep their input in 8 bits and not what a "
+            "norm computes, so that nothing would be saved; leave it out, or use bf16",
+        )
+    if RecomputeModule.EXPERT_ACTIVATION in again and not expert_layers(language):
+        yield (
+            "parallel.recompute_modules model.language.num_experts",
+            f"found {RecomputeModule.EXPERT_ACTIVATION}, and no layer of the decoder has experts; leave it out",
+        )
+    if parallel.offload_layers and parallel.recompute is Recompute.FULL:
+        yield (
+            "parallel.offload_layers parallel.recompute",
+            f"found {parallel.offload_layers} under recompute=full, which keeps nothing of layers but their input; use "
+            "parallel.recompute=none or selective, or set parallel.offload_layers=0",
+        )
+    if parallel.offload_layers and precision is Precision.FP8:
+        yield (
+            "parallel.offload_layers train.precision",
+            f"found {parallel.offload_layers} under fp8, where layers keep 8-bit copies of weights among their "
+            "activations, which would go to the host in each pass; use bf16, or set parallel.offload_layers=0",
         )
 
 

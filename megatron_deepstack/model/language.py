@@ -26,7 +26,7 @@ from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.injection import put_rows
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
-from megatron_deepstack.model.layers.megatron_config import without_gradient_accumulation
+from megatron_deepstack.model.layers.megatron_config import DecoderConfig, without_gradient_accumulation
 from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
 from megatron_deepstack.parallel.context import gather_sequence, own_part
@@ -94,7 +94,7 @@ class LanguageChunk(LanguageModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DecoderConfig,
         language: LanguageConfig,
         layers: Layers,
         lora: LoraConfig,
@@ -127,7 +127,7 @@ class LanguageChunk(LanguageModule):
         self.rotary = build_rotary(language, config, groups)
         self.decoder = TransformerBlock(
             config=config,
-            spec=decoder_block(language, layers, lora, chunk.first, chunk.stop, self.slots),
+            spec=decoder_block(language, layers, lora, chunk.first, chunk.stop, self.slots, config.kept),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,

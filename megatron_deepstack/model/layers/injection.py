@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_deepstack.model.layers.decoder_layer import DecoderLayer
 
 
 def add_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
@@ -48,8 +49,8 @@ def put_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch
     return flat.index_copy(0, positions_R, rows_RH.to(flat.dtype)).view_as(hidden_SBH)
 
 
-class InjectionLayer(TransformerLayer):
-    """TransformerLayer whose input receives the chunk's rows of number `slot_index`.
+class InjectionLayer(DecoderLayer):
+    """DecoderLayer whose input receives the chunk's rows of number `slot_index`.
 
     The addition is in `_forward_attention`, through which all of Megatron's paths go: a plain forward, and the capture
     of a CUDA graph, which does not call `forward`.
@@ -62,20 +63,20 @@ class InjectionLayer(TransformerLayer):
         """Build the layer.
 
         Args:
-            *args: As TransformerLayer's.
+            *args: As DecoderLayer's.
             slot_index: Which of the chunk's slots is added to the layer's input; None for none.
             after_index: Which of them is added to its output; only for the decoder's last layer.
-            **kwargs: As TransformerLayer's.
+            **kwargs: As DecoderLayer's.
         """
         super().__init__(*args, **kwargs)
         self.slot_index, self.after_index = slot_index, after_index
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer's, followed by the rows after the last layer of a decoder, where there are any.
+        """As DecoderLayer's, followed by the rows after the last layer of a decoder, where there are any.
 
         Args:
-            *args: Hidden states, (S, B, H), and what else TransformerLayer's takes.
-            **kwargs: `context` and `context_mask` as above; the rest is TransformerLayer's.
+            *args: Hidden states, (S, B, H), and what else DecoderLayer's takes.
+            **kwargs: `context` and `context_mask` as above; the rest is DecoderLayer's.
 
         Returns:
             Hidden states, (S, B, H), and the context unchanged.
@@ -88,7 +89,7 @@ class InjectionLayer(TransformerLayer):
         return add_rows(hidden_states, rows[self.after_index], positions[self.after_index]), context
 
     def _te_cuda_graph_capture(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer's, which does not call `forward`; so rows after the layer would silently be left out."""
+        """As DecoderLayer's, which does not call `forward`; so rows after the layer would silently be left out."""
         assert self.after_index is None, "a layer that adds rows to its output cannot be captured in a CUDA graph"
         return super()._te_cuda_graph_capture(*args, **kwargs)
 
@@ -100,7 +101,7 @@ class InjectionLayer(TransformerLayer):
         context_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As TransformerLayer's, after the addition; returns (hidden states before the MLP, context)."""
+        """As DecoderLayer's, after the addition; returns (hidden states before the MLP, context)."""
         if context is not None and self.slot_index is not None:
             assert context_mask is not None
             hidden_states = add_rows(hidden_states, context[self.slot_index], context_mask[self.slot_index])

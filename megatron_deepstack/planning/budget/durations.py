@@ -4,7 +4,8 @@ Time of a pass = products / (peak x share reached) + attention + bytes of elemen
 + collectives of tensor and context parallelism. Shares and bandwidths are `hardware`'s.
 
 Not modelled: overlap of tensor-parallel communication with products (there is none here either), other jobs on the
-network, jitter between ranks, the time to launch kernels, and reading data, which is prepared beside the step before.
+network, jitter between ranks, the time to launch kernels, norms and activations that are computed again, activations on
+their way to the host and back, and reading data, which is prepared beside the step before.
 
 Legend: T positions of a micro-batch on one rank, h hidden.
 """
@@ -13,9 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, RecomputeMethod
+from megatron_deepstack.config.choices import (
+    EncoderPlacement,
+    Part,
+    Precision,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+)
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.sizes import expert_layers
+from megatron_deepstack.config.sizes import expert_layers, recomputed_modules
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
@@ -100,9 +108,11 @@ class Durations:
         if parallel.recompute is Recompute.FULL:
             block = parallel.recompute_method is RecomputeMethod.BLOCK
             again = min(parallel.recompute_num_layers, layers) if block else layers
-        attention = self._attention(batch) * (parallel.recompute is Recompute.SELECTIVE)
+        parts = recomputed_modules(parallel)
+        selective = self._attention(batch) * (RecomputeModule.CORE_ATTENTION in parts)
+        selective += self._mlp(batch) * (RecomputeModule.MLP in parts)
         work = layers * (passes * self._products(batch) + 2 * self._attention(batch) + 2 * self._traffic(batch))
-        work += layers * (self._collectives(batch) + attention) + again * self._layer(batch)
+        work += layers * (self._collectives(batch) + selective) + again * self._layer(batch)
         head = chunk.has_head * (1 + self.learns) * self._head(batch)
         return work + head + 2 * self._inline(batch, chunk)
 
@@ -193,6 +203,11 @@ class Durations:
 
     def _products(self, batch: MicroBatchLoad) -> float:
         return self._product_seconds(2 * self._positions(batch) * self.matrices, 4)
+
+    def _mlp(self, batch: MicroBatchLoad) -> float:
+        """Seconds of the matrix products of an MLP, or of the experts in its place."""
+        share = 3 * self.recipe.model.language.hidden_size * self.f / self.matrices
+        return share * self._products(batch)
 
     def _attention(self, batch: MicroBatchLoad) -> float:
         """Seconds of causal attention, of which half of the square is computed."""

@@ -27,7 +27,7 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import expert_layers, head_width
+from megatron_deepstack.config.sizes import expert_layers, head_width, recomputed_modules
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
 from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
@@ -118,6 +118,9 @@ def _activations(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], fused:
         layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
         if uniform or group >= layers:  # else the layers that are kept are free again when others are recomputed
             extra = min(group, layers) * layer_activations(recipe, batches[0], fused=fused, packed=load.packed)
+    if parallel.offload_layers and batches:
+        whole = layer_activations(recipe, batches[0], fused=fused, packed=load.packed)
+        extra = _in_transit(parallel, chunks, whole)
     return fullest - logits_then + extra, logits_then
 
 
@@ -153,6 +156,7 @@ def chunk_activations(
         else:
             again = min(parallel.recompute_num_layers, layers)
             kept = again * checkpoint + (layers - again) * whole
+    kept -= _offloaded(recipe, batch, chunk, whole)
     if not chunk.has_head:
         return kept, 0
     rows = head_rows(parallel, batch)
@@ -221,13 +225,45 @@ def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, pac
             values += inner * (2 * w + k if whole else w)
     with_experts = len(expert_layers(language)) / language.num_layers
     values += 2 * split * h * language.num_active_experts * with_experts  # sent to experts, and what they answer
-    if parallel.recompute is Recompute.SELECTIVE:
-        if RecomputeModule.CORE_ATTENTION in parallel.recompute_modules:
-            values -= inner * copied * w
-            scalars -= heads * inner * 4
-        if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
-            values -= inner * into_mlp * f
+    again = recomputed_modules(parallel)
+    if RecomputeModule.CORE_ATTENTION in again:
+        values -= inner * copied * w
+        scalars -= heads * inner * 4
+    if RecomputeModule.MLP in again:  # all but its input, which counts with the norm
+        values -= inner * into_mlp * f
+    if RecomputeModule.LAYER_NORM in again and learns:
+        apart = 1.0 if not fused or lora.rank else with_experts / 2  # share of the norms that no linear computes
+        values -= split * h * apart * (into_norms + (0 if fused else 2 * whole))
+        scalars -= 2 * split * apart * 4
+    if RecomputeModule.EXPERT_ACTIVATION in again and RecomputeModule.MLP not in again and learns:
+        active = language.num_active_experts * language.expert_ffn_hidden_size // parallel.tensor
+        values -= inner * active * with_experts
     return int(values * element + rotary + scalars)
+
+
+def _offloaded(recipe: Recipe, batch: MicroBatchLoad, chunk: Chunk, whole: int) -> int:
+    """Return how many bytes less a micro-batch leaves in a chunk whose first layers' activations are on the host."""
+    parallel = recipe.parallel
+    split, inner = _split_positions(parallel, batch), batch.positions / parallel.context
+    heads = recipe.model.language.num_heads // parallel.tensor
+    again = recomputed_modules(parallel)
+    small = [0.0 if RecomputeModule.LAYER_NORM in again else split * 4] * 2
+    small.append(0.0 if RecomputeModule.CORE_ATTENTION in again else heads * inner * 4)
+    stays = sum(size for size in small if size <= parallel.offload_above_mib * 2**20)
+    moved = min(parallel.offload_layers, chunk.stop - chunk.first)
+    received = split * recipe.model.language.hidden_size * element_bytes(recipe.train.precision)
+    return int(moved * (whole - stays) - bool(moved and not chunk.has_embedding) * received)
+
+
+def _in_transit(parallel: ParallelConfig, chunks: Sequence[Chunk], whole: int) -> int:
+    """Return the bytes of layers that are leaving for the host, or have come back early, beside those that stay.
+
+    A layer leaves while the next one runs, and is back when the backward pass of that next one begins. By then layers
+    above both that stay have given their memory free.
+    """
+    layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
+    moved = min(parallel.offload_layers, layers)
+    return min(moved, max(2 - (layers - moved), 0)) * whole
 
 
 def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:
