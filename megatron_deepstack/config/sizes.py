@@ -90,7 +90,7 @@ def answering_layout(parallel: ParallelConfig) -> ParallelConfig:
     """Return the layout in which a run answers questions, token by token.
 
     A step is one token wide, so the sequence is not split; and tensor-parallel ranks then hold the same tokens, so each
-    rank has all experts of its layers.
+    rank has all experts of its layers. Nothing is kept for a backward pass.
 
     Args:
         parallel: The layout in which it was trained.
@@ -98,7 +98,7 @@ def answering_layout(parallel: ParallelConfig) -> ParallelConfig:
     Returns:
         The same ranks with the same layers.
     """
-    return replace(parallel, sequence_parallel=False, expert=1)
+    return replace(parallel, sequence_parallel=False, expert=1, recompute=Recompute.NONE, offload_layers=0)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:

@@ -1,25 +1,33 @@
 """Results that a layer computes again in the backward pass: whoever reads them keeps how they were made, not them.
 
-Autograd keeps the input of a linear for the linear's backward pass. Where that input is the result of a norm, the norm
-makes it again from its own input, which costs next to nothing. Autograd's hooks for saved tensors do it: while a layer
-runs, each tensor that is about to be kept is compared with the results that are made again, and such a one is replaced
-by a note. The first reader of a note computes the result, and the norm's own backward pass uses the same graph.
+Autograd keeps the input of a linear for the linear's backward pass. Where that input is the result of a norm, it can be
+made again from the norm's own input, which costs next to nothing, and so can all that the norm keeps beside that input.
+Autograd's hooks for saved tensors do it: while a layer runs, each tensor that is about to be kept is compared with the
+results that are made again, and such a one is replaced by a note. The first who reads a note runs the module once more.
+The graph is the same as without, so gradients are added in the same order and have the same bits.
 
 Megatron-Core's class for this (`CheckpointWithoutOutput`) asks Transformer Engine whether FP8 is on, also where it is
-not installed, from 0.17 on compiles C++ code when it first runs, and computes the first result without gradients,
-for which PyTorch may use another kernel. Here both results come from the same kernels.
+not installed, and from 0.17 on compiles C++ code when it first runs. Its node in the graph also adds up the gradients
+of a norm of several operators in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 Tensor = torch.Tensor
+Keep = Callable[[Tensor], Any]
+"""What a layer keeps in place of a tensor: the tensor itself, or something with a method `read`."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one, with memory of its own or a view of it."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -27,32 +35,94 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
-    """In place of a tensor that is made again: by which node of the graph, and how it lies in that node's result."""
+def stays(tensor: Tensor) -> Tensor:
+    """Return what is kept for a tensor that stays: never one with a node, which may be the node that keeps it."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
-    node: Any
+
+def read(kept: Any) -> Tensor:
+    """Return the tensor that something is kept for."""
+    return kept if isinstance(kept, Tensor) else kept.read()
+
+
+@dataclass(slots=True)
+class Making:
+    """One call of a module: what it takes to repeat it, and what came of it once it was repeated."""
+
+    forward: Callable[[Tensor], Tensor]
+    kept_input: Any
+    needs_grad: bool
+    parameters: frozenset[int]
+    """Their storages, which are kept as they are. (The input's own may be gone, and its place taken by another.)"""
+    num_inner: int = 0
+    """Tensors that the module keeps beside these."""
+    result: Tensor | None = None
+    inner: list[Tensor] = field(default_factory=list)
+
+    def run_again(self) -> None:
+        """Run the module again, unless that was done."""
+        if self.result is not None:
+            return
+        x = read(self.kept_input).detach().requires_grad_(self.needs_grad)
+        own = self.parameters | {storage_key(x)}
+
+        def collect(tensor: Tensor) -> None:
+            if is_plain(tensor) and storage_key(tensor) not in own:
+                self.inner.append(tensor.detach())
+
+        with torch.enable_grad(), saved_tensors_hooks(collect, _never):
+            self.result = self.forward(x).detach()
+        assert len(self.inner) == self.num_inner, "the module kept other tensors when it was run again"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultNote:
+    """In place of a result, or of a view of it."""
+
+    making: Making
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def read(self) -> Tensor:
         """Return the tensor, of the same bits as before."""
-        made = _Again.made_by(self.node)
-        return made.detach().as_strided(self.size, self.stride, self.offset)
+        self.making.run_again()
+        assert self.making.result is not None
+        return self.making.result.as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class InnerNote:
+    """In place of a tensor that the module itself keeps."""
+
+    making: Making
+    number: int
+
+    def read(self) -> Tensor:
+        """Return the tensor, of the same bits as before."""
+        self.making.run_again()
+        return self.making.inner[self.number]
 
 
 class ComputedAgain:
-    """The results of one layer that are made again. They are known while the layer's forward pass is `open`."""
+    """The results of one layer that are made again. They are known while the layer's forward pass is open."""
 
     def __init__(self) -> None:
         """Know none."""
-        self._results: dict[int, Tensor] = {}
-        self.open = False
+        self._results: dict[int, tuple[Tensor, Making]] = {}
+        self._keep: Keep | None = None
+
+    def open(self, keep: Keep) -> None:
+        """Begin the forward pass of the layer.
+
+        Args:
+            keep: Says what is kept of the inputs of modules.
+        """
+        self._keep = keep
 
     def close(self) -> None:
         """End the forward pass of the layer."""
-        self.open = False
+        self._keep = None
         self._results.clear()
 
     def wrap(self, module: torch.nn.Module) -> None:
@@ -61,64 +131,41 @@ class ComputedAgain:
         Args:
             module: Changed in place. Names and values of its parameters stay as they are.
         """
-        module.forward = self._wrapped(module, module.forward)  # type: ignore[method-assign]
+        forward = module.forward
 
-    def _wrapped(self, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def again(x: Tensor) -> Tensor:
-            parameters = tuple(module.parameters())
-            if not self.open or not torch.is_grad_enabled():  # within a larger part that is computed again
-                return forward(x)
-            result = _Again.apply(forward, x, *parameters)  # type: ignore[no-untyped-call]
-            if result.grad_fn is not None:
-                self._results[storage_key(result)] = result
-            return result  # type: ignore[no-any-return]
+        def once(x: Tensor) -> Tensor:
+            if self._keep is None or not torch.is_grad_enabled():  # within a larger part that is computed again
+                return forward(x)  # type: ignore[no-any-return]
+            parameters = frozenset(map(storage_key, module.parameters()))
+            making, own = Making(forward, self._keep(x.detach()), x.requires_grad, parameters), storage_key(x)
 
-        return again
+            def pack(tensor: Tensor) -> Any:
+                if not is_plain(tensor) or storage_key(tensor) in parameters | {own}:
+                    return stays(tensor) if self._keep is None else self._keep(tensor)
+                making.num_inner += 1
+                return InnerNote(making, making.num_inner - 1)
 
-    def note(self, tensor: Tensor) -> Note | None:
+            with saved_tensors_hooks(pack, read):
+                result: Tensor = forward(x)
+            self._results[storage_key(result)] = result, making
+            return result
+
+        module.forward = once  # type: ignore[method-assign]
+
+    def note(self, tensor: Tensor) -> ResultNote | None:
         """Say how a tensor is made again.
 
         Args:
-            tensor: One that autograd is about to keep.
+            tensor: One that autograd is about to keep, an ordinary one.
 
         Returns:
             What is kept in its place, or None if it is not one of the results.
         """
-        result = self._results.get(storage_key(tensor))
-        if result is None or result.dtype != tensor.dtype:
+        result, making = self._results.get(storage_key(tensor), (None, None))
+        if result is None or making is None or result.dtype != tensor.dtype:
             return None
-        return Note(result.grad_fn, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return ResultNote(making, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-class _Again(torch.autograd.Function):
-    """A module's forward pass of which only the input is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.function, ctx.parameters, ctx.graph = function, parameters, None
-        ctx.save_for_backward(x)
-        with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # hooks of the layer concern what stays
-            return function(x.detach().requires_grad_(ctx.needs_input_grad[1])).detach()
-
-    @staticmethod
-    def made_by(ctx: Any) -> Tensor:
-        """Return the result, computed by the first who asks."""
-        if ctx.graph is None:
-            (x,) = ctx.saved_tensors
-            x = x.detach().requires_grad_(ctx.needs_input_grad[1])
-            with torch.enable_grad():
-                ctx.graph = x, ctx.function(x)
-        return ctx.graph[1]  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        result, (x, _) = _Again.made_by(ctx), ctx.graph
-        ctx.graph = None
-        needed = ctx.needs_input_grad[1:]
-        inputs = [one for one, needs in zip((x, *ctx.parameters), needed, strict=True) if needs]
-        found = iter(torch.autograd.grad(result, inputs, grads[0]))
-        return (None, *(next(found) if needs else None for needs in needed))
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _never(kept: None) -> Tensor:
+    raise AssertionError("the graph of the second run is not used")

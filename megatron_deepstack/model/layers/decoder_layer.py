@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from megatron_deepstack.model.layers.computed_again import ComputedAgain, Note
+from megatron_deepstack.model.layers.computed_again import ComputedAgain, ResultNote, is_plain, read, stays
 from megatron_deepstack.model.layers.offload import ChunkOffload, Moved
 
 
@@ -80,9 +80,9 @@ class DecoderLayer(TransformerLayer):
             return super().forward(*args, **kwargs)
         if keeping.offload is not None:
             keeping.offload.begin(keeping.layer, self.parameters(), _shared(args, kwargs))
-        self.again.open = True
+        self.again.open(self._keep)
         try:
-            with saved_tensors_hooks(self._keep, _read):
+            with saved_tensors_hooks(self._keep, read):
                 hidden_states, context = super().forward(*args, **kwargs)
         finally:
             self.again.close()
@@ -90,16 +90,14 @@ class DecoderLayer(TransformerLayer):
             keeping.offload.end(keeping.layer, hidden_states)
         return hidden_states, context
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor | Note | Moved:
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor | ResultNote | Moved:
         assert self.keeping is not None
+        if not is_plain(tensor):
+            return stays(tensor)
         kept = self.again.note(tensor)
-        if kept is not None or self.keeping.offload is None:
-            return tensor if kept is None else kept
-        return self.keeping.offload.move(tensor) or tensor
-
-
-def _read(kept: torch.Tensor | Note | Moved) -> torch.Tensor:
-    return kept if isinstance(kept, torch.Tensor) else kept.read()
+        if kept is None and self.keeping.offload is not None:
+            return self.keeping.offload.move(tensor) or stays(tensor)
+        return kept or stays(tensor)
 
 
 def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

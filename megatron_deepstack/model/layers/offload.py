@@ -107,13 +107,13 @@ class ChunkOffload:
         """Move a tensor to the host.
 
         Args:
-            tensor: One that autograd is about to keep.
+            tensor: One that autograd is about to keep, an ordinary one.
 
         Returns:
             What is kept in its place, or None if it stays.
         """
         running = self._running
-        if running is None or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device != local_device():
+        if running is None or tensor.device != local_device():
             return None
         key, storage = storage_key(tensor), tensor.untyped_storage()
         if key in self._stays or storage.nbytes() <= self.above_bytes:

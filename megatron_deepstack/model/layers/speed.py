@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_deepstack.config.choices import GradientDtype, Layers, Precision, Switch
+from megatron_deepstack.config.choices import GradientDtype, Layers, Precision, RecomputeModule, Switch
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe, SpeedConfig
+from megatron_deepstack.config.sizes import recomputed_modules
 from megatron_deepstack.config.speed_rules import FUSIONS, obstacles, switch_of
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.platform.compute.capabilities import Capabilities
@@ -69,6 +70,12 @@ def decide_speed(
     decisions = _Decisions(wanted, machine)
     compiler = [machine.compiler_problem] if machine.compiler_problem else []
     kernel = [] if not engine or machine.apex_gradients else [*engine, "Apex's kernel is not installed"]
+    if engine and (parallel.offload_layers or RecomputeModule.LAYER_NORM in recomputed_modules(parallel)):
+        kernel = [
+            *engine,
+            "Megatron's own linears mark their matrices, which parallel.offload_layers and norms in "
+            "parallel.recompute_modules hide from them",
+        ]
     by_recipe = {name: reason for name, (_, reason) in obstacles(language, parallel, precision, lora).items()}
     by_machine = {
         "activation_fusion": compiler,
