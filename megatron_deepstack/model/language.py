@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_deepstack.config.choices import Layers
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig
 from megatron_deepstack.model.layers.attention import Packs
+from megatron_deepstack.model.layers.experts import ExpertLayer, membership_at_hand
 from megatron_deepstack.model.layers.injection import put_rows
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.model.layers.megatron_config import DecoderConfig, without_gradient_accumulation
@@ -134,6 +135,7 @@ class LanguageChunk(LanguageModule):
             vp_stage=self.vp_stage,
         )
         respect_no_grad(self.decoder)
+        self.expert_layers = [module for module in self.decoder.modules() if isinstance(module, ExpertLayer)]
         if self.post_process:
             self.output_layer = self._build_output_layer(config, groups)
         if self.pre_process or self.post_process:
@@ -181,15 +183,16 @@ class LanguageChunk(LanguageModule):
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
         rotary, packs = self._angles(tokens_BS.shape[1] * self.config.context_parallel_size, packs, positions_3BS)
-        hidden_SBH = self.decoder(
-            hidden_states=hidden_SBH,
-            attention_mask=None,
-            context=visual.slot_rows,
-            context_mask=visual.slot_positions,
-            rotary_pos_emb=rotary,
-            packed_seq_params=packs,
-            padding_mask=membership_KT,
-        )
+        with membership_at_hand(self.expert_layers, membership_KT):
+            hidden_SBH = self.decoder(
+                hidden_states=hidden_SBH,
+                attention_mask=None,
+                context=visual.slot_rows,
+                context_mask=visual.slot_positions,
+                rotary_pos_emb=rotary,
+                packed_seq_params=packs,
+                padding_mask=membership_KT,
+            )
         if not self.post_process:
             return hidden_SBH
         if isinstance(packs, CachedStep):

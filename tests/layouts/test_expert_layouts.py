@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from test_training_layouts import _compare, _one_rank, assert_same_training, rows
 
-from megatron_deepstack.config.choices import Batching, LoraTarget, Part, Recompute, RecomputeModule
+from megatron_deepstack.config.choices import (
+    Batching,
+    LoraTarget,
+    Part,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+)
 from megatron_deepstack.config.schema import LoraConfig, ParallelConfig, Recipe
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_qwen3_vl_moe, tiny_recipe
@@ -42,6 +49,18 @@ LAYOUTS = [
     ("tp2-dp2-sp-ep4", 4, 1, ParallelConfig(tensor=2, sequence_parallel=True, expert=4), SOME),
     ("pp2-ep2-recompute", 4, 1, ParallelConfig(pipeline=2, expert=2, recompute=Recompute.FULL), MODEL),
     (
+        "pp2-recompute-block",
+        2,
+        1,
+        ParallelConfig(
+            pipeline=2,
+            recompute=Recompute.FULL,
+            recompute_method=RecomputeMethod.BLOCK,
+            recompute_num_layers=2,
+        ),
+        SOME,
+    ),
+    (
         "ep2-recompute-mlp",
         2,
         2,
@@ -52,7 +71,8 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "batch", "parallel", "model"), rows(LAYOUTS, {"tp2-sp-ep2", "dp2-ep2-zero", "pp2-ep2"})
+    ("num_ranks", "batch", "parallel", "model"),
+    rows(LAYOUTS, {"tp2-sp-ep2", "dp2-ep2-zero", "pp2-ep2", "pp2-recompute-block"}),
 )
 def test_layout_equals_one_rank(ranks: Pools, num_ranks: int, batch: int, parallel: ParallelConfig, model: Any) -> None:
     """The norm of gradients counts each expert once, and clipping follows it; the balancing loss is the same."""

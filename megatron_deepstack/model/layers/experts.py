@@ -18,7 +18,8 @@ Legend: K samples of a micro-batch, T tokens of this rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import cache
 from typing import Any
@@ -184,13 +185,15 @@ class BalancedRouter(TopKRouter):
 class ExpertLayer(MoELayer):
     """Megatron's MoE layer, which gets the samples of its tokens in place of a mask of padding.
 
-    Megatron's block hands `padding_mask` unchanged to every layer and through recomputation; nothing of it is a mask
-    here: see `BalancedRouter.membership_KT`.
+    Megatron's block hands `padding_mask` unchanged through recomputation, and to layers in general; nothing of it is a
+    mask here: see `BalancedRouter.membership_KT`, and `membership_at_hand`.
     """
 
     parts: MoESubmodules
     factor: float
     moe_layer_recompute: bool
+    membership_KT: torch.Tensor | None = None
+    """What `membership_at_hand` says."""
 
     def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         super().__init__(config, submodules=self.parts, pg_collection=pg_collection, **kwargs)
@@ -210,10 +213,12 @@ class ExpertLayer(MoELayer):
         Args:
             hidden_states: (S, B, H).
             intermediate_tensors: Of Megatron's captured graphs; there are none here.
-            padding_mask: The membership of the tokens, (K, T + 1), or None.
+            padding_mask: The membership of the tokens, (K, T + 1); None takes the one at hand, if there is one.
             **kwargs: What later versions add.
         """
         assert intermediate_tensors is None, "experts are not captured in CUDA graphs here"
+        if padding_mask is None:
+            padding_mask = self.membership_KT
         # Megatron refuses to train where tensor-parallel ranks hold the same tokens, as they do for answers.
         self.training = torch.is_grad_enabled()
 
@@ -239,6 +244,26 @@ class ExpertLayer(MoELayer):
         for name, value in vars(self.token_dispatcher).items():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 setattr(self.token_dispatcher, name, None)
+
+
+@contextmanager
+def membership_at_hand(layers: Sequence[ExpertLayer], membership_KT: torch.Tensor | None) -> Iterator[None]:
+    """Let layers know whose tokens they get in a forward pass, also where Megatron's block does not hand it on.
+
+    In megatron-core 0.16 the layers that `recompute_method: block` does not recompute get no `padding_mask`. Those it
+    recomputes do: they run again when forward passes of other micro-batches have come between.
+
+    Args:
+        layers: A chunk's layers with experts.
+        membership_KT: As `membership_on_device` gives it, or None.
+    """
+    for layer in layers:
+        layer.membership_KT = membership_KT
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.membership_KT = None
 
 
 @cache
