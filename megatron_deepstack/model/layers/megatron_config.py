@@ -80,28 +80,35 @@ def decoder_config(
         activation_func=ACTIVATIONS[family.activation],
         gated_linear_unit=True,
         normalization="RMSNorm",
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        pipeline_model_parallel_layout=_uneven_layout(language, parallel),
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
-        # gloo reads a tensor after the call that sends it, so an overlapped send must find it where it was.
-        deallocate_pipeline_outputs=parallel.pipeline > 1 and (has_gpu() or not speed.overlap_p2p),
         apply_rope_fusion=speed.rope_fusion,
         gradient_accumulation_fusion=speed.gradient_accumulation_fusion,
         cross_entropy_loss_fusion=speed.cross_entropy_fusion,
         cross_entropy_fusion_impl="native",
-        overlap_p2p_comm=speed.overlap_p2p,
-        batch_p2p_comm=has_gpu() and not speed.overlap_p2p,
-        batch_p2p_sync=speed.synchronize_p2p,
+        **_layout(language, parallel, speed),
         **_activation(language, speed, engine=engine),
         **_recomputation(language, parallel, engine=engine),
         **expert_settings(language, parallel, engine=engine),
         **fp8_settings(precision, fp8_scaling),
         **_common(precision),
     )
+
+
+def _layout(language: LanguageConfig, parallel: ParallelConfig, speed: Speed) -> dict[str, object]:
+    """Megatron's settings of how layers lie over ranks, and of the exchange between stages."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "pipeline_model_parallel_layout": _uneven_layout(language, parallel),
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence_parallel,
+        # gloo reads a tensor after the call that sends it, so an overlapped send must find it where it was.
+        "deallocate_pipeline_outputs": parallel.pipeline > 1 and (has_gpu() or not speed.overlap_p2p),
+        "overlap_p2p_comm": speed.overlap_p2p,
+        "batch_p2p_comm": has_gpu() and not speed.overlap_p2p,
+        "batch_p2p_sync": speed.synchronize_p2p,
+    }
 
 
 def _activation(language: LanguageConfig, speed: Speed, *, engine: bool) -> dict[str, object]:
