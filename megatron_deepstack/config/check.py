@@ -358,6 +358,8 @@ def _speed(recipe: Recipe) -> Iterator[Problem]:
             "parallel.recompute_modules parallel.recompute",
             f"is empty, and recompute is selective; name at least one of {', '.join(RecomputeModule)}",
         )
+    for paths, text in speed_rules.shape_violations(recipe):
+        yield _problem(paths, text)
     for paths, text in speed_rules.kept_violations(recipe.model.language, recipe.parallel, recipe.train.precision):
         yield _problem(paths, text)
 

@@ -202,6 +202,14 @@ class Switch(StrEnum):
     NEVER = "never"
 
 
+class OptIn(StrEnum):
+    """Whether something is done that nobody gets without asking for it."""
+
+    NEVER = "never"
+    ALWAYS = "always"
+    """An error where it is impossible."""
+
+
 class ScoreMetric(StrEnum):
     """Scores of answers; what each computes is in `scores.metrics`."""
 

@@ -32,6 +32,7 @@ from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
 from megatron_deepstack.parallel.context import gather_sequence, own_part
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
+from megatron_deepstack.platform.compute.device import local_device
 
 VOCABULARY_MULTIPLE = 128
 LEAST_ANGLES = 1024
@@ -201,6 +202,20 @@ class LanguageChunk(LanguageModule):
             return self._logits(hidden_SBH)
         rows_R1H = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, targets.rows)[:, None]
         return self.compute_language_model_loss(targets.labels, self._logits(rows_R1H))
+
+    def angles_of_rows(self, length: int, num_rows: int) -> torch.Tensor:
+        """Return angles of padded rows, of the shape and dtype that layers get in training.
+
+        Args:
+            length: Tokens of a row over cp.
+            num_rows: Rows of a micro-batch.
+
+        Returns:
+            Angles for queries and keys of this cp rank; those of the first positions where positions have three axes.
+        """
+        shape = 3, num_rows, length // self.config.context_parallel_size
+        positions = torch.zeros(shape, dtype=torch.int64, device=local_device())
+        return self._angles(length, None, positions)[0]
 
     def _angles(
         self, length: int, packs: Packs | CachedStep | None, positions_3BS: torch.Tensor | None

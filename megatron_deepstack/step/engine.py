@@ -15,6 +15,7 @@ from megatron_deepstack.model.layers.expert_load import ExpertTally, tally_of
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.encoder_views import views_at_once
 from megatron_deepstack.step.gradients import GradientBuffers
+from megatron_deepstack.step.layer_graphs import LayerGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Engine:
     parallel: ParallelConfig
     tally: ExpertTally | None = None
     """What counts the choices of experts while training; None for a decoder without them."""
+    graphs: LayerGraphs | None = None
+    """The CUDA graphs of the layers under `speed.cuda_graphs`."""
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
@@ -103,6 +106,7 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
         groups=groups,
         parallel=parallel,
         tally=tally_of(model.chunks, model_config.language),
+        graphs=LayerGraphs(model.chunks[0], groups.place.pp, parallel.pipeline) if model.speed.cuda_graphs else None,
     )
 
 

@@ -85,6 +85,8 @@ def gradient_sums(engine: Engine, plan: StepPlan, data: torch.Tensor | StagedSte
     staged = data if isinstance(data, StagedStep) else StagedStep(engine, plan, data)
     assert staged.plan is plan, "another step was staged"
     inputs = staged.take()
+    if engine.graphs is not None:
+        engine.graphs.before_step(plan)
     for ddp in engine.wrapped:
         ddp.zero_grad_buffer()
     if engine.tally is not None:

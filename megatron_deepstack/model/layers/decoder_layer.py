@@ -90,6 +90,18 @@ class DecoderLayer(TransformerLayer):
             keeping.offload.end(keeping.layer, hidden_states)
         return hidden_states, context
 
+    def _should_call_te_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
+        """Graphs hold a step of training; what runs without gradients may have other shapes."""
+        return torch.is_grad_enabled() and bool(super()._should_call_te_cudagraph(*args, **kwargs))
+
+    def _te_cuda_graph_replay(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's for a whole layer; the graph gets what it was captured with, see `step.layer_graphs`."""
+        assert kwargs.get("packed_seq_params") is None, "packed rows cannot be captured in a CUDA graph"
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        graph = self.cuda_graphs[getattr(self, "current_microbatch", 0) % len(self.cuda_graphs)]
+        (output,) = graph(hidden_states, rotary_pos_emb=kwargs["rotary_pos_emb"])
+        return output, kwargs.get("context")
+
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor | ResultNote | Moved:
         assert self.keeping is not None
         if not is_plain(tensor):

@@ -85,6 +85,8 @@ def decoder_config(
         gradient_accumulation_fusion=speed.gradient_accumulation_fusion,
         cross_entropy_loss_fusion=speed.cross_entropy_fusion,
         cross_entropy_fusion_impl="native",
+        cuda_graph_impl="transformer_engine" if speed.cuda_graphs else "none",
+        tp_comm_overlap=speed.tp_overlap,
         **_layout(language, parallel, speed),
         **_activation(language, speed, engine=engine),
         **_recomputation(language, parallel, engine=engine),

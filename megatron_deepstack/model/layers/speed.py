@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_deepstack.config.choices import GradientDtype, Layers, Precision, RecomputeModule, Switch
+from megatron_deepstack.config.choices import GradientDtype, Layers, OptIn, Precision, RecomputeModule, Switch
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe, SpeedConfig
 from megatron_deepstack.config.sizes import recomputed_modules
-from megatron_deepstack.config.speed_rules import FUSIONS, obstacles, switch_of
+from megatron_deepstack.config.speed_rules import FUSIONS, GRAPHS_AND_GATHER, obstacles, switch_of
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.platform.compute.capabilities import Capabilities
 
@@ -33,6 +33,8 @@ class Speed:
     overlap_param_gather: bool = False
     synchronize_p2p: bool = False
     gradient_dtype: torch.dtype = torch.float32
+    cuda_graphs: bool = False
+    tp_overlap: bool = False
 
 
 PLAIN = Speed()
@@ -77,6 +79,8 @@ def decide_speed(
             "parallel.recompute_modules hide from them",
         ]
     by_recipe = {name: reason for name, (_, reason) in obstacles(language, parallel, precision, lora).items()}
+    if wanted.cuda_graphs is OptIn.ALWAYS:
+        by_recipe.setdefault("overlap_param_gather", GRAPHS_AND_GATHER)
     by_machine = {
         "activation_fusion": compiler,
         "rope_fusion": engine,
@@ -89,6 +93,9 @@ def decide_speed(
     }
     if wanted.vision_layers is Layers.TRANSFORMER_ENGINE:
         decisions.demand("vision_layers", "transformer_engine", vision)
+    for name in _ENGINE_ALONE:
+        if getattr(wanted, name) is OptIn.ALWAYS:
+            decisions.demand(name, "always", engine, instead="never")
     if decisions.problems:
         raise ConfigError(decisions.problems)
     return Speed(
@@ -96,6 +103,7 @@ def decide_speed(
         vision_engine=not vision,
         synchronize_p2p=wanted.synchronize_p2p,
         gradient_dtype=torch.bfloat16 if wanted.gradient_dtype is GradientDtype.BF16 else torch.float32,
+        **{name: getattr(wanted, name) is OptIn.ALWAYS for name in _ENGINE_ALONE},
     )
 
 
@@ -141,6 +149,8 @@ def engine_obstacles(layers: Layers, machine: Capabilities) -> list[str]:
 
 
 _OVERLAPS = ("overlap_p2p", "overlap_param_gather")
+_ENGINE_ALONE = ("cuda_graphs", "tp_overlap")
+"""Done only on demand, and by Transformer Engine."""
 _GPU_ONLY = ("activation_fusion", "cross_entropy_fusion", *_OVERLAPS)
 """Not taken on a CPU unless demanded: compiling takes longer than a small model trains, and overlaps need streams."""
 
@@ -159,6 +169,6 @@ class _Decisions:
             return True
         return switch is Switch.AUTO and not obstacles and (self._machine.gpu or name not in _GPU_ONLY)
 
-    def demand(self, name: str, value: str, obstacles: list[str]) -> None:
+    def demand(self, name: str, value: str, obstacles: list[str], instead: str = "auto") -> None:
         if obstacles:
-            self.problems.append(f"speed.{name}: {value} is impossible here: {'; '.join(obstacles)}; use auto")
+            self.problems.append(f"speed.{name}: {value} is impossible here: {'; '.join(obstacles)}; use {instead}")
