@@ -6,10 +6,12 @@ They are functions and not fields, since a field could disagree with the numbers
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 
 from megatron_deepstack.config.choices import Recompute, RecomputeModule
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
+
+_VOCABULARY_MULTIPLE = 128
 
 
 def head_width(language: LanguageConfig) -> int:
@@ -25,6 +27,20 @@ def num_kv_heads(language: LanguageConfig) -> int:
 def recomputed_modules(parallel: ParallelConfig) -> tuple[RecomputeModule, ...]:
     """Parts of each decoder layer that are computed again by themselves; none under other kinds of recomputation."""
     return parallel.recompute_modules if parallel.recompute is Recompute.SELECTIVE else ()
+
+
+def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
+    """V: the vocabulary rounded up so that tensor cores and the ranks divide it; equal for all usual layouts.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        tensor_ranks: Size of the tensor-parallel axis.
+
+    Returns:
+        Rows of the embedding, on all tensor-parallel ranks together.
+    """
+    multiple = lcm(_VOCABULARY_MULTIPLE, tensor_ranks)
+    return -(-vocab_size // multiple) * multiple
 
 
 def expert_layers(language: LanguageConfig) -> tuple[int, ...]:

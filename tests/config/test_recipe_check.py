@@ -13,7 +13,7 @@ import pytest
 from megatron_deepstack.config.check import find_problems, require
 from megatron_deepstack.config.fields import leaves
 from megatron_deepstack.config.load import load_recipe
-from megatron_deepstack.config.schema import DataConfig, Recipe
+from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import ConfigError, LayoutError
 
 
@@ -214,6 +214,12 @@ def test_a_rule_is_silent_where_a_range_is_broken(found):
 
 def test_problems_of_a_sound_recipe_are_none():
     assert find_problems(Recipe()) == []
+
+
+def test_tensor_parallelism_takes_any_vocabulary():
+    """Its rows are filled up to a multiple of the ranks."""
+    recipe = Recipe(model=ModelConfig(language=LanguageConfig(vocab_size=100353)), parallel=ParallelConfig(tensor=8))
+    assert find_problems(recipe) == []
 
 
 def test_required_fields():
