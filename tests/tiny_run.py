@@ -6,7 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_deepstack.config.choices import RopeType
-from megatron_deepstack.config.schema import DataConfig, LanguageConfig, ParallelConfig, Recipe, RopeScalingConfig
+from megatron_deepstack.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    Recipe,
+    RopeScalingConfig,
+)
 from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.ask.preparation import Preparation, Prepared
 from megatron_deepstack.inference.ask.text import StopWords
@@ -28,23 +35,42 @@ def train_two_steps(rank: int, recipe: Recipe) -> None:
         run(recipe, groups_for(recipe.parallel))
 
 
-def make_run(folder: Path, parallel: ParallelConfig | None = None, **changes: object) -> Recipe:
+def preprocessed_run(
+    folder: Path, model: ModelConfig, parallel: ParallelConfig, tokenizer: Path, **data: object
+) -> Recipe:
     """The recipe of a run whose store is there, and whose checkpoint `train_two_steps` makes.
+
+    Args:
+        folder: Where its records, pictures and store are written, and where the run will be.
+        model: The model.
+        parallel: The layout.
+        tokenizer: The tokenizer's file or folder.
+        **data: Further fields of the section `data`.
+    """
+    names = write_photos(folder / "images", 4)
+    images = (names[:1], names[1:3], names[3:], [], [])
+    records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
+    section = DataConfig(
+        records=(str(write_records(folder / "records.json", records)),),
+        images=str(folder / "images"),
+        tokenizer=str(tokenizer),
+        store=str(folder / "store.zarr"),
+        **data,  # type: ignore[arg-type]
+    )
+    run = tiny_recipe(model, parallel)
+    run = replace(run, data=section, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
+    preprocess(run, str(section.store), workers=0)
+    return run
+
+
+def make_run(folder: Path, parallel: ParallelConfig | None = None, **changes: object) -> Recipe:
+    """A `preprocessed_run` of the tiny model, with scaled rotary positions.
 
     Args:
         folder: Where all of it lies.
         parallel: Two stages if None.
         **changes: Fields of the model that are otherwise.
     """
-    names = write_photos(folder / "images", 4)
-    images = (names[:1], names[1:3], names[3:], [], [])
-    records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
-    data = DataConfig(
-        records=(str(write_records(folder / "records.json", records)),),
-        images=str(folder / "images"),
-        tokenizer=str(write_tokenizer(folder / "tokenizer.model")),
-        store=str(folder / "store.zarr"),
-    )
     scaling = RopeScalingConfig(rope_type=RopeType.LLAMA3, factor=4.0, original_max_position_embeddings=16)
     language = LanguageConfig(
         vocab_size=512,
@@ -55,10 +81,10 @@ def make_run(folder: Path, parallel: ParallelConfig | None = None, **changes: ob
         num_kv_heads=2,
         rope_scaling=scaling,  # of an original length that questions exceed
     )
-    run = tiny_recipe(tiny_model(language=language, **changes), parallel or ParallelConfig(pipeline=2))
-    run = replace(run, data=data, train=replace(run.train, steps=2, init_std=0.3), run_dir=str(folder / "run"))
-    preprocess(run, str(data.store), workers=0)
-    return run
+    tokenizer = write_tokenizer(folder / "tokenizer.model")
+    return preprocessed_run(
+        folder, tiny_model(language=language, **changes), parallel or ParallelConfig(pipeline=2), tokenizer
+    )
 
 
 def answer_here(rank: int, answerer: Answerer, preparation: Preparation, prepared: list[Prepared]) -> list[list[int]]:

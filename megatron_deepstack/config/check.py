@@ -6,8 +6,10 @@ the number of ranks are in `planning.check`. The content of files is checked whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
+from operator import attrgetter
+from typing import Any
 
 from megatron_deepstack.config import evaluation_rules, speed_rules
 from megatron_deepstack.config.choices import (
@@ -19,7 +21,7 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.expert_rules import expert_layout_problems, expert_problems, unsupported_with_experts
-from megatron_deepstack.config.fields import leaves
+from megatron_deepstack.config.fields import Field, leaves
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.rope_scaling import rope_problems
@@ -73,10 +75,18 @@ def value_at(recipe: Recipe, path: str) -> object:
     return reduce(getattr, path.split("."), recipe)  # type: ignore[arg-type]
 
 
-def out_of_range(recipe: Recipe) -> Iterator[Problem]:
-    """Yield a problem for each field whose value is outside its own range. The schema declares the ranges."""
-    for field in leaves(Recipe):
-        kind, value = field.type, value_at(recipe, field.path)
+def out_of_range(recipe: Recipe, sections: tuple[str, ...] = ("",)) -> Iterator[Problem]:
+    """Yield a problem for each field whose value is outside its own range. The schema declares the ranges.
+
+    Args:
+        recipe: The recipe.
+        sections: What the paths of the fields that are looked at begin with, such as `parallel.`; all by default.
+
+    Yields:
+        The problems.
+    """
+    for field, get in _constrained(sections):
+        kind, value = field.type, get(recipe)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         expected = ""
         if kind.range is not None and not all(map(kind.range.holds, values)):
@@ -88,6 +98,13 @@ def out_of_range(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(paths=(field.path,), text=f"found {shown}, expected {expected}")
         if kind.not_blank and not str(value).strip():
             yield Problem(paths=(field.path,), text="is empty, expected text")
+
+
+@cache
+def _constrained(sections: tuple[str, ...]) -> tuple[tuple[Field, Callable[[Recipe], Any]], ...]:
+    """The fields of sections that may not hold every value of their type, and how to look them up."""
+    bounded = (one for one in leaves(Recipe) if one.type.range or one.type.form or one.type.not_blank)
+    return tuple((one, attrgetter(one.path)) for one in bounded if one.path.startswith(sections))
 
 
 def _problem(paths: str, text: str, kind: type[ConfigError] = ConfigError) -> Problem:

@@ -109,13 +109,14 @@ class CachedDecoder(Decoder):
 
     def after(self, chosen: np.ndarray) -> list[torch.Tensor]:
         """As the base says. A step is as wide as ranks that share positions need it; what follows the token is void."""
-        tokens = [np.pad(row[:, None], ((0, 0), (0, self.multiple - 1))) for row in chosen]
+        tokens_MBW = np.zeros((*chosen.shape, self.multiple), np.int64)
+        tokens_MBW[..., 0] = chosen
         axial = None
         if self.beyond is not None:
             new_MBW = (self.beyond + self.ends - self.lengths)[..., None] + np.arange(self.multiple)
             axial = [np.broadcast_to(each, (3, *each.shape)) for each in new_MBW]
         logits = self._run(
-            tokens, self.ends, np.zeros_like(self.ends), lambda micro_batch, vpp: NO_VISUAL_INPUTS, axial
+            list(tokens_MBW), self.ends, np.zeros_like(self.ends), lambda micro_batch, vpp: NO_VISUAL_INPUTS, axial
         )
         self.ends += 1
         return logits

@@ -68,16 +68,17 @@ def generate_answers(
     lengths, decoder = _decoder(engine, views, questions, writing)
     numbers = np.array([[question.index for question in batch] for batch in questions])
     answers: list[list[list[int]]] = [[[] for _ in batch] for batch in questions]
-    running = np.ones(lengths.shape, bool)
+    running, stops = np.ones(lengths.shape, bool), set(writing.stop_ids)
     with torch.no_grad():
         logits = decoder.first()
         for step in range(writing.max_new_tokens):
             chosen = _choose(logits, writing.sampling, numbers, step, engine.groups)
             writing.told(step + 1, chosen)
-            running &= ~np.isin(chosen, writing.stop_ids)
             for m, b in zip(*np.nonzero(running), strict=True):
-                answers[m][b].append(int(chosen[m, b]))
-                running[m, b] = not writing.has_ended(answers[m][b])
+                token = int(chosen[m, b])
+                if token not in stops:
+                    answers[m][b].append(token)
+                running[m, b] = token not in stops and not writing.has_ended(answers[m][b])
             if not running.any() or step + 1 == writing.max_new_tokens:
                 break
             logits = decoder.after(chosen)

@@ -139,6 +139,8 @@ def make_ready(model: RankModel) -> None:
         module.eval()
         if model.config.tensor_model_parallel_size == 1:
             simplify_linears(module)
+    for chunk in model.chunks:
+        chunk.prepare_tokens()
 
 
 def _engine(recipe: Recipe, model: RankModel, groups: Groups) -> Engine:

@@ -28,8 +28,10 @@ from megatron_deepstack.model.layers.experts import ExpertLayer, membership_at_h
 from megatron_deepstack.model.layers.injection import put_rows
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
 from megatron_deepstack.model.layers.megatron_config import without_gradient_accumulation
+from megatron_deepstack.model.layers.plain_linears import FEW_ROWS_OF_HEAD, product
 from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
+from megatron_deepstack.model.layers.token_step import TokenLayers
 from megatron_deepstack.parallel.context import gather_sequence, own_part
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
 
@@ -120,6 +122,8 @@ class LanguageChunk(LanguageModule):
             vp_stage=self.vp_stage,
         )
         respect_no_grad(self.decoder)
+        self.token_layers: TokenLayers | None = None
+        """What takes steps of one token to which the chunk adds no rows; None leaves them to `decoder`."""
         self.expert_layers = [module for module in self.decoder.modules() if isinstance(module, ExpertLayer)]
         if self.post_process:
             self.output_layer = self._build_output_layer(config, groups)
@@ -138,6 +142,14 @@ class LanguageChunk(LanguageModule):
             skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
             tp_group=groups.tp,
         )
+
+    def prepare_tokens(self) -> None:
+        """Let steps of one token take the short way through the layers, where there is one; for answers alone.
+
+        Linears must have been simplified before.
+        """
+        if TokenLayers.can_take(self.decoder):
+            self.token_layers = TokenLayers(self.decoder)
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Called by the schedule with the previous stage's hidden states, (S, B, H), possibly in a list of one."""
@@ -168,16 +180,20 @@ class LanguageChunk(LanguageModule):
         """
         hidden_SBH = self._embed(tokens_BS, visual) if self.pre_process else None
         rotary, packs = self._angles(tokens_BS.shape[1] * self.config.context_parallel_size, packs, positions_3BS)
-        with membership_at_hand(self.expert_layers, membership_KT):
-            hidden_SBH = self.decoder(
-                hidden_states=hidden_SBH,
-                attention_mask=None,
-                context=visual.slot_rows,
-                context_mask=visual.slot_positions,
-                rotary_pos_emb=rotary,
-                packed_seq_params=packs,
-                padding_mask=membership_KT,
-            )
+        if isinstance(packs, CachedStep) and self.token_layers is not None and _is_short(packs, visual):
+            hidden_SBH = self.decoder.input_tensor if hidden_SBH is None else hidden_SBH
+            hidden_SBH = self.token_layers(hidden_SBH, rotary, packs)
+        else:
+            with membership_at_hand(self.expert_layers, membership_KT):
+                hidden_SBH = self.decoder(
+                    hidden_states=hidden_SBH,
+                    attention_mask=None,
+                    context=visual.slot_rows,
+                    context_mask=visual.slot_positions,
+                    rotary_pos_emb=rotary,
+                    packed_seq_params=packs,
+                    padding_mask=membership_KT,
+                )
         if not self.post_process:
             return hidden_SBH
         if isinstance(packs, CachedStep):
@@ -237,7 +253,8 @@ class LanguageChunk(LanguageModule):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        return self._without_padding(torch.nn.functional.linear(hidden_SBH[step.wanted, rows], weight)[None])
+        logits_BV = product(hidden_SBH[step.wanted, rows], weight, few=FEW_ROWS_OF_HEAD)
+        return self._without_padding(logits_BV[None])
 
     def _without_padding(self, logits_SBV: torch.Tensor) -> torch.Tensor:
         if self.language.logits_scaling != 1.0:
@@ -247,3 +264,8 @@ class LanguageChunk(LanguageModule):
         if first_padded < width:
             logits_SBV[..., first_padded:] = torch.finfo(logits_SBV.dtype).min
         return logits_SBV
+
+
+def _is_short(step: CachedStep, visual: VisualInputs) -> bool:
+    """Whether `TokenLayers` can take a step."""
+    return step.width == 1 and visual.slot_rows is None

@@ -64,7 +64,8 @@ def share_from_last_stage(value: torch.Tensor, groups: Groups) -> torch.Tensor:
     Returns:
         `value`, which then has the last stage's content on every stage.
     """
-    dist.all_reduce(value, group=groups.decoder.pp)
+    if groups.decoder.pp.size() > 1:
+        dist.all_reduce(value, group=groups.decoder.pp)
     return value
 
 
@@ -76,8 +77,10 @@ def gather_last_dim(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
         group: The ranks.
 
     Returns:
-        (..., n * ranks), in rank order.
+        (..., n * ranks), in rank order; `local` itself where it is the only one.
     """
+    if group.size() == 1:
+        return local
     shards = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, local.contiguous(), group=group)
     return torch.cat(shards, dim=-1)

@@ -143,6 +143,10 @@ def run_cached_step(
         )
         for number, step in enumerate(steps)
     ]
+    if config.pipeline_model_parallel_size == 1:
+        # What Megatron's schedule prepares takes longer than a small model's token, and here it would pass nothing on.
+        with torch.no_grad():
+            return [_forward(chunks[0], batch, visual(batch.number, 0))[0] for batch in batches]
     data = [iter(batches) for _ in range(len(chunks))]
     with torch.no_grad():
         outputs: list[torch.Tensor] = get_forward_backward_func()(
@@ -256,10 +260,15 @@ def _forward_step(
     vpp = _unwrap(model).chunk.vpp
     inputs = visual(batch.number, vpp)
     with nullcontext() if timeline is None else timeline.part(FORWARD, batch.number, vpp):
-        output = model(batch.tokens, batch.targets, inputs, batch.packs, batch.positions, batch.membership)
+        output = _forward(model, batch, inputs)
     if timeline is not None:
         timeline.watch_backward(output, batch.number, vpp)
     return output, partial(_loss, batch.counted)
+
+
+def _forward(model: torch.nn.Module, batch: _MicroBatch, inputs: VisualInputs) -> torch.Tensor:
+    output: torch.Tensor = model(batch.tokens, batch.targets, inputs, batch.packs, batch.positions, batch.membership)
+    return output
 
 
 def _unwrap(model: torch.nn.Module) -> LanguageChunk:

@@ -8,39 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_run import ANSWERS, train_two_steps
+from tiny_run import ANSWERS, preprocessed_run, train_two_steps
 from typer.testing import CliRunner
 
 from megatron_deepstack.cli import app
 from megatron_deepstack.config.choices import Template
-from megatron_deepstack.config.schema import DataConfig, ModelConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe
 from megatron_deepstack.testing.ranks import RankPool
-from megatron_deepstack.testing.tiny import tiny_qwen3_vl, tiny_qwen3_vl_moe, tiny_recipe
+from megatron_deepstack.testing.tiny import tiny_qwen3_vl, tiny_qwen3_vl_moe
 from megatron_deepstack.testing.tiny_chat import QWEN3_VL_TOKENS, QWEN3_VL_WORDS, QWEN_CONFIG, write_chat_tokenizer
-from megatron_deepstack.testing.tiny_data import record, write_photos, write_records
-from orchestration.preprocess.driver.run import preprocess
 
 ROWS = 512
 
 
 def make_native_run(folder: Path, model: ModelConfig, parallel: ParallelConfig) -> Recipe:
-    names = write_photos(folder / "images", 4)
-    images = (names[:1], names[1:3], names[3:], [], [])
-    records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
-    data = DataConfig(
-        records=(str(write_records(folder / "records.json", records)),),
-        images=str(folder / "images"),
-        tokenizer=str(write_chat_tokenizer(folder / "tokenizer", QWEN3_VL_TOKENS, QWEN_CONFIG, QWEN3_VL_WORDS)),
-        template=Template.QWEN3_VL,
-        store=str(folder / "store.zarr"),
-        min_pixels=40 * 40,
-        max_pixels=80 * 60,
-    )
-    run = tiny_recipe(replace(model, language=replace(model.language, vocab_size=ROWS)), parallel)
-    train = replace(run.train, steps=2, init_std=0.3, seq_length=256)
-    run = replace(run, data=data, train=train, run_dir=str(folder / "run"))
-    preprocess(run, str(data.store), workers=0)
-    return run
+    tokenizer = write_chat_tokenizer(folder / "tokenizer", QWEN3_VL_TOKENS, QWEN_CONFIG, QWEN3_VL_WORDS)
+    model = replace(model, language=replace(model.language, vocab_size=ROWS))
+    limits = {"min_pixels": 40 * 40, "max_pixels": 80 * 60}
+    return preprocessed_run(folder, model, parallel, tokenizer, template=Template.QWEN3_VL, **limits)
 
 
 @pytest.mark.slow

@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_run import ANSWERS, train_two_steps
+from tiny_run import preprocessed_run, train_two_steps
 
 from megatron_deepstack.config.choices import Template
-from megatron_deepstack.config.schema import DataConfig, ParallelConfig, Recipe
+from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.convert.hf_names import Naming
 from megatron_deepstack.inference.main import open_questions
 from megatron_deepstack.inference.questions import read_question
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.tiny import tiny_granite, tiny_recipe
+from megatron_deepstack.testing.tiny import tiny_granite
 from megatron_deepstack.testing.tiny_chat import GRANITE_4_CONFIG, GRANITE_4_TOKENS, write_chat_tokenizer
-from megatron_deepstack.testing.tiny_data import record, write_photos, write_records
-from orchestration.preprocess.driver.run import preprocess
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -28,22 +26,10 @@ NEW_TOKENS = 8
 
 
 def make_tile_run(folder: Path) -> Recipe:
-    names = write_photos(folder / "images", 4)
-    images = (names[:1], names[1:3], names[3:], [], [])
-    records = [record(n, images[n], answer=answer) for n, answer in enumerate(ANSWERS)]
-    data = DataConfig(
-        records=(str(write_records(folder / "records.json", records)),),
-        images=str(folder / "images"),
-        tokenizer=str(write_chat_tokenizer(folder / "tokenizer", GRANITE_4_TOKENS, GRANITE_4_CONFIG)),
-        template=Template.GRANITE_4,
-        store=str(folder / "store.zarr"),
-    )
+    tokenizer = write_chat_tokenizer(folder / "tokenizer", GRANITE_4_TOKENS, GRANITE_4_CONFIG)
     model = tiny_granite()
-    run = tiny_recipe(replace(model, language=replace(model.language, vocab_size=512)), ParallelConfig(pipeline=2))
-    train = replace(run.train, steps=2, init_std=0.3, seq_length=256)
-    run = replace(run, data=data, train=train, run_dir=str(folder / "run"))
-    preprocess(run, str(data.store), workers=0)
-    return run
+    model = replace(model, language=replace(model.language, vocab_size=512))
+    return preprocessed_run(folder, model, ParallelConfig(pipeline=2), tokenizer, template=Template.GRANITE_4)
 
 
 def train_and_answer(rank: int, recipe: Recipe) -> list[list[int]]:

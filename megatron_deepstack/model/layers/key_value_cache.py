@@ -74,6 +74,8 @@ class CachedStep(PackedSeqParams):
     """int64 (S, B), or (S, 1) where all sequences begin at the same position: positions of this cp rank's tokens."""
     written: torch.Tensor | None = None
     """int64 (B, W): positions of the whole step's tokens; None where all sequences begin at the same position."""
+    rows: torch.Tensor | None = None
+    """int64 (B,): numbers of the sequences, where `written` is given."""
     mask: torch.Tensor | None = None
     """(B or 1, 1, S, K): 0 where a token attends, minus infinity elsewhere; None where no mask is needed."""
 
@@ -109,6 +111,7 @@ class CachedStep(PackedSeqParams):
         step = cls(qkv_format="sbhd", cache=cache, starts=starts, width=width, wanted=wanted, positions=positions_SB)
         if ragged:
             step.written = firsts[:, None] + torch.arange(width, device=device)
+            step.rows = torch.arange(len(starts), device=device)
         if not step.is_causal(len(offsets_S)) and not step.attends_to_all(len(offsets_S)):
             keys_K = torch.arange(step.stop, device=device)
             hidden = keys_K > positions_SB.T[:, None, :, None]
@@ -143,11 +146,10 @@ class CachedStep(PackedSeqParams):
         assert self.stop <= self.cache.capacity, f"{self.stop} positions in a cache of {self.cache.capacity}"
         kept = self.cache.of_layer(layer, key)
         for memory, new in zip(kept, (key, value), strict=True):
-            if self.written is None:
+            if self.written is None or self.rows is None:
                 memory[:, :, self.starts[0] : self.stop] = new.permute(1, 2, 0, 3)
             else:
-                rows = torch.arange(len(self.starts), device=new.device)[:, None]
-                memory.transpose(1, 2)[rows, self.written] = new.transpose(0, 1)
+                memory.transpose(1, 2)[self.rows[:, None], self.written] = new.transpose(0, 1)
         return kept[0][:, :, : self.stop], kept[1][:, :, : self.stop]
 
 

@@ -42,7 +42,7 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     work = load.share
     if parallel.encoder_placement is EncoderPlacement.INLINE:
         in_flight = min(parallel.pipeline, len(load.micro_batches)) * (stage == 0)
-        work = load.micro_batches[0].work.times(in_flight)
+        work = load.micro_batches.work[0].times(in_flight)
     pixels = work.patches * 3 * model.vision.patch_size**2
     if not tower_of(model.vision).is_native:
         pixels = work.views * 3 * model.vision.image_size**2

@@ -23,7 +23,7 @@ from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.budget.cost import EncoderWork
 from megatron_deepstack.planning.budget.encoder_memory import projector_elements
 from megatron_deepstack.planning.budget.load import Shapes, Views, step_load
-from megatron_deepstack.planning.budget.memory import rank_memory
+from megatron_deepstack.planning.budget.memory import stage_memories
 from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.views import ViewGrid, num_views
 from megatron_deepstack.testing.ranks import RankPool
@@ -187,9 +187,9 @@ def check(ranks: Pools, recipe: Recipe, num_ranks: int, tolerance: float = TOLER
     """Compare each rank's largest allocation with what is predicted of its stage."""
     shapes = shapes_of(recipe.model, samples_of(recipe.model))
     load = step_load(recipe, shapes, num_ranks // model_ranks(recipe.parallel))
+    expected = stage_memories(recipe, load, num_ranks, fused=False)
     for stage, found in ranks(num_ranks).run(allocated, recipe):
-        expected = rank_memory(recipe, load, num_ranks, stage, fused=False)
-        assert expected.total == pytest.approx(found, rel=tolerance), f"stage {stage}: {expected}"
+        assert expected[stage].total == pytest.approx(found, rel=tolerance), f"stage {stage}: {expected[stage]}"
 
 
 def recipe_of(model: ModelConfig, parallel: ParallelConfig, batching: Batching, trainable: tuple[Part, ...]) -> Recipe:

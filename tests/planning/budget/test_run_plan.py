@@ -77,6 +77,9 @@ def test_all_layouts_are_ranked_and_the_others_have_reasons() -> None:
     assert all(one.reason for one in found.refused)
     assert found.refused, "three stages do not divide 32 layers"
     assert len({describe(plan.recipe.parallel, 6) for plan in found.fitting}) == len(found.fitting)
+    for plan in found.fitting[:3]:
+        alone = plan_run(plan.recipe, SHAPES, H100, 6)
+        assert (alone.seconds, alone.stages, alone.flops) == (plan.seconds, plan.stages, plan.flops)
     small = all_layouts(RECIPE, SHAPES, H100, 1)
     assert not small.fitting
     assert all(not plan.fits for plan in small.too_large)
