@@ -249,13 +249,6 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
                 f"a micro-batch for the schedule's own backward; set 0, or use spread",
                 LayoutError,
             )
-    if parallel.encoder_memory_gib and recipe.model.variant.traits.is_native:
-        yield _problem(
-            "parallel.encoder_memory_gib model.variant",
-            f"{parallel.encoder_memory_gib:g} GiB cannot be turned into a number of views, whose sizes differ under "
-            f"{recipe.model.variant}; set 0, or parallel.encoder_chunk_views",
-            LayoutError,
-        )
     if parallel.encoder_chunk_views and parallel.encoder_memory_gib:
         yield _problem(
             "parallel.encoder_memory_gib parallel.encoder_chunk_views",

@@ -13,7 +13,7 @@ from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.layers.expert_load import ExpertTally, tally_of
 from megatron_deepstack.parallel.groups import Groups
-from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.planning.budget.encoder_views import AtOnce, kept_at_once
 from megatron_deepstack.step.gradients import GradientBuffers
 from megatron_deepstack.step.layer_graphs import LayerGraphs
 
@@ -46,9 +46,9 @@ class Engine:
         return [*self.decoder_ddp, *([] if self.encoder_ddp is None else [self.encoder_ddp])]
 
     @property
-    def encoder_chunk_views(self) -> int:
-        """Views whose activations of a trained tower are kept at a time; 0 for no bound."""
-        return views_at_once(
+    def encoded_at_once(self) -> AtOnce:
+        """Whose activations of a trained tower are kept at a time."""
+        return kept_at_once(
             self.parallel,
             self.model_config.vision,
             self.model.encoder.config.params_dtype.itemsize,

@@ -118,7 +118,7 @@ class VisualPass:
             if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
                 self.visual = InlineEncoder(engine.model.encoder, views, plan.routes).of
                 return
-            rows = EncoderPass(engine.model.encoder, views, engine.encoder_chunk_views).rows
+            rows = EncoderPass(engine.model.encoder, views, engine.encoded_at_once).rows
             stored = send_rows(rows, plan.routes, engine.groups.replica)
             self.visual = ReceivedRows(stored, plan.routes, requires_grad=False).of
 
@@ -153,7 +153,7 @@ def _views(plan: StepPlan, pixels: torch.Tensor) -> Views:
 
 def _spread(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:
     with clock.part(ENCODE):
-        encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoder_chunk_views)
+        encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoded_at_once)
     with clock.part("route"):
         stored = send_rows(encoded.rows, plan.routes, engine.groups.replica, inputs.exchange)
         encoded.release_rows()

@@ -52,7 +52,7 @@ class ParallelConfig:
     in the backward pass. 0 keeps all."""
     encoder_memory_gib: Annotated[float, NOT_NEGATIVE, Unit("GiB")] = 0.0
     """Memory of each rank for ViT activations when the ViT is trained. It takes the place of `encoder_chunk_views`: as
-    many views are kept at a time as fit into it. 0 sets no bound."""
+    many views are kept at a time as fit into it, or one view that does not fit. 0 sets no bound."""
     distributed_optimizer: bool = False
     """Split the optimizer's states over data-parallel ranks (ZeRO-1), instead of a copy on each of them."""
     overlap_grad_reduce: bool = True

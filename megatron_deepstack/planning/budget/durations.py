@@ -29,7 +29,7 @@ from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.config.sizes import expert_layers, padded_vocabulary, recomputed_modules
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
-from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.planning.budget.encoder_views import kept_at_once
 from megatron_deepstack.planning.budget.footprint import gradient_bytes
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import Costs, MicroBatches, StepLoad
@@ -256,8 +256,8 @@ class Durations:
             backward += projector
         if Part.VISION in trainable:
             backward += (1 if self.recipe.lora.vision_targets else 2) * tower  # a frozen matrix has no gradient
-            chunk = views_at_once(self.recipe.parallel, model.vision, self.element)
-            backward += tower * bool(chunk and chunk < work.views)
+            at_once = kept_at_once(self.recipe.parallel, model.vision, self.element)
+            backward += tower * (at_once.share(work.views, work.patches) < 1)
         traffic = work.patches * 60 * model.vision.hidden_size * model.vision.num_layers
         if model.variant.traits.stack_source is StackSource.TAPS:  # norms, windows and copies of each stack
             traffic += work.patches * 60 * model.vision.hidden_size * len(model.vision.taps)
