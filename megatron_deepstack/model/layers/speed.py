@@ -70,23 +70,10 @@ def decide_speed(
     engine = engine_obstacles(layers, machine)
     vision = engine_obstacles(layers if wanted.vision_layers is Layers.AUTO else wanted.vision_layers, machine)
     decisions = _Decisions(wanted, machine)
-    compiler = [machine.compiler_problem] if machine.compiler_problem else []
-    kernel = [] if not engine or machine.apex_gradients else [*engine, "Apex's kernel is not installed"]
-    if engine and (parallel.offload_layers or RecomputeModule.LAYER_NORM in recomputed_modules(parallel)):
-        kernel = [
-            *engine,
-            "Megatron's own linears mark their matrices, which parallel.offload_layers and norms in "
-            "parallel.recompute_modules hide from them",
-        ]
     by_recipe = {name: reason for name, (_, reason) in obstacles(language, parallel, precision, lora).items()}
     if wanted.cuda_graphs is OptIn.ALWAYS:
         by_recipe.setdefault("overlap_param_gather", GRAPHS_AND_GATHER)
-    by_machine = {
-        "activation_fusion": compiler,
-        "rope_fusion": engine,
-        "gradient_accumulation_fusion": kernel,
-        "cross_entropy_fusion": compiler,
-    }
+    by_machine = _lacking(machine, parallel, engine)
     done = {
         name: decisions.decide(name, [*by_machine.get(name, []), *([by_recipe[name]] if name in by_recipe else [])])
         for name in (*FUSIONS, *_OVERLAPS)
@@ -105,6 +92,21 @@ def decide_speed(
         gradient_dtype=torch.bfloat16 if wanted.gradient_dtype is GradientDtype.BF16 else torch.float32,
         **{name: getattr(wanted, name) is OptIn.ALWAYS for name in _ENGINE_ALONE},
     )
+
+
+def _lacking(machine: Capabilities, parallel: ParallelConfig, engine: list[str]) -> dict[str, list[str]]:
+    """What stands against fusions on this machine, where the layers are not the engine's for these reasons."""
+    compiler = [machine.compiler_problem] if machine.compiler_problem else []
+    kernel = [] if not engine or machine.apex_gradients else [*engine, "Apex's kernel is not installed"]
+    if engine and (parallel.offload_layers or RecomputeModule.LAYER_NORM in recomputed_modules(parallel)):
+        hidden = "parallel.offload_layers and norms in parallel.recompute_modules hide from them"
+        kernel = [*engine, f"Megatron's own linears mark their matrices, which {hidden}"]
+    return {
+        "activation_fusion": compiler,
+        "rope_fusion": engine,
+        "gradient_accumulation_fusion": kernel,
+        "cross_entropy_fusion": compiler,
+    }
 
 
 def speed_of(recipe: Recipe, machine: Capabilities) -> Speed:
