@@ -256,13 +256,6 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
             "always keeps received rows on the host, and inline receives none; set auto, or use spread",
             LayoutError,
         )
-    if parallel.encoder_memory_gib and recipe.model.variant.traits.is_native:
-        yield _problem(
-            "parallel.encoder_memory_gib model.variant",
-            f"{parallel.encoder_memory_gib:g} GiB cannot be turned into a number of views, whose sizes differ under "
-            f"{recipe.model.variant}; set 0, or parallel.encoder_chunk_views",
-            LayoutError,
-        )
     if parallel.encoder_chunk_views and parallel.encoder_memory_gib:
         yield _problem(
             "parallel.encoder_memory_gib parallel.encoder_chunk_views",
@@ -381,6 +374,10 @@ def _speed(recipe: Recipe) -> Iterator[Problem]:
             "parallel.recompute_modules parallel.recompute",
             f"is empty, and recompute is selective; name at least one of {', '.join(RecomputeModule)}",
         )
+    for paths, text in speed_rules.shape_violations(recipe):
+        yield _problem(paths, text)
+    for paths, text in speed_rules.kept_violations(recipe.model.language, recipe.parallel, recipe.train.precision):
+        yield _problem(paths, text)
 
 
 def _evaluation(recipe: Recipe) -> Iterator[Problem]:

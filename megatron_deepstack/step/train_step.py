@@ -89,6 +89,8 @@ def gradient_sums(engine: Engine, plan: StepPlan, data: torch.Tensor | StagedSte
     staged = data if isinstance(data, StagedStep) else StagedStep(engine, plan, data)
     assert staged.plan is plan, "another step was staged"
     inputs = staged.take()
+    if engine.graphs is not None:
+        engine.graphs.before_step(plan)
     for ddp in engine.wrapped:
         ddp.zero_grad_buffer()
     if engine.tally is not None:
@@ -120,7 +122,7 @@ class VisualPass:
             if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
                 self.visual = InlineEncoder(engine.model.encoder, views, plan.routes).of
                 return
-            rows = EncoderPass(engine.model.encoder, views, engine.encoder_chunk_views).rows
+            rows = EncoderPass(engine.model.encoder, views, engine.encoded_at_once).rows
             stored = send_rows(rows, plan.routes, engine.groups.replica)
             self.visual = ReceivedRows(stored, plan.routes, requires_grad=False).of
 
@@ -155,7 +157,7 @@ def _views(plan: StepPlan, pixels: torch.Tensor) -> Views:
 
 def _spread(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:
     with clock.part(ENCODE):
-        encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoder_chunk_views)
+        encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoded_at_once)
     with clock.part("route"):
         rows = _received(engine, plan, encoded, inputs)
         encoded.release_rows()

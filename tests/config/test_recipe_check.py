@@ -103,6 +103,27 @@ RULES = {
         {"parallel.recompute": "selective", "parallel.recompute_modules": []},
         "parallel.recompute_modules: is empty, and recompute is selective; name at least one of core_attn, mlp",
     ),
+    "norms to compute again in 8 bits": (
+        {
+            "parallel.recompute": "selective",
+            "parallel.recompute_modules": ["layernorm"],
+            "train.precision": "fp8",
+        },
+        "parallel.recompute_modules: found layernorm under fp8, where linears keep their input in 8 bits and not what",
+    ),
+    "experts to compute again that are not there": (
+        {"parallel.recompute": "selective", "parallel.recompute_modules": ["moe_act"]},
+        "parallel.recompute_modules: found moe_act, and no layer of the decoder has experts; leave it out",
+    ),
+    "nothing to keep on the host": (
+        {"parallel.recompute": "full", "parallel.offload_layers": 4},
+        "parallel.offload_layers: found 4 under recompute=full, which keeps nothing of layers but their input; use "
+        "parallel.recompute=none or selective, or set parallel.offload_layers=0",
+    ),
+    "8-bit weights on the host": (
+        {"train.precision": "fp8", "parallel.offload_layers": 4},
+        "parallel.offload_layers: found 4 under fp8, where layers keep 8-bit copies of weights among their",
+    ),
     "no whole patch": (
         {"model.vision.image_size": 13},
         "model.vision.image_size: a view of 13 pixels holds no patch of 14; use 14 pixels or more",

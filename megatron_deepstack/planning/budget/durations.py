@@ -4,7 +4,8 @@ Time of a pass = products / (peak x share reached) + attention + bytes of elemen
 + collectives of tensor and context parallelism. Shares and bandwidths are `hardware`'s.
 
 Not modelled: overlap of tensor-parallel communication with products (there is none here either), other jobs on the
-network, jitter between ranks, the time to launch kernels, and reading data, which is prepared beside the step before.
+network, jitter between ranks, the time to launch kernels, norms and activations that are computed again, activations on
+their way to the host and back, and reading data, which is prepared beside the step before.
 
 Legend: M micro-batches of a replica.
 """
@@ -16,12 +17,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, RecomputeMethod
+from megatron_deepstack.config.choices import (
+    EncoderPlacement,
+    Part,
+    Precision,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+)
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.sizes import expert_layers, padded_vocabulary
+from megatron_deepstack.config.sizes import expert_layers, padded_vocabulary, recomputed_modules
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
-from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.planning.budget.encoder_views import kept_at_once
 from megatron_deepstack.planning.budget.footprint import gradient_bytes
 from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import Costs, MicroBatches, StepLoad
@@ -71,6 +79,8 @@ class Durations:
         self.positions: Costs = batches.positions / parallel.context
         self.split: Costs = self.positions / (parallel.tensor if parallel.sequence_parallel else 1)
         self.products = self._product_seconds(2 * self.positions * self.matrices, 4)
+        self.mlp = self.products * (3 * language.hidden_size * self.f / self.matrices)
+        """Of the products those of the MLP, or of the experts in its place."""
         self.attention = self._attention(batches)
         self.traffic = self._traffic()
         self.collectives = self._collectives()
@@ -109,9 +119,11 @@ class Durations:
         if parallel.recompute is Recompute.FULL:
             block = parallel.recompute_method is RecomputeMethod.BLOCK
             again = min(parallel.recompute_num_layers, layers) if block else layers
-        attention = self.attention * (parallel.recompute is Recompute.SELECTIVE)
+        parts = recomputed_modules(parallel)
+        selective = self.attention * (RecomputeModule.CORE_ATTENTION in parts)
+        selective = selective + self.mlp * (RecomputeModule.MLP in parts)
         work = layers * (passes * self.products + 2 * self.attention + 2 * self.traffic)
-        work = work + layers * (self.collectives + attention) + again * self.layer
+        work = work + layers * (self.collectives + selective) + again * self.layer
         if chunk.has_head:
             work = work + (1 + self.learns) * self.head
         return work + 2 * self.inline if chunk.has_embedding else work
@@ -244,8 +256,8 @@ class Durations:
             backward += projector
         if Part.VISION in trainable:
             backward += (1 if self.recipe.lora.vision_targets else 2) * tower  # a frozen matrix has no gradient
-            chunk = views_at_once(self.recipe.parallel, model.vision, self.element)
-            backward += tower * bool(chunk and chunk < work.views)
+            at_once = kept_at_once(self.recipe.parallel, model.vision, self.element)
+            backward += tower * (at_once.share(work.views, work.patches) < 1)
         traffic = work.patches * 60 * model.vision.hidden_size * model.vision.num_layers
         if model.variant.traits.stack_source is StackSource.TAPS:  # norms, windows and copies of each stack
             traffic += work.patches * 60 * model.vision.hidden_size * len(model.vision.taps)

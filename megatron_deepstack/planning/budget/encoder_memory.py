@@ -18,7 +18,7 @@ from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork
-from megatron_deepstack.planning.budget.encoder_views import kept_of_mlp, views_at_once
+from megatron_deepstack.planning.budget.encoder_views import kept_at_once, kept_of_mlp
 from megatron_deepstack.planning.budget.load import StepLoad
 from megatron_deepstack.planning.budget.received_rows import num_windows
 
@@ -51,8 +51,7 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     if learns or Part.VISION in trainable:
         kept += projector_elements(model, work, learns=learns)
     if Part.VISION in trainable:
-        chunk = views_at_once(parallel, model.vision, element)
-        alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
+        alive = kept_at_once(parallel, model.vision, element).share(work.views, work.patches)
         kept += alive * tower_elements(model, work, recipe.lora)
     return int(kept * element + pixels)
 
@@ -74,8 +73,7 @@ def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int,
     if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
         return 0
     vision, work = recipe.model.vision, load.share
-    chunk = views_at_once(recipe.parallel, vision, element)
-    alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
+    alive = kept_at_once(recipe.parallel, vision, element).share(work.views, work.patches)
     widest = alive * work.patches * (2 * vision.ffn_hidden_size + 3 * vision.hidden_size)
     hidden = recipe.model.language.hidden_size
     rows = work.units * sum(load.rows_per_unit.values())

@@ -31,7 +31,7 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import expert_layers, head_width, padded_vocabulary
+from megatron_deepstack.config.sizes import expert_layers, head_width, padded_vocabulary, recomputed_modules
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
 from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
@@ -122,6 +122,7 @@ class _Kept:
         split, rows = _split_positions(parallel, batches), head_rows(parallel, batches)
         vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
         self.layer = layer_activations(recipe, batches, fused=fused, packed=load.packed)
+        self.small = _small_activations(recipe, batches)
         self.checkpoint = (split * hidden).astype(np.int64)
         self.head = ((2 * split + rows) * hidden).astype(np.int64)
         self.logits = (rows * vocabulary * 4).astype(np.int64)
@@ -143,7 +144,19 @@ class _Kept:
             layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
             if uniform or group >= layers:  # else the layers that are kept are free again when others are recomputed
                 extra = min(group, layers) * int(self.layer[0])
+        if parallel.offload_layers:
+            extra = self._in_transit(chunks)
         return fullest - logits_then + extra, logits_then
+
+    def _in_transit(self, chunks: Sequence[Chunk]) -> int:
+        """Return the bytes of layers that are leaving for the host, or are back early, beside those that stay.
+
+        A layer leaves while the next one runs, and is back when the backward pass of that next one begins. By then
+        layers above both that stay have given their memory free.
+        """
+        layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
+        moved = min(self.parallel.offload_layers, layers)
+        return min(moved, max(2 - (layers - moved), 0)) * int(self.layer[0])
 
     def _of_chunk(self, chunk: Chunk) -> Numbers:
         """Bytes of activations that each micro-batch leaves in a chunk."""
@@ -155,6 +168,10 @@ class _Kept:
             else:
                 again = min(parallel.recompute_num_layers, layers)
                 kept = again * self.checkpoint + (layers - again) * self.layer
+        if parallel.offload_layers and layers:
+            moved = min(parallel.offload_layers, layers)
+            received = self.checkpoint * (not chunk.has_embedding)  # a stage's input stays
+            kept = kept - moved * (self.layer - self.small) + received
         return kept + self.head if chunk.has_head else kept
 
 
@@ -228,13 +245,31 @@ def layer_activations(recipe: Recipe, batches: MicroBatches, *, fused: bool, pac
             values += inner * (2 * w + k if whole else w)
     with_experts = len(expert_layers(language)) / language.num_layers
     values += 2 * split * h * language.num_active_experts * with_experts  # sent to experts, and what they answer
-    if parallel.recompute is Recompute.SELECTIVE:
-        if RecomputeModule.CORE_ATTENTION in parallel.recompute_modules:
-            values -= inner * copied * w
-            scalars -= heads * inner * 4
-        if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
-            values -= inner * into_mlp * f
+    again = recomputed_modules(parallel)
+    if RecomputeModule.CORE_ATTENTION in again:
+        values -= inner * copied * w
+        scalars -= heads * inner * 4
+    if RecomputeModule.MLP in again:  # all but its input, which counts with the norm
+        values -= inner * into_mlp * f
+    if RecomputeModule.LAYER_NORM in again and learns:
+        apart = 1.0 if not fused or lora.rank else with_experts / 2  # share of the norms that no linear computes
+        values -= split * h * apart * (into_norms + (0 if fused else 2 * whole))
+        scalars -= 2 * split * apart * 4
+    if RecomputeModule.EXPERT_ACTIVATION in again and RecomputeModule.MLP not in again and learns:
+        active = language.num_active_experts * language.expert_ffn_hidden_size // parallel.tensor
+        values -= inner * active * with_experts
     return (values * element + rotary * (not fused) + scalars).astype(np.int64)
+
+
+def _small_activations(recipe: Recipe, batches: MicroBatches) -> Numbers:
+    """Return the bytes of a layer's activations that are too small to be moved to the host: int64 (M,)."""
+    parallel = recipe.parallel
+    again, most = recomputed_modules(parallel), parallel.offload_above_mib * 2**20
+    of_norm = _split_positions(parallel, batches) * 4
+    of_attention = recipe.model.language.num_heads // parallel.tensor * batches.positions / parallel.context * 4
+    norms = 2 * of_norm * (of_norm <= most) * (RecomputeModule.LAYER_NORM not in again)
+    attention = of_attention * (of_attention <= most) * (RecomputeModule.CORE_ATTENTION not in again)
+    return (norms + attention).astype(np.int64)
 
 
 def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:

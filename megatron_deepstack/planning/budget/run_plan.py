@@ -372,6 +372,7 @@ def boxes(plan: RunPlan, stage: int) -> Iterator[tuple[str, int | None, int, flo
 
 NOT_MODELLED: Mapping[str, str] = {
     "memory": "communication buffers, workspaces and fragmentation beyond a fixed reserve; CUDA graphs; FP8 copies",
-    "time": "reading data, checkpoints, validation, kernel launches, jitter, other traffic on the network",
+    "time": "reading data, checkpoints, validation, kernel launches, jitter, other traffic on the network, activations "
+    "on their way to the host and back",
 }
 """What an estimate leaves out, in words."""

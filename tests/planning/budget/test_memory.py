@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_deepstack.config.choices import Batching, LoraTarget, Part, Recompute, RecomputeMethod, Variant
+from megatron_deepstack.config.choices import (
+    Batching,
+    LoraTarget,
+    Part,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+    Variant,
+)
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     LoraConfig,
@@ -149,6 +157,8 @@ QFORMERS = tiny_model(
 BLOCK = ParallelConfig(
     pipeline=2, recompute=Recompute.FULL, recompute_method=RecomputeMethod.BLOCK, recompute_num_layers=2
 )
+NORMS = ParallelConfig(recompute=Recompute.SELECTIVE, recompute_modules=(RecomputeModule.LAYER_NORM,))
+HOST = ParallelConfig(offload_layers=5, offload_above_mib=0.0)
 LAYOUTS = [
     pytest.param(1, ParallelConfig(), Batching.PADDED, tuple(Part), id="one"),
     pytest.param(1, ParallelConfig(), Batching.PACKED, tuple(Part), id="one-packed"),
@@ -164,6 +174,21 @@ LAYOUTS = [
         marks=pytest.mark.slow,
     ),
     pytest.param(2, BLOCK, Batching.PACKED, tuple(Part), id="pp2-recompute"),
+    pytest.param(1, NORMS, Batching.PACKED, tuple(Part), id="one-norms", marks=pytest.mark.slow),
+    pytest.param(
+        1, replace(HOST, offload_layers=2), Batching.PACKED, tuple(Part), id="one-host", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        1, replace(HOST, offload_layers=8), Batching.PADDED, tuple(Part), id="one-all-host", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        2,
+        replace(HOST, pipeline=2, offload_layers=3),
+        Batching.PACKED,
+        tuple(Part),
+        id="pp2-host",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         2,
         ParallelConfig(tensor=2, sequence_parallel=True),
