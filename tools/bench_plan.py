@@ -214,7 +214,7 @@ def speed_here(rank: int) -> tuple[float, float, float]:
         return min(_seconds(work) for _ in range(repeats))
 
     def between_products(message: Callable[[], object], repeats: int) -> float:
-        """As in a step, where a rank comes to a message from other work, and the other one a little earlier or later."""
+        """As in a step, where a rank comes to a message from other work, and the other one not at the same moment."""
         times = []
         for _ in range(repeats):
             for _ in range(4):
