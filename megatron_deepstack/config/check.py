@@ -19,6 +19,7 @@ from megatron_deepstack.config.choices import (
     Part,
     Recompute,
     RecomputeModule,
+    Switch,
 )
 from megatron_deepstack.config.expert_rules import expert_layout_problems, expert_problems, unsupported_with_experts
 from megatron_deepstack.config.fields import Field, leaves
@@ -249,6 +250,12 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
                 f"a micro-batch for the schedule's own backward; set 0, or use spread",
                 LayoutError,
             )
+    if parallel.encoder_placement is EncoderPlacement.INLINE and parallel.rows_on_host is Switch.ALWAYS:
+        yield _problem(
+            "parallel.rows_on_host parallel.encoder_placement",
+            "always keeps received rows on the host, and inline receives none; set auto, or use spread",
+            LayoutError,
+        )
     if parallel.encoder_chunk_views and parallel.encoder_memory_gib:
         yield _problem(
             "parallel.encoder_memory_gib parallel.encoder_chunk_views",

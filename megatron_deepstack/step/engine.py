@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -15,6 +15,7 @@ from megatron_deepstack.model.layers.expert_load import ExpertTally, tally_of
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.encoder_views import AtOnce, kept_at_once
 from megatron_deepstack.step.gradients import GradientBuffers
+from megatron_deepstack.step.host_rows import RowMemory
 from megatron_deepstack.step.layer_graphs import LayerGraphs
 
 
@@ -34,6 +35,8 @@ class Engine:
     """What counts the choices of experts while training; None for a decoder without them."""
     graphs: LayerGraphs | None = None
     """The CUDA graphs of the layers under `speed.cuda_graphs`."""
+    row_memory: RowMemory = field(default_factory=RowMemory)
+    """Where rows rest that are too many for the device (`parallel.rows_on_host`)."""
 
     @property
     def chunks(self) -> list[torch.nn.Module]:

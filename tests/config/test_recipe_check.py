@@ -49,6 +49,10 @@ RULES = {
         {"parallel.encoder_chunk_views": 4, "parallel.encoder_memory_gib": 2.5},
         "parallel.encoder_memory_gib: 2.5 GiB and 4 views both bound the tower's activations; set one of them to 0",
     ),
+    "rows on the host without rows": (
+        {"parallel.rows_on_host": "always", "parallel.encoder_placement": "inline"},
+        "parallel.rows_on_host: always keeps received rows on the host, and inline receives none; set auto, or use",
+    ),
     "overlap of one chunk": (
         {"speed.overlap_p2p": "always"},
         "speed.overlap_p2p: always is impossible here: a stage has one chunk (parallel.virtual_pipeline is 1); use",

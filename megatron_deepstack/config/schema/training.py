@@ -17,6 +17,7 @@ from megatron_deepstack.config.choices import (
     RecomputeMethod,
     RecomputeModule,
     RowLength,
+    Switch,
 )
 from megatron_deepstack.config.constraints import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, PathKind, Unit
 
@@ -53,6 +54,9 @@ class ParallelConfig:
     encoder_memory_gib: Annotated[float, NOT_NEGATIVE, Unit("GiB")] = 0.0
     """Memory of each rank for ViT activations when the ViT is trained. It takes the place of `encoder_chunk_views`: as
     many views are kept at a time as fit into it, or one view that does not fit. 0 sets no bound."""
+    rows_on_host: Switch = Switch.AUTO
+    """Whether the received rows of a step rest in page-locked memory of the host, and the device holds those of a few
+    micro-batches at a time. `auto`: where they take more than 5 % of the device's memory, so never on a CPU."""
     distributed_optimizer: bool = False
     """Split the optimizer's states over data-parallel ranks (ZeRO-1), instead of a copy on each of them."""
     overlap_grad_reduce: bool = True

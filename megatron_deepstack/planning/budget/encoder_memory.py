@@ -56,18 +56,19 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     return int(kept * element + pixels)
 
 
-def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int) -> int:
+def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int, kept: int) -> int:
     """Return what exists only while views are encoded and rows sent, before any decoder layer has run.
 
     Args:
         recipe: The recipe.
         load: The replica's micro-batches.
         element: Bytes of an entry of an activation.
-        received: Bytes of the rows that the rank will have received.
+        received: Bytes of the rows that the rank receives.
+        kept: Bytes of those that stay on the device as they arrive: all, or none where they rest on the host.
 
     Returns:
-        Bytes beside received rows: the widest operator of the tower; or all rows that the rank makes and, of one window
-        of columns, what it sends and what it receives before and after it is put in order, with the index of the rows.
+        The widest operator of the tower; or the rows that stay, all rows that the rank makes and, of one window of
+        columns, what it sends and what it receives before and after it is put in order, with the index of the rows.
     """
     if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
         return 0
@@ -78,7 +79,7 @@ def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int)
     rows = work.units * sum(load.rows_per_unit.values())
     made, replica_rows = rows * hidden * element, int(load.units * sum(load.rows_per_unit.values()))
     window = (made + 2 * received) / num_windows(replica_rows, hidden, element)
-    return int(max(widest * element - received, made + window + rows * _INDEX_BYTES))
+    return int(max(widest * element, kept + made + window + rows * _INDEX_BYTES))
 
 
 def after_schedule(recipe: Recipe, load: StepLoad, element: int) -> int:

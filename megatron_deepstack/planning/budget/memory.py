@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_deepstack.config.choices import (
     Activation,
@@ -38,6 +40,7 @@ from megatron_deepstack.planning.budget.linears import expert_weights, linear_si
 from megatron_deepstack.planning.budget.load import Costs, MicroBatches, Numbers, StepLoad
 from megatron_deepstack.planning.budget.parameters import kept_widths, parameters_of_stages
 from megatron_deepstack.planning.budget.pipeline import most_in_flight
+from megatron_deepstack.planning.budget.received_rows import FETCHED_AHEAD, rest_on_host
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
 
 
@@ -52,7 +55,7 @@ class RankMemory:
     """Of the decoder, over all micro-batches that are in flight."""
     logits: int
     rows: int
-    """Received rows of all micro-batches, whose gradients take their place."""
+    """Received rows of all micro-batches, whose gradients take their place; or of a few, if they rest on the host."""
     encoder: int
     """Activations of tower and projector that wait for their backward."""
     transient: int
@@ -64,7 +67,9 @@ class RankMemory:
         return sum(getattr(self, one.name) for one in fields(self))
 
 
-def stage_memories(recipe: Recipe, load: StepLoad, num_ranks: int, *, fused: bool) -> tuple[RankMemory, ...]:
+def stage_memories(
+    recipe: Recipe, load: StepLoad, num_ranks: int, *, fused: bool, device_bytes: int | None = None
+) -> tuple[RankMemory, ...]:
     """Estimate the memory of the ranks of each pipeline stage.
 
     Args:
@@ -72,6 +77,7 @@ def stage_memories(recipe: Recipe, load: StepLoad, num_ranks: int, *, fused: boo
         load: The replica's micro-batches.
         num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
         fused: Whether layers are Transformer Engine's, which keep fewer intermediate values.
+        device_bytes: Memory of a rank's device, of which too many rows take no more than a share; None if not known.
 
     Returns:
         The bytes of each kind, stage by stage.
@@ -83,10 +89,13 @@ def stage_memories(recipe: Recipe, load: StepLoad, num_ranks: int, *, fused: boo
     for stage, lasting in enumerate(lasting_bytes_of(recipe, num_ranks, held)):
         mine = [one for one in chunks if one.pp == stage]
         activations, logits = kept.of_stage(mine)
-        rows = _rows(recipe, load, mine, element)
+        received = _received(recipe, load, mine, element)
+        on_host = rest_on_host(recipe.parallel.rows_on_host, received, device_bytes)
+        rows = min(_fetched(recipe, load, mine, element), received) if on_host else received
         learned = held[stage].learned > 0 and not recipe.lora.rank
         in_schedule = _transient(recipe, load.micro_batches, mine, learned, element)
-        outside = max(before_schedule(recipe, load, element, rows), after)
+        sending = before_schedule(recipe, load, element, received, 0 if on_host else received)
+        outside = max(sending - rows, after)
         found.append(
             RankMemory(
                 weights=lasting.weights,
@@ -166,7 +175,7 @@ class _Kept:
         return kept + self.head if chunk.has_head else kept
 
 
-def _running(values: Numbers) -> list[int]:
+def _running(values: npt.NDArray[Any]) -> list[Any]:
     """Return the sums of the first values: of none, of one, and so on."""
     return [0, *np.cumsum(values).tolist()]
 
@@ -277,17 +286,41 @@ def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:
     return 3 if fused or one_operator else 5
 
 
-def _rows(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
+def _received(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
     """Return the bytes of the rows that the stage's ranks add in all micro-batches of the step."""
-    parallel, model = recipe.parallel, recipe.model
-    if parallel.encoder_placement is EncoderPlacement.INLINE:
+    if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
         return 0
-    slots = decoder_slots(model)
-    mine = {slot for chunk in chunks for slot in chunk_slots(chunk, slots)}
-    mine |= {EMBEDDING} if any(chunk.has_embedding for chunk in chunks) else set()
+    return int(sum(_rows_of_unit(recipe, load, chunk) for chunk in chunks) * load.units * element)
+
+
+def _rows_of_unit(recipe: Recipe, load: StepLoad, chunk: Chunk) -> float:
+    """Return how many numbers of rows a chunk adds on one rank for each unit that is encoded."""
+    parallel, model = recipe.parallel, recipe.model
+    mine = {*chunk_slots(chunk, decoder_slots(model)), *([EMBEDDING] if chunk.has_embedding else [])}
     split = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    rows = sum(per_unit * load.units for slot, per_unit in load.rows_per_unit.items() if slot in mine) / split
-    return int(rows * model.language.hidden_size * element)
+    rows = sum(per_unit for slot, per_unit in load.rows_per_unit.items() if slot in mine)
+    return rows / split * model.language.hidden_size
+
+
+def _fetched(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
+    """Return the most bytes of rows that are on the device where they rest on the host.
+
+    These are the rows of the micro-batches in flight, those brought ahead, and the gradients of one micro-batch.
+    """
+    parallel, count = recipe.parallel, len(load.micro_batches)
+    sums = np.array(_running(np.array([one.units for one in load.micro_batches.work])))
+    each = [_rows_of_unit(recipe, load, chunk) for chunk in chunks]
+    most = max(
+        sum(rows * _most_neighbours(sums, number) for rows, number in zip(each, held, strict=True))
+        for held in most_in_flight(parallel.pipeline, parallel.virtual_pipeline, count, chunks[0].pp)
+    )
+    return int((most + max(each) * (FETCHED_AHEAD + 1) * _most_neighbours(sums, 1)) * element)
+
+
+def _most_neighbours(sums: npt.NDArray[Any], number: int) -> float:
+    """Return the largest sum over so many neighbouring micro-batches, from running sums over all of them."""
+    number = min(number, len(sums) - 1)
+    return float((sums[number:] - sums[: len(sums) - number]).max())
 
 
 def _transient(recipe: Recipe, batches: MicroBatches, chunks: Sequence[Chunk], learned: bool, element: int) -> int:

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from megatron_deepstack.config.check import find_problems
-from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute
+from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, Switch
 from megatron_deepstack.config.schema import ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import LayoutError
 from megatron_deepstack.planning.budget.cost import (
@@ -154,7 +154,7 @@ def plan_memory(recipe: Recipe, loads: StepLoads, machine: Machine, num_ranks: i
     load = loads.of(recipe.parallel, num_ranks // model_ranks(recipe.parallel))
     fused = uses_fused_layers(recipe, on_gpu=machine is not CPU)
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
-    memories = stage_memories(recipe, load, num_ranks, fused=fused)
+    memories = stage_memories(recipe, load, num_ranks, fused=fused, device_bytes=machine.memory_bytes)
     stages = tuple(
         StagePlan(stage, tuple(chunk for chunk in chunks if chunk.pp == stage), memory)
         for stage, memory in enumerate(memories)
@@ -317,6 +317,8 @@ def _knobs(plan: MemoryPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]
         yield "parallel.distributed_optimizer=true", _parallel(distributed_optimizer=True)
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         yield "parallel.sequence_parallel=true", _parallel(sequence_parallel=True)
+    if parallel.encoder_placement is EncoderPlacement.SPREAD and parallel.rows_on_host is not Switch.ALWAYS:
+        yield "parallel.rows_on_host=always", _parallel(rows_on_host=Switch.ALWAYS)
     if Part.VISION in recipe.train.trainable and not (parallel.encoder_chunk_views or parallel.encoder_memory_gib):
         yield "parallel.encoder_chunk_views=8", _parallel(encoder_chunk_views=8)
     if recipe.train.micro_batch_size > 1:
