@@ -105,11 +105,13 @@ def _all_layouts(loaded: Recipe, gpus: int, gpu: str, store: str | None, as_json
 def _nearest(loaded: Recipe, gpus: int, gpu: str, store: str | None) -> str:
     """Name the nearest number of GPUs on which a layout fits."""
     from megatron_deepstack.planning.budget.hardware import machine_named
-    from megatron_deepstack.planning.budget.layouts import all_layouts
+    from megatron_deepstack.planning.budget.layouts import any_layout_fits
+    from megatron_deepstack.planning.budget.load import StepLoads
 
-    shapes, powers = _shapes(loaded, store), [1 << power for power in range(13)]
+    loads = StepLoads(loaded.model, loaded.train, _shapes(loaded, store))
+    powers = [1 << power for power in range(13)]
     for number in sorted(powers, key=lambda one: (abs(log2(one / gpus)), -one)):
-        if number != gpus and all_layouts(loaded, shapes, machine_named(gpu), number).fitting:
+        if number != gpus and any_layout_fits(loaded, loads, machine_named(gpu), number):
             return f"no layout fits; the nearest number on which one does is {number} of {gpu}"
     most = powers[-1]
     return f"no layout fits on up to {most} of {gpu}; try lora.rank=16, a shorter train.seq_length, or a larger GPU"

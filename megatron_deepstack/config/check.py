@@ -6,8 +6,10 @@ the number of ranks are in `planning.check`. The content of files is checked whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
+from operator import attrgetter
+from typing import Any
 
 from megatron_deepstack.config import evaluation_rules, speed_rules
 from megatron_deepstack.config.choices import (
@@ -17,9 +19,10 @@ from megatron_deepstack.config.choices import (
     Part,
     Recompute,
     RecomputeModule,
+    Switch,
 )
 from megatron_deepstack.config.expert_rules import expert_layout_problems, expert_problems, unsupported_with_experts
-from megatron_deepstack.config.fields import leaves
+from megatron_deepstack.config.fields import Field, leaves
 from megatron_deepstack.config.native_rules import native_problems
 from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.rope_scaling import rope_problems
@@ -73,10 +76,18 @@ def value_at(recipe: Recipe, path: str) -> object:
     return reduce(getattr, path.split("."), recipe)  # type: ignore[arg-type]
 
 
-def out_of_range(recipe: Recipe) -> Iterator[Problem]:
-    """Yield a problem for each field whose value is outside its own range. The schema declares the ranges."""
-    for field in leaves(Recipe):
-        kind, value = field.type, value_at(recipe, field.path)
+def out_of_range(recipe: Recipe, sections: tuple[str, ...] = ("",)) -> Iterator[Problem]:
+    """Yield a problem for each field whose value is outside its own range. The schema declares the ranges.
+
+    Args:
+        recipe: The recipe.
+        sections: What the paths of the fields that are looked at begin with, such as `parallel.`; all by default.
+
+    Yields:
+        The problems.
+    """
+    for field, get in _constrained(sections):
+        kind, value = field.type, get(recipe)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         expected = ""
         if kind.range is not None and not all(map(kind.range.holds, values)):
@@ -88,6 +99,13 @@ def out_of_range(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(paths=(field.path,), text=f"found {shown}, expected {expected}")
         if kind.not_blank and not str(value).strip():
             yield Problem(paths=(field.path,), text="is empty, expected text")
+
+
+@cache
+def _constrained(sections: tuple[str, ...]) -> tuple[tuple[Field, Callable[[Recipe], Any]], ...]:
+    """The fields of sections that may not hold every value of their type, and how to look them up."""
+    bounded = (one for one in leaves(Recipe) if one.type.range or one.type.form or one.type.not_blank)
+    return tuple((one, attrgetter(one.path)) for one in bounded if one.path.startswith(sections))
 
 
 def _problem(paths: str, text: str, kind: type[ConfigError] = ConfigError) -> Problem:
@@ -232,11 +250,10 @@ def _layout(recipe: Recipe) -> Iterator[Problem]:
                 f"a micro-batch for the schedule's own backward; set 0, or use spread",
                 LayoutError,
             )
-    if parallel.encoder_memory_gib and recipe.model.variant.traits.is_native:
+    if parallel.encoder_placement is EncoderPlacement.INLINE and parallel.rows_on_host is Switch.ALWAYS:
         yield _problem(
-            "parallel.encoder_memory_gib model.variant",
-            f"{parallel.encoder_memory_gib:g} GiB cannot be turned into a number of views, whose sizes differ under "
-            f"{recipe.model.variant}; set 0, or parallel.encoder_chunk_views",
+            "parallel.rows_on_host parallel.encoder_placement",
+            "always keeps received rows on the host, and inline receives none; set auto, or use spread",
             LayoutError,
         )
     if parallel.encoder_chunk_views and parallel.encoder_memory_gib:
@@ -357,6 +374,10 @@ def _speed(recipe: Recipe) -> Iterator[Problem]:
             "parallel.recompute_modules parallel.recompute",
             f"is empty, and recompute is selective; name at least one of {', '.join(RecomputeModule)}",
         )
+    for paths, text in speed_rules.shape_violations(recipe):
+        yield _problem(paths, text)
+    for paths, text in speed_rules.kept_violations(recipe.model.language, recipe.parallel, recipe.train.precision):
+        yield _problem(paths, text)
 
 
 def _evaluation(recipe: Recipe) -> Iterator[Problem]:

@@ -202,6 +202,14 @@ class Switch(StrEnum):
     NEVER = "never"
 
 
+class OptIn(StrEnum):
+    """Whether something is done that nobody gets without asking for it."""
+
+    NEVER = "never"
+    ALWAYS = "always"
+    """An error where it is impossible."""
+
+
 class ScoreMetric(StrEnum):
     """Scores of answers; what each computes is in `scores.metrics`."""
 
@@ -230,3 +238,9 @@ class RecomputeModule(StrEnum):
 
     CORE_ATTENTION = "core_attn"
     MLP = "mlp"
+    """The MLP, or all that stands in its place where a layer has experts."""
+    LAYER_NORM = "layernorm"
+    """The norms before attention and MLP, where they are modules of their own: in local layers, beside adapters, and
+    before experts. Transformer Engine's other layers compute norm and linear in one."""
+    EXPERT_ACTIVATION = "moe_act"
+    """What experts compute between their two linears, where they are one grouped product (Transformer Engine)."""

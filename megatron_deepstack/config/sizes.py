@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import lcm, prod
 
+from megatron_deepstack.config.choices import Recompute, RecomputeModule
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
 
 _VOCABULARY_MULTIPLE = 128
@@ -21,6 +22,11 @@ def head_width(language: LanguageConfig) -> int:
 def num_kv_heads(language: LanguageConfig) -> int:
     """Number of key/value heads of the decoder."""
     return language.num_kv_heads if language.num_kv_heads is not None else language.num_heads
+
+
+def recomputed_modules(parallel: ParallelConfig) -> tuple[RecomputeModule, ...]:
+    """Parts of each decoder layer that are computed again by themselves; none under other kinds of recomputation."""
+    return parallel.recompute_modules if parallel.recompute is Recompute.SELECTIVE else ()
 
 
 def padded_vocabulary(vocab_size: int, tensor_ranks: int) -> int:
@@ -100,7 +106,7 @@ def answering_layout(parallel: ParallelConfig) -> ParallelConfig:
     """Return the layout in which a run answers questions, token by token.
 
     A step is one token wide, so the sequence is not split; and tensor-parallel ranks then hold the same tokens, so each
-    rank has all experts of its layers.
+    rank has all experts of its layers. Nothing is kept for a backward pass.
 
     Args:
         parallel: The layout in which it was trained.
@@ -108,7 +114,7 @@ def answering_layout(parallel: ParallelConfig) -> ParallelConfig:
     Returns:
         The same ranks with the same layers.
     """
-    return replace(parallel, sequence_parallel=False, expert=1)
+    return replace(parallel, sequence_parallel=False, expert=1, recompute=Recompute.NONE, offload_layers=0)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:

@@ -7,8 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_deepstack.config.choices import GradientDtype, MomentDtype, Precision, Switch
-from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, OptimizerConfig, ParallelConfig, SpeedConfig
+from megatron_deepstack.config.choices import (
+    Batching,
+    GradientDtype,
+    Layers,
+    MomentDtype,
+    OptIn,
+    Precision,
+    Recompute,
+    RecomputeModule,
+    RowLength,
+    Switch,
+)
+from megatron_deepstack.config.schema import (
+    LanguageConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    SpeedConfig,
+)
+from megatron_deepstack.config.sizes import expert_layers, recomputed_modules
 
 FUSIONS = (
     "activation_fusion",
@@ -18,6 +37,7 @@ FUSIONS = (
     "optimizer_fusion",
 )
 """Settings that follow `speed.fusions` where they are `auto`."""
+GRAPHS_AND_GATHER = "layers in CUDA graphs do not wait for parameters that are still being gathered"
 BF16_ROUNDING = 2.0**-8
 """Largest relative change of a number that rounding to bf16 may take back: half of its last place."""
 
@@ -91,6 +111,106 @@ def violations(
         yield (
             "speed.gradient_dtype train.precision",
             "found bf16 under train.precision fp32, whose parameters need float32 gradients; use fp32",
+        )
+
+
+def shape_violations(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield what stands against settings that need all micro-batches to have one shape.
+
+    Args:
+        recipe: The recipe.
+
+    Yields:
+        The paths of the fields that do not fit, and what is wrong in words.
+    """
+    if recipe.speed.cuda_graphs is OptIn.ALWAYS:
+        for path, reason in _against_graphs(recipe):
+            yield f"speed.cuda_graphs {path}", f"found always, and {reason}, or set speed.cuda_graphs=never"
+    if recipe.speed.tp_overlap is OptIn.ALWAYS:
+        for path, reason in _against_overlap(recipe):
+            yield f"speed.tp_overlap {path}", f"found always, and {reason}, or set speed.tp_overlap=never"
+
+
+def _against_graphs(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    parallel, train = recipe.parallel, recipe.train
+    if train.batching is Batching.PACKED:
+        yield "train.batching", "each packed row has its own bounds; use train.batching=padded"
+    if train.row_length is not RowLength.FULL:
+        yield "train.row_length", "rows of a step are as long as they need to be; use train.row_length=full"
+    if expert_layers(recipe.model.language):
+        yield "model.language.num_experts", "experts get another number of tokens each time; use a decoder without"
+    if parallel.recompute is not Recompute.NONE:
+        yield "parallel.recompute", "a graph keeps its activations itself; use parallel.recompute=none"
+    if parallel.offload_layers:
+        yield "parallel.offload_layers", "a graph keeps its activations itself; use parallel.offload_layers=0"
+    if parallel.virtual_pipeline > 1:
+        yield "parallel.virtual_pipeline", "graphs are captured for one chunk per stage; use virtual_pipeline=1"
+    if parallel.context > 1:
+        yield "parallel.context", "ring attention has streams of its own; use parallel.context=1"
+    if train.precision is not Precision.BF16:
+        yield "train.precision", f"graphs are captured in bf16, not {train.precision}; use train.precision=bf16"
+    if recipe.model.layers is Layers.LOCAL:
+        yield "model.layers", "Transformer Engine captures them; use model.layers=auto"
+    if recipe.speed.overlap_param_gather is Switch.ALWAYS:
+        yield "speed.overlap_param_gather", f"{GRAPHS_AND_GATHER}; use speed.overlap_param_gather=auto"
+
+
+def _against_overlap(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    parallel, train = recipe.parallel, recipe.train
+    if parallel.tensor == 1:
+        yield "parallel.tensor", "there is one tensor-parallel rank; use parallel.tensor=2 or more"
+    elif not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel", "ranks hold whole sequences; use parallel.sequence_parallel=true"
+    if train.row_length is not RowLength.FULL:
+        yield "train.row_length", "its buffers are made for one length of rows; use train.row_length=full"
+    if expert_layers(recipe.model.language):
+        yield "model.language.num_experts", "experts exchange tokens in another way; use a decoder without"
+    if recipe.lora.rank:
+        yield "lora.rank", "adapters read what the linears have not gathered yet; use lora.rank=0"
+    if train.precision is Precision.FP32:
+        yield "train.precision", "its buffers are bf16; use train.precision=bf16"
+    if recipe.model.layers is Layers.LOCAL:
+        yield "model.layers", "it is Transformer Engine's; use model.layers=auto"
+    if recipe.evaluation.interval:
+        yield "evaluation.interval", "questions have rows of other lengths; use evaluation.interval=0"
+
+
+def kept_violations(
+    language: LanguageConfig, parallel: ParallelConfig, precision: Precision
+) -> Iterator[tuple[str, str]]:
+    """Yield what stands against computing parts of layers again, or against keeping activations on the host.
+
+    Args:
+        language: The decoder.
+        parallel: The layout.
+        precision: Dtype of parameters and activations.
+
+    Yields:
+        The paths of the fields that do not fit, and what is wrong in words.
+    """
+    again = recomputed_modules(parallel)
+    if RecomputeModule.LAYER_NORM in again and precision is Precision.FP8:
+        yield (
+            "parallel.recompute_modules train.precision",
+            f"found {RecomputeModule.LAYER_NORM} under fp8, where linears keep their input in 8 bits and not what a "
+            "norm computes, so that nothing would be saved; leave it out, or use bf16",
+        )
+    if RecomputeModule.EXPERT_ACTIVATION in again and not expert_layers(language):
+        yield (
+            "parallel.recompute_modules model.language.num_experts",
+            f"found {RecomputeModule.EXPERT_ACTIVATION}, and no layer of the decoder has experts; leave it out",
+        )
+    if parallel.offload_layers and parallel.recompute is Recompute.FULL:
+        yield (
+            "parallel.offload_layers parallel.recompute",
+            f"found {parallel.offload_layers} under recompute=full, which keeps nothing of layers but their input; use "
+            "parallel.recompute=none or selective, or set parallel.offload_layers=0",
+        )
+    if parallel.offload_layers and precision is Precision.FP8:
+        yield (
+            "parallel.offload_layers train.precision",
+            f"found {parallel.offload_layers} under fp8, where layers keep 8-bit copies of weights among their "
+            "activations, which would go to the host in each pass; use bf16, or set parallel.offload_layers=0",
         )
 
 

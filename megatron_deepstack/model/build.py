@@ -81,7 +81,7 @@ def build_model(
         layers=model.layers,
         lora=lora,
     )
-    config = decoder_config(model.language, parallel, precision, fp8_scaling, decided, engine=engine)
+    config = decoder_config(model.language, parallel, precision, fp8_scaling, decided, engine=engine, lora=lora)
     device = local_device()
     slots = decoder_slots(model)
     chunks = [

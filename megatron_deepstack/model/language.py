@@ -27,13 +27,14 @@ from megatron_deepstack.model.layers.attention import Packs
 from megatron_deepstack.model.layers.experts import ExpertLayer, membership_at_hand
 from megatron_deepstack.model.layers.injection import put_rows
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
-from megatron_deepstack.model.layers.megatron_config import without_gradient_accumulation
+from megatron_deepstack.model.layers.megatron_config import DecoderConfig, without_gradient_accumulation
 from megatron_deepstack.model.layers.plain_linears import FEW_ROWS_OF_HEAD, product
 from megatron_deepstack.model.layers.rotary import AxialRotary, angles_at, build_rotary, restarted
 from megatron_deepstack.model.layers.specs import decoder_block, respect_no_grad, uses_transformer_engine
 from megatron_deepstack.model.layers.token_step import TokenLayers
 from megatron_deepstack.parallel.context import gather_sequence, own_part
 from megatron_deepstack.planning.slots import Chunk, chunk_slots
+from megatron_deepstack.platform.compute.device import local_device
 
 LEAST_ANGLES = 1024
 """Positions of the smallest table of angles, half a megabyte."""
@@ -82,7 +83,7 @@ class LanguageChunk(LanguageModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DecoderConfig,
         language: LanguageConfig,
         layers: Layers,
         lora: LoraConfig,
@@ -115,7 +116,7 @@ class LanguageChunk(LanguageModule):
         self.rotary = build_rotary(language, config, groups)
         self.decoder = TransformerBlock(
             config=config,
-            spec=decoder_block(language, layers, lora, chunk.first, chunk.stop, self.slots),
+            spec=decoder_block(language, layers, lora, chunk.first, chunk.stop, self.slots, config.kept),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
@@ -202,6 +203,20 @@ class LanguageChunk(LanguageModule):
             return self._logits(hidden_SBH)
         rows_R1H = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, targets.rows)[:, None]
         return self.compute_language_model_loss(targets.labels, self._logits(rows_R1H))
+
+    def angles_of_rows(self, length: int, num_rows: int) -> torch.Tensor:
+        """Return angles of padded rows, of the shape and dtype that layers get in training.
+
+        Args:
+            length: Tokens of a row over cp.
+            num_rows: Rows of a micro-batch.
+
+        Returns:
+            Angles for queries and keys of this cp rank; those of the first positions where positions have three axes.
+        """
+        shape = 3, num_rows, length // self.config.context_parallel_size
+        positions = torch.zeros(shape, dtype=torch.int64, device=local_device())
+        return self._angles(length, None, positions)[0]
 
     def _angles(
         self, length: int, packs: Packs | CachedStep | None, positions_3BS: torch.Tensor | None

@@ -82,7 +82,7 @@ def check_plan(recipe: Recipe) -> None:
 
 def find_plan_problems(recipe: Recipe) -> list[Problem]:
     """Return all problems of slots and stages, or, if numbers of model or layout allow no plan, only their problems."""
-    unfit = [problem for problem in out_of_range(recipe) if problem.paths[0].startswith(("model.", "parallel."))]
+    unfit = list(out_of_range(recipe, ("model.", "parallel.")))
     if unfit:
         return unfit
     found = list(_slots(recipe))
@@ -175,11 +175,11 @@ def _idle_stages(recipe: Recipe) -> Iterator[Problem]:
 
 def _stages_without_experts(recipe: Recipe) -> Iterator[Problem]:
     """A stage without experts has no optimizer for them, and the other stages would wait for it."""
-    layers, parallel = expert_layers(recipe.model.language), recipe.parallel
+    layers, parallel = set(expert_layers(recipe.model.language)), recipe.parallel
     if not layers or recipe.lora.rank or Part.LANGUAGE not in recipe.train.trainable:
         return
     chunks = stage_chunks(recipe.model.language.num_layers, parallel)
-    busy = {chunk.pp for chunk in chunks for layer in layers if chunk.first <= layer < chunk.stop}
+    busy = {chunk.pp for chunk in chunks if any(layer in layers for layer in range(chunk.first, chunk.stop))}
     idle = [stage for stage in range(parallel.pipeline) if stage not in busy]
     if idle:
         yield Problem(

@@ -15,7 +15,7 @@ from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.planning.budget.layouts import Layouts, describe, overrides
 from megatron_deepstack.planning.budget.memory import RankMemory
 from megatron_deepstack.planning.budget.parameters import active_parameters, model_parameters
-from megatron_deepstack.planning.budget.run_plan import NOT_MODELLED, RunPlan, boxes
+from megatron_deepstack.planning.budget.run_plan import NOT_MODELLED, MemoryPlan, RunPlan, boxes
 from megatron_deepstack.platform.quantity import brief_time, data_scale, data_size, duration, flop_rate, number_of
 from megatron_deepstack.report.drawing.timeline import Bar, RankLine, RecordedStep
 
@@ -137,7 +137,7 @@ def _timeline(plan: RunPlan, width: int) -> Iterator[Text]:
     """One line per stage; a column is an equal share of the simulated schedule."""
     columns = max(width - 12, 20)
     whole = max(end for stage in range(len(plan.stages)) for *_, end in boxes(plan, stage))
-    shown = len({one.micro_batch for one in plan.timeline[0]})
+    shown = plan.timeline.num_micro_batches
     total = len(plan.load.micro_batches)
     some = f", the first {shown} of {total} micro-batches" if shown < total else ""
     yield Text(
@@ -166,7 +166,7 @@ def predicted_step(plan: RunPlan) -> RecordedStep:
     lines = []
     for one in plan.stages:
         bars = tuple(Bar(*box) for box in boxes(plan, one.stage))
-        end = start + max(passes[-1].end for passes in plan.timeline if passes)
+        end = start + plan.timeline.seconds
         lines.append(RankLine(one.stage, f"stage {one.stage}", one.stage, bars, (start, end)))
     return RecordedStep(0, str(plan.recipe.parallel.encoder_placement), 0.0, tuple(lines))
 
@@ -220,6 +220,34 @@ def _reasons(found: Layouts, num_ranks: int) -> Iterator[str]:
         yield f"not possible ({count} {'layout' if count == 1 else 'layouts'}): {reason}"
 
 
+def memory_values(plan: MemoryPlan, advice: str) -> dict[str, object]:
+    """What is known of a layout without its time, as plain values, for programs.
+
+    Args:
+        plan: The plan of its memory.
+        advice: Overrides that make it fit, where it does not.
+
+    Returns:
+        Bytes by name.
+    """
+    return {
+        "gpu": plan.machine.name,
+        "layout": describe(plan.recipe.parallel, plan.num_ranks),
+        "overrides": overrides(plan.recipe.parallel),
+        "fits": plan.fits,
+        "limit_bytes": plan.limit_bytes,
+        "advice": advice,
+        "memory": [
+            {**{one.name: getattr(stage.memory, one.name) for one in fields(RankMemory)}, "total": stage.memory.total}
+            for stage in plan.stages
+        ],
+        "padding": plan.load.balance.padding,
+        "imbalance": plan.load.balance.imbalance,
+        "micro_batches": len(plan.load.micro_batches),
+        "lengths": plan.load.source,
+    }
+
+
 def plan_values(plan: RunPlan, advice: str) -> dict[str, object]:
     """The estimate as plain values, for programs; bytes, seconds, and operations of a step.
 
@@ -231,18 +259,9 @@ def plan_values(plan: RunPlan, advice: str) -> dict[str, object]:
         Bytes, seconds, and operations of a step by name.
     """
     return {
-        "gpu": plan.machine.name,
-        "layout": describe(plan.recipe.parallel, plan.num_ranks),
-        "overrides": overrides(plan.recipe.parallel),
+        **memory_values(plan, advice),
         "parameters": sum(model_parameters(plan.recipe.model).values()),
         "active_parameters": active_parameters(plan.recipe.model),
-        "fits": plan.fits,
-        "limit_bytes": plan.limit_bytes,
-        "advice": advice,
-        "memory": [
-            {**{one.name: getattr(stage.memory, one.name) for one in fields(RankMemory)}, "total": stage.memory.total}
-            for stage in plan.stages
-        ],
         "flops": {"decoder": plan.flops.decoder, "head": plan.flops.head, "encoder": plan.flops.encoder},
         "sent_bytes": {one.name: getattr(plan.sent, one.name) for one in fields(plan.sent)},
         "seconds": {
@@ -253,10 +272,6 @@ def plan_values(plan: RunPlan, advice: str) -> dict[str, object]:
         "tokens_per_second": plan.tokens_per_second,
         "mfu": plan.mfu if plan.limit_bytes is not None else None,
         "hours": plan.hours,
-        "padding": plan.load.balance.padding,
-        "imbalance": plan.load.balance.imbalance,
-        "micro_batches": len(plan.load.micro_batches),
-        "lengths": plan.load.source,
         "not_modelled": dict(NOT_MODELLED),
     }
 
@@ -269,11 +284,11 @@ def layouts_values(found: Layouts, num_ranks: int) -> dict[str, object]:
         num_ranks: Number of GPUs.
 
     Returns:
-        The layouts that fit, those that are too large, and those that are not possible.
+        The layouts that fit; those that are too large, with their memory alone; and those that are not possible.
     """
     return {
         "fitting": [plan_values(plan, "") for plan in found.fitting],
-        "too_large": [plan_values(plan, "") for plan in found.too_large],
+        "too_large": [memory_values(plan, "") for plan in found.too_large],
         "not_possible": [{"layout": describe(one.parallel, num_ranks), "reason": one.reason} for one in found.refused],
     }
 

@@ -12,7 +12,7 @@ Legend: H is the hidden size of the decoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -88,16 +88,35 @@ def send_rows(
         (len(stored_rows), H) in the dtype of `table`: the received rows in the order of `routes.stored_rows`. Rows of
         padding are zero.
     """
-    table = table.detach()
     stored = table.new_empty(len(routes.stored_rows), table.shape[1])
-    index = index or ExchangeIndex.of(routes)
-    for columns in _windows(routes, table):
+    for columns, rows in receive_windows(table, routes, group, index or ExchangeIndex.of(routes)):
+        stored[:, columns] = rows
+    return stored
+
+
+def receive_windows(
+    table: torch.Tensor, routes: RankRoutes, group: dist.ProcessGroup, index: ExchangeIndex
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Deliver rows as `send_rows` does, and let the caller keep each window of columns as it arrives.
+
+    Collective over the replica; every rank takes all windows.
+
+    Args:
+        table: As for `send_rows`.
+        routes: This rank's side of the exchange.
+        group: The ranks of the replica.
+        index: Its index on the device.
+
+    Yields:
+        Each of `windows`, and the (len(stored_rows), columns) rows in these columns.
+    """
+    table = table.detach()
+    for columns in windows(routes, table):
         outgoing = table[:, columns].index_select(0, index.sending)
         received = outgoing.new_empty(routes.num_received + 1, outgoing.shape[1])
         received[-1].zero_()
         _all_to_all(received[:-1], outgoing, routes.receive_splits, routes.send_splits, group)
-        stored[:, columns] = received.index_select(0, index.storing)
-    return stored
+        yield columns, received.index_select(0, index.storing)
 
 
 def return_gradients(
@@ -119,10 +138,31 @@ def return_gradients(
     Returns:
         (num_local_rows, H) in the dtype of `grads`: the gradients of this rank's table.
     """
-    table = grads.new_zeros(routes.num_local_rows, grads.shape[1])
-    index = index or ExchangeIndex.of(routes)
-    for columns in _windows(routes, grads):
-        outgoing = grads[:, columns].index_select(0, index.returning)
+    return return_windows(lambda columns: grads[:, columns], grads, routes, group, index or ExchangeIndex.of(routes))
+
+
+def return_windows(
+    window: Callable[[slice], torch.Tensor],
+    like: torch.Tensor,
+    routes: RankRoutes,
+    group: dist.ProcessGroup,
+    index: ExchangeIndex,
+) -> torch.Tensor:
+    """Return gradients as `return_gradients` does, of which the caller gives one window of columns after another.
+
+    Args:
+        window: Asked once for each of `windows`; returns the (len(stored_rows), columns) gradients in these columns.
+        like: Any (..., H) tensor of the gradients' dtype and device.
+        routes: This rank's side of the exchange.
+        group: The ranks of the replica.
+        index: Its index on the device.
+
+    Returns:
+        (num_local_rows, H), the gradients of this rank's table.
+    """
+    table = like.new_zeros(routes.num_local_rows, like.shape[1])
+    for columns in windows(routes, like):
+        outgoing = window(columns).index_select(0, index.returning)
         incoming = outgoing.new_empty(sum(routes.returned_splits), outgoing.shape[1])
         _all_to_all(incoming, outgoing, routes.returned_splits, routes.return_splits, group)
         table[:, columns].index_copy_(0, index.arriving, incoming)
@@ -130,12 +170,20 @@ def return_gradients(
     return table
 
 
-def _windows(routes: RankRoutes, table: torch.Tensor) -> Iterator[slice]:
-    """Return the ranges of columns that are exchanged together, which are the same on all ranks of the replica."""
+def windows(routes: RankRoutes, table: torch.Tensor) -> list[slice]:
+    """Return the ranges of columns that are exchanged together, which are the same on all ranks of the replica.
+
+    Args:
+        routes: Any rank's side of the exchange.
+        table: Any (..., H) tensor of the rows' dtype.
+
+    Returns:
+        The ranges, from the first column to the last.
+    """
     width = table.shape[1]
     count = received_rows.num_windows(routes.num_replica_rows, width, table.element_size())
     bounds = [width * k // count for k in range(count + 1)]
-    return (slice(first, stop) for first, stop in pairwise(bounds))
+    return [slice(first, stop) for first, stop in pairwise(bounds)]
 
 
 def _all_to_all(

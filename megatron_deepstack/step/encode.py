@@ -3,33 +3,37 @@
 The whole pipeline runs between the two, so the encoder's graph is cut at its output rows: `EncoderPass` keeps what its
 backward needs. Three cases: nothing to train (no graph), a frozen ViT under a trained projector (features kept, the
 projector's graph only), and a trained ViT, whose graph is kept, or dropped and rebuilt chunk by chunk where its
-activations would not fit (`parallel.encoder_chunk_views`).
+activations would not fit (`parallel.encoder_chunk_views`, `parallel.encoder_memory_gib`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 from megatron_deepstack.model.vision.views import Views
+from megatron_deepstack.planning.budget.encoder_views import AtOnce
 
 
 class EncoderPass:
     """One forward and, if anything is trained, one backward of the encoder over this rank's views."""
 
-    def __init__(self, encoder: VisualEncoder, views: Views, chunk_views: int = 0) -> None:
+    def __init__(self, encoder: VisualEncoder, views: Views, at_once: AtOnce | None = None) -> None:
         """Encode `views`, of which there may be none. Not collective.
 
         Args:
             encoder: The encoder.
             views: The views of this rank's units, in order.
-            chunk_views: Bounds the views whose ViT activations are alive at once; 0 sets no bound.
+            at_once: Bounds the views whose ViT activations are alive at once; None sets no bound.
         """
         self.encoder, self.views = encoder, views
         self.trains_vit = any(p.requires_grad for p in encoder.vit.parameters())
         self.trains = any(p.requires_grad for p in encoder.parameters())
-        self.rerun = self.trains_vit and 0 < chunk_views < len(views)
-        self.chunk_views = self._whole_images(chunk_views) or max(len(views), 1)
+        self.cuts = self._whole_images(at_once or AtOnce()).cuts(views.num_patches)
+        self.rerun = self.trains_vit and len(self.cuts) > 2
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.trains_vit and not self.rerun):
             features = [encoder.vit.features(chunk) for chunk in self._chunks()] or [encoder.vit.no_features()]
@@ -59,13 +63,13 @@ class EncoderPass:
             for chunk, grad in zip(self._chunks(), grads, strict=True):
                 torch.autograd.backward(self.encoder.vit.features(chunk), grad)
 
-    def _whole_images(self, chunk_views: int) -> int:
-        """Views per chunk, rounded down to whole images if the ViT itself combines the views of an image."""
-        if self.encoder.vit.stacks is None:
-            return chunk_views
+    def _whole_images(self, at_once: AtOnce) -> AtOnce:
+        """The bound, rounded down to whole images if the ViT itself combines the views of an image."""
+        if self.encoder.vit.stacks is None or not at_once.views:
+            return at_once
         per_image = self.encoder.vit.stacks.views_per_image
-        return max(chunk_views // per_image, 1) * per_image if chunk_views else 0
+        return replace(at_once, views=max(at_once.views // per_image, 1) * per_image)
 
     def _chunks(self) -> list[Views]:
-        step, vision = self.chunk_views, self.encoder.vit.vision
-        return [self.views.part(first, first + step, vision) for first in range(0, len(self.views), step)]
+        vision = self.encoder.vit.vision
+        return [self.views.part(first, stop, vision) for first, stop in pairwise(self.cuts)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -13,8 +13,10 @@ from megatron_deepstack.config.schema import ModelConfig, ParallelConfig
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.layers.expert_load import ExpertTally, tally_of
 from megatron_deepstack.parallel.groups import Groups
-from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.planning.budget.encoder_views import AtOnce, kept_at_once
 from megatron_deepstack.step.gradients import GradientBuffers
+from megatron_deepstack.step.host_rows import RowMemory
+from megatron_deepstack.step.layer_graphs import LayerGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,10 @@ class Engine:
     parallel: ParallelConfig
     tally: ExpertTally | None = None
     """What counts the choices of experts while training; None for a decoder without them."""
+    graphs: LayerGraphs | None = None
+    """The CUDA graphs of the layers under `speed.cuda_graphs`."""
+    row_memory: RowMemory = field(default_factory=RowMemory)
+    """Where rows rest that are too many for the device (`parallel.rows_on_host`)."""
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
@@ -43,9 +49,9 @@ class Engine:
         return [*self.decoder_ddp, *([] if self.encoder_ddp is None else [self.encoder_ddp])]
 
     @property
-    def encoder_chunk_views(self) -> int:
-        """Views whose activations of a trained tower are kept at a time; 0 for no bound."""
-        return views_at_once(
+    def encoded_at_once(self) -> AtOnce:
+        """Whose activations of a trained tower are kept at a time."""
+        return kept_at_once(
             self.parallel,
             self.model_config.vision,
             self.model.encoder.config.params_dtype.itemsize,
@@ -103,6 +109,7 @@ def build_engine(model: RankModel, model_config: ModelConfig, parallel: Parallel
         groups=groups,
         parallel=parallel,
         tally=tally_of(model.chunks, model_config.language),
+        graphs=LayerGraphs(model.chunks[0], groups.place.pp, parallel.pipeline) if model.speed.cuda_graphs else None,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.cuda_graphs import is_graph_capturing
 
 from megatron_deepstack.platform.compute.device import has_gpu
 
@@ -55,6 +56,8 @@ class GradientBuffers(DistributedDataParallel):
         add = super()._make_backward_post_hook(param)
 
         def copy_or_add(*unused: object) -> None:
+            if is_graph_capturing():
+                return
             if param.grad is None or param not in self.unwritten:
                 add()
                 return

@@ -16,11 +16,15 @@ from megatron_deepstack.model.layers.expert_load import ExpertLoad
 from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.parallel.reduce import loss_and_tokens
 from megatron_deepstack.planning.batch.step_plan import StepPlan
+from megatron_deepstack.planning.budget.pipeline import forward_passes
+from megatron_deepstack.planning.budget.received_rows import rest_on_host
+from megatron_deepstack.platform.compute.device import device_memory_bytes
 from megatron_deepstack.platform.compute.upload import upload
-from megatron_deepstack.routing.exchange import return_gradients, send_rows
+from megatron_deepstack.routing.exchange import send_rows
 from megatron_deepstack.step.clock import StepClock
 from megatron_deepstack.step.encode import EncoderPass
 from megatron_deepstack.step.engine import Engine
+from megatron_deepstack.step.host_rows import HostRows
 from megatron_deepstack.step.inline import InlineEncoder
 from megatron_deepstack.step.schedule import ScheduleResult, VisualOf, run_schedule
 from megatron_deepstack.step.staging import StagedStep, StepInputs
@@ -85,6 +89,8 @@ def gradient_sums(engine: Engine, plan: StepPlan, data: torch.Tensor | StagedSte
     staged = data if isinstance(data, StagedStep) else StagedStep(engine, plan, data)
     assert staged.plan is plan, "another step was staged"
     inputs = staged.take()
+    if engine.graphs is not None:
+        engine.graphs.before_step(plan)
     for ddp in engine.wrapped:
         ddp.zero_grad_buffer()
     if engine.tally is not None:
@@ -116,7 +122,7 @@ class VisualPass:
             if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
                 self.visual = InlineEncoder(engine.model.encoder, views, plan.routes).of
                 return
-            rows = EncoderPass(engine.model.encoder, views, engine.encoder_chunk_views).rows
+            rows = EncoderPass(engine.model.encoder, views, engine.encoded_at_once).rows
             stored = send_rows(rows, plan.routes, engine.groups.replica)
             self.visual = ReceivedRows(stored, plan.routes, requires_grad=False).of
 
@@ -151,20 +157,38 @@ def _views(plan: StepPlan, pixels: torch.Tensor) -> Views:
 
 def _spread(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:
     with clock.part(ENCODE):
-        encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoder_chunk_views)
+        encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoded_at_once)
     with clock.part("route"):
-        stored = send_rows(encoded.rows, plan.routes, engine.groups.replica, inputs.exchange)
+        rows = _received(engine, plan, encoded, inputs)
         encoded.release_rows()
-        rows = ReceivedRows(stored, plan.routes, requires_grad=encoded.trains, positions=inputs.rows)
-        del stored
     with clock.part("schedule"):
         result = _schedule(engine, plan, rows.of, inputs, clock)
     if encoded.trains:
         with clock.part("route back"):
-            table = return_gradients(rows.take_gradients(), plan.routes, engine.groups.replica, inputs.exchange)
+            table = rows.return_gradients(engine.groups.replica, inputs.exchange)
         with clock.part(ENCODER_BACKWARD):
             encoded.backward(table)
     return result
+
+
+def _received(engine: Engine, plan: StepPlan, encoded: EncoderPass, inputs: StepInputs) -> ReceivedRows | HostRows:
+    """Send rows, and keep those received on the device, or on the host where they are too many for it."""
+    table, routes, group, parallel = encoded.rows, plan.routes, engine.groups.replica, engine.parallel
+    num_bytes = len(routes.stored_rows) * table.shape[1] * table.element_size()
+    if rest_on_host(parallel.rows_on_host, num_bytes, device_memory_bytes()):
+        order = forward_passes(parallel.pipeline, parallel.virtual_pipeline, plan.num_micro_batches)
+        return HostRows(
+            table,
+            routes,
+            group,
+            engine.row_memory,
+            order,
+            requires_grad=encoded.trains,
+            index=inputs.exchange,
+            positions=inputs.rows,
+        )
+    stored = send_rows(table, routes, group, inputs.exchange)
+    return ReceivedRows(stored, routes, requires_grad=encoded.trains, positions=inputs.rows)
 
 
 def _inline(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_deepstack.model.language import NO_VISUAL_INPUTS, VisualInputs
 from megatron_deepstack.planning.exchange.routes import ChunkRows, RankRoutes
 from megatron_deepstack.platform.compute.upload import upload_all
+from megatron_deepstack.routing.exchange import ExchangeIndex, return_gradients
 
 Key = tuple[int, int]
 """(micro-batch, virtual stage)."""
@@ -38,7 +40,7 @@ class ReceivedRows:
             requires_grad: Whether gradients of the rows are asked for after the schedule.
             positions: `position_arrays` of the routes' chunks on the device; uploaded here if they are not given.
         """
-        self._stored = stored
+        self._stored, self._routes = stored, routes
         self._without_gradient: dict[tuple[Key, str], torch.Tensor] = {}
         self.inputs: dict[Key, VisualInputs] = {}
         uploaded = iter(upload_all(position_arrays(routes.chunks.values())) if positions is None else positions)
@@ -76,6 +78,18 @@ class ReceivedRows:
         self._without_gradient.clear()
         self.inputs.clear()
         return stored
+
+    def return_gradients(self, group: dist.ProcessGroup, index: ExchangeIndex | None = None) -> torch.Tensor:
+        """Return the gradients to the ranks that made the rows, after the schedule. Collective over the replica.
+
+        Args:
+            group: The ranks of the replica.
+            index: The index of the exchange on the device; uploaded here if it is not given.
+
+        Returns:
+            (num_local_rows, H), the gradients of this rank's table; zero where none came.
+        """
+        return return_gradients(self.take_gradients(), self._routes, group, index)
 
     def _keep_gradient(self, leaf: torch.Tensor, name: tuple[Key, str]) -> None:
         """Put the leaf's gradient where its rows were, as soon as the backward of all that used them is over.

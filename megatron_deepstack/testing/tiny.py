@@ -300,7 +300,7 @@ def tiny_share(
     planned = [one.planned(model, train.seq_length, truncate) for one in samples]
     lengths = np.array([one.sequence.length for one in planned])
     units = np.array([sum(num_views(model.variant, grid) for grid in one.grids) for one in planned])
-    mine = deal(lengths, units, model.language, recipe.parallel, train, num_replicas).replicas[dp]
+    mine = deal(lengths, units, model.language, recipe.parallel, train, num_replicas).replica(dp)
     least = sample_multiple(recipe.parallel) if train.batching is Batching.PACKED else 1
     rows = [[merge([planned[one] for one in row], least) if row else filler(least) for row in batch] for batch in mine]
     images = [[tuple(image for one in row for image in samples[one].pixels) for row in batch] for batch in mine]

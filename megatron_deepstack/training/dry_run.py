@@ -109,24 +109,29 @@ def _rank(recipe: Recipe, world_size: int, rank: int, shapes: Shapes) -> Iterato
             note.append(f"{held / 1e9:.3g} GB of weights")
         yield from found
         found.clear()
-        replicas = world_size // model_ranks(recipe.parallel)
-        with part("deal the step"):
-            costs = shapes.encoder_costs(recipe.model)
-            dealt = deal(shapes.lengths, costs, recipe.model.language, recipe.parallel, recipe.train, replicas)
+        replicas, place = world_size // model_ranks(recipe.parallel), groups.place.dp
+        with part("first step"):  # which also fills the tables of images' rows, once in a run
+            _plan(recipe, _deal(recipe, shapes, replicas), shapes, place, groups.replica_rank)
+        with part("deal a step"):
+            dealt = _deal(recipe, shapes, replicas)
         note = []
         with part("plan the rank's step", note):
-            plan = _plan(recipe, dealt, shapes, groups.place.dp, groups.replica_rank)
+            plan = _plan(recipe, dealt, shapes, place, groups.replica_rank)
             note.append(f"{plan.num_micro_batches} micro-batches, {plan.routes.num_received} rows received")
         yield from found
     finally:
         dist.destroy_process_group()
 
 
+def _deal(recipe: Recipe, shapes: Shapes, replicas: int) -> Deal:
+    costs = shapes.encoder_costs(recipe.model)
+    return deal(shapes.lengths, costs, recipe.model.language, recipe.parallel, recipe.train, replicas)
+
+
 def _plan(recipe: Recipe, dealt: Deal, shapes: Shapes, dp: int, replica_rank: int) -> StepPlan:
-    samples = {one: _sample(recipe, shapes, one) for batch in dealt.replicas[dp] for row in batch for one in row}
-    batches = [
-        [merge([samples[one] for one in row]) if row else filler() for row in batch] for batch in dealt.replicas[dp]
-    ]
+    mine = dealt.replica(dp)
+    samples = {one: _sample(recipe, shapes, one) for batch in mine for row in batch for one in row}
+    batches = [[merge([samples[one] for one in row]) if row else filler() for row in batch] for batch in mine]
     return plan_training_step(recipe.model, recipe.parallel, recipe.train, batches, replica_rank)
 
 

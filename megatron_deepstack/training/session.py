@@ -23,6 +23,7 @@ from megatron_deepstack.checkpoint.load import load
 from megatron_deepstack.checkpoint.saving.commit import layout_facts
 from megatron_deepstack.checkpoint.saving.saver import Saver
 from megatron_deepstack.checkpoint.verification import newest_whole_together, remove_leftovers_together
+from megatron_deepstack.config.choices import OptIn, Precision
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.convert.published import published_source, starting_weights
 from megatron_deepstack.data.order.opening import checked_store, known_store, open_reader, open_training_reader
@@ -39,6 +40,7 @@ from megatron_deepstack.parallel.agree import phase
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.parallel.reduce import from_first_rank
 from megatron_deepstack.platform.compute.capabilities import capabilities
+from megatron_deepstack.platform.compute.user_buffers import make_user_buffers
 from megatron_deepstack.run_folder.starting_weights import StartingWeights
 from megatron_deepstack.step.engine import Engine, build_engine
 from megatron_deepstack.training.evaluation import open_training_exam
@@ -138,6 +140,8 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
     """
     beginning = beginning or begin(recipe, groups)
     train = recipe.train
+    if recipe.speed.tp_overlap is OptIn.ALWAYS:
+        _make_user_buffers(recipe)
     model = build_model(
         recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling, recipe.speed
     )
@@ -161,6 +165,14 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
         saver=Saver(recipe, model, optimizer.chained, beginning.facts, groups.axes, beginning.samples),
         starting=starting,
     )
+
+
+def _make_user_buffers(recipe: Recipe) -> None:
+    """Make the buffers of `speed.tp_overlap`, before the layers that use them. Collective over all ranks."""
+    train, parallel = recipe.train, recipe.parallel
+    tokens = train.seq_length * train.micro_batch_size // parallel.context
+    fp8 = train.precision is Precision.FP8
+    make_user_buffers(tokens, recipe.model.language.hidden_size, parallel.tensor, fp8=fp8)
 
 
 def _initialise(model: RankModel, recipe: Recipe, groups: Groups) -> StartingWeights:

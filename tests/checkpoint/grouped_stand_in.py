@@ -79,6 +79,27 @@ def _megatrons_classes() -> dict[str, Any]:
     return {name: names[name] for name in wanted}
 
 
+def _megatrons_random() -> list[tuple[Any, str, Any]]:
+    """What lets Megatron compute an activation again without Transformer Engine; since 0.17 without a compiler."""
+    from megatron.core.tensor_parallel import random
+
+    begin = random.CheckpointWithoutOutput.__init__
+
+    def without_fp8(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.fp8 = False
+
+    found: list[tuple[Any, str, Any]] = [(random.CheckpointWithoutOutput, "__init__", without_fp8)]
+    if hasattr(random, "_get_share_storage"):
+        found.append((random, "_get_share_storage", lambda: _copy_storage))
+    return found
+
+
+def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.untyped_storage().resize_(source.untyped_storage().size())
+    target.untyped_storage().copy_(source.untyped_storage())
+
+
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
@@ -91,9 +112,10 @@ def grouped_stand_in() -> Iterator[None]:
 
     from megatron_deepstack.model.layers import experts
 
-    classes = _megatrons_classes()
+    classes, random = _megatrons_classes(), _megatrons_random()
     changes: list[tuple[Any, str, Any]] = [
         *((provider, name, kind) for name, kind in classes.items() if name != "TEGroupedLinear"),
+        *random,
         (experts, "_backend", lambda engine: provider.TESpecProvider()),
         (experts, "expert_products", lambda *, engine: experts.ExpertProducts.GROUPED),
     ]

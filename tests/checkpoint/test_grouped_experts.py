@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from grouped_stand_in import with_grouped
 from test_resharding import load_and_save, train_and_save
 from trained_rank import differing, plain_tensors, saving_recipe
 
+from megatron_deepstack.config.choices import Recompute, RecomputeModule
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.testing.compare import worst
 from megatron_deepstack.testing.ranks import RankPool
@@ -37,6 +39,20 @@ def test_grouped_experts_train_as_single_ones(ranks: Pools, layout: str) -> None
     assert grouped.losses == pytest.approx(single.losses, rel=1e-6)
     assert worst(grouped.first_gradients, single.first_gradients)[0] <= 1e-6
     assert worst(grouped.parameters, single.parameters)[0] <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [("moe_act",), ("moe_act", "layernorm"), ("moe_act", "mlp")], ids="-".join)
+def test_the_activation_of_experts_can_be_computed_again(ranks: Pools, modules: tuple[str, ...]) -> None:
+    recipe = tiny_recipe(SOME)
+    again = replace(
+        recipe.parallel, recompute=Recompute.SELECTIVE, recompute_modules=tuple(map(RecomputeModule, modules))
+    )
+    kept = ranks(1).run(with_grouped, run_trial, recipe)[0]
+    made = ranks(1).run(with_grouped, run_trial, replace(recipe, parallel=again))[0]
+    assert made.losses == kept.losses
+    assert worst(made.first_gradients, kept.first_gradients)[0] == 0
+    assert worst(made.parameters, kept.parameters)[0] == 0
 
 
 @pytest.mark.parametrize("layout", ["ep2", pytest.param("ep2-zero", marks=pytest.mark.slow)])

@@ -49,6 +49,10 @@ RULES = {
         {"parallel.encoder_chunk_views": 4, "parallel.encoder_memory_gib": 2.5},
         "parallel.encoder_memory_gib: 2.5 GiB and 4 views both bound the tower's activations; set one of them to 0",
     ),
+    "rows on the host without rows": (
+        {"parallel.rows_on_host": "always", "parallel.encoder_placement": "inline"},
+        "parallel.rows_on_host: always keeps received rows on the host, and inline receives none; set auto, or use",
+    ),
     "overlap of one chunk": (
         {"speed.overlap_p2p": "always"},
         "speed.overlap_p2p: always is impossible here: a stage has one chunk (parallel.virtual_pipeline is 1); use",
@@ -98,6 +102,27 @@ RULES = {
     "nothing to recompute": (
         {"parallel.recompute": "selective", "parallel.recompute_modules": []},
         "parallel.recompute_modules: is empty, and recompute is selective; name at least one of core_attn, mlp",
+    ),
+    "norms to compute again in 8 bits": (
+        {
+            "parallel.recompute": "selective",
+            "parallel.recompute_modules": ["layernorm"],
+            "train.precision": "fp8",
+        },
+        "parallel.recompute_modules: found layernorm under fp8, where linears keep their input in 8 bits and not what",
+    ),
+    "experts to compute again that are not there": (
+        {"parallel.recompute": "selective", "parallel.recompute_modules": ["moe_act"]},
+        "parallel.recompute_modules: found moe_act, and no layer of the decoder has experts; leave it out",
+    ),
+    "nothing to keep on the host": (
+        {"parallel.recompute": "full", "parallel.offload_layers": 4},
+        "parallel.offload_layers: found 4 under recompute=full, which keeps nothing of layers but their input; use "
+        "parallel.recompute=none or selective, or set parallel.offload_layers=0",
+    ),
+    "8-bit weights on the host": (
+        {"train.precision": "fp8", "parallel.offload_layers": 4},
+        "parallel.offload_layers: found 4 under fp8, where layers keep 8-bit copies of weights among their",
     ),
     "no whole patch": (
         {"model.vision.image_size": 13},

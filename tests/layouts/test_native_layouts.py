@@ -25,7 +25,7 @@ LAYOUTS = [
     ("pp4-tied", 4, 1, ParallelConfig(pipeline=4), TIED),
     ("tp2-sp", 2, 2, ParallelConfig(tensor=2, sequence_parallel=True), MODEL),
     ("dp2-zero-chunks", 2, 1, ParallelConfig(distributed_optimizer=True, encoder_chunk_views=1), MODEL),
-    ("pp2", 2, 2, ParallelConfig(pipeline=2), MODEL),
+    ("pp2-memory", 2, 2, ParallelConfig(pipeline=2, encoder_memory_gib=1.3e-4), MODEL),
     ("pp2-vpp2-tied", 2, 1, ParallelConfig(pipeline=2, virtual_pipeline=2), TIED),
     ("tp2", 2, 2, ParallelConfig(tensor=2), MODEL),
     ("cp2", 2, 2, ParallelConfig(context=2), MODEL),

@@ -15,6 +15,7 @@ from megatron_deepstack.config.choices import (
     Activation,
     GradientDtype,
     Layers,
+    OptIn,
     Precision,
     Switch,
 )
@@ -61,7 +62,7 @@ def names_of(speed: Speed) -> set[str]:
     return {name for name, value in asdict(speed).items() if value is True}
 
 
-ALL = {field.name for field in fields(Speed)} - {"synchronize_p2p", "gradient_dtype"}
+ALL = {field.name for field in fields(Speed)} - {"synchronize_p2p", "gradient_dtype", "cuda_graphs", "tp_overlap"}
 FUSIONS = {name for name in ALL if name.endswith("fusion")}
 DECISIONS = {
     "h100": (decided(H100), ALL),
@@ -125,6 +126,21 @@ IMPOSSIBLE = {
         {"vision_layers": Layers.TRANSFORMER_ENGINE},
         "speed.vision_layers: transformer_engine is impossible here: no engine; use auto",
     ),
+    "graphs without an engine": (
+        {"machine": BARE_GPU},
+        {"cuda_graphs": OptIn.ALWAYS},
+        "speed.cuda_graphs: always is impossible here: no engine; use never",
+    ),
+    "overlap on a CPU": (
+        {},
+        {"tp_overlap": OptIn.ALWAYS},
+        "speed.tp_overlap: always is impossible here: this process sees no GPU; use never",
+    ),
+    "Apex's kernel and activations on the host": (
+        {"machine": replace(BARE_GPU, apex_gradients=True), "parallel": ParallelConfig(offload_layers=2)},
+        {"gradient_accumulation_fusion": Switch.ALWAYS},
+        "speed.gradient_accumulation_fusion: always is impossible here: no engine; Megatron's own linears mark their",
+    ),
     "one chunk": (
         {"machine": H100, "parallel": ParallelConfig(pipeline=2)},
         {"overlap_p2p": Switch.ALWAYS},
@@ -180,11 +196,26 @@ def test_megatron_is_told_all_of_it() -> None:
     assert tower.for_layers().activation_func is identity
 
 
+def test_what_is_done_on_demand_alone() -> None:
+    """Gathering beside computation gives way to graphs."""
+    wanted = SpeedConfig(cuda_graphs=OptIn.ALWAYS, tp_overlap=OptIn.ALWAYS)
+    layout = ParallelConfig(tensor=2, sequence_parallel=True, distributed_optimizer=True)
+    speed = speed_of(replace(Recipe(), parallel=layout, speed=wanted), H100)
+    assert (speed.cuda_graphs, speed.tp_overlap, speed.overlap_param_gather) == (True, True, False)
+    assert speed_of(replace(Recipe(), parallel=layout), H100).overlap_param_gather
+    told = replace(PLAIN, cuda_graphs=True, tp_overlap=True)
+    config = decoder_config(Recipe().model.language, layout, Precision.BF16, speed=told)
+    assert config.cuda_graph_impl == "transformer_engine"
+    assert config.tp_comm_overlap
+
+
 def test_plain_is_plain_megatron() -> None:
     config = decoder_config(Recipe().model.language, ParallelConfig(), Precision.BF16, speed=PLAIN)
     assert not config.bias_activation_fusion
     assert not config.cross_entropy_loss_fusion
     assert not config.overlap_p2p_comm
+    assert config.cuda_graph_impl == "none"
+    assert not config.tp_comm_overlap
     tower = vision_config(Recipe().model.vision, Precision.BF16)
     assert tower.for_layers() is tower
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import ParallelConfig, TrainConfig
-from megatron_deepstack.planning.batch.dealing import deal, encoder_costs_of
+from megatron_deepstack.planning.batch.dealing import Dealing, deal, encoder_costs_of
 from megatron_deepstack.planning.batch.sequence import expand
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.budget.cost import unit_flops
@@ -94,3 +95,27 @@ def test_a_huge_view_holds_its_rank_back_by_its_own_cost() -> None:
     dealt = deal_by_cost(costs, [1] * len(costs), 4)
     owner = np.searchsorted(dealt.bounds, dealt.first_unit, side="right") - 1
     assert np.bincount(owner, costs, 4).max() == costs[0]
+
+
+@pytest.mark.parametrize("batching", list(Batching))
+def test_a_dealing_gives_every_layout_what_it_gives_one_alone(batching: Batching) -> None:
+    random = np.random.default_rng(3)
+    lengths, costs = random.integers(20, 500, 96), random.random(96)
+    language = tiny_qwen3_vl().language
+    train = TrainConfig(
+        global_batch_size=96, micro_batch_size=2 - (batching is Batching.PACKED), seq_length=512, batching=batching
+    )
+    shared = Dealing(lengths, costs, language, train)
+    layouts = [ParallelConfig(), ParallelConfig(context=2), ParallelConfig(pipeline=2, virtual_pipeline=2)]
+    for parallel in (*layouts, *layouts):
+        for replicas in (1, 4):
+            alone, found = deal(lengths, costs, language, parallel, train, replicas), shared.deal(parallel, replicas)
+            assert found.replicas == alone.replicas
+            assert found.balance == alone.balance
+            assert np.array_equal(found.lengths, alone.lengths)
+            samples, places = found.members(replicas - 1)
+            last = found.replica(replicas - 1)
+            assert samples.tolist() == [one for batch in last for row in batch for one in row]
+            assert np.bincount(places, minlength=len(last)).tolist() == [sum(map(len, batch)) for batch in last]
+            assert sorted(found.samples.tolist()) == list(range(96))
+            assert sorted(found.table.ravel().tolist()) == list(range(found.table.size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_deepstack.config.choices import GradientDtype, Layers, Switch
+from megatron_deepstack.config.choices import GradientDtype, Layers, OptIn, Switch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,3 +44,12 @@ class SpeedConfig:
     gradient_dtype: GradientDtype = GradientDtype.FP32
     """Number format in which gradients are added up and reduced over ranks. bf16 halves their memory and traffic, and
     loses small terms of long sums."""
+    cuda_graphs: OptIn = OptIn.NEVER
+    """Launch each decoder layer as one CUDA graph, which spares the host the work of launching kernels. All
+    micro-batches must have one shape: it needs `train.batching: padded` with `train.row_length: full`, Transformer
+    Engine's layers, bf16 and one chunk per stage, and goes with neither recomputation nor `parallel.offload_layers`. It
+    takes memory of its own. No GPU has run it yet."""
+    tp_overlap: OptIn = OptIn.NEVER
+    """Exchange activations between tensor-parallel ranks beside matrix products, in buffers of Transformer Engine
+    (Megatron's `tp_comm_overlap`). It needs `parallel.tensor` above 1 with `parallel.sequence_parallel`, Transformer
+    Engine's layers and `train.row_length: full`. No GPU has run it yet."""

@@ -17,6 +17,7 @@ from megatron_deepstack.config.choices import (
     RecomputeMethod,
     RecomputeModule,
     RowLength,
+    Switch,
 )
 from megatron_deepstack.config.constraints import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, PathKind, Unit
 
@@ -52,7 +53,10 @@ class ParallelConfig:
     in the backward pass. 0 keeps all."""
     encoder_memory_gib: Annotated[float, NOT_NEGATIVE, Unit("GiB")] = 0.0
     """Memory of each rank for ViT activations when the ViT is trained. It takes the place of `encoder_chunk_views`: as
-    many views are kept at a time as fit into it. 0 sets no bound."""
+    many views are kept at a time as fit into it, or one view that does not fit. 0 sets no bound."""
+    rows_on_host: Switch = Switch.AUTO
+    """Whether the received rows of a step rest in page-locked memory of the host, and the device holds those of a few
+    micro-batches at a time. `auto`: where they take more than 5 % of the device's memory, so never on a CPU."""
     distributed_optimizer: bool = False
     """Split the optimizer's states over data-parallel ranks (ZeRO-1), instead of a copy on each of them."""
     overlap_grad_reduce: bool = True
@@ -69,7 +73,16 @@ class ParallelConfig:
     """Layers of each group under `uniform`, or recomputed layers of each chunk under `block`."""
     recompute_modules: tuple[RecomputeModule, ...] = (RecomputeModule.CORE_ATTENTION,)
     """Parts of each layer that `recompute: selective` computes again: `core_attn`, which saves nothing where attention
-    is one fused kernel; `mlp`, which saves most of a layer's activations for about half of its forward pass."""
+    is one fused kernel; `mlp`, which saves most of a layer's activations for about half of its forward pass;
+    `layernorm`, whose results cost next to nothing, in layers that do not compute norm and linear in one; `moe_act`,
+    what experts compute between their linears, which needs Transformer Engine's grouped products."""
+    offload_layers: Annotated[int, NOT_NEGATIVE, Unit("layers")] = 0
+    """Decoder layers of each chunk, from the first on, whose activations wait in the host's memory for their backward
+    pass; they are copied beside computation, and come back one layer ahead. A larger number means all layers. The last
+    layers of a chunk are needed again soonest: leave at least one of them on the device. 0 keeps all there."""
+    offload_above_mib: Annotated[float, NOT_NEGATIVE, Unit("MiB")] = 1.0
+    """Activations of at most this size stay on the device under `offload_layers`: copying them takes as long as they
+    would be away."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -177,7 +177,7 @@ class StepReader:
             DataError: A sample does not fit `train.seq_length`.
         """
         dealt = self._deal(samples)
-        mine = [[samples[list(row)] for row in batch] for batch in dealt.replicas[self.share.dp]]
+        mine = [[samples[list(row)] for row in batch] for batch in dealt.replica(self.share.dp)]
         self.store.prepare(np.concatenate([row for batch in mine for row in batch]))
         rows = [[self._row(row.tolist()) for row in batch] for batch in mine]
         batches = [[row.planned for row in batch] for batch in rows]

@@ -18,7 +18,7 @@ Legend: K samples of a micro-batch, T tokens of this rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import cache
@@ -34,8 +34,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_deepstack.config.choices import RecomputeModule
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig
 from megatron_deepstack.config.sizes import expert_layers
+from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.parallel.reduce import sum_over_group
 
 
@@ -89,6 +91,26 @@ def expert_settings(language: LanguageConfig, parallel: ParallelConfig, *, engin
         if len(layers) == language.num_layers
         else [int(layer in layers) for layer in range(language.num_layers)],
     }
+
+
+def require_expert_activation(again: Collection[RecomputeModule], *, engine: bool) -> None:
+    """Make sure that what experts compute between their linears can be computed again, where that is wanted.
+
+    Args:
+        again: The parts of layers that are computed again.
+        engine: Whether the layers are Transformer Engine's.
+
+    Raises:
+        ConfigError: Experts are computed one after another here.
+    """
+    part = RecomputeModule.EXPERT_ACTIVATION
+    if part in again and expert_products(engine=engine) is not ExpertProducts.GROUPED:
+        raise ConfigError(
+            [
+                f"parallel.recompute_modules: {part} needs experts in grouped products, by Transformer Engine, which "
+                f"does not run here; use {RecomputeModule.MLP}, which computes all of a layer's experts again"
+            ]
+        )
 
 
 def balance_factor(language: LanguageConfig) -> float:

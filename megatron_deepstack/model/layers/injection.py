@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_deepstack.model.layers.decoder_layer import DecoderLayer
 
 
 def add_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
@@ -48,11 +49,11 @@ def put_rows(hidden_SBH: torch.Tensor, rows_RH: torch.Tensor, positions_R: torch
     return flat.index_copy(0, positions_R, rows_RH.to(flat.dtype)).view_as(hidden_SBH)
 
 
-class InjectionLayer(TransformerLayer):
-    """TransformerLayer whose input receives the chunk's rows of number `slot_index`.
+class InjectionLayer(DecoderLayer):
+    """DecoderLayer whose input receives the chunk's rows of number `slot_index`.
 
-    The addition is in `_forward_attention`, through which all of Megatron's paths go: a plain forward, and the capture
-    of a CUDA graph, which does not call `forward`.
+    The addition is in `_forward_attention`, through which all of Megatron's passes go, and around the replay of a CUDA
+    graph, which holds the layer alone.
 
     `context` is (N, R, H), or None where the micro-batch adds nothing in this chunk; `context_mask` holds the rows'
     flat positions, (N, R) int64. Shorter slots are filled with zero rows at position 0.
@@ -62,35 +63,39 @@ class InjectionLayer(TransformerLayer):
         """Build the layer.
 
         Args:
-            *args: As TransformerLayer's.
+            *args: As DecoderLayer's.
             slot_index: Which of the chunk's slots is added to the layer's input; None for none.
             after_index: Which of them is added to its output; only for the decoder's last layer.
-            **kwargs: As TransformerLayer's.
+            **kwargs: As DecoderLayer's.
         """
         super().__init__(*args, **kwargs)
         self.slot_index, self.after_index = slot_index, after_index
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer's, followed by the rows after the last layer of a decoder, where there are any.
+        """As DecoderLayer's, followed by the rows after the last layer of a decoder, where there are any.
 
         Args:
-            *args: Hidden states, (S, B, H), and what else TransformerLayer's takes.
-            **kwargs: `context` and `context_mask` as above; the rest is TransformerLayer's.
+            *args: Hidden states, (S, B, H), and what else DecoderLayer's takes.
+            **kwargs: `context` and `context_mask` as above; the rest is DecoderLayer's.
 
         Returns:
             Hidden states, (S, B, H), and the context unchanged.
         """
         hidden_states, context = super().forward(*args, **kwargs)
-        rows, positions = kwargs.get("context"), kwargs.get("context_mask")
-        if self.after_index is None or rows is None:
-            return hidden_states, context
-        assert positions is not None
-        return add_rows(hidden_states, rows[self.after_index], positions[self.after_index]), context
+        return _added(hidden_states, kwargs.get("context"), kwargs.get("context_mask"), self.after_index), context
 
     def _te_cuda_graph_capture(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer's, which does not call `forward`; so rows after the layer would silently be left out."""
-        assert self.after_index is None, "a layer that adds rows to its output cannot be captured in a CUDA graph"
+        """As DecoderLayer's. Rows are added outside of a graph, since their number differs between micro-batches."""
+        assert kwargs.get("context") is None, "a CUDA graph of a layer must not hold the rows that are added to it"
         return super()._te_cuda_graph_capture(*args, **kwargs)
+
+    def _te_cuda_graph_replay(self, *args: Any, **kwargs: Any) -> Any:
+        """As DecoderLayer's, between the additions of rows to the input and to the output."""
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        rows, positions = kwargs.get("context"), kwargs.get("context_mask")
+        hidden_states = _added(hidden_states, rows, positions, self.slot_index)
+        output, context = super()._te_cuda_graph_replay(hidden_states, **_without_hidden(kwargs))
+        return _added(output, rows, positions, self.after_index), context
 
     def _forward_attention(  # type: ignore[override]
         self,
@@ -100,8 +105,20 @@ class InjectionLayer(TransformerLayer):
         context_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As TransformerLayer's, after the addition; returns (hidden states before the MLP, context)."""
-        if context is not None and self.slot_index is not None:
-            assert context_mask is not None
-            hidden_states = add_rows(hidden_states, context[self.slot_index], context_mask[self.slot_index])
+        """As DecoderLayer's, after the addition; returns (hidden states before the MLP, context)."""
+        hidden_states = _added(hidden_states, context, context_mask, self.slot_index)
         return super()._forward_attention(hidden_states, *args, context=context, context_mask=context_mask, **kwargs)
+
+
+def _added(
+    hidden_SBH: torch.Tensor, rows_NRH: torch.Tensor | None, positions_NR: torch.Tensor | None, index: int | None
+) -> torch.Tensor:
+    """Hidden states with the rows of one of the chunk's slots, if there are any."""
+    if rows_NRH is None or index is None:
+        return hidden_SBH
+    assert positions_NR is not None
+    return add_rows(hidden_SBH, rows_NRH[index], positions_NR[index])
+
+
+def _without_hidden(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "hidden_states"}

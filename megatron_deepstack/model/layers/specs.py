@@ -27,12 +27,14 @@ from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.errors import ConfigError, SlotError
 from megatron_deepstack.model.layers.activation import activated
 from megatron_deepstack.model.layers.attention import FusedCoreAttention, frame_by_frame
+from megatron_deepstack.model.layers.decoder_layer import ALL_KEPT, DecoderLayer, Keeping, Kept
 from megatron_deepstack.model.layers.experts import balance_factor, expert_mlp
 from megatron_deepstack.model.layers.gated import GatedSilu
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import with_cache
 from megatron_deepstack.model.layers.lora import NO_ADAPTERS, adapted
 from megatron_deepstack.model.layers.norm import Norm
+from megatron_deepstack.model.layers.offload import ChunkOffload
 from megatron_deepstack.model.layers.residual import scaled_addition
 from megatron_deepstack.platform.compute.device import has_gpu
 from megatron_deepstack.platform.compute.transformer_engine import engine_problem
@@ -50,7 +52,13 @@ def uses_transformer_engine(layers: Layers) -> bool:
 
 
 def decoder_block(
-    language: LanguageConfig, layers: Layers, lora: LoraConfig, first: int, stop: int, slots: Sequence[int]
+    language: LanguageConfig,
+    layers: Layers,
+    lora: LoraConfig,
+    first: int,
+    stop: int,
+    slots: Sequence[int],
+    kept: Kept = ALL_KEPT,
 ) -> TransformerBlockSubmodules:
     """Specs of a chunk's decoder layers.
 
@@ -61,6 +69,7 @@ def decoder_block(
         first: Global number of the chunk's first layer.
         stop: One past the number of its last.
         slots: The chunk's own slots, ascending; `stop` stands for the output of the decoder's last layer.
+        kept: What is kept of the layers for the backward pass.
 
     Returns:
         What Megatron's TransformerBlock is built from.
@@ -83,13 +92,24 @@ def decoder_block(
         submodules = replace(submodules, self_attn_bda=add, mlp_bda=add)
     with_experts = replace(submodules, **_experts(language, engine)) if expert_layers(language) else submodules
     parts = [with_experts if layer in expert_layers(language) else submodules for layer in range(first, stop)]
+    keeping = _keeping(kept, stop - first)
     specs = [
-        ModuleSpec(module=InjectionLayer, params=_places(layer, stop, slots), submodules=own)
+        ModuleSpec(module=InjectionLayer, params=_places(layer, stop, slots) | {"keeping": one}, submodules=own)
         if any(place is not None for place in _places(layer, stop, slots).values())
-        else ModuleSpec(module=TransformerLayer, submodules=own)
-        for layer, own in zip(range(first, stop), parts, strict=True)
+        else ModuleSpec(module=DecoderLayer, params={"keeping": one}, submodules=own)
+        for layer, own, one in zip(range(first, stop), parts, keeping, strict=True)
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_final_norm() if engine else Norm)
+
+
+def _keeping(kept: Kept, num_layers: int) -> list[Keeping | None]:
+    """What is kept of each layer of a chunk; None where Megatron's settings say it all."""
+    if not kept.norms_again and not kept.offloaded_layers:
+        return [None] * num_layers
+    offload = None
+    if kept.offloaded_layers:
+        offload = ChunkOffload(num_layers, kept.offloaded_layers, kept.offload_above_bytes)
+    return [Keeping(layer, kept.norms_again, offload) for layer in range(num_layers)]
 
 
 def _experts(language: LanguageConfig, engine: bool) -> dict[str, object]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_deepstack.config.choices import GradientDtype, Layers, Precision, Switch
+from megatron_deepstack.config.choices import GradientDtype, Layers, OptIn, Precision, RecomputeModule, Switch
 from megatron_deepstack.config.schema import LanguageConfig, LoraConfig, ParallelConfig, Recipe, SpeedConfig
-from megatron_deepstack.config.speed_rules import FUSIONS, obstacles, switch_of
+from megatron_deepstack.config.sizes import recomputed_modules
+from megatron_deepstack.config.speed_rules import FUSIONS, GRAPHS_AND_GATHER, obstacles, switch_of
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.platform.compute.capabilities import Capabilities
 
@@ -32,6 +33,8 @@ class Speed:
     overlap_param_gather: bool = False
     synchronize_p2p: bool = False
     gradient_dtype: torch.dtype = torch.float32
+    cuda_graphs: bool = False
+    tp_overlap: bool = False
 
 
 PLAIN = Speed()
@@ -67,21 +70,19 @@ def decide_speed(
     engine = engine_obstacles(layers, machine)
     vision = engine_obstacles(layers if wanted.vision_layers is Layers.AUTO else wanted.vision_layers, machine)
     decisions = _Decisions(wanted, machine)
-    compiler = [machine.compiler_problem] if machine.compiler_problem else []
-    kernel = [] if not engine or machine.apex_gradients else [*engine, "Apex's kernel is not installed"]
     by_recipe = {name: reason for name, (_, reason) in obstacles(language, parallel, precision, lora).items()}
-    by_machine = {
-        "activation_fusion": compiler,
-        "rope_fusion": engine,
-        "gradient_accumulation_fusion": kernel,
-        "cross_entropy_fusion": compiler,
-    }
+    if wanted.cuda_graphs is OptIn.ALWAYS:
+        by_recipe.setdefault("overlap_param_gather", GRAPHS_AND_GATHER)
+    by_machine = _lacking(machine, parallel, engine)
     done = {
         name: decisions.decide(name, [*by_machine.get(name, []), *([by_recipe[name]] if name in by_recipe else [])])
         for name in (*FUSIONS, *_OVERLAPS)
     }
     if wanted.vision_layers is Layers.TRANSFORMER_ENGINE:
         decisions.demand("vision_layers", "transformer_engine", vision)
+    for name in _ENGINE_ALONE:
+        if getattr(wanted, name) is OptIn.ALWAYS:
+            decisions.demand(name, "always", engine, instead="never")
     if decisions.problems:
         raise ConfigError(decisions.problems)
     return Speed(
@@ -89,7 +90,23 @@ def decide_speed(
         vision_engine=not vision,
         synchronize_p2p=wanted.synchronize_p2p,
         gradient_dtype=torch.bfloat16 if wanted.gradient_dtype is GradientDtype.BF16 else torch.float32,
+        **{name: getattr(wanted, name) is OptIn.ALWAYS for name in _ENGINE_ALONE},
     )
+
+
+def _lacking(machine: Capabilities, parallel: ParallelConfig, engine: list[str]) -> dict[str, list[str]]:
+    """What stands against fusions on this machine, where the layers are not the engine's for these reasons."""
+    compiler = [machine.compiler_problem] if machine.compiler_problem else []
+    kernel = [] if not engine or machine.apex_gradients else [*engine, "Apex's kernel is not installed"]
+    if engine and (parallel.offload_layers or RecomputeModule.LAYER_NORM in recomputed_modules(parallel)):
+        hidden = "parallel.offload_layers and norms in parallel.recompute_modules hide from them"
+        kernel = [*engine, f"Megatron's own linears mark their matrices, which {hidden}"]
+    return {
+        "activation_fusion": compiler,
+        "rope_fusion": engine,
+        "gradient_accumulation_fusion": kernel,
+        "cross_entropy_fusion": compiler,
+    }
 
 
 def speed_of(recipe: Recipe, machine: Capabilities) -> Speed:
@@ -134,6 +151,8 @@ def engine_obstacles(layers: Layers, machine: Capabilities) -> list[str]:
 
 
 _OVERLAPS = ("overlap_p2p", "overlap_param_gather")
+_ENGINE_ALONE = ("cuda_graphs", "tp_overlap")
+"""Done only on demand, and by Transformer Engine."""
 _GPU_ONLY = ("activation_fusion", "cross_entropy_fusion", *_OVERLAPS)
 """Not taken on a CPU unless demanded: compiling takes longer than a small model trains, and overlaps need streams."""
 
@@ -152,6 +171,6 @@ class _Decisions:
             return True
         return switch is Switch.AUTO and not obstacles and (self._machine.gpu or name not in _GPU_ONLY)
 
-    def demand(self, name: str, value: str, obstacles: list[str]) -> None:
+    def demand(self, name: str, value: str, obstacles: list[str], instead: str = "auto") -> None:
         if obstacles:
-            self.problems.append(f"speed.{name}: {value} is impossible here: {'; '.join(obstacles)}; use auto")
+            self.problems.append(f"speed.{name}: {value} is impossible here: {'; '.join(obstacles)}; use {instead}")

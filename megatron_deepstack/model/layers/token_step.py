@@ -21,9 +21,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_deepstack.model.layers.attention import FusedCoreAttention
+from megatron_deepstack.model.layers.decoder_layer import DecoderLayer
 from megatron_deepstack.model.layers.gated import GatedSilu
 from megatron_deepstack.model.layers.injection import InjectionLayer
 from megatron_deepstack.model.layers.key_value_cache import CachedStep
@@ -78,7 +78,7 @@ class TokenLayers:
 
 
 def _is_known(layer: Any) -> bool:
-    if type(layer) not in (TransformerLayer, InjectionLayer):
+    if type(layer) not in (DecoderLayer, InjectionLayer):
         return False
     attention = layer.self_attention
     return type(attention) is SelfAttention and type(attention.core_attention) is FusedCoreAttention

@@ -23,6 +23,11 @@ class Views:
     def __len__(self) -> int:
         return len(self.pixels) if self.grids is None else len(self.grids)
 
+    @property
+    def num_patches(self) -> list[int]:
+        """Patches of each view of any size; 1 for each of others, which are all equal."""
+        return [1] * len(self) if self.grids is None else [grid.num_patches for grid in self.grids]
+
     def part(self, first: int, stop: int, vision: VisionConfig) -> Views:
         """The views from number `first` to `stop - 1`, without a copy.
 

@@ -20,13 +20,14 @@ import numpy.typing as npt
 from megatron_deepstack.config.choices import Batching
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_deepstack.config.sizes import sample_multiple
-from megatron_deepstack.planning.batch.packer import listed, row_numbers
+from megatron_deepstack.planning.batch.packer import row_numbers
 from megatron_deepstack.planning.batch.packing import padded_sample_length
 from megatron_deepstack.planning.batch.sequence import row_table
 from megatron_deepstack.planning.budget.cost import decoder_flops, unit_flops
 from megatron_deepstack.planning.views import ViewGrid
 
 Costs = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
 MicroBatch = tuple[tuple[int, ...], ...]
 """The samples of each row, as positions in the global batch; a row of no samples is a filler."""
 
@@ -52,13 +53,143 @@ class Balance:
     """Decoder work of the busiest replica above that of the mean replica, as a share of the mean."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Deal:
-    """A step's samples by replica."""
+    """A step's samples by replica. Legend: M micro-batches of each replica, the most costly first."""
 
-    replicas: tuple[tuple[MicroBatch, ...], ...]
-    """The micro-batches of each replica, the most costly first; equally many for all replicas."""
+    samples: Numbers
+    """int64 (N,), the samples of the whole step, micro-batch after micro-batch, ascending in each."""
+    bounds: Numbers
+    """int64 (R x M + 1,), where the samples of each micro-batch begin, and where those of the last one end."""
+    table: Numbers
+    """int64 (R, M), the numbers of each replica's micro-batches."""
+    lengths: Numbers
+    """int64 (R, M), the padded length of each micro-batch."""
+    packed: bool
+    """Whether the samples of a micro-batch share a row; otherwise each has its own."""
     balance: Balance
+
+    def replica(self, dp: int) -> tuple[MicroBatch, ...]:
+        """Return the micro-batches of one replica.
+
+        Args:
+            dp: Number of the replica.
+
+        Returns:
+            M micro-batches, the most costly first.
+        """
+        found = (tuple(self.samples[begin:end].tolist()) for begin, end in self._bounds(dp))
+        return tuple((row,) if self.packed else tuple((one,) for one in row) for row in found)
+
+    def members(self, dp: int) -> tuple[Numbers, Numbers]:
+        """Return the samples of one replica.
+
+        Args:
+            dp: Number of the replica.
+
+        Returns:
+            int64 (samples,), the samples in the order of the micro-batches; and the place of its micro-batch of each.
+        """
+        bounds = self._bounds(dp)
+        samples = [self.samples[begin:end] for begin, end in bounds]
+        return np.concatenate(samples), np.repeat(np.arange(len(bounds)), [len(one) for one in samples])
+
+    def _bounds(self, dp: int) -> list[tuple[int, int]]:
+        mine = self.table[dp]
+        return list(zip(self.bounds[mine].tolist(), self.bounds[mine + 1].tolist(), strict=True))
+
+    @property
+    def replicas(self) -> tuple[tuple[MicroBatch, ...], ...]:
+        """The micro-batches of every replica."""
+        return tuple(self.replica(dp) for dp in range(len(self.table)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _MicroBatches:
+    """The micro-batches of a step, before replicas get them."""
+
+    samples: Numbers
+    bounds: Numbers
+    """As in `Deal`."""
+    size: int
+    """Rows of a micro-batch."""
+    costs: Costs
+    """What each costs the decoder."""
+    others: Costs
+    """What each costs the encoder."""
+    longest: Numbers
+    """Tokens of the longest row of each."""
+
+
+class Dealing:
+    """Deals the same samples to any number of replicas of any layout; what several of them share is computed once."""
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.integer],
+        encoder_costs: npt.NDArray[np.number],
+        language: LanguageConfig,
+        train: TrainConfig,
+    ) -> None:
+        self.lengths, self.encoder_costs, self.train = np.asarray(lengths, np.int64), encoder_costs, train
+        self.cost = decoder_flops(language, self.lengths.astype(np.float64))
+        self._made: dict[tuple[int, int], _MicroBatches] = {}
+        self._tables: dict[tuple[int, int, int], Numbers] = {}
+
+    def deal(self, parallel: ParallelConfig, num_replicas: int) -> Deal:
+        """Divide the samples among replicas, and each replica's samples among micro-batches.
+
+        Args:
+            parallel: The layout of a replica.
+            num_replicas: R.
+
+        Returns:
+            The micro-batches of all replicas. With other numbers of replicas the same samples are in the step.
+        """
+        packed = self.train.batching is Batching.PACKED
+        multiple, rows = 1, 1
+        if packed:
+            rounds = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+            multiple, rows = sample_multiple(parallel), max(num_replicas * rounds, 1)
+        if (multiple, rows) not in self._made:
+            self._made[multiple, rows] = self._packs(multiple, rows) if packed else self._alike()
+        made, key = self._made[multiple, rows], (multiple, rows, num_replicas)
+        if key not in self._tables:
+            self._tables[key] = deal_evenly(made.costs, made.others, num_replicas)
+        table = self._tables[key]
+        padded = row_table(np.maximum(made.longest[table], 1), parallel, self.train)
+        work = made.costs[table].sum(1)
+        imbalance = float(work.max() / work.mean() - 1) if work.any() else 0.0
+        balance = Balance(_padding(padded, made.size, int(self.lengths.sum())), imbalance)
+        return Deal(made.samples, made.bounds, table, padded, packed, balance)
+
+    def _packs(self, multiple: int, num_rows: int) -> _MicroBatches:
+        """Pack the samples into a number of rows that `num_rows` divides; each row is a micro-batch."""
+        taken = padded_sample_length(self.lengths, multiple)
+        owner, count = row_numbers(taken, self.train.seq_length, num_rows)
+        return _MicroBatches(
+            samples=np.argsort(owner, kind="stable"),
+            bounds=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=count))]),
+            size=1,
+            costs=_sums(owner, self.cost, count),
+            others=_sums(owner, self.encoder_costs, count),
+            longest=_sums(owner, taken, count).astype(np.int64),
+        )
+
+    def _alike(self) -> _MicroBatches:
+        """Put samples of like length into micro-batches."""
+        size = self.train.micro_batch_size
+        order = np.argsort(-self.lengths, kind="stable").reshape(-1, size)
+        owner, count = np.empty(len(self.lengths), np.int64), len(order)
+        owner[order] = np.arange(count)[:, None]
+        return _MicroBatches(
+            samples=np.sort(order, axis=1).ravel(),
+            bounds=np.arange(count + 1) * size,
+            size=size,
+            costs=size * self.cost[order[:, 0]],
+            others=_sums(owner, self.encoder_costs, count),
+            longest=self.lengths[order[:, 0]],
+        )
 
 
 def deal(
@@ -82,24 +213,7 @@ def deal(
     Returns:
         The micro-batches of all replicas. With other numbers of replicas the same samples are in the step.
     """
-    cost = decoder_flops(language, lengths.astype(np.float64))
-    if train.batching is Batching.PACKED:
-        rounds = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-        taken = padded_sample_length(np.asarray(lengths, np.int64), sample_multiple(parallel))
-        owner, count = row_numbers(taken, train.seq_length, max(num_replicas * rounds, 1))
-        batches: list[MicroBatch] = [(tuple(row),) for row in listed(owner, count)]
-        size, costs, longest = 1, _sums(owner, cost, count), _sums(owner, taken, count)
-    else:
-        order, size = np.argsort(-lengths, kind="stable").reshape(-1, train.micro_batch_size), train.micro_batch_size
-        batches = [tuple((one,) for one in sorted(batch)) for batch in order.tolist()]
-        owner, count = np.empty(len(lengths), np.int64), len(order)
-        owner[order] = np.arange(count)[:, None]
-        costs, longest = size * cost[order[:, 0]], lengths[order[:, 0]].astype(np.float64)
-    table = np.array(deal_evenly(costs, _sums(owner, encoder_costs, count), num_replicas), np.int64)
-    replicas = tuple(tuple(batches[one] for one in mine) for mine in table.tolist())
-    work = costs[table].sum(1)
-    padding = _padding(longest[table], size, int(lengths.sum()), parallel, train)
-    return Deal(replicas, Balance(padding, float(work.max() / work.mean() - 1) if work.any() else 0.0))
+    return Dealing(lengths, encoder_costs, language, train).deal(parallel, num_replicas)
 
 
 def encoder_costs_of(
@@ -131,7 +245,7 @@ def _sums(owner: npt.NDArray[np.int64], values: npt.NDArray[Any], count: int) ->
     return np.bincount(owner, values, count).astype(np.float64)
 
 
-def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int]]:
+def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> Numbers:
     """Deal micro-batches to replicas, equally many to each.
 
     In each round every replica gets one of the R most costly micro-batches that are left: the one with the least work
@@ -144,7 +258,7 @@ def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int
         num_replicas: R.
 
     Returns:
-        The numbers of each replica's micro-batches, the most costly first.
+        int64 (R, micro-batches of each), the numbers of each replica's micro-batches, the most costly first.
     """
     order = np.lexsort([-others, -costs]).reshape(-1, num_replicas)
     work = np.zeros(num_replicas)
@@ -158,8 +272,7 @@ def deal_evenly(costs: Costs, others: Costs, num_replicas: int) -> list[list[int
         _exchange(table, costs, costs, np.inf)
         _exchange(table, others, costs, 1 + _NEARLY_EQUAL)
     flat, owner = table.ravel(), np.repeat(np.arange(num_replicas), table.shape[1])
-    ordered: list[list[int]] = flat[np.lexsort([flat, -costs[flat], owner])].reshape(table.shape).tolist()
-    return ordered
+    return flat[np.lexsort([flat, -costs[flat], owner])].reshape(table.shape)
 
 
 def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit: float) -> None:
@@ -173,14 +286,16 @@ def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit:
     for _ in range(_EXCHANGES):
         busy, found = int(work.argmax()), False
         ones = table[busy, ::every].copy()
+        mine, mine_limited = costs[ones][:, None], limited[ones][:, None]
         for idle in _idlest(work):
             half = (work[busy] - work[idle]) / 2
             if half <= even:
                 break
             twos = table[idle, ::every].copy()
-            gain, moved = costs[ones][:, None] - costs[twos], limited[ones][:, None] - limited[twos]
-            allowed = (kept[busy] - moved <= most) & (kept[idle] + moved <= most)
-            left = np.where(allowed, np.abs(gain - half), np.inf)
+            gain, moved = mine - costs[twos], mine_limited - limited[twos]
+            left = np.abs(gain - half)
+            if most < np.inf:
+                left[(kept[busy] - moved > most) | (kept[idle] + moved > most)] = np.inf
             one, two = divmod(int(left.argmin()), left.shape[1])
             if left[one, two] < half:
                 table[busy, one * every], table[idle, two * every] = twos[two], ones[one]
@@ -199,8 +314,7 @@ def _idlest(work: Costs) -> Iterator[int]:
     yield from np.argsort(work, kind="stable")[1:_PARTNERS].tolist()
 
 
-def _padding(longest: Costs, batch_size: int, tokens: int, parallel: ParallelConfig, train: TrainConfig) -> float:
-    """Return the share of positions that hold no sample, from the longest row of each replica's micro-batches."""
-    padded = row_table(np.maximum(longest, 1).astype(np.int64), parallel, train)
+def _padding(padded: Numbers, batch_size: int, tokens: int) -> float:
+    """Return the share of positions that hold no sample, from the padded lengths of all micro-batches."""
     positions = batch_size * int(padded.sum())
     return 1 - tokens / positions if positions else 0.0

@@ -10,7 +10,7 @@ otherwise more rows are tried. `tools/bench_balance.py` compares the packer with
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
@@ -120,7 +120,7 @@ def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], capacity: 
 
     Args:
         order: Indices of samples, longest first.
-        lengths: Tokens of each sample.
+        lengths: Tokens of each sample, at least 1.
         capacity: Largest number of tokens of a row.
 
     Returns:
@@ -133,29 +133,34 @@ def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], capacity: 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
     """Return the row of each sample, and the number of rows."""
     row_of, num_rows = [0] * len(order), 0
-    keys: list[int] = []  # ascending: room x number of placements + placement, one for each row
-    placed: list[int] = []  # the row of each placement
-    most = len(order) + 1
-    for number, index in enumerate(order):
+    rows_with: defaultdict[int, list[int]] = defaultdict(list)  # by tokens of room, the one that was filled last behind
+    rooms = 0  # bit n is set where a row has room for n tokens and no more
+    for index in order:
         length = lengths[index]
-        place = bisect_left(keys, length * most)
-        if place == len(keys):
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1  # the smallest
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                rooms ^= 1 << room
+        else:
             row, room, num_rows = num_rows, capacity, num_rows + 1
-        else:  # of rows with the same room the one that was filled last
-            room = keys[place] // most
-            place = bisect_left(keys, (room + 1) * most, place) - 1
-            row = placed[keys.pop(place) - room * most]
         row_of[index] = row
-        placed.append(row)
-        insort(keys, (room - length) * most + number)
+        rows_with[room - length].append(row)
+        rooms |= 1 << (room - length)
     return row_of, num_rows
 
 
 def _even_rows(order: Sequence[int], lengths: Sequence[int], capacity: int, num_rows: int) -> Numbers | None:
     """Fill `num_rows` rows evenly and return the row of each sample; None if a row stays too full."""
-    heap = list(range(num_rows))  # tokens x number of rows + row, so that the emptiest row is first, and then the first
-    row_of = [0] * len(order)
-    for index in order:
+    row_of, first = [0] * len(order), order[:num_rows]  # of which each gets an empty row
+    for row, index in enumerate(first):
+        row_of[index] = row
+    # tokens x number of rows + row, so that the emptiest row is first, and then the first
+    heap = [lengths[index] * num_rows + row for row, index in enumerate(first)]
+    heap += range(len(first), num_rows)
+    heapq.heapify(heap)
+    for index in order[num_rows:]:
         row_of[index] = heap[0] % num_rows
         heapq.heapreplace(heap, heap[0] + lengths[index] * num_rows)
     exchanges = _Exchanges(np.array(row_of, np.int64), num_rows, np.asarray(lengths, np.int64), capacity)

@@ -27,7 +27,7 @@ from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.encoder_parameters import projector_adapters, tower_adapters
-from megatron_deepstack.planning.budget.linears import attention_widths, layer_weights, linear_sizes
+from megatron_deepstack.planning.budget.linears import attention_widths, layer_weights, linear_sizes, passed_weights
 from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
 from megatron_deepstack.planning.slots import stage_chunks
 from megatron_deepstack.planning.views import ImageShape, ViewGrid
@@ -109,7 +109,8 @@ def training_flops(
     native = model.variant.traits.is_native
     work = EncoderWork.of_grids(model, grids) if native else EncoderWork.of_units(model, num_units)
     encoder = encoder_training_flops(model, trainable, lora, work)
-    return encoder + sum(_decoder_training(model.language, trainable, lora, length) for length in lengths)
+    squares = sum(length * length for length in lengths)
+    return encoder + decoder_training_flops(model.language, trainable, lora, sum(lengths), squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +192,27 @@ def head_training_flops(
     return (2 + learned) * 2 * tokens * _head_weights(language)
 
 
-def _decoder_training(language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, length: int) -> float:
+def decoder_training_flops(
+    language: LanguageConfig, trainable: Collection[Part], lora: LoraConfig, tokens: int, squares: int
+) -> float:
+    """Count a step's FLOPs of the decoder with its output layer, forward and backward.
+
+    Args:
+        language: The decoder.
+        trainable: Parts that learn.
+        lora: Adapters; rank 0 for none.
+        tokens: Tokens of all samples, including visual tokens, without padding.
+        squares: Sum of the squares of the samples' tokens, over which attention runs.
+
+    Returns:
+        Operations.
+    """
     adapted = Part.LANGUAGE in trainable and lora.rank > 0
     learned = Part.LANGUAGE in trainable and not adapted
-    matrices = 2 * length * (_layers_weights(language) + _head_weights(language))
-    adapters = 2 * length * adapter_weights(language, lora) if adapted else 0
-    return (2 + learned) * matrices + 3 * language.num_layers * _causal_attention(language, length) + 3 * adapters
+    matrices = 2 * tokens * (passed_weights(language) + _head_weights(language))
+    attention = 2 * squares * attention_widths(language)[0]
+    adapters = 2 * tokens * adapter_weights(language, lora) if adapted else 0
+    return (2 + learned) * matrices + 3 * language.num_layers * attention + 3 * adapters
 
 
 def vision_training_flops(model: ModelConfig, trainable: Collection[Part], lora: LoraConfig) -> float:
@@ -242,7 +258,7 @@ def decoder_flops(language: LanguageConfig, seq_length: Lengths) -> Lengths:
     Returns:
         Operations for one sequence, or for each.
     """
-    matrices = 2 * seq_length * (_layers_weights(language) + _head_weights(language))
+    matrices = 2 * seq_length * (passed_weights(language) + _head_weights(language))
     return matrices + language.num_layers * _causal_attention(language, seq_length)
 
 
@@ -349,11 +365,6 @@ def adapter_weights(language: LanguageConfig, lora: LoraConfig) -> int:
     """
     sizes = linear_sizes(language)
     return language.num_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
-
-
-def _layers_weights(language: LanguageConfig) -> int:
-    """Count the entries of all layers' matrices that a token passes; of experts those that it is sent to."""
-    return sum(layer_weights(language, layer, active=True) for layer in range(language.num_layers))
 
 
 def _head_weights(language: LanguageConfig) -> int:

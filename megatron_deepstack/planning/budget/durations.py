@@ -4,30 +4,41 @@ Time of a pass = products / (peak x share reached) + attention + bytes of elemen
 + collectives of tensor and context parallelism. Shares and bandwidths are `hardware`'s.
 
 Not modelled: overlap of tensor-parallel communication with products (there is none here either), other jobs on the
-network, jitter between ranks, the time to launch kernels, and reading data, which is prepared beside the step before.
+network, jitter between ranks, the time to launch kernels, norms and activations that are computed again, activations on
+their way to the host and back, and reading data, which is prepared beside the step before.
 
-Legend: T positions of a micro-batch on one rank, h hidden.
+Legend: M micro-batches of a replica.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, RecomputeMethod
+import numpy as np
+
+from megatron_deepstack.config.choices import (
+    EncoderPlacement,
+    Part,
+    Precision,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+)
 from megatron_deepstack.config.schema import Recipe
-from megatron_deepstack.config.sizes import expert_layers, padded_vocabulary
+from megatron_deepstack.config.sizes import expert_layers, padded_vocabulary, recomputed_modules
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
-from megatron_deepstack.planning.budget.encoder_views import views_at_once
+from megatron_deepstack.planning.budget.encoder_views import kept_at_once
 from megatron_deepstack.planning.budget.footprint import gradient_bytes
 from megatron_deepstack.planning.budget.hardware import Machine
-from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
+from megatron_deepstack.planning.budget.load import Costs, MicroBatches, StepLoad
 from megatron_deepstack.planning.budget.memory import head_rows
 from megatron_deepstack.planning.budget.parameters import (
     active_matrices,
     encoder_parameters,
     kept_widths,
-    stage_parameters,
+    parameters_of_stages,
 )
 from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.slots import Chunk
@@ -52,11 +63,12 @@ class Bytes:
 
 
 class Durations:
-    """Seconds of the parts of a recipe's step on one kind of machine."""
+    """Seconds of the parts of a recipe's step on one kind of machine. Those of a pass are float64 (M,), for all M."""
 
     def __init__(self, recipe: Recipe, load: StepLoad, machine: Machine, num_ranks: int) -> None:
         self.recipe, self.load, self.machine, self.num_ranks = recipe, load, machine, num_ranks
-        parallel, language = recipe.parallel, recipe.model.language
+        self.held, self.encoder = parameters_of_stages(recipe), encoder_parameters(recipe)
+        parallel, language, batches = recipe.parallel, recipe.model.language, load.micro_batches
         self.element = 4 if recipe.train.precision is Precision.FP32 else 2
         self.peak = machine.flops(recipe.train.precision)
         self.matrices = active_matrices(recipe.model, parallel.tensor)
@@ -64,54 +76,65 @@ class Durations:
         self.w, self.k, self.f = kept_widths(recipe.model, parallel.tensor)
         self.learns = Part.LANGUAGE in recipe.train.trainable
         self.flows = self.learns or Part.PROJECTOR in recipe.train.trainable or Part.VISION in recipe.train.trainable
+        self.positions: Costs = batches.positions / parallel.context
+        self.split: Costs = self.positions / (parallel.tensor if parallel.sequence_parallel else 1)
+        self.products = self._product_seconds(2 * self.positions * self.matrices, 4)
+        self.mlp = self.products * (3 * language.hidden_size * self.f / self.matrices)
+        """Of the products those of the MLP, or of the experts in its place."""
+        self.attention = self._attention(batches)
+        self.traffic = self._traffic()
+        self.collectives = self._collectives()
+        self.layer = self.products + self.attention + self.traffic + self.collectives
+        self.head = self._head(batches)
+        self.inline = self._inline(batches)
+        self._passes: dict[tuple[int, bool, bool], tuple[Costs, Costs]] = {}
 
-    def forward(self, batch: MicroBatchLoad, chunk: Chunk) -> float:
-        """Seconds of the forward pass of a micro-batch through a chunk.
+    def passes(self, chunk: Chunk) -> tuple[Costs, Costs]:
+        """Seconds of the forward and backward passes of each micro-batch through a chunk.
 
         Args:
-            batch: The micro-batch.
             chunk: The chunk.
 
         Returns:
-            Seconds.
+            Two arrays, float64 (M,), shared by chunks that are alike.
         """
-        return (
-            (chunk.stop - chunk.first) * self._layer(batch)
-            + chunk.has_head * self._head(batch)
-            + self._inline(batch, chunk)
-        )
+        kind = chunk.stop - chunk.first, chunk.has_embedding, chunk.has_head
+        if kind not in self._passes:
+            self._passes[kind] = self._forward(chunk), self._backward(chunk)
+        return self._passes[kind]
 
-    def backward(self, batch: MicroBatchLoad, chunk: Chunk) -> float:
-        """Seconds of the backward pass, recomputation included.
+    def _forward(self, chunk: Chunk) -> Costs:
+        found = (chunk.stop - chunk.first) * self.layer
+        if chunk.has_head:
+            found = found + self.head
+        return found + self.inline if chunk.has_embedding else found
 
-        Args:
-            batch: The micro-batch.
-            chunk: The chunk.
-
-        Returns:
-            Seconds.
-        """
+    def _backward(self, chunk: Chunk) -> Costs:
+        """Seconds of backward passes, recomputation included."""
         if not self.flows:
-            return 0.0
+            return np.zeros_like(self.layer)
         layers, parallel = chunk.stop - chunk.first, self.recipe.parallel
         passes = 2 if self.learns and not self.recipe.lora.rank else 1
         again = 0.0
         if parallel.recompute is Recompute.FULL:
             block = parallel.recompute_method is RecomputeMethod.BLOCK
             again = min(parallel.recompute_num_layers, layers) if block else layers
-        attention = self._attention(batch) * (parallel.recompute is Recompute.SELECTIVE)
-        work = layers * (passes * self._products(batch) + 2 * self._attention(batch) + 2 * self._traffic(batch))
-        work += layers * (self._collectives(batch) + attention) + again * self._layer(batch)
-        head = chunk.has_head * (1 + self.learns) * self._head(batch)
-        return work + head + 2 * self._inline(batch, chunk)
+        parts = recomputed_modules(parallel)
+        selective = self.attention * (RecomputeModule.CORE_ATTENTION in parts)
+        selective = selective + self.mlp * (RecomputeModule.MLP in parts)
+        work = layers * (passes * self.products + 2 * self.attention + 2 * self.traffic)
+        work = work + layers * (self.collectives + selective) + again * self.layer
+        if chunk.has_head:
+            work = work + (1 + self.learns) * self.head
+        return work + 2 * self.inline if chunk.has_embedding else work
 
-    def message(self, batch: MicroBatchLoad) -> float:
-        """Seconds from the end of a pass to the arrival of its output at the next stage."""
-        return self.machine.latency + self.message_bytes(batch) / self._link(self._between_stages())
+    def message(self) -> float:
+        """Seconds from the end of the first micro-batch's pass to the arrival of its output at the next stage."""
+        return self.machine.latency + float(self._message_bytes()[0]) / self._link(self._between_stages())
 
-    def message_bytes(self, batch: MicroBatchLoad) -> float:
-        """Bytes of one message between stages."""
-        return self._split(batch) * self.recipe.model.language.hidden_size * self.element
+    def _message_bytes(self) -> Costs:
+        """Bytes of one message between stages, of each micro-batch."""
+        return self.split * self.recipe.model.language.hidden_size * self.element
 
     def encode(self) -> tuple[float, float]:
         """Seconds of the encoder's forward and backward outside the schedule, routing of rows included."""
@@ -145,96 +168,82 @@ class Durations:
         parallel = self.recipe.parallel
         shares = self.num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
         everyone = self.num_ranks if parallel.distributed_optimizer else 1
-        decoder, expert_shares = stage_parameters(self.recipe, stage), self._expert_replicas()
+        decoder, expert_shares = self.held[stage], self._expert_replicas()
         learned = (decoder.learned - decoder.experts_learned) / shares
         learned += decoder.experts_learned / (expert_shares if parallel.distributed_optimizer else 1)
-        learned += encoder_parameters(self.recipe).learned / everyone
+        learned += self.encoder.learned / everyone
         return learned * 34 / self.machine.memory_bandwidth + 20 * self.machine.latency
 
-    def bytes_of_stage(self, stage: int, layers: int) -> Bytes:
-        """What a rank of a stage with so many layers sends in a step.
+    def bytes_of_stages(self, layers: Sequence[int]) -> list[Bytes]:
+        """What a rank of each stage sends in a step.
 
         Args:
-            stage: Number of the stage.
-            layers: Its number of decoder layers.
+            layers: Each stage's number of decoder layers.
 
         Returns:
-            The bytes by kind.
+            The bytes by kind, stage by stage.
         """
         parallel = self.recipe.parallel
-        batches = self.load.micro_batches
         passes = 3 if parallel.recompute is Recompute.FULL else 2
-        neighbours = (2 if 0 < stage < parallel.pipeline - 1 else 1) * (parallel.pipeline > 1)
-        return Bytes(
-            tensor=passes * layers * sum(self._tensor_bytes(batch) for batch in batches),
-            expert=passes * layers * sum(self._dispatch_bytes(batch) for batch in batches),
-            context=passes * layers * sum(self._context_bytes(batch) for batch in batches),
-            pipeline=neighbours * parallel.virtual_pipeline * sum(self.message_bytes(batch) for batch in batches),
-            rows=2 * self.route_bytes(),
-            gradients=self.reduced_bytes(stage),
-        )
-
-    def _layer(self, batch: MicroBatchLoad) -> float:
-        return self._products(batch) + self._attention(batch) + self._traffic(batch) + self._collectives(batch)
-
-    def _positions(self, batch: MicroBatchLoad) -> float:
-        return batch.positions / self.recipe.parallel.context
-
-    def _split(self, batch: MicroBatchLoad) -> float:
-        parallel = self.recipe.parallel
-        return self._positions(batch) / (parallel.tensor if parallel.sequence_parallel else 1)
-
-    def _product_seconds(self, flops: float, count: int) -> float:
-        """Seconds of `count` products of so many FLOPs together; small ones reach less of the peak."""
-        each = flops / max(count, 1)
-        share = self.machine.product_share * each / (each + _SMALL_PRODUCT * self.peak / 1e15)
-        return flops / (self.peak * share) if flops else 0.0
-
-    def _products(self, batch: MicroBatchLoad) -> float:
-        return self._product_seconds(2 * self._positions(batch) * self.matrices, 4)
-
-    def _attention(self, batch: MicroBatchLoad) -> float:
-        """Seconds of causal attention, of which half of the square is computed."""
-        parallel = self.recipe.parallel
-        return 2 * batch.squares / parallel.context * self.w / (self.machine.bf16_flops * self.machine.attention_share)
-
-    def _traffic(self, batch: MicroBatchLoad) -> float:
-        """Seconds of norms, additions, rotations and activations, which move bytes and compute little."""
-        inner = self._positions(batch) * (2 * (self.w + 2 * self.k) + 3 * self.f)
-        values = self._split(batch) * 10 * self.recipe.model.language.hidden_size + inner
-        return values * self.element / (0.8 * self.machine.memory_bandwidth)
-
-    def _tensor_bytes(self, batch: MicroBatchLoad) -> float:
-        """Bytes that a rank sends for one pass of a layer: two gathers and two scatters, or two reductions."""
-        ranks = self.recipe.parallel.tensor
-        hidden = self._positions(batch) * self.recipe.model.language.hidden_size * self.element
-        return 4 * hidden * (ranks - 1) / ranks
-
-    def _context_bytes(self, batch: MicroBatchLoad) -> float:
-        return 2 * self.k * self._positions(batch) * self.element * (self.recipe.parallel.context - 1)
-
-    def _collectives(self, batch: MicroBatchLoad) -> float:
-        parallel, found = self.recipe.parallel, 0.0
-        if parallel.tensor > 1:
-            found += self._tensor_bytes(batch) / self._link(parallel.tensor) + 4 * self.machine.latency
-        if parallel.context > 1:  # of the ring's messages half hide behind attention
-            seconds = self._context_bytes(batch) / self._link(parallel.tensor * parallel.context)
-            found += seconds / 2 + self.machine.latency
-        if parallel.expert > 1:
-            found += self._dispatch_bytes(batch) / self._link(parallel.expert) + 2 * self.machine.latency
+        kinds = self._tensor_bytes(), self._dispatch_bytes(), self._context_bytes()
+        tensor, expert, context = (passes * float(one.sum()) for one in kinds)
+        message = parallel.virtual_pipeline * float(self._message_bytes().sum())
+        rows, found = 2 * self.route_bytes(), []
+        for stage, number in enumerate(layers):
+            neighbours = (2 if 0 < stage < parallel.pipeline - 1 else 1) * (parallel.pipeline > 1)
+            sums = number * tensor, number * expert, number * context, neighbours * message
+            found.append(Bytes(*sums, rows, self.reduced_bytes(stage)))
         return found
 
-    def _head(self, batch: MicroBatchLoad) -> float:
-        positions = head_rows(self.recipe.parallel, batch)
+    def _product_seconds(self, flops: Costs, count: int) -> Costs:
+        """Seconds of `count` products of so many FLOPs together; small ones reach less of the peak."""
+        each = flops / count
+        share = self.machine.product_share * each / (each + _SMALL_PRODUCT * self.peak / 1e15)
+        return flops / (self.peak * share)
+
+    def _attention(self, batches: MicroBatches) -> Costs:
+        """Seconds of causal attention, of which half of the square is computed."""
+        parallel = self.recipe.parallel
+        reached = self.machine.bf16_flops * self.machine.attention_share
+        return 2 * batches.squares / parallel.context * self.w / reached
+
+    def _traffic(self) -> Costs:
+        """Seconds of norms, additions, rotations and activations, which move bytes and compute little."""
+        inner = self.positions * (2 * (self.w + 2 * self.k) + 3 * self.f)
+        values = self.split * 10 * self.recipe.model.language.hidden_size + inner
+        return values * self.element / (0.8 * self.machine.memory_bandwidth)
+
+    def _tensor_bytes(self) -> Costs:
+        """Bytes that a rank sends for one pass of a layer: two gathers and two scatters, or two reductions."""
+        ranks = self.recipe.parallel.tensor
+        hidden = self.positions * self.recipe.model.language.hidden_size * self.element
+        return 4 * hidden * (ranks - 1) / ranks
+
+    def _context_bytes(self) -> Costs:
+        return 2 * self.k * self.positions * self.element * (self.recipe.parallel.context - 1)
+
+    def _collectives(self) -> Costs:
+        parallel, found = self.recipe.parallel, np.zeros_like(self.positions)
+        if parallel.tensor > 1:
+            found += self._tensor_bytes() / self._link(parallel.tensor) + 4 * self.machine.latency
+        if parallel.context > 1:  # of the ring's messages half hide behind attention
+            seconds = self._context_bytes() / self._link(parallel.tensor * parallel.context)
+            found += seconds / 2 + self.machine.latency
+        if parallel.expert > 1:
+            found += self._dispatch_bytes() / self._link(parallel.expert) + 2 * self.machine.latency
+        return found
+
+    def _head(self, batches: MicroBatches) -> Costs:
+        positions = head_rows(self.recipe.parallel, batches)
         flops = 2 * positions * self.vocabulary * self.recipe.model.language.hidden_size
         traffic = positions * self.vocabulary * (self.element + 12) / (0.8 * self.machine.memory_bandwidth)
         return self._product_seconds(flops, 1) + traffic
 
-    def _inline(self, batch: MicroBatchLoad, chunk: Chunk) -> float:
-        if self.recipe.parallel.encoder_placement is not EncoderPlacement.INLINE or not chunk.has_embedding:
-            return 0.0
-        forward, backward = self._encoder(batch.work)
-        return (forward + backward) / 3
+    def _inline(self, batches: MicroBatches) -> Costs:
+        """Seconds that the encoder adds to a forward pass of the first stage; its backward takes twice as long."""
+        if self.recipe.parallel.encoder_placement is not EncoderPlacement.INLINE:
+            return np.zeros_like(self.positions)
+        return np.array([sum(self._encoder(work)) / 3 for work in batches.work])
 
     def _encoder(self, work: EncoderWork) -> tuple[float, float]:
         """Seconds of the encoder's forward and backward on one rank."""
@@ -247,8 +256,8 @@ class Durations:
             backward += projector
         if Part.VISION in trainable:
             backward += (1 if self.recipe.lora.vision_targets else 2) * tower  # a frozen matrix has no gradient
-            chunk = views_at_once(self.recipe.parallel, model.vision, self.element)
-            backward += tower * bool(chunk and chunk < work.views)
+            at_once = kept_at_once(self.recipe.parallel, model.vision, self.element)
+            backward += tower * (at_once.share(work.views, work.patches) < 1)
         traffic = work.patches * 60 * model.vision.hidden_size * model.vision.num_layers
         if model.variant.traits.stack_source is StackSource.TAPS:  # norms, windows and copies of each stack
             traffic += work.patches * 60 * model.vision.hidden_size * len(model.vision.taps)
@@ -260,11 +269,11 @@ class Durations:
         """Bytes of the reductions of decoder and encoder, and over how many ranks."""
         parallel = self.recipe.parallel
         replicas = self.num_ranks // (parallel.tensor * parallel.pipeline)
-        decoder, found = stage_parameters(self.recipe, stage), []
+        decoder, found = self.held[stage], []
         for learned, ranks in (
             (decoder.learned - decoder.experts_learned, replicas),
             (decoder.experts_learned, self._expert_replicas()),
-            (encoder_parameters(self.recipe).learned, self.num_ranks),
+            (self.encoder.learned, self.num_ranks),
         ):
             gradient = gradient_bytes(self.recipe)
             weights = self.element if parallel.distributed_optimizer else gradient
@@ -276,11 +285,11 @@ class Durations:
         parallel = self.recipe.parallel
         return self.num_ranks // (parallel.expert * parallel.pipeline)
 
-    def _dispatch_bytes(self, batch: MicroBatchLoad) -> float:
+    def _dispatch_bytes(self) -> Costs:
         """Bytes that a rank sends for one pass of a layer with experts: tokens to them, and their answers back."""
         language, ranks = self.recipe.model.language, self.recipe.parallel.expert
         share = len(expert_layers(language)) / language.num_layers * language.num_active_experts
-        own = self._positions(batch) / self.recipe.parallel.tensor
+        own = self.positions / self.recipe.parallel.tensor
         return 2 * share * own * language.hidden_size * self.element * (ranks - 1) / ranks
 
     def _between_stages(self) -> int:

@@ -18,7 +18,7 @@ from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork
-from megatron_deepstack.planning.budget.encoder_views import kept_of_mlp, views_at_once
+from megatron_deepstack.planning.budget.encoder_views import kept_at_once, kept_of_mlp
 from megatron_deepstack.planning.budget.load import StepLoad
 from megatron_deepstack.planning.budget.received_rows import num_windows
 
@@ -42,7 +42,7 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     work = load.share
     if parallel.encoder_placement is EncoderPlacement.INLINE:
         in_flight = min(parallel.pipeline, len(load.micro_batches)) * (stage == 0)
-        work = load.micro_batches[0].work.times(in_flight)
+        work = load.micro_batches.work[0].times(in_flight)
     pixels = work.patches * 3 * model.vision.patch_size**2
     if not tower_of(model.vision).is_native:
         pixels = work.views * 3 * model.vision.image_size**2
@@ -51,36 +51,35 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     if learns or Part.VISION in trainable:
         kept += projector_elements(model, work, learns=learns)
     if Part.VISION in trainable:
-        chunk = views_at_once(parallel, model.vision, element)
-        alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
+        alive = kept_at_once(parallel, model.vision, element).share(work.views, work.patches)
         kept += alive * tower_elements(model, work, recipe.lora)
     return int(kept * element + pixels)
 
 
-def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int) -> int:
+def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int, kept: int) -> int:
     """Return what exists only while views are encoded and rows sent, before any decoder layer has run.
 
     Args:
         recipe: The recipe.
         load: The replica's micro-batches.
         element: Bytes of an entry of an activation.
-        received: Bytes of the rows that the rank will have received.
+        received: Bytes of the rows that the rank receives.
+        kept: Bytes of those that stay on the device as they arrive: all, or none where they rest on the host.
 
     Returns:
-        Bytes beside received rows: the widest operator of the tower; or all rows that the rank makes and, of one window
-        of columns, what it sends and what it receives before and after it is put in order, with the index of the rows.
+        The widest operator of the tower; or the rows that stay, all rows that the rank makes and, of one window of
+        columns, what it sends and what it receives before and after it is put in order, with the index of the rows.
     """
     if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
         return 0
     vision, work = recipe.model.vision, load.share
-    chunk = views_at_once(recipe.parallel, vision, element)
-    alive = min(chunk / work.views, 1.0) if chunk and work.views else 1.0
+    alive = kept_at_once(recipe.parallel, vision, element).share(work.views, work.patches)
     widest = alive * work.patches * (2 * vision.ffn_hidden_size + 3 * vision.hidden_size)
     hidden = recipe.model.language.hidden_size
     rows = work.units * sum(load.rows_per_unit.values())
     made, replica_rows = rows * hidden * element, int(load.units * sum(load.rows_per_unit.values()))
     window = (made + 2 * received) / num_windows(replica_rows, hidden, element)
-    return int(max(widest * element - received, made + window + rows * _INDEX_BYTES))
+    return int(max(widest * element, kept + made + window + rows * _INDEX_BYTES))
 
 
 def after_schedule(recipe: Recipe, load: StepLoad, element: int) -> int:

@@ -7,16 +7,18 @@ adds them), so a rank needs more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_deepstack.config.choices import GradientDtype, MomentDtype, Precision
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.planning.budget.parameters import (
+    Held,
     adapter_parameters,
     encoder_parameters,
     learned_parameters,
     model_parameters,
-    stage_parameters,
+    parameters_of_stages,
 )
 
 GRADIENT_BYTES = 4
@@ -47,29 +49,44 @@ def gradient_bytes(recipe: Recipe) -> int:
     return 2 if recipe.speed.gradient_dtype is GradientDtype.BF16 else GRADIENT_BYTES
 
 
-def lasting_bytes(recipe: Recipe, num_ranks: int, stage: int) -> Lasting:
-    """Return what the ranks of one pipeline stage keep from step to step.
+def lasting_bytes(recipe: Recipe, num_ranks: int) -> tuple[Lasting, ...]:
+    """Return what the ranks of each pipeline stage keep from step to step.
 
     Args:
         recipe: The recipe, whose layout has been checked.
         num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
-        stage: Number of the stage.
 
     Returns:
-        Bytes of one rank, without activations.
+        Bytes of one rank, without activations, stage by stage.
+    """
+    return lasting_bytes_of(recipe, num_ranks, parameters_of_stages(recipe))
+
+
+def lasting_bytes_of(recipe: Recipe, num_ranks: int, stages: Sequence[Held]) -> tuple[Lasting, ...]:
+    """Return what `lasting_bytes` does, for a caller that has counted the parameters of each stage already.
+
+    Args:
+        recipe: The recipe, whose layout has been checked.
+        num_ranks: Number of ranks of the run.
+        stages: The parameters of each stage, as `parameters_of_stages` counts them.
+
+    Returns:
+        Bytes of one rank, without activations, stage by stage.
     """
     parallel, element = recipe.parallel, element_bytes(recipe.train.precision)
     shares = num_ranks // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
     expert_shares = num_ranks // (parallel.expert * parallel.pipeline) if parallel.distributed_optimizer else 1
     everyone = num_ranks if parallel.distributed_optimizer else 1
-    decoder, encoder = stage_parameters(recipe, stage), encoder_parameters(recipe)
-    state = _state_bytes(recipe)
-    return Lasting(
-        weights=(decoder.total + encoder.total) * element,
-        gradients=(decoder.learned + encoder.learned) * gradient_bytes(recipe),
-        optimizer=(decoder.learned - decoder.experts_learned) * state // shares
-        + decoder.experts_learned * state // expert_shares
-        + encoder.learned * state // everyone,
+    encoder, state = encoder_parameters(recipe), _state_bytes(recipe)
+    return tuple(
+        Lasting(
+            weights=(decoder.total + encoder.total) * element,
+            gradients=(decoder.learned + encoder.learned) * gradient_bytes(recipe),
+            optimizer=(decoder.learned - decoder.experts_learned) * state // shares
+            + decoder.experts_learned * state // expert_shares
+            + encoder.learned * state // everyone,
+        )
+        for decoder in stages
     )
 
 
@@ -83,7 +100,7 @@ def rank_bytes(recipe: Recipe, num_ranks: int) -> int:
     Returns:
         Bytes, without activations.
     """
-    return max(lasting_bytes(recipe, num_ranks, stage).total for stage in range(recipe.parallel.pipeline))
+    return max(one.total for one in lasting_bytes(recipe, num_ranks))
 
 
 def weight_bytes(recipe: Recipe) -> int:

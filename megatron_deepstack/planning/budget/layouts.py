@@ -13,9 +13,9 @@ from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Rec
 from megatron_deepstack.config.sizes import expert_layers
 from megatron_deepstack.errors import ConfigError, LayoutError
 from megatron_deepstack.planning.budget.hardware import Machine
-from megatron_deepstack.planning.budget.load import Shapes
-from megatron_deepstack.planning.budget.run_plan import RunPlan, plan_run
-from megatron_deepstack.planning.check import check_world, find_plan_problems, model_ranks
+from megatron_deepstack.planning.budget.load import Shapes, StepLoads
+from megatron_deepstack.planning.budget.run_plan import MemoryPlan, RunPlan, plan_memory, plan_time
+from megatron_deepstack.planning.check import find_plan_problems, model_ranks
 
 _MOST_STAGES = 32
 _LONG_SEQUENCE = 8192
@@ -36,8 +36,8 @@ class Layouts:
 
     fitting: tuple[RunPlan, ...]
     """Those that fit, the fastest first."""
-    too_large: tuple[RunPlan, ...]
-    """Those that need too much memory, the smallest first."""
+    too_large: tuple[MemoryPlan, ...]
+    """Those that need too much memory, the smallest first; what time they would take is not estimated."""
     refused: tuple[Refused, ...]
     """Those that the model or the batch does not allow."""
 
@@ -54,22 +54,45 @@ def all_layouts(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int
     Returns:
         The layouts.
     """
-    plans, refused = [], []
+    loads, plans, refused = StepLoads(recipe.model, recipe.train, shapes), [], []
     for parallel in _candidates(recipe, machine, num_ranks):
-        other = replace(recipe, parallel=parallel)
-        problems = find_problems(other) or find_plan_problems(other)
-        if problems:
-            refused.append(Refused(parallel, problems[0].text))
-            continue
-        try:
-            check_world(other, num_ranks)
-        except (LayoutError, ConfigError) as error:
-            refused.append(Refused(parallel, error.problems[0]))
-            continue
-        plans.append(plan_run(other, shapes, machine, num_ranks))
-    fitting = sorted((one for one in plans if one.fits), key=lambda one: one.seconds.total)
+        found = _memory_of(replace(recipe, parallel=parallel), loads, machine, num_ranks)
+        if isinstance(found, Refused):
+            refused.append(found)
+        else:
+            plans.append(found)
+    fitting = sorted((plan_time(one) for one in plans if one.fits), key=lambda one: one.seconds.total)
     too_large = sorted((one for one in plans if not one.fits), key=lambda one: one.fullest.memory.total)
     return Layouts(tuple(fitting), tuple(too_large), tuple(refused))
+
+
+def any_layout_fits(recipe: Recipe, loads: StepLoads, machine: Machine, num_ranks: int) -> bool:
+    """Whether there is a layout that fits.
+
+    Args:
+        recipe: The recipe, of whose layout as much is kept as by `all_layouts`.
+        loads: Loads of the samples of one step, made for the recipe.
+        machine: The kind of device.
+        num_ranks: Number of GPUs.
+
+    Returns:
+        True at the first layout that fits.
+    """
+    for parallel in _candidates(recipe, machine, num_ranks):
+        found = _memory_of(replace(recipe, parallel=parallel), loads, machine, num_ranks)
+        if isinstance(found, MemoryPlan) and found.fits:
+            return True
+    return False
+
+
+def _memory_of(recipe: Recipe, loads: StepLoads, machine: Machine, num_ranks: int) -> MemoryPlan | Refused:
+    problems = find_problems(recipe) or find_plan_problems(recipe)
+    if problems:
+        return Refused(recipe.parallel, problems[0].text)
+    try:
+        return plan_memory(recipe, loads, machine, num_ranks)
+    except (LayoutError, ConfigError) as error:
+        return Refused(recipe.parallel, error.problems[0])
 
 
 def _candidates(recipe: Recipe, machine: Machine, num_ranks: int) -> Iterator[ParallelConfig]:

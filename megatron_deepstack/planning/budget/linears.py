@@ -40,9 +40,28 @@ def layer_weights(language: LanguageConfig, layer: int, *, active: bool = False)
     Returns:
         The entries, before any parallelism splits them.
     """
+    return _weights(language, layer in expert_layers(language), active)
+
+
+def passed_weights(language: LanguageConfig) -> int:
+    """Count the entries of all layers' matrices that a token passes; of experts those that it is sent to.
+
+    Args:
+        language: The decoder.
+
+    Returns:
+        The entries over all layers, before any parallelism splits them.
+    """
+    with_experts = len(expert_layers(language))
+    dense = language.num_layers - with_experts
+    found = dense * _weights(language, False, True)
+    return found + (with_experts * _weights(language, True, True) if with_experts else 0)
+
+
+def _weights(language: LanguageConfig, has_experts: bool, active: bool) -> int:
     sizes = linear_sizes(language)
     attention = sum(inputs * outputs for target, (inputs, outputs) in sizes.items() if target in _ATTENTION)
-    if layer not in expert_layers(language):
+    if not has_experts:
         return attention + sum(i * o for target, (i, o) in sizes.items() if target not in _ATTENTION)
     experts = language.num_active_experts if active else language.num_experts
     return attention + router_weights(language) + experts * expert_weights(language)

@@ -7,17 +7,15 @@ quadratic in each of them, and since no view is divided between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_deepstack.config.choices import Batching
-from megatron_deepstack.config.schema import ModelConfig, Recipe
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.config.traits.variants import ViewLayout
-from megatron_deepstack.planning.batch.dealing import Balance, deal, encoder_costs_of
-from megatron_deepstack.planning.batch.sequence import row_lengths
+from megatron_deepstack.planning.batch.dealing import Balance, Dealing, encoder_costs_of
 from megatron_deepstack.planning.budget.cost import EncoderWork, encoder_flops
 from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.exchange.dealing import deal_by_cost
@@ -27,6 +25,7 @@ from megatron_deepstack.planning.slots import EMBEDDING, decoder_slots
 from megatron_deepstack.planning.views import FIXED_GRID, ImageShape, read_tile_grids, tile_grid
 
 Numbers = npt.NDArray[np.int64]
+Costs = npt.NDArray[np.float64]
 _PHOTO = (640, 480)
 """Width and height in pixels of a usual image."""
 
@@ -74,34 +73,41 @@ class Shapes:
         return encoder_costs_of(model, self.units, rows)
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatchLoad:
-    """One micro-batch of a replica."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatches:
+    """The micro-batches of a replica in the order of the schedule, the most costly first; M of them."""
 
     size: int
-    """Samples or packs, B."""
-    positions: int
-    """B x S, padded."""
-    squares: float
-    """Sum of the squares of the lengths over which attention runs."""
-    work: EncoderWork
-    """Its images."""
-    targets: int
-    """Positions whose prediction is part of the loss, the only ones that the output layer computes."""
+    """Samples or packs of each, B."""
+    positions: Numbers
+    """(M,) B x S, padded."""
+    squares: Costs
+    """(M,) sums of the squares of the lengths over which attention runs."""
+    targets: Numbers
+    """(M,) positions whose prediction is part of the loss, the only ones that the output layer computes."""
+    work: tuple[EncoderWork, ...]
+    """The images of each."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def first(self, number: int) -> MicroBatches:
+        """Return the first micro-batches alone; all of them if there are fewer."""
+        parts = self.positions[:number], self.squares[:number], self.targets[:number], self.work[:number]
+        return MicroBatches(self.size, *parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepLoad:
     """The step of the replica with the most positions."""
 
-    micro_batches: tuple[MicroBatchLoad, ...]
-    """In the order of the schedule, the most costly first."""
+    micro_batches: MicroBatches
     rows_per_unit: Mapping[int, float]
     """For each slot the rows that it adds, by unit that is encoded."""
     tokens: int
     """Tokens of the whole step over all replicas, without padding."""
-    lengths: Numbers
-    """(N,) tokens of all samples."""
+    token_squares: int
+    """Sum of the squares of the tokens of each sample of the step."""
     total_work: EncoderWork
     """Images of all samples of the step."""
     share: EncoderWork
@@ -113,7 +119,63 @@ class StepLoad:
     @property
     def units(self) -> float:
         """Units of the replica."""
-        return sum(one.work.units for one in self.micro_batches)
+        return sum(one.units for one in self.micro_batches.work)
+
+
+class StepLoads:
+    """The loads of the same samples under many layouts; what several of them share is computed once."""
+
+    def __init__(self, model: ModelConfig, train: TrainConfig, shapes: Shapes) -> None:
+        self.model, self.train, self.shapes = model, train, shapes
+        self.sizes, self.rows_per_unit = _Sizes(model, shapes), rows_per_unit(model)
+        self.dealing = Dealing(shapes.lengths, shapes.encoder_costs(model), model.language, train)
+        self.total_work = self.sizes.of(np.arange(len(shapes.lengths)))
+        self._described: dict[bytes, tuple[MicroBatches, Numbers]] = {}
+        self._shares: dict[tuple[bytes, int], EncoderWork] = {}
+
+    def of(self, parallel: ParallelConfig, num_replicas: int) -> StepLoad:
+        """Divide the samples as training does, and describe the replica with the most positions.
+
+        Args:
+            parallel: A layout, which has been checked for this number of replicas.
+            num_replicas: Number of replicas.
+
+        Returns:
+            The load.
+        """
+        dealt = self.dealing.deal(parallel, num_replicas)
+        replica = int(dealt.lengths.sum(1).argmax())
+        samples, places = dealt.members(replica)
+        padded = dealt.lengths[replica]
+        key = b"".join(one.tobytes() for one in (samples, places, padded))
+        if key not in self._described:
+            self._described[key] = self._describe(samples, places, padded, dealt.packed), samples
+        ranks = model_ranks(parallel)
+        if (key, ranks) not in self._shares:
+            self._shares[key, ranks] = self.sizes.share(samples, ranks)
+        return StepLoad(
+            micro_batches=self._described[key][0],
+            rows_per_unit=self.rows_per_unit,
+            tokens=int(self.shapes.lengths.sum()),
+            token_squares=int((self.shapes.lengths**2).sum()),
+            total_work=self.total_work,
+            share=self._shares[key, ranks],
+            balance=dealt.balance,
+            packed=dealt.packed,
+            source=self.shapes.source,
+        )
+
+    def _describe(self, samples: Numbers, places: Numbers, padded: Numbers, packed: bool) -> MicroBatches:
+        """Describe the micro-batches of a replica from its samples, their places and the padded lengths."""
+        count, size = len(padded), 1 if packed else self.train.micro_batch_size
+        positions, lengths = size * padded, self.shapes.lengths[samples].astype(np.float64)
+        squares: Costs = size * padded.astype(np.float64) ** 2
+        if packed:
+            squares = np.bincount(places, lengths**2, count).astype(np.float64)
+        targets = positions
+        if self.shapes.targets is not None:
+            targets = np.bincount(places, self.shapes.targets[samples], count).astype(np.int64)
+        return MicroBatches(size, positions, squares, targets, tuple(self.sizes.by_place(samples, places, count)))
 
 
 def step_load(recipe: Recipe, shapes: Shapes, num_replicas: int) -> StepLoad:
@@ -127,38 +189,7 @@ def step_load(recipe: Recipe, shapes: Shapes, num_replicas: int) -> StepLoad:
     Returns:
         The load.
     """
-    parallel, train, model = recipe.parallel, recipe.train, recipe.model
-    packed = train.batching is Batching.PACKED
-    dealt = deal(shapes.lengths, shapes.encoder_costs(model), model.language, parallel, train, num_replicas)
-    sizes = _Sizes(model, shapes)
-    best: tuple[int, tuple[MicroBatchLoad, ...], list[int]] | None = None
-    for mine in dealt.replicas:
-        tokens = [[int(shapes.lengths[list(row)].sum()) or 1 for row in batch] for batch in mine]
-        padded = row_lengths(tokens, parallel, train)
-        batches, samples = [], list[int]()
-        for batch, length in zip(mine, padded, strict=True):
-            members = [one for row in batch for one in row]
-            lengths = shapes.lengths[members].astype(np.float64)
-            squares = float((lengths**2).sum()) if packed else len(batch) * float(length) ** 2
-            positions = len(batch) * length
-            targets = positions if shapes.targets is None else int(shapes.targets[members].sum())
-            batches.append(MicroBatchLoad(len(batch), positions, squares, sizes.of(members), targets))
-            samples += members
-        positions = sum(one.positions for one in batches)
-        if best is None or positions > best[0]:
-            best = positions, tuple(batches), samples
-    assert best is not None
-    return StepLoad(
-        micro_batches=best[1],
-        rows_per_unit=rows_per_unit(model),
-        tokens=int(shapes.lengths.sum()),
-        lengths=shapes.lengths,
-        total_work=sizes.of(range(len(shapes.lengths))),
-        share=sizes.share(best[2], model_ranks(parallel)),
-        balance=dealt.balance,
-        packed=packed,
-        source=shapes.source,
-    )
+    return StepLoads(recipe.model, recipe.train, shapes).of(recipe.parallel, num_replicas)
 
 
 class _Sizes:
@@ -171,34 +202,35 @@ class _Sizes:
             weights = [np.ones(len(views.owner)), views.frames * views.frame, views.frames * views.frame**2.0]
             self.sums = np.stack([np.bincount(views.owner, one, count) for one in weights])
 
-    def of(self, samples: Sequence[int]) -> EncoderWork:
+    def of(self, samples: Numbers) -> EncoderWork:
         """Everything of some samples."""
-        units = float(self.shapes.units[list(samples)].sum())
-        if self.shapes.views is None:
-            return EncoderWork.of_units(self.model, units)
-        return EncoderWork(units, *self.sums[:, list(samples)].sum(1).tolist())
+        return next(self.by_place(samples, np.zeros(len(samples), np.int64), 1))
 
-    def share(self, samples: Sequence[int], num_ranks: int) -> EncoderWork:
+    def by_place(self, samples: Numbers, places: Numbers, count: int) -> Iterator[EncoderWork]:
+        """What each of `count` micro-batches has of the samples at their places in it."""
+        units = np.bincount(places, self.shapes.units[samples], count)
+        if self.shapes.views is None:
+            yield from (EncoderWork.of_units(self.model, one) for one in units.tolist())
+            return
+        sums = [np.bincount(places, one[samples], count).tolist() for one in self.sums]
+        yield from (EncoderWork(*one) for one in zip(units.tolist(), *sums, strict=True))
+
+    def share(self, samples: Numbers, num_ranks: int) -> EncoderWork:
         """The share of the rank that has most to encode of some samples; views are dealt as in training."""
         views = self.shapes.views
         if views is None:
-            units = int(self.shapes.units[list(samples)].sum())
-            return EncoderWork.of_units(self.model, -(-units // num_ranks))
-        merged, here = self.model.vision.merge_size**2, np.flatnonzero(np.isin(views.owner, list(samples)))
-        works = [
-            EncoderWork(frames * patches / merged, 1.0, frames * patches, frames * patches**2.0)
-            for frames, patches in zip(views.frames[here].tolist(), views.frame[here].tolist(), strict=True)
-        ]
-        costs = [sum(encoder_flops(self.model, work)) for work in works]
-        dealt = deal_by_cost(costs, [1] * len(costs), num_ranks)
+            return EncoderWork.of_units(self.model, -(-int(self.shapes.units[samples].sum()) // num_ranks))
+        here = np.flatnonzero(np.isin(views.owner, samples))
+        frames, patches = views.frames[here], views.frame[here]
+        units = frames * patches / self.model.vision.merge_size**2
+        numbers = np.column_stack([units, np.ones(len(here)), frames * patches, frames * patches**2.0])
+        kinds, kind_of = np.unique(numbers, axis=0, return_inverse=True)
+        costs = np.array([sum(encoder_flops(self.model, EncoderWork(*one))) for one in kinds.tolist()], np.float64)
+        costs = costs[kind_of.reshape(-1)]
+        dealt = deal_by_cost(costs.tolist(), [1] * len(costs), num_ranks)
         rank_of = np.searchsorted(dealt.bounds, dealt.first_unit, side="right") - 1
         busiest = int(np.bincount(rank_of, costs, num_ranks).argmax())
-        return _together(work for work, rank in zip(works, rank_of.tolist(), strict=True) if rank == busiest)
-
-
-def _together(works: Iterable[EncoderWork]) -> EncoderWork:
-    numbers = np.array([(one.units, one.views, one.patches, one.squares) for one in works]).reshape(-1, 4)
-    return EncoderWork(*numbers.sum(0).tolist())
+        return EncoderWork(*numbers[rank_of == busiest].sum(0).tolist())
 
 
 def rows_per_unit(model: ModelConfig) -> dict[int, float]:

@@ -14,6 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_deepstack.config.choices import (
     Activation,
@@ -27,15 +31,16 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
 )
 from megatron_deepstack.config.schema import LanguageConfig, ParallelConfig, Recipe
-from megatron_deepstack.config.sizes import expert_layers, head_width, padded_vocabulary
+from megatron_deepstack.config.sizes import expert_layers, head_width, padded_vocabulary, recomputed_modules
 from megatron_deepstack.config.traits.families import family_of
 from megatron_deepstack.planning.batch.targets import ROWS_MULTIPLE
 from megatron_deepstack.planning.budget.encoder_memory import after_schedule, before_schedule, waiting
-from megatron_deepstack.planning.budget.footprint import element_bytes, lasting_bytes
+from megatron_deepstack.planning.budget.footprint import element_bytes, lasting_bytes_of
 from megatron_deepstack.planning.budget.linears import expert_weights, linear_sizes
-from megatron_deepstack.planning.budget.load import MicroBatchLoad, StepLoad
-from megatron_deepstack.planning.budget.parameters import kept_widths, stage_parameters
+from megatron_deepstack.planning.budget.load import Costs, MicroBatches, Numbers, StepLoad
+from megatron_deepstack.planning.budget.parameters import kept_widths, parameters_of_stages
 from megatron_deepstack.planning.budget.pipeline import most_in_flight
+from megatron_deepstack.planning.budget.received_rows import FETCHED_AHEAD, rest_on_host
 from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
 
 
@@ -50,7 +55,7 @@ class RankMemory:
     """Of the decoder, over all micro-batches that are in flight."""
     logits: int
     rows: int
-    """Received rows of all micro-batches, whose gradients take their place."""
+    """Received rows of all micro-batches, whose gradients take their place; or of a few, if they rest on the host."""
     encoder: int
     """Activations of tower and projector that wait for their backward."""
     transient: int
@@ -62,172 +67,209 @@ class RankMemory:
         return sum(getattr(self, one.name) for one in fields(self))
 
 
-def rank_memory(recipe: Recipe, load: StepLoad, num_ranks: int, stage: int, *, fused: bool) -> RankMemory:
-    """Estimate the memory of the ranks of one pipeline stage.
+def stage_memories(
+    recipe: Recipe, load: StepLoad, num_ranks: int, *, fused: bool, device_bytes: int | None = None
+) -> tuple[RankMemory, ...]:
+    """Estimate the memory of the ranks of each pipeline stage.
 
     Args:
         recipe: The recipe, whose layout has been checked.
         load: The replica's micro-batches.
         num_ranks: Number of ranks of the run, over which a distributed optimizer splits its states.
-        stage: Number of the stage.
         fused: Whether layers are Transformer Engine's, which keep fewer intermediate values.
+        device_bytes: Memory of a rank's device, of which too many rows take no more than a share; None if not known.
 
     Returns:
-        The bytes of each kind.
+        The bytes of each kind, stage by stage.
     """
-    model, element = recipe.model, element_bytes(recipe.train.precision)
-    lasting = lasting_bytes(recipe, num_ranks, stage)
-    chunks = [one for one in stage_chunks(model.language.num_layers, recipe.parallel) if one.pp == stage]
-    activations, logits = _activations(recipe, load, chunks, fused)
-    rows = _rows(recipe, load, chunks, element)
-    learned = stage_parameters(recipe, stage).learned > 0 and not recipe.lora.rank
-    in_schedule = _transient(recipe, load.micro_batches[0], chunks, learned, element)
-    outside = max(before_schedule(recipe, load, element, rows), after_schedule(recipe, load, element))
-    return RankMemory(
-        weights=lasting.weights,
-        gradients=lasting.gradients,
-        optimizer=lasting.optimizer,
-        activations=activations,
-        logits=logits,
-        rows=rows,
-        encoder=waiting(recipe, load, stage, element),
-        transient=max(in_schedule, outside - activations - logits),
-    )
+    chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+    kept, element = _Kept(recipe, load, fused), element_bytes(recipe.train.precision)
+    held, after = parameters_of_stages(recipe), after_schedule(recipe, load, element)
+    found = []
+    for stage, lasting in enumerate(lasting_bytes_of(recipe, num_ranks, held)):
+        mine = [one for one in chunks if one.pp == stage]
+        activations, logits = kept.of_stage(mine)
+        received = _received(recipe, load, mine, element)
+        on_host = rest_on_host(recipe.parallel.rows_on_host, received, device_bytes)
+        rows = min(_fetched(recipe, load, mine, element), received) if on_host else received
+        learned = held[stage].learned > 0 and not recipe.lora.rank
+        in_schedule = _transient(recipe, load.micro_batches, mine, learned, element)
+        sending = before_schedule(recipe, load, element, received, 0 if on_host else received)
+        outside = max(sending - rows, after)
+        found.append(
+            RankMemory(
+                weights=lasting.weights,
+                gradients=lasting.gradients,
+                optimizer=lasting.optimizer,
+                activations=activations,
+                logits=logits,
+                rows=rows,
+                encoder=waiting(recipe, load, stage, element),
+                transient=max(in_schedule, outside - activations - logits),
+            )
+        )
+    return tuple(found)
 
 
-def _activations(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], fused: bool) -> tuple[int, int]:
-    """Return bytes of activations and of logits at the fullest moment of the schedule."""
-    parallel, batches = recipe.parallel, load.micro_batches
-    fullest, logits_then = 0, 0
-    sums: dict[int, list[tuple[int, int]]] = {}
-    for chunk in chunks:  # running sums over the first micro-batches
-        found, most = [(0, 0)], _most_held(parallel, len(batches), chunk)
-        for batch in batches[:most]:
-            kept, head = chunk_activations(recipe, batch, chunk, fused=fused, packed=load.packed)
-            found.append((found[-1][0] + kept, found[-1][1] + head))
-        sums[chunk.vpp] = found
-    for held in most_in_flight(parallel, len(batches), chunks[0].pp):
-        total = sum(sums[chunk.vpp][held.get(chunk.vpp, 0)][0] for chunk in chunks)
-        logits = sum(sums[chunk.vpp][held.get(chunk.vpp, 0)][1] for chunk in chunks)
-        if total + logits > fullest:
-            fullest, logits_then = total + logits, logits
-    extra = 0
-    if parallel.recompute is Recompute.FULL and batches:
-        uniform = parallel.recompute_method is RecomputeMethod.UNIFORM
-        group = parallel.recompute_num_layers if uniform else 1
+class _Kept:
+    """What micro-batches leave in chunks for their backward passes; arrays have one entry per micro-batch, (M,)."""
+
+    def __init__(self, recipe: Recipe, load: StepLoad, fused: bool) -> None:
+        self.parallel, self.count = recipe.parallel, len(load.micro_batches)
+        parallel, language = recipe.parallel, recipe.model.language
+        batches = load.micro_batches.first(_most_held(parallel, self.count))
+        hidden = language.hidden_size * element_bytes(recipe.train.precision)
+        split, rows = _split_positions(parallel, batches), head_rows(parallel, batches)
+        vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
+        self.layer = layer_activations(recipe, batches, fused=fused, packed=load.packed)
+        self.small = _small_activations(recipe, batches)
+        self.checkpoint = (split * hidden).astype(np.int64)
+        self.head = ((2 * split + rows) * hidden).astype(np.int64)
+        self.logits = (rows * vocabulary * 4).astype(np.int64)
+
+    def of_stage(self, chunks: Sequence[Chunk]) -> tuple[int, int]:
+        """Return bytes of activations and of logits at the fullest moment of the schedule."""
+        parallel, fullest, logits_then = self.parallel, 0, 0
+        kept = [_running(self._of_chunk(chunk)) for chunk in chunks]
+        heads = [_running(self.logits * chunk.has_head) for chunk in chunks]
+        for held in most_in_flight(parallel.pipeline, parallel.virtual_pipeline, self.count, chunks[0].pp):
+            total = sum(sums[number] for sums, number in zip(kept, held, strict=True))
+            logits = sum(sums[number] for sums, number in zip(heads, held, strict=True))
+            if total + logits > fullest:
+                fullest, logits_then = total + logits, logits
+        extra = 0
+        if parallel.recompute is Recompute.FULL:
+            uniform = parallel.recompute_method is RecomputeMethod.UNIFORM
+            group = parallel.recompute_num_layers if uniform else 1
+            layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
+            if uniform or group >= layers:  # else the layers that are kept are free again when others are recomputed
+                extra = min(group, layers) * int(self.layer[0])
+        if parallel.offload_layers:
+            extra = self._in_transit(chunks)
+        return fullest - logits_then + extra, logits_then
+
+    def _in_transit(self, chunks: Sequence[Chunk]) -> int:
+        """Return the bytes of layers that are leaving for the host, or are back early, beside those that stay.
+
+        A layer leaves while the next one runs, and is back when the backward pass of that next one begins. By then
+        layers above both that stay have given their memory free.
+        """
         layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
-        if uniform or group >= layers:  # else the layers that are kept are free again when others are recomputed
-            extra = min(group, layers) * layer_activations(recipe, batches[0], fused=fused, packed=load.packed)
-    return fullest - logits_then + extra, logits_then
+        moved = min(self.parallel.offload_layers, layers)
+        return min(moved, max(2 - (layers - moved), 0)) * int(self.layer[0])
+
+    def _of_chunk(self, chunk: Chunk) -> Numbers:
+        """Bytes of activations that each micro-batch leaves in a chunk."""
+        parallel, layers = self.parallel, chunk.stop - chunk.first
+        kept: Numbers = layers * self.layer
+        if parallel.recompute is Recompute.FULL:
+            if parallel.recompute_method is RecomputeMethod.UNIFORM:
+                kept = -(-layers // parallel.recompute_num_layers) * self.checkpoint
+            else:
+                again = min(parallel.recompute_num_layers, layers)
+                kept = again * self.checkpoint + (layers - again) * self.layer
+        if parallel.offload_layers and layers:
+            moved = min(parallel.offload_layers, layers)
+            received = self.checkpoint * (not chunk.has_embedding)  # a stage's input stays
+            kept = kept - moved * (self.layer - self.small) + received
+        return kept + self.head if chunk.has_head else kept
 
 
-def _most_held(parallel: ParallelConfig, num_micro_batches: int, chunk: Chunk) -> int:
-    moments = most_in_flight(parallel, num_micro_batches, chunk.pp)
-    return max((held.get(chunk.vpp, 0) for held in moments), default=0)
+def _running(values: npt.NDArray[Any]) -> list[Any]:
+    """Return the sums of the first values: of none, of one, and so on."""
+    return [0, *np.cumsum(values).tolist()]
 
 
-def chunk_activations(
-    recipe: Recipe, batch: MicroBatchLoad, chunk: Chunk, *, fused: bool, packed: bool
-) -> tuple[int, int]:
-    """Return what one micro-batch leaves in a chunk for its backward pass.
-
-    Args:
-        recipe: The recipe.
-        batch: The micro-batch.
-        chunk: The chunk.
-        fused: Whether layers are Transformer Engine's.
-        packed: Whether the micro-batch is a pack.
-
-    Returns:
-        Bytes of activations, and bytes of logits.
-    """
-    parallel, element = recipe.parallel, element_bytes(recipe.train.precision)
-    layers = chunk.stop - chunk.first
-    whole = layer_activations(recipe, batch, fused=fused, packed=packed)
-    split = _split_positions(parallel, batch)
-    checkpoint = int(split * recipe.model.language.hidden_size * element)
-    kept = layers * whole
-    if parallel.recompute is Recompute.FULL:
-        if parallel.recompute_method is RecomputeMethod.UNIFORM:
-            kept = -(-layers // parallel.recompute_num_layers) * checkpoint
-        else:
-            again = min(parallel.recompute_num_layers, layers)
-            kept = again * checkpoint + (layers - again) * whole
-    if not chunk.has_head:
-        return kept, 0
-    rows = head_rows(parallel, batch)
-    kept += int((2 * split + rows) * recipe.model.language.hidden_size * element)
-    vocabulary = padded_vocabulary(recipe.model.language.vocab_size, parallel.tensor) // parallel.tensor
-    return kept, int(rows * vocabulary * 4)
+def _most_held(parallel: ParallelConfig, num_micro_batches: int) -> int:
+    """Return the largest number of micro-batches that any stage holds for a chunk; the first stage holds most."""
+    moments = most_in_flight(parallel.pipeline, parallel.virtual_pipeline, num_micro_batches, 0)
+    return max(map(max, moments))
 
 
-def head_rows(parallel: ParallelConfig, batch: MicroBatchLoad) -> float:
-    """Return for how many positions of a micro-batch a rank computes logits.
+def head_rows(parallel: ParallelConfig, batches: MicroBatches) -> Costs:
+    """Return for how many positions of each micro-batch a rank computes logits.
 
     Args:
         parallel: The layout.
-        batch: The micro-batch.
+        batches: The micro-batches.
 
     Returns:
-        Those of its targets, rounded up as `planning.batch.targets` does, or all that it holds.
+        float64 (M,), those of its targets, rounded up as `planning.batch.targets` does, or all that it holds.
     """
     pieces = parallel.tensor if parallel.sequence_parallel else 1
-    each = max(-(-batch.targets // (parallel.context * pieces)), 1)
+    each = np.maximum(-(-batches.targets // (parallel.context * pieces)), 1)
     rows = -(-each // ROWS_MULTIPLE) * ROWS_MULTIPLE * pieces
-    return min(rows, batch.positions / parallel.context)
+    return np.minimum(rows, batches.positions / parallel.context)
 
 
-def _split_positions(parallel: ParallelConfig, batch: MicroBatchLoad) -> float:
-    """Return the positions that a rank has between the tensor-parallel regions."""
-    return batch.positions / parallel.context / (parallel.tensor if parallel.sequence_parallel else 1)
+def _split_positions(parallel: ParallelConfig, batches: MicroBatches) -> Costs:
+    """Return the positions that a rank has of each micro-batch between the tensor-parallel regions."""
+    return batches.positions / parallel.context / (parallel.tensor if parallel.sequence_parallel else 1)
 
 
-def layer_activations(recipe: Recipe, batch: MicroBatchLoad, *, fused: bool, packed: bool) -> int:
-    """Return the bytes that one decoder layer keeps of one micro-batch, without recomputation of whole layers.
+def layer_activations(recipe: Recipe, batches: MicroBatches, *, fused: bool, packed: bool) -> Numbers:
+    """Return the bytes that one decoder layer keeps of each micro-batch, without recomputation of whole layers.
 
     Args:
         recipe: The recipe.
-        batch: The micro-batch.
+        batches: The micro-batches.
         fused: Whether layers are Transformer Engine's.
-        packed: Whether the micro-batch is a pack.
+        packed: Whether micro-batches are packs.
 
     Returns:
-        Bytes on one rank.
+        int64 (M,), bytes on one rank.
     """
     parallel, model = recipe.parallel, recipe.model
     language, element = model.language, element_bytes(recipe.train.precision)
     w, k, f = kept_widths(model, parallel.tensor)
     of_mlp = kept_of_gated_mlp(model.language, fused=fused)
     heads = language.num_heads // parallel.tensor
-    split, inner = _split_positions(parallel, batch), batch.positions / parallel.context
+    split, inner = _split_positions(parallel, batches), batches.positions / parallel.context
     h, lora = language.hidden_size, recipe.lora
     learns = Part.LANGUAGE in recipe.train.trainable
     whole, adapted = learns and not lora.rank, learns and lora.rank > 0
     needed: Collection[LoraTarget] = (tuple(LoraTarget) if whole else lora.targets) if learns else ()
-    rotary = 4 * head_width(language) * inner / batch.size * 4
+    rotary = 4 * head_width(language) * inner / batches.size * 4
     scalars = (2 * split + heads * inner) * 4
     into_norms = (LoraTarget.QKV in needed) + (
         LoraTarget.MLP_IN in needed
     )  # a linear without a gradient needs no input
-    copied = not fused and (packed or batch.size > 1 or parallel.context > 1) and LoraTarget.ATTENTION_OUTPUT in needed
+    several = packed or batches.size > 1 or parallel.context > 1
+    copied = not fused and several and LoraTarget.ATTENTION_OUTPUT in needed
     into_mlp = (of_mlp - 1) + (LoraTarget.MLP_OUT in needed)
     values = split * (2 + into_norms) * h + inner * ((w + 2 * k) + w + k + (1 + copied) * w + into_mlp * f)
     values += inner * lora.rank * len(needed) * adapted
-    if fused:
-        rotary = 0.0
-    else:
+    if not fused:
         values += split * 2 * h * whole  # normalised values, for the gradients of the norms' weights
         if language.qk_norm:
             values += inner * (2 * w + k if whole else w)
     with_experts = len(expert_layers(language)) / language.num_layers
     values += 2 * split * h * language.num_active_experts * with_experts  # sent to experts, and what they answer
-    if parallel.recompute is Recompute.SELECTIVE:
-        if RecomputeModule.CORE_ATTENTION in parallel.recompute_modules:
-            values -= inner * copied * w
-            scalars -= heads * inner * 4
-        if RecomputeModule.MLP in parallel.recompute_modules:  # all but its input, which counts with the norm
-            values -= inner * into_mlp * f
-    return int(values * element + rotary + scalars)
+    again = recomputed_modules(parallel)
+    if RecomputeModule.CORE_ATTENTION in again:
+        values -= inner * copied * w
+        scalars -= heads * inner * 4
+    if RecomputeModule.MLP in again:  # all but its input, which counts with the norm
+        values -= inner * into_mlp * f
+    if RecomputeModule.LAYER_NORM in again and learns:
+        apart = 1.0 if not fused or lora.rank else with_experts / 2  # share of the norms that no linear computes
+        values -= split * h * apart * (into_norms + (0 if fused else 2 * whole))
+        scalars -= 2 * split * apart * 4
+    if RecomputeModule.EXPERT_ACTIVATION in again and RecomputeModule.MLP not in again and learns:
+        active = language.num_active_experts * language.expert_ffn_hidden_size // parallel.tensor
+        values -= inner * active * with_experts
+    return (values * element + rotary * (not fused) + scalars).astype(np.int64)
+
+
+def _small_activations(recipe: Recipe, batches: MicroBatches) -> Numbers:
+    """Return the bytes of a layer's activations that are too small to be moved to the host: int64 (M,)."""
+    parallel = recipe.parallel
+    again, most = recomputed_modules(parallel), parallel.offload_above_mib * 2**20
+    of_norm = _split_positions(parallel, batches) * 4
+    of_attention = recipe.model.language.num_heads // parallel.tensor * batches.positions / parallel.context * 4
+    norms = 2 * of_norm * (of_norm <= most) * (RecomputeModule.LAYER_NORM not in again)
+    attention = of_attention * (of_attention <= most) * (RecomputeModule.CORE_ATTENTION not in again)
+    return (norms + attention).astype(np.int64)
 
 
 def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:
@@ -244,23 +286,48 @@ def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:
     return 3 if fused or one_operator else 5
 
 
-def _rows(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
+def _received(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
     """Return the bytes of the rows that the stage's ranks add in all micro-batches of the step."""
-    parallel, model = recipe.parallel, recipe.model
-    if parallel.encoder_placement is EncoderPlacement.INLINE:
+    if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
         return 0
-    slots = decoder_slots(model)
-    mine = {slot for chunk in chunks for slot in chunk_slots(chunk, slots)}
-    mine |= {EMBEDDING} if any(chunk.has_embedding for chunk in chunks) else set()
+    return int(sum(_rows_of_unit(recipe, load, chunk) for chunk in chunks) * load.units * element)
+
+
+def _rows_of_unit(recipe: Recipe, load: StepLoad, chunk: Chunk) -> float:
+    """Return how many numbers of rows a chunk adds on one rank for each unit that is encoded."""
+    parallel, model = recipe.parallel, recipe.model
+    mine = {*chunk_slots(chunk, decoder_slots(model)), *([EMBEDDING] if chunk.has_embedding else [])}
     split = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    rows = sum(per_unit * load.units for slot, per_unit in load.rows_per_unit.items() if slot in mine) / split
-    return int(rows * model.language.hidden_size * element)
+    rows = sum(per_unit for slot, per_unit in load.rows_per_unit.items() if slot in mine)
+    return rows / split * model.language.hidden_size
 
 
-def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], learned: bool, element: int) -> int:
+def _fetched(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
+    """Return the most bytes of rows that are on the device where they rest on the host.
+
+    These are the rows of the micro-batches in flight, those brought ahead, and the gradients of one micro-batch.
+    """
+    parallel, count = recipe.parallel, len(load.micro_batches)
+    sums = np.array(_running(np.array([one.units for one in load.micro_batches.work])))
+    each = [_rows_of_unit(recipe, load, chunk) for chunk in chunks]
+    most = max(
+        sum(rows * _most_neighbours(sums, number) for rows, number in zip(each, held, strict=True))
+        for held in most_in_flight(parallel.pipeline, parallel.virtual_pipeline, count, chunks[0].pp)
+    )
+    return int((most + max(each) * (FETCHED_AHEAD + 1) * _most_neighbours(sums, 1)) * element)
+
+
+def _most_neighbours(sums: npt.NDArray[Any], number: int) -> float:
+    """Return the largest sum over so many neighbouring micro-batches, from running sums over all of them."""
+    number = min(number, len(sums) - 1)
+    return float((sums[number:] - sums[: len(sums) - number]).max())
+
+
+def _transient(recipe: Recipe, batches: MicroBatches, chunks: Sequence[Chunk], learned: bool, element: int) -> int:
     """Return the bytes of the largest tensors that exist only within one operator's backward pass."""
     parallel, language = recipe.parallel, recipe.model.language
-    inner = batch.positions / parallel.context
+    first = batches.first(1)
+    inner = int(first.positions[0]) / parallel.context
     _, _, f = kept_widths(recipe.model, parallel.tensor)
     widest = max(inputs * outputs for inputs, outputs in linear_sizes(language).values()) // parallel.tensor
     if expert_layers(language):  # of all experts of a rank together, in their input
@@ -270,7 +337,10 @@ def _transient(recipe: Recipe, batch: MicroBatchLoad, chunks: Sequence[Chunk], l
     if any(chunk.has_head for chunk in chunks):
         vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
         copy = 4 if recipe.train.precision is Precision.FP32 else 6
-        head = head_rows(parallel, batch) * vocabulary * copy + vocabulary * language.hidden_size * element * learned
+        head = (
+            float(head_rows(parallel, first)[0]) * vocabulary * copy
+            + vocabulary * language.hidden_size * element * learned
+        )
     return int(max(layer, head))
 
 

@@ -9,7 +9,8 @@ rank holds, and what a token passes (`cost` counts operations from `linears`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_deepstack.config.choices import LoraTarget, Part
@@ -26,8 +27,8 @@ from megatron_deepstack.planning.budget.encoder_parameters import (
 from megatron_deepstack.planning.budget.linears import (
     attention_widths,
     expert_weights,
-    layer_weights,
     linear_sizes,
+    passed_weights,
     router_weights,
 )
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
@@ -50,36 +51,50 @@ class Held:
     """Of `experts`, those that learn."""
 
 
-def layer_parameters(model: ModelConfig, tensor_ranks: int = 1, layer: int | None = None) -> tuple[int, int]:
+def layer_parameters(model: ModelConfig, tensor_ranks: int = 1, *, has_experts: bool = False) -> tuple[int, int]:
     """Count the parameters of one decoder layer on one tensor-parallel rank, without its experts.
 
     Args:
         model: The recipe's model.
         tensor_ranks: Size of tp.
-        layer: Number of the layer, counted from 0, which may have experts; None for one without.
+        has_experts: Whether the layer has experts, and so a router in place of an MLP.
 
     Returns:
         Entries of matrices, and entries of norms and biases.
     """
     attention = _attention_parameters(model, tensor_ranks)
-    has_experts = layer in expert_layers(model.language)
     mlp = (router_weights(model.language), 0) if has_experts else _mlp_parameters(model, tensor_ranks)
     norms = 2 * model.language.hidden_size
     return attention[0] + mlp[0], attention[1] + mlp[1] + norms
 
 
-def expert_parameters(language: LanguageConfig, layers: Iterable[int], expert_ranks: int = 1) -> int:
+def layers_parameters(model: ModelConfig, num_layers: int, with_experts: int, tensor_ranks: int = 1) -> int:
+    """Count the parameters of some decoder layers on one tensor-parallel rank, without their experts.
+
+    Args:
+        model: The recipe's model.
+        num_layers: Number of layers.
+        with_experts: Number of those that have experts.
+        tensor_ranks: Size of tp.
+
+    Returns:
+        The entries of all.
+    """
+    found = (num_layers - with_experts) * sum(layer_parameters(model, tensor_ranks))
+    return found + with_experts * sum(layer_parameters(model, tensor_ranks, has_experts=True))
+
+
+def expert_parameters(language: LanguageConfig, with_experts: int, expert_ranks: int = 1) -> int:
     """Count the parameters of experts on one of the ranks that share them.
 
     Args:
         language: The decoder.
-        layers: Numbers of layers, with experts or without.
+        with_experts: Number of layers that have experts.
         expert_ranks: Ranks that share the experts of a layer.
 
     Returns:
         The parameters of all these layers.
     """
-    with_experts = len(set(layers) & set(expert_layers(language)))
     return with_experts * (language.num_experts // expert_ranks) * expert_weights(language)
 
 
@@ -96,8 +111,7 @@ def active_matrices(model: ModelConfig, tensor_ranks: int) -> float:
         The mean over layers.
     """
     language = model.language
-    whole = sum(layer_weights(language, layer, active=True) for layer in range(language.num_layers))
-    return whole / language.num_layers / tensor_ranks
+    return passed_weights(language) / language.num_layers / tensor_ranks
 
 
 def active_parameters(model: ModelConfig) -> int:
@@ -128,19 +142,31 @@ def _entries(model: ModelConfig, targets: tuple[LoraTarget, ...], tensor_ranks: 
     return sum(sizes[one][0] * sizes[one][1] for one in targets) // tensor_ranks
 
 
-def stage_parameters(recipe: Recipe, stage: int) -> Held:
-    """Count the decoder's parameters on a rank of one pipeline stage.
+def parameters_of_stages(recipe: Recipe) -> tuple[Held, ...]:
+    """Count the decoder's parameters on a rank of each pipeline stage.
 
     Args:
         recipe: The recipe, whose layout has been checked.
-        stage: Number of the stage.
 
     Returns:
-        The counts on each of the stage's ranks.
+        The counts on each of a stage's ranks, stage by stage.
     """
-    chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
-    found = [_chunk(recipe, chunk) for chunk in chunks if chunk.pp == stage]
-    return Held(*(sum(getattr(one, field.name) for one in found) for field in fields(Held)))
+    counted: dict[tuple[int, int, bool, bool], Held] = {}
+    found: list[list[Held]] = [[] for _ in range(recipe.parallel.pipeline)]
+    with_experts = expert_layers(recipe.model.language)
+    for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):
+        number = bisect_left(with_experts, chunk.stop) - bisect_left(with_experts, chunk.first)
+        kind = chunk.stop - chunk.first, number, chunk.has_embedding, chunk.has_head
+        if kind not in counted:
+            counted[kind] = _chunk(recipe, chunk, number)
+        found[chunk.pp].append(counted[kind])
+    return tuple(_together(mine) for mine in found)
+
+
+def _together(held: Sequence[Held]) -> Held:
+    if len(held) == 1:
+        return held[0]
+    return Held(*(sum(getattr(one, field.name) for one in held) for field in fields(Held)))
 
 
 def encoder_parameters(recipe: Recipe) -> Held:
@@ -164,8 +190,8 @@ def model_parameters(model: ModelConfig) -> dict[Part, int]:
     """
     language = model.language
     tables = (1 if language.tied_embeddings else 2) * language.vocab_size + 1  # one more for the last norm
-    layers = range(language.num_layers)
-    in_layers = sum(sum(layer_parameters(model, layer=layer)) for layer in layers) + expert_parameters(language, layers)
+    with_experts = len(expert_layers(language))
+    in_layers = layers_parameters(model, language.num_layers, with_experts) + expert_parameters(language, with_experts)
     return {
         Part.VISION: tower_parameters(model.vision).total,
         Part.PROJECTOR: projector_parameters(model),
@@ -196,18 +222,18 @@ def adapter_parameters(recipe: Recipe) -> int:
     return adapter_weights(model.language, lora) + encoder
 
 
-def _chunk(recipe: Recipe, chunk: Chunk) -> Held:
+def _chunk(recipe: Recipe, chunk: Chunk, with_experts: int) -> Held:
     model, parallel = recipe.model, recipe.parallel
-    layers = range(chunk.first, chunk.stop)
-    experts = expert_parameters(model.language, layers, parallel.expert)
+    layers = chunk.stop - chunk.first
+    experts = expert_parameters(model.language, with_experts, parallel.expert)
     tables = int(chunk.has_embedding) + int(chunk.has_head)
     if tables == 2 and model.language.tied_embeddings:
         tables = 1
     table = padded_vocabulary(model.language.vocab_size, parallel.tensor) // parallel.tensor
-    total = sum(sum(layer_parameters(model, parallel.tensor, layer)) for layer in layers) + experts
+    total = layers_parameters(model, layers, with_experts, parallel.tensor) + experts
     total += tables * table * model.language.hidden_size
     total += chunk.has_head * model.language.hidden_size
-    adapters = len(layers) * _adapters(recipe, parallel)
+    adapters = layers * _adapters(recipe, parallel)
     learned = 0
     if Part.LANGUAGE in recipe.train.trainable:
         learned = adapters if recipe.lora.rank else total

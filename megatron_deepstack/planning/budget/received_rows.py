@@ -10,12 +10,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from megatron_deepstack.config.choices import Switch
+
 WINDOW_BYTES: Final = 256 << 20
 """Bytes of a step's rows, over all ranks of the replica, that one window holds. A rank has at most about two windows
 beside its rows."""
 MOST_WINDOWS: Final = 16
 """Largest number of windows. With more, the pieces of a row would be too short to copy quickly; with 16 they have 512
 bytes at hidden size 4,096."""
+
+
+HOST_SHARE: Final = 0.05
+"""Share of a device's memory from which on a step's rows rest on the host, where `parallel.rows_on_host` is auto."""
+FETCHED_AHEAD: Final = 1
+"""Micro-batches whose rows are brought from the host before the forward pass that comes first needs them."""
+
+
+def rest_on_host(choice: Switch, num_bytes: int, device_bytes: int | None) -> bool:
+    """Decide where the received rows of a step rest. Each rank decides for itself; nothing that it sends depends on it.
+
+    Args:
+        choice: `parallel.rows_on_host`.
+        num_bytes: Bytes of the rows that the rank receives in the step, over all micro-batches.
+        device_bytes: Memory of its device; None where that is not known, as on a CPU.
+
+    Returns:
+        Whether they rest on the host.
+    """
+    if choice is Switch.AUTO:
+        return device_bytes is not None and num_bytes > HOST_SHARE * device_bytes
+    return choice is Switch.ALWAYS and num_bytes > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import numpy as np
+
 from megatron_deepstack.config.check import find_problems
-from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute
-from megatron_deepstack.config.schema import Recipe
+from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, Switch
+from megatron_deepstack.config.schema import ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import LayoutError
-from megatron_deepstack.planning.budget.cost import encoder_training_flops, head_training_flops, training_flops
+from megatron_deepstack.planning.budget.cost import (
+    decoder_training_flops,
+    encoder_training_flops,
+    head_training_flops,
+)
 from megatron_deepstack.planning.budget.durations import Bytes, Durations
 from megatron_deepstack.planning.budget.hardware import CPU, Machine
-from megatron_deepstack.planning.budget.load import MicroBatchLoad, Shapes, StepLoad, step_load
-from megatron_deepstack.planning.budget.memory import RankMemory, rank_memory, uses_fused_layers
-from megatron_deepstack.planning.budget.pipeline import BACKWARD, FORWARD, Pass, TimedPass, simulate
+from megatron_deepstack.planning.budget.load import Numbers, Shapes, StepLoad, StepLoads
+from megatron_deepstack.planning.budget.memory import RankMemory, stage_memories, uses_fused_layers
+from megatron_deepstack.planning.budget.pipeline import BACKWARD, FORWARD, Timeline, simulate
 from megatron_deepstack.planning.check import check_world, find_plan_problems, model_ranks
 from megatron_deepstack.planning.slots import Chunk, stage_chunks
 
@@ -72,23 +77,15 @@ class StepSeconds:
         return self.encode + self.schedule + self.encoder_backward + self.reduction + self.optimizer
 
 
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """What is predicted of a run."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MemoryPlan:
+    """What memory a run needs."""
 
     recipe: Recipe
     machine: Machine
     num_ranks: int
     load: StepLoad
     stages: tuple[StagePlan, ...]
-    flops: Flops
-    sent: Bytes
-    """Of a rank of the stage that sends most."""
-    timeline: tuple[tuple[TimedPass, ...], ...]
-    """The simulated passes of each stage; the first micro-batches of a long step."""
-    bubble: float
-    """Share of the schedule in which a stage runs no pass, on average."""
-    seconds: StepSeconds
 
     @property
     def limit_bytes(self) -> int | None:
@@ -105,6 +102,20 @@ class RunPlan:
     def fits(self) -> bool:
         """Whether all ranks have enough memory, as far as it is known."""
         return self.limit_bytes is None or self.fullest.memory.total <= self.limit_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunPlan(MemoryPlan):
+    """What is predicted of a run."""
+
+    flops: Flops
+    sent: Bytes
+    """Of a rank of the stage that sends most."""
+    timeline: Timeline
+    """The simulated passes of each stage; the first micro-batches of a long step."""
+    bubble: float
+    """Share of the schedule in which a stage runs no pass, on average."""
+    seconds: StepSeconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -124,6 +135,62 @@ class RunPlan:
         return self.seconds.total * self.recipe.train.steps / 3600
 
 
+def plan_memory(recipe: Recipe, loads: StepLoads, machine: Machine, num_ranks: int) -> MemoryPlan:
+    """Estimate the memory of a run, which takes far less time than to simulate its pipeline.
+
+    Args:
+        recipe: The recipe.
+        loads: Loads of the samples of one step, made for the recipe's model and its section `train`.
+        machine: The kind of device.
+        num_ranks: Number of all ranks.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        LayoutError: The ranks do not hold whole replicas, or the batch does not divide.
+    """
+    check_world(recipe, num_ranks)
+    load = loads.of(recipe.parallel, num_ranks // model_ranks(recipe.parallel))
+    fused = uses_fused_layers(recipe, on_gpu=machine is not CPU)
+    chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
+    memories = stage_memories(recipe, load, num_ranks, fused=fused, device_bytes=machine.memory_bytes)
+    stages = tuple(
+        StagePlan(stage, tuple(chunk for chunk in chunks if chunk.pp == stage), memory)
+        for stage, memory in enumerate(memories)
+    )
+    return MemoryPlan(recipe, machine, num_ranks, load, stages)
+
+
+def plan_time(plan: MemoryPlan) -> RunPlan:
+    """Estimate the time of a run whose memory is known.
+
+    Args:
+        plan: The estimate of its memory.
+
+    Returns:
+        The whole estimate.
+    """
+    recipe, load, stages = plan.recipe, plan.load, plan.stages
+    durations = Durations(recipe, load, plan.machine, plan.num_ranks)
+    timeline, schedule, bubble = _schedule(recipe, stages, durations)
+    encode, encode_back = durations.encode()
+    sent = max(
+        durations.bytes_of_stages([sum(chunk.stop - chunk.first for chunk in one.chunks) for one in stages]),
+        key=lambda one: one.tensor + one.expert + one.context + one.pipeline + one.rows + one.gradients,
+    )
+    seconds = StepSeconds(
+        encode=encode,
+        schedule=schedule,
+        encoder_backward=encode_back,
+        reduction=max(_exposed(recipe, one, durations) for one in stages),
+        optimizer=max(durations.update(one.stage) for one in stages),
+    )
+    return RunPlan(
+        recipe, plan.machine, plan.num_ranks, load, stages, _flops(recipe, load), sent, timeline, bubble, seconds
+    )
+
+
 def plan_run(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int) -> RunPlan:
     """Estimate a run.
 
@@ -139,109 +206,60 @@ def plan_run(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int) -
     Raises:
         LayoutError: The ranks do not hold whole replicas, or the batch does not divide.
     """
-    check_world(recipe, num_ranks)
-    parallel = recipe.parallel
-    load = step_load(recipe, shapes, num_ranks // model_ranks(parallel))
-    fused = uses_fused_layers(recipe, on_gpu=machine is not CPU)
-    chunks = stage_chunks(recipe.model.language.num_layers, parallel)
-    stages = tuple(
-        StagePlan(
-            stage,
-            tuple(chunk for chunk in chunks if chunk.pp == stage),
-            rank_memory(recipe, load, num_ranks, stage, fused=fused),
-        )
-        for stage in range(parallel.pipeline)
-    )
-    durations = Durations(recipe, load, machine, num_ranks)
-    timeline, schedule, bubble = _schedule(recipe, load, stages, durations)
-    encode, encode_back = durations.encode()
-    sent = max(
-        (durations.bytes_of_stage(one.stage, sum(c.stop - c.first for c in one.chunks)) for one in stages),
-        key=lambda one: one.tensor + one.expert + one.context + one.pipeline + one.rows + one.gradients,
-    )
-    return RunPlan(
-        recipe=recipe,
-        machine=machine,
-        num_ranks=num_ranks,
-        load=load,
-        stages=stages,
-        flops=_flops(recipe, load),
-        sent=sent,
-        timeline=timeline,
-        bubble=bubble,
-        seconds=StepSeconds(
-            encode=encode,
-            schedule=schedule,
-            encoder_backward=encode_back,
-            reduction=max(_exposed(recipe, load, one, durations) for one in stages),
-            optimizer=max(durations.update(one.stage) for one in stages),
-        ),
-    )
+    return plan_time(plan_memory(recipe, StepLoads(recipe.model, recipe.train, shapes), machine, num_ranks))
 
 
 def _flops(recipe: Recipe, load: StepLoad) -> Flops:
     model, trainable = recipe.model, recipe.train.trainable
-    decoder = training_flops(model, trainable, recipe.lora, load.lengths.tolist(), 0)
+    decoder = decoder_training_flops(model.language, trainable, recipe.lora, load.tokens, load.token_squares)
     head = head_training_flops(model.language, trainable, recipe.lora, float(load.tokens))
     encoder = encoder_training_flops(model, trainable, recipe.lora, load.total_work)
     return Flops(decoder=decoder - head, head=head, encoder=encoder)
 
 
-def _schedule(
-    recipe: Recipe, load: StepLoad, stages: tuple[StagePlan, ...], durations: Durations
-) -> tuple[tuple[tuple[TimedPass, ...], ...], float, float]:
-    """Return the passes of each stage, the seconds of the whole schedule, and the share of it that is idle."""
-    parallel, batches = recipe.parallel, load.micro_batches
-    per_batch = 2 * parallel.pipeline * parallel.virtual_pipeline
+def _schedule(recipe: Recipe, stages: tuple[StagePlan, ...], durations: Durations) -> tuple[Timeline, float, float]:
+    """Return the simulated passes, the seconds of the whole schedule, and the share of it that is idle."""
+    parallel = recipe.parallel
+    places = sorted((chunk for one in stages for chunk in one.chunks), key=lambda chunk: (chunk.vpp, chunk.pp))
+    forward, backward = zip(*(durations.passes(chunk) for chunk in places), strict=True)
+    shown = _shown(parallel, len(durations.positions))
+    timeline = simulate(
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        [one[shown].tolist() for one in forward],
+        [one[shown].tolist() for one in backward],
+        durations.message(),
+    )
+    work = [there + back for there, back in zip(forward, backward, strict=True)]
+    whole, busy = np.zeros(parallel.pipeline), np.zeros(parallel.pipeline)
+    for chunk, seconds in zip(places, work, strict=True):
+        whole[chunk.pp] += seconds.sum()
+        busy[chunk.pp] += seconds[shown].sum()
+    schedule = float(timeline.seconds + whole.max() - busy.max())
+    bubble = 1 - float(whole.mean()) / schedule if schedule else 0.0
+    return timeline, schedule, max(bubble, 0.0)
+
+
+def _shown(parallel: ParallelConfig, num_micro_batches: int) -> Numbers:
+    """Choose the micro-batches that are simulated: all of a short step, every n-th of a long one."""
     round_ = parallel.pipeline
-    most = max(_SIMULATED_PASSES // per_batch // round_, 2) * round_
-    shown = batches[:: max(len(batches) // most, 1)][:most] if len(batches) > most else batches
+    most = max(_SIMULATED_PASSES // (2 * round_ * parallel.virtual_pipeline) // round_, 2) * round_
+    shown = np.arange(0, num_micro_batches, max(num_micro_batches // most, 1))[:most]
     if parallel.virtual_pipeline > 1:
         shown = shown[: max(len(shown) // round_ * round_, round_)]
-    seconds = _seconds_of(stages, shown, durations)
-    timed = simulate(parallel, len(shown), seconds, durations.message(batches[0]))
-    busy = [sum(one.end - one.begin for one in stage) for stage in timed]
-    whole = [_work(stage, batches, durations) for stage in stages]
-    simulated = max(stage[-1].end for stage in timed if stage)
-    schedule = simulated + max(whole) - max(busy)
-    bubble = 1 - sum(whole) / len(whole) / schedule if schedule else 0.0
-    return tuple(tuple(stage) for stage in timed), schedule, max(bubble, 0.0)
+    return shown
 
 
-def _seconds_of(
-    stages: tuple[StagePlan, ...], batches: tuple[MicroBatchLoad, ...], durations: Durations
-) -> Callable[[Pass, int], float]:
-    found: dict[tuple[str, int, int, int], float] = {}
-
-    def seconds(one: Pass, stage: int) -> float:
-        batch = batches[one.micro_batch]
-        key = one.kind, id(batch), one.chunk, stage
-        if key not in found:
-            chunk = stages[stage].chunks[one.chunk]
-            found[key] = (durations.forward if one.kind == FORWARD else durations.backward)(batch, chunk)
-        return found[key]
-
-    return seconds
-
-
-def _work(stage: StagePlan, batches: tuple[MicroBatchLoad, ...], durations: Durations) -> float:
-    return sum(
-        count * (durations.forward(one, chunk) + durations.backward(one, chunk))
-        for one, count in Counter(batches).items()
-        for chunk in stage.chunks
-    )
-
-
-def _exposed(recipe: Recipe, load: StepLoad, stage: StagePlan, durations: Durations) -> float:
+def _exposed(recipe: Recipe, stage: StagePlan, durations: Durations) -> float:
     """Return the seconds of a stage's reduction that nothing hides."""
     whole = durations.reduce(stage.stage)
     if not recipe.parallel.overlap_grad_reduce:
         return whole
-    last = sum(durations.backward(load.micro_batches[-1], chunk) for chunk in stage.chunks)
+    last = sum(float(durations.passes(chunk)[1][-1]) for chunk in stage.chunks)
     return max(whole - last, _EXPOSED * whole)
 
 
-def advice(plan: RunPlan, shapes: Shapes) -> str:
+def advice(plan: MemoryPlan, shapes: Shapes) -> str:
     """Find what would make a run fit.
 
     Args:
@@ -255,23 +273,26 @@ def advice(plan: RunPlan, shapes: Shapes) -> str:
     return " or ".join(filter(None, (_more_replicas(plan, shapes), _overrides(plan, shapes))))
 
 
-def _more_replicas(plan: RunPlan, shapes: Shapes) -> str:
+def _more_replicas(plan: MemoryPlan, shapes: Shapes) -> str:
     """Find the smallest number of ranks, up to eight times as many, with which the distributed optimizer fits."""
-    if not plan.recipe.parallel.distributed_optimizer:
+    recipe = plan.recipe
+    if not recipe.parallel.distributed_optimizer:
         return ""
+    loads = StepLoads(recipe.model, recipe.train, shapes)
     for factor in (2, 4, 8):
         num_ranks = factor * plan.num_ranks
         try:
-            if plan_run(plan.recipe, shapes, plan.machine, num_ranks).fits:
+            if plan_memory(recipe, loads, plan.machine, num_ranks).fits:
                 return f"--ranks {num_ranks}"
         except LayoutError:
             continue  # so many replicas do not divide the batch
     return ""
 
 
-def _overrides(plan: RunPlan, shapes: Shapes) -> str:
+def _overrides(plan: MemoryPlan, shapes: Shapes) -> str:
     """Find the fewest changes of the recipe with which it fits on as many ranks."""
     knobs = list(_knobs(plan))
+    loads: dict[TrainConfig, StepLoads] = {}
     for number in (1, 2, 3):
         for chosen in combinations(knobs, number):
             recipe, texts = plan.recipe, list[str]()
@@ -279,21 +300,25 @@ def _overrides(plan: RunPlan, shapes: Shapes) -> str:
                 recipe, texts = change(recipe), [*texts, text]
             if find_problems(recipe) or find_plan_problems(recipe):
                 continue
+            if recipe.train not in loads:
+                loads[recipe.train] = StepLoads(recipe.model, recipe.train, shapes)
             try:
-                if plan_run(recipe, shapes, plan.machine, plan.num_ranks).fits:
+                if plan_memory(recipe, loads[recipe.train], plan.machine, plan.num_ranks).fits:
                     return " ".join(texts)
             except LayoutError:
                 continue
     return ""
 
 
-def _knobs(plan: RunPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]:
+def _knobs(plan: MemoryPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]:
     """List changes of the recipe that lower memory, the cheapest in time first."""
     recipe, parallel = plan.recipe, plan.recipe.parallel
     if not parallel.distributed_optimizer and plan.num_ranks > 1:
         yield "parallel.distributed_optimizer=true", _parallel(distributed_optimizer=True)
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         yield "parallel.sequence_parallel=true", _parallel(sequence_parallel=True)
+    if parallel.encoder_placement is EncoderPlacement.SPREAD and parallel.rows_on_host is not Switch.ALWAYS:
+        yield "parallel.rows_on_host=always", _parallel(rows_on_host=Switch.ALWAYS)
     if Part.VISION in recipe.train.trainable and not (parallel.encoder_chunk_views or parallel.encoder_memory_gib):
         yield "parallel.encoder_chunk_views=8", _parallel(encoder_chunk_views=8)
     if recipe.train.micro_batch_size > 1:
@@ -331,10 +356,10 @@ def boxes(plan: RunPlan, stage: int) -> Iterator[tuple[str, int | None, int, flo
     parts, start = plan.seconds, plan.seconds.encode
     if parts.encode:
         yield "encode", None, 0, 0.0, parts.encode
-    for one in plan.timeline[stage]:
+    for one in plan.timeline.of_stage(stage):
         kind = "forward" if one.kind == FORWARD else BACKWARD
         yield kind, one.micro_batch, one.chunk, start + one.begin, start + one.end
-    end = start + max(passes[-1].end for passes in plan.timeline if passes)
+    end = start + plan.timeline.seconds
     for kind, seconds in (
         ("encoder backward", parts.encoder_backward),
         ("finalise", parts.reduction),
@@ -347,6 +372,7 @@ def boxes(plan: RunPlan, stage: int) -> Iterator[tuple[str, int | None, int, flo
 
 NOT_MODELLED: Mapping[str, str] = {
     "memory": "communication buffers, workspaces and fragmentation beyond a fixed reserve; CUDA graphs; FP8 copies",
-    "time": "reading data, checkpoints, validation, kernel launches, jitter, other traffic on the network",
+    "time": "reading data, checkpoints, validation, kernel launches, jitter, other traffic on the network, activations "
+    "on their way to the host and back",
 }
 """What an estimate leaves out, in words."""

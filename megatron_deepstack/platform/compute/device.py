@@ -105,3 +105,8 @@ def cuda_facts() -> dict[str, Any]:
 def gpu_memories() -> tuple[int, ...]:
     """Return the memory in bytes of each GPU that is visible to this process."""
     return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+
+
+def device_memory_bytes() -> int | None:
+    """Return the memory in bytes of this rank's GPU; None without one."""
+    return torch.cuda.get_device_properties(local_device()).total_memory if has_gpu() else None

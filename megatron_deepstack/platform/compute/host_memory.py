@@ -22,8 +22,14 @@ _ALIGNMENT = 64
 class HostMemory:
     """A region that grows and is reused. `handle` may be inherited by another process and mapped there."""
 
-    def __init__(self) -> None:
-        self.handle = os.memfd_create("checkpoint")
+    def __init__(self, purpose: str = "checkpoints") -> None:
+        """Make a region without any memory.
+
+        Args:
+            purpose: What is copied into it, for the system's list of files and for messages.
+        """
+        self.purpose = purpose
+        self.handle = os.memfd_create(purpose)
         self.num_bytes = 0
         self.is_locked = False
         """Whether it is page-locked now; if not, copies from a GPU are slower and hold up the host."""
@@ -69,7 +75,7 @@ class HostMemory:
             self.is_locked = True
         except RuntimeError as error:
             warnings.warn(
-                f"{self.num_bytes} bytes of host memory cannot be page-locked ({error}); copies of checkpoints from "
+                f"{self.num_bytes} bytes of host memory cannot be page-locked ({error}); copies of {self.purpose} from "
                 "the GPU will be slower. A higher limit of locked memory (ulimit -l) or less memory in use may help",
                 RuntimeWarning,
                 stacklevel=2,

@@ -17,6 +17,7 @@ from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.model.weights import encoder_rules
 from megatron_deepstack.parallel.groups import Groups
 from megatron_deepstack.planning.budget.cost import projector_flops, view_flops
+from megatron_deepstack.planning.budget.encoder_views import AtOnce
 from megatron_deepstack.platform.compute.capabilities import capabilities
 from megatron_deepstack.platform.compute.device import has_gpu, local_device, max_memory_bytes
 from megatron_deepstack.platform.compute.measure import release_memory
@@ -137,8 +138,8 @@ class Measure:
                 seconds = mean_seconds(partial(self._train, pixels, chunk), repeats, warm_up=1)
                 self._row(what, len(pixels), seconds, flops, peak_GB=max_memory_bytes() / 1e9)
 
-    def _train(self, pixels: torch.Tensor, chunk_views: int) -> None:
-        encoded = EncoderPass(self.encoder, Views(pixels), chunk_views)
+    def _train(self, pixels: torch.Tensor, views_at_once: int) -> None:
+        encoded = EncoderPass(self.encoder, Views(pixels), AtOnce(views=views_at_once))
         encoded.backward(torch.ones_like(encoded.rows))
 
     def _row(self, what: str, views: int, seconds: float, flops: float, **more: float) -> None:

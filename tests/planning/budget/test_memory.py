@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_deepstack.config.choices import Batching, LoraTarget, Part, Recompute, RecomputeMethod, Variant
+from megatron_deepstack.config.choices import (
+    Batching,
+    LoraTarget,
+    Part,
+    Recompute,
+    RecomputeMethod,
+    RecomputeModule,
+    Variant,
+)
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     LoraConfig,
@@ -23,7 +31,7 @@ from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.planning.budget.cost import EncoderWork
 from megatron_deepstack.planning.budget.encoder_memory import projector_elements
 from megatron_deepstack.planning.budget.load import Shapes, Views, step_load
-from megatron_deepstack.planning.budget.memory import rank_memory
+from megatron_deepstack.planning.budget.memory import stage_memories
 from megatron_deepstack.planning.check import model_ranks
 from megatron_deepstack.planning.views import ViewGrid, num_views
 from megatron_deepstack.testing.ranks import RankPool
@@ -149,6 +157,8 @@ QFORMERS = tiny_model(
 BLOCK = ParallelConfig(
     pipeline=2, recompute=Recompute.FULL, recompute_method=RecomputeMethod.BLOCK, recompute_num_layers=2
 )
+NORMS = ParallelConfig(recompute=Recompute.SELECTIVE, recompute_modules=(RecomputeModule.LAYER_NORM,))
+HOST = ParallelConfig(offload_layers=5, offload_above_mib=0.0)
 LAYOUTS = [
     pytest.param(1, ParallelConfig(), Batching.PADDED, tuple(Part), id="one"),
     pytest.param(1, ParallelConfig(), Batching.PACKED, tuple(Part), id="one-packed"),
@@ -164,6 +174,21 @@ LAYOUTS = [
         marks=pytest.mark.slow,
     ),
     pytest.param(2, BLOCK, Batching.PACKED, tuple(Part), id="pp2-recompute"),
+    pytest.param(1, NORMS, Batching.PACKED, tuple(Part), id="one-norms", marks=pytest.mark.slow),
+    pytest.param(
+        1, replace(HOST, offload_layers=2), Batching.PACKED, tuple(Part), id="one-host", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        1, replace(HOST, offload_layers=8), Batching.PADDED, tuple(Part), id="one-all-host", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        2,
+        replace(HOST, pipeline=2, offload_layers=3),
+        Batching.PACKED,
+        tuple(Part),
+        id="pp2-host",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         2,
         ParallelConfig(tensor=2, sequence_parallel=True),
@@ -187,9 +212,9 @@ def check(ranks: Pools, recipe: Recipe, num_ranks: int, tolerance: float = TOLER
     """Compare each rank's largest allocation with what is predicted of its stage."""
     shapes = shapes_of(recipe.model, samples_of(recipe.model))
     load = step_load(recipe, shapes, num_ranks // model_ranks(recipe.parallel))
+    expected = stage_memories(recipe, load, num_ranks, fused=False)
     for stage, found in ranks(num_ranks).run(allocated, recipe):
-        expected = rank_memory(recipe, load, num_ranks, stage, fused=False)
-        assert expected.total == pytest.approx(found, rel=tolerance), f"stage {stage}: {expected}"
+        assert expected[stage].total == pytest.approx(found, rel=tolerance), f"stage {stage}: {expected[stage]}"
 
 
 def recipe_of(model: ModelConfig, parallel: ParallelConfig, batching: Batching, trainable: tuple[Part, ...]) -> Recipe:

@@ -32,7 +32,7 @@ from megatron_deepstack.planning.budget.parameters import (
     active_parameters,
     encoder_parameters,
     model_parameters,
-    stage_parameters,
+    parameters_of_stages,
 )
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import tiny_model, tiny_qwen3_vl, tiny_qwen3_vl_moe, tiny_recipe
@@ -138,7 +138,7 @@ def test_parameters_of_each_rank_are_exact(ranks: Pools, name: str, num_ranks: i
     for found in ranks(num_ranks).run(counted, model, cases):
         for (stage, everything, learned), (parallel, lora, trainable) in zip(found, cases, strict=True):
             recipe = replace(tiny_recipe(model, parallel, trainable=trainable), lora=lora)
-            held = [stage_parameters(recipe, stage), encoder_parameters(recipe)]
+            held = [parameters_of_stages(recipe)[stage], encoder_parameters(recipe)]
             assert everything == [one.total for one in held], (stage, parallel, lora)
             assert learned == [one.learned for one in held], (stage, parallel, trainable)
 
@@ -158,7 +158,7 @@ def test_parameters_of_experts_are_exact(ranks: Pools, num_ranks: int) -> None:
     cases = [(parallel, LoraConfig(), tuple(Part)) for parallel in (layouts if num_ranks == 2 else [ParallelConfig()])]
     for found in ranks(num_ranks).run(counted, WITH_EXPERTS, cases):
         for (stage, everything, learned), (parallel, _, _) in zip(found, cases, strict=True):
-            held = stage_parameters(tiny_recipe(WITH_EXPERTS, parallel), stage)
+            held = parameters_of_stages(tiny_recipe(WITH_EXPERTS, parallel))[stage]
             assert (everything[0], learned[0]) == (held.total, held.learned), (stage, parallel)
             with_experts = 6 if parallel.pipeline == 1 else (2, 4)[stage]
             assert held.experts == held.experts_learned == with_experts * 4 // parallel.expert * 3 * 32 * 20
@@ -185,17 +185,17 @@ def test_the_whole_model_has_the_parameters_of_one_rank_without_padding() -> Non
         recipe, parts = tiny_recipe(model), model_parameters(model)
         tables = 1 if model.language.tied_embeddings else 2
         padding = tables * (128 - 61) * model.language.hidden_size
-        assert parts[Part.LANGUAGE] == stage_parameters(recipe, 0).total - padding, name
+        assert parts[Part.LANGUAGE] == parameters_of_stages(recipe)[0].total - padding, name
         assert parts[Part.VISION] + parts[Part.PROJECTOR] == encoder_parameters(recipe).total, name
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision", "llama"])
 def test_what_a_launch_asks_for_is_what_the_fullest_stage_keeps(name: str) -> None:
     recipe = tiny_recipe(MODELS[name], ParallelConfig(pipeline=2, layers_per_stage=(3, 5)))
-    both = [lasting_bytes(recipe, 2, stage) for stage in (0, 1)]
+    both = lasting_bytes(recipe, 2)
     assert rank_bytes(recipe, 2) == max(one.total for one in both)
     for stage, one in enumerate(both):
-        held = stage_parameters(recipe, stage).total + encoder_parameters(recipe).total
+        held = parameters_of_stages(recipe)[stage].total + encoder_parameters(recipe).total
         assert one.weights == 4 * held
 
 
@@ -211,8 +211,8 @@ def test_bytes_of_gradients_and_states(overrides: dict[str, str], per_parameter:
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, moment_dtype=MomentDtype.BF16))
     if "gradient_dtype" in overrides:
         recipe = replace(recipe, speed=replace(recipe.speed, gradient_dtype=GradientDtype.BF16))
-    learned = stage_parameters(recipe, 0).learned + encoder_parameters(recipe).learned
-    alone, shared = lasting_bytes(recipe, 1, 0), lasting_bytes(recipe, 2, 0)
+    learned = parameters_of_stages(recipe)[0].learned + encoder_parameters(recipe).learned
+    alone, shared = lasting_bytes(recipe, 1)[0], lasting_bytes(recipe, 2)[0]
     assert alone.gradients + alone.optimizer == learned * per_parameter
     assert abs(2 * shared.optimizer - alone.optimizer) < 32
     assert shared.gradients == alone.gradients

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_deepstack.config.choices import Recompute
+from megatron_deepstack.config.choices import Recompute, Switch
 from megatron_deepstack.config.load import load_recipe
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.errors import ConfigError
@@ -77,6 +77,9 @@ def test_all_layouts_are_ranked_and_the_others_have_reasons() -> None:
     assert all(one.reason for one in found.refused)
     assert found.refused, "three stages do not divide 32 layers"
     assert len({describe(plan.recipe.parallel, 6) for plan in found.fitting}) == len(found.fitting)
+    for plan in found.fitting[:3]:
+        alone = plan_run(plan.recipe, SHAPES, H100, 6)
+        assert (alone.seconds, alone.stages, alone.flops) == (plan.seconds, plan.stages, plan.flops)
     small = all_layouts(RECIPE, SHAPES, H100, 1)
     assert not small.fitting
     assert all(not plan.fits for plan in small.too_large)
@@ -106,3 +109,19 @@ def test_text_alone_needs_no_encoder_time() -> None:
     plan = plan_run(RECIPE, text, H100, 8)
     assert plan.flops.encoder == 0
     assert plan.seconds.encode < 1e-3
+
+
+def test_rows_on_the_host_are_bounded_whatever_the_number_of_micro_batches() -> None:
+    """The first stage of four: on the device 13 GB of rows with one replica, 26 GB with twice the batch."""
+    found: dict[Switch, list[int]] = {}
+    for where in Switch:
+        for batch in (128, 256):
+            layout = ["parallel.pipeline=4", f"train.global_batch_size={batch}", f"parallel.rows_on_host={where}"]
+            recipe = load_recipe("deepstack_hd_7b_finetune", layout)
+            plan = plan_run(recipe, drawn_shapes(recipe), H100, 4)
+            found.setdefault(where, []).append(plan.stages[0].memory.rows)
+    once, twice = found[Switch.NEVER]
+    assert 1.9 < twice / once < 2.1
+    assert once > 8 * found[Switch.ALWAYS][0]
+    assert found[Switch.ALWAYS][1] < 1.2 * found[Switch.ALWAYS][0]
+    assert found[Switch.AUTO] == found[Switch.ALWAYS]
