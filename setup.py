@@ -32,7 +32,6 @@ setup(
         "numcodecs>=0.15",
         "numpy>=2",
         "omegaconf>=2.4",
-        "protobuf>=5",
         "psutil>=5.9",
         "ray[default,train]>=2.60,<3",
         "rich>=13",

@@ -10,8 +10,8 @@ Ratios on one rank: a small model is trained on this machine in pairs of ways, a
 is compared with the predicted one.
 
 Ratios of two ranks: the same with layouts of two ranks, for which the time of the clock counts, since ranks wait for
-each other. The planner's CPU is given this machine's own speed of products and of gloo's messages, measured in the same
-run: how fast a machine is, is no question to the planner. Two cores must be free for these.
+each other. The planner's CPU is given this machine's own speed of products and of gloo's messages between products,
+measured in the same run: how fast a machine is, is no question to the planner. Two cores must be free for these.
 
 The last line is one JSON object with the worst errors. Run on an idle machine: python tools/bench_plan.py
 """
@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -162,8 +164,6 @@ def pair_recipe(change: dict[str, Any]) -> tuple[Recipe, int]:
 
 def measured(rank: int, recipe: Recipe, length: int, repeats: int) -> tuple[float, list[float]]:
     """Of steps' forward and backward passes, the smallest process CPU seconds, and each one's seconds by the clock."""
-    import time
-
     import torch.distributed as dist
 
     from megatron_deepstack.model.build import build_model, fill_model, freeze
@@ -202,8 +202,6 @@ def measured(rank: int, recipe: Recipe, length: int, repeats: int) -> tuple[floa
 
 def speed_here(rank: int) -> tuple[float, float, float]:
     """FLOP/s of a product as large as the model's, and seconds and bytes per second of sums over two ranks."""
-    import time
-
     import torch
     import torch.distributed as dist
 
@@ -213,18 +211,28 @@ def speed_here(rank: int) -> tuple[float, float, float]:
     assert everyone is not None, "a pool's ranks are a world"
 
     def shortest(work: Callable[[], object], repeats: int) -> float:
+        return min(_seconds(work) for _ in range(repeats))
+
+    def between_products(message: Callable[[], object], repeats: int) -> float:
+        """As in a step, where a rank comes to a message from other work, and the other one not at the same moment."""
         times = []
         for _ in range(repeats):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
-        return min(times)
+            for _ in range(4):
+                left @ right
+            times.append(_seconds(message))
+        return statistics.median(times)
 
     left, right, small, large = (torch.ones(shape) for shape in ((256, 192), (192, 512), (1, 1), (2**20, 1)))
     product = shortest(lambda: left @ right, 200)
-    latency = shortest(lambda: sum_over_group(small, everyone), 200)
-    message = shortest(lambda: sum_over_group(large, everyone), 20) - latency
+    latency = between_products(lambda: sum_over_group(small, everyone), 200)
+    message = between_products(lambda: sum_over_group(large, everyone), 20) - latency
     return 2 * 256 * 192 * 512 / product, latency, large.nbytes / message
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
 
 
 def machine_here(pool: Any) -> Machine:

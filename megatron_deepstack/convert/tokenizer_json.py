@@ -10,12 +10,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
 
+from megatron_deepstack.convert.sentencepiece_model import (
+    ModelKind,
+    Piece,
+    PieceKind,
+    SentencePieceModel,
+    read_sentencepiece,
+)
 from megatron_deepstack.data.text.hf_tokenizer import TOKENIZER_FILE
 from megatron_deepstack.data.text.probe import SENTENCES
 from megatron_deepstack.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -24,9 +30,6 @@ from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
 
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _SPACE: Final = "▁"
-_UNIGRAM, _BPE = 1, 2
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-"""Kinds of pieces of a SentencePiece model."""
 
 
 def transformers_files(
@@ -78,42 +81,40 @@ def transformers_files(
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Backend:
-    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at run time
-    proto = proto.FromString(tokenizer.model)
-    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
-    has_bytes = any(kind == _BYTE for _, _, kind in pieces)
-    unknown = next(number for number, (_, _, kind) in enumerate(pieces) if kind == _UNKNOWN)
-    if proto.trainer_spec.model_type == _BPE:
+    model = read_sentencepiece(tokenizer.model)
+    pieces = model.pieces
+    has_bytes = any(piece.kind is PieceKind.BYTE for piece in pieces)
+    unknown = next(number for number, piece in enumerate(pieces) if piece.kind is PieceKind.UNKNOWN)
+    if model.kind is ModelKind.BPE:
         backend = Backend(_bpe(pieces, unknown, has_bytes))
-    elif proto.trainer_spec.model_type == _UNIGRAM:
-        scores = [(piece, score) for piece, score, _ in pieces]
+    elif model.kind is ModelKind.UNIGRAM:
+        scores = [(piece.text, piece.score) for piece in pieces]
         backend = Backend(models.Unigram(scores, unk_id=unknown, byte_fallback=has_bytes))
     else:
-        kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
         raise DataError(
-            f"{tokenizer.source}: a SentencePiece model of kind {kind}, which tokenizer.json cannot hold; export with "
-            "published names (--naming published)"
+            f"{tokenizer.source}: a SentencePiece model of kind {model.kind.name}, which tokenizer.json cannot hold; "
+            "export with published names (--naming published)"
         )
-    backend.normalizer = _normalizer(proto.normalizer_spec)
+    backend.normalizer = _normalizer(model)
     backend.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = [piece for piece, _, kind in pieces if kind in (_CONTROL, _UNKNOWN)]
+    special = [piece.text for piece in pieces if piece.kind in (PieceKind.CONTROL, PieceKind.UNKNOWN)]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    own = [piece for piece, _, kind in pieces if kind == _USER_DEFINED]
+    own = [piece.text for piece in pieces if piece.kind is PieceKind.USER_DEFINED]
     backend.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in own])
     if tokenizer.bos_id is not None:
-        begin = pieces[tokenizer.bos_id][0]
+        begin = pieces[tokenizer.bos_id].text
         backend.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_id)]
         )
     return backend
 
 
-def _bpe(pieces: Sequence[tuple[str, float, int]], unknown: int, has_bytes: bool) -> models.BPE:
+def _bpe(pieces: Sequence[Piece], unknown: int, has_bytes: bool) -> models.BPE:
     """Merges in the order of SentencePiece: the pair whose merged piece has the highest score is merged first."""
-    numbers = {piece: number for number, (piece, _, _) in enumerate(pieces)}
-    scores = {piece: score for piece, score, kind in pieces if kind == _NORMAL}
+    numbers = {piece.text: number for number, piece in enumerate(pieces)}
+    scores = {piece.text: piece.score for piece in pieces if piece.kind is PieceKind.NORMAL}
     merges = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -124,20 +125,20 @@ def _bpe(pieces: Sequence[tuple[str, float, int]], unknown: int, has_bytes: bool
     return models.BPE(
         numbers,
         [(left, right) for *_, left, right in merges],
-        unk_token=pieces[unknown][0],
+        unk_token=pieces[unknown].text,
         fuse_unk=True,
         byte_fallback=has_bytes,
     )
 
 
-def _normalizer(spec: Any) -> normalizers.Normalizer:
+def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
     """What happens to a piece of text before it is cut up: as the model says, then spaces become a letter."""
     steps: list[normalizers.Normalizer] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.removes_extra_spaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
+    if model.adds_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     steps.append(normalizers.Replace(" ", _SPACE))
     return normalizers.Sequence(steps)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from megatron_deepstack.config.choices import Template
 from megatron_deepstack.convert.exported_folder import read_exported
 from megatron_deepstack.convert.folders import convert_folder
 from megatron_deepstack.convert.hf_names import Naming
+from megatron_deepstack.data.text.conversation import stop_ids
 from megatron_deepstack.data.text.tokenizer_files import load_tokenizer
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.inference.answerer import answerer_at
@@ -188,6 +191,45 @@ def test_a_folder_of_transformers_answers_as_its_generate(
     again = written.preparation("ask", pytest.fail)
     assert again.processor == preparation.processor
     assert ranks(2).run(answer_here, written, again, [again.prepare(asked) for asked in folder.asked]) == [ours, ours]
+
+
+class Harness:
+    """Stands for the base class of lmms-eval's models."""
+
+    def __init__(self) -> None:
+        self.rank, self.task_dict = 0, dict[str, Any]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_vl", "granite4_vision"])
+def test_the_model_for_lmms_eval_gives_the_same_answers(
+    ranks: Callable[[int], RankPool], folder_of: Callable[[str], Folder], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With ranks of its own, in batches, and for a task that gives its pictures in memory."""
+    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["lmms_eval.api.model"], "lmms", Harness, raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_deepstack.inference.lmms.model", raising=False)
+    module = importlib.import_module("megatron_deepstack.inference.lmms.model")
+    monkeypatch.delitem(sys.modules, "megatron_deepstack.inference.lmms.model")
+    folder = folder_of(kind)
+    model = module.MegatronDeepStack(str(folder.path), batch_size=2)
+    model.task_dict = {"task": {"test": [asked.pictures for asked in folder.asked]}}
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
+    found = model.generate_until(
+        [
+            SimpleNamespace(args=(asked.text, options, lambda paths: map(Image.open, paths), number, "task", "test"))
+            for number, asked in enumerate(folder.asked)
+        ]
+    )
+    model.clean()
+    answerer = answerer_at(folder.path)
+    preparation = answerer.preparation("ask", lambda line: None)
+    prepared = [preparation.prepare(asked) for asked in folder.asked]
+    (expected,) = ranks(1).run(answer_here, answerer, preparation, prepared)
+    ends = stop_ids(preparation.template, preparation.tokenizer)
+    kept = [ids[: next((place for place, one in enumerate(ids) if one in ends), len(ids))] for ids in expected]
+    assert found == [preparation.tokenizer.decode(ids).strip() for ids in kept]
 
 
 def changed(folder: Path, target: Path, name: str, **changes: Any) -> Path:

@@ -39,6 +39,8 @@ from megatron_deepstack.testing.trial import run_trial
 
 FIRST, STOP = (int(number) for number in os.environ.get("DEEPSTACK_DRAWS", "0:24").split(":"))
 NUM_SAMPLES = 12
+_MODULES = (RecomputeModule.CORE_ATTENTION, RecomputeModule.MLP, RecomputeModule.LAYER_NORM)
+"""The others need Transformer Engine."""
 
 
 def drawn(number: int) -> tuple[int, Recipe]:
@@ -139,7 +141,9 @@ def _layout(rng: random.Random, model: ModelConfig, num_ranks: int) -> ParallelC
         recompute=rng.choice((Recompute.NONE, *Recompute)),
         recompute_method=rng.choice(list(RecomputeMethod)),
         recompute_num_layers=rng.randint(1, 3),
-        recompute_modules=tuple(rng.sample(list(RecomputeModule), 2)),
+        recompute_modules=tuple(rng.sample(_MODULES, 2)),
+        offload_layers=rng.choice((0, 0, 1, 2, 9)),
+        offload_above_mib=0.001,
     )
 
 

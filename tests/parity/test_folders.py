@@ -86,6 +86,20 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
         spatial_vision_layer=1,
         spatial_target_layers=[4, 0, 3, 2],
     ),
+    # no multipliers, one key/value head, YaRN, views of which the patches leave out two pixels, one state four times
+    "granite-bare": lambda folder: granite4_vision(
+        folder,
+        text={
+            "num_key_value_heads": 1,
+            "rope_parameters": YARN,
+            **dict.fromkeys(
+                ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+            ),
+        },
+        vision={"image_size": 18},
+        image_grid_pinpoints=[[18, 36], [36, 18], [36, 36]],
+        deepstack_layer_map=[[-1, 9], [-1, 6], [-1, 3], [-1, 0]],
+    ),
     # two taps of neighbouring layers, wide patches of one frame, merged three by three, grouped queries
     "qwen3_vl-wide": lambda folder: qwen3_vl(
         folder,
@@ -145,6 +159,7 @@ ROWS = [
     ("granite-clip", 4, 1, ParallelConfig(tensor=2, context=2, sequence_parallel=True)),
     ("qwen3_vl-odd", 4, 1, ParallelConfig(context=2, pipeline=2)),
     ("granite-five", 4, 1, ParallelConfig(pipeline=4)),
+    ("granite-bare", 2, 1, ParallelConfig(pipeline=2)),
     ("qwen3_vl-wide", 2, 1, ParallelConfig(pipeline=2)),
     ("qwen3_vl", 2, 1, ParallelConfig()),
     ("qwen3_vl-odd", 4, 1, ParallelConfig(pipeline=4)),
@@ -327,8 +342,10 @@ def test_a_stack_without_a_layer_is_refused(folder_of: Callable[[str], Path], tm
 def test_a_layout_that_does_not_fit_is_refused_before_ranks_start(
     folder_of: Callable[[str], Path], parallel: ParallelConfig, words: str
 ) -> None:
-    with pytest.raises(ConfigError, match=words):
-        next(check_folder(folder_of("qwen3_vl"), parallel))
+    folder = folder_of("qwen3_vl")
+    with pytest.raises(ConfigError, match=words) as caught:
+        next(check_folder(folder, parallel))
+    assert f"the model is that of {folder}/config.json" in str(caught.value)
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def check_folder(
         ParityError: After the last line, if a quantity exceeds its tolerance.
     """
     model = model_of_folder(folder)
-    parallel = _fitting_layout(model, parallel)
+    parallel = _fitting_layout(folder, model, parallel)
     axes = axes_for(parallel, model_ranks(parallel) * data_parallel if pool is None else pool.num_ranks)
     published_source(folder, model=model)
     config = read_config(folder)
@@ -128,7 +128,7 @@ def _compared(ranks: RankPool, task: ParityTask) -> ParityNumbers:
         raise
 
 
-def _fitting_layout(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
+def _fitting_layout(folder: Path, model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
     """Return the layout with chunks that hold all layers, whatever their number; refuse one that no recipe may have.
 
     A decoder with experts needs sequence parallelism beside tensor parallelism, which is then added.
@@ -141,7 +141,13 @@ def _fitting_layout(model: ModelConfig, parallel: ParallelConfig) -> ParallelCon
         parallel = replace(parallel, layers_per_stage=tuple(nearly_even(num_layers, num_chunks)))
     stage_chunks(num_layers, parallel)
     problems = find_problems(Recipe(model=model, parallel=parallel))
-    raise_problems([problem for problem in problems if problem.concerns("parallel")])
+    raise_problems(
+        [
+            replace(problem, text=f"{problem.text} (the model is that of {folder / CONFIG})")
+            for problem in problems
+            if problem.concerns("parallel")
+        ]
+    )
     return parallel
 
 
