@@ -38,7 +38,5 @@ def test_a_machine_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("CUDA device does not support Multicast.\nLaunch app with UB_SKIPMC=1.")
 
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(initialize_ub=refuse))
-    with pytest.raises(
-        ConfigError, match=r"speed.tp_overlap: .* its buffers: CUDA .* UB_SKIPMC=1; or set speed"
-    ):
+    with pytest.raises(ConfigError, match=r"speed.tp_overlap: .* its buffers: CUDA .* UB_SKIPMC=1; or set speed"):
         make_user_buffers(4096, 256, 2, fp8=False)
