@@ -104,7 +104,7 @@ def run_graphed(rank: int, recipe: Recipe) -> tuple[Trial | None, list[Recorded]
 
 
 CASES = [
-    pytest.param(1, ParallelConfig(), id="one"),
+    pytest.param(1, ParallelConfig(), id="one", marks=pytest.mark.slow),
     pytest.param(2, ParallelConfig(pipeline=2), id="pp2"),
     pytest.param(2, ParallelConfig(tensor=2, sequence_parallel=True), id="tp2-sp", marks=pytest.mark.slow),
     pytest.param(4, ParallelConfig(pipeline=2, distributed_optimizer=True), id="pp2-dp2", marks=pytest.mark.slow),
