@@ -49,7 +49,7 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     kept = _features(model, work)
     learns = Part.PROJECTOR in trainable
     if learns or Part.VISION in trainable:
-        kept += projector_elements(model, work, learns=learns)
+        kept += projector_elements(model, work, learns=learns, rank=recipe.lora.rank * recipe.lora.projector)
     if Part.VISION in trainable:
         alive = kept_at_once(parallel, model.vision, element).share(work.views, work.patches)
         kept += alive * tower_elements(model, work, recipe.lora)
@@ -120,13 +120,15 @@ def _features(model: ModelConfig, work: EncoderWork) -> float:
     return work.units * tokens_per_view(vision) * max(len(set(vision.taps)), 1) * vision.hidden_size
 
 
-def projector_elements(model: ModelConfig, work: EncoderWork, *, learns: bool) -> float:
+def projector_elements(model: ModelConfig, work: EncoderWork, *, learns: bool, rank: int = 0) -> float:
     """Count the elements that the projector keeps for its backward pass.
 
     Args:
         model: The recipe's model.
         work: What is encoded.
         learns: Whether its own parameters learn; a frozen one needs no inputs of its linears.
+        rank: Of its adapters, each of which keeps its narrow product; 0 without. Counted of two linears alone: beside
+            mergers and Q-Formers it is too little to matter.
 
     Returns:
         The number, without the tower's features.
@@ -137,7 +139,7 @@ def projector_elements(model: ModelConfig, work: EncoderWork, *, learns: bool) -
         return work.units * block * ((3 + 4 * taps) if learns else (1 + 2 * taps))
     if model.variant.traits.stack_source is StackSource.TAPS:
         return work.views * len(vision.taps) * _qformer(model)
-    return work.units * tokens_per_view(vision) * 2 * model.language.hidden_size
+    return work.units * tokens_per_view(vision) * 2 * (model.language.hidden_size + rank)
 
 
 def _qformer(model: ModelConfig) -> float:

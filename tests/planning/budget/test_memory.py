@@ -278,6 +278,12 @@ def test_memory_of_towers_with_adapters(
     check(ranks, replace(recipe, lora=adapters), 1)
 
 
+def test_memory_of_a_projector_with_adapters(ranks: Pools) -> None:
+    """Measured -3.8 %, of which 2.3 % are rows of padding."""
+    recipe = recipe_of(WIDE, ParallelConfig(), Batching.PACKED, (Part.PROJECTOR,))
+    check(ranks, replace(recipe, lora=LoraConfig(rank=4, targets=(), projector=True)), 1)
+
+
 def kept_by_projector(rank: int, model: ModelConfig, work: EncoderWork) -> int:
     """Bytes that autograd keeps of the projector, without parameters and features."""
     import torch
