@@ -48,7 +48,8 @@ def expert_layers(language: LanguageConfig) -> tuple[int, ...]:
     if not language.num_experts:
         return ()
     interval, dense = language.expert_interval, language.dense_layers
-    return tuple(n for n in range(language.num_layers) if (n + 1) % interval == 0 and n not in dense)
+    found = range(interval - 1, language.num_layers, interval)
+    return tuple(n for n in found if n not in dense) if dense else tuple(found)
 
 
 def used_layers(vision: VisionConfig) -> int:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer import cuda_graphs
 
+from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.model.language import LanguageChunk
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.platform.compute.device import local_device
@@ -57,7 +59,19 @@ class LayerGraphs:
             stage: Number of its stage.
             num_stages: Number of all stages.
             capture: As Transformer Engine's `make_graphed_callables`, which is taken if none is given.
+
+        Raises:
+            ConfigError: torch's memory may move in a way that NCCL's buffers in a graph do not survive.
         """
+        settings = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+        movable = any("expandable_segments:True" in one for one in settings)
+        if movable and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+            raise ConfigError(
+                [
+                    "speed.cuda_graphs: expandable_segments is on in PYTORCH_ALLOC_CONF, and NCCL registers buffers of "
+                    "graphs at fixed addresses; set the variable NCCL_GRAPH_REGISTER=0, or speed.cuda_graphs=never"
+                ]
+            )
         self._chunk, self._stage, self._num_stages, self._make = chunk, stage, num_stages, capture
         self._plain_steps = 0
         self._shape: tuple[int, int, tuple[int, ...]] | None = None

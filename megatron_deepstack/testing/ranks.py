@@ -84,8 +84,11 @@ class RankPool:
         """
         if not self.alive:
             raise RankError("this pool of ranks has ended after a failure; start another")
-        for pipe in self._pipes:
-            _send(pipe, (function, args))
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                _send(pipe, (function, args))
+            except ConnectionError:
+                self._fail_by_death(rank)
         results: dict[int, Any] = {}
         deadline = time.monotonic() + self.deadline_seconds
         while len(results) < self.num_ranks:
@@ -122,12 +125,15 @@ class RankPool:
         try:
             error, result = _receive(self._pipes[rank])
         except (EOFError, ConnectionResetError):
-            process = self._processes[rank]
-            process.join(timeout=_GRACE_SECONDS)
-            self._fail(f"rank {rank} of {self.num_ranks} died with exit code {process.exitcode}")
+            self._fail_by_death(rank)
         if error is not None:
             self._fail(f"rank {rank} of {self.num_ranks} raised:\n{error}", cause=result)
         return result
+
+    def _fail_by_death(self, rank: int) -> None:
+        process = self._processes[rank]
+        process.join(timeout=_GRACE_SECONDS)
+        self._fail(f"rank {rank} of {self.num_ranks} died with exit code {process.exitcode}")
 
     def _fail(self, message: str, cause: BaseException | None = None) -> None:
         for process in self._processes:

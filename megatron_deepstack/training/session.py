@@ -141,7 +141,8 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
     beginning = beginning or begin(recipe, groups)
     train = recipe.train
     if recipe.speed.tp_overlap is OptIn.ALWAYS:
-        _make_user_buffers(recipe)
+        with phase():
+            _make_user_buffers(recipe)
     model = build_model(
         recipe.model, recipe.parallel, train.precision, groups, recipe.lora, train.fp8_scaling, recipe.speed
     )

@@ -69,7 +69,7 @@ CASES = [
     ("host-norms-mlp", 1, BOTH, DENSE, packed),
     ("host-norms-mlp-tp2-sp", 2, replace(BOTH, **SEQUENCE), DENSE, plain),
 ]
-QUICK = {"norms", "host-all-packed", "norms-tp2-sp", "host-pp2-packed"}
+QUICK = {"norms-tp2-sp", "host-pp2-packed", "host-norms-mlp"}
 
 
 @pytest.mark.parametrize(("num_ranks", "parallel", "model", "change"), rows(CASES, QUICK))

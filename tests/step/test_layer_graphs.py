@@ -12,6 +12,7 @@ import torch
 
 from megatron_deepstack.config.choices import RowLength, Switch
 from megatron_deepstack.config.schema import ParallelConfig, Recipe, SpeedConfig
+from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.step import layer_graphs
 from megatron_deepstack.step.layer_graphs import LayerGraphs, one_forward_one_backward
 from megatron_deepstack.testing.ranks import RankPool
@@ -104,7 +105,7 @@ def run_graphed(rank: int, recipe: Recipe) -> tuple[Trial | None, list[Recorded]
 
 
 CASES = [
-    pytest.param(1, ParallelConfig(), id="one"),
+    pytest.param(1, ParallelConfig(), id="one", marks=pytest.mark.slow),
     pytest.param(2, ParallelConfig(pipeline=2), id="pp2"),
     pytest.param(2, ParallelConfig(tensor=2, sequence_parallel=True), id="tp2-sp", marks=pytest.mark.slow),
     pytest.param(4, ParallelConfig(pipeline=2, distributed_optimizer=True), id="pp2-dp2", marks=pytest.mark.slow),
@@ -164,3 +165,13 @@ def test_a_step_of_another_shape_is_refused() -> None:
         graphs.before_step(mixed)
     with pytest.raises(AssertionError, match="different lengths"):
         graphs.before_step(mixed)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_that_moves_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:True")
+    chunk: Any = SimpleNamespace(decoder=SimpleNamespace(layers=[]))
+    with pytest.raises(ConfigError, match=r"set the variable NCCL_GRAPH_REGISTER=0, or speed\.cuda_graphs=never"):
+        LayerGraphs(chunk, 0, 1)
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    LayerGraphs(chunk, 0, 1)

@@ -11,9 +11,11 @@ import threading
 import warnings
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from waiting import wait_until
 
 from megatron_deepstack.config.schema import ParallelConfig, Recipe
 from megatron_deepstack.errors import RankError, SlotError
@@ -35,6 +37,10 @@ def _raise_on_one(rank: int) -> None:
     if rank == 1:
         raise SlotError(["slot 99 of a test"])
     dist.barrier()
+
+
+def _pid(rank: int) -> int:
+    return os.getpid()
 
 
 def _die(rank: int) -> None:
@@ -107,6 +113,17 @@ def test_groups_that_were_left_end_their_threads(ranks: Callable[[int], RankPool
 def test_a_death_is_told() -> None:
     with RankPool(2) as pool, pytest.raises(RankError, match="rank 1 of 2 died with exit code -9"):
         pool.run(_die)
+
+
+@pytest.mark.slow
+def test_a_death_between_two_runs_ends_the_pool() -> None:
+    with RankPool(2) as pool:
+        first, _ = pool.run(_pid)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(first), "the end of rank 0")
+        with pytest.raises(RankError, match="rank 0 of 2 died with exit code -9"):
+            pool.run(_pid)
+        assert not pool.alive
 
 
 @pytest.mark.slow

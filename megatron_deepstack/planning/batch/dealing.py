@@ -280,28 +280,30 @@ def _exchange(table: npt.NDArray[np.int64], costs: Costs, limited: Costs, limit:
 
     No exchange makes a replica's sum of `limited` larger than the largest one is already, or than `limit` means.
     """
-    work, kept = costs[table].sum(1), limited[table].sum(1)
+    cost, limit_of = costs[table], limited[table]
+    work, kept = cost.sum(1), limit_of.sum(1)
     most = max(float(kept.max()), limit * float(kept.mean()))
     every, even = -(-table.shape[1] // _LOOKED_AT), _EVEN * float(work.mean())
     for _ in range(_EXCHANGES):
         busy, found = int(work.argmax()), False
-        ones = table[busy, ::every].copy()
-        mine, mine_limited = costs[ones][:, None], limited[ones][:, None]
+        mine, mine_limited = cost[busy, ::every, None], limit_of[busy, ::every, None]
         for idle in _idlest(work):
             half = (work[busy] - work[idle]) / 2
             if half <= even:
                 break
-            twos = table[idle, ::every].copy()
-            gain, moved = mine - costs[twos], mine_limited - limited[twos]
+            gain = mine - cost[idle, ::every]
             left = np.abs(gain - half)
+            moved = mine_limited - limit_of[idle, ::every]
             if most < np.inf:
                 left[(kept[busy] - moved > most) | (kept[idle] + moved > most)] = np.inf
             one, two = divmod(int(left.argmin()), left.shape[1])
             if left[one, two] < half:
-                table[busy, one * every], table[idle, two * every] = twos[two], ones[one]
                 for sums, change in ((work, gain[one, two]), (kept, moved[one, two])):
                     sums[busy] -= change
                     sums[idle] += change
+                for array in (table, cost, limit_of):
+                    here, there = (busy, one * every), (idle, two * every)
+                    array[here], array[there] = array[there], array[here]
                 found = True
                 break
         if not found:

@@ -36,11 +36,11 @@ PARTS: Final = (
     Part(name="collectives", title="every collective of a step, one rank", seconds=40),
     Part(name="correctness", title="tiny cases against the CPU", seconds=75, needs=("cpu_numbers",)),
     Part(name="engine", title="Transformer Engine's layers against the CPU", seconds=60, needs=("cpu_numbers",)),
-    Part(name="stage_local", title="a 7B stage, local layers", seconds=75, entry="stage_parts.run_local"),
+    Part(name="stage_local", title="a 7B stage, local layers", seconds=90, entry="stage_parts.run_local"),
     Part(
         name="stage_engine",
         title="a 7B stage, Transformer Engine's layers",
-        seconds=75,
+        seconds=90,
         entry="stage_parts.run_engine",
     ),
     Part(name="profile", title="one step of the 7B stage seen closely", seconds=60),

@@ -188,6 +188,8 @@ class Stage:
         Returns:
             The rows' gradients, (len(stored_rows), H), in the storage of `stored`.
         """
+        if self.engine.graphs is not None:
+            self.engine.graphs.before_step(plan)
         for ddp in self.engine.wrapped:
             ddp.zero_grad_buffer()
         received = ReceivedRows(stored, plan.routes, requires_grad=True)

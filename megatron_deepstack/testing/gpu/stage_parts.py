@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from megatron_deepstack.config.choices import Layers, MomentDtype, Precision, Recompute, Switch
+from megatron_deepstack.config.choices import (
+    Layers,
+    MomentDtype,
+    OptIn,
+    Precision,
+    Recompute,
+    RecomputeModule,
+    Switch,
+)
 from megatron_deepstack.config.schema import OptimizerConfig, ParallelConfig, SpeedConfig
+from megatron_deepstack.model.build import AUTOMATIC
 from megatron_deepstack.platform.compute.measure import release_memory
 from megatron_deepstack.testing.gpu.engine import what_is_missing
 from megatron_deepstack.testing.gpu.report import Report, Settings
@@ -69,6 +78,26 @@ def _measure(settings: Settings, report: Report, layers: Layers) -> None:
             del stage
         release_memory()
         _low_moments(settings, report)
+    _kept_and_captured(settings, report, layers)
+
+
+def _kept_and_captured(settings: Settings, report: Report, layers: Layers) -> None:
+    """What autograd keeps elsewhere or computes again, and layers as CUDA graphs, where these layers can do it."""
+    groups, size, ceiling = only_rank(settings), stage_size(tiny=settings.tiny), read_ceiling(settings)
+    longest, host = size.seq_lengths[0], size.language.num_layers // 2
+    variants = {f"{host} layers on the host": (ParallelConfig(offload_layers=host), AUTOMATIC)}
+    if layers is Layers.LOCAL:
+        again = ParallelConfig(recompute=Recompute.SELECTIVE, recompute_modules=(RecomputeModule.LAYER_NORM,))
+        variants["norms computed again"] = again, AUTOMATIC
+    else:
+        variants["CUDA graphs"] = ParallelConfig(), SpeedConfig(cuda_graphs=OptIn.ALWAYS)
+    for what, (parallel, speed) in variants.items():
+        release_memory()
+        name = f"rows of {longest}, {what}"
+        with report.case(name):
+            stage = Stage(groups, size, layers, parallel=parallel, speed=speed)
+            report.measured(name, **stage.speed(stage.plan(longest)).numbers(ceiling))
+            del stage
 
 
 def _low_moments(settings: Settings, report: Report) -> None:
