@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from megatron_deepstack.config.choices import Batching, Layers, Part, Precision, Recompute, Variant
+from megatron_deepstack.config.choices import Batching, Layers, Part, Precision, Recompute, Switch, Variant
 from megatron_deepstack.config.schema import (
     LanguageConfig,
     LoraConfig,
@@ -57,6 +57,7 @@ def local_cases(*, tiny: bool) -> dict[str, Recipe]:
         "padded": base,
         "packed": _packed(base),
         "full recompute": tiny_recipe(model, ParallelConfig(recompute=Recompute.FULL)),
+        "rows on the host": tiny_recipe(model, ParallelConfig(rows_on_host=Switch.ALWAYS)),
         "LoRA": replace(base, lora=LoraConfig(rank=4)),
         "DeepStack-V": tiny_recipe(in_vit),
         "frozen ViT": tiny_recipe(model, trainable=(Part.PROJECTOR, Part.LANGUAGE)),

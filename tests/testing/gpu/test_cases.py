@@ -71,6 +71,6 @@ def test_a_missing_gradient_is_infinitely_wrong() -> None:
 
 def test_cases_say_which_layers_they_are_built_of() -> None:
     assert {recipe.model.layers for recipe in local_cases(tiny=False).values()} == {Layers.LOCAL}
-    assert len(local_cases(tiny=False)) == 6
+    assert len(local_cases(tiny=False)) == 7
     for layers in (Layers.LOCAL, Layers.TRANSFORMER_ENGINE):
         assert {recipe.model.layers for recipe in wide_cases(layers).values()} == {layers}
