@@ -3,8 +3,9 @@
     {"question_id": 7, "image": "a.jpg", "text": "What is it?", "answers": ["a dog", "dog"], "category": "animals"}
 
 The question is under `text` or `question`, or it is the first human turn of `conversations`, and the answer then the
-turn after it. Pictures are under `image` or `images`, answers under `answer` or `answers` (one text or several). Other
-keys say nothing about the question and are passed over.
+turn after it. Pictures are under `image`, `images`, `picture` or `pictures`, answers under `answer` or `answers` (one
+text or several). Other keys say nothing about the question and are passed over, unless a question without a picture
+has what looks like the name of one under them.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import DataError
 
 _FORM = 'a line such as {"question_id": 7, "image": "a.jpg", "text": "What is it?", "answers": ["a dog"]}'
+_TEXT: Final = ("text", "question")
+_PICTURES: Final = ("image", "images", "picture", "pictures")
+_ANSWERS: Final = ("answers", "answer")
+_ID: Final = ("question_id", "id")
+_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+"""Endings of names that are pictures in all likelihood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +95,44 @@ def _question(record: Any, where: str, base: Location) -> AskedQuestion:
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: found {type(record).__name__}, expected {_FORM}")
     said, answered = _talk(record, where)
-    text = next((record[key] for key in ("text", "question") if isinstance(record.get(key), str)), said)
-    if text is None:
-        raise DataError(f"{where}: has no `text`, `question` or `conversations`; its keys are {', '.join(record)}")
-    identifier = next((record[key] for key in ("question_id", "id") if record.get(key) is not None), where)
+    pictures = _texts(record, _PICTURES, where)
+    if not pictures:
+        _require_no_picture(record, where)
+    identifier = next((record[key] for key in _ID if record.get(key) is not None), where)
     return AskedQuestion(
         id=str(identifier),
-        text=text,
-        pictures=tuple(_placed(picture, base) for picture in _texts(record, ("image", "images"), where)),
-        answers=tuple(_texts(record, ("answers", "answer"), where)) or answered,
+        text=_asked(record, said, where, alone=not pictures),
+        pictures=tuple(_placed(picture, base) for picture in pictures),
+        answers=tuple(_texts(record, _ANSWERS, where)) or answered,
         category=str(record.get("category") or ""),
     )
+
+
+def _asked(record: Mapping[str, Any], said: str | None, where: str, *, alone: bool) -> str:
+    """The question. It may be empty beside a picture, and not alone."""
+    for key in _TEXT:
+        value = record.get(key)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: `{key}` holds {json.dumps(value)[:60]}, expected a text")
+    text = next((record[key] for key in _TEXT if record.get(key) is not None), said)
+    if text is None:
+        raise DataError(f"{where}: has no `text`, `question` or `conversations`; its keys are {', '.join(record)}")
+    if alone and not text.strip():
+        raise DataError(f"{where}: the question is empty, and has no picture; write it under `text`")
+    return str(text)
+
+
+def _require_no_picture(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a question whose picture is under a key that is not read: it would be answered without the picture."""
+    known = {*_TEXT, *_PICTURES, *_ANSWERS, *_ID, "category", "conversations"}
+    for key, value in record.items():
+        names = value if isinstance(value, list) else [value]
+        seen = [name for name in names if isinstance(name, str) and PurePosixPath(name).suffix.lower() in _SUFFIXES]
+        if key not in known and seen:
+            raise DataError(
+                f"{where}: `{key}` holds {seen[0][:60]!r}, which looks like a picture, and pictures are read from "
+                f"{', '.join(f'`{name}`' for name in _PICTURES)} only; give the key one of these names"
+            )
 
 
 def _talk(record: Mapping[str, Any], where: str) -> tuple[str | None, tuple[str, ...]]:

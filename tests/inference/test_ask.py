@@ -172,6 +172,12 @@ def test_what_cannot_be_asked_is_said(
         replace(preparation, context=64).prepare(Asked(question, paths))
 
 
+def test_an_empty_question_is_refused_before_ranks_start(recipe: Recipe, preparation: Preparation) -> None:
+    session = Session(RunAnswerer(recipe), preparation, Manner())
+    with pytest.raises(DataError, match="the question is empty; write it in quotes after the run and the pictures"):
+        session.ask_one(" ", (photo(recipe, 0),), None)
+
+
 def test_a_huge_picture_is_not_decoded(recipe: Recipe, preparation: Preparation) -> None:
     small = replace(preparation, processor=replace(preparation.processor, max_image_pixels=100))
     with pytest.raises(DataError, match=r"more than data\.max_image_pixels allows"):

@@ -37,9 +37,13 @@ def write(folder: Path, *records: Any, as_list: bool = False) -> Path:
             },
             AskedQuestion("c", "<image>\nWhat?", ("s3://bucket/a.jpg",), ("A dog.",)),
         ),
+        (
+            {"id": "p", "text": "", "pictures": ["a.jpg"], "source": "b.jpg"},
+            AskedQuestion("p", "", ("/pictures/a.jpg",), ()),
+        ),
         ({"text": "Hello?", "answer": "hi", "image": None}, AskedQuestion("FILE, line 1", "Hello?", (), ("hi",))),
     ],
-    ids=["LLaVA", "several pictures and answers", "training form", "without id"],
+    ids=["LLaVA", "several pictures and answers", "training form", "picture alone", "without id"],
 )
 def test_forms(tmp_path: Path, record: dict[str, Any], expected: AskedQuestion) -> None:
     file = write(tmp_path, record)
@@ -64,6 +68,10 @@ def test_a_list_and_the_files_own_folder(tmp_path: Path) -> None:
         ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}', "questions 1 and 2 have the same id '1'"),
         ('{"text": "a", "image": {"path": "x"}}', "line 1: `image` holds .*expected one text or a list"),
         ('{"conversations": [1]}', "line 1: `conversations` holds no turns"),
+        ('{"text": 5}', "line 1: `text` holds 5, expected a text"),
+        ('{"text": " "}', "line 1: the question is empty, and has no picture"),
+        ('{"text": "a", "img_path": "x/a.JPG"}', "line 1: `img_path` holds 'x/a.JPG', which looks like a picture"),
+        ('{"text": "a", "photos": ["a.png", "b.png"]}', "line 1: `photos` holds 'a.png', which looks like a picture"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:

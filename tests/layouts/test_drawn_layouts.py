@@ -27,6 +27,7 @@ from megatron_deepstack.config.choices import (
     RecomputeModule,
     RowLength,
     Sampler,
+    Switch,
     Variant,
 )
 from megatron_deepstack.config.schema import LoraConfig, ModelConfig, ParallelConfig, Recipe, StackConfig
@@ -136,6 +137,7 @@ def _layout(rng: random.Random, model: ModelConfig, num_ranks: int) -> ParallelC
         layers_per_stage=uneven if pipeline > 1 and _likely(rng, 0.25) else None,
         encoder_placement=rng.choice((EncoderPlacement.SPREAD, EncoderPlacement.SPREAD, EncoderPlacement.INLINE)),
         encoder_chunk_views=rng.choice((0, 0, 1, 2)),
+        rows_on_host=rng.choice((Switch.NEVER, Switch.ALWAYS)),
         distributed_optimizer=_likely(rng),
         overlap_grad_reduce=_likely(rng, 0.7),
         recompute=rng.choice((Recompute.NONE, *Recompute)),

@@ -117,7 +117,10 @@ def encode_prompt(
         gap = CHATS[known].after_image if known in CHATS else "\n"
         question, count = f"{IMAGE_TOKEN}{gap}" * num_images + question, num_images
     if num_images is not None and count != num_images:
-        raise DataError(f"the question {question!r} holds {count} {IMAGE_TOKEN}, but there are {num_images} images")
+        raise DataError(
+            f"the question {question!r} holds {count} {IMAGE_TOKEN}, but there are {num_images} images; write it once "
+            "for each picture, or not at all, which puts them first"
+        )
     if history:
         before, _ = encode_conversation(history, known, tokenizer)
         return np.concatenate([before, np.array(_next_question(question, known, tokenizer), dtype=np.int32)])

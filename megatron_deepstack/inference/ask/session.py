@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from megatron_deepstack.config.choices import Template
+from megatron_deepstack.errors import DataError
 from megatron_deepstack.inference.answerer import Answerer
 from megatron_deepstack.inference.ask.chat import HELP, chat
 from megatron_deepstack.inference.ask.launch import Conversation, Manner, Reply, converse
@@ -55,7 +57,12 @@ class Session:
 
         Returns:
             The answer.
+
+        Raises:
+            DataError: The question is empty, a picture cannot be used, or the prompt is too long.
         """
+        if not question.strip() and self.preparation.template is not Template.PLAIN:
+            raise DataError("the question is empty; write it in quotes after the run and the pictures")
         asked = Asked(question, tuple(pictures))
         prepared = self.preparation.prepare(asked)
         replies: list[Reply] = []
