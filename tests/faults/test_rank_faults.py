@@ -116,7 +116,7 @@ def test_a_stopped_rank(undisturbed: Recipe, tmp_path: Path, record_fault: Recor
     assert f"silent: rank 1 (pid {pid} on" in command.text
     assert "waiting: rank 0 (pid" in command.text
     stacks = Path(recipe.run_dir, "stacks", "rank_00000.txt").read_text()
-    assert "forward_backward" in stacks
+    assert "gradient_sums" in stacks
     assert_same_course(recipe, undisturbed)
     record_fault(
         fault="SIGSTOP of a rank",
@@ -266,7 +266,7 @@ def train_poisoned(rank: int, recipe: Recipe, steps: tuple[int, ...], stop_after
     """Train with a NaN in one gradient of rank 1 in these 0-based steps."""
     from megatron_deepstack.training import loop
 
-    sound = loop.forward_backward
+    sound = loop.gradient_sums
 
     def poisoned(engine: Any, plan: Any, pixels: Any, clock: Any) -> Any:
         loss = sound(engine, plan, pixels, clock)
@@ -277,11 +277,11 @@ def train_poisoned(rank: int, recipe: Recipe, steps: tuple[int, ...], stop_after
 
     newest, _ = newest_whole(recipe.run_dir)
     session_step = {"number": 0 if newest is None else newest.manifest.step}
-    loop.forward_backward = poisoned
+    loop.gradient_sums = poisoned
     try:
         fault_runs.train_on_rank(rank, recipe, stop_after)
     finally:
-        loop.forward_backward = sound
+        loop.gradient_sums = sound
 
 
 def test_nan_in_a_gradient(ranks: Pools, undisturbed: Recipe, tmp_path: Path, record_fault: RecordFault) -> None:
