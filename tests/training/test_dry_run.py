@@ -21,7 +21,7 @@ def test_ranks_of_a_large_world_are_built_and_plan_a_step() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     parts = [line for line in done.stdout.splitlines() if line.startswith("rank")]
-    assert len(parts) == 5
+    assert len(parts) == 6  # join, groups, model, first step, dealing a step, planning it
     assert all("rank     5" in line for line in parts)
     assert "GB of weights" in done.stdout
     assert "planning a step: " in done.stdout
