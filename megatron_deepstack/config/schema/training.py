@@ -56,7 +56,7 @@ class ParallelConfig:
     many views are kept at a time as fit into it, or one view that does not fit. 0 sets no bound."""
     rows_on_host: Switch = Switch.AUTO
     """Whether the received rows of a step rest in page-locked memory of the host, and the device holds those of a few
-    micro-batches at a time. `auto`: where they take more than 5 % of the device's memory, so never on a CPU."""
+    micro-batches at a time. `auto`: where they take more than 15 % of the device's memory, so never on a CPU."""
     distributed_optimizer: bool = False
     """Split the optimizer's states over data-parallel ranks (ZeRO-1), instead of a copy on each of them."""
     overlap_grad_reduce: bool = True

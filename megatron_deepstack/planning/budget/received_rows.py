@@ -20,8 +20,9 @@ MOST_WINDOWS: Final = 16
 bytes at hidden size 4,096."""
 
 
-HOST_SHARE: Final = 0.05
-"""Share of a device's memory from which on a step's rows rest on the host, where `parallel.rows_on_host` is auto."""
+HOST_SHARE: Final = 0.15
+"""Share of a device's memory from which on a step's rows rest on the host, where `parallel.rows_on_host` is auto. Their
+copies in the exchange cost time that rows on the device do not, so it is for steps that would hardly fit otherwise."""
 FETCHED_AHEAD: Final = 1
 """Micro-batches whose rows are brought from the host before the forward pass that comes first needs them."""
 
