@@ -13,6 +13,7 @@ import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
 from reference_folder import pytest_terminal_summary, reference  # noqa: F401 - a fixture, and a hook
 
+from megatron_deepstack.errors import RankError
 from megatron_deepstack.platform.processes.garbage import settle
 from megatron_deepstack.testing.ranks import RankPool
 
@@ -90,12 +91,25 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
     def pool(num_ranks: int) -> RankPool:
         if num_ranks not in pools or not pools[num_ranks].alive:
-            pools[num_ranks] = RankPool(num_ranks)
+            pools[num_ranks] = _joined(num_ranks)
         return pools[num_ranks]
 
     yield pool
     for started in pools.values():
         started.close()
+
+
+def _joined(num_ranks: int) -> RankPool:
+    """A pool whose ranks have found each other.
+
+    It is tried twice: under a load of 30 and more, gloo's first connections sometimes break.
+    """
+    pool = RankPool(num_ranks)
+    try:
+        pool.run(int)  # of its rank, which is nearly nothing
+    except RankError:
+        pool = RankPool(num_ranks)
+    return pool
 
 
 @pytest.fixture
