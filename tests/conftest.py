@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from bucket import bucket, s3_server  # noqa: F401 - fixtures, for every room
+from hypothesis import settings
 from reference_folder import pytest_terminal_summary, reference  # noqa: F401 - a fixture, and a hook
 
 from megatron_deepstack.errors import RankError
@@ -36,7 +37,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_configure() -> None:
-    """Processes that tests start treat warnings of our code as errors; see child_processes/sitecustomize.py."""
+    """Processes that tests start treat warnings of our code as errors; see child_processes/sitecustomize.py.
+
+    hypothesis' deadline of 200 ms for one example would be a timed assertion.
+    """
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if CHILD_PROCESSES not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([CHILD_PROCESSES, *filter(None, paths)])

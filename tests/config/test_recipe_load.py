@@ -242,7 +242,7 @@ def test_awkward_names_survive_the_round_trip(write, name):
     assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip),
     lr=st.floats(1e-12, 10, allow_nan=False),
@@ -262,7 +262,6 @@ def test_round_trip_is_exact(tmp_path_factory, name, lr, slots, trainable, kv_he
     assert load_recipe(file) == recipe
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

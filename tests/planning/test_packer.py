@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_deepstack.planning.batch.packer import best_fit_decreasing, fewest_rows, pack
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 5))
 def test_every_sample_in_one_row(lengths: list[int], multiple: int) -> None:
     rows = pack(lengths, 50, multiple)

@@ -141,7 +141,7 @@ def delivered_rows(
     return rows
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(model=models, parallel=layouts, batch=st.sampled_from([1, 2]), seed=st.integers(0, 99), cut=st.booleans())
 def test_rows_arrive_where_they_belong(
     model: ModelConfig, parallel: ParallelConfig, batch: int, seed: int, cut: bool
@@ -157,7 +157,7 @@ def test_rows_arrive_where_they_belong(
     assert delivered_rows(model, parallel, routes, batch, length) == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(model=models, parallel=layouts, seed=st.integers(0, 99))
 def test_each_row_returns_one_gradient(model: ModelConfig, parallel: ParallelConfig, seed: int) -> None:
     """Gradients going back: as many as arrive, and one for each row and place, however many tp ranks added it."""
@@ -261,7 +261,7 @@ def assert_same(found: RankRoutes, expected: RankRoutes) -> None:
             np.testing.assert_array_equal(getattr(chunk, name), getattr(expected.chunks[key], name), f"{key} {name}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(step=steps())
 def test_local_plans_are_the_whole_table(step: tuple[ModelConfig, ParallelConfig, list[list[PlannedSample]]]) -> None:
     """What ranks plan for themselves alone is what one table of all rows gives each of them."""
@@ -272,7 +272,7 @@ def test_local_plans_are_the_whole_table(step: tuple[ModelConfig, ParallelConfig
         assert_same(mine, rank_routes(table, rank))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(parallel=any_layout, lots=st.lists(st.integers(1, 4), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_packs_are_divided_sample_by_sample(parallel: ParallelConfig, lots: list[int], seed: int) -> None:
     """Each rank's plan of packs under context parallelism is what a table of all positions gives it."""
@@ -287,7 +287,7 @@ def test_packs_are_divided_sample_by_sample(parallel: ParallelConfig, lots: list
         assert_same(mine, rank_routes(table, rank))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(step=steps())
 def test_chunks_share_out_the_stored_rows(step: tuple[ModelConfig, ParallelConfig, list[list[PlannedSample]]]) -> None:
     """Stretches follow each other without a gap, and each received row is stored once."""
