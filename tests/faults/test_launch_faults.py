@@ -36,7 +36,7 @@ class LaunchCommand(TrainCommand):
 
     verb = "launch"
 
-    def until_saved(self) -> int:
+    def until_saved(self) -> int:  # type: ignore[override]
         """Wait for a checkpoint, and a step after it; the newest step then."""
         self.until_said(r"saved .*step_\d+")
         (first, *_) = re.findall(r"saved .*step_(\d+)", self.text)
@@ -77,10 +77,10 @@ class Cluster:
         import ray
         from ray.core.generated import autoscaler_pb2
 
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
         deadline = int((time.time() + DEADLINE_SECONDS) * 1000)
         leaving, self.second = self.second, self._add("127.0.0.4")
-        client = ray._raylet.GcsClient(address=self.address)
+        client = ray._raylet.GcsClient(address=self.address)  # type: ignore[attr-defined]
         accepted, why_not = client.drain_node(leaving.node_id, reason, "test", deadline)
         assert accepted, why_not
 
@@ -108,7 +108,7 @@ def undisturbed(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Recip
     return recipe
 
 
-def in_folder(recipe: Recipe, folder: Path, **launch: object) -> Recipe:
+def in_folder(recipe: Recipe, folder: Path, **launch: Any) -> Recipe:
     """The same run in another folder, launched in another way."""
     return replace(recipe, run_dir=str(folder / "run"), launch=replace(recipe.launch, **launch))
 

@@ -277,7 +277,7 @@ def train_poisoned(rank: int, recipe: Recipe, steps: tuple[int, ...], stop_after
 
     newest, _ = newest_whole(recipe.run_dir)
     session_step = {"number": 0 if newest is None else newest.manifest.step}
-    loop.gradient_sums = poisoned
+    loop.gradient_sums = poisoned  # type: ignore[assignment]
     try:
         fault_runs.train_on_rank(rank, recipe, stop_after)
     finally:

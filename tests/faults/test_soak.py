@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,16 @@ def soak(recipe: Recipe, plan: list[tuple[int, int | None]]) -> tuple[int, int]:
             fallen += 1
             if rank is None:
                 attempts, command = 0, TrainCommand(recipe, "--restarts", str(len(plan)))
-            command.until(lambda running=command, before=attempts: running.attempts > before, "another attempt")
+            command.until(partial(_has_tried_more, command, attempts), "another attempt")
             lost += reached - command.resumed
         assert command.end() == 0, command.text
     finally:
         command.__exit__()
     return fallen, lost
+
+
+def _has_tried_more(command: TrainCommand, attempts: int) -> bool:
+    return command.attempts > attempts
 
 
 def kill(command: TrainCommand, rank: int | None) -> int:
