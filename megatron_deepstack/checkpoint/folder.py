@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import stat
 from collections.abc import Sequence
@@ -21,6 +20,8 @@ import google_crc32c
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.platform.files.rename import sync
+from megatron_deepstack.platform.files.write_whole import write_through
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 4
@@ -123,10 +124,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: The disk refuses.
     """
-    with (folder / MANIFEST).open("w", encoding="utf-8") as out:
-        out.write(manifest_to_json(manifest))
-        out.flush()
-        os.fsync(out.fileno())
+    write_through(folder / MANIFEST, manifest_to_json(manifest))
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -154,11 +152,11 @@ def publish(partial: Path, final: Path) -> None:
     Raises:
         OSError: The disk refuses.
     """
-    sync_folder(partial)
+    sync(partial)
     if final.exists():
         remove(final)
     partial.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def remove(folder: Path) -> None:
@@ -332,12 +330,3 @@ def fingerprint(file: Path) -> tuple[int, int]:
         while block := stream.read(_BLOCK_BYTES):
             checksum.update(block)
     return file.stat().st_size, int.from_bytes(checksum.digest(), "big")
-
-
-def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
