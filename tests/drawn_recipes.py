@@ -191,9 +191,21 @@ def _layout(rng: random.Random, model: ModelConfig, num_ranks: int) -> ParallelC
 def _for_a_course(rng: random.Random, recipe: Recipe) -> Recipe:
     train = replace(recipe.train, steps=20, precision=rng.choice((Precision.FP32, Precision.FP32, Precision.BF16)))
     mode = rng.choice(list(SaveMode))
-    model = replace(recipe.model, language=_language(rng, recipe.model), vision=_vision(rng, recipe.model))
+    model = replace(_written_by_transformers(rng, recipe.model), vision=_vision(rng, recipe.model))
+    model = replace(model, language=_language(rng, model))
     checkpoint = replace(recipe.checkpoint, mode=mode)
     return replace(recipe, model=model, train=train, checkpoint=checkpoint)
+
+
+def _written_by_transformers(rng: random.Random, model: ModelConfig) -> ModelConfig:
+    """Nine of ten whole models have stacks where transformers' model can have them; `export` refuses the others."""
+    if model.variant.traits.whole_model is None or _likely(rng, 0.1):
+        return model
+    if model.variant is not Variant.GRANITE4_VISION:
+        return replace(model, stacks=StackConfig())
+    depth = max(6, model.language.num_layers)
+    slots = tuple(rng.sample(range(depth), 6))
+    return replace(model, language=replace(model.language, num_layers=depth), stacks=StackConfig(slots=slots))
 
 
 def _language(rng: random.Random, model: ModelConfig) -> LanguageConfig:
