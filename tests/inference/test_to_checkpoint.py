@@ -181,11 +181,7 @@ PRECISIONS = {"fp32": Precision.FP32, "bf16": Precision.BF16}
 TRAININGS = {
     "pp2": (ParallelConfig(pipeline=2), LoraConfig()),
     "tp2-zero": (ParallelConfig(tensor=2, distributed_optimizer=True), LoraConfig()),
-    "lora": (ParallelConfig(pipeline=2), LoraConfig(rank=2)),
-    "lora-everywhere": (
-        ParallelConfig(pipeline=2),
-        LoraConfig(rank=2, vision_targets=tuple(LoraTarget), projector=True),
-    ),
+    "lora": (ParallelConfig(pipeline=2), LoraConfig(rank=2, vision_targets=tuple(LoraTarget), projector=True)),
 }
 
 
