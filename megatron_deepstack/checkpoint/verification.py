@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 import torch.distributed as dist
 
@@ -23,6 +24,9 @@ from megatron_deepstack.checkpoint.saving.retention import remove_leftovers
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.parallel.reduce import from_first_rank, of_every_rank
 
+_LOOKS: Final = 5
+"""How often checkpoints are listed, if they disappear while they are read."""
+
 
 def remove_leftovers_together(run_dir: str | Path) -> None:
     """`retention.remove_leftovers`, done by rank 0. Collective over all ranks; raises as it does, on every rank."""
@@ -39,8 +43,22 @@ def remove_leftovers_together(run_dir: str | Path) -> None:
 def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """`folder.newest_whole`, its reading spread over the ranks. Collective over all ranks; raises as it does.
 
-    Rank 0 says which checkpoints exist, so that ranks whose file systems show changes late do not differ.
+    Rank 0 says which checkpoints exist, so that ranks whose file systems show changes late do not differ. A run that
+    trains meanwhile deletes checkpoints: if one disappears while it is read, there are newer ones, and rank 0 looks
+    again.
     """
+    for _ in range(_LOOKS):
+        found = _newest_of_those_there(run_dir)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{run_dir}: its checkpoints were deleted while they were read, {_LOOKS} times: a run that trains there keeps "
+        "the newest `checkpoint.keep` alone. Run the same command again, later or when that run has ended"
+    )
+
+
+def _newest_of_those_there(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]] | None:
+    """As `newest_whole_together`, of the checkpoints that exist now; None if one of them was deleted meanwhile."""
     said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
     if said["fault"]:
         raise CheckpointError(said["fault"])
@@ -51,10 +69,17 @@ def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[
         except OutOfReach:
             raise
         except CheckpointError as error:
+            if _is_gone(Path(name)):
+                return None
             faults.append(str(error))
     if faults:
         raise none_whole(run_dir, faults)
     return None, []
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether a checkpoint is not there any more, as rank 0 sees it. Collective over all ranks."""
+    return from_first_rank("" if path.is_dir() else "gone") != ""
 
 
 def _listed(run_dir: str | Path) -> str:

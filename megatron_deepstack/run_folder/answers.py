@@ -22,6 +22,8 @@ from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.platform.quantity import number_of
 
+_PROBE_BYTES: Final = 1 << 16
+"""Written to see whether there is room: a full disk still takes an empty file."""
 _FIRST: Final = re.compile(r"-first-(\d+)$")
 
 
@@ -149,8 +151,10 @@ def require_writable_answers(file: Path) -> None:
     partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(exist_ok=True)
-        partial.write_text("", encoding="utf-8")
-        partial.unlink()
+        try:
+            partial.write_text(" " * _PROBE_BYTES, encoding="utf-8")
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise _not_written(file, error) from error
 
