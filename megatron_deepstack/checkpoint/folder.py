@@ -11,7 +11,7 @@ import errno
 import json
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,27 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
         CheckpointError: The run has checkpoints and none is whole, or one cannot be read at present. Starting over
             without a word would lose the work.
     """
+    return first_whole(run_dir, [path for _, path in reversed(step_folders(run_dir))], verify)
+
+
+def first_whole(
+    run_dir: str | Path, folders: Sequence[Path], verify: Callable[[Path], Checkpoint]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The first of several checkpoints that is whole, as `newest_whole` finds it.
+
+    Args:
+        run_dir: The run folder, for the message.
+        folders: The checkpoints, newest first.
+        verify: As `verify` below, or another function that raises the same errors.
+
+    Returns:
+        As `newest_whole`.
+
+    Raises:
+        CheckpointError: As `newest_whole`.
+    """
     faults: list[str] = []
-    for _, path in reversed(step_folders(run_dir)):
+    for path in folders:
         try:
             return verify(path), faults
         except OutOfReach:
@@ -192,20 +211,11 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
-        raise none_whole(run_dir, faults)
+        raise _none_whole(run_dir, faults)
     return None, []
 
 
-def none_whole(run_dir: str | Path, faults: Sequence[str]) -> CheckpointError:
-    """The error of a run in which every checkpoint has a fault.
-
-    Args:
-        run_dir: The run folder.
-        faults: A line on each checkpoint, newest first.
-
-    Returns:
-        The error, for the caller to raise.
-    """
+def _none_whole(run_dir: str | Path, faults: Sequence[str]) -> CheckpointError:
     listed = "\n  ".join(faults)
     return CheckpointError(
         f"{run_dir}: no whole checkpoint among {len(faults)}:\n  {listed}\nRestore one, or remove the folder "

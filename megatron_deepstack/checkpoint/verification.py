@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron_deepstack.checkpoint.folder import (
     Checkpoint,
     OutOfReach,
+    first_whole,
     manifest_from_json,
     manifest_to_json,
-    none_whole,
     open_checkpoint,
     step_folders,
     verify_content,
@@ -44,17 +44,7 @@ def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[
     said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
     if said["fault"]:
         raise CheckpointError(said["fault"])
-    faults: list[str] = []
-    for name in said["names"]:
-        try:
-            return verify_together(Path(name)), faults
-        except OutOfReach:
-            raise
-        except CheckpointError as error:
-            faults.append(str(error))
-    if faults:
-        raise none_whole(run_dir, faults)
-    return None, []
+    return first_whole(run_dir, [Path(name) for name in said["names"]], verify_together)
 
 
 def _listed(run_dir: str | Path) -> str:

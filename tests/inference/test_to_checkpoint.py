@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_deepstack.checkpoint.folder import newest_whole
-from megatron_deepstack.config.choices import Part, Precision, Template, Variant
+from megatron_deepstack.config.choices import LoraTarget, Part, Precision, Template, Variant
 from megatron_deepstack.config.schema import (
     DataConfig,
     LanguageConfig,
@@ -181,7 +181,7 @@ PRECISIONS = {"fp32": Precision.FP32, "bf16": Precision.BF16}
 TRAININGS = {
     "pp2": (ParallelConfig(pipeline=2), LoraConfig()),
     "tp2-zero": (ParallelConfig(tensor=2, distributed_optimizer=True), LoraConfig()),
-    "lora": (ParallelConfig(pipeline=2), LoraConfig(rank=2)),
+    "lora": (ParallelConfig(pipeline=2), LoraConfig(rank=2, vision_targets=tuple(LoraTarget), projector=True)),
 }
 
 
@@ -195,7 +195,7 @@ def test_training_begins_from_it(
     parallel, lora = TRAININGS[name]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     source = write_folder(tmp_path / "folder", MODELS["l"], dtype, Naming.PUBLISHED, tokenizer)
-    trainable = (Part.PROJECTOR, Part.LANGUAGE)
+    trainable = (*([Part.VISION] if lora.vision_targets else []), Part.PROJECTOR, Part.LANGUAGE)
     train = replace(data.train, precision=PRECISIONS[precision], trainable=trainable)
     run = replace(data, parallel=parallel, lora=lora, train=train)
     named = replace(run, run_dir=str(tmp_path / "named"), train=replace(train, init_from=(str(source),)))

@@ -156,6 +156,15 @@ def test_a_holder_on_another_machine_lives_while_its_record_changes(
         assert found.pid == os.getpid()
 
 
+def test_a_record_of_a_later_release_is_read(tmp_path: Path) -> None:
+    owner = leave_record(tmp_path)
+    (tmp_path / OWNER_FILE).write_text(json.dumps({**asdict(owner), "since_then": 1}))
+    assert read_owner(tmp_path / OWNER_FILE) == owner
+    for strange in ("", "{}", "[]", "1", '"host"', '{"host": "a"}'):
+        (tmp_path / OWNER_FILE).write_text(strange)
+        assert read_owner(tmp_path / OWNER_FILE) is None
+
+
 @pytest.mark.usefixtures("fast")
 def test_of_two_that_take_over_at_a_time_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]

@@ -22,6 +22,7 @@ from megatron_deepstack.checkpoint.trust import is_extra_state
 from megatron_deepstack.config.choices import Fp8Scaling
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.model.layers.lora import is_adapter
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 
 FUSED_NORMS = {
@@ -222,13 +223,14 @@ def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
     Args:
         model: What this rank holds; changed in place.
         weights: State dicts by part, as `sharded_state` names them. Extra states that are not kept are missing, and
-            stay as they are; those that are kept were looked through before (`trust.check_extra_states`).
+            stay as they are; those that are kept were looked through before (`trust.check_extra_states`). So do
+            adapters, of a checkpoint of weights alone.
     """
     for number, chunk in enumerate(model.chunks):
         with _pickles_allowed() if keeps_extra_states(model) else nullcontext():
             chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
     missing, unexpected = model.encoder.load_state_dict(weights["encoder"], strict=False)
-    lost = [name for name in missing if not is_extra_state(name)]
+    lost = [name for name in missing if not is_extra_state(name) and not is_adapter(name)]
     assert not lost, f"a checkpoint's encoder lacks {lost}"
     assert not unexpected, f"a checkpoint's encoder has {unexpected}, which this one lacks"
 

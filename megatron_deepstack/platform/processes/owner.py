@@ -7,11 +7,12 @@ From another machine it watches whether the file changes, so the clocks of the m
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 from megatron_deepstack.platform.processes.process import machine_start, process_start, process_ticks, still_runs
@@ -71,6 +72,22 @@ def this_process(what: str = "") -> Owner:
         what=what,
         ticks=process_ticks(),
     )
+
+
+def owner_in(record: str | bytes) -> Owner | None:
+    """Read an owner from its record. Fields that a later release has added are passed over.
+
+    Args:
+        record: The owner's fields as JSON.
+
+    Returns:
+        The owner; None if the text is no such record.
+    """
+    try:
+        raw = json.loads(record)
+        return Owner(**{item.name: raw[item.name] for item in fields(Owner) if item.name in raw})
+    except (ValueError, TypeError):
+        return None
 
 
 def is_here(owner: Owner) -> bool:
