@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -13,9 +14,9 @@ import torch.distributed as dist
 from megatron_deepstack.checkpoint.folder import (
     Checkpoint,
     OutOfReach,
+    first_whole,
     manifest_from_json,
     manifest_to_json,
-    none_whole,
     open_checkpoint,
     step_folders,
     verify_content,
@@ -48,38 +49,31 @@ def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[
     again.
     """
     for _ in range(_LOOKS):
-        found = _newest_of_those_there(run_dir)
-        if found is not None:
-            return found
+        said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
+        if said["fault"]:
+            raise CheckpointError(said["fault"])
+        with suppress(_DeletedError):
+            return first_whole(run_dir, [Path(name) for name in said["names"]], _verify_if_there)
     raise CheckpointError(
         f"{run_dir}: its checkpoints were deleted while they were read, {_LOOKS} times: a run that trains there keeps "
         "the newest `checkpoint.keep` alone. Run the same command again, later or when that run has ended"
     )
 
 
-def _newest_of_those_there(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]] | None:
-    """As `newest_whole_together`, of the checkpoints that exist now; None if one of them was deleted meanwhile."""
-    said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
-    if said["fault"]:
-        raise CheckpointError(said["fault"])
-    faults: list[str] = []
-    for name in said["names"]:
-        try:
-            return verify_together(Path(name)), faults
-        except OutOfReach:
-            raise
-        except CheckpointError as error:
-            if _is_gone(Path(name)):
-                return None
-            faults.append(str(error))
-    if faults:
-        raise none_whole(run_dir, faults)
-    return None, []
+class _DeletedError(Exception):
+    """A checkpoint was deleted while it was read."""
 
 
-def _is_gone(path: Path) -> bool:
-    """Whether a checkpoint is not there any more, as rank 0 sees it. Collective over all ranks."""
-    return from_first_rank("" if path.is_dir() else "gone") != ""
+def _verify_if_there(path: Path) -> Checkpoint:
+    """`verify_together`; raises _DeletedError, on every rank, if the folder is gone by now, as rank 0 sees it."""
+    try:
+        return verify_together(path)
+    except OutOfReach:
+        raise
+    except CheckpointError:
+        if from_first_rank("" if path.is_dir() else "gone"):
+            raise _DeletedError from None
+        raise
 
 
 def _listed(run_dir: str | Path) -> str:

@@ -19,6 +19,7 @@ from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.platform.files.write_whole import write_whole
 
 SectionT = TypeVar("SectionT")
 DATA_PATHS: Final = ("records", "images", "tokenizer", "store", "stores", "validation_store", "cache_dir")
@@ -132,7 +133,7 @@ def record_start_folder(run: Path) -> None:
 
     Call it on one rank only, when a run starts whose relative paths are relative to the current folder.
     """
-    RunFolder(run).started_in.write_text(f"{Path.cwd()}\n", encoding="utf-8")
+    write_whole(RunFolder(run).started_in, f"{Path.cwd()}\n")
 
 
 def start_folders(run: str | Path, recorded_run_dir: str) -> list[Path]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from megatron_deepstack.errors import RunFolderError
+from megatron_deepstack.platform.files.write_whole import write_through
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _GIB: Final = 1 << 30
@@ -53,10 +54,7 @@ def write_probe(path: Path, text: str) -> None:
         OSError: The folder cannot be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_through(path, text)
 
 
 def require_room(run_dir: Path, needed_bytes: int, what: str) -> None:
