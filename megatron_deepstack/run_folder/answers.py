@@ -23,6 +23,8 @@ from megatron_deepstack.errors import DataError
 from megatron_deepstack.platform.files.write_whole import partial_of, write_whole
 from megatron_deepstack.platform.quantity import number_of
 
+_PROBE_BYTES: Final = 1 << 16
+"""Written to see whether there is room: a full disk still takes an empty file."""
 _FIRST: Final = re.compile(r"-first-(\d+)$")
 
 
@@ -150,8 +152,10 @@ def require_writable_answers(file: Path) -> None:
     partial = partial_of(file)
     try:
         file.parent.mkdir(exist_ok=True)
-        partial.write_text("", encoding="utf-8")
-        partial.unlink()
+        try:
+            partial.write_text(" " * _PROBE_BYTES, encoding="utf-8")
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise _not_written(file, error) from error
 

@@ -24,6 +24,7 @@ from megatron_deepstack.convert.export import require_exportable
 from megatron_deepstack.convert.exported_folder import read_exported
 from megatron_deepstack.convert.folders import convert_folder
 from megatron_deepstack.convert.hf_names import Naming
+from megatron_deepstack.convert.hf_whole import whole_model_of
 from megatron_deepstack.convert.published import published_source
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.inference.export import Adapters, export_on_rank
@@ -178,13 +179,14 @@ def _compute_alike(ranks: Pools, run: Path, left_out: Path, recipe: Recipe, nami
             return  # merged weights are rounded, which tests/convert/test_adapters.py measures
         folder = left_out.with_name("merged")
         ranks(1).run(export, recipe, folder, naming, Adapters.MERGED)
-    if recipe.model.variant.traits.whole_model is not None:
-        _name_placeholders(folder / "config.json")
+    whole = whole_model_of(recipe.model.variant)
+    if whole is not None:
+        _number_special_tokens(folder / "config.json", list(whole[1].special_tokens))
     for line in check_conversion(folder, run, pool=ranks(1)):
         print(line)
 
 
-def _name_placeholders(file: Path) -> None:
-    """Tokens of images within the vocabulary, which a folder without a tokenizer does not name."""
-    ids = {"image_token_id": 57, "video_token_id": 58, "vision_start_token_id": 59, "vision_end_token_id": 60}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **ids}))
+def _number_special_tokens(file: Path, keys: list[str]) -> None:
+    """Within the vocabulary; a folder without a tokenizer does not number them."""
+    numbers = {key: 57 + place for place, key in enumerate(keys)}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **numbers}))

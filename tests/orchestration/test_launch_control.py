@@ -142,8 +142,23 @@ class TestControl:
         os.utime(running / OWNER_FILE, (time.time() - age, time.time() - age))
         found = control.status_of(running)
         assert (found.state, found.launcher, found.exit_code) == (state, "torchrun", int(state == "lost"))
+        if "ticks" in changes:  # its process id may be another's by now
+            said = control.stop(running, now=True, wait_seconds=0)
+            assert said == f"nothing to stop: its torchrun (process {os.getpid()} on {owner.host}) is gone"
+            return
         with pytest.raises(ConfigError, match=rf"not started by `launch`; `kill {os.getpid()}` on"):
             control.stop(running, now=True, wait_seconds=0)
+
+    def test_status_and_stop_where_a_run_is_about_to_write_its_recipe(self, tmp_path: Path) -> None:
+        """Until models are built, and where a file or nothing is in the place of a run."""
+        with run_lock(tmp_path / "run", "train", print):
+            assert control.status_of(tmp_path / "run").state == "starting"
+            with pytest.raises(ConfigError, match=rf"`kill {os.getpid()}` on"):
+                control.stop(tmp_path / "run", now=False, wait_seconds=0)
+        (tmp_path / "file").write_text("x")
+        for name in ("run", "file", "nothing"):
+            with pytest.raises(ConfigError, match="no run is there"):
+                control.stop(tmp_path / name, now=False, wait_seconds=0)
 
     @pytest.mark.parametrize(
         ("driver", "seconds", "launcher"),

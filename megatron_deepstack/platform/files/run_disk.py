@@ -32,8 +32,10 @@ def require_writable(run_dir: Path) -> None:
     """
     probe = run_dir / f".writable.{os.uname().nodename}.{os.getpid()}"
     try:
-        write_probe(probe, "this folder can be written\n")
-        probe.unlink()
+        try:
+            write_probe(probe, "this folder can be written\n")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(
             f"run_dir: {run_dir} cannot be written ({said_by(error)}); expected a folder that can be made or written "

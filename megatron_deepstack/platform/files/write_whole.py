@@ -33,6 +33,22 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def write_result(path: Path, text: str) -> None:
+    """Write a result to the path that a user named: a file keeps its old content until the new one is complete.
+
+    Args:
+        path: The file. Behind a symbolic link, the file that it leads to is replaced; a device or a pipe is written to.
+        text: The new content, written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written; a file is not changed.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_whole(Path(os.path.realpath(path)), text)
+
+
 def create_whole(path: Path, text: str) -> None:
     """Create a file with its content atomically. If several processes create it, only one succeeds.
 
