@@ -23,21 +23,21 @@ from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
 from megatron_deepstack.testing.live_bytes import LiveBytes
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 
-LANGUAGE = LanguageConfig(vocab_size=32000, hidden_size=512, ffn_hidden_size=1536, num_layers=2, num_heads=8)
-LENGTH = 1024
 SHARES = (0.15, 1.0)
 
 Measured = tuple[float, float, float, float]
 """Seconds and bytes at the targets alone, then everywhere."""
 
 
-def compare(rank: int, repeats: int, share: float) -> list[Measured]:
+def compare(rank: int, repeats: int, share: float, vocabulary: int, length: int) -> list[Measured]:
     """Time forward and backward of one sequence with both heads, in turns.
 
     Args:
         rank: Number of this rank; there is one.
         repeats: Number of pairs.
         share: Share of positions that are targets.
+        vocabulary: Rows of the head.
+        length: Tokens of the sequence.
 
     Returns:
         What was measured, pair by pair.
@@ -47,14 +47,15 @@ def compare(rank: int, repeats: int, share: float) -> list[Measured]:
     from megatron_deepstack.model.language import HeadTargets
     from megatron_deepstack.planning.batch.targets import find_targets
 
-    model = ModelConfig(variant=variant_without_crops(), language=LANGUAGE)
+    language = LanguageConfig(vocab_size=vocabulary, hidden_size=512, ffn_hidden_size=1536, num_layers=2, num_heads=8)
+    model = ModelConfig(variant=variant_without_crops(), language=language)
     groups = groups_for(ParallelConfig())
     built = build_model(model, ParallelConfig(), Precision.FP32, groups)
     fill_model(built, random_source(model, 0), groups.decoder.tp)
     (chunk,) = built.chunks
     rng = np.random.default_rng(0)
-    labels = np.where(rng.random((1, LENGTH)) < share, rng.integers(1, LANGUAGE.vocab_size, (1, LENGTH)), IGNORE_INDEX)
-    tokens = torch.randint(1, LANGUAGE.vocab_size, (1, LENGTH))
+    labels = np.where(rng.random((1, length)) < share, rng.integers(1, vocabulary, (1, length)), IGNORE_INDEX)
+    tokens = torch.randint(1, vocabulary, (1, length))
     found = find_targets(labels, 1)
     alone = HeadTargets(torch.from_numpy(found.rows[0]), torch.from_numpy(found.labels).clamp(min=0))
     everywhere = HeadTargets.everywhere(torch.from_numpy(labels).clamp(min=0))
@@ -79,11 +80,13 @@ def main() -> None:
     """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=8, help="pairs of steps")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--vocabulary", type=int, default=32000, help="rows of the head")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of the sequence")
+    asked = parser.parse_args()
     result = {}
     with RankPool(1) as pool:
         for share in SHARES:
-            pairs = pool.run(compare, repeats, share)[0]
+            pairs = pool.run(compare, asked.repeats, share, asked.vocabulary, asked.length)[0]
             ratio = statistics.median(pair[0] / pair[2] for pair in pairs)
             alone, everywhere = (statistics.median(pair[k] for pair in pairs) for k in (0, 2))
             print(

@@ -17,16 +17,16 @@ from megatron_deepstack.config.choices import Precision
 from megatron_deepstack.config.schema import LanguageConfig, ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 
-LANGUAGE = LanguageConfig(vocab_size=512, hidden_size=1024, ffn_hidden_size=2816, num_layers=8, num_heads=16)
 VISUAL, LENGTH = 576, 704
 
 
-def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
+def compare(rank: int, repeats: int, hidden: int) -> list[tuple[float, float]]:
     """Time forward and backward of one sequence with stacks and without, in turns.
 
     Args:
         rank: Number of this rank; there is one.
         repeats: Number of pairs.
+        hidden: Width of the decoder.
 
     Returns:
         Seconds (with stacks, without), pair by pair.
@@ -35,15 +35,18 @@ def compare(rank: int, repeats: int) -> list[tuple[float, float]]:
     from megatron_deepstack.model.init import random_source
     from megatron_deepstack.model.language import HeadTargets, VisualInputs
 
-    model = ModelConfig(language=LANGUAGE, stacks=StackConfig())
+    language = LanguageConfig(
+        vocab_size=512, hidden_size=hidden, ffn_hidden_size=hidden * 11 // 4, num_layers=8, num_heads=16
+    )
+    model = ModelConfig(language=language, stacks=StackConfig())
     groups = groups_for(ParallelConfig())
     built = build_model(model, ParallelConfig(), Precision.FP32, groups)
     fill_model(built, random_source(model, 0), groups.decoder.tp)
     (chunk,) = built.chunks
-    tokens = torch.randint(1, LANGUAGE.vocab_size, (1, LENGTH))
+    tokens = torch.randint(1, language.vocab_size, (1, LENGTH))
     positions = torch.arange(VISUAL) + 35
-    base = torch.randn(VISUAL, LANGUAGE.hidden_size, requires_grad=True)
-    stacks = torch.randn(4, VISUAL, LANGUAGE.hidden_size, requires_grad=True)
+    base = torch.randn(VISUAL, hidden, requires_grad=True)
+    stacks = torch.randn(4, VISUAL, hidden, requires_grad=True)
     inputs = (
         VisualInputs(base, positions, stacks, positions.expand(4, -1).contiguous()),
         VisualInputs(base, positions),
@@ -64,9 +67,10 @@ def main() -> None:
     """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12, help="pairs of steps")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the decoder")
+    asked = parser.parse_args()
     with RankPool(1) as pool:
-        pairs = pool.run(compare, repeats)[0]
+        pairs = pool.run(compare, asked.repeats, asked.hidden)[0]
     overhead = statistics.median(with_stacks / without - 1 for with_stacks, without in pairs)
     medians = [statistics.median(pair[k] for pair in pairs) for k in range(2)]
     print("with stacks {:.4f} s, without {:.4f} s".format(*medians))

@@ -26,7 +26,7 @@ from megatron_deepstack.planning.budget.cost import decoder_flops, projector_flo
 from megatron_deepstack.testing.ranks import RankPool, groups_for
 from megatron_deepstack.testing.tiny import TinySample, tiny_recipe, unit_pixels
 
-MICRO_BATCHES, VIEWS, TEXT = 16, 5, 192
+VIEWS, TEXT = 5, 192
 LANGUAGE = LanguageConfig(vocab_size=512, hidden_size=256, ffn_hidden_size=704, num_layers=8, num_heads=8)
 VISION = VisionConfig(
     image_size=112, patch_size=14, hidden_size=256, ffn_hidden_size=1024, num_layers=4, num_heads=8, select_layer=-1
@@ -45,15 +45,17 @@ class Durations:
     backward: tuple[float, float]
     encode: float
     encode_back: float
+    micro_batches: int
+    """How many a step has."""
 
     def step(self, placement: EncoderPlacement) -> float:
         """A whole step by Megatron's 1F1B order on two stages, communication free."""
         if placement is EncoderPlacement.INLINE:
             first = (self.forward[0] + self.encode, self.backward[0] + self.encode_back)
-            return one_forward_one_backward(first, (self.forward[1], self.backward[1]))
-        shared = (self.encode + self.encode_back) * MICRO_BATCHES / 2
+            return one_forward_one_backward(first, (self.forward[1], self.backward[1]), self.micro_batches)
+        shared = (self.encode + self.encode_back) * self.micro_batches / 2
         stages = ((self.forward[0], self.backward[0]), (self.forward[1], self.backward[1]))
-        return shared + one_forward_one_backward(*stages)
+        return shared + one_forward_one_backward(*stages, self.micro_batches)
 
     @property
     def allowed(self) -> float:
@@ -61,19 +63,20 @@ class Durations:
         return self.step(EncoderPlacement.INLINE) / self.step(EncoderPlacement.SPREAD)
 
 
-def one_forward_one_backward(first: tuple[float, float], last: tuple[float, float]) -> float:
+def one_forward_one_backward(first: tuple[float, float], last: tuple[float, float], micro_batches: int) -> float:
     """When a step ends on two stages. Stage 0 runs F0 F1 B0 F2 B1 ..., stage 1 alternates F and B.
 
     Args:
         first: Seconds of one micro-batch's forward and backward on stage 0.
         last: The same on stage 1.
+        micro_batches: How many a step has.
 
     Returns:
         Seconds from the start of the step.
     """
     sent, returned, clock0, clock1 = [], [], 0.0, 0.0
-    for micro_batch in range(MICRO_BATCHES + 1):
-        if micro_batch < MICRO_BATCHES:
+    for micro_batch in range(micro_batches + 1):
+        if micro_batch < micro_batches:
             clock0 += first[0]
             sent.append(clock0)
         if micro_batch >= 1:
@@ -88,7 +91,7 @@ def model_of(vision: VisionConfig) -> ModelConfig:
     return ModelConfig(vision=vision, language=LANGUAGE, stacks=StackConfig(slots=(0, 1, 2, 3)))
 
 
-def samples_of(model: ModelConfig) -> list[TinySample]:
+def samples_of(model: ModelConfig, micro_batches: int) -> list[TinySample]:
     """One sample for each micro-batch: an image of five views and `TEXT` tokens."""
     import numpy as np
 
@@ -97,7 +100,7 @@ def samples_of(model: ModelConfig) -> list[TinySample]:
     rng = np.random.default_rng(0)
     size = model.vision.image_size
     samples = []
-    for _ in range(MICRO_BATCHES):
+    for _ in range(micro_batches):
         tokens = rng.integers(1, model.language.vocab_size, TEXT)
         tokens[1] = IMAGE_TOKEN_ID
         pixels = rng.integers(0, 256, (VIEWS, size, size, 3), dtype=np.uint8)
@@ -105,30 +108,32 @@ def samples_of(model: ModelConfig) -> list[TinySample]:
     return samples
 
 
-def flop_durations(model: ModelConfig, trainable: tuple[Part, ...]) -> Durations:
+def flop_durations(model: ModelConfig, trainable: tuple[Part, ...], micro_batches: int) -> Durations:
     """Durations in floating-point operations instead of seconds.
 
     Args:
         model: The model.
         trainable: The parts that learn, which decide what the encoder's backward costs.
+        micro_batches: How many a step has.
     """
     length = TEXT - 1 + (model.vision.image_size // model.vision.patch_size) ** 2
     half = decoder_flops(model.language, length) / 2
     vit, projector = VIEWS * view_flops(model.vision), VIEWS * projector_flops(model)
     backward = 2 * projector + (2 * vit if Part.VISION in trainable else 0.0)
-    return Durations((half, half), (2 * half, 2 * half), vit + projector, backward)
+    return Durations((half, half), (2 * half, 2 * half), vit + projector, backward, micro_batches)
 
 
 class Bench:
     """A rank's engines of one case, one for each placement."""
 
-    def __init__(self, rank: int, model: ModelConfig, trainable: tuple[Part, ...]) -> None:
+    def __init__(self, rank: int, model: ModelConfig, trainable: tuple[Part, ...], micro_batches: int) -> None:
         """Build both engines and bind this process to one core. Collective over both ranks.
 
         Args:
             rank: Number of this rank, which picks the core.
             model: The model.
             trainable: The parts that learn.
+            micro_batches: How many a step has.
         """
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
@@ -137,7 +142,7 @@ class Bench:
 
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(os.getppid()))[rank]})
         self.engines, self.plans, self.pixels = {}, {}, {}
-        samples = [[s] for s in samples_of(model)]
+        samples = [[s] for s in samples_of(model, micro_batches)]
         for parallel in (SPREAD, INLINE):
             groups = groups_for(parallel)
             rank_model = build_model(model, parallel, tiny_recipe().train.precision, groups)
@@ -195,18 +200,19 @@ class Bench:
 _bench: dict[str, Bench] = {}
 
 
-def prepare(rank: int, model: ModelConfig, trainable: tuple[Part, ...]) -> list[int]:
+def prepare(rank: int, model: ModelConfig, trainable: tuple[Part, ...], micro_batches: int) -> list[int]:
     """Build a case. Collective over both ranks.
 
     Args:
         rank: Number of this rank.
         model: The model.
         trainable: The parts that learn.
+        micro_batches: How many a step has.
 
     Returns:
         The number of rows that this rank sends to each other rank.
     """
-    _bench["case"] = Bench(rank, model, trainable)
+    _bench["case"] = Bench(rank, model, trainable, micro_batches)
     splits = list(_bench["case"].plans[EncoderPlacement.SPREAD].routes.send_splits)
     return [count for other, count in enumerate(splits) if other != rank]
 
@@ -221,12 +227,13 @@ def measure_parts(rank: int) -> tuple[float, float, float, float]:
     return _bench["case"].parts()
 
 
-def busy_durations(pool: RankPool, repeats: int) -> Durations:
+def busy_durations(pool: RankPool, repeats: int, micro_batches: int) -> Durations:
     """Median durations of the parts while both cores are busy.
 
     Args:
         pool: Two ranks with a case that was prepared.
         repeats: How often each part is measured.
+        micro_batches: How many a step has.
     """
     runs = [pool.run(measure_parts) for _ in range(repeats)]
     of = [[statistics.median(run[rank][part] for run in runs) for part in range(4)] for rank in range(2)]
@@ -235,10 +242,11 @@ def busy_durations(pool: RankPool, repeats: int) -> Durations:
         backward=(of[0][1], of[1][1]),
         encode=(of[0][2] + of[1][2]) / 2,
         encode_back=(of[0][3] + of[1][3]) / 2,
+        micro_batches=micro_batches,
     )
 
 
-def run_case(pool: RankPool, size: str, which: str, repeats: int) -> dict[str, float]:
+def run_case(pool: RankPool, size: str, which: str, repeats: int, micro_batches: int) -> dict[str, float]:
     """Measure and print one case, both placements in turns.
 
     Args:
@@ -246,12 +254,13 @@ def run_case(pool: RankPool, size: str, which: str, repeats: int) -> dict[str, f
         size: A key of `SIZES`.
         which: A key of `TRAINED`.
         repeats: Steps of each placement.
+        micro_batches: How many a step has.
 
     Returns:
         inline / spread as measured (`gain`), as busy durations allow, and as the FLOPs allow.
     """
     model, trainable = model_of(SIZES[size]), TRAINED[which]
-    sent = pool.run(prepare, model, trainable)
+    sent = pool.run(prepare, model, trainable, micro_batches)
     times: dict[EncoderPlacement, list[float]] = {placement: [] for placement in EncoderPlacement}
     for placement in EncoderPlacement:
         pool.run(measure, placement)
@@ -260,7 +269,8 @@ def run_case(pool: RankPool, size: str, which: str, repeats: int) -> dict[str, f
             times[placement].append(max(pool.run(measure, placement)))
     pairs = zip(times[EncoderPlacement.INLINE], times[EncoderPlacement.SPREAD], strict=True)
     gain = statistics.median(inline / spread for inline, spread in pairs)
-    operations, busy = flop_durations(model, trainable), busy_durations(pool, 3 * repeats)
+    operations = flop_durations(model, trainable, micro_batches)
+    busy = busy_durations(pool, 3 * repeats, micro_batches)
     share = VIEWS * view_flops(model.vision) / (2 * operations.forward[0])
     row_bytes = LANGUAGE.hidden_size * 4
     print(f"{size} proportions (ViT {share:.0%} of the decoder's forward), ViT {which}")
@@ -278,12 +288,13 @@ def main() -> None:
     """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="steps of each placement per case")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--micro-batches", type=int, default=16, help="micro-batches of a step")
+    asked = parser.parse_args()
     results: dict[str, Any] = {}
     with RankPool(2) as pool:
         for size in SIZES:
             for which in TRAINED:
-                found = run_case(pool, size, which, repeats)
+                found = run_case(pool, size, which, asked.repeats, asked.micro_batches)
                 if size == "2B":
                     results |= {f"gain_{which}": found["gain"], f"allowed_{which}": found["allowed"]}
     print(json.dumps({name: round(value, 4) for name, value in results.items()}))

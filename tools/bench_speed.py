@@ -62,9 +62,17 @@ EIGHTH_LENGTH = 64 + 32
 Step = Callable[[], float]
 
 
-def recipe_of(batch: int, vocabulary: int, variant: Variant, batching: Batching = Batching.PADDED) -> Recipe:
-    """A recipe of about 31M parameters, all of which learn."""
-    language = LanguageConfig(vocab_size=vocabulary, hidden_size=512, ffn_hidden_size=1376, num_layers=8, num_heads=8)
+WIDTH = 512
+"""Width of the decoders that are measured."""
+
+
+def recipe_of(
+    batch: int, vocabulary: int, variant: Variant, batching: Batching = Batching.PADDED, width: int = WIDTH
+) -> Recipe:
+    """A recipe of about 31M parameters at its own width, all of which learn."""
+    language = LanguageConfig(
+        vocab_size=vocabulary, hidden_size=width, ffn_hidden_size=width * 43 // 16, num_layers=8, num_heads=8
+    )
     return Recipe(
         model=ModelConfig(variant=variant, vision=VISION, language=language, stacks=StackConfig()),
         optimizer=OptimizerConfig(lr=1e-4),
@@ -79,11 +87,13 @@ def recipe_of(batch: int, vocabulary: int, variant: Variant, batching: Batching 
     )
 
 
-def eighth_of_7b(batch: int, variant: Variant) -> Recipe:
+def eighth_of_7b(batch: int, variant: Variant, width: int) -> Recipe:
     """A recipe with the proportions of the 7B one, an eighth as large in each direction."""
-    recipe = recipe_of(batch, 512, variant)
+    recipe, language = recipe_of(batch, 512, variant), EIGHTH
+    if width != WIDTH:
+        language = replace(EIGHTH, hidden_size=width, ffn_hidden_size=width * 43 // 16)
     stacks = StackConfig(slots=(0, 1, 2, 3)) if variant is Variant.DEEPSTACK_L else StackConfig()
-    return replace(recipe, model=replace(recipe.model, vision=EIGHTH_VISION, language=EIGHTH, stacks=stacks))
+    return replace(recipe, model=replace(recipe.model, vision=EIGHTH_VISION, language=language, stacks=stacks))
 
 
 def samples_of(recipe: Recipe, lengths: list[int]) -> list[TinySample]:
@@ -218,7 +228,7 @@ def byte_ratios(cases: int) -> dict[str, float]:
     return found
 
 
-def data_wait(folder: Path, steps: int) -> float:
+def data_wait(folder: Path, steps: int, width: int) -> float:
     """Share of its steps' time that a run waits for data, the first two left out: photos, preprocessed to a store."""
     from megatron_deepstack.testing.ranks import groups_for
     from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
@@ -227,7 +237,7 @@ def data_wait(folder: Path, steps: int) -> float:
 
     names = write_photos(folder / "images", 32)
     records = write_records(folder / "records.json", [record(n, [name]) for n, name in enumerate(names)])
-    recipe = recipe_of(8, 512, Variant.DEEPSTACK_L)
+    recipe = recipe_of(8, 512, Variant.DEEPSTACK_L, width=width)
     recipe = replace(
         recipe,
         run_dir=str(folder / "run"),
@@ -263,7 +273,7 @@ def simulated() -> dict[str, float]:
     }
 
 
-def measure(folder: str, rounds: int, cases: int) -> dict[str, float]:
+def measure(folder: str, rounds: int, cases: int, width: int) -> dict[str, float]:
     """All measured ratios, in this process as the only rank."""
     found = byte_ratios(cases)
     for batch, length, vocabulary in SHAPES[:cases]:
@@ -272,16 +282,16 @@ def measure(folder: str, rounds: int, cases: int) -> dict[str, float]:
         found[name] = ratio(theirs(recipe, [length] * batch), ours(recipe, [length] * batch), rounds)
         print(f"{found[name]:5.2f}  {name}", flush=True)
     lengths = [EIGHTH_LENGTH] * 4
-    variants = {one: eighth_of_7b(4, one) for one in (Variant.DEEPSTACK_L, Variant.IN_SEQUENCE, Variant.LLAVA)}
+    variants = {one: eighth_of_7b(4, one, width) for one in (Variant.DEEPSTACK_L, Variant.IN_SEQUENCE, Variant.LLAVA)}
     steps = {one: ours(recipe, lengths) for one, recipe in variants.items()}
     found["in sequence / deepstack"] = ratio(steps[Variant.IN_SEQUENCE], steps[Variant.DEEPSTACK_L], rounds)
     found["deepstack / llava"] = ratio(steps[Variant.DEEPSTACK_L], steps[Variant.LLAVA], rounds)
     mix = (np.clip(np.exp(np.random.default_rng(1).normal(4.2, 0.9, 16)), 20, 900)).astype(int).tolist()
-    padded = recipe_of(16, 512, Variant.LLAVA)
+    padded = recipe_of(16, 512, Variant.LLAVA, width=width)
     padded = replace(padded, train=replace(padded.train, micro_batch_size=4))
-    packed = recipe_of(16, 512, Variant.LLAVA, Batching.PACKED)
+    packed = recipe_of(16, 512, Variant.LLAVA, Batching.PACKED, width)
     found["padded / packed"] = ratio(ours(padded, mix), ours(packed, mix), rounds)
-    found["share of a step waiting for data"] = data_wait(Path(folder), rounds + 5)
+    found["share of a step waiting for data"] = data_wait(Path(folder), rounds + 5, width)
     return found
 
 
@@ -295,11 +305,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds of each pair")
     parser.add_argument("--cases", type=int, default=len(SHAPES), help="shapes compared with transformers")
     parser.add_argument("--bytes", action="store_true", help="simulated ratios and bytes written alone, no times")
+    parser.add_argument("--width", type=int, default=WIDTH, help="width of the decoders that are ours on both sides")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         be_the_only_rank(Path(folder))
         found = simulated()
-        found |= byte_ratios(asked.cases) if asked.bytes else measure(folder, asked.rounds, asked.cases)
+        found |= byte_ratios(asked.cases) if asked.bytes else measure(folder, asked.rounds, asked.cases, asked.width)
     for name, value in found.items():
         print(f"{value:5.2f}  {name}")
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))

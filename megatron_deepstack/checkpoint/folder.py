@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import google_crc32c
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.platform.files.rename import sync
+from megatron_deepstack.platform.files.write_whole import write_through
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 4
@@ -123,10 +124,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: The disk refuses.
     """
-    with (folder / MANIFEST).open("w", encoding="utf-8") as out:
-        out.write(manifest_to_json(manifest))
-        out.flush()
-        os.fsync(out.fileno())
+    write_through(folder / MANIFEST, manifest_to_json(manifest))
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -154,11 +152,11 @@ def publish(partial: Path, final: Path) -> None:
     Raises:
         OSError: The disk refuses.
     """
-    sync_folder(partial)
+    sync(partial)
     if final.exists():
         remove(final)
     partial.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def remove(folder: Path) -> None:
@@ -185,8 +183,27 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
         CheckpointError: The run has checkpoints and none is whole, or one cannot be read at present. Starting over
             without a word would lose the work.
     """
+    return first_whole(run_dir, [path for _, path in reversed(step_folders(run_dir))], verify)
+
+
+def first_whole(
+    run_dir: str | Path, folders: Sequence[Path], verify: Callable[[Path], Checkpoint]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The first of several checkpoints that is whole, as `newest_whole` finds it.
+
+    Args:
+        run_dir: The run folder, for the message.
+        folders: The checkpoints, newest first.
+        verify: As `verify` below, or another function that raises the same errors.
+
+    Returns:
+        As `newest_whole`.
+
+    Raises:
+        CheckpointError: As `newest_whole`.
+    """
     faults: list[str] = []
-    for _, path in reversed(step_folders(run_dir)):
+    for path in folders:
         try:
             return verify(path), faults
         except OutOfReach:
@@ -194,20 +211,11 @@ def newest_whole(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
-        raise none_whole(run_dir, faults)
+        raise _none_whole(run_dir, faults)
     return None, []
 
 
-def none_whole(run_dir: str | Path, faults: Sequence[str]) -> CheckpointError:
-    """The error of a run in which every checkpoint has a fault.
-
-    Args:
-        run_dir: The run folder.
-        faults: A line on each checkpoint, newest first.
-
-    Returns:
-        The error, for the caller to raise.
-    """
+def _none_whole(run_dir: str | Path, faults: Sequence[str]) -> CheckpointError:
     listed = "\n  ".join(faults)
     return CheckpointError(
         f"{run_dir}: no whole checkpoint among {len(faults)}:\n  {listed}\nRestore one, or remove the folder "
@@ -332,12 +340,3 @@ def fingerprint(file: Path) -> tuple[int, int]:
         while block := stream.read(_BLOCK_BYTES):
             checksum.update(block)
     return file.stat().st_size, int.from_bytes(checksum.digest(), "big")
-
-
-def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

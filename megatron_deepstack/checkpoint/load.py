@@ -19,7 +19,7 @@ from megatron_deepstack.checkpoint.content.state import (
     sharded_state,
 )
 from megatron_deepstack.checkpoint.folder import Checkpoint
-from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states
+from megatron_deepstack.checkpoint.trust import check_contents, check_extra_states, is_extra_state
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.layers.lora import is_adapter
@@ -49,7 +49,7 @@ def load(
         allocate_states(optimizer)
     state = sharded_state(model, optimizer, version=checkpoint.manifest.version)
     if checkpoint.manifest.weights_alone:
-        state["model"] = {part: _without_adapters(weights) for part, weights in state["model"].items()}
+        state["model"] = {part: _held_by_weights_alone(weights) for part, weights in state["model"].items()}
     if layout is not None and checkpoint.manifest.layout == layout:
         state["random"] = sharded_random_states()
     asked = {part: list(weights) for part, weights in state["model"].items()}  # the common part could bring others
@@ -70,9 +70,9 @@ def load(
         set_random_states(loaded["random"])
 
 
-def _without_adapters(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of weights alone holds: adapters are the run's own, and stay as they are."""
-    return {name: part for name, part in weights.items() if not is_adapter(name)}
+def _held_by_weights_alone(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of weights alone holds. Adapters are the run's own, and FP8's history begins with it."""
+    return {name: part for name, part in weights.items() if not is_adapter(name) and not is_extra_state(name)}
 
 
 def _reason(error: BaseException, checkpoint: Checkpoint) -> str:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 import torch.distributed as dist
 
 from megatron_deepstack.checkpoint.folder import (
     Checkpoint,
     OutOfReach,
+    first_whole,
     manifest_from_json,
     manifest_to_json,
-    none_whole,
     open_checkpoint,
     step_folders,
     verify_content,
@@ -22,6 +24,9 @@ from megatron_deepstack.checkpoint.folder import (
 from megatron_deepstack.checkpoint.saving.retention import remove_leftovers
 from megatron_deepstack.errors import CheckpointError
 from megatron_deepstack.parallel.reduce import from_first_rank, of_every_rank
+
+_LOOKS: Final = 5
+"""How often checkpoints are listed, if they disappear while they are read."""
 
 
 def remove_leftovers_together(run_dir: str | Path) -> None:
@@ -39,22 +44,36 @@ def remove_leftovers_together(run_dir: str | Path) -> None:
 def newest_whole_together(run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """`folder.newest_whole`, its reading spread over the ranks. Collective over all ranks; raises as it does.
 
-    Rank 0 says which checkpoints exist, so that ranks whose file systems show changes late do not differ.
+    Rank 0 says which checkpoints exist, so that ranks whose file systems show changes late do not differ. A run that
+    trains meanwhile deletes checkpoints: if one disappears while it is read, there are newer ones, and rank 0 looks
+    again.
     """
-    said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
-    if said["fault"]:
-        raise CheckpointError(said["fault"])
-    faults: list[str] = []
-    for name in said["names"]:
-        try:
-            return verify_together(Path(name)), faults
-        except OutOfReach:
-            raise
-        except CheckpointError as error:
-            faults.append(str(error))
-    if faults:
-        raise none_whole(run_dir, faults)
-    return None, []
+    for _ in range(_LOOKS):
+        said = json.loads(from_first_rank(_listed(run_dir) if dist.get_rank() == 0 else ""))
+        if said["fault"]:
+            raise CheckpointError(said["fault"])
+        with suppress(_DeletedError):
+            return first_whole(run_dir, [Path(name) for name in said["names"]], _verify_if_there)
+    raise CheckpointError(
+        f"{run_dir}: its checkpoints were deleted while they were read, {_LOOKS} times: a run that trains there keeps "
+        "the newest `checkpoint.keep` alone. Run the same command again, later or when that run has ended"
+    )
+
+
+class _DeletedError(Exception):
+    """A checkpoint was deleted while it was read."""
+
+
+def _verify_if_there(path: Path) -> Checkpoint:
+    """`verify_together`; raises _DeletedError, on every rank, if the folder is gone by now, as rank 0 sees it."""
+    try:
+        return verify_together(path)
+    except OutOfReach:
+        raise
+    except CheckpointError:
+        if from_first_rank("" if path.is_dir() else "gone"):
+            raise _DeletedError from None
+        raise
 
 
 def _listed(run_dir: str | Path) -> str:

@@ -149,8 +149,10 @@ def _shapes(loaded: Recipe, store: str | None) -> Any:
 
 
 def _write(file: Path, option: str, text: str) -> None:
+    from megatron_deepstack.platform.files.write_whole import write_result
+
     try:
-        file.write_text(text, encoding="utf-8")
+        write_result(file, text)
     except OSError as error:
         raise DataError(f"{option} {file}: cannot be written: {error.strerror}") from error
 

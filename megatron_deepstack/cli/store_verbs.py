@@ -110,8 +110,10 @@ def stats(
     else:
         _print_stats(found)
     if svg is not None:
+        from megatron_deepstack.platform.files.write_whole import write_result
+
         try:
-            svg.write_text(drawn(found, f"Sizes of images and samples in {path}") + "\n", encoding="utf-8")
+            write_result(svg, drawn(found, f"Sizes of images and samples in {path}") + "\n")
         except OSError as error:
             raise DataError(f"--svg {svg}: cannot be written: {error.strerror}") from error
 

@@ -34,6 +34,17 @@ _ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "language": architectures.LANGUAGE,
 }
 _MAX_RECIPE_BYTES = 1 << 20
+_ECHO = re.compile(r"(object_type|full_key)\b")
+"""Lines that OmegaConf adds to its messages."""
+_IN_WORDS: Mapping[str, str] = {
+    r".*Environment variable '(\w+)' not found.*": (
+        r"the environment variable \1 is not set; set it, or write ${oc.env:\1,VALUE} with a value to take then"
+    ),
+    r"Interpolation key '([^']*)' not found": r"${\1} names no field that is set",
+    r"Recursive interpolation detected": "it leads back to itself",
+    r'in "<(?:unicode|byte) string>", line': "at line",
+}
+"""Messages of OmegaConf and PyYAML, and what they mean."""
 _INDICATORS = ("*", "&", "!", "%", "@", "`", "|", ">")
 """Characters with a special meaning at the start of a YAML value, where people write them in patterns and names."""
 
@@ -142,7 +153,18 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
     if not isinstance(base, str):
         raise ConfigError([f"{file}: base: found {base!r}, expected the path of another recipe"])
     beside = file.parent / base
-    return _over(_read(beside if beside.is_file() else find_recipe(base), (*seen, file.resolve())), given)
+    return _over(_read(beside if beside.is_file() else _find_base(file, base), (*seen, file.resolve())), given)
+
+
+def _find_base(file: Path, base: str) -> Path:
+    """The recipe that `file` names as its base and that does not lie beside it. Raises ConfigError if there is none."""
+    if "${" in base:
+        raise ConfigError([f"{file}: base: found {base!r}, expected a path or a name without `${{...}}`"])
+    try:
+        return find_recipe(base)
+    except ConfigError as error:
+        here = f" beside {file.absolute().parent}" if not Path(base).is_absolute() else ""
+        raise ConfigError([f"{file}: base (looked{here} first): {problem}" for problem in error.problems]) from error
 
 
 def _parse(file: Path) -> dict[Any, Any]:
@@ -251,7 +273,11 @@ def _items(node: DictConfig | ListConfig, keys: Sequence[Any], path: str, proble
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if not line.strip().startswith("object_type"))
+    """What OmegaConf or PyYAML say, without their own words for what the message names anyway."""
+    told = " ".join(line.strip() for line in str(error).splitlines() if not _ECHO.match(line.strip()))
+    for pattern, words in _IN_WORDS.items():
+        told = re.sub(pattern, words, told)
+    return told
 
 
 def _escaped(value: Any) -> Any:

@@ -21,6 +21,7 @@ from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.convert.export_files import About, ExportPlan, plan_export, transformers_config
 from megatron_deepstack.convert.hf_names import Naming, leading_ones, to_naming
 from megatron_deepstack.convert.hf_whole_export import whole_folder
+from megatron_deepstack.convert.hf_whole_written import require_whole
 from megatron_deepstack.convert.tensor_files import LazyTensor
 from megatron_deepstack.convert.tensor_writer import SHARD_BYTES, write_tensors
 from megatron_deepstack.convert.vocabulary import lengthened
@@ -41,10 +42,12 @@ def require_exportable(model: ModelConfig, output: Path, naming: Naming) -> None
         naming: Whose names the export has.
 
     Raises:
-        ConfigError: Hugging Face has no such variant, tower or decoder.
+        ConfigError: Hugging Face has no such variant, tower, decoder or stacks.
         CheckpointError: `output` exists and is not an empty folder.
     """
-    if naming is Naming.HUGGING_FACE and model.variant.traits.whole_model is None:
+    if model.variant.traits.whole_model is not None:
+        require_whole(model)
+    elif naming is Naming.HUGGING_FACE:
         transformers_config(model, model.language.vocab_size, 0)
     require_absent(output)
 

@@ -234,7 +234,7 @@ def _variant(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, An
 def _language(config: Mapping[str, Any], text: Mapping[str, Any], kind: str, folder: Path) -> Iterator[tuple[str, Any]]:
     """Fields of `model.language`."""
     own = config.get("decoder") or {}
-    spoken = RELEASES.get(kind, str(text.get("model_type", "llama")))
+    spoken = RELEASES.get(kind, kind) if text is config else str(text.get("model_type", "llama"))
     family = next(
         (
             (name, traits)

@@ -193,7 +193,7 @@ def _differences(config: Mapping[str, Any], model: ModelConfig, seq_length: int 
         yield from _tower({"model_type": _TOWER_PAIRS[model_type], **_section(vision)}, model)
     elif model_type in RELEASES or model_type in set(Variant):
         yield from _feature(config, "mm_vision_select_layer", model)
-        if model_type in RELEASES:
+        if model_type in RELEASES and "decoder" not in config:  # which an export of ours has
             yield from _decoder({**config, "model_type": RELEASES[model_type]}, _PUBLISHED, model, seq_length)
         else:
             yield from _own_decoder(config, model, seq_length)
@@ -220,6 +220,8 @@ def _whole(config: Mapping[str, Any], model_type: str, model: ModelConfig, seq_l
         config, {**vision_facts(model.vision), "kind": model.vision.kind}, CONFIG
     ).items():
         for name, value in values.items():
+            if name == "select_layer":
+                continue  # layers behind the last tap change nothing
             ours = getattr(getattr(model, section), name)
             if (list(ours) if isinstance(ours, tuple) else ours) != value:
                 yield _other(f"model.{section}", name, value, ours)

@@ -102,8 +102,9 @@ def written_rope(language: LanguageConfig) -> dict[str, Any]:
         language: The recipe's decoder.
 
     Returns:
-        `rope_parameters` as transformers 5 has it; where positions are scaled, `rope_scaling` too, which earlier
-        releases and other programs read.
+        `rope_parameters` as transformers 5 has it; and as earlier releases and other programs read them, `rope_theta`
+        and, where positions are scaled, `rope_scaling`. Where it finds that one, transformers 5 looks for the base
+        beside it, and not in `rope_parameters`.
     """
     scaling = {name: value for name, value in scaling_values(language.rope_scaling).items() if value is not None}
     axes = (
@@ -113,7 +114,11 @@ def written_rope(language: LanguageConfig) -> dict[str, Any]:
     )
     parameters = {**scaling, "rope_theta": language.rope_theta, **axes}
     scaled = language.rope_scaling.rope_type is not RopeType.DEFAULT
-    return {"rope_parameters": parameters, **({"rope_scaling": {**scaling, **axes}} if scaled else {})}
+    return {
+        "rope_theta": language.rope_theta,
+        "rope_parameters": parameters,
+        **({"rope_scaling": {**scaling, **axes}} if scaled else {}),
+    }
 
 
 def _kind(given: Mapping[str, Any]) -> str:

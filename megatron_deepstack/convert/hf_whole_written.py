@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from megatron_deepstack.config.schema import ModelConfig, VisionConfig
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.convert.hf_facts import language_facts, vision_facts
 from megatron_deepstack.convert.hf_rope import written_rope
-from megatron_deepstack.convert.hf_whole import whole_model_of
+from megatron_deepstack.convert.hf_whole import model_of_config, whole_model_of
 from megatron_deepstack.convert.hf_written import hf_decoder, hf_tower, written_fields
+from megatron_deepstack.errors import CheckpointError, ConfigError
+from megatron_deepstack.planning.slots import decoder_slots
 
 
 def whole_config(model: ModelConfig, token_ids: Mapping[str, int]) -> dict[str, Any]:
@@ -48,6 +51,43 @@ def whole_config(model: ModelConfig, token_ids: Mapping[str, int]) -> dict[str, 
             **(_axial(vision) if tower_of(vision).is_native else {}),
         },
     }
+
+
+def require_whole(model: ModelConfig) -> None:
+    """Refuse a model that trains here and that transformers' model of the same name cannot compute.
+
+    Its config has no key for all that a recipe may choose, such as the slots of Qwen3-VL's stacks. So the config is
+    read back, and what it says of stacks must be what the recipe says.
+
+    Args:
+        model: The recipe's model, of a variant with `whole_model`.
+
+    Raises:
+        ConfigError: It cannot; every field that differs is named.
+    """
+    found = whole_model_of(model.variant)
+    assert found is not None, f"{model.variant} is no whole model of transformers"
+    name, way_out = found[1].architecture, "`ask`, `generate` and `evaluate` take the run itself"
+    try:
+        theirs = _stacks(model_of_config(whole_config(model, {}), "its config.json"))
+    except CheckpointError as error:
+        raise ConfigError([f"model: {name} cannot be written: {error}; {way_out}"]) from error
+    different = [
+        f"{field}: found {ours}, and {name} computes {theirs[field]}, whatever its config.json says; {way_out}"
+        for field, ours in _stacks(model).items()
+        if theirs[field] != ours
+    ]
+    if different:
+        raise ConfigError(different)
+
+
+def _stacks(model: ModelConfig) -> dict[str, Any]:
+    """What makes stacks, and where they enter, by fields of the recipe."""
+    found: dict[str, Any] = {"model.stacks.slots": decoder_slots(model), "model.vision.taps": model.vision.taps}
+    if not tower_of(model.vision).is_native:
+        found["model.vision.tile_grids"] = model.vision.tile_grids
+        found |= {f"model.qformer.{name}": value for name, value in asdict(model.qformer).items()}
+    return found
 
 
 def _axial(vision: VisionConfig) -> dict[str, Any]:

@@ -61,7 +61,6 @@ def text_config(language: LanguageConfig, vocab_size: int) -> dict[str, Any]:
     fields = llama_fields() if known is None else known.fields
     return {
         **written_fields(fields, {**language_facts(language), "vocab_size": vocab_size}),
-        "rope_theta": language.rope_theta,
         **written_rope(language),
     }
 

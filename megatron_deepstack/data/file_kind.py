@@ -21,8 +21,13 @@ _ANNEX: Final = re.compile(rb"(\.\./)*(\.git)?/annex/objects/")
 _HTML: Final = re.compile(
     rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL
 )
-_XML: Final = re.compile(rb"<(\?xml|error|svg)\b", re.IGNORECASE)
+_SVG: Final = re.compile(
+    rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*|<!doctype\s+svg[^>]*>\s*)*<svg\b", re.IGNORECASE | re.DOTALL
+)
+_XML: Final = re.compile(rb"<(\?xml|error)\b", re.IGNORECASE)
 _TIKTOKEN: Final = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)$")
+IMAGES: Final = ("a PNG image", "a JPEG image")
+"""What `what_file_is` says of images."""
 _MAGIC: Final[dict[bytes, str]] = {
     b"\x1f\x8b": "data compressed with gzip: unpack it",
     b"BZh": "data compressed with bzip2: unpack it",
@@ -34,8 +39,8 @@ _MAGIC: Final[dict[bytes, str]] = {
     b"ARROW1": "an Arrow file: write its rows as JSON lines",
     b"GGUF": "a GGUF file of quantised weights: take the release in safetensors",
     b"\x89HDF\r\n": "an HDF5 file",
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": IMAGES[0],
+    b"\xff\xd8\xff": IMAGES[1],
     b"%PDF-": "a PDF document",
     b"\x00\x05\x16\x07": "a resource fork of macOS (AppleDouble): take the file without `._` before its name",
 }
@@ -63,6 +68,8 @@ def what_file_is(start: bytes) -> str | None:
         return "a git-annex pointer: run `git annex get` in the folder it was cloned into"
     if _HTML.match(text):
         return "an HTML page, as a download gives that asks for a login or went wrong: fetch the file itself"
+    if _SVG.match(text):
+        return "an SVG drawing, which has no pixels: render it to a PNG"
     if _XML.match(text):
         return "an XML document, as an object store answers with when it refuses: fetch the file itself"
     if is_tiktoken(start):

@@ -25,19 +25,12 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from megatron_deepstack.errors import ConfigError, DataError, LocationError
-from megatron_deepstack.platform.files.rename import rename_new
+from megatron_deepstack.platform.files.rename import give_new_name, sync
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:-]+)*://")
 _LOCAL: Final = "file://"
 _OF_THE_FILE: Final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors of one file, which the caller may expect; all others come from the connection or the service."""
-_NOT_OFFERED: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-"""Errors of file systems that lack hard links, or lack a rename that replaces nothing."""
-_NO_WAY: Final = (
-    "this file system has neither hard links nor a rename that replaces nothing, so of several writers none could be "
-    "told that another was first. Take a folder on another one (ext4, XFS, NFS and Lustre have both or one), and copy "
-    "what is finished"
-)
 _EXTRAS: Final = {"s3": "pip install 'megatron-deepstack[s3]'", "gs": "pip install gcsfs", "az": "pip install adlfs"}
 
 
@@ -188,7 +181,7 @@ class Location:
     def create(self, data: bytes) -> None:
         """Write a file that must not exist yet; of several writers exactly one succeeds. Raises FileExistsError."""
         if self.is_local:
-            with _local_file(self.local_path(), _publish_new) as file:
+            with _local_file(self.local_path(), give_new_name) as file:
                 file.write(data)
             return
         with _remote(self.text):
@@ -310,37 +303,7 @@ def _local_file(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[I
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def _publish_new(temporary: Path, path: Path) -> None:
-    """Give a whole file its name, which must not exist yet. Raises FileExistsError.
-
-    It uses a hard link, which every version of NFS has. exFAT and some FUSE mounts have none, but most of them have a
-    rename that replaces nothing. Opening the name exclusively and writing there is not enough: a killed process would
-    leave a torn file.
-    """
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in _NOT_OFFERED:
-            raise
-    else:
-        return
-    try:
-        rename_new(temporary, path)
-    except OSError as error:
-        if error.errno not in _NOT_OFFERED:
-            raise
-        raise OSError(errno.ENOTSUP, _NO_WAY, str(path)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

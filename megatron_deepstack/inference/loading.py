@@ -79,7 +79,15 @@ def load_newest(recipe: Recipe, groups: Groups) -> tuple[Engine, int]:
     require_same(checkpoint.path, checkpoint.manifest.facts, model_identity(recipe))
     model = _build(recipe, groups)
     started = time.monotonic()
-    load(checkpoint, model, None)
+    try:
+        load(checkpoint, model, None)
+    except (CheckpointError, OSError) as error:
+        if checkpoint.path.is_dir():
+            raise
+        raise CheckpointError(
+            f"{checkpoint.path}: was deleted while it was read, since a run that trains there keeps the newest "
+            "`checkpoint.keep` alone; run the same command again"
+        ) from error
     if groups.replica_rank == 0:
         print(f"checkpoint {checkpoint.path.name} read in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return _engine(recipe, model, groups), checkpoint.manifest.step

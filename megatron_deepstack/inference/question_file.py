@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from megatron_deepstack.data.location import Location
+from megatron_deepstack.data.records.turns import is_whole_text
 from megatron_deepstack.errors import DataError
 
 _FORM = 'a line such as {"question_id": 7, "image": "a.jpg", "text": "What is it?", "answers": ["a dog"]}'
@@ -56,7 +57,7 @@ def read_questions(file: Path, images: str | None = None) -> list[AskedQuestion]
         DataError: The file is not there or is no file of questions; the message names line and key.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"{file}: cannot be read: {what}; expected a file of questions, {_FORM}") from error
@@ -82,7 +83,7 @@ def _records(text: str, file: Path) -> Iterator[tuple[str, Any]]:
         except ValueError as error:
             raise DataError(f"{file}: is not a JSON list: {error}; expected a list, or {_FORM}") from error
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would divide texts at U+2028 and others
         if not line.strip():
             continue
         try:
@@ -94,6 +95,8 @@ def _records(text: str, file: Path) -> Iterator[tuple[str, Any]]:
 def _question(record: Any, where: str, base: Location) -> AskedQuestion:
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: found {type(record).__name__}, expected {_FORM}")
+    if not is_whole_text(json.dumps(record, ensure_ascii=False)):
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; correct the text")
     said, answered = _talk(record, where)
     pictures = _texts(record, _PICTURES, where)
     if not pictures:

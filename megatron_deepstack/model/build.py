@@ -123,13 +123,14 @@ def fill_model(rank_model: RankModel, source: Source, tp_group: torch.distribute
 
 
 def fill_adapters(rank_model: RankModel, source: Source, tp_group: torch.distributed.ProcessGroup) -> None:
-    """Set the parameters of adapters alone. Not collective.
+    """Set the parameters of adapters alone, those of the encoder too. Not collective.
 
     Args:
         rank_model: What this rank holds; changed in place.
         source: Published name and shape to the full tensor.
         tp_group: The decoder's tp group, whose rank and size choose the shards.
     """
+    fill(rank_model.encoder, rank_model.encoder_rules, source, 0, 1, wanted=is_adapter)
     for chunk, rules in zip(rank_model.chunks, rank_model.chunk_rules, strict=True):
         fill(chunk, rules, source, tp_group.rank(), tp_group.size(), wanted=is_adapter)
 

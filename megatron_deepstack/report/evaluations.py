@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -45,7 +46,9 @@ def evaluation_sections(runs: Sequence[tuple[str, Path]]) -> Iterator[Markup]:
 
 
 def common_questions(first: Evaluation, second: Evaluation) -> list[Pair]:
-    """The questions of both, by id, that ask the same: same text, same known answers.
+    """The questions of both that ask the same: same id, same text, same known answers.
+
+    Ids may repeat in a store. Questions that are alike in all three are taken in the order in which they were asked.
 
     Args:
         first: One evaluation.
@@ -54,9 +57,11 @@ def common_questions(first: Evaluation, second: Evaluation) -> list[Pair]:
     Returns:
         Each question as it is in the first, and in the second.
     """
-    known = {one.id: one for one in first.answers}
-    pairs = [(known[one.id], one) for one in second.answers if one.id in known]
-    return [(old, new) for old, new in pairs if (old.question, old.references) == (new.question, new.references)]
+    known: dict[tuple[str, str, tuple[str, ...]], deque[Scored]] = defaultdict(deque)
+    for old in first.answers:
+        known[old.id, old.question, old.references].append(old)
+    alike = [(known[new.id, new.question, new.references], new) for new in second.answers]
+    return [(waiting.popleft(), new) for waiting, new in alike if waiting]
 
 
 def asked_differently(first: Evaluation, second: Evaluation) -> str:
@@ -107,7 +112,7 @@ def in_words(difference: Difference) -> str:
 
 def _comparison(first: Evaluation, second: Evaluation, one: str, other: str) -> Iterator[Markup]:
     pairs = common_questions(first, second)
-    left_out = max(len(first.answers), len(second.answers)) - len(pairs)
+    left_out = len(first.answers) + len(second.answers) - 2 * len(pairs)
     steps = " and ".join("unknown" if step is None else str(step) for step in (first.step, second.step))
     yield element("p", f"Steps {steps}; {number_of(len(pairs), 'question')} in common.")
     if warning := asked_differently(first, second):

@@ -20,8 +20,11 @@ from typing import Any, Final
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.platform.files.write_whole import partial_of, write_whole
 from megatron_deepstack.platform.quantity import number_of
 
+_PROBE_BYTES: Final = 1 << 16
+"""Written to see whether there is room: a full disk still takes an empty file."""
 _FIRST: Final = re.compile(r"-first-(\d+)$")
 
 
@@ -146,11 +149,13 @@ def require_writable_answers(file: Path) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    partial = file.with_name(file.name + ".partial")
+    partial = partial_of(file)
     try:
         file.parent.mkdir(exist_ok=True)
-        partial.write_text("", encoding="utf-8")
-        partial.unlink()
+        try:
+            partial.write_text(" " * _PROBE_BYTES, encoding="utf-8")
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise _not_written(file, error) from error
 
@@ -175,11 +180,9 @@ def write_answers(file: Path, answers: Sequence[Answer]) -> None:
     lines = [
         json.dumps({item.name: getattr(answer, item.name) for item in fields(Answer)}) + "\n" for answer in answers
     ]
-    partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(exist_ok=True)
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.rename(file)
+        write_whole(file, "".join(lines))
     except OSError as error:
         raise _not_written(file, error) from error
 

@@ -9,7 +9,7 @@ from typing import Final
 from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.errors import ConfigError
 from megatron_deepstack.planning.check import checked
-from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run
+from megatron_deepstack.run_folder.recipe import checkable_recipe_of_run, in_the_run, run_around
 
 WEIGHTS_CONFIG: Final = "config.json"
 """File by which a folder of weights is known."""
@@ -33,7 +33,7 @@ def is_run(path: Path) -> bool:
     Raises:
         ConfigError: It is neither; the message says what it is, and what to name instead.
     """
-    if RunFolder(path).recipe.is_file():
+    if RunFolder(path).recipe.is_file() and run_around(path) is None:
         return True
     if (path / WEIGHTS_CONFIG).is_file():
         return False
@@ -59,9 +59,9 @@ def _what_it_is(path: Path) -> str:
         return "no such folder" + ("" if path.is_absolute() else f" (looked in {Path.cwd()})")
     if not path.is_dir():
         return "is a file"
-    above = next((parent for parent in path.absolute().parents if RunFolder(parent).recipe.is_file()), None)
+    above = run_around(path)
     if above is not None:
-        return f"lies in the run {above}; name that run, whose newest checkpoint is taken"
+        return in_the_run(above)
     if path.name.endswith(".partial"):
         return "an export that is being written, or whose writing was cut off; wait until it has its own name"
     if (path / "adapter_config.json").is_file():

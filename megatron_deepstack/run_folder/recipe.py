@@ -19,6 +19,7 @@ from megatron_deepstack.config.problems import Problem, raise_problems
 from megatron_deepstack.config.run_folder import RECIPE_FILE, RunFolder
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import ConfigError
+from megatron_deepstack.platform.files.write_whole import write_whole
 
 SectionT = TypeVar("SectionT")
 DATA_PATHS: Final = ("records", "images", "tokenizer", "store", "stores", "validation_store", "cache_dir")
@@ -35,12 +36,41 @@ def require_run(run: str | Path) -> Path:
     Raises:
         ConfigError: There is no such folder, or no recipe in it. Every command that takes a RUN gives this message.
     """
-    file = RunFolder(run).recipe
-    if file.is_file():
+    file, above = RunFolder(run).recipe, run_around(run)
+    if file.is_file() and above is None:
         return file
     where = "" if Path(run).is_absolute() else f" (looked in {Path.cwd()})"
-    what = f"holds no {RECIPE_FILE}" if Path(run).is_dir() else f"holds no {RECIPE_FILE}, since no such folder is there"
+    if above is not None:
+        what, where = in_the_run(above), ""
+    elif Path(run).is_file():
+        what, where = "is a file", ""
+    elif Path(run).is_dir():
+        what = f"holds no {RECIPE_FILE}"
+    else:
+        what = f"holds no {RECIPE_FILE}, since no such folder is there"
     raise ConfigError([f"{run}: {what}{where}; expected the run_dir of a `train` or `launch`"])
+
+
+def run_around(path: str | Path) -> Path | None:
+    """The run in whose folder a path lies, such as that of one of its checkpoints, which hold a recipe too.
+
+    Args:
+        path: Any path; the folder of a run is not inside itself.
+
+    Returns:
+        The run's folder; None if the path lies in no run.
+    """
+    here = Path(path).absolute()
+    if RunFolder(here.parent.parent).checkpoints == here.parent and RunFolder(here.parent.parent).recipe.is_file():
+        return here.parent.parent
+    if RunFolder(here).recipe.is_file():
+        return None
+    return next((parent for parent in here.parents if RunFolder(parent).recipe.is_file()), None)
+
+
+def in_the_run(above: Path) -> str:
+    """What a message says of a path in a run's folder, where a run is expected."""
+    return f"lies in the run {above}; name that run, whose newest checkpoint is taken"
 
 
 def recipe_of_run(run: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -103,7 +133,7 @@ def record_start_folder(run: Path) -> None:
 
     Call it on one rank only, when a run starts whose relative paths are relative to the current folder.
     """
-    RunFolder(run).started_in.write_text(f"{Path.cwd()}\n", encoding="utf-8")
+    write_whole(RunFolder(run).started_in, f"{Path.cwd()}\n")
 
 
 def start_folders(run: str | Path, recorded_run_dir: str) -> list[Path]:

@@ -21,6 +21,8 @@ from megatron_deepstack.scores.metrics import METRICS, scores_of
 
 SCORES: Final = "scores.json"
 PAGE: Final = "page.html"
+_PROBE_BYTES: Final = 1 << 16
+"""Written to see whether there is room: a full disk still takes an empty file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +136,35 @@ def folder_of(run: str | Path, name: str) -> Path:
     return RunFolder(run).evaluations / name
 
 
+def require_writable(run: str | Path, name: str) -> None:
+    """Test, before questions are asked, that an evaluation can be written. Nothing is left behind.
+
+    Args:
+        run: The run folder.
+        name: The evaluation's name.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    folder = folder_of(run, name)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ".writable", " " * _PROBE_BYTES)
+        (folder / ".writable").unlink()
+        if is_new:
+            folder.rmdir()
+    except OSError as error:
+        raise _not_written(folder, error) from error
+
+
+def _not_written(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{folder}: the evaluation cannot be written: {error.strerror or error}; make room in the run folder, or make "
+        "it writable"
+    )
+
+
 def write_evaluation(run: str | Path, evaluation: Evaluation) -> Path:
     """Write the answers and the means. Call it on one rank only.
 
@@ -154,10 +185,7 @@ def write_evaluation(run: str | Path, evaluation: Evaluation) -> Path:
         write_whole(folder / ANSWERS_FILE, lines)
         write_whole(folder / SCORES, json.dumps(evaluation.document(), indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise DataError(
-            f"{folder}: the evaluation cannot be written: {error.strerror or error}; make room in the run folder, or "
-            "make it writable"
-        ) from error
+        raise _not_written(folder, error) from error
     return folder
 
 
@@ -171,10 +199,15 @@ def read_evaluations(run: str | Path) -> list[Evaluation]:
     return [_read(folder) for folder in folders]
 
 
+def _lines_of(file: Path) -> list[str]:
+    """Its lines. `splitlines` would also divide texts at characters such as U+2028, which JSON need not escape."""
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
 def _read(folder: Path) -> Evaluation:
     try:
         facts = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        records = [json.loads(line) for line in (folder / ANSWERS_FILE).read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in _lines_of(folder / ANSWERS_FILE)]
         answers = tuple(
             Scored(
                 **{

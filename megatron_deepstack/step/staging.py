@@ -70,10 +70,23 @@ class StagedStep:
         pixels, *whole = self._upload.take()
         remaining = iter(whole)
         batches, exchange, rows = (list(islice(remaining, size)) for size in self._sizes)
-        grids = tuple(unit.grid for unit in self.plan.routes.units if unit.grid is not None)
         return StepInputs(
-            views=Views(pixels, grids if grids or pixels.ndim == 1 else None),
+            views=views_of(self.plan, pixels),
             micro_batches=batches,
             exchange=ExchangeIndex(*exchange) if exchange else None,
             rows=rows,
         )
+
+
+def views_of(plan: StepPlan, pixels: torch.Tensor) -> Views:
+    """Put together pixels and what the plan knows of them.
+
+    Args:
+        plan: The step of this rank's replica, as this rank has it.
+        pixels: The views of its units, in order, as for `train_step.forward_backward`.
+
+    Returns:
+        The views, with the patches of each of them if they may have any size.
+    """
+    grids = tuple(unit.grid for unit in plan.routes.units if unit.grid is not None)
+    return Views(pixels, grids if grids or pixels.ndim == 1 else None)

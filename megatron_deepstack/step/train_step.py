@@ -13,7 +13,6 @@ from megatron.core.distributed import finalize_model_grads
 
 from megatron_deepstack.config.choices import EncoderPlacement
 from megatron_deepstack.model.layers.expert_load import ExpertLoad
-from megatron_deepstack.model.vision.views import Views
 from megatron_deepstack.parallel.reduce import loss_and_tokens
 from megatron_deepstack.planning.batch.step_plan import StepPlan
 from megatron_deepstack.planning.budget.pipeline import forward_passes
@@ -27,7 +26,7 @@ from megatron_deepstack.step.engine import Engine
 from megatron_deepstack.step.host_rows import HostRows
 from megatron_deepstack.step.inline import InlineEncoder
 from megatron_deepstack.step.schedule import ScheduleResult, VisualOf, run_schedule
-from megatron_deepstack.step.staging import StagedStep, StepInputs
+from megatron_deepstack.step.staging import StagedStep, StepInputs, views_of
 from megatron_deepstack.step.timeline import ENCODE, ENCODER_BACKWARD
 from megatron_deepstack.step.visual import ReceivedRows
 
@@ -106,8 +105,42 @@ def gradient_sums(engine: Engine, plan: StepPlan, data: torch.Tensor | StagedSte
     return StepLoss(total=total, num_tokens=num_tokens, experts=experts)
 
 
+def held_out_loss(engine: Engine, plan: StepPlan, pixels: torch.Tensor) -> StepLoss:
+    """Compute the loss of a global batch that nothing is learned from. Collective over all ranks.
+
+    Its rows rest where those of a training step do.
+
+    Args:
+        engine: This rank's model and groups.
+        plan: The batch of this rank's replica.
+        pixels: As for `forward_backward`.
+
+    Returns:
+        Loss and targets of the whole global batch, the same on all ranks.
+    """
+    inputs = StagedStep(engine, plan, pixels).take()
+    with torch.no_grad():
+        if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
+            visual = InlineEncoder(engine.model.encoder, inputs.views, plan.routes, indices=inputs.rows).of
+        else:
+            encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoded_at_once)
+            visual = _received(engine, plan, encoded, inputs, requires_grad=False).of
+            encoded.release_rows()
+        result = run_schedule(
+            engine.model.config,
+            engine.chunks,
+            plan,
+            visual,
+            cp_rank=engine.groups.place.cp,
+            forward_only=True,
+            uploaded=inputs.micro_batches,
+        )
+    total, num_tokens, _ = loss_and_tokens(result.losses, result.num_tokens, engine.groups)
+    return StepLoss(total=total, num_tokens=num_tokens)
+
+
 class VisualPass:
-    """A forward-only pass whose rows are encoded and routed once and used by any number of schedules."""
+    """A pass for answers, whose rows are encoded and routed once and used by any number of schedules."""
 
     def __init__(self, engine: Engine, plan: StepPlan, pixels: torch.Tensor) -> None:
         """Encode the views and send their rows. Collective over the replica.
@@ -117,7 +150,7 @@ class VisualPass:
             plan: A step of this rank's replica.
             pixels: As for `forward_backward`.
         """
-        self.engine, views = engine, _views(plan, pixels)
+        self.engine, views = engine, views_of(plan, upload(pixels))
         with torch.no_grad():
             if engine.parallel.encoder_placement is EncoderPlacement.INLINE:
                 self.visual = InlineEncoder(engine.model.encoder, views, plan.routes).of
@@ -126,40 +159,26 @@ class VisualPass:
             stored = send_rows(rows, plan.routes, engine.groups.replica)
             self.visual = ReceivedRows(stored, plan.routes, requires_grad=False).of
 
-    def losses(self, plan: StepPlan) -> StepLoss:
-        """Loss of the global batch. Collective over all ranks."""
-        result = self._run(plan, keep_logits=False)
-        total, num_tokens, _ = loss_and_tokens(result.losses, result.num_tokens, self.engine.groups)
-        return StepLoss(total=total, num_tokens=num_tokens)
-
     def logits(self, plan: StepPlan) -> list[torch.Tensor]:
         """On the last stage, logits (B, S, V / tp) of each micro-batch. Collective over the replica."""
-        return self._run(plan, keep_logits=True).logits
-
-    def _run(self, plan: StepPlan, *, keep_logits: bool) -> ScheduleResult:
         with torch.no_grad():
-            return run_schedule(
+            result = run_schedule(
                 self.engine.model.config,
                 self.engine.chunks,
                 plan,
                 self.visual,
                 cp_rank=self.engine.groups.place.cp,
                 forward_only=True,
-                keep_logits=keep_logits,
+                keep_logits=True,
             )
-
-
-def _views(plan: StepPlan, pixels: torch.Tensor) -> Views:
-    """The pixels on the device, with the patches of each view where views have any size."""
-    grids = tuple(unit.grid for unit in plan.routes.units if unit.grid is not None)
-    return Views(upload(pixels), grids if grids or pixels.ndim == 1 else None)
+        return result.logits
 
 
 def _spread(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:
     with clock.part(ENCODE):
         encoded = EncoderPass(engine.model.encoder, inputs.views, engine.encoded_at_once)
     with clock.part("route"):
-        rows = _received(engine, plan, encoded, inputs)
+        rows = _received(engine, plan, encoded, inputs, requires_grad=encoded.trains)
         encoded.release_rows()
     with clock.part("schedule"):
         result = _schedule(engine, plan, rows.of, inputs, clock)
@@ -171,7 +190,9 @@ def _spread(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock
     return result
 
 
-def _received(engine: Engine, plan: StepPlan, encoded: EncoderPass, inputs: StepInputs) -> ReceivedRows | HostRows:
+def _received(
+    engine: Engine, plan: StepPlan, encoded: EncoderPass, inputs: StepInputs, *, requires_grad: bool
+) -> ReceivedRows | HostRows:
     """Send rows, and keep those received on the device, or on the host where they are too many for it."""
     table, routes, group, parallel = encoded.rows, plan.routes, engine.groups.replica, engine.parallel
     num_bytes = len(routes.stored_rows) * table.shape[1] * table.element_size()
@@ -183,12 +204,12 @@ def _received(engine: Engine, plan: StepPlan, encoded: EncoderPass, inputs: Step
             group,
             engine.row_memory,
             order,
-            requires_grad=encoded.trains,
+            requires_grad=requires_grad,
             index=inputs.exchange,
             positions=inputs.rows,
         )
     stored = send_rows(table, routes, group, inputs.exchange)
-    return ReceivedRows(stored, routes, requires_grad=encoded.trains, positions=inputs.rows)
+    return ReceivedRows(stored, routes, requires_grad=requires_grad, positions=inputs.rows)
 
 
 def _inline(engine: Engine, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> ScheduleResult:

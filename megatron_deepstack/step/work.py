@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_deepstack.platform.compute.stopwatch import Stopwatch
 
@@ -28,3 +32,20 @@ class WorkTimers:
 
     def __call__(self, name: str, log_level: int | None = None) -> Stopwatch | _Ignored:
         return self.work if name in _PASSES else self._ignored
+
+
+@contextmanager
+def untimed(config: TransformerConfig) -> Iterator[None]:
+    """Run passes that belong to no training step: validation, or answers while training.
+
+    Args:
+        config: The decoder's, whose timers count nothing of the block.
+
+    Yields:
+        Nothing.
+    """
+    timers, config.timers = config.timers, None
+    try:
+        yield
+    finally:
+        config.timers = timers

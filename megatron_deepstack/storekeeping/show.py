@@ -28,6 +28,7 @@ from megatron_deepstack.data.text.tokenizer import Tokenizer
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN_ID
 from megatron_deepstack.planning.views import Grid, TileGrid, ViewGrid, ViewLayout, num_views
+from megatron_deepstack.platform.files.write_whole import write_result
 from megatron_deepstack.report.drawing.svg import Markup, element, joined, stack_colour
 from megatron_deepstack.report.pictures import embedded
 from megatron_deepstack.storekeeping.stack_map import NO_STACK, mosaics, slot_names, stack_maps
@@ -64,7 +65,7 @@ def write_page(
         DataError: The file cannot be written.
     """
     try:
-        file.write_text(page(store, model, samples, tokenizer, slots_known=slots_known), encoding="utf-8")
+        write_result(file, page(store, model, samples, tokenizer, slots_known=slots_known))
     except OSError as error:
         raise DataError(f"{file}: cannot be written: {error.strerror or error}") from error
 

@@ -22,6 +22,7 @@ from megatron_deepstack.platform.files.run_disk import writing
 from megatron_deepstack.platform.quantity import number_of
 from megatron_deepstack.scores.evaluation import Evaluation, write_evaluation
 from megatron_deepstack.step.engine import Engine
+from megatron_deepstack.step.work import untimed
 
 
 def open_training_exam(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> OpenedExam | None:
@@ -112,13 +113,11 @@ def _answering(engine: Engine) -> Iterator[None]:
     """The modules as they answer, and afterwards as they were; the time is not counted as that of training steps."""
     parts: tuple[torch.nn.Module, ...] = (engine.model.encoder, *engine.model.chunks)
     before = [(module, module.training) for part in parts for module in part.modules()]
-    config = engine.model.config
-    timers, config.timers = config.timers, None
     for part in parts:
         part.eval()
     try:
-        yield
+        with untimed(engine.model.config):
+            yield
     finally:
         for module, training in before:
             module.training = training
-        config.timers = timers

@@ -154,7 +154,8 @@ def start_session(recipe: Recipe, groups: Groups, beginning: Beginning | None = 
             fill_adapters(model, random_source(recipe.model, train.seed, train.init_std), groups.decoder.tp)
         freeze(model, train.trainable)
     if beginning.checkpoint is not None and beginning.checkpoint.manifest.weights_alone:
-        load(beginning.checkpoint, model, None)
+        with phase():
+            load(beginning.checkpoint, model, None)
     engine = build_engine(model, recipe.model, recipe.parallel, groups)
     optimizer = Optimizer(engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
     return Session(

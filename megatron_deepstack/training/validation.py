@@ -11,7 +11,8 @@ import torch
 
 from megatron_deepstack.data.order.prefetch import Prefetcher
 from megatron_deepstack.data.order.steps import LoadedStep, PlannedSamples, StepReader
-from megatron_deepstack.step.train_step import VisualPass
+from megatron_deepstack.step.train_step import held_out_loss
+from megatron_deepstack.step.work import untimed
 from megatron_deepstack.training.session import Session
 
 _KEPT_PLANS: Final = 16
@@ -89,7 +90,7 @@ class Validation:
         total, num_tokens = 0.0, 0
         for loaded in Prefetcher(self.batches, 0, len(self.batches)):
             progress(f"validation batch {loaded.step + 1} of {len(self.batches)}")
-            rows = VisualPass(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels))
-            loss = rows.losses(loaded.plan)
+            with untimed(self.session.engine.model.config):
+                loss = held_out_loss(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels))
             total, num_tokens = total + loss.total, num_tokens + loss.num_tokens
         return total / num_tokens if num_tokens else None

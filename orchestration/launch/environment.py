@@ -14,8 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-_FORWARDED: Final = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "NVTE_", "OMP_", "HF_", "WANDB_", "AWS_", "FSSPEC_")
-"""Variables that ranks on other nodes get too, by their first letters."""
+_FORWARDED: Final = (
+    *("NCCL_", "FI_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "NVTE_", "OMP_"),
+    *("HF_", "WANDB_", "AWS_", "FSSPEC_"),
+)
+"""Variables that ranks on other nodes get too, by their first letters. FI_ are those of libfabric, over which NCCL
+reaches other nodes in some clouds."""
 _NOT_FORWARDED: Final = ("CUDA_VISIBLE_DEVICES",)
 _OF_RANKS: Final = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 _PRIVATE: Final = ("HF_", "WANDB_", "AWS_", "FSSPEC_")

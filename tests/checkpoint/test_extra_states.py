@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_deepstack.checkpoint.content.state import load_weights
+from megatron_deepstack.checkpoint.load import _held_by_weights_alone
 from megatron_deepstack.config.choices import Fp8Scaling
 
 VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
@@ -60,6 +61,13 @@ def test_delayed_scaling_is_resumed(monkeypatch: pytest.MonkeyPatch, before: str
     with pytest.raises(KeyError):
         load_weights(model_of(layer, Fp8Scaling.DELAYED), {})
     assert os.environ.get(VARIABLE) == before
+
+
+def test_weights_alone_hold_none() -> None:
+    """Nor adapters: a run under delayed scaling begins from a converted folder as any other does."""
+    held = ("decoder.layers.0.mlp.linear_fc1.weight",)
+    asked = (*held, "decoder.layers.0.mlp.linear_fc1._extra_state", "decoder.layers.0.mlp.linear_fc1.lora_a")
+    assert tuple(_held_by_weights_alone(dict.fromkeys(asked))) == held
 
 
 def test_nothing_else_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,29 @@ def test_adapters_survive_a_change_of_layout(ranks: Pools, tmp_path: Path) -> No
     assert differing(ours, theirs) == []
 
 
+EMPTY_FIRST = ParallelConfig(pipeline=2, layers_per_stage=(0, 8))
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [("empty", "empty", "one"), pytest.param(("one", "empty"), marks=pytest.mark.slow)],
+    ids=lambda chain: ">".join(chain),
+)
+def test_a_stage_without_parameters_of_a_kind(ranks: Pools, tmp_path: Path, chain: tuple[str, ...]) -> None:
+    """The embedding alone has nothing without weight decay: a group of rank 0's optimizer is empty, others' are not."""
+    layouts = {"empty": (2, EMPTY_FIRST), "one": (1, ParallelConfig())}
+    found: list[State] = []
+    path: Path | None = None
+    for number, name in enumerate(chain):
+        num_ranks, parallel = layouts[name]
+        recipe = saving_recipe(tmp_path / f"{number}", parallel, precision=BF16)
+        call = (train_and_save, recipe) if path is None else (load_and_save, recipe, path)
+        path, _ = ranks(num_ranks).run(*call)[0]
+        found.append(ranks(1).run(plain_tensors, str(path))[0])
+    for later in found[1:]:
+        assert differing(later, found[0]) == []
+
+
 def refusal(rank: int, recipe: Recipe, path: Path) -> str:
     """The words with which a checkpoint of another model is refused."""
     trained = TrainedRank(recipe)

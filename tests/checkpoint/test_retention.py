@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deepstack.checkpoint import verification
 from megatron_deepstack.checkpoint.folder import (
+    Checkpoint,
     Manifest,
     checkpoint_path,
     fingerprint,
     newest_whole,
     partial_path,
     step_folders,
+    verify_content,
     write_manifest,
 )
 from megatron_deepstack.checkpoint.saving.retention import FolderLock, prune, remove_leftovers, superfluous
@@ -113,6 +116,38 @@ def test_a_deletion_that_is_cut_short_leaves_a_leftover_and_no_damaged_checkpoin
     (left,) = remove_leftovers(tmp_path)
     assert left.name == "step_00000002.removed"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def newest_while_deleted(rank: int, run_dir: str, times: int) -> int | str:
+    """On a rank: the newest checkpoint, while a run replaces it that many times by the next one."""
+    saved = 2
+
+    def read(checkpoint: Checkpoint, name: str) -> None:
+        nonlocal saved
+        if saved < 2 + times:
+            saved += 1
+            make(Path(run_dir), saved)
+            prune(run_dir, saved, keep=1, keep_every=0)
+        verify_content(checkpoint, name)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verification, "verify_content", read)
+        try:
+            found, _ = verification.newest_whole_together(run_dir)
+        except CheckpointError as error:
+            return str(error)
+    assert found is not None
+    return found.manifest.step
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read(tmp_path: Path, ranks: Pools) -> None:
+    """A run that trains keeps its newest ones alone: there is a newer one then, and nothing is damaged."""
+    make(tmp_path / "run", 2)
+    assert ranks(2).run(newest_while_deleted, str(tmp_path / "run"), 2) == [4, 4]
+    make(tmp_path / "quick", 2)
+    said = ranks(2).run(newest_while_deleted, str(tmp_path / "quick"), 100)[0]
+    assert "its checkpoints were deleted while they were read, 5 times" in said
+    assert "remove the folder" not in said
 
 
 def flock_answers(patched: pytest.MonkeyPatch, number: int) -> None:

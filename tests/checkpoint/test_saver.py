@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import mmap
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
 from trained_rank import TrainedRank, differing, saving_recipe
 
 from megatron_deepstack.checkpoint.folder import checkpoint_path, newest_whole, partial_path, step_folders, verify
+from megatron_deepstack.checkpoint.saving.plan import plan_folder
 from megatron_deepstack.checkpoint.saving.writer import FileTask, StagedTensor, WriteTask, _reply_to
 from megatron_deepstack.config.choices import Part, Precision, SaveMode
 from megatron_deepstack.config.schema import CheckpointConfig, ParallelConfig, Recipe
 from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.platform.files import scratch
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.writers import own_writers
 
@@ -123,6 +127,34 @@ def save_often(rank: int, recipe: Recipe) -> list[Any]:
     return [saved and (saved.step, saved.waited_seconds > 0) for saved in reported]
 
 
+def save_where_the_temporary_folder_is_gone(rank: int, recipe: Recipe) -> bool:
+    """Save in a long run, whose temporary folder has been cleaned away meanwhile."""
+    with pytest.MonkeyPatch.context() as monkey:
+        trained = TrainedRank(recipe)
+        trained.step()
+        monkey.setattr(tempfile, "tempdir", f"{recipe.run_dir}/gone")
+        path = trained.save()
+        trained.saver.close()
+    return path.is_dir()
+
+
+def test_no_save_needs_the_temporary_folder(ranks: Pools, tmp_path: Path) -> None:
+    assert ranks(2).run(save_where_the_temporary_folder_is_gone, saving_recipe(tmp_path)) == [True, True]
+
+
+def test_a_machine_without_room_for_a_plan_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "MEMORY", tmp_path / "no memory")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    words = r"\(.*no memory: No such file or directory; .*gone: No such.*another folder in TMPDIR"
+    with pytest.raises(CheckpointError, match=words), plan_folder():
+        pass
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with plan_folder() as folder:
+        assert folder.is_relative_to(tmp_path)
+        assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_save_waits_for_the_one_before(ranks: Pools, tmp_path: Path) -> None:
     """Every one becomes whole, in order; retention is applied to each."""
     recipe = replace(saving_recipe(tmp_path), checkpoint=CheckpointConfig(keep=2, keep_every=3))
@@ -144,7 +176,6 @@ def test_synchronous_saves_are_whole_when_begin_returns(ranks: Pools, tmp_path: 
 
 def test_what_is_recorded(ranks: Pools, tmp_path: Path) -> None:
     """Layout, versions, the resolved recipe, and every file but the manifest itself."""
-    import megatron.core
 
     ranks(2).run(save_often, saving_recipe(tmp_path))
     checkpoint, _ = newest_whole(tmp_path)
@@ -152,7 +183,8 @@ def test_what_is_recorded(ranks: Pools, tmp_path: Path) -> None:
     manifest = checkpoint.manifest
     assert manifest.layout == {"tp": 1, "cp": 1, "dp": 1, "pp": 2, "vpp": 1}
     assert manifest.made_with["torch"] == torch.__version__
-    assert manifest.made_with["megatron-core"] == megatron.core.__version__
+    release, _, _ = megatron.core.__version__.partition("+")  # 0.19 names a commit behind it
+    assert manifest.made_with["megatron-core"] == release
     names = {file.name for file in checkpoint.path.iterdir()}
     assert names == {*manifest.files, "manifest.json"}
     assert {"recipe.yaml", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= names

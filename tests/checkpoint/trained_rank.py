@@ -24,6 +24,7 @@ class TrainedRank:
 
     def __init__(self, recipe: Recipe, initial_seed: int | None = None) -> None:
         """Weights are drawn from `initial_seed` where it is given, and the order of samples from the recipe's seed."""
+        from megatron_deepstack.checkpoint.content.identity import model_identity
         from megatron_deepstack.checkpoint.saving.saver import Saver
         from megatron_deepstack.model.build import build_model, fill_model, freeze
         from megatron_deepstack.model.init import random_source
@@ -32,31 +33,49 @@ class TrainedRank:
         from megatron_deepstack.training.optim.optimizer import Optimizer
 
         self.recipe, self.groups = recipe, groups_for(recipe.parallel)
-        self.model = build_model(recipe.model, recipe.parallel, recipe.train.precision, self.groups, recipe.lora)
+        self.model = build_model(
+            recipe.model, recipe.parallel, recipe.train.precision, self.groups, recipe.lora, speed=recipe.speed
+        )
         fill_model(self.model, random_source(recipe.model, initial_seed or recipe.train.seed), self.groups.decoder.tp)
         freeze(self.model, recipe.train.trainable)
         self.engine = build_engine(self.model, recipe.model, recipe.parallel, self.groups)
         self.optimizer = Optimizer(self.engine, recipe.optimizer, recipe.train.precision, recipe.train.steps)
-        self.saver = Saver(recipe, self.model, self.optimizer.chained, {}, self.groups.axes)
+        self.saver = Saver(recipe, self.model, self.optimizer.chained, model_identity(recipe), self.groups.axes)
         self.samples = tiny_samples(recipe.model, 8)
         self.done = 0
+        self.gradient_norm = 0.0
 
     def step(self) -> float:
         """Train one step; the loss."""
         from megatron_deepstack.data.order.sampler import global_batch
-        from megatron_deepstack.planning.batch.step_plan import plan_step
+        from megatron_deepstack.planning.batch.step_plan import plan_training_step
         from megatron_deepstack.step.clock import StepClock
         from megatron_deepstack.step.train_step import forward_backward
 
-        train = self.recipe.train
+        recipe, train = self.recipe, self.recipe.train
         order = global_batch(train.seed, self.done, train.global_batch_size, len(self.samples))
         batch = [self.samples[int(i)] for i in order]
-        planned, images = tiny_share(batch, self.recipe, self.groups.place.dp, self.groups.axes.dp)
-        plan = plan_step(self.recipe.model, self.recipe.parallel, planned, self.groups.replica_rank)
-        loss = forward_backward(self.engine, plan, unit_pixels(self.recipe.model, images, plan), StepClock())
-        self.optimizer.step(self.done)
+        planned, images = tiny_share(batch, recipe, self.groups.place.dp, self.groups.axes.dp)
+        plan = plan_training_step(recipe.model, recipe.parallel, train, planned, self.groups.replica_rank)
+        loss = forward_backward(self.engine, plan, unit_pixels(recipe.model, images, plan), StepClock())
+        self.gradient_norm = self.optimizer.step(self.done).gradient_norm
         self.done += 1
         return loss.mean
+
+    def save(self) -> Path:
+        """Write a checkpoint; its folder."""
+        self.engine.gather_parameters()
+        self.saver.begin(self.done)
+        saved = self.saver.finish()
+        assert saved is not None
+        return saved.path
+
+    def published(self) -> State:
+        """A copy of all weights by their published names, whole."""
+        from megatron_deepstack.testing.compare import gather_published
+
+        self.engine.gather_parameters()
+        return gather_published(self.model, self.groups, lambda parameter: parameter)
 
     def load(self, path: Path) -> None:
         """Take over a checkpoint."""

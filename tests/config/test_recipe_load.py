@@ -153,8 +153,12 @@ REFUSED = {
     "wrong item": ("model: {stacks: {slots: [1, x]}}", "model.stacks.slots: found [1, 'x'], expected a whole number"),
     "wrong length": ("model: {vision: {std: [1]}}", "model.vision.std: found [1], expected a list of 3 values"),
     "unknown architecture": ("model: {language: {architecture: vicuna_8b}}", "did you mean 'vicuna_7b'?"),
-    "missing interpolation": ("train: {steps: '${x.y}'}", "train.steps: cannot be resolved: Interpolation key 'x.y'"),
-    "circular interpolation": ("name: ${name}", "name: cannot be resolved: Recursive interpolation"),
+    "missing interpolation": ("train: {steps: '${x.y}'}", "train.steps: cannot be resolved: ${x.y} names no field"),
+    "variable that is not set": (
+        "name: '${oc.env:NOT_SET_X}'",
+        "the environment variable NOT_SET_X is not set;",
+    ),
+    "circular interpolation": ("name: ${name}", "name: cannot be resolved: it leads back to itself"),
     "mandatory marker": ("name: ???", "name: cannot be resolved: Missing mandatory value"),
 }
 
@@ -176,7 +180,9 @@ UNREADABLE = {
     "object": ("a: !!python/object:os.system {}", "is not valid YAML"),
     "itself as its base": ("base: recipe.yaml", "`base` leads back to the same file"),
     "number as its base": ("base: 3", "base: found 3, expected the path of another recipe"),
-    "base that is not there": ("base: nowhere", "recipe 'nowhere': no such file"),
+    "base that is not there": ("base: nowhere", "recipe.yaml: base (looked beside "),
+    "base with a variable": ("base: ${oc.env:HOME}/a.yaml", "expected a path or a name without `${...}`"),
+    "tab": ("train:\n\tsteps: 3", "cannot start any token at line 2, column 1"),
     "broken interpolation": ("name: ${", "is not valid YAML"),
 }
 

@@ -22,6 +22,7 @@ from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.writer import atomic_file, open_index
 from megatron_deepstack.errors import ConfigError, LocationError
+from megatron_deepstack.platform.files import rename
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -164,8 +165,8 @@ def test_of_many_processes_one_creates_a_file_where_there_are_no_hard_links(tmp_
 
 
 def test_a_file_system_without_any_way_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(location.os, "link", refuse(errno.EPERM))
-    monkeypatch.setattr(location, "rename_new", refuse(errno.EINVAL))
+    monkeypatch.setattr("os.link", refuse(errno.EPERM))
+    monkeypatch.setattr(rename, "rename_new", refuse(errno.EINVAL))
     with pytest.raises(OSError, match=r"has neither hard links nor .* Take a folder on another one"):
         Location.parse(tmp_path).child("record").create(b"first")
     assert list(tmp_path.iterdir()) == []

@@ -63,6 +63,8 @@ def test_a_list_and_the_files_own_folder(tmp_path: Path) -> None:
         ("", "holds no question; expected a line such as"),
         ('{"text": "a"}\nnonsense', "line 2: is not JSON"),
         ("[1, 2", "is not a JSON list"),
+        ('{"text": "a"}\n{"text": "\\ud800"}', "line 2: holds half of a surrogate pair"),
+        ('{"text": "a", "answers": ["\\udc00"]}', "line 1: holds half of a surrogate pair"),
         ('["a"]', "record 1: found str, expected a line such as"),
         ('{"query": "a"}', "line 1: has no `text`, `question` or `conversations`; its keys are query"),
         ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}', "questions 1 and 2 have the same id '1'"),
@@ -84,3 +86,12 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file"):
         read_questions(tmp_path / "none.jsonl")
+
+
+def test_marks_of_byte_order_and_of_lines_within_texts_are_read(tmp_path: Path) -> None:
+    """JSON need not escape U+2028 and U+0085, at which `str.splitlines` divides."""
+    file = tmp_path / "questions.jsonl"
+    texts = ["two\u2028lines", "two\x85lines"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    assert [one.text for one in read_questions(file)] == texts

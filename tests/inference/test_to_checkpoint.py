@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_deepstack.checkpoint.folder import newest_whole
-from megatron_deepstack.config.choices import Part, Precision, Template, Variant
+from megatron_deepstack.config.choices import LoraTarget, Part, Precision, Template, Variant
 from megatron_deepstack.config.schema import (
     DataConfig,
     LanguageConfig,
@@ -35,7 +35,7 @@ from megatron_deepstack.model.published_shapes import published_shapes
 from megatron_deepstack.run_folder.recipe import recipe_of_run
 from megatron_deepstack.run_folder.starting_weights import read_starting_weights
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.tiny import tiny_qwen3_vl, tiny_recipe
+from megatron_deepstack.testing.tiny import tiny_qwen3_vl, tiny_qwen3_vl_moe, tiny_recipe
 from megatron_deepstack.testing.tiny_data import record, write_photos, write_records, write_tokenizer
 from orchestration.preprocess.driver.run import preprocess
 
@@ -54,7 +54,9 @@ MODELS = {
     ),
     "llava": ModelConfig(variant=Variant.LLAVA, vision=VISION, language=replace(LANGUAGE, qkv_bias=False)),
     "qwen3-vl": tiny_qwen3_vl(),
+    "qwen3-vl-moe": tiny_qwen3_vl_moe(),
 }
+PRECISION_OF = {torch.bfloat16: Precision.BF16, torch.float32: Precision.FP32}
 
 
 def drawn(model: ModelConfig, dtype: torch.dtype) -> dict[str, LazyTensor]:
@@ -83,14 +85,14 @@ def there_and_back(rank: int, source: str, target: str, back: str, naming: Namin
     export_on_rank(recipe, back, naming, groups)
 
 
-def built_folder(rank: int, model: ModelConfig, folder: str) -> None:
+def built_folder(rank: int, model: ModelConfig, folder: str, precision: Precision = Precision.BF16) -> None:
     """A folder of a model whose shapes are known once it is built."""
     from megatron_deepstack.convert.export import export_model
     from megatron_deepstack.model.build import build_model, fill_model
     from megatron_deepstack.model.init import random_source
 
     groups = groups_for(ParallelConfig())
-    built = build_model(model, ParallelConfig(), Precision.BF16, groups)
+    built = build_model(model, ParallelConfig(), precision, groups)
     fill_model(built, random_source(model, 5), groups.decoder.tp)
     export_model(built, model, Path(folder), Naming.HUGGING_FACE)
 
@@ -99,9 +101,10 @@ def built_folder(rank: int, model: ModelConfig, folder: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_is_exact(ranks: Pools, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """A folder into a checkpoint, and the checkpoint exported: the same tensors, bit for bit, in the same dtype."""
-    naming = Naming.HUGGING_FACE if name in ("llava", "qwen3-vl") else Naming.PUBLISHED
-    if name == "qwen3-vl":
-        ranks(1).run(built_folder, MODELS[name], str(tmp_path / "folder"))
+    whole = MODELS[name].variant.traits.whole_model is not None
+    naming = Naming.HUGGING_FACE if whole or name == "llava" else Naming.PUBLISHED
+    if whole:
+        ranks(1).run(built_folder, MODELS[name], str(tmp_path / "folder"), PRECISION_OF[dtype])
     else:
         write_folder(tmp_path / "folder", MODELS[name], dtype, naming, None)
     source, back = tmp_path / "folder", tmp_path / "back"
@@ -178,7 +181,7 @@ PRECISIONS = {"fp32": Precision.FP32, "bf16": Precision.BF16}
 TRAININGS = {
     "pp2": (ParallelConfig(pipeline=2), LoraConfig()),
     "tp2-zero": (ParallelConfig(tensor=2, distributed_optimizer=True), LoraConfig()),
-    "lora": (ParallelConfig(pipeline=2), LoraConfig(rank=2)),
+    "lora": (ParallelConfig(pipeline=2), LoraConfig(rank=2, vision_targets=tuple(LoraTarget), projector=True)),
 }
 
 
@@ -192,7 +195,7 @@ def test_training_begins_from_it(
     parallel, lora = TRAININGS[name]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     source = write_folder(tmp_path / "folder", MODELS["l"], dtype, Naming.PUBLISHED, tokenizer)
-    trainable = (Part.PROJECTOR, Part.LANGUAGE)
+    trainable = (*([Part.VISION] if lora.vision_targets else []), Part.PROJECTOR, Part.LANGUAGE)
     train = replace(data.train, precision=PRECISIONS[precision], trainable=trainable)
     run = replace(data, parallel=parallel, lora=lora, train=train)
     named = replace(run, run_dir=str(tmp_path / "named"), train=replace(train, init_from=(str(source),)))

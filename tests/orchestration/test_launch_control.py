@@ -25,7 +25,7 @@ from megatron_deepstack.errors import (
 )
 from megatron_deepstack.platform.files.run_lock import OWNER_FILE, run_lock
 from megatron_deepstack.platform.processes.owner import this_process
-from megatron_deepstack.platform.processes.process import process_start
+from megatron_deepstack.platform.processes.process import process_start, process_ticks
 from megatron_deepstack.training.guard.heartbeat import Heartbeats
 from orchestration.launch.before.report import status_document, status_text
 from orchestration.launch.driver import control
@@ -127,7 +127,7 @@ class TestControl:
         ("changes", "state"),
         [
             ({}, "running"),
-            ({"started": 1.0}, "lost"),
+            ({"ticks": 1}, "lost"),
             ({"machine": "elsewhere"}, "running"),
             ({"machine": "elsewhere", "age": 3600.0}, "lost"),
         ],
@@ -142,8 +142,23 @@ class TestControl:
         os.utime(running / OWNER_FILE, (time.time() - age, time.time() - age))
         found = control.status_of(running)
         assert (found.state, found.launcher, found.exit_code) == (state, "torchrun", int(state == "lost"))
+        if "ticks" in changes:  # its process id may be another's by now
+            said = control.stop(running, now=True, wait_seconds=0)
+            assert said == f"nothing to stop: its torchrun (process {os.getpid()} on {owner.host}) is gone"
+            return
         with pytest.raises(ConfigError, match=rf"not started by `launch`; `kill {os.getpid()}` on"):
             control.stop(running, now=True, wait_seconds=0)
+
+    def test_status_and_stop_where_a_run_is_about_to_write_its_recipe(self, tmp_path: Path) -> None:
+        """Until models are built, and where a file or nothing is in the place of a run."""
+        with run_lock(tmp_path / "run", "train", print):
+            assert control.status_of(tmp_path / "run").state == "starting"
+            with pytest.raises(ConfigError, match=rf"`kill {os.getpid()}` on"):
+                control.stop(tmp_path / "run", now=False, wait_seconds=0)
+        (tmp_path / "file").write_text("x")
+        for name in ("run", "file", "nothing"):
+            with pytest.raises(ConfigError, match="no run is there"):
+                control.stop(tmp_path / name, now=False, wait_seconds=0)
 
     @pytest.mark.parametrize(
         ("driver", "seconds", "launcher"),
@@ -218,14 +233,14 @@ class TestControl:
 
     def test_stop_now_kills_a_driver_that_does_not_answer(self, running: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as driver:
-            changed(running, pid=driver.pid, pid_since=process_start(driver.pid))
+            changed(running, pid=driver.pid, pid_ticks=process_ticks(driver.pid))
             said = control.stop(running, now=True, wait_seconds=0.1)
             assert driver.wait(200) == -9
         assert f"its driver (pid {driver.pid} on {socket.gethostname()}) had not ended after 0 s and was killed" in said
 
     def test_stop_now_spares_a_stranger_with_the_drivers_number(self, running: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-            changed(running, pid=stranger.pid, pid_since=process_start(stranger.pid) - 3600)
+            changed(running, pid=stranger.pid, pid_ticks=process_ticks(stranger.pid) - 3600)
             assert control.status_of(running).state == "lost"
             said = control.stop(running, now=True, wait_seconds=0.1)
             assert f"its driver (pid {stranger.pid} on {socket.gethostname()}) is gone" in said

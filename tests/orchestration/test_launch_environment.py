@@ -35,7 +35,10 @@ SECRETS = {
         )
     )
 }  # fmt: skip
-PLAIN = {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "4", "PYTHONWARNINGS": "ignore"}
+PLAIN = {
+    "NCCL_DEBUG": "INFO", "FI_PROVIDER": "efa", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "4",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTHONWARNINGS": "ignore",
+}  # fmt: skip
 
 
 def test_variables_that_ranks_get() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +23,22 @@ from megatron_deepstack.errors import (
 )
 from megatron_deepstack.platform.files.run_lock import run_lock
 from megatron_deepstack.platform.files.write_whole import partial_of
-from megatron_deepstack.platform.processes.process import process_start
+from megatron_deepstack.platform.processes.process import process_ticks
 from orchestration.launch.driver import run
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import (
+    STALE_SECONDS,
     Events,
     LaunchRecord,
     Restart,
     RunState,
     Tail,
+    is_lost,
     last_lines,
     read_record,
     write_record,
 )
+from orchestration.launch.driver.stopping import is_asked, request_stop
 
 
 class TestRecord:
@@ -54,30 +59,45 @@ class TestRecord:
     def test_a_driver_that_is_gone_is_lost(self, tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", ""]) as gone:
             gone.wait()
-        assert LaunchRecord(state=RunState.RUNNING, pid=gone.pid).lost
-        assert not LaunchRecord(state=RunState.RUNNING).lost
-        assert not LaunchRecord(state=RunState.FAILED, pid=gone.pid).lost
+        assert is_lost(tmp_path, LaunchRecord(state=RunState.RUNNING, pid=gone.pid))
+        assert not is_lost(tmp_path, LaunchRecord(state=RunState.RUNNING))
+        assert not is_lost(tmp_path, LaunchRecord(state=RunState.FAILED, pid=gone.pid))
+
+    @pytest.mark.parametrize("seconds", [-3600.0, 0.0, 3600.0])
+    def test_a_driver_elsewhere_is_lost_once_it_writes_no_more_whatever_the_clock_says_here(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+    ) -> None:
         elsewhere = LaunchRecord(state=RunState.RUNNING, host="elsewhere", machine="elsewhere", pid=1)
-        assert not elsewhere.lost
-        elsewhere.heartbeat -= 3600
-        assert elsewhere.lost
+        write_record(tmp_path, elsewhere)
+        right = time.time
+        monkeypatch.setattr(time, "time", lambda: right() + seconds)
+        assert not is_lost(tmp_path, elsewhere)
+        written = (tmp_path / "launch.json").stat().st_mtime - STALE_SECONDS - 1
+        os.utime(tmp_path / "launch.json", (written, written))
+        assert is_lost(tmp_path, elsewhere)
 
-    def test_another_process_with_the_drivers_number_is_not_the_driver(self) -> None:
+    def test_another_process_with_the_drivers_number_is_not_the_driver(self, tmp_path: Path) -> None:
         """A restarted machine or container gives the same name and the same low numbers again."""
-        assert LaunchRecord(state=RunState.RUNNING, pid_since=process_start() - 3600).lost
-        before_a_restart = LaunchRecord(state=RunState.RUNNING, machine="an earlier start of it", heartbeat=0.0)
+        assert is_lost(tmp_path, LaunchRecord(state=RunState.RUNNING, pid_ticks=process_ticks() - 3600))
+        before_a_restart = LaunchRecord(state=RunState.RUNNING, machine="an earlier start of it")
         assert before_a_restart.host == socket.gethostname()
-        assert before_a_restart.lost
+        write_record(tmp_path, before_a_restart)
+        os.utime(tmp_path / "launch.json", (1, 1))
+        assert is_lost(tmp_path, before_a_restart)
 
-    def test_a_record_of_an_earlier_version_is_judged_by_its_heartbeat(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("seconds", "lost"), [(0, False), (3600, True)])
+    def test_a_record_of_an_earlier_version_is_judged_by_its_age(
+        self, tmp_path: Path, seconds: float, lost: bool
+    ) -> None:
         write_record(tmp_path, LaunchRecord(state=RunState.RUNNING))
-        raw = json.loads((tmp_path / "launch.json").read_text())
-        for beat, lost in ((raw["heartbeat"], False), (raw["heartbeat"] - 3600, True)):
-            earlier = {name: value for name, value in raw.items() if name not in ("machine", "pid_since")}
-            (tmp_path / "launch.json").write_text(json.dumps({**earlier, "pid": 2**22 + 1, "heartbeat": beat}))
-            found = read_record(tmp_path)
-            assert found is not None
-            assert found.lost is lost
+        file = tmp_path / "launch.json"
+        raw = json.loads(file.read_text())
+        earlier = {name: value for name, value in raw.items() if name not in ("machine", "pid_since", "pid_ticks")}
+        file.write_text(json.dumps({**earlier, "pid": 2**22 + 1, "heartbeat": 1.0}))
+        os.utime(file, (file.stat().st_atime, file.stat().st_mtime - seconds))
+        found = read_record(tmp_path)
+        assert found is not None
+        assert is_lost(tmp_path, found) is lost
 
     def test_a_second_driver_is_refused_beside_any_kind_of_first(self, tmp_path: Path) -> None:
         """Before Ray or anything else of the launch has begun: the record of the run that goes on stays as it is."""
@@ -105,6 +125,59 @@ class TestRecord:
         assert Tail(path, from_start=False).lines() == []
         assert last_lines(path, 2) == ["two more", "three"]
         assert last_lines(tmp_path / "none", 2) == []
+
+    def test_a_log_that_cannot_be_read_for_a_moment(self, tmp_path: Path) -> None:
+        path = tmp_path / "log"
+        tail = Tail(path, from_start=True)
+        path.mkdir()
+        assert tail.lines() == []
+        path.rmdir()
+        path.write_text("one\n")
+        assert tail.lines() == ["one"]
+
+    @pytest.mark.parametrize("length", [10, 1 << 15, 1 << 18])
+    def test_the_last_lines_however_long_they_are(self, tmp_path: Path, length: int) -> None:
+        """A step that is left out lists all of its samples."""
+        path = tmp_path / "log"
+        lines = [f"{number}{'x' * length}" for number in range(8)]
+        path.write_text("first\n" + "".join(f"{line}\n" for line in lines))
+        for number in (1, 3, 8):
+            assert last_lines(path, number) == lines[-number:]
+        assert last_lines(path, 20) == ["first", *lines]
+
+    def test_an_event_that_a_full_disk_has_cut_off_is_passed_over(self, tmp_path: Path) -> None:
+        events, record = Events(tmp_path), LaunchRecord()
+        events.clear()
+        follower = Follower(tmp_path, record)
+        with events.path.open("a") as file:
+            file.write('{"event": "ran')
+        events._torn = True
+        events.add("start")
+        events.add("running")
+        follower.look()
+        assert (record.attempt, record.state) == (1, RunState.RUNNING)
+
+    def test_an_event_that_cannot_be_written_ends_nothing(self, tmp_path: Path) -> None:
+        events = Events(tmp_path)
+        events.path.mkdir(parents=True)
+        events.add("start")
+        events.path.rmdir()
+        events.add("running")
+        assert [json.loads(line)["event"] for line in events.path.read_text().splitlines() if line] == ["running"]
+
+    def test_a_folder_that_does_not_answer_has_asked_for_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        request_stop(tmp_path, "test")
+        assert is_asked(tmp_path)
+
+        def stale(*_: object, **__: object) -> None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        with monkeypatch.context() as away:
+            away.setattr("os.stat", stale)
+            asked = is_asked(tmp_path)
+        assert not asked
 
 
 @pytest.fixture

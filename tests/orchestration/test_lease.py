@@ -17,7 +17,8 @@ from waiting import wait_until
 from megatron_deepstack.data import location
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.errors import StoreError
-from megatron_deepstack.platform.processes.process import machine_start, process_start
+from megatron_deepstack.platform.files import rename
+from megatron_deepstack.platform.processes.owner import this_process
 from orchestration.preprocess.driver import lease
 from orchestration.preprocess.driver.lease import LEASE_FILE, Owner, hold_lease, read_token
 
@@ -37,8 +38,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_lease(root: Location, **changes: Any) -> Owner:
     """A lease that this process might have left, with changes."""
-    owner = Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), "left")
-    owner = replace(owner, **changes)
+    owner = owner_of(**changes)
     root.child(LEASE_FILE).create(json.dumps(asdict(owner)).encode())
     return owner
 
@@ -59,7 +59,7 @@ def test_one_holds_it_and_gives_it_back(root: Location) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"pid": 2**22 - 1}, {"started": 1.0}, {"machine": "an earlier start of it", "pid": 1}],
+    [{"pid": 2**22 - 1}, {"ticks": 1}, {"machine": "an earlier start of it", "pid": 1}],
     ids=["process gone", "another process of that number", "machine restarted"],
 )
 def test_a_dead_owners_lease_is_taken_over(root: Location, fast: None, change: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def names(root: Location) -> set[str]:
 
 
 def owner_of(**changes: Any) -> Owner:
-    return replace(Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), "left"), **changes)
+    return replace(this_process(), **{"token": "left", **changes})
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_a_file_system_that_cannot_hold_a_lease_is_named(tmp_path: Path, monkeyp
     def refuse(source: Path, target: Path) -> None:
         raise OSError(errno.EINVAL, "not here", str(target))
 
-    monkeypatch.setattr(location.os, "link", refuse)
-    monkeypatch.setattr(location, "rename_new", refuse)
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr(rename, "rename_new", refuse)
     with pytest.raises(StoreError, match=rf"{tmp_path}.*: this file system has neither hard links nor"):
         hold_lease(Location.parse(tmp_path / "store")).__enter__()

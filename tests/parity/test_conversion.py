@@ -30,7 +30,7 @@ from megatron_deepstack.inference.to_checkpoint import recipe_of_folder, write_o
 from megatron_deepstack.model.published_shapes import published_shapes
 from megatron_deepstack.testing.parity.conversion import check_conversion
 from megatron_deepstack.testing.ranks import RankPool, groups_for
-from megatron_deepstack.testing.tiny import tiny_qwen3_vl
+from megatron_deepstack.testing.tiny import tiny_granite, tiny_qwen3_vl
 from megatron_deepstack.testing.tiny_data import draw_photo, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -74,12 +74,12 @@ def to_checkpoint(rank: int, source: str, target: str) -> None:
     (Path(target) / "recipe.yaml").write_text(recipe_to_yaml(recipe))
 
 
-def built_qwen(rank: int, folder: str) -> None:
+def built_whole(rank: int, model: ModelConfig, folder: str) -> None:
     from megatron_deepstack.convert.export import export_model
     from megatron_deepstack.model.build import build_model, fill_model
     from megatron_deepstack.model.init import random_source
 
-    model, groups = tiny_qwen3_vl(), groups_for(ParallelConfig())
+    groups = groups_for(ParallelConfig())
     built = build_model(model, ParallelConfig(), Precision.FP32, groups)
     fill_model(built, random_source(model, 5), groups.decoder.tp)
     export_model(built, model, Path(folder), Naming.HUGGING_FACE)
@@ -127,15 +127,29 @@ def test_both_sides_compute_the_same(ranks: Pools, tmp_path: Path, pair: str) ->
     assert all(line.passed for line in lines)
 
 
-def test_a_model_of_transformers_and_its_checkpoint(ranks: Pools, tmp_path: Path) -> None:
-    ranks(1).run(built_qwen, str(tmp_path / "source"))
+@pytest.mark.parametrize(
+    ("model", "special_tokens"),
+    [
+        pytest.param(
+            tiny_qwen3_vl(),
+            ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+            id="qwen3_vl",
+        ),
+        pytest.param(tiny_granite(), ("image_token_index",), id="granite4_vision"),
+    ],
+)
+def test_a_model_of_transformers_and_its_checkpoint(
+    ranks: Pools, tmp_path: Path, model: ModelConfig, special_tokens: tuple[str, ...]
+) -> None:
+    """Granite's config.json does not say how pictures are normalised, which another file does."""
+    ranks(1).run(built_whole, model, str(tmp_path / "source"))
     file = tmp_path / "source" / "config.json"
-    ids = {"image_token_id": 57, "video_token_id": 58, "vision_start_token_id": 59, "vision_end_token_id": 60}
+    ids = {key: 57 + place for place, key in enumerate(special_tokens)}
     file.write_text(json.dumps({**json.loads(file.read_text()), **ids}))
     ranks(1).run(to_checkpoint, str(tmp_path / "source"), str(tmp_path / "target"))
     lines = list(check_conversion(tmp_path / "source", tmp_path / "target", pool=ranks(1)))
     assert len(lines) == 6
-    with pytest.raises(ConfigError, match="--picture: views of qwen3_vl are drawn"):
+    with pytest.raises(ConfigError, match=f"--picture: views of {model.variant} are drawn"):
         list(check_conversion(tmp_path / "source", tmp_path / "target", [tmp_path / "photo.jpg"]))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_deepstack.errors import RunFolderError
 from megatron_deepstack.platform.files.run_disk import require_room, require_writable, size_text, writing
-from megatron_deepstack.platform.files.write_whole import create_whole, write_whole
+from megatron_deepstack.platform.files.write_whole import create_whole, write_result, write_whole
 
 Mount = Callable[..., Path]
 
@@ -87,6 +87,31 @@ def test_a_full_disk_leaves_what_a_file_had(mount: Mount) -> None:
     assert "run the same command again: it goes on from the newest checkpoint" in str(caught.value)
     assert (folder / "recipe.yaml").read_text() == "first"
     assert sorted(path.name for path in folder.iterdir()) == ["filler", "recipe.yaml"]
+
+
+def test_a_result_on_a_full_disk_leaves_the_earlier_one(mount: Mount) -> None:
+    folder = mount("size=64k")
+    write_result(folder / "report.html", "first")
+    fill(folder)
+    with pytest.raises(OSError, match="No space left"):
+        write_result(folder / "report.html", "second" * 10_000)
+    assert (folder / "report.html").read_text() == "first"
+    with pytest.raises(RunFolderError, match="No space left"):
+        require_writable(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["filler", "report.html"]
+
+
+def test_a_result_goes_where_a_link_leads_and_into_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    write_result(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_result(tmp_path / "pipe", "text")
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
 
 ADVICE = {

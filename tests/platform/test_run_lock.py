@@ -117,7 +117,7 @@ def test_without_locks_the_record_alone_says_who_holds_it(
     leave_record(tmp_path, pid=gone.pid)
     with run_lock(tmp_path, "train", told.append):
         pass
-    leave_record(tmp_path, started=0.0)  # another process has its number by now
+    leave_record(tmp_path, ticks=0)  # another process has its number by now
     with run_lock(tmp_path, "train", told.append):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
@@ -156,17 +156,26 @@ def test_a_holder_on_another_machine_lives_while_its_record_changes(
         assert found.pid == os.getpid()
 
 
+def test_a_record_of_a_later_release_is_read(tmp_path: Path) -> None:
+    owner = leave_record(tmp_path)
+    (tmp_path / OWNER_FILE).write_text(json.dumps({**asdict(owner), "since_then": 1}))
+    assert read_owner(tmp_path / OWNER_FILE) == owner
+    for strange in ("", "{}", "[]", "1", '"host"', '{"host": "a"}'):
+        (tmp_path / OWNER_FILE).write_text(strange)
+        assert read_owner(tmp_path / OWNER_FILE) is None
+
+
 @pytest.mark.usefixtures("fast")
 def test_of_two_that_take_over_at_a_time_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
 ) -> None:
     """Without locks: between judging a dead holder and taking its record away, another process has taken over."""
     flock_answers(monkeypatch, errno.ENOTSUP)
-    leave_record(tmp_path, started=0.0)
+    leave_record(tmp_path, ticks=0)
     take_over = module._take_over
 
     def slower(file: Path, judged: Owner | None) -> bool:
-        if judged is not None and judged.started == 0.0:
+        if judged is not None and judged.ticks == 0:
             leave_record(tmp_path, token="the faster one")
         return take_over(file, judged)
 

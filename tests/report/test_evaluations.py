@@ -25,7 +25,7 @@ from megatron_deepstack.scores.evaluation import (
 )
 from megatron_deepstack.testing.tiny import tiny_recipe
 
-ANSWERED = ("dog", "cat", "a bird", "<b>fish</b>")
+ANSWERED = ("dog", "cat", "a\u2028bird", "<b>fish</b>")
 
 
 def evaluation(answers: tuple[str, ...], pictures: tuple[str, ...] = ()) -> Evaluation:
@@ -107,6 +107,18 @@ def test_only_the_same_questions_are_compared() -> None:
     assert differences(pairs)["exact_match"] == paired_difference([1.0, 0.0], [0.0, 1.0])
 
 
+def test_questions_that_share_an_id_are_compared_one_by_one() -> None:
+    """Ids may repeat in records, and so in a store of questions."""
+    asked = replace(evaluation(("dog", "cat")).answers[0], id="x")
+    first = replace(evaluation(()), answers=(asked, replace(asked, answer="cat"), replace(asked, question="Who?")))
+    second = replace(first, answers=(first.answers[2], *first.answers[:2]))
+    assert [(old.answer, new.answer) for old, new in common_questions(first, second)] == [
+        ("dog", "dog"),
+        ("dog", "dog"),
+        ("cat", "cat"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
@@ -120,7 +132,7 @@ def test_differences_in_words(first: list[float], second: list[float], expected:
 
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
-    for name, answers in (("one", ANSWERED), ("two", ("dog", "dog", "a bird", "eel"))):
+    for name, answers in (("one", ANSWERED), ("two", ("dog", "dog", ANSWERED[2], "eel"))):
         run = tmp_path / name
         run.mkdir()
         text = recipe_to_yaml(replace(tiny_recipe(), name=name, run_dir=str(run)))

@@ -139,3 +139,17 @@ def test_where_was_looked_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert f"since no such folder is there (looked in {tmp_path})" in str(caught.value)
     with pytest.raises(ConfigError, match=r"holds no recipe.yaml; expected the run_dir"):
         require_run(tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["report", "status", "stop", "ask", "evaluate", "generate"])
+def test_a_checkpoint_is_no_run(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder holds a recipe too. A run that lies in the folder of another one stays a run."""
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step_00000002"
+    for folder in (run, checkpoint, run / "second"):
+        write_run(folder, Recipe())
+    result = CliRunner().invoke(app, [verb, str(checkpoint)], env={"COLUMNS": "300"})
+    assert result.exit_code == 2, result.output
+    assert f"lies in the run {run}; name that run, whose newest checkpoint is taken" in result.output
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["recipe.yaml"]
+    assert require_run(run / "second") == run / "second" / "recipe.yaml"

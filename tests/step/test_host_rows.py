@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,18 +24,20 @@ WIDTH = 96
 HD = tiny_model(variant=Variant.DEEPSTACK_HD, stacks=StackConfig(slots=(0, 1, 2, 3)))
 
 
-def both_ways(rank: int, recipe: Recipe) -> tuple[bool, bool, bool]:
+def both_ways(rank: int, recipe: Recipe) -> tuple[bool, bool, bool, bool]:
     """Whether a step's loss and all gradients are equal bit for bit with rows on the device and on the host, twice.
 
-    Also whether any gradient is above zero, and whether both steps used the same host memory.
+    So is the loss of the same samples held out. Also whether any gradient is above zero, whether both steps used the
+    same host memory, and whether rows went to the host twice, to be trained and held out, where they were to rest there
+    and this rank adds any.
     """
     from megatron_deepstack.model.build import build_model, fill_model, freeze
     from megatron_deepstack.model.init import random_source
     from megatron_deepstack.planning.batch.step_plan import plan_training_step
     from megatron_deepstack.planning.budget import received_rows
+    from megatron_deepstack.step import train_step
     from megatron_deepstack.step.clock import StepClock
     from megatron_deepstack.step.engine import build_engine
-    from megatron_deepstack.step.train_step import forward_backward
 
     groups, train = groups_for(recipe.parallel), recipe.train
     model = build_model(recipe.model, recipe.parallel, train.precision, groups)
@@ -46,23 +49,30 @@ def both_ways(rank: int, recipe: Recipe) -> tuple[bool, bool, bool]:
     pixels = unit_pixels(recipe.model, images, plan)
     parameters = [p for ddp in engine.wrapped for p in ddp.params_with_grad]
 
-    def step(where: Switch) -> tuple[float, list[torch.Tensor]]:
+    def step(where: Switch) -> tuple[tuple[float, float], list[torch.Tensor]]:
         asked = replace(engine, parallel=replace(engine.parallel, rows_on_host=where))
-        loss = forward_backward(asked, plan, pixels, StepClock())
-        return loss.total, [parameter.main_grad.clone() for parameter in parameters]
+        loss = train_step.forward_backward(asked, plan, pixels, StepClock())
+        gradients = [parameter.main_grad.clone() for parameter in parameters]
+        held_out = train_step.held_out_loss(asked, plan, pixels)
+        assert held_out.num_tokens == loss.num_tokens
+        made.append(on_host.call_count)
+        on_host.reset_mock()
+        return (loss.total, held_out.total), gradients
 
-    window, received_rows.WINDOW_BYTES = received_rows.WINDOW_BYTES, 1  # type: ignore[misc]
-    try:
+    made: list[int] = []
+    with (
+        patch.object(received_rows, "WINDOW_BYTES", 1),
+        patch.object(train_step, "HostRows", side_effect=train_step.HostRows) as on_host,
+    ):
         expected, *found = (step(one) for one in (Switch.NEVER, Switch.ALWAYS, Switch.ALWAYS))
         stored = len(plan.routes.stored_rows)
+        there = 2 if stored else 0
         places = {engine.row_memory.blocks(stored, [8], torch.float32)[0].data_ptr() for _ in range(2)}
-    finally:
-        received_rows.WINDOW_BYTES = window  # type: ignore[misc]
     same = all(
         loss == expected[0] and all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
         for loss, gradients in found
     )
-    return same, any(bool(one.any()) for one in expected[1]), len(places) == 1
+    return same, any(bool(one.any()) for one in expected[1]), len(places) == 1, made == [0, there, there]
 
 
 FULL = {"recompute": Recompute.FULL}
@@ -82,7 +92,7 @@ def test_nothing_computed_changes(
 ) -> None:
     recipe = tiny_recipe(HD, parallel, global_batch_size=8, trainable=trainable)
     recipe = replace(recipe, train=replace(recipe.train, batching=batching, seq_length=1024))
-    assert ranks(num_ranks).run(both_ways, recipe) == [(True, True, True)] * num_ranks
+    assert ranks(num_ranks).run(both_ways, recipe) == [(True, True, True, True)] * num_ranks
 
 
 def device_bytes(rank: int, parallel: ParallelConfig, count: int) -> tuple[int, int, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,10 +15,11 @@ from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.data.order.prefetch import Prefetcher
 from megatron_deepstack.data.order.steps import Share, StepReader
 from megatron_deepstack.data.store.reader import Store
+from megatron_deepstack.step.train_step import StepLoss
 from megatron_deepstack.testing.tiny import tiny_recipe
 from megatron_deepstack.testing.tiny_store import SAMPLES, write_tiny_store
 from megatron_deepstack.training import validation
-from megatron_deepstack.training.validation import HeldOutBatches
+from megatron_deepstack.training.validation import HeldOutBatches, Validation
 
 
 def reader_of(root: Path, batch_size: int, replica: int = 0) -> StepReader:
@@ -50,6 +53,22 @@ def test_batches_are_the_same_each_time(root: Path, monkeypatch: pytest.MonkeyPa
                 assert all(map(np.array_equal, found.plan.labels, expected.plan.labels))
                 assert (found.num_tokens, found.members) == (expected.num_tokens, expected.members)
         assert plan_samples.call_count == len(batches) + max(len(batches) - kept, 0)
+
+
+def test_what_validation_computes_is_no_work_of_a_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else slow ranks would be sought by the time of other passes than those of training steps."""
+    seen, config = [], SimpleNamespace(timers="those of steps")
+
+    def loss(*_: object) -> StepLoss:
+        seen.append(config.timers)
+        return StepLoss(total=3.0, num_tokens=2)
+
+    monkeypatch.setattr(validation, "held_out_loss", loss)
+    session: Any = SimpleNamespace(engine=SimpleNamespace(model=SimpleNamespace(config=config)))
+    held_out = Validation(session, HeldOutBatches(reader_of(root, 4)), interval=1)
+    assert held_out.loss(lambda _: None) == 1.5
+    assert seen == [None] * len(held_out.batches)
+    assert config.timers == "those of steps"
 
 
 def test_a_store_smaller_than_a_batch_repeats(tmp_path: Path) -> None:

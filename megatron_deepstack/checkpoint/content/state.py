@@ -22,6 +22,7 @@ from megatron_deepstack.checkpoint.trust import is_extra_state
 from megatron_deepstack.config.choices import Fp8Scaling
 from megatron_deepstack.model.build import RankModel
 from megatron_deepstack.model.language import LanguageChunk
+from megatron_deepstack.model.layers.lora import is_adapter
 from megatron_deepstack.model.vision.encoder import VisualEncoder
 
 FUSED_NORMS = {
@@ -62,7 +63,41 @@ def sharded_state(
             if isinstance(single, DistributedOptimizer):
                 single.sharded_state_dict = partial(_distributed_state, single, main_parameter=main_parameter)
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=dict(METADATA))
+        for single, part in _parts(optimizer, state["optimizer"]):
+            _number_main_parameters(single, part)
     return state
+
+
+def _parts(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each optimizer with its part of a state."""
+    singles = optimizer.chained_optimizers
+    yield from zip(singles, [state] if len(singles) == 1 else state.values(), strict=True)
+
+
+_GROUPS, _NUMBERED = "fp32_from_fp16_params", "main_parameters"
+"""Megatron's key of the float32 copies of low-precision parameters, a list of groups; and ours, groups by number."""
+
+
+def _keeps_groups(single: Any) -> bool:
+    """Whether it is Megatron's optimizer of low-precision parameters that is not distributed."""
+    return hasattr(single, "fp32_from_float16_groups")
+
+
+def _number_main_parameters(single: Any, part: dict[str, Any]) -> None:
+    """Take the groups of float32 copies out of their list, and leave out empty ones.
+
+    A group is empty on a stage that holds nothing of its kind, as one with the embedding alone has no parameter without
+    weight decay. Megatron keeps the empty groups of rank 0's list with what is common to all ranks, and cannot join
+    that list with a rank's own of another length, not even in the layout that wrote it.
+    """
+    if _keeps_groups(single):
+        part[_NUMBERED] = {number: group for number, group in enumerate(part.pop(_GROUPS)) if group}
+
+
+def _list_main_parameters(single: Any, part: dict[str, Any]) -> None:
+    """Put loaded groups back where Megatron takes them."""
+    found = part.pop(_NUMBERED, {})
+    part[_GROUPS] = [found.get(number, []) for number in range(len(single.fp32_from_float16_groups))]
 
 
 def keeps_extra_states(model: RankModel) -> bool:
@@ -134,12 +169,13 @@ def load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
         state: The part `optimizer` of what was loaded into `sharded_state`'s result; changed.
     """
     updates = max(_updates(state), default=0.0)
-    singles = optimizer.chained_optimizers
-    for single, part in zip(singles, [state] if len(singles) == 1 else state.values(), strict=True):
+    for single, part in _parts(optimizer, state):
         if isinstance(single, DistributedOptimizer):
             _set_updates(single, updates)
         elif single.optimizer is not None:
-            inner = part["optimizer"] if "fp32_from_fp16_params" in part else part
+            if _keeps_groups(single):
+                _list_main_parameters(single, part)
+            inner = part["optimizer"] if _keeps_groups(single) else part
             inner["param_groups"] = single.optimizer.state_dict()["param_groups"]
             if isinstance(single.optimizer, torch.optim.Adam):
                 inner["state"]["common_step"] = torch.tensor(updates)
@@ -187,13 +223,14 @@ def load_weights(model: RankModel, weights: dict[str, Any]) -> None:
     Args:
         model: What this rank holds; changed in place.
         weights: State dicts by part, as `sharded_state` names them. Extra states that are not kept are missing, and
-            stay as they are; those that are kept were looked through before (`trust.check_extra_states`).
+            stay as they are; those that are kept were looked through before (`trust.check_extra_states`). So do
+            adapters, of a checkpoint of weights alone.
     """
     for number, chunk in enumerate(model.chunks):
         with _pickles_allowed() if keeps_extra_states(model) else nullcontext():
             chunk.load_state_dict(weights[f"decoder{number}"], strict=False)
     missing, unexpected = model.encoder.load_state_dict(weights["encoder"], strict=False)
-    lost = [name for name in missing if not is_extra_state(name)]
+    lost = [name for name in missing if not is_extra_state(name) and not is_adapter(name)]
     assert not lost, f"a checkpoint's encoder lacks {lost}"
     assert not unexpected, f"a checkpoint's encoder has {unexpected}, which this one lacks"
 

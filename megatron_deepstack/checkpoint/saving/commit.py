@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ from megatron_deepstack.checkpoint.saving.writer import NOTE
 from megatron_deepstack.config.run_folder import RECIPE_FILE
 from megatron_deepstack.config.schema import ParallelConfig
 from megatron_deepstack.parallel.groups import Axes
+from megatron_deepstack.platform.files.write_whole import write_through
 
 INDEX = ".metadata"
 
@@ -90,10 +90,7 @@ class Commit:
         """Write index and recipe, remove the notes; size and crc32c of every file."""
         files, results = _take_notes(partial, self.num_ranks)
         FileSystemWriter(partial).finish(_without_plans(metadata), [results])
-        with (partial / RECIPE_FILE).open("w", encoding="utf-8") as out:
-            out.write(self.recipe_text)
-            out.flush()
-            os.fsync(out.fileno())
+        write_through(partial / RECIPE_FILE, self.recipe_text)
         return {**files, **{name: fingerprint(partial / name) for name in (INDEX, RECIPE_FILE)}}
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import queue
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_deepstack.checkpoint.saving.writer import Item
+from megatron_deepstack.errors import CheckpointError
+from megatron_deepstack.platform.files.scratch import hold_new_here
 
 TensorPart = tuple[str, tuple[int, ...]]
 """Key of a tensor in the checkpoint, and the offset of a rank's part in it."""
@@ -63,6 +65,8 @@ class Planner:
 
         Megatron writes its small common files at once; it is given a folder on this machine, so that nothing here waits
         for the checkpoint's disk. It sees stand-ins without data, since it would clone CPU tensors that are views.
+
+        Raises CheckpointError where this machine has no place for that folder.
         """
         apply_factories(state)
         live, ours = {}, set()
@@ -71,11 +75,11 @@ class Planner:
             if is_ours:
                 ours.add(place)
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process to hold it
-        with tempfile.TemporaryDirectory(prefix="checkpoint-plan-") as folder:
+        with plan_folder() as folder:
             dist_checkpointing.save(
-                state, folder, sharded_strategy=self._strategy, validate_access_integrity=not self._checked
+                state, str(folder), sharded_strategy=self._strategy, validate_access_integrity=not self._checked
             )
-            small_files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+            small_files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
         self._checked = True
         writer, metadata = self._strategy.planned
         files = [_planned_file(bucket, live) for bucket in writer.write_buckets]
@@ -86,6 +90,29 @@ class Planner:
             small_files=small_files,
             metadata=metadata,
         )
+
+
+@contextmanager
+def plan_folder() -> Iterator[Path]:
+    """Make a folder of this machine for the plan of a checkpoint.
+
+    Yields:
+        The empty folder, which is removed after the block.
+
+    Raises:
+        CheckpointError: This machine has no place for it; its temporary folder may be cleaned away in a long run.
+    """
+    try:
+        scratch = hold_new_here("dsplan")
+    except OSError as error:
+        raise CheckpointError(
+            f"a checkpoint is put together in a small folder of this machine, and none can be made ({error}). Make "
+            "room there, or name another folder in TMPDIR, then run the same command again"
+        ) from error
+    with scratch:
+        folder = scratch.path / "plan"
+        folder.mkdir()
+        yield folder
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):

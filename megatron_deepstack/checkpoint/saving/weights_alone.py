@@ -111,5 +111,6 @@ class _Making:
         rule = known.rule
         whole = rule.shard(self._source, 0, 1).to(known.fake.dtype).contiguous()
         assert whole.shape == known.fake.shape, f"{rule.names}: {tuple(whole.shape)} for {tuple(known.fake.shape)}"
-        part = whole.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+        # a tensor that is cut out of a larger one does not begin where its storage does
+        part = whole.as_strided(fake.shape, fake.stride(), int(whole.storage_offset() + fake.storage_offset()))
         return part.clone() if part.numel() < whole.numel() or whole.untyped_storage().nbytes() > whole.nbytes else part

@@ -23,7 +23,7 @@ import simplejpeg
 from PIL import Image
 
 from megatron_deepstack.config.choices import ImageResize, Orientation
-from megatron_deepstack.data.file_kind import what_file_is
+from megatron_deepstack.data.file_kind import IMAGES, what_file_is
 from megatron_deepstack.data.images.colours import ColourRules, to_rgb
 from megatron_deepstack.data.images.source import QuarantineError
 from megatron_deepstack.data.images.whole_file import find_damage
@@ -132,11 +132,18 @@ def _decode_with_pillow(
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise QuarantineError(f"more pixels than data.max_image_pixels allows ({max_pixels}): {error}") from error
         except Image.UnidentifiedImageError as error:
-            what = what_file_is(data)
-            raise QuarantineError(f"not an image of a known format{f': it is {what}' if what else ''}") from error
+            raise QuarantineError(_what_it_is(data)) from error
         except Exception as error:
             # Damaged files make Pillow's parsers raise almost anything: OSError, SyntaxError, struct.error, KeyError...
             raise QuarantineError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _what_it_is(data: bytes) -> str:
+    """What a file is that no reader of images takes."""
+    what = what_file_is(data)
+    if what in IMAGES:
+        return f"a damaged image: it begins like {what}, and its header is broken or cut off: fetch it again"
+    return f"not an image of a known format{f': it is {what}' if what else ''}"
 
 
 def _orientation_in(data: bytes) -> tuple[int, str | None]:

@@ -108,6 +108,8 @@ def read_image(image: FileAt, max_pixels: int) -> bytes:
 def _read_file(path: str, max_pixels: int) -> bytes:
     try:
         status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise QuarantineError("a folder, not a file")
         if not stat.S_ISREG(status.st_mode):
             raise QuarantineError("not a regular file")
         _check_size(status.st_size, max_pixels)

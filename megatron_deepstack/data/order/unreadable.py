@@ -37,13 +37,18 @@ def without(plan: StepPlan, samples: Iterable[Where]) -> StepPlan:
         samples: Places of the samples.
 
     Returns:
-        The plan, with `IGNORE_INDEX` as the labels of these samples.
+        The plan, with `IGNORE_INDEX` as the labels of these samples, which then have no targets to be weighed by in
+        the loss that balances experts either.
     """
-    labels = [array.copy() for array in plan.labels]
+    labels, members = [array.copy() for array in plan.labels], list(plan.members)
     for micro_batch, row, member in samples:
         begin, end = 0, plan.seq_lengths[micro_batch]
         if plan.segments is not None:
             ends = plan.segments[micro_batch]
             begin, end = ends[member - 1] if member else 0, ends[member]
         labels[micro_batch][row, begin:end] = IGNORE_INDEX
-    return replace(plan, labels=tuple(labels))
+        members[micro_batch] = tuple(
+            replace(one, num_targets=0) if one.row == row and begin <= one.begin < end else one
+            for one in members[micro_batch]
+        )
+    return replace(plan, labels=tuple(labels), members=tuple(members))

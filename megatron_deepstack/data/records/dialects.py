@@ -28,7 +28,7 @@ from megatron_deepstack.data.records.tools import (
     with_calls,
     with_tools,
 )
-from megatron_deepstack.data.records.turns import VIDEO_TOKEN, Role, Turn, Video
+from megatron_deepstack.data.records.turns import VIDEO_TOKEN, Role, Turn, Video, is_whole_text
 from megatron_deepstack.data.records.videos import VIDEO_KEYS as _VIDEO_KEYS
 from megatron_deepstack.data.records.videos import read_video, read_videos
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -116,6 +116,8 @@ def read_conversation(
     turns = _with_system(item.get("system"), turns)
     if writes_tools:
         turns = with_tools(turns, item.get("tools"))
+        if not all(is_whole_text(turn.text) for turn in turns):
+            raise FaultError("a tool or a call of one holds half of a surrogate pair, which is no character")
     if all(not turn.learned for turn in turns if turn.role is Role.GPT) and any(t.role is Role.GPT for t in turns):
         raise FaultError("none of its answers is to be learned; leave the record out")
     found = _videos(item, named) if takes_videos else ()
@@ -142,6 +144,9 @@ def _form(item: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if len(found) > 1:
         raise FaultError(f"holds a conversation more than once, as {' and '.join(f'`{key}`' for key in found)}")
     if not found:
+        lists = [key for key, value in item.items() if isinstance(value, list) and value and holds_talk(value[0])]
+        if lists:
+            raise FaultError(f"is one object whose `{lists[0]}` holds records; write that list alone into the file")
         check_keys(item, _EVERYWHERE)
         there = kind_of(record.get(TALK_KEYS[0]))
         raise FaultError(f"has no conversations: found {there}, a list of turns was expected (or `messages`)")
@@ -173,7 +178,7 @@ def _usual_turn(turn: Any, ignored: Collection[str]) -> Turn | None:
 
     It takes a third of the time of `_turn`.
     """
-    if not isinstance(turn, dict) or len(turn) != 2 or ignored:
+    if type(turn) is not dict or len(turn) != 2 or ignored:
         return None
     for speaker, said in _SPEAKER_KEYS:
         name, text = turn.get(speaker), turn.get(said)
@@ -365,12 +370,8 @@ def _list_of(value: Any, where: str) -> list[Any]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise FaultError(f"{where} is {kind_of(value)}, a text was expected")
-    if value.isascii():
-        return value
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise FaultError(f"{where} holds half of a surrogate pair, which is no character") from error
+    if not is_whole_text(value):
+        raise FaultError(f"{where} holds half of a surrogate pair, which is no character")
     return value
 
 

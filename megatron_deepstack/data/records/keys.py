@@ -8,7 +8,8 @@ record.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 HARMLESS_KEYS: Final = frozenset(
@@ -43,6 +44,28 @@ class FaultError(Exception):
         """Keys that nothing reads, if that is the fault."""
 
 
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object in which a key stands more than once: all but its last value are lost."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        """`pairs` are all its keys with their values, in order."""
+        super().__init__(pairs)
+        self.repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+
+
+def as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """What to read a JSON object as (`object_pairs_hook`), so that `without` can tell whether a key is repeated.
+
+    Args:
+        pairs: Its keys with their values.
+
+    Returns:
+        A dict, or RepeatedKeys.
+    """
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else RepeatedKeys(pairs)
+
+
 def holds_nothing(value: Any) -> bool:
     """Whether the value is empty, like an unused column of a table that was written as JSON."""
     return value is None or (isinstance(value, str | list | dict) and not value)
@@ -57,7 +80,12 @@ def without(item: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]
 
     Returns:
         A new dict with the remaining keys, in their order.
+
+    Raises:
+        FaultError: A key that is not to be passed over stands in the object more than once.
     """
+    if isinstance(item, RepeatedKeys) and (twice := [key for key in item.repeated if key not in ignored]):
+        raise FaultError(f"holds the key `{twice[0]}` more than once in one object; keep one of them")
     return {key: value for key, value in item.items() if key not in ignored and not holds_nothing(value)}
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from megatron_deepstack.data.records.dialects import kind_of, read_conversation
 from megatron_deepstack.data.records.keys import FaultError, how_to_ignore
-from megatron_deepstack.data.records.turns import VIDEO_TOKEN, Turn, Video
+from megatron_deepstack.data.records.turns import VIDEO_TOKEN, Turn, Video, is_whole_text
 from megatron_deepstack.data.text.conversation import Template, check_turns, writes_tools
 from megatron_deepstack.errors import DataError
 from megatron_deepstack.planning.batch.tokens import IMAGE_TOKEN
@@ -142,10 +142,8 @@ def _identifier(value: Any, number: str) -> str:
         return number
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise FaultError(f"has the id {value!r}; a text or a whole number was expected, or no `id` at all")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise FaultError("its id holds half of a surrogate pair, which is no character") from error
+    if not is_whole_text(str(value)):
+        raise FaultError("its id holds half of a surrogate pair, which is no character")
     return str(value)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Final
 
 from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
+from megatron_deepstack.data.records.keys import as_object
 from megatron_deepstack.data.records.record import Faults, Record, RecordRules, parse_record
 from megatron_deepstack.errors import DataError
 
@@ -140,7 +141,7 @@ class _Scanner:
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self._text = text
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=as_object)
         self._buffer = ""
         self._at = 0
         self.line = 1

@@ -24,6 +24,7 @@ from megatron_deepstack.data.file_kind import START_BYTES, what_file_is
 from megatron_deepstack.data.images.source import TarMember
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.records.dialects import holds_talk, named_images
+from megatron_deepstack.data.records.keys import as_object
 from megatron_deepstack.data.records.record import Faults, Record, RecordRules, parse_record
 from megatron_deepstack.data.text.conversation import Template
 from megatron_deepstack.errors import DataError
@@ -180,7 +181,7 @@ class _Group:
 
     def _document(self) -> Any:
         try:
-            return json.loads(self.texts["json"])
+            return json.loads(self.texts["json"], object_pairs_hook=as_object)
         except (ValueError, RecursionError) as error:
             self.faults.append(f"its .json is not JSON: {error}")
             return None

@@ -56,6 +56,21 @@ class TokenRun:
     learned: bool
 
 
+def is_whole_text(text: str) -> bool:
+    """Whether a text holds characters alone.
+
+    A JSON escape, or bytes that are no UTF-8, may leave half of a surrogate pair, which neither a tokenizer nor a file
+    takes.
+    """
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def image_first(text: str) -> str:
     """A turn's text with its image in front, as in the published data; several images stay where they are."""
     if text.count(IMAGE_TOKEN) != 1:

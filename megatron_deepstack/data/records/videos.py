@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from megatron_deepstack.data.records.keys import FaultError, check_keys
-from megatron_deepstack.data.records.turns import Video
+from megatron_deepstack.data.records.turns import Video, is_whole_text
 
 VIDEO_KEYS: Final = ("video", "videos")
 """Keys of a record that name videos: one, or a list of them."""
@@ -61,7 +61,7 @@ def read_video(value: Any, where: str) -> Video:
     files = value if isinstance(value, list) else [value]
     if not files:
         raise FaultError(f"{where} holds a video without frames: an empty list")
-    wrong = [one for one in files if not isinstance(one, str) or not one or "\0" in one]
+    wrong = [one for one in files if not isinstance(one, str) or not one or "\0" in one or not is_whole_text(one)]
     if wrong:
         raise FaultError(f"{where} holds {wrong[0]!r}; a path, or a list of paths of frames, was expected")
     return Video(tuple(one.removeprefix("file://") for one in files), is_list, fps)

@@ -21,6 +21,7 @@ from megatron_deepstack.data.records.turns import (
     Turn,
     encode_text,
     image_first,
+    is_whole_text,
     rounds_of,
     system_of,
     talk_of,
@@ -108,10 +109,15 @@ def encode_prompt(
         int32 (T,), with one IMAGE_TOKEN_ID per `<image>`.
 
     Raises:
-        DataError: The question holds another number of `<image>`, the tokenizer lacks a token, or the template has no
-            place for what was said before.
+        DataError: The question holds another number of `<image>` or what is no text, the tokenizer lacks a token, or
+            the template has no place for what was said before.
         ConfigError: The template is unknown.
     """
+    if not is_whole_text(question):
+        raise DataError(
+            f"the question {question!r} holds half of a surrogate pair or bytes that are no UTF-8, which are no "
+            "characters; correct the text"
+        )
     known, count = known_template(template), question.count(IMAGE_TOKEN)
     if num_images is not None and count == 0:
         gap = CHATS[known].after_image if known in CHATS else "\n"

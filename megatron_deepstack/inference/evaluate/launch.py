@@ -15,7 +15,7 @@ from megatron_deepstack.inference.evaluate.exam import Questions, open_exam
 from megatron_deepstack.inference.evaluate.rank import evaluate_on_new_rank
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
-from megatron_deepstack.scores.evaluation import Evaluation, write_evaluation
+from megatron_deepstack.scores.evaluation import Evaluation, require_writable, write_evaluation
 
 _STOPPED = "evaluate: stopped on request; nothing was written, the same command starts again"
 
@@ -46,7 +46,7 @@ def evaluate(
         CheckpointError: There is no checkpoint; this and the next three are raised before any rank starts if possible.
         ConfigError: No questions or no tokenizer are named.
         LayoutError: `ranks` are no whole replicas.
-        DataError: The questions or the tokenizer cannot be used.
+        DataError: The questions or the tokenizer cannot be used, or the evaluation cannot be written.
         RankError: A rank failed.
         PreemptedError: It was asked to stop.
     """
@@ -54,6 +54,7 @@ def evaluate(
     opened = open_exam(answerer, questions, "evaluate", say)
     answerer = answerer.without_sequence_parallelism()
     num_ranks = _number_of_ranks(answerer, ranks)
+    require_writable(answerer.recipe.run_dir, name or opened.name)
     say(f"evaluate: {number_of(len(opened.exam), 'question')} of {opened.source} by {number_of(num_ranks, 'rank')}")
     arguments = (answerer, opened.exam, opened.tokenizer, opened.template, max_new_tokens)
     scored, step = launch_ranks(evaluate_on_new_rank, num_ranks, *arguments, stopped=_STOPPED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,6 +59,16 @@ def select_device() -> torch.device:
 def backend() -> str:
     """Return the `torch.distributed` backend of the device: `nccl` or `gloo`."""
     return "nccl" if has_gpu() else "gloo"
+
+
+@cache
+def side_stream(purpose: str) -> torch.cuda.Stream:
+    """Return this process's stream for copies of one kind, which run beside what the device computes.
+
+    Args:
+        purpose: What is copied; each purpose has a stream of its own.
+    """
+    return torch.cuda.Stream(local_device())
 
 
 def synchronize() -> None:

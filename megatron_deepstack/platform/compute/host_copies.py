@@ -7,13 +7,14 @@ numpy, so that tests can tell it from what stands for the device.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy.typing as npt
 import torch
 
-from megatron_deepstack.platform.compute.device import local_device
+from megatron_deepstack.platform.compute.device import local_device, side_stream
+
+_STREAM: Final = "activations"
 
 
 class HostCopy:
@@ -35,7 +36,7 @@ class HostCopy:
         if storage.device.type != "cuda":
             self._host = self._device.numpy().copy()
             return
-        side, now = _side_stream(), torch.cuda.current_stream()
+        side, now = side_stream(_STREAM), torch.cuda.current_stream()
         self._host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
         side.wait_stream(now)
         with torch.cuda.stream(side):
@@ -59,7 +60,7 @@ class HostCopy:
             self._device = torch.empty(self.nbytes, dtype=torch.uint8)
             self._device.copy_(torch.from_numpy(self._host))
         else:
-            side, device = _side_stream(), local_device()
+            side, device = side_stream(_STREAM), local_device()
             self._device = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
             side.wait_stream(torch.cuda.current_stream())  # the memory may be in use by what has been launched before
             with torch.cuda.stream(side):
@@ -81,9 +82,3 @@ class HostCopy:
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     with torch.no_grad():
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[arg-type]
-
-
-@cache
-def _side_stream() -> torch.cuda.Stream:
-    """The stream of all such transfers of this process."""
-    return torch.cuda.Stream(local_device())

@@ -17,6 +17,7 @@ import torch
 from megatron_deepstack.platform.compute.device import has_gpu
 
 _ALIGNMENT = 64
+"""Bytes; more than any number format needs."""
 
 
 class HostMemory:

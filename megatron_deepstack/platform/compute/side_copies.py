@@ -11,11 +11,13 @@ belongs to the stream that computes, and that stream waits for the copy before t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from typing import Final
 
 import torch
 
-from megatron_deepstack.platform.compute.device import has_gpu, local_device
+from megatron_deepstack.platform.compute.device import has_gpu, local_device, side_stream
+
+_STREAM: Final = "rows"
 
 
 class Fetched:
@@ -34,7 +36,7 @@ class Fetched:
         if not has_gpu():
             torch.cat(list(pieces), dim=-1, out=self._whole)
             return
-        stream = _side_stream()
+        stream = side_stream(_STREAM)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             there = [piece.to(local_device(), non_blocking=True) for piece in pieces]
@@ -65,7 +67,7 @@ class Drained:
             for target, piece in zip(targets, pieces, strict=True):
                 target.copy_(piece)
             return
-        stream = _side_stream()
+        stream = side_stream(_STREAM)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for target, piece in zip(targets, pieces, strict=True):
@@ -77,9 +79,3 @@ class Drained:
         if self._left is not None:
             torch.cuda.current_stream().wait_event(self._left)
         self._source = None
-
-
-@cache
-def _side_stream() -> torch.cuda.Stream:
-    """The stream of all copies of this process."""
-    return torch.cuda.Stream(local_device())

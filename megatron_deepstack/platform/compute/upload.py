@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_deepstack.platform.compute.device import has_gpu, local_device
+from megatron_deepstack.platform.compute.device import has_gpu, local_device, side_stream
+from megatron_deepstack.platform.compute.host_memory import lay_out
 
-_ALIGNMENT = 64
-"""Bytes; more than any number format needs."""
+_STREAM: Final = "uploads"
 
 
 def upload(host: torch.Tensor) -> torch.Tensor:
@@ -52,17 +52,17 @@ class Upload:
         Args:
             tensors: On the host, of any shapes and dtypes; they may change afterwards.
         """
-        self._places: list[tuple[int, torch.dtype, torch.Size]] = []
-        end = 0
-        for tensor in tensors:
-            self._places.append((end, tensor.dtype, tensor.shape))
-            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        offsets, end = lay_out(tensors)
+        self._places = [(offset, one.dtype, one.shape) for offset, one in zip(offsets, tensors, strict=True)]
         self._arrived: torch.cuda.Event | None = None
         if not has_gpu():
             self._buffer = self._filled(tensors, torch.empty(end, dtype=torch.uint8))
             return
         device = local_device()
-        with torch.cuda.device(device), torch.cuda.stream(_side_stream()):  # a new thread begins with the first device
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(side_stream(_STREAM)),
+        ):  # a new thread begins with the first device
             buffer = self._filled(tensors, torch.empty(end, dtype=torch.uint8, pin_memory=True))
             self._buffer = buffer.to(device, non_blocking=True)  # torch keeps the host's memory until it is over
             self._arrived = torch.cuda.current_stream().record_event()
@@ -90,9 +90,3 @@ class Upload:
             bytes_ = buffer[begin : begin + shape.numel() * dtype.itemsize]
             views.append(bytes_.view(dtype).view(shape))
         return views
-
-
-@cache
-def _side_stream() -> torch.cuda.Stream:
-    """The stream of all uploads of this process."""
-    return torch.cuda.Stream(local_device())

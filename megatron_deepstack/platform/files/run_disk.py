@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from megatron_deepstack.errors import RunFolderError
+from megatron_deepstack.platform.files.write_whole import write_through
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _GIB: Final = 1 << 30
@@ -31,8 +32,10 @@ def require_writable(run_dir: Path) -> None:
     """
     probe = run_dir / f".writable.{os.uname().nodename}.{os.getpid()}"
     try:
-        write_probe(probe, "this folder can be written\n")
-        probe.unlink()
+        try:
+            write_probe(probe, "this folder can be written\n")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(
             f"run_dir: {run_dir} cannot be written ({said_by(error)}); expected a folder that can be made or written "
@@ -51,10 +54,7 @@ def write_probe(path: Path, text: str) -> None:
         OSError: The folder cannot be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_through(path, text)
 
 
 def require_room(run_dir: Path, needed_bytes: int, what: str) -> None:

@@ -33,6 +33,7 @@ from megatron_deepstack.platform.processes.owner import (
     Owner,
     is_here,
     lives,
+    owner_in,
     this_process,
 )
 
@@ -169,8 +170,8 @@ def read_owner(file: Path) -> Owner | None:
         The owner; None if there is no record, or if it cannot be read.
     """
     try:
-        return Owner(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return owner_in(file.read_bytes())
+    except OSError:
         return None
 
 

@@ -11,7 +11,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -111,6 +112,34 @@ def hold_new(parent: Path, kind: str) -> Scratch:
         held.release()
         raise
     return held
+
+
+def places() -> Iterator[Path]:
+    """List the folders of this machine that scratch folders may be in: its memory, then its temporary folder."""
+    yield MEMORY
+    with suppress(OSError):
+        yield Path(tempfile.gettempdir())
+
+
+def hold_new_here(kind: str) -> Scratch:
+    """Hold a new folder in the first of `places` that takes one.
+
+    Args:
+        kind: As for `hold_new`.
+
+    Returns:
+        The held folder.
+
+    Raises:
+        OSError: None of them does; it says what is wrong with each.
+    """
+    faults = []
+    for parent in places():
+        try:
+            return hold_new(parent, kind)
+        except OSError as error:
+            faults.append(f"{parent}: {error.strerror or error}")
+    raise OSError("; ".join(faults))
 
 
 def sweep(parent: Path, kind: str) -> None:

@@ -6,16 +6,11 @@ full disk or a kill, the old content is still there. The name of a temporary fil
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
-from megatron_deepstack.platform.files.rename import rename_new
-
-_NOT_OFFERED: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
-"""Error numbers of file systems that have no hard links."""
+from megatron_deepstack.platform.files.rename import give_new_name
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -30,12 +25,28 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = partial_of(path)
     try:
-        _write(partial, text)
+        write_through(partial, text)
         partial.replace(path)
     except OSError:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a result to the path that a user named: a file keeps its old content until the new one is complete.
+
+    Args:
+        path: The file. Behind a symbolic link, the file that it leads to is replaced; a device or a pipe is written to.
+        text: The new content, written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written; a file is not changed.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_whole(Path(os.path.realpath(path)), text)
 
 
 def create_whole(path: Path, text: str) -> None:
@@ -47,20 +58,12 @@ def create_whole(path: Path, text: str) -> None:
 
     Raises:
         FileExistsError: The file exists.
-        OSError: The file cannot be written, or the file system offers neither hard links nor a rename that never
-            replaces a file.
+        OSError: The file cannot be written, or `give_new_name` finds no way on its file system.
     """
     partial = partial_of(path)
     try:
-        _write(partial, text)
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            if error.errno not in _NOT_OFFERED:
-                raise
-            rename_new(partial, path)
+        write_through(partial, text)
+        give_new_name(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -78,7 +81,16 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
 
 
-def _write(path: Path, text: str) -> None:
+def write_through(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk. Another process may see a part of it meanwhile.
+
+    Args:
+        path: The file; its folder exists.
+        text: The content, written as UTF-8.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -7,14 +7,15 @@ From another machine it watches whether the file changes, so the clocks of the m
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
-from megatron_deepstack.platform.processes.process import machine_start, process_start, still_runs
+from megatron_deepstack.platform.processes.process import machine_start, process_start, process_ticks, still_runs
 
 BEAT_SECONDS: Final = 5.0
 """Time between two signs of life of an owner."""
@@ -33,13 +34,16 @@ class Owner:
     pid: int
     """Its process id."""
     started: float
-    """When the process began, in seconds since 1970. It distinguishes the process from a later one with the same id."""
+    """When the process began, in seconds since 1970, for messages."""
     token: str
     """Random text that is new each time something is held."""
     beat: int = 0
     """Number of times that the record was rewritten."""
     what: str = ""
     """What the process is, such as `train`."""
+    ticks: int | None = None
+    """`process_ticks` of the process, which tells it from a later one with the same id; None in records of earlier
+    releases."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -59,7 +63,31 @@ def this_process(what: str = "") -> Owner:
     Returns:
         The owner.
     """
-    return Owner(os.uname().nodename, machine_start(), os.getpid(), process_start(), uuid.uuid4().hex, what=what)
+    return Owner(
+        host=os.uname().nodename,
+        machine=machine_start(),
+        pid=os.getpid(),
+        started=process_start(),
+        token=uuid.uuid4().hex,
+        what=what,
+        ticks=process_ticks(),
+    )
+
+
+def owner_in(record: str | bytes) -> Owner | None:
+    """Read an owner from its record. Fields that a later release has added are passed over.
+
+    Args:
+        record: The owner's fields as JSON.
+
+    Returns:
+        The owner; None if the text is no such record.
+    """
+    try:
+        raw = json.loads(record)
+        return Owner(**{item.name: raw[item.name] for item in fields(Owner) if item.name in raw})
+    except (ValueError, TypeError):
+        return None
 
 
 def is_here(owner: Owner) -> bool:
@@ -95,7 +123,7 @@ def lives(
         True if its process runs on this machine, or, for another machine, if the state of its file changes.
     """
     if is_here(owner):
-        return still_runs(owner.pid, owner.started)
+        return still_runs(owner.pid, owner.ticks)
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
         time.sleep(beat_seconds / 2)

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_deepstack import __version__
 from megatron_deepstack.errors import DataError
+from megatron_deepstack.platform.files.write_whole import write_result
 from megatron_deepstack.report.drawing.chart import Charts, library_script
 from megatron_deepstack.report.drawing.svg import Markup, element, joined
 
@@ -122,7 +123,7 @@ def write(file: Path, page: str) -> Path:
     """Write a page.
 
     Args:
-        file: Where to; an existing file is replaced.
+        file: Where to; an existing file is replaced when the new one is complete.
         page: The whole document as text.
 
     Returns:
@@ -132,9 +133,9 @@ def write(file: Path, page: str) -> Path:
         DataError: The file cannot be written.
     """
     try:
-        file.write_text(page, encoding="utf-8")
+        write_result(file, page)
     except OSError as error:
-        raise DataError(f"{file}: cannot be written: {error}") from error
+        raise DataError(f"{file}: cannot be written: {error.strerror or error}") from error
     return file
 
 

@@ -22,7 +22,6 @@ from megatron_deepstack.config.schema import ModelConfig, Recipe
 from megatron_deepstack.convert.exported_folder import read_exported
 from megatron_deepstack.convert.hf_config import read_config
 from megatron_deepstack.convert.hf_facts import CONFIG
-from megatron_deepstack.convert.hf_folder_model import model_of_folder
 from megatron_deepstack.convert.hf_whole import WHOLE_MODELS
 from megatron_deepstack.convert.hf_written import DEEPSTACK
 from megatron_deepstack.data.images.processor import Processor
@@ -77,12 +76,9 @@ class Side:
             return cls(path=path, model=recipe.model, recipe=recipe, by_transformers=False, is_run=True)
         config = read_config(path)
         kind = str(config.get("model_type"))
-        if kind in WHOLE_MODELS:
-            model = model_of_folder(path)
-            return cls(path=path, model=model, recipe=Recipe(model=model), by_transformers=True, is_run=False)
         found = read_exported(path)
         recipe = Recipe(model=found.model, data=found.data)
-        theirs = kind == DEEPSTACK or (kind == "llava" and "text_config" in config)
+        theirs = kind in WHOLE_MODELS or kind == DEEPSTACK or (kind == "llava" and "text_config" in config)
         return cls(path=path, model=found.model, recipe=recipe, by_transformers=theirs, is_run=False)
 
     @property

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -162,24 +163,28 @@ def some(ids: Sequence[str], limit: int = 16) -> str:
     return ", ".join(ids[:limit]) + more
 
 
-def earlier_records(file: Path, num_steps: int) -> list[dict[str, Any]]:
-    """Read the records of the first `num_steps` steps from a run's metrics.jsonl.
+def earlier_records(file: Path, num_steps: int) -> Iterator[dict[str, Any]]:
+    """Read the records of the first `num_steps` steps from a run's metrics.jsonl, one at a time: there may be millions.
 
     Args:
         file: The file; it need not exist.
         num_steps: Number of the last step whose record is wanted, 1-based.
 
-    Returns:
+    Yields:
         The records in the order of the file. Lines that are not complete, for example after a kill, are left out.
     """
     if not file.is_file():
-        return []
-    records = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = from_line(line)
-            if record["step"] <= num_steps:
-                records.append(record)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return records
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            record = _record_in(line)
+            if record is not None and record["step"] <= num_steps:
+                yield record
+
+
+def _record_in(line: str) -> dict[str, Any] | None:
+    """A step's record; None where a line is none."""
+    with suppress(ValueError):
+        record = from_line(line)
+        return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return None

@@ -21,10 +21,8 @@ from typing import Final
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.training.guard.node_board import Beat, NodeBoard, beat_of
 
-FOLDER: Final = "heartbeats"
 _SILENT_BEATS: Final = 3
 """Beats of this rank in which another of its node has not beaten once, before it no longer counts as the writer."""
-
 _FIRST_BEATS: Final = 2
 """Beats that every rank writes itself, so that `status` and others hear of it at once."""
 
@@ -94,7 +92,7 @@ class Heartbeats:
 def read_beats(run_dir: Path) -> dict[int, Beat]:
     """Every rank's last beat as the files of the nodes tell it, by rank. Files that we did not write are left out."""
     found: list[Beat] = []
-    for file in (run_dir / FOLDER).glob("*.json"):
+    for file in RunFolder(run_dir).heartbeats.glob("*.json"):
         with suppress(OSError, ValueError, TypeError):
             found += [beat_of(raw) for raw in json.loads(file.read_text(encoding="utf-8"))]
     return newest(found)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_deepstack.platform.files.scratch import MEMORY, Scratch, hold, sweep
+from megatron_deepstack.platform.files.scratch import Scratch, hold, places, sweep
 from megatron_deepstack.platform.processes.process import machine_start
 
 _KIND: Final = "dsbeats"
@@ -53,17 +52,17 @@ class Beat:
 class NodeBoard:
     """The board of this machine, as one rank sees it."""
 
-    def __init__(self, run_dir: Path, rank: int, places: Iterable[Path] | None = None) -> None:
+    def __init__(self, run_dir: Path, rank: int, parents: Iterable[Path] | None = None) -> None:
         """Hold the board of a run.
 
         Args:
             run_dir: The run's folder.
             rank: This process's rank.
-            places: Folders of this machine to try; by default its memory, then its temporary folder.
+            parents: Folders of this machine to try; by default those of `scratch.places`.
         """
         self._rank, self._began_ns = rank, time.time_ns()
         self._own: Beat | None = None
-        self._scratch = _hold(run_dir, _places() if places is None else places)
+        self._scratch = _hold(run_dir, places() if parents is None else parents)
         alone = "" if self._scratch is not None else f" rank {rank}"
         device = self._scratch.path.stat().st_dev if self._scratch is not None else 0
         digest = hashlib.sha256(f"{machine_start()} {device}{alone}".encode()).hexdigest()[:8]
@@ -112,20 +111,14 @@ def beat_of(raw: Mapping[str, Any]) -> Beat:
     return Beat(**raw)
 
 
-def _hold(run_dir: Path, places: Iterable[Path]) -> Scratch | None:
+def _hold(run_dir: Path, parents: Iterable[Path]) -> Scratch | None:
     attempt = [os.environ.get(name, "") for name in _ATTEMPT]
     digest = hashlib.sha256(json.dumps([str(run_dir.resolve()), *attempt]).encode()).hexdigest()[:16]
-    for parent in places:
+    for parent in parents:
         with suppress(OSError):
             sweep(parent, _KIND)
             return hold(parent, f"{_KIND}-{digest}")
     return None
-
-
-def _places() -> Iterable[Path]:
-    yield MEMORY
-    with suppress(OSError):
-        yield Path(tempfile.gettempdir())
 
 
 def _read_all(folder: Path) -> dict[int, Beat]:

@@ -18,16 +18,19 @@ from typing import Any
 
 from megatron_deepstack.config.run_folder import RunFolder
 from megatron_deepstack.errors import ClusterError, ConfigError
+from megatron_deepstack.platform.files.age import age_seconds
 from megatron_deepstack.platform.files.run_lock import OWNER_FILE, read_owner
 from megatron_deepstack.platform.files.strict_json import from_line
 from megatron_deepstack.platform.processes.owner import Owner, is_here
 from megatron_deepstack.platform.processes.process import still_runs
+from megatron_deepstack.run_folder.recipe import in_the_run, run_around
 from megatron_deepstack.training.guard.heartbeat import read_beats
 from megatron_deepstack.training.guard.node_board import Beat
 from orchestration.launch.driver.record import (
     STALE_SECONDS,
     LaunchRecord,
     RunState,
+    is_lost,
     last_lines,
     newest_step,
     read_record,
@@ -76,17 +79,27 @@ class Status:
 def status_of(run_dir: Path) -> Status:
     """Read a run's folder; raises ConfigError where there is no run."""
     recipe = RunFolder(run_dir).recipe
-    if not RunFolder(run_dir).launch_record.is_file() and not recipe.is_file():
-        raise ConfigError([f"{run_dir}: no run is there (neither launch.json nor recipe.yaml); expected a run_dir"])
+    _require_run(run_dir)
     record, owner = _launched(run_dir)
     num_steps, recent = _num_steps(recipe), _recent(run_dir)
     if record is not None:
-        state, launcher = "lost" if record.lost else str(record.state), "launch"
+        state, launcher = "lost" if is_lost(run_dir, record) else str(record.state), "launch"
     else:
         launcher = owner.what if owner is not None else "train or torchrun"
         state = _state_without_record(run_dir, owner, recent, num_steps)
     beats = read_beats(run_dir)
     return Status(run_dir, state, record, num_steps, recent, newest_step(run_dir), launcher, owner, beats)
+
+
+def _require_run(run_dir: Path) -> None:
+    """Raise ConfigError where there is no run; one that is just starting is known by its owner alone."""
+    folder = RunFolder(run_dir)
+    if folder.launch_record.is_file() or (run_dir / OWNER_FILE).is_file():
+        return
+    if (above := run_around(run_dir)) is not None:
+        raise ConfigError([f"{run_dir}: {in_the_run(above)}"])
+    if not folder.recipe.is_file():
+        raise ConfigError([f"{run_dir}: no run is there (neither launch.json nor recipe.yaml); expected a run_dir"])
 
 
 def _launched(run_dir: Path) -> tuple[LaunchRecord | None, Owner | None]:
@@ -115,10 +128,11 @@ def _state_without_record(
     """What a run of `train` or torchrun is doing: they give the folder back at their end, whatever end it is."""
     if owner is not None:
         if is_here(owner):
-            return "running" if still_runs(owner.pid, owner.started) else "lost"
+            if not still_runs(owner.pid, owner.ticks):
+                return "lost"
+            return "running" if RunFolder(run_dir).recipe.is_file() else "starting"
         with suppress(OSError):
-            age = time.time() - (run_dir / OWNER_FILE).stat().st_mtime
-            return "running" if age < STALE_SECONDS else "lost"
+            return "running" if age_seconds(run_dir / OWNER_FILE) < STALE_SECONDS else "lost"
     return "finished" if recent and recent[-1]["step"] >= num_steps else "not running"
 
 
@@ -137,13 +151,16 @@ def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
         ConfigError: Nothing runs here that `launch` has started.
         ClusterError: The run has not ended in time.
     """
+    _require_run(run_dir)
     record, owner = _launched(run_dir)
+    if record is None and owner is not None and is_here(owner) and not still_runs(owner.pid, owner.ticks):
+        return f"nothing to stop: its {owner.what} ({owner}) is gone"
     if record is None:
         who = f"`kill {owner.pid}` on {owner.host}" if owner is not None else "send SIGTERM to its `train` process"
         raise ConfigError([f"{run_dir}: not started by `launch`; {who} to stop it, it saves first"])
     if record.state.over:
         return f"nothing to stop: {record.state}, {record.outcome}"
-    if record.lost:
+    if is_lost(run_dir, record):
         return f"nothing to stop: its driver (pid {record.pid} on {record.host}) is gone"
     request_stop(run_dir, f"stop, called on {socket.gethostname()}", how="now" if now else "save")
     deadline = time.monotonic() + wait_seconds
@@ -152,7 +169,7 @@ def stop(run_dir: Path, *, now: bool, wait_seconds: float) -> str:
         assert record is not None
         if record.state.over:
             return f"{record.state}: {record.outcome}"
-        if record.lost:
+        if is_lost(run_dir, record):
             return f"its driver (pid {record.pid} on {record.host}) is gone"
         time.sleep(_LOOK_SECONDS)
     return _end_of_wait(run_dir, record, wait_seconds, now=now)
@@ -166,7 +183,7 @@ def _end_of_wait(run_dir: Path, record: LaunchRecord, waited: float, *, now: boo
     if not record.is_here:
         raise ClusterError(f"{run_dir}: {who} has not ended after {waited:.0f} s; `kill -9 {record.pid}` there")
     with suppress(ProcessLookupError):
-        if not record.lost:
+        if not is_lost(run_dir, record):
             os.kill(record.pid, signal.SIGKILL)
             return f"{who} had not ended after {waited:.0f} s and was killed; its ranks end with it"
     return f"{who} is gone"

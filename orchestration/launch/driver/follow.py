@@ -26,6 +26,14 @@ from orchestration.launch.driver.record import (
 )
 
 
+def _event(line: str) -> dict[str, Any] | None:
+    """An event from its line; None for a line that a full disk has cut off."""
+    with suppress(ValueError):
+        found = json.loads(line)
+        return found if isinstance(found, dict) and "event" in found else None
+    return None
+
+
 class Follower:
     """Turns events into the record, and passes on the lines of rank 0."""
 
@@ -38,7 +46,7 @@ class Follower:
 
     def look(self) -> None:
         """Pass on what is new."""
-        events = [json.loads(line) for line in self._events.lines()]
+        events = [event for line in self._events.lines() if (event := _event(line)) is not None]
         for line in self._log.lines():
             self.say(line)
         for event in events:

@@ -34,14 +34,13 @@ from orchestration.launch.before.waiting import wait_for_seats
 from orchestration.launch.driver.background import BackgroundCheck, follow
 from orchestration.launch.driver.follow import Follower
 from orchestration.launch.driver.record import (
-    STOP_FILE,
     Events,
     LaunchRecord,
     RunState,
     newest_step,
     write_record,
 )
-from orchestration.launch.driver.stopping import forget_request, is_for_a_node, stop_signals
+from orchestration.launch.driver.stopping import forget_request, is_asked, is_for_a_node, stop_signals
 from orchestration.launch.environment import RankEnvironment, rank_environment
 from orchestration.launch.gang.policy import diagnose
 from orchestration.launch.gang.rank import RankTask
@@ -210,7 +209,7 @@ def _run(
             since=time.monotonic(),
             seconds=recipe.launch.start_seconds,
             tell=lambda what: follower.say(f"launch: waiting: {what}"),
-            asked_to_stop=(run_dir / STOP_FILE).exists,
+            asked_to_stop=partial(is_asked, run_dir),
         )
         record.num_ranks = demand.num_ranks
         environment = rank_environment(os.environ)
@@ -218,7 +217,7 @@ def _run(
         checks = BackgroundCheck("checks", lambda: _check(recipe, record, demand, seats, environment))
         follow(checks, follower, run_dir, second)
         follower.say(f"launch: {checks.outcome()} checks passed")
-        if (run_dir / STOP_FILE).exists():
+        if is_asked(run_dir):
             raise PreemptedError("stopped on request before ranks were started; the same command starts them")
         follower.say(_what_is_waited_for(recipe, demand))
         os.environ.update(ray_train_settings(recipe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -55,6 +56,11 @@ def request_stop(run_dir: Path, reason: str, *, how: str = "save") -> None:
         how: `save`: save first; `now`: end at once; `drain`: save, to go on without a node that is taken back.
     """
     write_whole(run_dir / STOP_FILE, json.dumps({"how": how, "reason": reason, "time": time.time()}) + "\n")
+
+
+def is_asked(run_dir: Path) -> bool:
+    """Whether an end was asked for. A folder that cannot be reached at present says no, and is asked again later."""
+    return os.path.exists(run_dir / STOP_FILE)  # `Path.exists` raises what a shared folder may answer for a moment
 
 
 def wants_it_now(run_dir: Path) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from megatron_deepstack.training.guard.watchdog import last_hang
 from megatron_deepstack.training.retry import Failure, is_worth_a_retry
 from orchestration.launch.before.placement import Demand, Node, place
 from orchestration.launch.before.waiting import wait_for_seats
-from orchestration.launch.driver.record import STOP_FILE, Events
-from orchestration.launch.driver.stopping import forget_request, is_for_a_node, request_stop
+from orchestration.launch.driver.record import Events
+from orchestration.launch.driver.stopping import forget_request, is_asked, is_for_a_node, request_stop
 from orchestration.launch.gang.policy import Diagnosis, End, RankEnd, diagnose, end_of_exception
 from orchestration.launch.gang.rank import RankFailed, enter, open_meeting_point
 from orchestration.ray_private import (
@@ -122,7 +123,7 @@ class GangCallback(ControllerCallback, WorkerGroupCallback):
             since=self._waiting_since,
             seconds=self._start_seconds,
             tell=lambda what: self._events.add("waiting", what=what),
-            asked_to_stop=(self._run_dir / STOP_FILE).exists,
+            asked_to_stop=partial(is_asked, self._run_dir),
         )
         for seat, selector in zip(seats, worker_group_context.label_selector, strict=True):
             selector[_NODE_LABEL] = seat.node.id
@@ -165,7 +166,7 @@ class GangCallback(ControllerCallback, WorkerGroupCallback):
 
     def _leave_nodes(self, info: Any) -> None:
         """Nodes are taken back (spot instances, drained Kubernetes nodes): let all ranks save while there is time."""
-        if not (self._run_dir / STOP_FILE).exists():
+        if not is_asked(self._run_dir):
             ranks = [str(rank) for rank in info.preempted_ranks]
             request_stop(self._run_dir, f"Ray takes back the nodes of ranks {', '.join(ranks)}", how="drain")
 

@@ -13,13 +13,16 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_deepstack.config.schema import Recipe
 from megatron_deepstack.errors import DeepStackError, PreemptedError
 from megatron_deepstack.platform.network import interface_of
-from orchestration.launch.driver.record import STOP_FILE, rank_log
+from megatron_deepstack.training.guard.preemption import never
+from orchestration.launch.driver.record import rank_log
+from orchestration.launch.driver.stopping import is_asked
 from orchestration.launch.environment import take
 
 _kept: list[Any] = []
@@ -75,8 +78,7 @@ def run_rank(task: RankTask) -> str | None:
 
 def _asked(run_dir: Path) -> Callable[[], bool]:
     """Whether `stop` was called; rank 0 looks for its file each step, and one rank's word is enough."""
-    request = (run_dir / STOP_FILE).absolute()
-    return request.exists if os.environ["RANK"] == "0" else lambda: False
+    return partial(is_asked, run_dir.absolute()) if os.environ["RANK"] == "0" else never
 
 
 def here() -> str:

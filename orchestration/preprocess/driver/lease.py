@@ -15,7 +15,6 @@ nevertheless write at once, no harm is done: they can only be of the same plan, 
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +25,14 @@ from typing import Final
 from megatron_deepstack.data.location import Location
 from megatron_deepstack.data.store.writer import json_bytes, write_error
 from megatron_deepstack.errors import LocationError, StoreError
-from megatron_deepstack.platform.processes.owner import BEAT_SECONDS, PATIENCE_SECONDS, Owner, lives, this_process
+from megatron_deepstack.platform.processes.owner import (
+    BEAT_SECONDS,
+    PATIENCE_SECONDS,
+    Owner,
+    lives,
+    owner_in,
+    this_process,
+)
 
 LEASE_FILE: Final = ".lock"
 _CLAIM: Final = f"{LEASE_FILE}.after."
@@ -63,7 +69,7 @@ class Lease:
         with suppress(OSError, LocationError):  # whoever comes next finds that its process is gone
             if self._stolen_by is None:
                 found = self._file.read_bytes()
-                owner = _owner(found)
+                owner = owner_in(found)
                 if owner is not None and owner.token == self.owner.token:
                     _replace(self._root, found, self.owner, None)
 
@@ -113,7 +119,7 @@ def _acquire(root: Location) -> Owner:
             found = _content(file)
         if found is None:  # given back a moment ago
             continue
-        holder = _owner(found)
+        holder = owner_in(found)
         if holder == me:  # created by the first try of a request that had to be repeated
             return me
         if holder is not None and _is_alive(file, holder):
@@ -139,7 +145,7 @@ def _replace(root: Location, left: bytes, me: Owner, new: bytes | None) -> bool:
             break
         except FileExistsError:
             found = _content(claims[-1])
-        claimant = None if found is None else _owner(found)
+        claimant = None if found is None else owner_in(found)
         if claimant is not None and claimant.token == me.token:
             break
         if found is None or (claimant is not None and _is_alive(claims[-1], claimant)):
@@ -169,7 +175,7 @@ def _is_alive(file: Location, holder: Owner) -> bool:
 def _read(file: Location) -> Owner | None:
     """The lease in `file`; None if there is none, or none of ours."""
     found = _content(file)
-    return None if found is None else _owner(found)
+    return None if found is None else owner_in(found)
 
 
 def _content(file: Location) -> bytes | None:
@@ -179,19 +185,12 @@ def _content(file: Location) -> bytes | None:
         return None
 
 
-def _owner(content: bytes) -> Owner | None:
-    try:
-        return Owner(**json.loads(content))
-    except (ValueError, TypeError):
-        return None
-
-
 def _bytes(owner: Owner) -> bytes:
     return json_bytes(asdict(owner))
 
 
 def _name(content: bytes) -> str:
     """The name of a lease, for the claim on it; a file that is no lease gets a name of the same kind."""
-    owner = _owner(content)
+    owner = owner_in(content)
     token = "" if owner is None else owner.token
     return token if token.isalnum() else hashlib.sha256(content).hexdigest()[:32]

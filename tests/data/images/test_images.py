@@ -106,7 +106,16 @@ def test_damage_in_mid_file_is_flagged() -> None:
         ),
         ("jpeg bomb", encoded(Image.new("L", (2000, 2000)), "JPEG"), "4000000 pixels, more than data.max_image_pixels"),
         ("program for ghostscript", encoded(PHOTO, "EPS"), "not an image of a known format"),
-        ("svg", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "not an image of a known format"),
+        (
+            "svg",
+            b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+            "known format: it is an SVG drawing",
+        ),
+        (
+            "png header alone",
+            encoded(PHOTO, "PNG")[:31],
+            "a damaged image: it begins like a PNG image, and its header is broken or cut off",
+        ),
     ],
 )
 def test_bad_images_are_quarantined(name: str, data: bytes, reason: str) -> None:
@@ -126,7 +135,7 @@ def test_cut_anywhere_a_file_is_decoded_or_quarantined(kind: str) -> None:
     ("make", "reason"),
     [
         (lambda path: None, "no such file"),
-        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: path.mkdir(), "a folder, not a file"),
         (lambda path: path.write_bytes(b""), "the file is empty"),
         (lambda path: os.mkfifo(path), "not a regular file"),
         (lambda path: path.symlink_to(path), "symbolic links in a circle"),

@@ -321,10 +321,20 @@ def test_videos_of_parts_stand_where_they_are() -> None:
         ({"type": "video", "video": "c.mp4", "fps": 0}, "part 0 of turn 0 has 0 frames per second"),
         ({"type": "video", "video": "c.mp4", "max_pixels": 9}, "part 0 of turn 0 holds `max_pixels`"),
         ({"type": "audio", "audio": "c.wav"}, "of the type 'audio'; only text, images and videos are read"),
+        ({"type": "video", "video": "\ud800.mp4"}, r"part 0 of turn 0 holds '\\ud800.mp4'; a path"),
     ],
-    ids=["no-frames", "nothing", "rate", "key", "audio"],
+    ids=["no-frames", "nothing", "rate", "key", "audio", "half-a-pair"],
 )
 def test_faulty_videos_of_parts(part: dict[str, object], words: str) -> None:
     record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]}
     with pytest.raises(FaultError, match=words):
         read_conversation(record, writes_tools=True, takes_videos=True)
+
+
+def test_half_a_surrogate_pair_in_tools() -> None:
+    """Their JSON is written into the text, where an escape becomes what no tokenizer takes."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    call = {"role": "tool_call", "content": r'{"name": "f", "arguments": {"x": "\ud800"}}'}
+    for record in ({"tools": [{"name": "\ud800"}], "messages": talk}, {"messages": [talk[0], call]}):
+        with pytest.raises(FaultError, match="half of a surrogate pair"):
+            read_conversation(record, writes_tools=True)

@@ -66,6 +66,7 @@ def test_json_and_json_lines_are_the_same_records(tmp_path: Path) -> None:
             "must alternate, human then gpt, and end with gpt; found human",
         ),
         (changed(conversations=turns(("human", "\ud800"), ("gpt", "x"))), "turn 0 holds half of a surrogate pair"),
+        ({"data": [GOOD, GOOD]}, "is one object whose `data` holds records; write that list alone into the file"),
         (changed(image=["x.jpg", "y.jpg"]), "has 2 images, but 1 <image> in its conversations"),
         (changed(image=None), "has 0 images, but 1 <image>"),
         (changed(image=3), "`image` holds 3; a path, or a list of paths"),
@@ -176,3 +177,17 @@ def test_images_lie_in_the_image_folder(image: str, fault: str, tmp_path: Path) 
     path = write_records(tmp_path / "records.json", [record("a", [image])])
     with pytest.raises(DataError, match=fault):
         read_records(path, Template.V1, "/photos")
+
+
+@pytest.mark.parametrize("where", ["record", "turn"])
+def test_a_key_that_stands_twice_is_a_fault(where: str, tmp_path: Path) -> None:
+    """JSON readers keep the last one, and drop what the others say."""
+    text = json.dumps([GOOD])
+    old, new = (
+        ('"id":', '"image": "y.jpg", "id":') if where == "record" else ('"from": "gpt"', '"value": "B", "from": "gpt"')
+    )
+    path = tmp_path / "records.json"
+    path.write_text(text.replace(old, new, 1))
+    key = "image" if where == "record" else "value"
+    with pytest.raises(DataError, match=f"record 0 at line 1 .*holds the key `{key}` more than once"):
+        read_records(path, Template.V1)

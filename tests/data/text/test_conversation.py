@@ -145,3 +145,9 @@ def test_tokenizer_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert copy.fingerprint == tokenizer.fingerprint
     assert copy.encode("A photo") == tokenizer.encode("A photo")
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("A photo"), IMAGE_TOKEN_ID, 10**6]) == "A photo"
+
+
+def test_a_question_of_no_characters_is_refused(tokenizer: Tokenizer) -> None:
+    """As bytes on the command line become that are no UTF-8."""
+    with pytest.raises(DataError, match=r"'hi \\udcff' holds half of a surrogate pair or bytes that are no UTF-8"):
+        encode_prompt("hi \udcff", "v1", tokenizer)

@@ -125,4 +125,4 @@ def test_records_restore_it(tmp_path: Path, stop: int) -> None:
 
 
 def test_a_run_without_records(tmp_path: Path) -> None:
-    assert earlier_records(tmp_path / "metrics.jsonl", 5) == []
+    assert list(earlier_records(tmp_path / "metrics.jsonl", 5)) == []

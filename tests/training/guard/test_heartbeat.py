@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deepstack.platform.files import scratch
 from megatron_deepstack.training.guard import node_board
 from megatron_deepstack.training.guard.heartbeat import Heartbeats, read_beats, silent_ranks
 from megatron_deepstack.training.guard.node_board import Beat, NodeBoard
@@ -26,7 +27,7 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
     def make(rank: int, num_ranks: int = 4, node: str = "a", run_dir: Path = tmp_path / "run") -> Heartbeats:
         memory = tmp_path / f"memory of {node}"
         memory.mkdir(exist_ok=True)
-        monkeypatch.setattr(node_board, "MEMORY", memory)
+        monkeypatch.setattr(scratch, "MEMORY", memory)
         monkeypatch.setattr(node_board, "machine_start", lambda: node)
         made.append(Heartbeats(run_dir, rank, num_ranks))
         return made[-1]
@@ -176,7 +177,7 @@ def test_a_call_is_passed_on_to_the_node_and_no_further(rank: Rank) -> None:
 def test_without_a_folder_for_the_board_each_rank_is_a_node(
     rank: Rank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_board, "_places", lambda: [tmp_path / "nowhere"])
+    monkeypatch.setattr(node_board, "places", lambda: [tmp_path / "nowhere"])
     ranks = [rank(0, 2), rank(1, 2)]
     beat(*ranks, times=3)
     assert len(files(tmp_path / "run")) == 2

@@ -39,6 +39,7 @@ from megatron_deepstack.data.store.shards import ShardError, extents_of, parse_i
 from megatron_deepstack.data.store.url.cache import BoundedFolder, last_use_of_held, remove_held
 from megatron_deepstack.data.store.url.remote_array import BY_BLOCKS, side_by_side
 from megatron_deepstack.errors import StoreError
+from megatron_deepstack.platform.files.rename import sync
 
 _MOST_BYTES: Final = 8 << 20
 """Bytes asked for in one request, unless a single view is larger."""
@@ -113,11 +114,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _sync(folder: Path) -> None:
     """Make sure that everything below a folder is on disk, including the names of its files."""
     for path in (folder, *folder.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 @dataclass(frozen=True, slots=True)
