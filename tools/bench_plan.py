@@ -112,7 +112,8 @@ def published_errors(overlapped: float) -> dict[str, tuple[float, float]]:
                 trainable=(Part.LANGUAGE,),
             ),
         )
-        shapes = Shapes(np.full(one.batch, LENGTH), np.zeros(one.batch, np.int64), "whole rows")
+        none = np.zeros(one.batch, np.int64)
+        shapes = Shapes(np.full(one.batch, LENGTH), none, none, "whole rows")
         found[one.name] = plan_run(recipe, shapes, machine, one.gpus).mfu, one.mfu
     return found
 
@@ -236,7 +237,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def machine_here(pool: Any) -> Machine:
-    """The planner's CPU with what two ranks measure of this machine; its memory is as fast against its products."""
+    """The planner's CPU with what two ranks measure of this machine; memory and calls keep their ratio to products."""
     found = pool.run(speed_here)
     flops = min(one[0] for one in found) / CPU.product_share
     latency, bandwidth = max(one[1] for one in found), min(one[2] for one in found)
@@ -246,6 +247,7 @@ def machine_here(pool: Any) -> Machine:
         fp32_flops=flops,
         bf16_flops=flops,
         memory_bandwidth=CPU.memory_bandwidth * flops / CPU.fp32_flops,
+        operator_seconds=CPU.operator_seconds * CPU.fp32_flops / flops,
         latency=latency,
         node_bandwidth=bandwidth,
     )
@@ -278,7 +280,8 @@ def _said(name: str, ratio: float, wanted: float) -> str:
 def predicted(recipe: Recipe, length: int, num_ranks: int = 1, machine: Machine = CPU) -> float:
     """The planner's seconds of the same, which is a step without its optimizer."""
     count = recipe.train.global_batch_size
-    shapes = Shapes(np.full(count, length), np.zeros(count, np.int64), "equal samples")
+    none = np.zeros(count, np.int64)
+    shapes = Shapes(np.full(count, length), none, none, "equal samples")
     seconds = plan_run(recipe, shapes, machine, num_ranks).seconds
     return seconds.schedule + seconds.reduction
 

@@ -101,16 +101,17 @@ def test_the_store_holds_the_published_views(recipe: Recipe, store: Store) -> No
 def test_placeholders_are_as_many_as_the_published_ones(recipe: Recipe, store: Store) -> None:
     """Lengths from index arrays alone, from the plan of a sample, and from transformers' arithmetic, agree."""
     lengths = expanded_lengths(store, recipe.model)
-    sizes, units = sample_sizes(store, recipe.model, np.arange(len(store)))
-    np.testing.assert_array_equal(lengths, sizes)
+    sizes = sample_sizes(store, recipe.model, np.arange(len(store)))
+    np.testing.assert_array_equal(lengths, sizes.lengths)
     for number in range(len(store)):
         sample = store.sample(number)
         expected = [published_tokens(*store.image(image).size, recipe) for image in sample.images]
         planned = planned_sample(store, recipe.model, recipe.train, number)
         assert [span.length for span in planned.sequence.spans] == expected
+        assert sizes.visual[number] == sum(expected)
         assert lengths[number] == planned.sequence.length == len(sample.tokens) + sum(expected) - len(expected)
         plans = [image_plan(recipe.model, shape, 1 << 30) for shape in planned.grids]
-        assert units[number] == sum(len(plan.units) for plan in plans)
+        assert sizes.units[number] == sum(len(plan.units) for plan in plans)
 
 
 def published_tokens(width: int, height: int, recipe: Recipe) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_deepstack.config.schema import ModelConfig
 from megatron_deepstack.data.order.sampler import Indices, StoreStream, mixed_batch
-from megatron_deepstack.data.store.lengths import sample_sizes, sample_views
+from megatron_deepstack.data.store.lengths import SampleSizes, sample_sizes, sample_views
 from megatron_deepstack.data.store.reader import Store
 from megatron_deepstack.data.store.stored import Sample, StoredImage
 from megatron_deepstack.errors import StoreError
@@ -215,7 +215,7 @@ class Mixture:
             out[rows] = self.stores[k].read_many([(found[n][1], requests[n][1]) for n in mine])
         return out
 
-    def sizes(self, model: ModelConfig, samples: Indices) -> tuple[Indices, Indices]:
+    def sizes(self, model: ModelConfig, samples: Indices) -> SampleSizes:
         """Sizes of chosen samples, from index arrays alone; see `lengths.sample_sizes`.
 
         Args:
@@ -223,15 +223,15 @@ class Mixture:
             samples: int64 (N,), numbers of samples, counted over all stores.
 
         Returns:
-            Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its units for the encoder.
+            The sizes.
         """
         which = np.searchsorted(self._first_sample, samples, side="right") - 1
-        lengths, units = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
+        found = SampleSizes(*np.empty((3, len(samples)), np.int64))
         for k in np.unique(which).tolist():
             here = which == k
-            numbers = samples[here] - self._first_sample[k]
-            lengths[here], units[here] = sample_sizes(self.stores[k], model, numbers)
-        return lengths, units
+            part = sample_sizes(self.stores[k], model, samples[here] - self._first_sample[k])
+            found.lengths[here], found.units[here], found.visual[here] = part.lengths, part.units, part.visual
+        return found
 
     def views(self, samples: Indices) -> Indices:
         """Views of any size of samples, see `sample_views`; in the order of samples."""
@@ -289,7 +289,7 @@ class Mixture:
                 )
 
 
-def sizes_of(samples: Samples, model: ModelConfig, numbers: Indices) -> tuple[Indices, Indices]:
+def sizes_of(samples: Samples, model: ModelConfig, numbers: Indices) -> SampleSizes:
     """Sizes of chosen samples of a store or a mixture, from index arrays alone.
 
     Args:
@@ -298,7 +298,7 @@ def sizes_of(samples: Samples, model: ModelConfig, numbers: Indices) -> tuple[In
         numbers: int64 (N,), numbers of samples.
 
     Returns:
-        Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its units for the encoder.
+        The sizes.
     """
     if isinstance(samples, Mixture):
         return samples.sizes(model, numbers)

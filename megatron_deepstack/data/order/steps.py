@@ -219,13 +219,13 @@ class StepReader:
 
     def _deal(self, samples: Indices) -> Deal:
         """Divide a step's samples among replicas. Raises DataError if one does not fit `train.seq_length`."""
-        lengths, units = sizes_of(self.store, self.model, samples)
-        too_long = np.flatnonzero(lengths > self.train.seq_length)
+        sizes = sizes_of(self.store, self.model, samples)
+        too_long = np.flatnonzero(sizes.lengths > self.train.seq_length)
         if len(too_long) and not self.train.truncate:
             planned_sample(self.store, self.model, self.train, int(samples[too_long[0]]))
-        lengths = np.minimum(lengths, self.train.seq_length)
+        lengths = np.minimum(sizes.lengths, self.train.seq_length)
         views = views_of(self.store, samples) if self.model.variant.traits.is_native else None
-        costs = encoder_costs_of(self.model, units, views)
+        costs = encoder_costs_of(self.model, sizes.units, views)
         return deal(lengths, costs, self.model.language, self.parallel, self.train, self.share.num_replicas)
 
     def _row(self, indices: Sequence[int]) -> _Row:

@@ -45,16 +45,17 @@ def shapes_of_step(reader: StepReader, step: int) -> Shapes:
     """
     train = reader.train
     samples = reader.store.batch(train.seed, step, train.global_batch_size)
-    lengths, units = sizes_of(reader.store, reader.model, samples)
+    sizes = sizes_of(reader.store, reader.model, samples)
     views = None
     if reader.model.variant.traits.is_native:
         views = Views(*views_of(reader.store, samples).T)
     return Shapes(
-        lengths=np.minimum(lengths, train.seq_length),
-        units=units,
+        lengths=np.minimum(sizes.lengths, train.seq_length),
+        units=sizes.units,
+        visual=np.minimum(sizes.visual, train.seq_length),
         source=f"step {step + 1} of {reader.store.name}",
         views=views,
-        targets=np.minimum(_targets(reader.store, samples, lengths), train.seq_length),
+        targets=np.minimum(_targets(reader.store, samples, sizes.lengths), train.seq_length),
     )
 
 

@@ -8,6 +8,7 @@ arrays of at most 50 MB (measured on a made-up index that was in the page cache)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -70,9 +71,19 @@ def check_lengths(store: Store, model: ModelConfig, train: TrainConfig) -> None:
         )
 
 
-def sample_sizes(
-    store: Store, model: ModelConfig, samples: npt.NDArray[np.integer]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleSizes:
+    """Sizes of some samples; arrays are int64 (N,)."""
+
+    lengths: npt.NDArray[np.int64]
+    """Tokens, with visual tokens."""
+    units: npt.NDArray[np.int64]
+    """Work for the encoder: units, or visual tokens where views have any size."""
+    visual: npt.NDArray[np.int64]
+    """Visual tokens, which are the positions to which rows are added."""
+
+
+def sample_sizes(store: Store, model: ModelConfig, samples: npt.NDArray[np.integer]) -> SampleSizes:
     """Sizes of chosen samples, from the index arrays alone.
 
     Args:
@@ -81,15 +92,14 @@ def sample_sizes(
         samples: Integers (N,), numbers of samples.
 
     Returns:
-        Two arrays, int64 (N,): the tokens of each sample, with visual tokens, and its work for the encoder: its
-        units, or visual tokens where views have any size.
+        The sizes.
     """
     offsets = store.rows("samples/tokens_offsets")
     tokens = offsets.take(samples + 1) - offsets.take(samples)
     owner, images = _images_of(store, samples)
     work = _visual_tokens(store, images, model), _encoder_work(store, images, model)
     visual, encoded = (np.bincount(owner, weights, len(samples)).astype(np.int64) for weights in work)
-    return tokens - np.bincount(owner, minlength=len(samples)) + visual, encoded
+    return SampleSizes(tokens - np.bincount(owner, minlength=len(samples)) + visual, encoded, visual)
 
 
 def sample_views(store: Store, samples: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ backward costs two forwards wherever a gradient passes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.encoder_parameters import projector_adapters, tower_adapters
 from megatron_deepstack.planning.budget.linears import attention_widths, layer_weights, linear_sizes, passed_weights
-from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, plan_vit_stacks
+from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, view_layers
 from megatron_deepstack.planning.slots import stage_chunks
 from megatron_deepstack.planning.views import ImageShape, ViewGrid
 
@@ -50,6 +50,12 @@ class EncoderWork:
     def times(self, factor: float) -> EncoderWork:
         """Return so many times as much."""
         return EncoderWork(self.units * factor, self.views * factor, self.patches * factor, self.squares * factor)
+
+    @classmethod
+    def sum_of(cls, parts: Iterable[EncoderWork]) -> EncoderWork:
+        """Return the work of several together."""
+        numbers = [(one.units, one.views, one.patches, one.squares) for one in parts]
+        return cls(*(sum(column) for column in zip(*numbers, strict=True)))
 
     @classmethod
     def of_units(cls, model: ModelConfig, units: float) -> EncoderWork:
@@ -227,11 +233,8 @@ def vision_training_flops(model: ModelConfig, trainable: Collection[Part], lora:
         Operations.
     """
     passes, vision = _tower_passes(trainable, lora), model.vision
-    views, layers = 1, used_layers(vision)
-    if model.variant.traits.stacks_in_vit:
-        shared = plan_vit_stacks(model).slots[0]
-        views = 1 + STACKS_IN_VIT
-        layers = views * shared + used_layers(vision) - shared
+    views = 1 + STACKS_IN_VIT if model.variant.traits.stacks_in_vit else 1
+    layers = view_layers(model, views, 1)
     adapters = 6 * _tower_tokens(vision) * tower_adapters(model, lora) if passes is _ADAPTED else 0
     return _layers_flops(vision, layers, passes) + layers * adapters + passes.patches * views * _patch_flops(vision)
 
@@ -381,7 +384,7 @@ def _tower_tokens(vision: VisionConfig) -> int:
     return tokens_per_view(vision) + tower_of(vision).num_leading_tokens
 
 
-def _layers_flops(vision: VisionConfig, num_layers: int, passes: _Passes) -> float:
+def _layers_flops(vision: VisionConfig, num_layers: float, passes: _Passes) -> float:
     c, tokens = vision.hidden_size, _tower_tokens(vision)
     linears = passes.linears * 2 * tokens * (4 * c * c + 2 * c * vision.ffn_hidden_size)
     return num_layers * (linears + passes.attention * 4 * tokens * tokens * c)

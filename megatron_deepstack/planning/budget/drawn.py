@@ -65,10 +65,12 @@ def drawn_shapes(recipe: Recipe) -> Shapes:
         chosen = random.integers(0, len(grids), len(owner))
         visual = np.array([context_length(model, grid) for grid in grids])[chosen]
         units = np.array([len(image_plan(model, grid, context_length(model, grid)).units) for grid in grids])[chosen]
-    lengths = text + np.bincount(owner, visual, count).astype(np.int64)
+    context = np.bincount(owner, visual, count).astype(np.int64)
+    lengths = text + context
     return Shapes(
         lengths=np.minimum(lengths, train.seq_length),
         units=np.bincount(owner, units, count).astype(np.int64),
+        visual=np.minimum(context, train.seq_length),
         source=f"drawn, with {stated}",
         views=views,
         targets=np.minimum(text, train.seq_length),

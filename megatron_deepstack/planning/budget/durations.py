@@ -1,11 +1,12 @@
 """How long the parts of a step take on a machine: products, attention, memory traffic, messages and reductions.
 
 Time of a pass = products / (peak x share reached) + attention + bytes of elementwise operators / memory bandwidth
-+ collectives of tensor and context parallelism. Shares and bandwidths are `hardware`'s.
++ collectives of tensor and context parallelism; on a CPU + calls of operators, and in the backward + gradients that are
+added to those of micro-batches before. Shares and bandwidths are `hardware`'s.
 
 Not modelled: overlap of tensor-parallel communication with products (there is none here either), other jobs on the
-network, jitter between ranks, the time to launch kernels, norms and activations that are computed again, activations on
-their way to the host and back, and reading data, which is prepared beside the step before.
+network, jitter between ranks, the time to launch kernels on a GPU, norms and activations that are computed again,
+activations on their way to the host and back, and reading data, which is prepared beside the step before.
 
 Legend: M micro-batches of a replica.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -38,13 +40,20 @@ from megatron_deepstack.planning.budget.parameters import (
     active_matrices,
     encoder_parameters,
     kept_widths,
+    parameters_of_chunk,
     parameters_of_stages,
 )
 from megatron_deepstack.planning.check import model_ranks
+from megatron_deepstack.planning.exchange.vit_stacks import view_layers
 from megatron_deepstack.planning.slots import Chunk
 
-_SMALL_PRODUCT = 1.5e10
+_SMALL_PRODUCT: Final = 1.5e10
 """FLOPs of a product at which half of the share is lost that large products reach."""
+_LAYER_OPERATORS: Final = (70, 131)
+"""Operators of a layer's forward and backward pass where Transformer Engine does not join them, views included, counted
+with torch's dispatcher."""
+_OTHER_OPERATORS: Final = 160
+"""The same of a micro-batch outside the layers: embedding, output layer, loss; forward and backward together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +93,9 @@ class Durations:
         self.attention = self._attention(batches)
         self.traffic = self._traffic()
         self.collectives = self._collectives()
-        self.layer = self.products + self.attention + self.traffic + self.collectives
+        self.calls = [number * machine.operator_seconds for number in (*_LAYER_OPERATORS, _OTHER_OPERATORS)]
+        """Seconds of the operators of a layer's forward and backward, and of those outside the layers."""
+        self.layer = self.products + self.attention + self.traffic + self.collectives + self.calls[0]
         self.head = self._head(batches)
         self.inline = self._inline(batches)
         self._passes: dict[tuple[int, bool, bool], tuple[Costs, Costs]] = {}
@@ -106,7 +117,7 @@ class Durations:
     def _forward(self, chunk: Chunk) -> Costs:
         found = (chunk.stop - chunk.first) * self.layer
         if chunk.has_head:
-            found = found + self.head
+            found = found + self.head + self.calls[2] / 3
         return found + self.inline if chunk.has_embedding else found
 
     def _backward(self, chunk: Chunk) -> Costs:
@@ -123,10 +134,18 @@ class Durations:
         selective = self.attention * (RecomputeModule.CORE_ATTENTION in parts)
         selective = selective + self.mlp * (RecomputeModule.MLP in parts)
         work = layers * (passes * self.products + 2 * self.attention + 2 * self.traffic)
-        work = work + layers * (self.collectives + selective) + again * self.layer
+        work = work + layers * (self.collectives + selective + self.calls[1]) + again * self.layer
+        work = work + self._added_gradients(chunk)
         if chunk.has_head:
-            work = work + (1 + self.learns) * self.head
+            work = work + (1 + self.learns) * self.head + self.calls[2] * 2 / 3
         return work + 2 * self.inline if chunk.has_embedding else work
+
+    def _added_gradients(self, chunk: Chunk) -> float:
+        """Seconds of adding a micro-batch's gradients to their sums, which GPU packages do within the products."""
+        if not self.machine.is_cpu:
+            return 0.0
+        read_and_written = 3 * gradient_bytes(self.recipe) * parameters_of_chunk(self.recipe, chunk).learned
+        return read_and_written / (0.8 * self.machine.memory_bandwidth)
 
     def message(self) -> float:
         """Seconds from the end of the first micro-batch's pass to the arrival of its output at the next stage."""
@@ -258,7 +277,9 @@ class Durations:
             backward += (1 if self.recipe.lora.vision_targets else 2) * tower  # a frozen matrix has no gradient
             at_once = kept_at_once(self.recipe.parallel, model.vision, self.element)
             backward += tower * (at_once.share(work.views, work.patches) < 1)
-        traffic = work.patches * 60 * model.vision.hidden_size * model.vision.num_layers
+        native = model.variant.traits.is_native
+        passed = model.vision.num_layers * work.views if native else view_layers(model, work.views, work.units)
+        traffic = passed * work.patches / max(work.views, 1) * 60 * model.vision.hidden_size
         if model.variant.traits.stack_source is StackSource.TAPS:  # norms, windows and copies of each stack
             traffic += work.patches * 60 * model.vision.hidden_size * len(model.vision.taps)
         moved = traffic * self.element / 4 / self.machine.memory_bandwidth

@@ -10,17 +10,18 @@ Legend: C width of the tower, f its MLP, H width of the decoder, M patches of a 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from megatron_deepstack.config.choices import EncoderPlacement, LoraTarget, Part
 from megatron_deepstack.config.schema import LoraConfig, ModelConfig, Recipe, VisionConfig
-from megatron_deepstack.config.sizes import tokens_per_view, used_layers
+from megatron_deepstack.config.sizes import tokens_per_view
 from megatron_deepstack.config.traits.towers import tower_of
 from megatron_deepstack.config.traits.variants import StackSource
 from megatron_deepstack.planning.budget.cost import EncoderWork
 from megatron_deepstack.planning.budget.encoder_views import kept_at_once, kept_of_mlp
 from megatron_deepstack.planning.budget.load import StepLoad
 from megatron_deepstack.planning.budget.received_rows import num_windows
+from megatron_deepstack.planning.exchange.vit_stacks import view_layers
 
 _INDEX_BYTES = 4 * 8
 """Of a row: where it is sent from and stored, and where its gradient is sent from and arrives."""
@@ -39,21 +40,29 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
         Bytes on the rank that encodes most.
     """
     parallel, trainable, model = recipe.parallel, recipe.train.trainable, recipe.model
-    work = load.share
+    work, given = load.share, load.share
     if parallel.encoder_placement is EncoderPlacement.INLINE:
-        in_flight = min(parallel.pipeline, len(load.micro_batches)) * (stage == 0)
-        work = load.micro_batches.work[0].times(in_flight)
-    pixels = work.patches * 3 * model.vision.patch_size**2
+        if stage > 0:
+            return 0
+        work = _most_work(load.micro_batches.work, min(parallel.pipeline, len(load.micro_batches)))
+        given = EncoderWork.sum_of(load.micro_batches.work)
+    pixels = given.patches * 3 * model.vision.patch_size**2
     if not tower_of(model.vision).is_native:
-        pixels = work.views * 3 * model.vision.image_size**2
+        pixels = given.views * 3 * model.vision.image_size**2
     kept = _features(model, work)
     learns = Part.PROJECTOR in trainable
     if learns or Part.VISION in trainable:
         kept += projector_elements(model, work, learns=learns, rank=recipe.lora.rank * recipe.lora.projector)
     if Part.VISION in trainable:
         alive = kept_at_once(parallel, model.vision, element).share(work.views, work.patches)
-        kept += alive * tower_elements(model, work, recipe.lora)
+        kept += (alive == 1) * tower_elements(model, work, recipe.lora)  # else they are made again after the schedule
     return int(kept * element + pixels)
+
+
+def _most_work(work: Sequence[EncoderWork], number: int) -> EncoderWork:
+    """Return the largest sum over so many neighbouring micro-batches."""
+    found = (EncoderWork.sum_of(work[first : first + number]) for first in range(len(work) - number + 1))
+    return max(found, key=lambda one: one.patches)
 
 
 def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int, kept: int) -> int:
@@ -74,7 +83,7 @@ def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int,
         return 0
     vision, work = recipe.model.vision, load.share
     alive = kept_at_once(recipe.parallel, vision, element).share(work.views, work.patches)
-    widest = alive * work.patches * (2 * vision.ffn_hidden_size + 3 * vision.hidden_size)
+    widest = alive * work.patches * (kept_of_mlp(vision) * vision.ffn_hidden_size + 3 * vision.hidden_size)
     hidden = recipe.model.language.hidden_size
     rows = work.units * sum(load.rows_per_unit.values())
     made, replica_rows = rows * hidden * element, int(load.units * sum(load.rows_per_unit.values()))
@@ -98,18 +107,32 @@ def after_schedule(recipe: Recipe, load: StepLoad, element: int) -> int:
         return 0
     vision, hidden = model.vision, model.language.hidden_size
     learns, below = Part.PROJECTOR in trainable, Part.VISION in trainable
+    alive = kept_at_once(recipe.parallel, vision, element).share(work.views, work.patches)
     if tower_of(vision).is_native:
         block = vision.hidden_size * vision.merge_size**2
         found = work.units * ((1 + len(vision.taps)) * hidden + 2 * block) * (learns or below)
-        found += work.patches * (2 * vision.ffn_hidden_size + (3 + len(vision.taps)) * vision.hidden_size) * below
-        return int(found * element)
+        tower = work.patches * (2 * vision.ffn_hidden_size + (3 + len(vision.taps)) * vision.hidden_size)
+        return int(_of_both(recipe, work, found, tower * below, alive) * element)
     if model.variant.traits.stack_source is StackSource.TAPS:
         rows = work.units * sum(load.rows_per_unit.values()) * hidden
         found = (rows + 2 * work.patches * vision.hidden_size) * (learns or below)
     else:
         found = 2.0 * work.units * tokens_per_view(vision) * hidden * learns
-    tokens = work.units * tokens_per_view(vision)
-    return int((found + 2.0 * tokens * (vision.ffn_hidden_size + vision.hidden_size) * below) * element)
+    tower = 2.0 * work.units * tokens_per_view(vision) * (vision.ffn_hidden_size + vision.hidden_size)
+    return int(_of_both(recipe, work, found, tower * below, alive) * element)
+
+
+def _of_both(recipe: Recipe, work: EncoderWork, projector: float, tower: float, alive: float) -> float:
+    """Return elements of the backward passes of projector and tower, whose graph may be made again in parts."""
+    if not tower:
+        return projector
+    model, lora = recipe.model, recipe.lora
+    learns = Part.PROJECTOR in recipe.train.trainable
+    freed = projector_elements(model, work, learns=learns, rank=lora.rank * lora.projector)  # before the tower's begins
+    if alive == 1:
+        return max(projector, tower - freed)
+    again = alive * (tower_elements(model, work, lora) + tower)
+    return _features(model, work) + max(projector, again - freed)  # the features' gradients wait for their part
 
 
 def _features(model: ModelConfig, work: EncoderWork) -> float:
@@ -139,7 +162,8 @@ def projector_elements(model: ModelConfig, work: EncoderWork, *, learns: bool, r
         return work.units * block * ((3 + 4 * taps) if learns else (1 + 2 * taps))
     if model.variant.traits.stack_source is StackSource.TAPS:
         return work.views * len(vision.taps) * _qformer(model)
-    return work.units * tokens_per_view(vision) * 2 * (model.language.hidden_size + rank)
+    hidden = model.language.hidden_size  # into the activation and, if the second linear needs its input, out of it
+    return work.units * tokens_per_view(vision) * ((1 + learns) * hidden + 2 * rank)
 
 
 def _qformer(model: ModelConfig) -> float:
@@ -165,17 +189,17 @@ def tower_elements(model: ModelConfig, work: EncoderWork, lora: LoraConfig) -> f
     """
     vision, width = model.vision, model.vision.hidden_size
     if tower_of(vision).is_native:
-        tokens, layers = work.patches, vision.num_layers
+        passed, entering = work.patches * vision.num_layers, work.patches
         around = work.patches * (width + 3 * vision.temporal_patch_size * vision.patch_size**2)
     else:
-        tokens = work.views * (tokens_per_view(vision) + tower_of(vision).num_leading_tokens)
-        layers = used_layers(vision)
-        around = 2 * tokens * width + work.views * 3 * vision.image_size**2
+        tokens = tokens_per_view(vision) + tower_of(vision).num_leading_tokens
+        passed, entering = tokens * view_layers(model, work.views, work.units), tokens * work.views
+        around = 2 * tokens * work.views * width + work.views * 3 * vision.image_size**2
     if not (lora.rank and lora.vision_targets):
-        return tokens * layers * _tower_layer(vision, tuple(LoraTarget), 0) + around
+        return passed * _tower_layer(vision, tuple(LoraTarget), 0) + around
     layer = _tower_layer(vision, lora.vision_targets, lora.rank)
     first = _tower_layer(vision, lora.vision_targets, lora.rank, flows=False)
-    return tokens * ((layers - 1) * layer + first)
+    return (passed - entering) * layer + entering * first
 
 
 def _tower_layer(vision: VisionConfig, targets: Collection[LoraTarget], rank: int, *, flows: bool = True) -> float:

@@ -16,6 +16,7 @@ from megatron_deepstack.config.problems import did_you_mean
 from megatron_deepstack.errors import ConfigError
 
 _GIB: Final = 1 << 30
+_CPU: Final = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +43,16 @@ class Machine:
     """Share of the peak that fused attention reaches, forward and backward together."""
     latency: float = 12e-6
     """Seconds that a message or a collective takes beside its bytes."""
+    operator_seconds: float = 0.0
+    """Seconds that calling an operator takes where nothing else runs meanwhile, as on a CPU. A GPU works while the host
+    launches what comes next."""
     reserved_bytes: int = 5 * _GIB
     """Memory that is not free for tensors: context, communication buffers, workspaces, fragmentation."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is a core of a CPU, for runs without a GPU."""
+        return self.name == _CPU
 
     def flops(self, precision: Precision) -> float:
         """Return the peak FLOP/s of the matrix products of a run."""
@@ -99,20 +108,22 @@ MACHINES: Final[Mapping[str, Machine]] = MappingProxyType(
     }
 )
 CPU: Final = Machine(
-    name="cpu",
+    name=_CPU,
     memory_bytes=None,
-    bf16_flops=4e10,
-    fp8_flops=4e10,
-    fp32_flops=4e10,
-    memory_bandwidth=2.5e10,
-    node_bandwidth=2e9,
+    bf16_flops=1.2e11,
+    fp8_flops=1.2e11,
+    fp32_flops=1.2e11,
+    memory_bandwidth=2.2e10,
+    node_bandwidth=1.3e9,
     network_bandwidth=1e9,
     product_share=0.9,
-    attention_share=0.5,
-    latency=150e-6,
+    attention_share=0.32,
+    latency=300e-6,
+    operator_seconds=3.4e-6,
     reserved_bytes=0,
 )
-"""One core of a server, for runs without a GPU."""
+"""One core of a server, for runs without a GPU: what products, attention, elementwise operators and calls take in the
+profile of a small model's step, by the formulas of `durations`."""
 
 
 def machine_named(name: str) -> Machine:

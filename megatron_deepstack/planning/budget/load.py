@@ -58,6 +58,8 @@ class Shapes:
     units: Numbers
     """(N,) units that each sample gives the encoder: views, or images whose views are encoded together, or visual
     tokens if views have any size."""
+    visual: Numbers
+    """(N,) visual tokens of each sample, the positions to which rows are added, after truncation."""
     source: str
     """Where they come from, in words."""
     views: Views | None = None
@@ -85,16 +87,13 @@ class MicroBatches:
     """(M,) sums of the squares of the lengths over which attention runs."""
     targets: Numbers
     """(M,) positions whose prediction is part of the loss, the only ones that the output layer computes."""
+    visual: Numbers
+    """(M,) visual tokens, to each of which every slot adds a row."""
     work: tuple[EncoderWork, ...]
     """The images of each."""
 
     def __len__(self) -> int:
         return len(self.positions)
-
-    def first(self, number: int) -> MicroBatches:
-        """Return the first micro-batches alone; all of them if there are fewer."""
-        parts = self.positions[:number], self.squares[:number], self.targets[:number], self.work[:number]
-        return MicroBatches(self.size, *parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +174,9 @@ class StepLoads:
         targets = positions
         if self.shapes.targets is not None:
             targets = np.bincount(places, self.shapes.targets[samples], count).astype(np.int64)
-        return MicroBatches(size, positions, squares, targets, tuple(self.sizes.by_place(samples, places, count)))
+        visual = np.bincount(places, self.shapes.visual[samples], count).astype(np.int64)
+        work = tuple(self.sizes.by_place(samples, places, count))
+        return MicroBatches(size, positions, squares, targets, visual, work)
 
 
 def step_load(recipe: Recipe, shapes: Shapes, num_replicas: int) -> StepLoad:

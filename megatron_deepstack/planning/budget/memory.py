@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_deepstack.config.choices import (
     Activation,
@@ -93,7 +91,7 @@ def stage_memories(
         on_host = rest_on_host(recipe.parallel.rows_on_host, received, device_bytes)
         rows = min(_fetched(recipe, load, mine, element), received) if on_host else received
         learned = held[stage].learned > 0 and not recipe.lora.rank
-        in_schedule = _transient(recipe, load.micro_batches, mine, learned, element)
+        in_schedule = _transient(recipe, load.micro_batches, mine, learned, element, kept.of_head(mine))
         sending = before_schedule(recipe, load, element, received, 0 if on_host else received)
         outside = max(sending - rows, after)
         found.append(
@@ -117,7 +115,7 @@ class _Kept:
     def __init__(self, recipe: Recipe, load: StepLoad, fused: bool) -> None:
         self.parallel, self.count = recipe.parallel, len(load.micro_batches)
         parallel, language = recipe.parallel, recipe.model.language
-        batches = load.micro_batches.first(_most_held(parallel, self.count))
+        batches = load.micro_batches
         hidden = language.hidden_size * element_bytes(recipe.train.precision)
         split, rows = _split_positions(parallel, batches), head_rows(parallel, batches)
         vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
@@ -126,15 +124,15 @@ class _Kept:
         self.checkpoint = (split * hidden).astype(np.int64)
         self.head = ((2 * split + rows) * hidden).astype(np.int64)
         self.logits = (rows * vocabulary * 4).astype(np.int64)
+        self._most: dict[tuple[int, bool, bool, int], int] = {}
 
     def of_stage(self, chunks: Sequence[Chunk]) -> tuple[int, int]:
         """Return bytes of activations and of logits at the fullest moment of the schedule."""
         parallel, fullest, logits_then = self.parallel, 0, 0
-        kept = [_running(self._of_chunk(chunk)) for chunk in chunks]
-        heads = [_running(self.logits * chunk.has_head) for chunk in chunks]
         for held in most_in_flight(parallel.pipeline, parallel.virtual_pipeline, self.count, chunks[0].pp):
-            total = sum(sums[number] for sums, number in zip(kept, held, strict=True))
-            logits = sum(sums[number] for sums, number in zip(heads, held, strict=True))
+            pairs = list(zip(chunks, held, strict=True))
+            total = sum(self._most_of_chunk(chunk, number) for chunk, number in pairs)
+            logits = sum(_most_neighbours(self.logits, number) for chunk, number in pairs if chunk.has_head)
             if total + logits > fullest:
                 fullest, logits_then = total + logits, logits
         extra = 0
@@ -143,10 +141,15 @@ class _Kept:
             group = parallel.recompute_num_layers if uniform else 1
             layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
             if uniform or group >= layers:  # else the layers that are kept are free again when others are recomputed
-                extra = min(group, layers) * int(self.layer[0])
+                extra = min(group, layers) * int(self.layer.max())
+                extra = max(extra - self.of_head(chunks), 0)
         if parallel.offload_layers:
             extra = self._in_transit(chunks)
         return fullest - logits_then + extra, logits_then
+
+    def of_head(self, chunks: Sequence[Chunk]) -> int:
+        """Return the bytes that the head keeps, which are free again before the first backward pass of a layer."""
+        return int((self.head + self.logits).max()) if any(chunk.has_head for chunk in chunks) else 0
 
     def _in_transit(self, chunks: Sequence[Chunk]) -> int:
         """Return the bytes of layers that are leaving for the host, or are back early, beside those that stay.
@@ -156,7 +159,14 @@ class _Kept:
         """
         layers = max((chunk.stop - chunk.first for chunk in chunks), default=0)
         moved = min(self.parallel.offload_layers, layers)
-        return min(moved, max(2 - (layers - moved), 0)) * int(self.layer[0])
+        return min(moved, max(2 - (layers - moved), 0)) * int(self.layer.max())
+
+    def _most_of_chunk(self, chunk: Chunk, number: int) -> int:
+        """Most bytes of activations that so many neighbouring micro-batches leave in a chunk."""
+        key = chunk.stop - chunk.first, chunk.has_embedding, chunk.has_head, number
+        if key not in self._most:
+            self._most[key] = _most_neighbours(self._of_chunk(chunk), number)
+        return self._most[key]
 
     def _of_chunk(self, chunk: Chunk) -> Numbers:
         """Bytes of activations that each micro-batch leaves in a chunk."""
@@ -175,15 +185,13 @@ class _Kept:
         return kept + self.head if chunk.has_head else kept
 
 
-def _running(values: npt.NDArray[Any]) -> list[Any]:
-    """Return the sums of the first values: of none, of one, and so on."""
-    return [0, *np.cumsum(values).tolist()]
-
-
-def _most_held(parallel: ParallelConfig, num_micro_batches: int) -> int:
-    """Return the largest number of micro-batches that any stage holds for a chunk; the first stage holds most."""
-    moments = most_in_flight(parallel.pipeline, parallel.virtual_pipeline, num_micro_batches, 0)
-    return max(map(max, moments))
+def _most_neighbours(values: Numbers, number: int) -> int:
+    """Return the largest sum over so many neighbouring micro-batches."""
+    if number <= 1:
+        return int(values.max()) * number
+    sums = np.concatenate([[0], np.cumsum(values)])
+    number = min(number, len(values))
+    return int((sums[number:] - sums[: len(sums) - number]).max())
 
 
 def head_rows(parallel: ParallelConfig, batches: MicroBatches) -> Costs:
@@ -287,19 +295,24 @@ def kept_of_gated_mlp(language: LanguageConfig, *, fused: bool) -> int:
 
 
 def _received(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
-    """Return the bytes of the rows that the stage's ranks add in all micro-batches of the step."""
-    if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
-        return 0
-    return int(sum(_rows_of_unit(recipe, load, chunk) for chunk in chunks) * load.units * element)
+    """Return the bytes of the rows that the stage's ranks add in all micro-batches of the step.
+
+    Rows that the stage makes itself exist for one micro-batch at a time.
+    """
+    inline = recipe.parallel.encoder_placement is EncoderPlacement.INLINE
+    visual = int(load.micro_batches.visual.max() if inline else load.micro_batches.visual.sum())
+    return int(sum(_row_numbers(recipe, load, chunk) for chunk in chunks) * visual * element)
 
 
-def _rows_of_unit(recipe: Recipe, load: StepLoad, chunk: Chunk) -> float:
-    """Return how many numbers of rows a chunk adds on one rank for each unit that is encoded."""
+def _row_numbers(recipe: Recipe, load: StepLoad, chunk: Chunk) -> float:
+    """Return how many numbers of rows a chunk adds on one rank for each visual token.
+
+    Each of its slots has a row there, which is zeros where the image has no such stack.
+    """
     parallel, model = recipe.parallel, recipe.model
     mine = {*chunk_slots(chunk, decoder_slots(model)), *([EMBEDDING] if chunk.has_embedding else [])}
     split = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    rows = sum(per_unit for slot, per_unit in load.rows_per_unit.items() if slot in mine)
-    return rows / split * model.language.hidden_size
+    return len(mine & load.rows_per_unit.keys()) / split * model.language.hidden_size
 
 
 def _fetched(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
@@ -308,26 +321,24 @@ def _fetched(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: i
     These are the rows of the micro-batches in flight, those brought ahead, and the gradients of one micro-batch.
     """
     parallel, count = recipe.parallel, len(load.micro_batches)
-    sums = np.array(_running(np.array([one.units for one in load.micro_batches.work])))
-    each = [_rows_of_unit(recipe, load, chunk) for chunk in chunks]
+    visual = load.micro_batches.visual
+    each = [_row_numbers(recipe, load, chunk) for chunk in chunks]
     most = max(
-        sum(rows * _most_neighbours(sums, number) for rows, number in zip(each, held, strict=True))
+        sum(rows * _most_neighbours(visual, number) for rows, number in zip(each, held, strict=True))
         for held in most_in_flight(parallel.pipeline, parallel.virtual_pipeline, count, chunks[0].pp)
     )
-    return int((most + max(each) * (FETCHED_AHEAD + 1) * _most_neighbours(sums, 1)) * element)
+    return int((most + max(each) * (FETCHED_AHEAD + 1) * _most_neighbours(visual, 1)) * element)
 
 
-def _most_neighbours(sums: npt.NDArray[Any], number: int) -> float:
-    """Return the largest sum over so many neighbouring micro-batches, from running sums over all of them."""
-    number = min(number, len(sums) - 1)
-    return float((sums[number:] - sums[: len(sums) - number]).max())
+def _transient(
+    recipe: Recipe, batches: MicroBatches, chunks: Sequence[Chunk], learned: bool, element: int, of_head: int
+) -> int:
+    """Return the bytes of the largest tensors that exist only within one operator's backward pass.
 
-
-def _transient(recipe: Recipe, batches: MicroBatches, chunks: Sequence[Chunk], learned: bool, element: int) -> int:
-    """Return the bytes of the largest tensors that exist only within one operator's backward pass."""
+    Those of a layer count beyond what the head has kept until then.
+    """
     parallel, language = recipe.parallel, recipe.model.language
-    first = batches.first(1)
-    inner = int(first.positions[0]) / parallel.context
+    inner = int(batches.positions.max()) / parallel.context
     _, _, f = kept_widths(recipe.model, parallel.tensor)
     widest = max(inputs * outputs for inputs, outputs in linear_sizes(language).values()) // parallel.tensor
     if expert_layers(language):  # of all experts of a rank together, in their input
@@ -338,10 +349,10 @@ def _transient(recipe: Recipe, batches: MicroBatches, chunks: Sequence[Chunk], l
         vocabulary = padded_vocabulary(language.vocab_size, parallel.tensor) // parallel.tensor
         copy = 4 if recipe.train.precision is Precision.FP32 else 6
         head = (
-            float(head_rows(parallel, first)[0]) * vocabulary * copy
+            float(head_rows(parallel, batches).max()) * vocabulary * copy
             + vocabulary * language.hidden_size * element * learned
         )
-    return int(max(layer, head))
+    return int(max(layer - of_head, head))
 
 
 def uses_fused_layers(recipe: Recipe, on_gpu: bool) -> bool:

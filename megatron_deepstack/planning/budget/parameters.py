@@ -153,14 +153,18 @@ def parameters_of_stages(recipe: Recipe) -> tuple[Held, ...]:
     """
     counted: dict[tuple[int, int, bool, bool], Held] = {}
     found: list[list[Held]] = [[] for _ in range(recipe.parallel.pipeline)]
-    with_experts = expert_layers(recipe.model.language)
     for chunk in stage_chunks(recipe.model.language.num_layers, recipe.parallel):
-        number = bisect_left(with_experts, chunk.stop) - bisect_left(with_experts, chunk.first)
+        number = _layers_with_experts(recipe, chunk)
         kind = chunk.stop - chunk.first, number, chunk.has_embedding, chunk.has_head
         if kind not in counted:
-            counted[kind] = _chunk(recipe, chunk, number)
+            counted[kind] = parameters_of_chunk(recipe, chunk)
         found[chunk.pp].append(counted[kind])
     return tuple(_together(mine) for mine in found)
+
+
+def _layers_with_experts(recipe: Recipe, chunk: Chunk) -> int:
+    with_experts = expert_layers(recipe.model.language)
+    return bisect_left(with_experts, chunk.stop) - bisect_left(with_experts, chunk.first)
 
 
 def _together(held: Sequence[Held]) -> Held:
@@ -222,9 +226,18 @@ def adapter_parameters(recipe: Recipe) -> int:
     return adapter_weights(model.language, lora) + encoder
 
 
-def _chunk(recipe: Recipe, chunk: Chunk, with_experts: int) -> Held:
+def parameters_of_chunk(recipe: Recipe, chunk: Chunk) -> Held:
+    """Count the decoder's parameters of one chunk on a rank of its stage.
+
+    Args:
+        recipe: The recipe, whose layout has been checked.
+        chunk: One of its chunks.
+
+    Returns:
+        The counts.
+    """
     model, parallel = recipe.model, recipe.parallel
-    layers = chunk.stop - chunk.first
+    layers, with_experts = chunk.stop - chunk.first, _layers_with_experts(recipe, chunk)
     experts = expert_parameters(model.language, with_experts, parallel.expert)
     tables = int(chunk.has_embedding) + int(chunk.has_head)
     if tables == 2 and model.language.tied_embeddings:

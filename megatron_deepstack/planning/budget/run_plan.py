@@ -21,7 +21,7 @@ from megatron_deepstack.planning.budget.cost import (
     head_training_flops,
 )
 from megatron_deepstack.planning.budget.durations import Bytes, Durations
-from megatron_deepstack.planning.budget.hardware import CPU, Machine
+from megatron_deepstack.planning.budget.hardware import Machine
 from megatron_deepstack.planning.budget.load import Numbers, Shapes, StepLoad, StepLoads
 from megatron_deepstack.planning.budget.memory import RankMemory, stage_memories, uses_fused_layers
 from megatron_deepstack.planning.budget.pipeline import BACKWARD, FORWARD, Timeline, simulate
@@ -152,7 +152,7 @@ def plan_memory(recipe: Recipe, loads: StepLoads, machine: Machine, num_ranks: i
     """
     check_world(recipe, num_ranks)
     load = loads.of(recipe.parallel, num_ranks // model_ranks(recipe.parallel))
-    fused = uses_fused_layers(recipe, on_gpu=machine is not CPU)
+    fused = uses_fused_layers(recipe, on_gpu=not machine.is_cpu)
     chunks = stage_chunks(recipe.model.language.num_layers, recipe.parallel)
     memories = stage_memories(recipe, load, num_ranks, fused=fused, device_bytes=machine.memory_bytes)
     stages = tuple(
@@ -325,7 +325,7 @@ def _knobs(plan: MemoryPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]
         yield "train.micro_batch_size=1", lambda one: replace(one, train=replace(one.train, micro_batch_size=1))
     if parallel.recompute is not Recompute.FULL:
         yield "parallel.recompute=full", _parallel(recompute=Recompute.FULL)
-    if recipe.train.precision is Precision.FP32 and plan.machine is not CPU:
+    if recipe.train.precision is Precision.FP32 and not plan.machine.is_cpu:
         yield "train.precision=bf16", lambda one: replace(one, train=replace(one.train, precision=Precision.BF16))
     for size in (2, 4, 8, 16):
         if size > parallel.tensor and size <= 8:

@@ -1,4 +1,4 @@
-"""DeepStack-V's plan: before which ViT layer each stack is added, and which stacks have no layer."""
+"""DeepStack-V's plan: before which ViT layer each stack is added, which stacks have no layer, and what views pass."""
 
 from __future__ import annotations
 
@@ -62,3 +62,21 @@ def plan_vit_stacks(model: ModelConfig) -> VitStackPlan:
         last_unprocessed=slots[-1] == feature,
         dropped=tuple(range(len(slots), len(wanted))),
     )
+
+
+def view_layers(model: ModelConfig, views: float, units: float) -> float:
+    """Count the layers of the tower that views of one size pass, over all views.
+
+    Where stacks enter the tower, only the first view of an image goes on after the first of them.
+
+    Args:
+        model: A model whose views have one size.
+        views: Number of views.
+        units: Number of units, which are images with all their views if stacks enter the tower, and else views.
+
+    Returns:
+        The sum over views of the used layers that each passes.
+    """
+    used = used_layers(model.vision)
+    shared = plan_vit_stacks(model).slots[0] if model.variant.traits.stacks_in_vit else used
+    return views * shared + units * (used - shared)

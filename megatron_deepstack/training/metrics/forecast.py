@@ -6,7 +6,7 @@ import statistics
 from typing import Final
 
 from megatron_deepstack.data.order.stored_shapes import shapes_of_step
-from megatron_deepstack.planning.budget.hardware import CPU, machine_of_device
+from megatron_deepstack.planning.budget.hardware import machine_of_device
 from megatron_deepstack.planning.budget.run_plan import RunPlan, plan_run
 from megatron_deepstack.platform.compute.device import device_name
 from megatron_deepstack.training.metrics.record import StepRecord
@@ -49,7 +49,7 @@ class Forecast:
             f"after {STEPS} steps: {predicted:.3g} s a step predicted, {measured:.3g} measured (median; measured / "
             f"predicted {measured / predicted:.2f})"
         )
-        if self.plan.machine is CPU:
+        if self.plan.machine.is_cpu:
             return text + ". The planner's numbers are made for GPUs; of a CPU they are rough"
         memory = self.plan.stages[0].memory.total
         return text + f"; memory of rank 0 {memory / 1e9:.1f} GB predicted, {record.memory_bytes / 1e9:.1f} measured"

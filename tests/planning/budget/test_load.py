@@ -50,7 +50,7 @@ def of_views(*grids: tuple[int, int]) -> Shapes:
     height, width = np.array(grids).T
     units = height * width // NATIVE.vision.merge_size**2
     owner = np.arange(len(grids))
-    return Shapes(units + 10, units, "given", Views(owner, np.ones_like(owner), height, width))
+    return Shapes(units + 10, units, units, "given", Views(owner, np.ones_like(owner), height, width))
 
 
 def test_a_huge_view_stays_on_one_rank() -> None:
@@ -97,9 +97,9 @@ def test_tiles_with_q_formers_are_planned() -> None:
 
 def test_logits_are_those_of_targets() -> None:
     recipe = tiny_recipe(global_batch_size=4)
-    lengths, units = np.full(4, 200), np.zeros(4, np.int64)
-    everywhere = plan_run(recipe, Shapes(lengths, units, "all"), H100, 1)
-    some = plan_run(recipe, Shapes(lengths, units, "some", targets=np.full(4, 20)), H100, 1)
+    lengths, none = np.full(4, 200), np.zeros(4, np.int64)
+    everywhere = plan_run(recipe, Shapes(lengths, none, none, "all"), H100, 1)
+    some = plan_run(recipe, Shapes(lengths, none, none, "some", targets=np.full(4, 20)), H100, 1)
     assert everywhere.stages[0].memory.logits == 200 * 128 * 4
     assert some.stages[0].memory.logits == 32 * 128 * 4, "rounded up to a multiple of 16"
     assert some.seconds.total < everywhere.seconds.total

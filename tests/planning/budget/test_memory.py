@@ -11,6 +11,7 @@ import pytest
 
 from megatron_deepstack.config.choices import (
     Batching,
+    EncoderPlacement,
     LoraTarget,
     Part,
     Recompute,
@@ -25,6 +26,7 @@ from megatron_deepstack.config.schema import (
     ParallelConfig,
     QFormerConfig,
     Recipe,
+    StackConfig,
     VisionConfig,
 )
 from megatron_deepstack.planning.batch.tokens import IGNORE_INDEX
@@ -33,7 +35,9 @@ from megatron_deepstack.planning.budget.encoder_memory import projector_elements
 from megatron_deepstack.planning.budget.load import Shapes, Views, step_load
 from megatron_deepstack.planning.budget.memory import stage_memories
 from megatron_deepstack.planning.check import model_ranks
-from megatron_deepstack.planning.views import ViewGrid, num_views
+from megatron_deepstack.planning.exchange.image_plan import image_plan
+from megatron_deepstack.planning.exchange.rows import context_length
+from megatron_deepstack.planning.views import ViewGrid
 from megatron_deepstack.testing.ranks import RankPool
 from megatron_deepstack.testing.tiny import (
     TinySample,
@@ -47,14 +51,11 @@ from megatron_deepstack.testing.tiny import (
 
 Pools = Callable[[int], RankPool]
 NUM_SAMPLES = 16
-SEQ_LENGTH = 512
+SEQ_LENGTH = 1536
 
-# Measured over the layouts below: -1.8 % to +4.2 %. Not in the table: full uniform recomputation on a first stage
-# (-7 %), and context parallelism, whose attention on a CPU gathers keys and values and is not the one of GPUs.
+# Measured over the cases below: -4.5 % to +4.7 %. Not among them: full uniform recomputation on a last stage of
+# padded rows (+6 %), and context parallelism, whose attention on a CPU gathers keys and values, not as on GPUs.
 TOLERANCE = 0.05
-# Measured -5.9 %: with a frozen decoder the fullest moment is the exchange of rows, among which are rows of padding
-# that the planner does not count (2,160 of 11,520 here).
-TOLERANCE_OF_EXCHANGE = 0.07
 
 
 def built(rank: int, recipe: Recipe) -> tuple[Any, Any]:
@@ -127,12 +128,13 @@ def shapes_of(model: ModelConfig, samples: list[TinySample]) -> Shapes:
     sequences = [one.planned(model, SEQ_LENGTH).sequence for one in samples]
     lengths = np.array([one.length for one in sequences])
     targets = np.array([int((one.labels != IGNORE_INDEX).sum()) for one in sequences])
+    visual = np.array([sum(span.length for span in one.spans) for one in sequences])
     if not model.variant.traits.is_native:
-        units = np.array([sum(num_views(model.variant, grid) for grid in one.grids) for one in samples])
-        return Shapes(lengths, units, "tiny", targets=targets)
+        plans = [[image_plan(model, grid, context_length(model, grid)) for grid in one.grids] for one in samples]
+        units = np.array([sum(len(plan.units) for plan in some) for some in plans])
+        return Shapes(lengths, units, visual, "tiny", targets=targets)
     views = [(n, g.frames, g.height, g.width) for n, one in enumerate(samples) for g in one.grids]  # type: ignore[union-attr]
-    units = np.array([sum(g.num_tokens(model.vision.merge_size) for g in one.grids) for one in samples])  # type: ignore[union-attr]
-    return Shapes(lengths, units, "tiny", Views(*np.array(views).T), targets)
+    return Shapes(lengths, visual, visual, "tiny", Views(*np.array(views).T), targets)
 
 
 WIDE = tiny_model(
@@ -146,9 +148,10 @@ GRID = ViewGrid(frames=1, height=8, width=12)
 QFORMERS = tiny_model(
     variant=Variant.GRANITE4_VISION,
     vision=VisionConfig(
-        kind="siglip", image_size=64, patch_size=4, hidden_size=24, num_layers=4, num_heads=3,
+        kind="siglip", image_size=64, patch_size=4, hidden_size=24, ffn_hidden_size=64, num_layers=4, num_heads=3,
         taps=(1, 1, 2), tile_grids=("2x2", "1x2"),
     ),
+    stacks=StackConfig(slots=(0, 3, 5)),
     qformer=QFormerConfig(
         query_side=2, window_side=4, num_sampled=2, num_layers=3, num_heads=3, ffn_hidden_size=40,
         cross_attention_interval=2,
@@ -208,13 +211,13 @@ LAYOUTS = [
 ]
 
 
-def check(ranks: Pools, recipe: Recipe, num_ranks: int, tolerance: float = TOLERANCE) -> None:
+def check(ranks: Pools, recipe: Recipe, num_ranks: int) -> None:
     """Compare each rank's largest allocation with what is predicted of its stage."""
     shapes = shapes_of(recipe.model, samples_of(recipe.model))
     load = step_load(recipe, shapes, num_ranks // model_ranks(recipe.parallel))
     expected = stage_memories(recipe, load, num_ranks, fused=False)
     for stage, found in ranks(num_ranks).run(allocated, recipe):
-        assert expected[stage].total == pytest.approx(found, rel=tolerance), f"stage {stage}: {expected[stage]}"
+        assert expected[stage].total == pytest.approx(found, rel=TOLERANCE), f"stage {stage}: {expected[stage]}"
 
 
 def recipe_of(model: ModelConfig, parallel: ParallelConfig, batching: Batching, trainable: tuple[Part, ...]) -> Recipe:
@@ -226,8 +229,39 @@ def recipe_of(model: ModelConfig, parallel: ParallelConfig, batching: Batching, 
 def test_memory_is_what_ranks_allocate(
     ranks: Pools, num_ranks: int, parallel: ParallelConfig, batching: Batching, trainable: tuple[Part, ...]
 ) -> None:
-    tolerance = TOLERANCE if Part.LANGUAGE in trainable else TOLERANCE_OF_EXCHANGE
-    check(ranks, recipe_of(WIDE, parallel, batching, trainable), num_ranks, tolerance)
+    check(ranks, recipe_of(WIDE, parallel, batching, trainable), num_ranks)
+
+
+EARLY = replace(WIDE, stacks=replace(WIDE.stacks, slots=(0, 1, 2, 3)))
+"""All stacks on the first of two stages, which the encoder inside that stage needs."""
+INLINE = ParallelConfig(encoder_placement=EncoderPlacement.INLINE)
+IN_PARTS = ParallelConfig(encoder_chunk_views=8)
+VARIANTS = {
+    "v": (replace(WIDE, variant=Variant.DEEPSTACK_V), ParallelConfig(pipeline=2), tuple(Part)),
+    "hd": (replace(WIDE, variant=Variant.DEEPSTACK_HD), ParallelConfig(pipeline=2), tuple(Part)),
+    "hd-parts": (replace(WIDE, variant=Variant.DEEPSTACK_HD), IN_PARTS, tuple(Part)),
+    "anyres": (replace(WIDE, variant=Variant.LLAVA_ANYRES), ParallelConfig(pipeline=2), tuple(Part)),
+    "llava": (replace(WIDE, variant=Variant.LLAVA), ParallelConfig(pipeline=2), tuple(Part)),
+    "in-sequence": (replace(WIDE, variant=Variant.IN_SEQUENCE), ParallelConfig(pipeline=2), tuple(Part)),
+    "inline": (EARLY, INLINE, tuple(Part)),
+    "inline-pp2": (EARLY, replace(INLINE, pipeline=2), tuple(Part)),
+    "native-inline": (NATIVE, INLINE, tuple(Part)),
+    "parts": (WIDE, IN_PARTS, tuple(Part)),
+    "q-formers": (QFORMERS, ParallelConfig(), tuple(Part)),
+    "q-formers-parts": (QFORMERS, IN_PARTS, tuple(Part)),
+    "q-formers-frozen-tower": (QFORMERS, ParallelConfig(), (Part.PROJECTOR, Part.LANGUAGE)),
+    "decoder-alone": (WIDE, ParallelConfig(), (Part.LANGUAGE,)),
+    "tower-alone": (WIDE, ParallelConfig(), (Part.VISION,)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", list(Batching))
+@pytest.mark.parametrize(("model", "parallel", "trainable"), VARIANTS.values(), ids=VARIANTS)
+def test_memory_of_variants_and_placements(
+    ranks: Pools, model: ModelConfig, parallel: ParallelConfig, trainable: tuple[Part, ...], batching: Batching
+) -> None:
+    check(ranks, recipe_of(model, parallel, batching, trainable), model_ranks(parallel))
 
 
 NATIVE_CASES = [
@@ -279,7 +313,6 @@ def test_memory_of_towers_with_adapters(
 
 
 def test_memory_of_a_projector_with_adapters(ranks: Pools) -> None:
-    """Measured -3.8 %, of which 2.3 % are rows of padding."""
     recipe = recipe_of(WIDE, ParallelConfig(), Batching.PACKED, (Part.PROJECTOR,))
     check(ranks, replace(recipe, lora=LoraConfig(rank=4, targets=(), projector=True)), 1)
 

@@ -105,7 +105,8 @@ def test_devices_by_their_drivers_name() -> None:
 
 
 def test_text_alone_needs_no_encoder_time() -> None:
-    text = Shapes(np.full(128, 500), np.zeros(128, np.int64), "text")
+    none = np.zeros(128, np.int64)
+    text = Shapes(np.full(128, 500), none, none, "text")
     plan = plan_run(RECIPE, text, H100, 8)
     assert plan.flops.encoder == 0
     assert plan.seconds.encode < 1e-3
