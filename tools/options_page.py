@@ -35,6 +35,7 @@ An unknown key, a value of another type and a number out of its range are errors
   Relative paths count from the folder in which the command is started.
 - **`${{...}}`** takes another field's value (`${{run_dir}}/train.zarr`), or that of an environment variable:
   `${{oc.env:STEPS}}`, or `${{oc.env:STEPS,1000}}` with a default. The text of a variable becomes its field's type.
+  `base` takes none.
 - **`null`** means "not set", where a field may be so.
 
 An editor that knows JSON Schema completes and checks recipes with [recipe.schema.json](recipe.schema.json): with the

@@ -158,6 +158,24 @@ def require_writable(run: str | Path, name: str) -> None:
         raise _not_written(folder, error) from error
 
 
+def replaced_source(run: str | Path, name: str, fingerprint: str) -> str | None:
+    """Whose answers an evaluation will replace, if they are to other questions.
+
+    Args:
+        run: The run folder.
+        name: The evaluation's name; stores and files of the same name share it by default.
+        fingerprint: What is about to be asked.
+
+    Returns:
+        Store or file of the earlier evaluation; None if there is none, or it asked the same.
+    """
+    try:
+        facts = json.loads((folder_of(run, name) / SCORES).read_text(encoding="utf-8"))
+        return None if facts.get("fingerprint") in (None, fingerprint) else str(facts["source"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
 def _not_written(folder: Path, error: OSError) -> DataError:
     return DataError(
         f"{folder}: the evaluation cannot be written: {error.strerror or error}; make room in the run folder, or make "

@@ -21,6 +21,8 @@ from megatron_deepstack.scores.evaluation import (
     Scored,
     evaluation_name,
     read_evaluations,
+    replaced_source,
+    require_writable,
     write_evaluation,
 )
 from megatron_deepstack.testing.tiny import tiny_recipe
@@ -43,6 +45,22 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_evaluations(tmp_path) == [made]
     assert made.document()["scores"] == {"exact_match": 0.25, "anls": 0.25, "relaxed_accuracy": 0.25}
     assert made.document()["categories"]["pets"] == made.means()
+
+
+def test_answers_to_other_questions_are_not_replaced_without_a_word(tmp_path: Path) -> None:
+    """Stores of the same name in different folders share the name of an evaluation."""
+    assert replaced_source(tmp_path, "pets", "b") is None
+    write_evaluation(tmp_path, replace(evaluation(ANSWERED), fingerprint="a"))
+    assert replaced_source(tmp_path, "pets", "a") is None
+    assert replaced_source(tmp_path, "pets", "b") == "pets.jsonl"
+
+
+def test_whether_an_evaluation_can_be_written_is_tried_without_a_trace(tmp_path: Path) -> None:
+    require_writable(tmp_path, "pets")
+    assert list((tmp_path / "evaluations").iterdir()) == []
+    (tmp_path / "evaluations" / "pets").write_text("in the way")
+    with pytest.raises(DataError, match=r"evaluations/pets: the evaluation cannot be written: .*make it writable"):
+        require_writable(tmp_path, "pets")
 
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megatron_deepstack.inference.evaluate.exam import Questions, open_exam
 from megatron_deepstack.inference.evaluate.rank import evaluate_on_new_rank
 from megatron_deepstack.platform.processes.local_ranks import launch_ranks
 from megatron_deepstack.platform.quantity import number_of
-from megatron_deepstack.scores.evaluation import Evaluation, require_writable, write_evaluation
+from megatron_deepstack.scores.evaluation import Evaluation, replaced_source, require_writable, write_evaluation
 
 _STOPPED = "evaluate: stopped on request; nothing was written, the same command starts again"
 
@@ -54,12 +54,15 @@ def evaluate(
     opened = open_exam(answerer, questions, "evaluate", say)
     answerer = answerer.without_sequence_parallelism()
     num_ranks = _number_of_ranks(answerer, ranks)
-    require_writable(answerer.recipe.run_dir, name or opened.name)
+    name = name or opened.name
+    require_writable(answerer.recipe.run_dir, name)
+    if earlier := replaced_source(answerer.recipe.run_dir, name, opened.exam.fingerprint):
+        say(f"evaluate: replaces the evaluation {name} of other questions ({earlier}); --name NAME keeps both")
     say(f"evaluate: {number_of(len(opened.exam), 'question')} of {opened.source} by {number_of(num_ranks, 'rank')}")
     arguments = (answerer, opened.exam, opened.tokenizer, opened.template, max_new_tokens)
     scored, step = launch_ranks(evaluate_on_new_rank, num_ranks, *arguments, stopped=_STOPPED)
     evaluation = Evaluation(
-        name=name or opened.name,
+        name=name,
         source=opened.source,
         step=step,
         fingerprint=opened.exam.fingerprint,
