@@ -69,15 +69,16 @@ class Examination:
         asked = number_of(len(evaluation.answers), "question")
         return f"evaluation after step {evaluation.step}: {metric.replace('_', ' ')} {score}, {asked}"
 
-    def evaluate(self, step: int, progress: Callable[[str], None]) -> Evaluation:
+    def evaluate(self, step: int, progress: Callable[[str], None], asked: Callable[[], bool]) -> Evaluation | None:
         """Answer and score the questions. Collective over all ranks; rank 0 writes the answers into the run's folder.
 
         Args:
             step: Steps done.
             progress: Told of every token that a replica has written.
+            asked: Whether this rank was asked to end the run; see `evaluate_exam`.
 
         Returns:
-            The evaluation, on every rank.
+            The evaluation, on every rank; None on every rank where one was asked to end the run meanwhile.
 
         Raises:
             DataError: Its files cannot be written; on rank 0.
@@ -94,7 +95,10 @@ class Examination:
                 lambda done: progress(
                     f"evaluation after step {step}: {done:.1f} of {number_of(len(exam), 'question')}"
                 ),
+                asked,
             )
+        if scored is None:
+            return None
         evaluation = Evaluation(
             name=self.opened.name_at(step),
             source=self.opened.source,

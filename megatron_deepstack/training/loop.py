@@ -140,6 +140,8 @@ class _Loop:
         recipe = session.recipe
         self.session, self.log, self.request, self.watchdog = session, log, request, watchdog
         self.first, self.stop = first, stop
+        self.leaving = False
+        """Whether any rank has been asked to stop, as far as all ranks know."""
         self.clock = StepClock()
         session.engine.model.config.timers = WorkTimers(self.clock.work)
         self.validation, exam = Validation.of(session), session.beginning.exam
@@ -154,12 +156,12 @@ class _Loop:
         begin = time.perf_counter()
         for ready in self._ready():
             done = ready.loaded.step + 1
-            asked = self._step(ready, begin)
+            self._step(ready, begin)
             self._require_well(done)
-            if asked or (self._save_due(done) and self.health.learned):
+            if self.leaving or (self._save_due(done) and self.health.learned):
                 self._begin_save(done)
             self._say_saved(self.session.saver.poll())
-            if asked and done < self.stop:
+            if self.leaving and done < self.stop:
                 self._leave(done)
             self.watchdog.progress(f"waiting for the data of step {done + 1}")
             begin = time.perf_counter()
@@ -174,8 +176,8 @@ class _Loop:
             error.rank, error.host = dist.get_rank(), socket.gethostname()
             raise
 
-    def _step(self, ready: ReadyStep, begin: float) -> bool:
-        """Train and record one step; whether a rank was asked to stop."""
+    def _step(self, ready: ReadyStep, begin: float) -> None:
+        """Train and record one step, with what is measured after it unless a rank was asked to stop."""
         loaded = ready.loaded
         done = loaded.step + 1
         self.watchdog.progress(f"step {done}", PATIENT if loaded.step == self.first else 1.0)
@@ -188,23 +190,38 @@ class _Loop:
             with self.clock.part("optimizer"):
                 norm = self.session.optimizer.step(loaded.step, agreement, loss.gradient_scale)
             seconds = time.perf_counter() - begin
-        held_out = None
-        if self.validation is not None and self.validation.due(done) and not agreement.stop:
-            self.session.engine.gather_parameters()
-            held_out = self.validation.loss(self.watchdog.progress)
-        scores = {} if agreement.stop else self._examined(done)
+        self.leaving = agreement.stop
+        held_out, scores = self._validated(done), self._examined(done)
         record = self._record(loaded, loss, norm, seconds, held_out, scores, unreadable)
         self.log.add(record)
         if self.forecast is not None and (line := self.forecast.take(record)):
             self.log.say(line)
-        return agreement.stop
+
+    def _left(self) -> bool:
+        """Whether any rank has been asked to stop by now. Collective over all ranks."""
+        self.leaving = self.leaving or sum_over_ranks([self.request.asked])[0] > 0
+        return self.leaving
+
+    def _validated(self, done: int) -> float | None:
+        """Loss on held-out samples, if it is due after this step. Collective over all ranks."""
+        if self.leaving or self.validation is None or not self.validation.due(done):
+            return None
+        self.session.engine.gather_parameters()
+        loss = self.validation.loss(self.watchdog.progress, self._left)
+        if self.leaving:
+            self.log.say(f"validation after step {done} left out: asked to stop")
+        return loss
 
     def _examined(self, done: int) -> dict[str, float]:
         """Means of all scores, if questions are asked after this step. Collective over all ranks."""
-        if self.examination is None or not self.examination.due(done):
+        if self.leaving or self.examination is None or not self.examination.due(done):
             return {}
         begin = time.perf_counter()
-        evaluation = self.examination.evaluate(done, self.watchdog.progress)
+        evaluation = self.examination.evaluate(done, self.watchdog.progress, lambda: self.request.asked)
+        if evaluation is None:
+            self.leaving = True
+            self.log.say(f"evaluation after step {done} left out: asked to stop")
+            return {}
         self.log.say(f"{self.examination.told(evaluation)}, {time.perf_counter() - begin:.1f} s")
         return evaluation.means()
 

@@ -73,22 +73,25 @@ class Validation:
         """Whether to evaluate after `step` steps."""
         return step % self.interval == 0 or step == self.session.recipe.train.steps
 
-    def loss(self, progress: Callable[[str], None]) -> float | None:
+    def loss(self, progress: Callable[[str], None], left: Callable[[], bool]) -> float | None:
         """Mean loss per target over the held-out samples, in store order. Collective over all ranks.
 
         What does not fill a last batch is left out, except for a store smaller than one batch, whose samples repeat.
 
         Args:
             progress: Told of every batch.
+            left: Asked before every batch, by all ranks together, whether the run is to end without the rest.
 
         Returns:
-            The mean; None where no held-out sample has a target.
+            The mean; None where no held-out sample has a target, or where the rest was left out.
 
         Raises:
             StoreError: A sample cannot be read; on the rank that reads it.
         """
         total, num_tokens = 0.0, 0
         for loaded in Prefetcher(self.batches, 0, len(self.batches)):
+            if left():
+                return None
             progress(f"validation batch {loaded.step + 1} of {len(self.batches)}")
             with untimed(self.session.engine.model.config):
                 loss = held_out_loss(self.session.engine, loaded.plan, torch.from_numpy(loaded.pixels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny_run import ANSWERS, make_run
 from megatron_deepstack.checkpoint.folder import checkpoint_path
 from megatron_deepstack.config.choices import Batching, ScoreMetric
 from megatron_deepstack.config.schema import EvaluationConfig, ParallelConfig, Recipe
-from megatron_deepstack.errors import DeepStackError
+from megatron_deepstack.errors import DeepStackError, PreemptedError
 from megatron_deepstack.report.page import page
 from megatron_deepstack.scores.evaluation import read_evaluations
 from megatron_deepstack.testing.ranks import RankPool, groups_for
@@ -32,6 +33,17 @@ def train_here(rank: int, recipe: Recipe, stop_after: int | None = None) -> None
     groups = groups_for(recipe.parallel)
     torch.manual_seed(0)  # a rank of a pool has run before
     run(recipe, groups, stop_after)
+
+
+def ask_to_stop(rank: int, recipe: Recipe, call: int) -> str:
+    """Train until rank 1 is asked to stop, from the given time on that it looks; what the run ends with."""
+    from megatron_deepstack.training.loop import run
+
+    groups, looks = groups_for(recipe.parallel), count(1)
+    torch.manual_seed(0)
+    with pytest.raises(PreemptedError) as stopped:
+        run(recipe, groups, asked=lambda: next(looks) >= call and rank == 1)
+    return str(stopped.value)
 
 
 def evaluate_saved(rank: int, recipe: Recipe) -> list[Any]:
@@ -123,6 +135,27 @@ def test_a_stop_changes_nothing(ranks: Pools, recipe: Recipe, tmp_path: Path) ->
     drawn_page = page(Path(whole.run_dir))
     for words in ("Scores by step", "best exact match of questions during training", "store-step-00000004"):
         assert words in drawn_page
+
+
+@pytest.mark.parametrize("layout", ["replicas", pytest.param("pipeline", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("measured", ["evaluation", "validation"])
+def test_a_stop_leaves_out_the_rest_of_what_is_measured(
+    ranks: Pools, recipe: Recipe, tmp_path: Path, layout: str, measured: str
+) -> None:
+    """A rank looks once in each step, and then before each part of what is measured after it: here after step 2."""
+    run = replace(asking(recipe, tmp_path), parallel=LAYOUTS[layout])
+    if measured == "validation":
+        train = replace(recipe.train, validation_interval=2)
+        data = replace(recipe.data, validation_store=recipe.data.store)
+        run = replace(run, evaluation=EvaluationConfig(), train=train, data=data)
+    ended = ranks(2).run(ask_to_stop, run, 3)
+    assert all("saved after step 2 of 4" in one for one in ended)
+    assert not read_evaluations(run.run_dir)
+    ranks(2).run(train_here, run)
+    records = records_of(run.run_dir)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [one["validation_loss"] is not None for one in records] == [False, False, False, measured == "validation"]
+    assert [bool(one["evaluation"]) for one in records] == [False, False, False, measured == "evaluation"]
 
 
 def test_a_file_of_questions_is_asked(ranks: Pools, recipe: Recipe, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_deepstack.data.text.conversation import stop_ids
@@ -15,6 +16,8 @@ from megatron_deepstack.inference.evaluate.exam import Exam, Taken
 from megatron_deepstack.inference.generate import Writing, generate_answers
 from megatron_deepstack.inference.main import MICRO_BATCH_SIZE, micro_batches
 from megatron_deepstack.parallel.groups import create_groups
+from megatron_deepstack.parallel.reduce import sum_over_group
+from megatron_deepstack.platform.compute.device import local_device
 from megatron_deepstack.platform.progress import WorkProgress
 from megatron_deepstack.scores.evaluation import Scored
 from megatron_deepstack.step.engine import Engine
@@ -43,6 +46,7 @@ def evaluate_on_new_rank(
     engine, step = answerer.engine(create_groups(answerer.recipe.parallel, answerer.recipe.train.seed))
     with WorkProgress("evaluate", len(exam), "questions", quiet=dist.get_rank() != 0) as progress:
         scored = evaluate_exam(engine, exam, tokenizer, template, max_new_tokens, progress.at)
+    assert scored is not None, "nobody has asked to leave questions out"
     leave()
     return scored, step
 
@@ -54,7 +58,8 @@ def evaluate_exam(
     template: str,
     max_new_tokens: int,
     progress: Callable[[float], None] = lambda done: None,
-) -> list[Scored]:
+    asked: Callable[[], bool] | None = None,
+) -> list[Scored] | None:
     """Answer and score an exam. Replicas divide the questions. Collective over all ranks.
 
     Args:
@@ -64,15 +69,19 @@ def evaluate_exam(
         template: The template by which they are written.
         max_new_tokens: Longest answer in tokens.
         progress: Told after each token how many questions of the whole are done, as far as this replica knows.
+        asked: Whether this rank was asked to leave the rest out; its replica decides together before each group of
+            questions. None if nobody asks.
 
     Returns:
-        All scored answers, in the exam's order, on every rank.
+        All scored answers, in the exam's order, on every rank; None on every rank where a replica has left any out.
     """
     replicas, stops = engine.groups.axes.dp, stop_ids(template, tokenizer)
     share = range(engine.groups.place.dp, len(exam), replicas)
     size = MICRO_BATCH_SIZE * engine.parallel.pipeline
     mine: list[tuple[int, Scored]] = []
     for first in range(0, len(share), size):
+        if asked is not None and _any_of_replica(engine, asked()):
+            return _of_all_replicas(None)
         taken, views = exam.take(share[first : first + size])
         askable = [one for one in taken if one.question is not None]
         done, longest = len(mine), _longest(askable, max_new_tokens)
@@ -103,9 +112,19 @@ def _texts(engine: Engine, views: Any, askable: Sequence[Taken], writing: Writin
     ]
 
 
-def _of_all_replicas(mine: list[tuple[int, Scored]]) -> list[Scored]:
-    """The answers of all replicas, in order of their numbers. Collective over all ranks."""
-    gathered: list[list[tuple[int, Scored]]] = [[] for _ in range(dist.get_world_size())]
+def _any_of_replica(engine: Engine, flag: bool) -> bool:
+    """Whether a flag is True on any rank of the replica. Collective over the replica."""
+    found = torch.tensor([float(flag)], device=local_device())
+    return bool(sum_over_group(found, engine.groups.replica).item() > 0)
+
+
+def _of_all_replicas(mine: list[tuple[int, Scored]] | None) -> list[Scored] | None:
+    """The answers of all replicas, in order of their numbers; None if a rank has none to give. Collective over all."""
+    gathered: list[list[tuple[int, Scored]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    numbered = {number: scored for share in gathered for number, scored in share}
+    numbered: dict[int, Scored] = {}
+    for share in gathered:
+        if share is None:
+            return None
+        numbered |= dict(share)
     return [numbered[number] for number in np.sort(list(numbered))]
