@@ -34,9 +34,18 @@ from megatron_deepstack.config.traits.variants import variant_without_crops
 from megatron_deepstack.errors import ConfigError, LayoutError
 
 
-def find_problems(recipe: Recipe) -> list[Problem]:
-    """Return all problems. A rule between fields is tried only where each of its fields is in its own range."""
-    found = list(out_of_range(recipe))
+def find_problems(recipe: Recipe, sections: tuple[str, ...] = ("",)) -> list[Problem]:
+    """Find what is wrong with a recipe. A rule between fields is tried only where each is in its own range.
+
+    Args:
+        recipe: The recipe.
+        sections: What the paths of fields begin with that may be out of their own ranges, as for `out_of_range`. Rules
+            between fields are tried for all sections.
+
+    Returns:
+        All problems.
+    """
+    found = list(out_of_range(recipe, sections))
     bad = [problem.paths[0] for problem in found]
     for rule in _RULES:
         found += [problem for problem in rule(recipe) if not any(problem.concerns(path) for path in bad)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.config.traits.variants import StackSource
@@ -176,10 +177,14 @@ def stage_chunks(num_layers: int, parallel: ParallelConfig) -> tuple[Chunk, ...]
     Raises:
         LayoutError: The layers do not fit the layout, see `layers_per_chunk`.
     """
-    counts = layers_per_chunk(num_layers, parallel)
+    return _chunks(layers_per_chunk(num_layers, parallel), parallel.pipeline)
+
+
+@lru_cache(maxsize=1024)
+def _chunks(counts: tuple[int, ...], pipeline: int) -> tuple[Chunk, ...]:
     chunks, first = [], 0
     for index, count in enumerate(counts):
-        vpp, pp = divmod(index, parallel.pipeline)
+        vpp, pp = divmod(index, pipeline)
         chunks.append(
             Chunk(
                 pp=pp,

@@ -46,7 +46,8 @@ def all_layouts(recipe: Recipe, shapes: Shapes, machine: Machine, num_ranks: int
     """Plan a run under every layout.
 
     Args:
-        recipe: The recipe; of its layout only the encoder's placement and recomputation's method are kept.
+        recipe: The recipe, which has been checked; of its layout only the encoder's placement and recomputation's
+            method are kept.
         shapes: Sizes of the samples of one step.
         machine: The kind of device.
         num_ranks: Number of GPUs.
@@ -86,7 +87,7 @@ def any_layout_fits(recipe: Recipe, loads: StepLoads, machine: Machine, num_rank
 
 
 def _memory_of(recipe: Recipe, loads: StepLoads, machine: Machine, num_ranks: int) -> MemoryPlan | Refused:
-    problems = find_problems(recipe) or find_plan_problems(recipe)
+    problems = find_problems(recipe, ("parallel.",)) or find_plan_problems(recipe)
     if problems:
         return Refused(recipe.parallel, problems[0].text)
     try:
