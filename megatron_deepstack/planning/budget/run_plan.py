@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from megatron_deepstack.config.check import find_problems
-from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, Switch
+from megatron_deepstack.config.choices import EncoderPlacement, Part, Precision, Recompute, RecomputeModule, Switch
 from megatron_deepstack.config.schema import ParallelConfig, Recipe, TrainConfig
 from megatron_deepstack.errors import LayoutError
 from megatron_deepstack.planning.budget.cost import (
@@ -267,8 +267,9 @@ def advice(plan: MemoryPlan, shapes: Shapes) -> str:
         shapes: The samples that it was made with.
 
     Returns:
-        What to add to the command line: more ranks, where replicas share the optimizer's states, or overrides, of one
-        knob if one is enough; if both help, the two joined by " or ". Empty if no change that is known here helps.
+        What to add to the command line, quoted for a shell: more ranks, where replicas share the optimizer's states,
+        or overrides, of one knob if one is enough; if both help, the two joined by " or ". Empty if no change that is
+        known here helps.
     """
     return " or ".join(filter(None, (_more_replicas(plan, shapes), _overrides(plan, shapes))))
 
@@ -323,6 +324,9 @@ def _knobs(plan: MemoryPlan) -> Iterator[tuple[str, Callable[[Recipe], Recipe]]]
         yield "parallel.encoder_chunk_views=8", _parallel(encoder_chunk_views=8)
     if recipe.train.micro_batch_size > 1:
         yield "train.micro_batch_size=1", lambda one: replace(one, train=replace(one.train, micro_batch_size=1))
+    if parallel.recompute is Recompute.NONE:
+        mlp = _parallel(recompute=Recompute.SELECTIVE, recompute_modules=(RecomputeModule.MLP,))
+        yield "parallel.recompute=selective 'parallel.recompute_modules=[mlp]'", mlp
     if parallel.recompute is not Recompute.FULL:
         yield "parallel.recompute=full", _parallel(recompute=Recompute.FULL)
     if recipe.train.precision is Precision.FP32 and not plan.machine.is_cpu:

@@ -160,6 +160,7 @@ QFORMERS = tiny_model(
 BLOCK = ParallelConfig(
     pipeline=2, recompute=Recompute.FULL, recompute_method=RecomputeMethod.BLOCK, recompute_num_layers=2
 )
+MLP = ParallelConfig(pipeline=2, recompute=Recompute.SELECTIVE, recompute_modules=(RecomputeModule.MLP,))
 NORMS = ParallelConfig(recompute=Recompute.SELECTIVE, recompute_modules=(RecomputeModule.LAYER_NORM,))
 HOST = ParallelConfig(offload_layers=5, offload_above_mib=0.0)
 LAYOUTS = [
@@ -177,6 +178,7 @@ LAYOUTS = [
         marks=pytest.mark.slow,
     ),
     pytest.param(2, BLOCK, Batching.PACKED, tuple(Part), id="pp2-recompute"),
+    pytest.param(2, MLP, Batching.PACKED, tuple(Part), id="pp2-mlp", marks=pytest.mark.slow),
     pytest.param(1, NORMS, Batching.PACKED, tuple(Part), id="one-norms", marks=pytest.mark.slow),
     pytest.param(
         1, replace(HOST, offload_layers=2), Batching.PACKED, tuple(Part), id="one-host", marks=pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_what_does_not_fit_gets_a_knob_that_makes_it_fit() -> None:
     knob = advice(plan, SHAPES)
     assert knob
     helped = load_checked_recipe(
-        "deepstack_l_7b_finetune", ["parallel.distributed_optimizer=false", "parallel.pipeline=2", *knob.split()]
+        "deepstack_l_7b_finetune", ["parallel.distributed_optimizer=false", "parallel.pipeline=2", *shlex.split(knob)]
     )
     assert plan_run(helped, SHAPES, H100, 2).fits
 
@@ -57,7 +58,7 @@ def test_replicas_that_share_the_optimizers_states_are_offered_first() -> None:
     ranks, override = advice(plan, SHAPES).split(" or ")
     assert ranks.startswith("--ranks ")
     assert plan_run(shipped, SHAPES, H100, int(ranks.split()[1])).fits
-    assert plan_run(load_checked_recipe("deepstack_l_7b_finetune", override.split()), SHAPES, H100, 2).fits
+    assert plan_run(load_checked_recipe("deepstack_l_7b_finetune", shlex.split(override)), SHAPES, H100, 2).fits
 
 
 def test_recomputation_saves_memory_and_costs_time() -> None:
