@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,23 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
         ConfigError: The file cannot be read at all.
     """
     problems: list[Problem] = []
-    given = _read(find_recipe(path), ())
+    file, written = find_recipe(path), dict[str, Path]()
+    given = _read(file, (), written)
     for override in overrides:
         given = _apply(given, override, problems)
+        key = override.partition("=")[0]
+        written = {path: where for path, where in written.items() if not f"{path}.".startswith(f"{key}.")}
     recipe = build_recipe(_resolved(with_present_names(given, problems), problems), problems)
     problems += without_echoes(find_problems(recipe), problems)
-    return recipe, problems
+    return recipe, [_placed(problem, written, file) for problem in problems]
+
+
+def _placed(problem: Problem, written: Mapping[str, Path], file: Path) -> Problem:
+    """The problem with the name of the base that its field is written in, if it is in none of the package's."""
+    where = written.get(problem.paths[0], file) if problem.paths else file
+    if where == file or where.parent == RECIPES:
+        return problem
+    return replace(problem, text=f"{problem.text} (written in {where})")
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[Problem]]:
@@ -141,19 +153,32 @@ def find_recipe(path: str | Path) -> Path:
     )
 
 
-def _read(file: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
-    """Read one file and merge it over its `base`, which is a path relative to the file or the name of a recipe."""
+def _read(file: Path, seen: tuple[Path, ...], written: dict[str, Path]) -> dict[Any, Any]:
+    """Read one file and merge it over its `base`, which is a path relative to the file or the name of a recipe.
+
+    The file that each field's value is written in is added to `written`, by the field's path.
+    """
     if file.resolve() in seen:
         chain = " -> ".join(str(step) for step in (*seen, file.resolve()))
         raise ConfigError([f"{file}: `base` leads back to the same file: {chain}"])
-    given = _parse(file)
-    if "base" not in given:
-        return given
-    base = given.pop("base")
-    if not isinstance(base, str):
-        raise ConfigError([f"{file}: base: found {base!r}, expected the path of another recipe"])
-    beside = file.parent / base
-    return _over(_read(beside if beside.is_file() else _find_base(file, base), (*seen, file.resolve())), given)
+    given, below = _parse(file), dict[Any, Any]()
+    if "base" in given:
+        base = given.pop("base")
+        if not isinstance(base, str):
+            raise ConfigError([f"{file}: base: found {base!r}, expected the path of another recipe"])
+        beside = file.parent / base
+        below = _read(beside if beside.is_file() else _find_base(file, base), (*seen, file.resolve()), written)
+    written.update(dict.fromkeys(_paths(given), file))
+    return _over(below, given)
+
+
+def _paths(given: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """The paths of all fields of a mapping."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _find_base(file: Path, base: str) -> Path:

@@ -20,6 +20,8 @@ from megatron_deepstack.platform.quantity import number_of
 DRAWN: Final = "drawn at random"
 _SHOWN: Final = 4
 """Names of tensors that a line lists."""
+_MANY: Final = 1_000_000
+"""Numbers from which on a table counts in millions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +53,10 @@ class Origin:
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
-        """Part, tensors, millions of numbers, and place, for a table."""
+        """Part, tensors, numbers (in millions where there are many), and place, for a table."""
         more = f" ({self.files} files)" if self.files > 1 else ""
-        return self.part, f"{self.tensors:,}", f"{self.entries / 1e6:,.1f} M", f"{self.place}{more}"
+        entries = f"{self.entries / 1e6:,.1f} M" if self.entries >= _MANY else f"{self.entries:,}"
+        return self.part, f"{self.tensors:,}", entries, f"{self.place}{more}"
 
 
 HEAD: Final = ("part", "tensors", "numbers", "from")

@@ -96,6 +96,17 @@ def test_interpolation_reaches_defaults_and_architectures(write):
     assert (recipe.train.steps, recipe.train.global_batch_size) == (40, 1)
 
 
+def test_a_problem_of_a_base_names_its_file(write):
+    base = write("train: {stepz: 5, seed: x}\nname: low\n", "base.yaml")
+    top = write("base: base.yaml\ntrain: {seed: y}\noptimizer: {lr: fast}\n")
+    _, problems = read_recipe(top)
+    texts = {problem.paths[0]: str(problem) for problem in problems}
+    assert texts["train.stepz"].endswith(f"(written in {base})")
+    assert "written in" not in texts["train.seed"] + texts["optimizer.lr"]
+    _, problems = read_recipe(top, ["train.stepz=6"])
+    assert not any("written in" in str(problem) for problem in problems)
+
+
 def test_an_architecture_is_a_base_for_the_other_keys(write):
     file = write("model: {language: {architecture: vicuna_13b, num_layers: 4}, vision: {num_layers: 5}}\n")
     assert load_recipe(file).model.language == replace(LANGUAGE["vicuna_13b"], num_layers=4)

@@ -34,6 +34,8 @@ def read_document(location: Location) -> bytes:
     try:
         return location.child(METADATA_FILE).read_bytes()
     except OSError as error:
+        if location.is_file():
+            raise StoreError(f"{location}: is a file, and a store is a folder made by `preprocess`.") from error
         if not location.is_folder():
             raise StoreError(
                 f"{location}: no such folder. A store is made by `megatron-deepstack preprocess`."

@@ -233,6 +233,12 @@ def test_a_flipped_byte_is_noticed_and_zarr_python_would_not(copied: Path) -> No
     assert Store.open(copied, verify_checksums=False).read_views(2, [3]).any()
 
 
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a store")
+    with pytest.raises(StoreError, match=r"notes\.txt: is a file, and a store is a folder"):
+        Store.open(tmp_path / "notes.txt")
+
+
 def test_a_missing_shard_is_noticed_and_zarr_python_reads_zeros(copied: Path) -> None:
     (copied / schema.shard_path(1)).unlink()
     assert not zarr.open_group(copied, mode="r")["images/pixels"][6:11].any()
