@@ -52,8 +52,8 @@ class Engine:
     def encoded_at_once(self) -> AtOnce:
         """Whose activations of a trained tower are kept at a time."""
         return kept_at_once(
+            self.model_config,
             self.parallel,
-            self.model_config.vision,
             self.model.encoder.config.params_dtype.itemsize,
             fused=self.model.speed.activation_fusion,
         )

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_deepstack.config.choices import Precision
-from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, VisionConfig
+from megatron_deepstack.config.choices import Precision, Variant
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, StackConfig
 from megatron_deepstack.planning.budget.encoder_views import GIB, AtOnce, kept_at_once, token_bytes, view_bytes
 from megatron_deepstack.planning.views import ViewGrid
 from megatron_deepstack.testing.ranks import RankPool, groups_for
@@ -81,16 +81,18 @@ def test_a_patch_of_a_view_of_any_size_takes_what_is_said(ranks: Pools, precisio
 
 
 def test_a_budget_is_divided_by_a_view() -> None:
-    vision = VisionConfig()
-    one = view_bytes(vision, 2)
+    model, native = ModelConfig(), native_tower(4)
+    one = view_bytes(model.vision, 2)
     assert one == 577 * 23 * (8 * 1024 + 3 * 4096) * 2  # about 0.54 GB of ViT-L/336
-    assert kept_at_once(ParallelConfig(), vision, 2) == AtOnce()
-    assert kept_at_once(ParallelConfig(encoder_chunk_views=7), vision, 2) == AtOnce(views=7)
-    assert kept_at_once(ParallelConfig(encoder_memory_gib=10), vision, 2) == AtOnce(views=10 * GIB // one)
-    assert kept_at_once(ParallelConfig(encoder_memory_gib=0.1), vision, 2) == AtOnce(views=1)
-    native = native_tower(4).vision
+    assert kept_at_once(model, ParallelConfig(), 2) == AtOnce()
+    assert kept_at_once(model, ParallelConfig(encoder_chunk_views=7), 2) == AtOnce(views=7)
+    assert kept_at_once(model, ParallelConfig(encoder_memory_gib=10), 2) == AtOnce(views=10 * GIB // one)
+    assert kept_at_once(model, ParallelConfig(encoder_memory_gib=0.1), 2) == AtOnce(views=1)
     budget = ParallelConfig(encoder_memory_gib=1.0)
-    assert kept_at_once(budget, native, 2) == AtOnce(patches=GIB // token_bytes(native, 2))
+    assert kept_at_once(native, budget, 2) == AtOnce(patches=GIB // token_bytes(native.vision, 2))
+    stacked = replace(model, variant=Variant.DEEPSTACK_V, stacks=StackConfig(slots=(3, 5, 7, 9)))
+    per_image = one // 23 * (5 * 3 + 20)  # five views pass three of the 23 layers, and the first one all
+    assert kept_at_once(stacked, ParallelConfig(encoder_memory_gib=10), 2) == AtOnce(views=10 * GIB * 5 // per_image)
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ class Durations:
             backward += projector
         if Part.VISION in trainable:
             backward += (1 if self.recipe.lora.vision_targets else 2) * tower  # a frozen matrix has no gradient
-            at_once = kept_at_once(self.recipe.parallel, model.vision, self.element)
+            at_once = kept_at_once(model, self.recipe.parallel, self.element)
             backward += tower * (at_once.share(work.views, work.patches) < 1)
         native = model.variant.traits.is_native
         passed = model.vision.num_layers * work.views if native else view_layers(model, work.views, work.units)

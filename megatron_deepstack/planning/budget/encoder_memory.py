@@ -54,7 +54,7 @@ def waiting(recipe: Recipe, load: StepLoad, stage: int, element: int) -> int:
     if learns or Part.VISION in trainable:
         kept += projector_elements(model, work, learns=learns, rank=recipe.lora.rank * recipe.lora.projector)
     if Part.VISION in trainable:
-        alive = kept_at_once(parallel, model.vision, element).share(work.views, work.patches)
+        alive = kept_at_once(model, parallel, element).share(work.views, work.patches)
         kept += (alive == 1) * tower_elements(model, work, recipe.lora)  # else they are made again after the schedule
     return int(kept * element + pixels)
 
@@ -82,7 +82,7 @@ def before_schedule(recipe: Recipe, load: StepLoad, element: int, received: int,
     if recipe.parallel.encoder_placement is EncoderPlacement.INLINE:
         return 0
     vision, work = recipe.model.vision, load.share
-    alive = kept_at_once(recipe.parallel, vision, element).share(work.views, work.patches)
+    alive = kept_at_once(recipe.model, recipe.parallel, element).share(work.views, work.patches)
     widest = alive * work.patches * (kept_of_mlp(vision) * vision.ffn_hidden_size + 3 * vision.hidden_size)
     hidden = recipe.model.language.hidden_size
     rows = work.units * sum(load.rows_per_unit.values())
@@ -107,7 +107,7 @@ def after_schedule(recipe: Recipe, load: StepLoad, element: int) -> int:
         return 0
     vision, hidden = model.vision, model.language.hidden_size
     learns, below = Part.PROJECTOR in trainable, Part.VISION in trainable
-    alive = kept_at_once(recipe.parallel, vision, element).share(work.views, work.patches)
+    alive = kept_at_once(recipe.model, recipe.parallel, element).share(work.views, work.patches)
     if tower_of(vision).is_native:
         block = vision.hidden_size * vision.merge_size**2
         found = work.units * ((1 + len(vision.taps)) * hidden + 2 * block) * (learns or below)

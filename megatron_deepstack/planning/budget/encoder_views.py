@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from megatron_deepstack.config.choices import Activation
-from megatron_deepstack.config.schema import ParallelConfig, VisionConfig
+from megatron_deepstack.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_deepstack.config.sizes import tokens_per_view, used_layers
 from megatron_deepstack.config.traits.towers import tower_of
+from megatron_deepstack.planning.exchange.vit_stacks import STACKS_IN_VIT, view_layers
 
 GIB: Final = 1 << 30
 
@@ -107,12 +108,12 @@ def kept_of_mlp(vision: VisionConfig, *, fused: bool = False) -> int:
     return 3 if vision.activation is Activation.QUICK_GELU and not fused else 2
 
 
-def kept_at_once(parallel: ParallelConfig, vision: VisionConfig, element_bytes: int, *, fused: bool = False) -> AtOnce:
+def kept_at_once(model: ModelConfig, parallel: ParallelConfig, element_bytes: int, *, fused: bool = False) -> AtOnce:
     """Return how much of a trained tower's work keeps its activations at a time.
 
     Args:
+        model: The recipe's model.
         parallel: The layout, which bounds either the number of views or their bytes.
-        vision: The tower.
         element_bytes: Bytes of a number.
         fused: Whether bias and activation are one kernel.
 
@@ -121,7 +122,11 @@ def kept_at_once(parallel: ParallelConfig, vision: VisionConfig, element_bytes: 
     """
     if not parallel.encoder_memory_gib:
         return AtOnce(views=parallel.encoder_chunk_views)
-    budget = int(parallel.encoder_memory_gib * GIB)
+    budget, vision = int(parallel.encoder_memory_gib * GIB), model.vision
     if tower_of(vision).is_native:
         return AtOnce(patches=max(1, budget // token_bytes(vision, element_bytes, fused=fused)))
-    return AtOnce(views=max(1, budget // view_bytes(vision, element_bytes, fused=fused)))
+    each = view_bytes(vision, element_bytes, fused=fused)
+    if model.variant.traits.stacks_in_vit:  # of an image's views most pass the first layers alone
+        views = 1 + STACKS_IN_VIT
+        each = -(-each * int(view_layers(model, views, 1)) // (views * used_layers(vision)))
+    return AtOnce(views=max(1, budget // each))
