@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
@@ -91,3 +92,24 @@ def test_another_users_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         hold(tmp_path, "x-shared")
     sweep(tmp_path, "x")
     assert (tmp_path / "x-shared").is_dir()
+
+
+def test_a_new_folder_that_is_swept_before_it_is_locked_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when all ranks of a node save at once: others sweep, and make a folder of the same name, just before."""
+    flock, others = fcntl.flock, list[scratch.Scratch]()
+
+    def late(lock: int, operation: int) -> None:
+        if operation == fcntl.LOCK_SH and not others:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            sweep(tmp_path, "x")
+            others.append(hold_new(tmp_path, "x"))
+        flock(lock, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with hold_new(tmp_path, "x") as mine:
+        assert mine.path != others[0].path
+        others[0].release()
+        assert list(tmp_path.iterdir()) == [mine.path]
+    assert not list(tmp_path.iterdir())

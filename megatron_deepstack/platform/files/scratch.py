@@ -75,18 +75,25 @@ def hold(parent: Path, name: str) -> Scratch:
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             raise PermissionError(f"{folder} is another user's")
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # removed by its last holder at this moment
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if _is_at(lock, folder / _LOCK):
-                return Scratch(folder, lock)
-        except BaseException:
-            os.close(lock)
-            raise
+        if (held := _held(folder)) is not None:
+            return held
+
+
+def _held(folder: Path) -> Scratch | None:
+    """The folder with its lock; None if somebody has removed it at this moment."""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if _is_at(lock, folder / _LOCK):
+            return Scratch(folder, lock)
+    except BaseException:
         os.close(lock)
+        raise
+    os.close(lock)
+    return None
 
 
 def hold_new(parent: Path, kind: str) -> Scratch:
@@ -103,7 +110,9 @@ def hold_new(parent: Path, kind: str) -> Scratch:
         OSError: It cannot be made or written, for example because the disk is full.
     """
     sweep(parent, kind)
-    held = hold(parent, _make_new(parent, kind))
+    held = None
+    while held is None:  # it may be swept before it is locked, and the next one of its name is somebody else's
+        held = _held(parent / _make_new(parent, kind))
     try:
         probe = held.path / ".probe"
         probe.write_bytes(bytes(_PROBE_BYTES))
