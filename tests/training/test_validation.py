@@ -66,9 +66,10 @@ def test_what_validation_computes_is_no_work_of_a_step(root: Path, monkeypatch: 
     monkeypatch.setattr(validation, "held_out_loss", loss)
     session: Any = SimpleNamespace(engine=SimpleNamespace(model=SimpleNamespace(config=config)))
     held_out = Validation(session, HeldOutBatches(reader_of(root, 4)), interval=1)
-    assert held_out.loss(lambda _: None) == 1.5
+    assert held_out.loss(lambda _: None, lambda: False) == 1.5
     assert seen == [None] * len(held_out.batches)
     assert config.timers == "those of steps"
+    assert held_out.loss(lambda _: None, lambda: True) is None, "left before the first batch"
 
 
 def test_a_store_smaller_than_a_batch_repeats(tmp_path: Path) -> None:
