@@ -47,10 +47,6 @@ class EncoderWork:
     squares: float = 0.0
     """Sum of the squares of the patches of each frame, over which attention runs."""
 
-    def times(self, factor: float) -> EncoderWork:
-        """Return so many times as much."""
-        return EncoderWork(self.units * factor, self.views * factor, self.patches * factor, self.squares * factor)
-
     @classmethod
     def sum_of(cls, parts: Iterable[EncoderWork]) -> EncoderWork:
         """Return the work of several together."""

@@ -93,9 +93,10 @@ class Durations:
         self.attention = self._attention(batches)
         self.traffic = self._traffic()
         self.collectives = self._collectives()
-        self.calls = [number * machine.operator_seconds for number in (*_LAYER_OPERATORS, _OTHER_OPERATORS)]
-        """Seconds of the operators of a layer's forward and backward, and of those outside the layers."""
-        self.layer = self.products + self.attention + self.traffic + self.collectives + self.calls[0]
+        self.calls, self.calls_back = (number * machine.operator_seconds for number in _LAYER_OPERATORS)
+        """Seconds of calling a layer's operators, forward and backward."""
+        self.other_calls = _OTHER_OPERATORS * machine.operator_seconds
+        self.layer = self.products + self.attention + self.traffic + self.collectives + self.calls
         self.head = self._head(batches)
         self.inline = self._inline(batches)
         self._passes: dict[tuple[int, bool, bool], tuple[Costs, Costs]] = {}
@@ -117,7 +118,7 @@ class Durations:
     def _forward(self, chunk: Chunk) -> Costs:
         found = (chunk.stop - chunk.first) * self.layer
         if chunk.has_head:
-            found = found + self.head + self.calls[2] / 3
+            found = found + self.head + self.other_calls / 3
         return found + self.inline if chunk.has_embedding else found
 
     def _backward(self, chunk: Chunk) -> Costs:
@@ -134,10 +135,10 @@ class Durations:
         selective = self.attention * (RecomputeModule.CORE_ATTENTION in parts)
         selective = selective + self.mlp * (RecomputeModule.MLP in parts)
         work = layers * (passes * self.products + 2 * self.attention + 2 * self.traffic)
-        work = work + layers * (self.collectives + selective + self.calls[1]) + again * self.layer
+        work = work + layers * (self.collectives + selective + self.calls_back) + again * self.layer
         work = work + self._added_gradients(chunk)
         if chunk.has_head:
-            work = work + (1 + self.learns) * self.head + self.calls[2] * 2 / 3
+            work = work + (1 + self.learns) * self.head + self.other_calls * 2 / 3
         return work + 2 * self.inline if chunk.has_embedding else work
 
     def _added_gradients(self, chunk: Chunk) -> float:

@@ -39,7 +39,7 @@ from megatron_deepstack.planning.budget.load import Costs, MicroBatches, Numbers
 from megatron_deepstack.planning.budget.parameters import kept_widths, parameters_of_stages
 from megatron_deepstack.planning.budget.pipeline import most_in_flight
 from megatron_deepstack.planning.budget.received_rows import FETCHED_AHEAD, rest_on_host
-from megatron_deepstack.planning.slots import EMBEDDING, Chunk, chunk_slots, decoder_slots, stage_chunks
+from megatron_deepstack.planning.slots import Chunk, decoder_slots, stage_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,18 +301,18 @@ def _received(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: 
     """
     inline = recipe.parallel.encoder_placement is EncoderPlacement.INLINE
     visual = int(load.micro_batches.visual.max() if inline else load.micro_batches.visual.sum())
-    return int(sum(_row_numbers(recipe, load, chunk) for chunk in chunks) * visual * element)
+    return int(sum(_row_numbers(recipe, chunk) for chunk in chunks) * visual * element)
 
 
-def _row_numbers(recipe: Recipe, load: StepLoad, chunk: Chunk) -> float:
+def _row_numbers(recipe: Recipe, chunk: Chunk) -> float:
     """Return how many numbers of rows a chunk adds on one rank for each visual token.
 
-    Each of its slots has a row there, which is zeros where the image has no such stack.
+    Each of its stacks has a row there, which is zeros where the image has no such stack; several may share a slot.
     """
     parallel, model = recipe.parallel, recipe.model
-    mine = {*chunk_slots(chunk, decoder_slots(model)), *([EMBEDDING] if chunk.has_embedding else [])}
-    split = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    return len(mine & load.rows_per_unit.keys()) / split * model.language.hidden_size
+    rows = sum(chunk.owns(slot) for slot in decoder_slots(model))
+    rows += chunk.has_embedding and model.variant.traits.has_base_rows
+    return rows / parallel.context / (parallel.tensor if parallel.sequence_parallel else 1) * model.language.hidden_size
 
 
 def _fetched(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: int) -> int:
@@ -322,7 +322,7 @@ def _fetched(recipe: Recipe, load: StepLoad, chunks: Sequence[Chunk], element: i
     """
     parallel, count = recipe.parallel, len(load.micro_batches)
     visual = load.micro_batches.visual
-    each = [_row_numbers(recipe, load, chunk) for chunk in chunks]
+    each = [_row_numbers(recipe, chunk) for chunk in chunks]
     most = max(
         sum(rows * _most_neighbours(visual, number) for rows, number in zip(each, held, strict=True))
         for held in most_in_flight(parallel.pipeline, parallel.virtual_pipeline, count, chunks[0].pp)

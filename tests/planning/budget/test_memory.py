@@ -245,6 +245,7 @@ VARIANTS = {
     "anyres": (replace(WIDE, variant=Variant.LLAVA_ANYRES), ParallelConfig(pipeline=2), tuple(Part)),
     "llava": (replace(WIDE, variant=Variant.LLAVA), ParallelConfig(pipeline=2), tuple(Part)),
     "in-sequence": (replace(WIDE, variant=Variant.IN_SEQUENCE), ParallelConfig(pipeline=2), tuple(Part)),
+    "shared-slots": (replace(WIDE, stacks=replace(WIDE.stacks, slots=(0, 0, 3, 3))), ParallelConfig(), tuple(Part)),
     "inline": (EARLY, INLINE, tuple(Part)),
     "inline-pp2": (EARLY, replace(INLINE, pipeline=2), tuple(Part)),
     "native-inline": (NATIVE, INLINE, tuple(Part)),
@@ -345,3 +346,14 @@ def kept_by_projector(rank: int, model: ModelConfig, work: EncoderWork) -> int:
         rows = projector(features)
     assert rows.requires_grad
     return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+def test_stacks_that_share_a_slot_have_a_row_each() -> None:
+    """On one rank it makes no difference to the rows before which layers stacks are added."""
+    rows = []
+    for slots in ((0, 3, 5, 7), (0, 0, 3, 3)):
+        model = replace(WIDE, stacks=replace(WIDE.stacks, slots=slots))
+        recipe = recipe_of(model, ParallelConfig(), Batching.PADDED, tuple(Part))
+        load = step_load(recipe, shapes_of(model, samples_of(model)), 1)
+        rows.append(stage_memories(recipe, load, 1, fused=False)[0].rows)
+    assert rows[0] == rows[1] > 0
